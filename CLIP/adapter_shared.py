@@ -1,0 +1,170 @@
+"""Adapters and the dual branch: tokens of the frozen tower -> detection and segmentation scores (paper, section 2).
+
+An adapter maps every token (width C) to two vectors in the joint embedding (width D), one for detection and one for
+segmentation. There are two branches (normal, abnormal) of one adapter a layer. A patch's score in a branch is the
+cosine of its vector with that branch's text feature, minus (`contrast`) the cosine with the other one.
+
+Parameter names and shapes are the published ones; the arithmetic is grouped differently: one matrix product serves
+both branches of a layer, one more serves all heads asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BRANCHES = ("normal", "abnormal")
+HEADS = ("det", "seg")
+
+
+def _head(width: int, embed_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, embed_dim, bias=False), nn.LeakyReLU())
+
+
+class Adapter(nn.Module):
+    """A trunk (C -> C) and two heads (C -> D, without bias, LeakyReLU); the kinds differ in the trunk."""
+
+    head_names: dict[str, str]  # det, seg -> the published name of that head's layer
+
+    @staticmethod
+    def trunks(adapters: Sequence[Adapter], tokens: Tensor) -> list[Tensor]:
+        """What the heads of each adapter read: tokens (B, T, C) -> one (B, T, C) an adapter."""
+        raise NotImplementedError
+
+    def project(self, trunk: Tensor, heads: Sequence[str]) -> Tensor:
+        """The asked heads in one product: (B, T, C) -> (B, T, heads, D), not normalised."""
+        weight = torch.cat([getattr(self, self.head_names[head])[0].weight for head in heads])
+        return F.leaky_relu(F.linear(trunk, weight), inplace=True).unflatten(-1, (len(heads), -1))
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, T, C) -> detection and segmentation vectors, (B, T, D) each."""
+        det, seg = self.project(self.trunks([self], tokens)[0], HEADS).unbind(-2)
+        return det, seg
+
+
+class MFCFC(Adapter):
+    """Linear, LeakyReLU, normalisation over the channels, then the heads."""
+
+    head_names = {"det": "fc2", "seg": "fc3"}  # noqa: RUF012
+
+    def __init__(self, width: int, embed_dim: int, across_tokens: bool = False) -> None:  # noqa: ARG002
+        super().__init__()
+        self.fc1 = nn.Sequential(nn.Linear(width, width, bias=False), nn.LeakyReLU())
+        self.fc2 = _head(width, embed_dim)
+        self.fc3 = _head(width, embed_dim)
+
+    @staticmethod
+    def trunks(adapters: Sequence[Adapter], tokens: Tensor) -> list[Tensor]:
+        """See `Adapter.trunks`."""
+        hidden = F.linear(tokens, torch.cat([adapter.fc1[0].weight for adapter in adapters]))
+        hidden = F.leaky_relu(hidden, inplace=True)
+        return [F.layer_norm(part, part.shape[-1:]) for part in hidden.chunk(len(adapters), dim=-1)]
+
+
+class MCNNFC(Adapter):
+    """1x1 convolution (a linear layer with bias), normalisation over the channels, LeakyReLU, then the heads."""
+
+    head_names = {"det": "fc1", "seg": "fc2"}  # noqa: RUF012
+
+    def __init__(self, width: int, embed_dim: int, across_tokens: bool = False) -> None:  # noqa: ARG002
+        super().__init__()
+        self.cnn = nn.Sequential(nn.Conv1d(width, width, 1))
+        self.fc1 = _head(width, embed_dim)
+        self.fc2 = _head(width, embed_dim)
+
+    @staticmethod
+    def trunks(adapters: Sequence[Adapter], tokens: Tensor) -> list[Tensor]:
+        """See `Adapter.trunks`."""
+        weight = torch.cat([adapter.cnn[0].weight[..., 0] for adapter in adapters])
+        bias = torch.cat([adapter.cnn[0].bias for adapter in adapters])
+        hidden = F.linear(tokens, weight, bias).chunk(len(adapters), dim=-1)
+        return [F.leaky_relu(F.layer_norm(part, part.shape[-1:])) for part in hidden]
+
+
+class MViTFC(Adapter):
+    """One post-norm transformer encoder layer, then the heads.
+
+    As published (`across_tokens` False) attention runs across the images of a batch, at each token position by itself,
+    so an image's scores depend on its neighbours in the batch; `across_tokens` attends within an image.
+    """
+
+    head_names = {"det": "fc", "seg": "fc1"}  # noqa: RUF012
+
+    def __init__(self, width: int, embed_dim: int, across_tokens: bool = False) -> None:
+        super().__init__()
+        # No dropout: the published model stays in evaluation mode while it trains.
+        self.transformer_encoder = nn.TransformerEncoderLayer(
+            width, nhead=8, dim_feedforward=width, dropout=0.0, batch_first=across_tokens
+        )
+        self.fc = _head(width, embed_dim)
+        self.fc1 = _head(width, embed_dim)
+
+    @staticmethod
+    def trunks(adapters: Sequence[Adapter], tokens: Tensor) -> list[Tensor]:
+        """See `Adapter.trunks`; here all tokens of the batch take part together."""
+        return [adapter.transformer_encoder(tokens) for adapter in adapters]
+
+
+ADAPTERS: dict[str, type[Adapter]] = {"MFCFC": MFCFC, "MCNNFC": MCNNFC, "MViTFC": MViTFC}
+
+
+class DualBranchAdapters(nn.Module):
+    """Two branches of adapters over K layers, and the scores that they give.
+
+    Args:
+        kind: a name of `ADAPTERS`.
+        width: C of the image tower.
+        embed_dim: D of the joint embedding.
+        features_list: layers, counted from 1; adapter k belongs to the k-th of them.
+        contrast: subtract the cosine with the other branch's text feature (paper, dual objective).
+        across_tokens: for MViTFC, attend within an image (`corrected` fidelity).
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        width: int,
+        embed_dim: int,
+        features_list: Sequence[int],
+        contrast: bool = True,
+        across_tokens: bool = False,
+    ) -> None:
+        super().__init__()
+        build = ADAPTERS[kind]
+        self.normal_det_adapters = nn.ModuleList(build(width, embed_dim, across_tokens) for _ in features_list)
+        self.abnormal_det_adapters = nn.ModuleList(build(width, embed_dim, across_tokens) for _ in features_list)
+        self.adapter_of_layer = [list(features_list).index(layer) for layer in sorted(features_list)]
+        self.contrast = contrast
+        # The class token is dropped before the scores, so it is read only where tokens look at each other.
+        self.reads_class_token = kind == "MViTFC" and across_tokens
+
+    def forward(self, tokens: Sequence[Tensor], text_features: Tensor, heads: Sequence[str] = HEADS) -> list[Tensor]:
+        """Scores of every patch.
+
+        Args:
+            tokens: K tensors in ascending layer order, (B, N, C), or (B, L, C) with `reads_class_token`.
+            text_features: (D, 2), columns [normal, abnormal], each of norm 1.
+            heads: of `det`, `seg`: only these are computed.
+
+        Returns:
+            One (K, B, N, 2) a head, [normal branch, abnormal branch]: cosines in [-1, 1], their differences in [-2, 2]
+            with `contrast`.
+        """
+        normal, abnormal = text_features.unbind(-1)
+        directions = (normal - abnormal, abnormal - normal) if self.contrast else (normal, abnormal)
+        layers = [self._layer_scores(k, x, directions, heads) for k, x in zip(self.adapter_of_layer, tokens, strict=True)]
+        return [torch.stack(scores) for scores in zip(*layers, strict=True)]
+
+    def _layer_scores(
+        self, k: int, tokens: Tensor, directions: tuple[Tensor, Tensor], heads: Sequence[str]
+    ) -> tuple[Tensor, ...]:
+        pair = (self.normal_det_adapters[k], self.abnormal_det_adapters[k])
+        scores = []
+        for adapter, trunk, direction in zip(pair, pair[0].trunks(pair, tokens), directions, strict=True):
+            vectors = adapter.project(trunk[:, 1:] if self.reads_class_token else trunk, heads)  # (B, N, heads, D)
+            # The cosine without a normalised copy of every vector.
+            scores.append((vectors @ direction) / vectors.norm(dim=-1))  # (B, N, heads)
+        return torch.stack(scores, dim=-1).unbind(-2)  # (B, N, 2) a head

@@ -1,0 +1,107 @@
+"""Text features of the two classes: fixed sentences, learnable contexts, or one of each (--text_mood)."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from CLIP.model import CLIP
+from CLIP.tokenizer import tokenize
+
+from .CoOp import PromptLearner
+
+TEXT_MOODS = ("fix", "learnable_all", "learnable_abnormal")
+
+# {} is the object's name. ' disease {}' has its leading blank in the published list.
+NORMAL_STATES = (
+    "{}",
+    "flawless {}",
+    "perfect {}",
+    "unblemished {}",
+    "{} without flaw",
+    "{} without defect",
+    "{} without damage",
+)
+ABNORMAL_STATES = (
+    "damaged {}",
+    "broken {}",
+    "{} with flaw",
+    "{} with defect",
+    "{} with damage",
+    " disease {}",
+    "abnormal {}",
+)
+STATES = {"normal": NORMAL_STATES, "abnormal": ABNORMAL_STATES}
+TEMPLATES = tuple((Path(__file__).parent / "templates.txt").read_text().splitlines())
+
+
+def state_phrases(kind: str, name: str) -> list[str]:
+    """The 7 states of `normal` or `abnormal` with the object's name filled in."""
+    return [state.format(name) for state in STATES[kind]]
+
+
+def fixed_sentences(kind: str, name: str) -> list[str]:
+    """Every state in every template: 7 x 35 = 245 sentences, state by state."""
+    return [template.format(phrase) for phrase in state_phrases(kind, name) for template in TEMPLATES]
+
+
+def fixed_feature(clip: CLIP, kind: str, name: str) -> Tensor:
+    """The ensemble of the fixed sentences: (D,), of norm 1; each sentence is normalised before the mean."""
+    ids = tokenize(fixed_sentences(kind, name)).to(clip.device)
+    return F.normalize(F.normalize(clip.encode_text(ids), dim=-1).mean(dim=0), dim=0)
+
+
+class PromptChooser(nn.Module):
+    """The text features (D, 2) of a data set, as columns [normal, abnormal].
+
+    Args:
+        clip: gives the frozen text tower; it is not registered, so it is neither trained nor saved.
+        name: what the prompts call the object, for example `retinal OCT`.
+        text_mood: one of `TEXT_MOODS`.
+        causal: pass learnable prompts under CLIP's causal mask (`corrected` fidelity).
+    """
+
+    def __init__(self, clip: CLIP, name: str, text_mood: str, causal: bool = False) -> None:
+        super().__init__()
+        learnable = {"fix": (), "learnable_abnormal": ("abnormal",), "learnable_all": ("abnormal", "normal")}[text_mood]
+        self._clip = [clip]  # in a list: hidden from nn.Module
+        self.name = name
+        self.causal = causal
+        # Contexts are drawn abnormal first, as published.
+        self.makers = nn.ModuleDict(
+            {kind: PromptLearner(clip.text, kind, state_phrases(kind, name)) for kind in learnable}
+        )
+
+    @cached_property
+    def fixed(self) -> dict[str, Tensor]:
+        """The columns that do not learn, encoded once."""
+        return {
+            kind: fixed_feature(self._clip[0], kind, self.name) for kind in STATES if kind not in self.makers
+        }
+
+    def prompt_embeddings(self) -> dict[str, Tensor]:
+        """Text embeddings of the single learnable prompts, kind -> (21, D), not normalised: one pass for both kinds."""
+        if not self.makers:
+            return {}
+        parts = [maker() for maker in self.makers.values()]
+        embeddings, eot = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        encoded = self._clip[0].text.encode_embeddings(embeddings, eot, self.causal)
+        return dict(zip(self.makers, encoded.split([len(part[1]) for part in parts]), strict=True))
+
+    def forward(self) -> Tensor:
+        """(D, 2), each column of norm 1; differentiable in the contexts alone."""
+        columns = dict(self.fixed)
+        for kind, embeddings in self.prompt_embeddings().items():
+            columns[kind] = F.normalize(embeddings.mean(dim=0), dim=0)
+        return torch.stack([columns["normal"], columns["abnormal"]], dim=1)
+
+
+def text_similarity(text_features: Tensor) -> float:
+    """Cosine of the normal and the abnormal text feature: (D, 2) -> [-1, 1]."""
+    normal, abnormal = text_features.detach().double().unbind(-1)
+    return float(F.cosine_similarity(normal, abnormal, dim=0))
+

@@ -1,0 +1,124 @@
+"""The losses of MadCLIP (paper, section 2.3), and the scores of images and pixels that share their arithmetic."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOSS_TYPES = ("sigmoid", "softmax")
+DEC_TYPES = ("mean", "max", "both")
+TARGET_SMOOTHING = 1e-5  # of the one-hot target in the focal loss, and added to the probability, as published
+DICE_SMOOTHING = 1.0
+FOCAL_GAMMA = 2
+
+
+class LossParts(NamedTuple):
+    """The training loss: `total` = `det` + `seg`; `seg` is 0 on image-only data sets."""
+
+    det: Tensor
+    seg: Tensor
+    total: Tensor
+
+
+def decide(values: Tensor, dec_type: str) -> Tensor:
+    """Summarise patches: values (B, N, ...) -> (B, ...) by their mean, their largest, or half of each."""
+    if dec_type == "mean":
+        return values.mean(dim=1)
+    if dec_type == "max":
+        return values.amax(dim=1)
+    return 0.5 * values.mean(dim=1) + 0.5 * values.amax(dim=1)
+
+
+def detection_loss(scores: Tensor, labels: Tensor, loss_type: str, dec_type: str) -> Tensor:
+    """Image-level loss of one layer.
+
+    `sigmoid` is the paper's SigLIP-style loss: log sigmoid(z s) with z = +1 for the branch that the label names and -1
+    for the other. `softmax` is its ablation: the decided probabilities enter a binary cross entropy as logits.
+
+    Args:
+        scores: (B, N, 2), [normal branch, abnormal branch].
+        labels: (B,), 1 = abnormal.
+        loss_type: `sigmoid` or `softmax`.
+        dec_type: `mean`, `max` or `both`, over the patches.
+    """
+    labels = labels.to(scores.dtype)
+    if loss_type == "sigmoid":
+        sign = 2 * labels - 1
+        z = torch.stack([-sign, sign], dim=-1)[:, None]  # (B, 1, 2)
+        return -decide(F.logsigmoid(z * scores), dec_type).sum(dim=-1).mean()
+    normal, abnormal = decide(scores.softmax(dim=-1), dec_type).unbind(-1)
+    return F.binary_cross_entropy_with_logits(1 - normal, labels) + F.binary_cross_entropy_with_logits(abnormal, labels)
+
+
+def image_score(det_scores: Tensor, dec_type: str) -> Tensor:
+    """Anomaly score of images from the detection heads: (K, B, N, 2) -> (B,) in [0, K], summed over the layers."""
+    probabilities = (det_scores[..., 1] - det_scores[..., 0]).sigmoid()  # = softmax over the branches, abnormal part
+    return torch.stack([decide(layer, dec_type) for layer in probabilities]).sum(dim=0)
+
+
+def pixel_probability(seg_scores: Tensor, size: int) -> Tensor:
+    """Probability of `abnormal` at each pixel, from patch scores: (B, N, 2) -> (B, size, size) in [0, 1].
+
+    The patch grid is upsampled bilinearly with aligned corners, then the softmax over the branches is taken. That
+    softmax is a sigmoid of the difference, and upsampling is linear: so one map is upsampled, not two.
+    """
+    difference = seg_scores[..., 1] - seg_scores[..., 0]
+    side = round(difference.shape[-1] ** 0.5)
+    grid = difference.unflatten(-1, (1, side, side))
+    return F.interpolate(grid, size=(size, size), mode="bilinear", align_corners=True)[:, 0].sigmoid()
+
+
+def anomaly_map(seg_scores: Tensor, size: int) -> Tensor:
+    """Pixel anomaly scores: (K, B, N, 2) -> (B, size, size) in [0, K], the layers' probabilities summed.
+
+    The published 0.5 * (1 - p_normal) + 0.5 * p_abnormal equals p_abnormal, as the two add up to one.
+    """
+    total = pixel_probability(seg_scores[0], size)
+    for layer in seg_scores[1:]:
+        total = total + pixel_probability(layer, size)
+    return total
+
+
+def focal_loss(probability: Tensor, masks: Tensor) -> Tensor:
+    """Focal loss (Lin et al. 2017, gamma 2, no class weights) of two classes: mean over all pixels.
+
+    Args:
+        probability: of `abnormal`, any shape, in [0, 1].
+        masks: the same shape, 0 or 1.
+    """
+    true_class = torch.where(masks > 0.5, probability, 1 - probability)
+    smoothed = (1 - TARGET_SMOOTHING) * true_class + TARGET_SMOOTHING * (1 - true_class) + TARGET_SMOOTHING
+    return -((1 - smoothed) ** FOCAL_GAMMA * smoothed.log()).mean()
+
+
+def dice_loss(probability: Tensor, masks: Tensor) -> Tensor:
+    """1 - Dice coefficient of each image (smoothing 1), averaged: probability, masks (B, ...) -> scalar."""
+    probability, masks = probability.flatten(1), masks.flatten(1)
+    overlap = (probability * masks).sum(dim=1)
+    dice = (2 * overlap + DICE_SMOOTHING) / (probability.sum(dim=1) + masks.sum(dim=1) + DICE_SMOOTHING)
+    return 1 - dice.mean()
+
+
+def training_loss(
+    det_scores: Tensor, seg_scores: Tensor | None, labels: Tensor, masks: Tensor | None, loss_type: str, dec_type: str
+) -> LossParts:
+    """The full training loss: detection plus, where there are masks, focal and dice, summed over the layers.
+
+    Args:
+        det_scores: (K, B, N, 2).
+        seg_scores: (K, B, N, 2), or None on image-only data sets.
+        labels: (B,), 1 = abnormal.
+        masks: (B, S, S), 0 or 1, or None on image-only data sets.
+        loss_type: see `detection_loss`.
+        dec_type: see `decide`.
+    """
+    det = torch.stack([detection_loss(layer, labels, loss_type, dec_type) for layer in det_scores]).sum()
+    seg = det.new_zeros(())
+    if seg_scores is not None and masks is not None:
+        for layer in seg_scores:
+            probability = pixel_probability(layer, masks.shape[-1])
+            seg = seg + focal_loss(probability, masks) + dice_loss(probability, masks)
+    return LossParts(det, seg, det + seg)

@@ -1,0 +1,68 @@
+"""Adapters and scores against figures measured on the published implementation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from CLIP import ADAPTERS, DualBranchAdapters
+from tests.conftest import VARIANTS, load_golden
+from tests.unit.test_golden_backbone import close
+
+
+def golden_adapters(kind: str, features_list: list[int], contrast: bool) -> DualBranchAdapters:
+    """Adapters with the stored weights: adapter k is stored under k."""
+    model = DualBranchAdapters(kind, 128, 96, features_list, contrast)
+    stored = load_golden("adapters")
+    prefix = f"{kind}/"
+    state = {
+        key[len(prefix) :].replace("/", "."): torch.from_numpy(value)
+        for key, value in stored.items()
+        if key.startswith(prefix) and int(key.split("/")[2].split(".")[0]) < len(features_list)
+    }
+    model.load_state_dict(state)  # strict: the published names, no more and no fewer
+    return model.eval()
+
+
+def patch_tokens(variant: str, layers: list[int]) -> list[torch.Tensor]:
+    activation, data = variant.split("_")[0], load_golden("backbone")
+    return [torch.from_numpy(data[f"{activation}/hidden_layer{layer}"])[:, 1:] for layer in sorted(layers)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("layers", [[1, 2, 3, 4], [2, 4], [4, 2]])
+@pytest.mark.parametrize("contrast", ["yes", "no"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_scores(golden, kind, contrast, layers, variant):
+    name = f"scores/{kind}/contrast_{contrast}/features_{'_'.join(map(str, layers))}/{variant}"
+    if layers == [4, 2] and variant != "gelu_nomask":
+        pytest.skip("not among the goldens")
+    text = torch.from_numpy(golden("prompts")[f"Brain/learnable_all/{variant}/text_features"])
+    model = golden_adapters(kind, layers, contrast == "yes")
+    det, seg = model(patch_tokens(variant, layers), text)
+    close(det, golden("adapters")[f"{name}/det_scores"])
+    close(seg, golden("adapters")[f"{name}/seg_scores"])
+    (only_seg,) = model(patch_tokens(variant, layers), text, heads=("seg",))
+    close(only_seg, golden("adapters")[f"{name}/seg_scores"])
+
+
+@pytest.mark.parametrize("branch", ["normal", "abnormal"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_single_adapter(golden, kind, branch):
+    model = golden_adapters(kind, [1, 2, 3, 4], contrast=True)
+    adapter = getattr(model, f"{branch}_det_adapters")[0]
+    det, seg = adapter(torch.from_numpy(golden("backbone")["gelu/hidden_layer1"]))
+    close(det, golden("adapters")[f"raw/{kind}/{branch}_det_adapters/0/det_features"])
+    close(seg, golden("adapters")[f"raw/{kind}/{branch}_det_adapters/0/seg_features"])
+
+
+def test_mvitfc_across_tokens_does_not_depend_on_the_batch():
+    torch.manual_seed(0)
+    model = DualBranchAdapters("MViTFC", 128, 96, [1], across_tokens=True)
+    assert model.reads_class_token
+    tokens, text = torch.randn(3, 10, 128), torch.nn.functional.normalize(torch.randn(96, 2), dim=0)
+    with torch.no_grad():
+        together = model([tokens], text)[0]
+        alone = torch.cat([model([tokens[i : i + 1]], text)[0] for i in range(3)], dim=1)
+    assert together.shape == (1, 3, 9, 2)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)

@@ -69,7 +69,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def prefetch(function: Callable[[In], Out], inputs: Iterable[In], workers: int = 1, ahead: int = 2) -> Iterator[Out]:
-    """Yield `function(x)` in order, computed by threads a few inputs ahead, so that decoding runs beside the network."""
+    """Yield `function(x)` in order, computed by threads a few inputs ahead: decoding runs beside the network."""
     with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
         waiting: deque = deque()
         for item in inputs:

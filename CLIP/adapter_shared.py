@@ -50,7 +50,7 @@ class MFCFC(Adapter):
 
     head_names = {"det": "fc2", "seg": "fc3"}  # noqa: RUF012
 
-    def __init__(self, width: int, embed_dim: int, across_tokens: bool = False) -> None:  # noqa: ARG002
+    def __init__(self, width: int, embed_dim: int, across_tokens: bool = False) -> None:
         super().__init__()
         self.fc1 = nn.Sequential(nn.Linear(width, width, bias=False), nn.LeakyReLU())
         self.fc2 = _head(width, embed_dim)
@@ -69,7 +69,7 @@ class MCNNFC(Adapter):
 
     head_names = {"det": "fc1", "seg": "fc2"}  # noqa: RUF012
 
-    def __init__(self, width: int, embed_dim: int, across_tokens: bool = False) -> None:  # noqa: ARG002
+    def __init__(self, width: int, embed_dim: int, across_tokens: bool = False) -> None:
         super().__init__()
         self.cnn = nn.Sequential(nn.Conv1d(width, width, 1))
         self.fc1 = _head(width, embed_dim)
@@ -155,7 +155,9 @@ class DualBranchAdapters(nn.Module):
         """
         normal, abnormal = text_features.unbind(-1)
         directions = (normal - abnormal, abnormal - normal) if self.contrast else (normal, abnormal)
-        layers = [self._layer_scores(k, x, directions, heads) for k, x in zip(self.adapter_of_layer, tokens, strict=True)]
+        layers = [
+            self._layer_scores(k, x, directions, heads) for k, x in zip(self.adapter_of_layer, tokens, strict=True)
+        ]
         return [torch.stack(scores) for scores in zip(*layers, strict=True)]
 
     def _layer_scores(

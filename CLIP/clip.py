@@ -113,7 +113,9 @@ def create_model(
     quick_gelu = uses_quick_gelu(config, pretrained, img_size, fidelity)
     with torch.device("meta"):
         model = CLIP(config, img_size, quick_gelu, normalize_pixels=fidelity == "corrected")
-    if pretrained == "random" and weights is None:
+    if pretrained == "random":
+        if weights is not None:
+            raise InputError(f"--pretrain random contradicts --weights {weights}: give one of them")
         source = f"random, seed {seed}"
         words = f"{source}, {model_name}"
         info = WeightsInfo(pretrained, source, hashlib.sha256(words.encode()).hexdigest())
@@ -126,4 +128,5 @@ def create_model(
         state = round_to_half(state)
     load_state(model, state, source)
     model.info = info
+    model.half_rounded = fidelity == "released"
     return model.to(device)

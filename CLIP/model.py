@@ -174,7 +174,7 @@ class TextTower(nn.Module):
         return self.ln_final(last.forward_at(x, eot, causal)) @ self.text_projection
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids (B, T) -> text embeddings (B, D), not normalised, with the causal mask; pooled at the highest id."""
+        """Token ids (B, T) -> text embeddings (B, D), not normalised; causal mask, pooled at the highest id."""
         return self.encode_embeddings(self.token_embedding(ids), ids.argmax(dim=-1), causal=True)
 
 
@@ -196,6 +196,7 @@ class CLIP(nn.Module):
         self.img_size = img_size
         self.quick_gelu = quick_gelu
         self.info: WeightsInfo | None = None
+        self.half_rounded = False  # weights went through float16, as published
         self.visual = VisionTower(config, img_size, quick_gelu, normalize_pixels)
         self.text = TextTower(config, quick_gelu)
         self.logit_scale = nn.Parameter(torch.empty(()))  # part of every weight file; the method does not use it

@@ -33,9 +33,14 @@ class PromptLearner(nn.Module):
         width = text.positional_embedding.shape[-1]
         # Drawn on the CPU, so that a seed means the same contexts on every device.
         self.ctx = nn.ParameterDict(
-            {f"{kind}_{position}": torch.empty(len(states), CONTEXTS, width).normal_(0, INIT_STD) for position in POSITIONS}
+            {
+                f"{kind}_{position}": torch.empty(len(states), CONTEXTS, width).normal_(0, INIT_STD)
+                for position in POSITIONS
+            }
         )
-        ids = tokenize([f"{' '.join('X' * CONTEXTS)} {state}." for state in states]).to(text.token_embedding.weight.device)
+        ids = tokenize([f"{' '.join('X' * CONTEXTS)} {state}." for state in states]).to(
+            text.token_embedding.weight.device
+        )
         with torch.no_grad():
             embedded = text.token_embedding(ids)  # (S, 77, W)
         # The pooled position is the first highest id, as in CLIP; all three layouts keep the same length.

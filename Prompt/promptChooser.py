@@ -79,9 +79,7 @@ class PromptChooser(nn.Module):
     @cached_property
     def fixed(self) -> dict[str, Tensor]:
         """The columns that do not learn, encoded once."""
-        return {
-            kind: fixed_feature(self._clip[0], kind, self.name) for kind in STATES if kind not in self.makers
-        }
+        return {kind: fixed_feature(self._clip[0], kind, self.name) for kind in STATES if kind not in self.makers}
 
     def prompt_embeddings(self) -> dict[str, Tensor]:
         """Text embeddings of the single learnable prompts, kind -> (21, D), not normalised: one pass for both kinds."""
@@ -104,4 +102,3 @@ def text_similarity(text_features: Tensor) -> float:
     """Cosine of the normal and the abnormal text feature: (D, 2) -> [-1, 1]."""
     normal, abnormal = text_features.detach().double().unbind(-1)
     return float(F.cosine_similarity(normal, abnormal, dim=0))
-

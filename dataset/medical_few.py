@@ -1,6 +1,6 @@
 """The MVFA layout on disk: splits, images, masks and the few-shot lists.
 
-    <data_path>/<obj>_AD/{valid,test}/{good,Ungood}/{img,anomaly_mask}/NAME
+<data_path>/<obj>_AD/{valid,test}/{good,Ungood}/{img,anomaly_mask}/NAME
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ class MedicalDataset:
             elif project.is_file():
                 chosen = read_shot_list(project, iterate)
                 source = f"dataset/fewshot_seed/{self.obj}/{project.name}"
-                if not any(set(listed) & set(names[kind]) for listed, kind in zip(chosen, CLASS_FOLDERS[::-1], strict=True)):
+                if not any(
+                    set(listed) & set(names[kind]) for listed, kind in zip(chosen, CLASS_FOLDERS[::-1], strict=True)
+                ):
                     chosen = None  # a list for other images under the same name, as with the phantom
         if chosen is None:
             chosen = sample_shots(names["Ungood"], names["good"], shot, seed)

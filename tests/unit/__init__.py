@@ -1,0 +1,1 @@
+"""Tests, imported as packages so that they can share helpers."""

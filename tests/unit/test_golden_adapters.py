@@ -25,7 +25,7 @@ def golden_adapters(kind: str, features_list: list[int], contrast: bool) -> Dual
 
 
 def patch_tokens(variant: str, layers: list[int]) -> list[torch.Tensor]:
-    activation, data = variant.split("_")[0], load_golden("backbone")
+    activation, data = variant.split("_", maxsplit=1)[0], load_golden("backbone")
     return [torch.from_numpy(data[f"{activation}/hidden_layer{layer}"])[:, 1:] for layer in sorted(layers)]
 
 

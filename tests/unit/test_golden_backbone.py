@@ -56,7 +56,10 @@ def test_no_graph_and_no_gradients(tiny_clip):
 
 def test_the_pass_stops_at_the_last_layer_asked_for(tiny_clip):
     clip, seen = tiny_clip(False), []
-    hooks = [block.register_forward_hook(lambda *_, n=n: seen.append(n)) for n, block in enumerate(clip.visual.transformer.resblocks, 1)]
+    hooks = [
+        block.register_forward_hook(lambda *_, n=n: seen.append(n))
+        for n, block in enumerate(clip.visual.transformer.resblocks, 1)
+    ]
     clip.image_tokens(torch.rand(1, 3, 42, 42), [1, 2])
     for hook in hooks:
         hook.remove()

@@ -67,7 +67,9 @@ def test_single_prompts(golden, tiny_clip, variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_context_gradients(golden, tiny_clip, variant):
     data = golden("prompts")
-    chooser = chooser_with_golden_contexts(clip_of(variant, tiny_clip), "Brain", "learnable_all", variant.endswith("causal"))
+    chooser = chooser_with_golden_contexts(
+        clip_of(variant, tiny_clip), "Brain", "learnable_all", variant.endswith("causal")
+    )
     (chooser() * torch.from_numpy(data["grad_vector"])).sum().backward()
     for maker in chooser.makers.values():
         for name, parameter in maker.ctx.items():

@@ -1,0 +1,177 @@
+"""Command-line arguments, once for train.py and test.py, and what follows from them: device, precision, store."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from CLIP import ADAPTERS, CLIP, FIDELITIES, PRETRAINS, ModelConfig, list_models
+from dataset import OBJECTS, MedicalDataset
+from loss import DEC_TYPES, LOSS_TYPES
+from Prompt import TEXT_MOODS
+from utils import InputError
+
+from .detector import Detector, Settings
+from .features import DTYPES, MODES, Backbone, FeatureStore
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+# The published flags that shape a checkpoint, with the published defaults.
+MODEL_FLAGS = {
+    "model_name": {"default": "ViT-L-14-336", "choices": list_models(), "help": "a file of CLIP/model_configs"},
+    "pretrain": {"default": "openai", "choices": PRETRAINS, "help": "where CLIP's weights come from"},
+    "img_size": {"default": 240, "type": int, "help": "pixels a side that images are resized to"},
+    "features_list": {
+        "default": None,
+        "type": int,
+        "nargs": "+",
+        "help": "layers that adapters read, counted from 1 (default: the quarters of the depth, 6 12 18 24 for ViT-L)",
+    },
+    "text_mood": {"default": "learnable_all", "choices": TEXT_MOODS, "help": "which prompts learn their contexts"},
+    "contrast_mood": {"default": "yes", "choices": ("yes", "no"), "help": "subtract the other branch's text cosine"},
+    "dec_type": {"default": "mean", "choices": DEC_TYPES, "help": "how patches are summarised for an image"},
+    "loss_type": {"default": "sigmoid", "choices": LOSS_TYPES, "help": "detection loss"},
+    "visionA": {"default": "MFCFC", "choices": tuple(ADAPTERS), "help": "kind of adapter"},
+    "fidelity": {
+        "default": "released",
+        "choices": FIDELITIES,
+        "help": "what the published code does, or what CLIP was trained with (README: Fidelity)",
+    },
+}
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show defaults, but not a default of None."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def add_data_flags(parser: argparse.ArgumentParser, obj: str) -> None:
+    """Flags of both scripts: data, machine, features, results."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--obj", default=obj, choices=OBJECTS, help="data set")
+    data.add_argument("--data_path", default="./data/", help="folder that holds <obj>_AD")
+    data.add_argument("--batch_size", type=positive, default=16, help="images a training step; scoring takes two such")
+    data.add_argument("--save_path", default="./ckpt/", help="folder of checkpoints")
+    data.add_argument("--weights", help="file with CLIP weights, instead of the one under CLIP/ckpt")
+    data.add_argument("--seed", type=int, default=111)
+    data.add_argument("--out_json", help="write the results to this file")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    machine.add_argument(
+        "--precision", default="auto", choices=PRECISIONS, help="auto: fp32 on a CPU, bf16 or fp16 on CUDA"
+    )
+    machine.add_argument("--num_workers", type=int, default=2, help="threads that decode images beside the network")
+    features = parser.add_argument_group("features (README: The feature store)")
+    features.add_argument("--cache", default="auto", choices=MODES, help="where the frozen tower's tokens are kept")
+    features.add_argument("--cache_dir", default=".cache/features", help="folder of the disk store")
+    features.add_argument("--cache_dtype", default="float16", choices=tuple(DTYPES), help="how tokens are kept")
+
+
+def add_model_flags(parser: argparse.ArgumentParser, from_checkpoint: bool) -> None:
+    """The flags that shape a checkpoint; test.py takes them only to contradict them."""
+    note = "checked against the checkpoint, which decides" if from_checkpoint else None
+    group = parser.add_argument_group("model", note)
+    for name, spec in MODEL_FLAGS.items():
+        group.add_argument(f"--{name}", **{**spec, **({"default": None} if from_checkpoint else {})})
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def check_layers(layers: list[int] | None, config: ModelConfig) -> tuple[int, ...]:
+    """The layers to read: the default where none are given; `InputError` for what the tower does not have."""
+    if layers is None:
+        return tuple(config.default_features())
+    if min(layers) < 1 or max(layers) > config.layers:
+        raise InputError(f"--features_list {' '.join(map(str, layers))}: {config.name} has layers 1 to {config.layers}")
+    if list(layers) != sorted(set(layers)):
+        raise InputError(f"--features_list {' '.join(map(str, layers))}: give each layer once, in ascending order")
+    return tuple(layers)
+
+
+def make_settings(options: argparse.Namespace, dataset: MedicalDataset, clip: CLIP) -> Settings:
+    """The settings of a new checkpoint."""
+    names = [name for name in MODEL_FLAGS if name != "features_list"]
+    return Settings(
+        **{name: getattr(options, name) for name in names},
+        obj=dataset.obj,
+        features_list=check_layers(options.features_list, clip.config),
+        prompt_name=dataset.prompt_name,
+        pixel_metrics=dataset.pixel_metrics,
+        weights_sha256=clip.info.sha256,
+        eval_batch=2 * options.batch_size,
+    )
+
+
+def check_against(settings: Settings, options: argparse.Namespace) -> None:
+    """`InputError` where a flag contradicts the checkpoint."""
+    for name in MODEL_FLAGS:
+        given, stored = getattr(options, name), getattr(settings, name)
+        if given is not None and given != (list(stored) if name == "features_list" else stored):
+            raise InputError(
+                f"--{name} {given} contradicts the checkpoint, which was trained with {stored}; leave it out"
+            )
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one; `InputError` for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name}: no such device; use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here")
+    return device
+
+
+def pick_autocast(precision: str, device: torch.device) -> torch.dtype | None:
+    """The autocast dtype that --precision means on `device`; None is float32."""
+    if precision == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def make_store(options: argparse.Namespace, clip: CLIP, detector: Detector) -> FeatureStore:
+    """The feature store that the flags ask for."""
+    backbone = Backbone(
+        clip,
+        detector.settings.features_list,
+        detector.adapters.reads_class_token,
+        pick_autocast(options.precision, clip.device),
+    )
+    return FeatureStore(
+        backbone, options.cache, options.cache_dir, options.cache_dtype, options.batch_size, options.num_workers
+    )
+
+
+def say_weights(clip: CLIP) -> None:
+    """Print where the weights come from, loudly where nothing is pre-trained."""
+    print(f"weights: {clip.info.source}, SHA-256 {clip.info.sha256[:16]}...", flush=True)
+    if clip.info.pretrain == "random":
+        print("weights: RANDOM, nothing is pre-trained: scores show that the program runs, not what MadCLIP can do")
+
+
+def writable(path: str | Path, flag: str) -> Path:
+    """Make sure that a file can be written there before hours are spent on what it will hold."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.parent / f".{path.name}.probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{flag} {path}: cannot be written ({error.strerror})") from error
+    return path

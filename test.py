@@ -1,0 +1,93 @@
+"""Test a MadCLIP checkpoint.
+
+    python test.py --obj Liver                                  the checkpoint ckpt/Liver.pth on Liver's test set
+    python test.py --obj Brain --ckpt FILE --out_json result.json
+
+Arguments -> checkpoint -> metrics. Everything that shaped the checkpoint is read from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from CLIP import create_model
+from dataset import MedicalDataset
+from engine.checkpoint import Checkpoint
+from engine.detector import Detector
+from engine.evaluate import evaluate, published_lines, result_json
+from engine.features import Item
+from engine.options import (
+    Formatter,
+    add_data_flags,
+    add_model_flags,
+    check_against,
+    make_store,
+    pick_device,
+    say_weights,
+    writable,
+)
+from utils import InputError, atomic_path, run_cli, set_seed
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags of train.py that make sense here, and --ckpt."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Formatter)
+    add_data_flags(parser, obj="Brain")
+    add_model_flags(parser, from_checkpoint=True)
+    parser.add_argument("--ckpt", help="checkpoint (default: <save_path>/<obj>.pth)")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Arguments -> checkpoint -> metrics."""
+    options = parse()
+    set_seed(options.seed)
+    device = pick_device(options.device)
+    if options.out_json:
+        writable(options.out_json, "--out_json")
+    ckpt = options.ckpt or Path(options.save_path) / f"{options.obj}.pth"
+    checkpoint = Checkpoint.load(ckpt)
+    settings = checkpoint.settings
+    check_against(settings, options)
+    dataset = MedicalDataset.open(options.obj, options.data_path)
+    if dataset.pixel_metrics != settings.pixel_metrics:
+        raise InputError(
+            f"--obj {options.obj} and {ckpt} (trained on {settings.obj}) are scored differently: one has masks"
+        )
+    samples = dataset.samples("test")
+
+    clip = create_model(
+        settings.model_name, settings.pretrain, settings.img_size, weights=options.weights,
+        fidelity=settings.fidelity, seed=checkpoint.about["options"]["seed"], device=device,
+    )  # fmt: skip
+    say_weights(clip)
+    if clip.info.sha256 != settings.weights_sha256:
+        raise InputError(
+            f"--ckpt {ckpt} was trained on CLIP weights {settings.weights_sha256}, but {clip.info.source} is "
+            f"{clip.info.sha256}; give the right file with --weights"
+        )
+    detector = Detector(clip, settings).to(device)
+    checkpoint.restore(detector, ckpt)
+    store = make_store(options, clip, detector)
+    store.prepare([Item(sample) for sample in samples])
+    found = evaluate(detector, store, samples, full=True)
+
+    select = checkpoint.about["select"]
+    epoch = checkpoint.about["metrics"]["epoch"]
+    print(f"{options.obj}: {len(samples)} test images")
+    print(f"{ckpt}: trained on {settings.obj}, epoch {epoch} (--select {select})")
+    print(found.line())
+    for name, value in found.more.items():
+        words = " to ".join(f"{v:.4f}" for v in value) if isinstance(value, list) else f"{value:.4f}"
+        print(f"  {name}: {words}")
+    if options.out_json:
+        with atomic_path(options.out_json) as path:
+            path.write_text(json.dumps(result_json(settings, found, select), indent=2) + "\n")
+    print(published_lines(options.obj, found))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,148 @@
+"""The byte-pair encoder against the stored ids and against open_clip's on many scripts."""
+
+# ruff: noqa: RUF001 (look-alike characters are what is tested)
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from CLIP.tokenizer import EOT, SOT, Tokenizer, _clean, tokenize
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "tokenizer.json").read_text(encoding="utf-8"))
+TOKENIZER = Tokenizer.default()
+
+# First and last character of what the random strings are drawn from.
+SCRIPTS = {
+    "latin": "az",
+    "capitals": "AZ",
+    "accents": "\u00c0\u024f",
+    "greek": "\u0370\u03ff",
+    "cyrillic": "\u0400\u04ff",
+    "hebrew": "\u0590\u05ff",
+    "arabic": "\u0600\u06ff",
+    "devanagari": "\u0900\u097f",
+    "thai": "\u0e01\u0e5b",
+    "kana": "\u3041\u30ff",
+    "han": "\u4e00\u9fff",
+    "hangul": "\uac00\ud7a3",
+    "emoji": "\U0001f300\U0001f64f",
+    "digits": "09",
+    "number_forms": "\u2150\u218b",
+    "punctuation": "!/",
+    "more_punctuation": ":@",
+    "general_punctuation": "\u2010\u205e",
+    "blanks": "\u2000\u200f",
+    "controls": "\x00\x1f",
+    "latin1_controls": "\x80\xbf",
+    "full_width": "\uff01\uffee",
+    "joiners": "\u200b\u200d",
+    "surrogates": "\ud800\ud810",
+}
+PIECES = [
+    *("&amp;", "&lt;b&gt;", "&amp;lt;", "&nbsp;", "&#233;", "&#x1F600;", "&#28;", "&#xD800;", "&eacute", "&notit;"),
+    *("schÃ¶n", "â€œquotedâ€\x9d", "Ð¿Ñ€Ð¸Ð²ÐµÑ‚", "l’humanitÃ©", "ï¿½", "\ufeff"),
+    *("don't", "WE'LL", "it's", "it'ſ", "'Re", "İI", "ß", "ﬁ", "e\u0301", "👩\u200d⚕️", "🇮🇹", "Ⅷ½²"),
+    *("  ", "\t\n", "\r\n", "\x85", "\u3000", "_", "...", "!!!", "a photo of a", "<|", "|>", "endoftext", "</w>"),
+]
+
+
+def padded(ids: list[int], length: int = 77) -> list[int]:
+    return ids + [0] * (length - len(ids))
+
+
+def random_text(rng: random.Random) -> str:
+    """One to eight words, each of one script or a special piece, with or without blanks between."""
+    words = []
+    for _ in range(rng.randint(1, 8)):
+        if rng.random() < 0.3:
+            words.append(rng.choice(PIECES))
+        else:
+            low, high = map(ord, rng.choice(list(SCRIPTS.values())))
+            words.append("".join(chr(rng.randint(low, high)) for _ in range(rng.randint(1, 9))))
+    return rng.choice(("", " ", " ", " ")).join(words)
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: ascii(case["text"])[:30])
+def test_golden_case(case: dict[str, Any]) -> None:
+    tokens = tokenize(case["text"])
+    assert str(tokens.dtype) == f"torch.{GOLDEN['dtype']}"
+    assert tokens.shape == (1, GOLDEN["context_length"])
+    assert tokens[0].tolist() == padded(case["ids"])
+    assert tokens[0].argmax().item() == case["argmax_position"]
+
+
+@pytest.mark.parametrize("case", GOLDEN["too_long"], ids=lambda case: str(case["full_length_with_sot_eot"]))
+def test_too_long(case: dict[str, Any]) -> None:
+    assert len(TOKENIZER.encode(case["text"])) + 2 == case["full_length_with_sot_eot"]
+    assert case["default_raises"] == "RuntimeError"
+    with pytest.raises(RuntimeError, match=rf"needs {case['full_length_with_sot_eot']} tokens, at most 77") as caught:
+        tokenize(case["text"])
+    assert type(caught.value) is RuntimeError
+    assert tokenize(case["text"], truncate=True)[0].tolist() == case["ids_with_truncate"]
+
+
+@pytest.mark.parametrize("case", GOLDEN["other_context_lengths"], ids=lambda case: str(case["context_length"]))
+def test_other_context_length(case: dict[str, Any]) -> None:
+    length = case["context_length"]
+    if case["default_raises"] is None:
+        assert tokenize(case["text"], length)[0].tolist() == padded(case["ids"], length)
+    else:
+        with pytest.raises(RuntimeError, match=f"at most {length} fit"):
+            tokenize(case["text"], length)
+    assert tokenize(case["text"], length, truncate=True)[0].tolist() == padded(case["ids_with_truncate"], length)
+
+
+def test_decode() -> None:
+    for case in GOLDEN["decode"]:
+        assert TOKENIZER.decode(case["ids"]) == case["text"]
+        assert TOKENIZER.decode(torch.tensor(case["ids"])) == case["text"]
+    assert TOKENIZER.decode([GOLDEN["sot"], GOLDEN["eot"]]) == SOT + EOT
+    assert TOKENIZER.decode([*TOKENIZER.encode("é")[:1], 127]) == "é \ufffd"  # a lone byte of a longer character
+
+
+def test_several_texts_are_rows_of_their_own() -> None:
+    texts = ["a photo of a brain.", "", "Chest X-ray film"]
+    tokens = tokenize(texts)
+    assert tokens.shape == (3, 77)
+    for row, text in zip(tokens, texts, strict=True):
+        assert torch.equal(row, tokenize(text)[0])
+    assert tokenize([]).shape == (0, 77)
+
+
+def test_vocabulary() -> None:
+    assert TOKENIZER.vocab_size == GOLDEN["vocab_size"] == len(set(TOKENIZER._symbols))
+    assert (TOKENIZER.sot, TOKENIZER.eot) == (GOLDEN["sot"], GOLDEN["eot"])
+    assert Tokenizer.default() is TOKENIZER  # read once
+
+
+def test_equals_open_clip_on_many_scripts() -> None:
+    from open_clip.tokenizer import SimpleTokenizer  # noqa: PLC0415 (slow to import)
+
+    theirs = SimpleTokenizer()
+    rng = random.Random(40)
+    texts = [random_text(rng) for _ in range(4000)]
+    texts = [text for text in texts if SOT not in _clean(text) and EOT not in _clean(text)]
+    assert len(texts) > 3900
+    for text in texts:
+        ids = TOKENIZER.encode(text)
+        assert ids == theirs.encode(text), ascii(text)
+        assert TOKENIZER.decode(ids) == theirs.decode(ids), ascii(text)
+    assert torch.equal(tokenize(texts, truncate=True).long(), theirs(texts))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=60))
+def test_decoding_gives_the_text_back_but_for_blanks(text: str) -> None:
+    def without_blanks(text: str) -> str:
+        return "".join(text.split())
+
+    # A literal word end in the text decodes to a blank.
+    if "</w>" not in _clean(text):
+        assert without_blanks(TOKENIZER.decode(TOKENIZER.encode(text))) == without_blanks(_clean(text))

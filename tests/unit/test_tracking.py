@@ -1,0 +1,452 @@
+"""W&B tracking: real wandb runs in subprocesses with their own home folder, read back from the run files."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import os
+import pty
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from wandb.proto import wandb_internal_pb2 as pb
+
+from engine import tracking
+from engine.tracking import Tracker
+
+ROOT = Path(__file__).parents[2]
+KEY = "0123456789abcdef" * 2 + "deadbeef"  # the shape of a key, of nobody
+OTHER_KEY = "fedcba9876543210" * 2 + "deadbeef"
+PUBLISHED = ["epoch", "sim_texts", "AUC+pAUC", "AUC", "pAUC", "loss", "AUC+pAUCbest", "AUCbest", "pAUCbest"]
+THREE_EPOCHS = """
+    with tracker:
+        for epoch in range(3):
+            values = {name: epoch + i / 10 for i, name in enumerate(PUBLISHED)}
+            tracker.log({**values, "epoch": epoch, "train/lr": 0.1}, step=epoch)
+        tracker.summary({"test/AUC": 0.75})
+"""
+
+
+def run(tmp_path: Path, body: str = THREE_EPOCHS, *, terminal: int | None = None, **env: str) -> Any:
+    """Run `body` after `Tracker.start`, in a process that knows nothing of the developer's home or environment.
+
+    Its stdin is empty and its stderr is captured, or both are `terminal`.
+    """
+    script = f"""
+import sys
+from pathlib import Path
+from engine import tracking
+PUBLISHED = {PUBLISHED!r}
+tracking.QUIET["init_timeout"] = 3.0
+tracking.QUIET["finish_timeout"] = 5.0
+tracker = tracking.Tracker.start("exp", {{"lr": 0.1, "shots": [4, 16], "root": Path("data")}}, run_dir=Path("run"),
+                                 tags=["few-shot"], group="sweep")
+"""
+    (tmp_path / "home").mkdir(exist_ok=True)
+    keep = {name: os.environ[name] for name in ("PATH", "TMPDIR") if name in os.environ}
+    home = {"HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", script + textwrap.dedent(body)],
+        cwd=tmp_path,
+        env={**keep, **home, **env},
+        stdin=subprocess.DEVNULL if terminal is None else terminal,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE if terminal is None else terminal,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+
+
+def records(tmp_path: Path) -> list[pb.Record]:
+    """Parse the one offline run file: LevelDB log framing (32 KiB blocks, 7-byte heads) around wandb's protobufs."""
+    (path,) = tmp_path.glob("run/wandb/offline-run-*/run-*.wandb")
+    data, at, found, parts = path.read_bytes(), 7, [], b""  # the file starts with a 7-byte mark
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # too little room for a head: the block is padded
+            at += 32768 - at % 32768
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        parts += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # a whole record, or the last part of one
+            found.append(pb.Record.FromString(parts))
+            parts = b""
+    return found
+
+
+def items(update: Any) -> dict[str, Any]:
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in update}
+
+
+@contextmanager
+def server(answer: str) -> Iterator[tuple[str, list[tuple[str, str, bytes]]]]:
+    """Run a local stand-in for the W&B server: "ok", "401" or "silent". Yields its URL and (path, auth, body) seen."""
+    seen: list[tuple[str, str, bytes]] = []
+    leave = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            body = gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
+            seen.append((self.path, self.headers.get("Authorization", ""), body))
+            if answer == "silent":
+                leave.wait(60)
+                return
+            reply = json.dumps({"data": self.data(body)}).encode()
+            self.send_response(401 if answer == "401" else 200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply)
+
+        do_GET = do_PUT = do_POST
+
+        def data(self, body: bytes) -> dict[str, Any]:
+            if b"mutation UpsertBucket" in body:
+                project = {"id": "p", "name": "MadCLIP", "entity": {"id": "e", "name": "someone"}}
+                bucket = {"id": "b", "name": json.loads(body)["variables"]["name"], "project": project}
+                return {"upsertBucket": {"bucket": {**bucket, "historyLineCount": 0}, "inserted": True}}
+            if b"mutation CreateRunFiles" in body:
+                names = json.loads(body)["variables"]["files"]
+                files = [{"name": name, "uploadUrl": f"http://{self.headers['Host']}/up/{name}"} for name in names]
+                return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
+            return {}
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.daemon_threads = True
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{http.server_port}", seen
+    finally:
+        leave.set()
+        http.shutdown()
+        http.server_close()
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def assert_no_key(tmp_path: Path, done: Any, *but: Path) -> None:
+    """No form of the key is in the output or in any file below `tmp_path`, names in `but` aside."""
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path not in but]
+    texts = [path.read_bytes() for path in files] + [done.stdout.encode(), done.stderr.encode()]
+    assert len(texts) > 5
+    for secret in (KEY.encode(), base64.b64encode(f"api:{KEY}".encode())):
+        assert not [text for text in texts if secret in text]
+
+
+def test_no_key_gives_an_offline_run_and_one_line(tmp_path: Path) -> None:
+    (tmp_path / "key.json").write_text('{"wandb_api_key": "paste-your-key-here"}')
+    done = run(tmp_path)
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "no API key" in line
+    folder = next((tmp_path / "run/wandb").glob("offline-run-*")).relative_to(tmp_path)
+    assert f"`wandb leet {folder}`" in line
+    assert f"`wandb sync {folder}`" in line
+
+    found = records(tmp_path)
+    (started,) = [record.run for record in found if record.HasField("run")]
+    assert (started.project, started.display_name, started.run_group) == ("MadCLIP", "exp", "sweep")
+    assert list(started.tags) == ["few-shot"]
+    config = items(started.config.update)
+    assert {name: config[name] for name in ("lr", "shots", "root")} == {"lr": 0.1, "shots": [4, 16], "root": "data"}
+
+    history = [items(record.history.item) for record in found if record.HasField("history")]
+    assert [row["_step"] for row in history] == [row["epoch"] for row in history] == [0, 1, 2]
+    assert all({*PUBLISHED, "train/lr"} <= set(row) for row in history)
+    assert history[2]["AUC+pAUC"] == pytest.approx(2.2)
+    summary: dict[str, Any] = {}
+    for record in found:
+        summary |= items(record.summary.update)
+    assert summary["test/AUC"] == 0.75
+    assert summary["pAUCbest"] == pytest.approx(2.8)
+
+    metrics = {record.metric.name or record.metric.glob_name: record.metric for record in found}
+    assert metrics["*"].step_metric == "epoch"
+    assert "epoch" in metrics
+    assert found[-1].exit.exit_code == 0
+
+
+def test_offline_run_can_be_read_by_the_command_that_the_line_names(tmp_path: Path) -> None:
+    command = re.search(r"`wandb leet (.+?)`", run(tmp_path).stderr)
+    assert command
+    wandb = Path(sys.executable).with_name("wandb")
+    if not wandb.exists():
+        pytest.skip("no wandb command beside this Python")
+    shown = subprocess.run(
+        [str(wandb), "leet", "inspect", "--summary", "--json", command[1]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env={"HOME": str(tmp_path / "home"), "PATH": os.environ["PATH"], "WANDB_ERROR_REPORTING": "false"},
+    )
+    assert "AUC+pAUCbest" in shown.stdout
+
+
+def test_an_exception_passes_through_and_marks_the_run_as_failed(tmp_path: Path) -> None:
+    body = """
+    try:
+        with tracker:
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        print("interrupted")
+    """
+    assert run(tmp_path, body).stdout == "interrupted\n"
+    assert records(tmp_path)[-1].exit.exit_code == 1
+
+
+def test_disabled_does_nothing_and_imports_nothing(tmp_path: Path) -> None:
+    done = run(tmp_path, THREE_EPOCHS + '\n    print("wandb" in sys.modules)', WANDB_MODE="disabled", WANDB_API_KEY=KEY)
+    assert (done.stdout, done.stderr) == ("False\n", "")
+    assert [path.name for path in tmp_path.rglob("*")] == ["home"]
+
+
+def test_offline_mode_is_honoured_and_opens_no_connection(tmp_path: Path) -> None:
+    with server("ok") as (url, seen):
+        done = run(tmp_path, WANDB_MODE="offline", WANDB_API_KEY=KEY, WANDB_BASE_URL=url)
+    assert not seen
+    assert "offline (as asked for)" in done.stderr
+    assert_no_key(tmp_path, done)
+
+
+@pytest.mark.parametrize("source", ["environment", "netrc", "key.json"])
+def test_online_with_the_key_from_each_place_and_the_key_is_written_nowhere(tmp_path: Path, source: str) -> None:
+    (tmp_path / "home").mkdir()
+    netrc, key_file = tmp_path / "home/.netrc", tmp_path / "key.json"
+    with server("ok") as (url, seen):
+        env = {"WANDB_BASE_URL": url}
+        # Where two places hold a key, the earlier of environment, netrc, key.json wins.
+        key_file.write_text(json.dumps({"wandb_api_key": KEY if source == "key.json" else OTHER_KEY}))
+        if source == "netrc":
+            netrc.write_text(f"machine {url.removeprefix('http://')}\n  login user\n  password {KEY}\n")
+        if source == "environment":
+            env["WANDB_API_KEY"] = KEY
+        done = run(tmp_path, **env)
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"W&B: online at {url}/someone/MadCLIP/runs/")
+    assert {auth for path, auth, _ in seen if path == "/graphql"} == {
+        "Basic " + base64.b64encode(f"api:{KEY}".encode()).decode()
+    }
+    streamed = b"".join(body for path, _, body in seen if path.endswith("/file_stream"))
+    assert all(name.encode() in streamed for name in PUBLISHED)
+    assert not any(KEY.encode() in body for _, _, body in seen)
+    assert netrc.exists() == (source == "netrc")
+    assert_no_key(tmp_path, done, netrc, key_file)
+    shown = {path.name for path in tmp_path.glob("run/wandb/run-*/files/**/*")}
+    assert not shown & {"diff.patch", "output.log", "code"}
+
+
+def test_unreachable_server_gives_an_offline_run_quickly(tmp_path: Path) -> None:
+    started = time.monotonic()
+    done = run(tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=f"http://127.0.0.1:{closed_port()}")
+    assert time.monotonic() - started < 60
+    (line,) = done.stderr.splitlines()
+    assert "offline (no connection to http://127.0.0.1" in line
+    assert len([record for record in records(tmp_path) if record.HasField("history")]) == 3
+    assert_no_key(tmp_path, done)
+
+
+@pytest.mark.parametrize("answer", ["401", "silent"])
+def test_refused_or_silent_server_gives_an_offline_run_in_bounded_time(tmp_path: Path, answer: str) -> None:
+    started = time.monotonic()
+    with server(answer) as (url, seen):
+        done = run(tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=url)
+    assert time.monotonic() - started < 60
+    assert seen
+    (line,) = done.stderr.splitlines()
+    assert f"offline ({url} did not take the run: " in line
+    assert len([record for record in records(tmp_path) if record.HasField("history")]) == 3
+    assert_no_key(tmp_path, done)
+
+
+@pytest.mark.parametrize("key", ["", "too-short"])
+def test_never_asks_even_at_a_terminal(tmp_path: Path, key: str) -> None:
+    master, slave = pty.openpty()
+    try:
+        with server("401") as (url, _):
+            done = run(tmp_path, terminal=slave, WANDB_BASE_URL=url, WANDB_API_KEY=key)
+        shown = os.read(master, 65536).decode()
+    finally:
+        os.close(master)
+        os.close(slave)
+    assert done.stdout == ""
+    (line,) = shown.splitlines()
+    assert line.startswith("W&B: offline (")
+    assert not (tmp_path / "home/.netrc").exists()
+
+
+def test_wandb_dying_in_mid_run_costs_one_line_and_no_wait(tmp_path: Path) -> None:
+    body = """
+    import os, signal, subprocess, time
+    tracker.log({"loss": 1.0}, step=0)
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,comm="], capture_output=True, text=True).stdout
+    rows = [line.split() for line in listed.splitlines()]
+    (core,) = [int(pid) for pid, parent, *name in rows if int(parent) == os.getpid() and "wandb" in name[0]]
+    os.kill(core, signal.SIGKILL)
+    time.sleep(0.5)
+    for epoch in range(1, 5):
+        tracker.log({"loss": 1.0}, step=epoch)
+        time.sleep(0.1)
+    tracker.summary({"a": 1})
+    tracker.finish()
+    print("trained")
+    """
+    if not shutil.which("ps"):
+        pytest.skip("no ps command")
+    started = time.monotonic()
+    done = run(tmp_path, body)
+    assert time.monotonic() - started < 60
+    assert done.stdout == "trained\n"
+    offline, warning = done.stderr.splitlines()
+    assert offline.startswith("W&B: offline")
+    assert warning.startswith("W&B: warning: could not ")
+
+
+@pytest.mark.parametrize("fault", ["raise ImportError('no wandb here')", "raise RuntimeError('broken\\nwandb')"])
+def test_a_broken_wandb_costs_one_line(tmp_path: Path, fault: str) -> None:
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb/__init__.py").write_text(fault)
+    done = run(tmp_path, THREE_EPOCHS + '\n    print("trained")', PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.stdout == "trained\n"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("W&B: warning: could not start")
+
+
+class BrokenRun:
+    """Stands in for a wandb run: counts the calls, and every one of them fails."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+        self.calls = 0
+
+    def log(self, *_: object, **__: object) -> None:
+        """Fail."""
+        self.calls += 1
+        raise self.error
+
+
+def test_after_a_failure_the_tracker_does_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    tracker, broken = Tracker(), BrokenRun(OSError(f"disk full, key {KEY}\nsecond line"))
+    tracker._run, tracker._secret = broken, KEY
+    for step in range(3):
+        tracker.log({"loss": 1.0}, step=step)
+    tracker.summary({"a": 1})
+    tracker.finish()
+    assert broken.calls == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "disk full, key ***" in line
+
+
+def test_an_interrupt_passes_through() -> None:
+    tracker = Tracker()
+    tracker._run = BrokenRun(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        tracker.log({"loss": 1.0})
+
+
+def test_key_file_has_only_the_field_that_is_read() -> None:
+    assert list(json.loads((ROOT / "key.json").read_text())) == ["wandb_api_key"]  # its value may be the user's key
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "warned"),
+    [
+        (json.dumps({"wandb_api_key": "paste-your-key-here"}), "", False),
+        (json.dumps({"wandb_api_key": " "}), "", False),
+        (json.dumps({"wandb_api_key": f" {KEY}\n"}), KEY, False),
+        (json.dumps({"wandb_api_key": 12}), "", True),
+        (json.dumps({"other": KEY}), "", True),
+        (json.dumps([KEY]), "", True),
+        (f'{{"wandb_api_key": {KEY}}}', "", True),  # no quotes: not JSON
+    ],
+)
+def test_key_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, key: str, warned: bool) -> None:
+    path = tmp_path / "key.json"
+    path.write_text(text)
+    assert tracking._read_key_file(path) == key
+    error = capsys.readouterr().err
+    assert error.count("\n") == warned
+    assert KEY not in error
+
+
+def test_missing_key_file_is_no_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tracking._read_key_file(tmp_path / "key.json") == ""
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+@pytest.mark.parametrize("key", [KEY, f"local-{KEY}", "wandb_v1_Abc123_xyz"])
+def test_a_real_key_that_git_tracks_is_warned_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    monkeypatch.delenv("GIT_DIR", raising=False)
+    path = tmp_path / "key.json"
+
+    def git(*command: str) -> None:
+        subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)
+
+    def warnings() -> list[str]:
+        tracking._read_key_file(path)
+        lines = capsys.readouterr().err.splitlines()
+        assert not any(key in line for line in lines)
+        return lines
+
+    git("init")
+    path.write_text(json.dumps({"wandb_api_key": "paste-your-key-here"}))
+    git("add", "key.json")
+    assert warnings() == []  # the place holder is meant to be tracked
+    path.write_text(json.dumps({"wandb_api_key": key}))
+    (line,) = warnings()
+    assert "git tracks it" in line
+    git("update-index", "--skip-worktree", "key.json")  # what the line advises
+    assert warnings() == []
+    git("update-index", "--no-skip-worktree", "key.json")
+    git("rm", "--cached", "--force", "key.json")
+    assert warnings() == []
+
+
+def test_the_probe_goes_through_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    away = f"http://127.0.0.1:{closed_port()}"
+    with server("ok") as (url, _):
+        assert tracking._reachable(url)
+        assert not tracking._reachable(away)
+        monkeypatch.setenv("http_proxy", url)
+        assert tracking._reachable(away)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert not tracking._reachable(away)
+
+
+def test_the_probe_is_bounded_when_the_name_look_up_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave = threading.Event()
+    monkeypatch.setattr(tracking, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(tracking.socket, "create_connection", lambda *_, **__: leave.wait(30) and None)
+    monkeypatch.setattr(tracking.urllib.request, "getproxies", dict)
+    started = time.monotonic()
+    assert not tracking._reachable("http://127.0.0.1:1")
+    assert time.monotonic() - started < 5

@@ -7,6 +7,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Small model, random weights, made-up images: minutes on a laptop.
+DEMO_OBJS := Brain Chest
+DEMO_TRAIN := --shot 4 --model_name ViT-tiny-14-56 --pretrain random --img_size 112 --epoch 20
+DEMO_PATHS := --data_path demo/data --save_path demo/ckpt
+
 .PHONY: demo test bench clean
 
 $(VENV)/runtime: requirements.txt
@@ -19,7 +24,12 @@ $(VENV)/dev: $(VENV)/runtime requirements-dev.txt
 	touch $@
 
 demo: $(VENV)/runtime
-	$(BIN)/python -m dataset.demo
+	$(BIN)/python -m dataset.phantom --out demo/data --obj $(DEMO_OBJS)
+	for obj in $(DEMO_OBJS); do \
+	  WANDB_MODE=offline $(BIN)/python train.py --obj $$obj $(DEMO_TRAIN) $(DEMO_PATHS) || exit; \
+	  $(BIN)/python test.py --obj $$obj $(DEMO_PATHS) --figures demo/pictures || exit; \
+	done
+	@echo "checkpoints: demo/ckpt   pictures: demo/pictures   (made-up images, random weights: research code, no medicine)"
 
 test: $(VENV)/dev
 	$(BIN)/ruff check .

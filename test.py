@@ -1,7 +1,7 @@
 """Test a MadCLIP checkpoint.
 
     python test.py --obj Liver                                  the checkpoint ckpt/Liver.pth on Liver's test set
-    python test.py --obj Brain --ckpt FILE --out_json result.json
+    python test.py --obj Brain --ckpt FILE --out_json result.json --figures pictures
 
 Arguments -> checkpoint -> metrics. Everything that shaped the checkpoint is read from it.
 """
@@ -29,6 +29,7 @@ from engine.options import (
     say_weights,
     writable,
 )
+from engine.report import Sheet
 from utils import InputError, atomic_path, run_cli, set_seed
 
 
@@ -38,6 +39,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add_data_flags(parser, obj="Brain")
     add_model_flags(parser, from_checkpoint=True)
     parser.add_argument("--ckpt", help="checkpoint (default: <save_path>/<obj>.pth)")
+    parser.add_argument("--figures", help="folder for pictures: test images beside masks and heat maps")
     return parser.parse_args(arguments)
 
 
@@ -48,6 +50,7 @@ def main() -> None:
     device = pick_device(options.device)
     if options.out_json:
         writable(options.out_json, "--out_json")
+    figures = writable(Path(options.figures) / f"{options.obj}.png", "--figures") if options.figures else None
     ckpt = options.ckpt or Path(options.save_path) / f"{options.obj}.pth"
     checkpoint = Checkpoint.load(ckpt)
     settings = checkpoint.settings
@@ -73,7 +76,8 @@ def main() -> None:
     checkpoint.restore(detector, ckpt)
     store = make_store(options, clip, detector)
     store.prepare([Item(sample) for sample in samples])
-    found = evaluate(detector, store, samples, full=True)
+    sheet = Sheet(samples, settings.img_size) if options.figures else None
+    found = evaluate(detector, store, samples, full=True, on_batch=sheet)
 
     select = checkpoint.about["select"]
     epoch = checkpoint.about["metrics"]["epoch"]
@@ -86,6 +90,8 @@ def main() -> None:
     if options.out_json:
         with atomic_path(options.out_json) as path:
             path.write_text(json.dumps(result_json(settings, found, select), indent=2) + "\n")
+    if sheet:
+        print(f"pictures: {sheet.save(figures)}")
     print(published_lines(options.obj, found))
 
 

@@ -164,7 +164,7 @@ def brain(size: int, rng: Rng, sick: Rng | None) -> tuple[Array, Array]:
             oedema = inside(distance - sick.uniform(0.2, 0.5) + 0.12 * smooth(sick, size, 12), 0.25)
             image, mask = add_lesion(image, mask, oedema * tissue, 0.52 + 0.5 * contrast + texture)
         hollow = sick.random() < 0.2
-        core = 0.45 - 0.8 * contrast if hollow else 0.52 + contrast
+        core = 0.45 - 0.8 * contrast if hollow else 0.52 + 0.85 * contrast
         image, mask = add_lesion(image, mask, inside(distance, 0.12) * tissue, core + texture)
         if hollow:
             rim = np.abs(distance + 0.15 + 0.08 * smooth(sick, size, 10)) - sick.uniform(0.1, 0.2)

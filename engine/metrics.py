@@ -47,7 +47,7 @@ def _check_finite(scores: np.ndarray, names: Sequence[str] | None, first: int = 
     """Raise an InputError that names the first image of `scores` (B, ...) with a score that is NaN or infinite."""
     if scores.size == 0 or np.isfinite([scores.min(), scores.max()]).all():
         return
-    rows = scores.reshape(len(scores), -1) if scores.ndim else scores.reshape(1, 1)
+    rows = scores.reshape(len(scores), -1)
     row = int(np.argmin(np.isfinite(rows).all(1)))
     bad = rows[row][~np.isfinite(rows[row])][0]
     name = names[row] if names is not None else f"image {first + row} (counted from 0)"
@@ -78,11 +78,9 @@ class _AdaptiveHistogram:
             raise ValueError(f"empty score range [{low}, {high}]")
         self.low, self.high, self.cells, self.images, self.pixels = float(low), float(high), cells, 0, 0
         first, last = (self._keys(torch.tensor([low, high], dtype=torch.float32)) >> PAGE_BITS).tolist()
-        self._first_page = first
-        self._page_mass = torch.zeros(
-            last - first + 1, dtype=torch.int64
-        )  # pixels, from samples: only places the cells
-        self._lay_out(np.zeros(last - first + 1, dtype=np.int64), dtype)
+        self._first_page, pages = first, last - first + 1
+        self._page_mass = torch.zeros(pages, dtype=torch.int64)  # pixels, from samples: it only places the cells
+        self._lay_out(np.zeros(pages, dtype=np.int64), dtype)
 
     def merge(self, other: _AdaptiveHistogram) -> None:
         """Add what `other` (the same class and score range) has counted, for example in another process."""
@@ -119,7 +117,7 @@ class _AdaptiveHistogram:
         return keys if self.low >= 0 else keys ^ ((keys >> 31) & 0x7FFFFFFF)
 
     def _look(self, keys: Tensor, step: int) -> None:
-        """Note where the mass lies from every `step`-th pixel; lay the cells out anew if theirs are twice too heavy."""
+        """Note from every `step`-th pixel where the mass is; lay the cells out anew if theirs are twice too heavy."""
         pages = (keys >> PAGE_BITS) - self._first_page
         self._page_mass.index_add_(0, pages, torch.ones_like(pages, dtype=torch.int64), alpha=step)
         bits = self._bits[pages.numpy()]
@@ -130,8 +128,9 @@ class _AdaptiveHistogram:
     def _adapt(self) -> None:
         """Share the cells out, half by a page's mass and half by its surroundings', and move what has been counted.
 
-        A cell of a page that is not at float32 resolution has at most a share s = 2 / cells of the pixels, so at most 2s
-        of those of the larger class, which bounds the AUROC's error by s. The surroundings serve thin tails, of which a sample misses many pages.
+        A cell that is wider than one float32 value then has a share of at most s = 2 / cells of the pixels (if they lie
+        evenly within a page), so at most 2s of the larger class, which bounds the AUROC's error by s; it is far smaller
+        as the errors of cells cancel. The surroundings serve thin tails, of which a sample misses many pages.
         """
         keys, totals = self._filled()
         mass = self._page_mass.numpy().astype(np.float64)
@@ -208,7 +207,7 @@ class ScoreHistogram(_AdaptiveHistogram):
         return float(_auroc(counts[:, 0], counts[:, 1]))
 
     def average_precision(self) -> float:
-        """Average precision by scikit-learn's step rule."""
+        """Average precision by scikit-learn's step rule; within 1e-4, as a whole cell counts as one tie."""
         true, false, _ = self._descending("pixel average precision")
         return float((np.diff(true, prepend=0.0) * true / (true + false)).sum() / true[-1])
 
@@ -251,9 +250,8 @@ class PerRegionOverlap(_AdaptiveHistogram):
 
     The mean over R regions of |region and score >= t| / |region| is a weighted count of the abnormal pixels, each
     weighing 1 / (R * its region's size). So the curve is a ROC curve with weights, and the same histogram holds it, in
-
-    float64: within 1e-5 of the exact area. Regions are 8-connected, as in MVTec's
-    evaluation. Every threshold counts, not a list of some hundred.
+    float64: within 1e-5 of the exact area. Regions are 8-connected, as in MVTec's evaluation. Every threshold counts,
+    not a list of some hundred.
     """
 
     def __init__(self, low: float, high: float, cells: int = CELLS) -> None:

@@ -72,7 +72,9 @@ def test_six_epochs_and_the_test_program(golden, golden_json, data_path, tmp_pat
     detector.load_parts(parts)
 
     store = FeatureStore(Backbone(clip, settings.features_list, False), mode="ram", dtype="float32")
-    views = train.TrainingSet.build(shots, TINY_SIZE, dataset.pixel_metrics, torch.from_numpy(data[f"{obj}/jitter_rand"]))
+    views = train.TrainingSet.build(
+        shots, TINY_SIZE, dataset.pixel_metrics, torch.from_numpy(data[f"{obj}/jitter_rand"])
+    )
     test = dataset.samples("test")
     store.prepare([*views.items, *map(Item, test)])
     reports, best_epochs, path = [], [], tmp_path / f"{obj}.pth"

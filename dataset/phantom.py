@@ -24,7 +24,7 @@ from utils import InputError, run_cli
 
 # How far a lesion lies from the tissue around it, as a part of the full grey range; drawn anew for every image.
 # This is the difficulty: (0.1, 0.2) is hard to see, (0.4, 0.6) is glaring.
-CONTRAST = (0.25, 0.5)
+CONTRAST = (0.3, 0.5)
 # The mask: every pixel whose colour is at least this part lesion. Below it, the lesion is not painted at all.
 FAINT = 0.2
 
@@ -141,16 +141,16 @@ def brain(size: int, rng: Rng, sick: Rng | None) -> tuple[Array, Array]:
     x, y = plane(size)
     u, v = turn(x - rng.uniform(-0.05, 0.05), y - rng.uniform(-0.05, 0.05), rng.uniform(-0.2, 0.2))
     r = ellipse(u, v, 0, 0, rng.uniform(0.68, 0.78), rng.uniform(0.82, 0.92)) + 0.012 * smooth(rng, size, 6)
-    image = 0.02 + lay(inside(r - 1) * 0.5, inside(r - 0.95), 0.06)  # scalp, then the dark bone
+    image = 0.02 + lay(inside(r - 1) * 0.36, inside(r - 0.95), 0.06)  # scalp, then the dark bone
     tissue = inside(r - 0.88)
     white = inside(r + 0.14 * np.abs(smooth(rng, size, 16)) - rng.uniform(0.76, 0.8), 0.05)
-    matter = lay(np.full_like(r, 0.42), white, 0.56)
+    matter = lay(np.full_like(r, 0.36), white, 0.46)
     folds = np.exp(-((smooth(rng, size, 18) / 0.16) ** 2)) * np.clip((r - 0.5) / 0.25, 0, 1)
     cleft = inside(np.abs(u + 0.015 * smooth(rng, size, 8)) - 0.012) * inside(0.3 - np.abs(v))
     matter = lay(lay(matter, 0.8 * folds, 0.18), cleft, 0.15)
     width, length = rng.uniform(0.04, 0.08), rng.uniform(0.13, 0.22)
     for side in (-1, 1):
-        matter = lay(matter, inside(ellipse(u, v, side * 0.2, 0.08, 0.1, 0.17, -side * 0.3) - 1, 0.2), 0.45)
+        matter = lay(matter, inside(ellipse(u, v, side * 0.2, 0.08, 0.1, 0.17, -side * 0.3) - 1, 0.2), 0.4)
         for cy, out, lean in ((-0.14, 0.04, 0.3), (0.18, 0.14, -0.5)):  # front and back horn of a ventricle
             horn = ellipse(u, v, side * (width + out), cy, width, length, side * lean)
             matter = lay(matter, inside(horn - 1, 0.12), 0.1)
@@ -158,17 +158,17 @@ def brain(size: int, rng: Rng, sick: Rng | None) -> tuple[Array, Array]:
     mask = np.zeros(r.shape, bool)
     if sick is not None:
         contrast = sick.uniform(*CONTRAST)
-        distance = blob(sick, x, y, *spot_in(sick, inside(r - 0.66)), sick.uniform(0.13, 0.34))
+        distance = blob(sick, x, y, *spot_in(sick, inside(r - 0.66)), sick.uniform(0.15, 0.34))
         texture = 0.06 * smooth(sick, size, 20)
         if sick.random() < 0.5:
             oedema = inside(distance - sick.uniform(0.2, 0.5) + 0.12 * smooth(sick, size, 12), 0.25)
-            image, mask = add_lesion(image, mask, oedema * tissue, 0.52 + 0.5 * contrast + texture)
+            image, mask = add_lesion(image, mask, oedema * tissue, 0.45 + 0.5 * contrast + texture)
         hollow = sick.random() < 0.2
-        core = 0.45 - 0.8 * contrast if hollow else 0.52 + 0.85 * contrast
+        core = 0.4 - 0.7 * contrast if hollow else 0.47 + contrast
         image, mask = add_lesion(image, mask, inside(distance, 0.12) * tissue, core + texture)
         if hollow:
             rim = np.abs(distance + 0.15 + 0.08 * smooth(sick, size, 10)) - sick.uniform(0.1, 0.2)
-            image, mask = add_lesion(image, mask, inside(rim, 0.12) * tissue, 0.52 + contrast + texture)
+            image, mask = add_lesion(image, mask, inside(rim, 0.12) * tissue, 0.47 + contrast + texture)
     return image + 0.025 * rng.standard_normal(r.shape), mask
 
 

@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 
 # Small model, random weights, made-up images: minutes on a laptop.
 DEMO_OBJS := Brain Chest
-DEMO_TRAIN := --shot 4 --model_name ViT-tiny-14-56 --pretrain random --img_size 112 --epoch 20
+DEMO_TRAIN := --shot 4 --model_name ViT-tiny-14-56 --pretrain random --img_size 112 --epoch 40
 DEMO_PATHS := --data_path demo/data --save_path demo/ckpt
 
 .PHONY: demo test bench clean

@@ -25,7 +25,7 @@ from torch import Tensor
 from CLIP import create_model
 from dataset import MedicalDataset, Sample, Shots, load_mask
 from engine.checkpoint import Checkpoint, versions
-from engine.detector import Detector, make_optimizers
+from engine.detector import Detector, Settings, make_optimizers
 from engine.evaluate import Evaluation, evaluate, published_lines, result_json
 from engine.features import FeatureStore, Item
 from engine.options import (
@@ -34,7 +34,6 @@ from engine.options import (
     add_model_flags,
     make_settings,
     make_store,
-    pick_autocast,
     pick_device,
     positive,
     say_weights,
@@ -171,7 +170,6 @@ def fit(
     select: str = "test",
     valid: Sequence[Sample] = (),
     eval_every: int = 1,
-    scaler: torch.amp.GradScaler | None = None,
     on_epoch: Callable[[EpochReport, bool], None] = lambda report, best: None,
 ) -> tuple[EpochReport, EpochReport]:
     """Train; call `on_epoch(report, is_new_best)` after each epoch.
@@ -180,6 +178,8 @@ def fit(
         The selected epoch and the last one. A new best must be strictly better, starting from 0, as published.
     """
     optimizers = make_optimizers(detector.adapters, detector.prompts, learning_rate)
+    # bfloat16 has float32's range; float16 gradients need scaling, which the published code left out.
+    scaler = torch.amp.GradScaler() if store.backbone.autocast is torch.float16 else None
     shuffle = torch.Generator().manual_seed(seed)
     best_score, best = 0.0, None
     text = None
@@ -212,23 +212,29 @@ def fit(
     return best, report
 
 
-def main() -> None:
-    """Arguments -> data, backbone, features, model -> epochs -> checkpoint."""
-    options = parse()
-    name = options.exp_name or f"{options.obj}-{options.shot}shot-{options.fidelity}-{time.strftime('%Y%m%d-%H%M%S')}"
+@dataclass
+class Setup:
+    """What the arguments stand for."""
+
+    shots: Shots
+    settings: Settings
+    detector: Detector
+    store: FeatureStore
+    data: TrainingSet
+    test: list[Sample]
+    valid: list[Sample]  # what is left of valid/ after the shots, with --select valid
+
+
+def prepare(options: argparse.Namespace) -> Setup:
+    """Arguments -> data, backbone, model, and the store that will keep the features."""
     set_seed(options.seed)
     device = pick_device(options.device)
-    if options.out_json:
-        writable(options.out_json, "--out_json")
-    ckpt_path = writable(Path(options.save_path) / f"{options.obj}.pth", "--save_path") if options.save_model else None
-
     dataset = MedicalDataset.open(options.obj, options.data_path)
     shots = dataset.shots(options.shot, options.iterate, options.seed)
-    test = dataset.samples("test")
-    used = {sample.path for sample in (*shots.abnormal, *shots.normal)}
-    valid = (
-        [sample for sample in dataset.samples("valid") if sample.path not in used] if options.select == "valid" else []
-    )
+    test, valid = dataset.samples("test"), []
+    if options.select == "valid":
+        used = {sample.path for sample in (*shots.abnormal, *shots.normal)}
+        valid = [sample for sample in dataset.samples("valid") if sample.path not in used]
     print(f"{options.obj}: {len(test)} test images ({sum(s.label for s in test)} abnormal); shots from {shots.source}")
     for kind, names in shots.names().items():
         print(f"  {kind} shots: {' '.join(names)}")
@@ -242,7 +248,20 @@ def main() -> None:
     detector = Detector(clip, settings).to(device)
     store = make_store(options, clip, detector)
     data = TrainingSet.build(shots, settings.img_size, settings.pixel_metrics, torch.rand(2, 2))
-    store.prepare([*data.items, *(Item(sample) for sample in (*test, *valid))])
+    return Setup(shots, settings, detector, store, data, test, valid)
+
+
+def main() -> None:
+    """Arguments -> data, backbone, features, model -> epochs -> checkpoint."""
+    options = parse()
+    name = options.exp_name or f"{options.obj}-{options.shot}shot-{options.fidelity}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if options.out_json:
+        writable(options.out_json, "--out_json")
+    ckpt_path = writable(Path(options.save_path) / f"{options.obj}.pth", "--save_path") if options.save_model else None
+    setup = prepare(options)
+    settings, shots, detector = setup.settings, setup.shots, setup.detector
+    clip = setup.store.backbone.clip
+    setup.store.prepare([*setup.data.items, *(Item(sample) for sample in (*setup.test, *setup.valid))])
 
     config = {**vars(options), **settings.to_dict(), "shots": shots.names(), "shots_from": shots.source, **versions()}
     group = f"{options.obj}-{options.shot}shot"
@@ -261,12 +280,10 @@ def main() -> None:
                 Checkpoint(settings, detector.parts(), {**about, "metrics": figures}).save(ckpt_path)
             tracker.log(published_keys(report, best_so_far, is_best), step=report.epoch)
 
-        autocast = pick_autocast(options.precision, device)
         best, last = fit(
-            detector, store, data, test, epochs=options.epoch, batch_size=options.batch_size,
-            learning_rate=options.learning_rate, seed=options.seed, select=options.select, valid=valid,
+            detector, setup.store, setup.data, setup.test, epochs=options.epoch, batch_size=options.batch_size,
+            learning_rate=options.learning_rate, seed=options.seed, select=options.select, valid=setup.valid,
             eval_every=options.eval_every, on_epoch=on_epoch,
-            scaler=torch.amp.GradScaler() if autocast is torch.float16 and device.type == "cuda" else None,
         )  # fmt: skip
 
     protocol = f"epoch {best.epoch + 1} of {options.epoch}, {SELECTS[options.select]} (--select {options.select})"

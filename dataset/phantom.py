@@ -244,8 +244,8 @@ def retina(size: int, rng: Rng, sick: Rng | None, kinds: Sequence[str]) -> tuple
     """Draw an OCT B-scan of the macula; the lesions are one or two of `kinds`: "pockets", "detachment", "drusen"."""
     x, y = plane(size)
     column = x[0]
-    base = rng.uniform(0.12, 0.32) + rng.uniform(-0.12, 0.12) * column + rng.uniform(-0.05, 0.12) * column**2
-    thick = rng.uniform(0.5, 0.62) + 0.015 * smooth(rng, size, 5)[0]
+    base = rng.uniform(0.16, 0.28) + rng.uniform(-0.1, 0.1) * column + rng.uniform(-0.05, 0.1) * column**2
+    thick = rng.uniform(0.52, 0.6) + 0.015 * smooth(rng, size, 5)[0]
     fovea = (column - rng.uniform(-0.25, 0.25)) / rng.uniform(0.16, 0.24)
     thick = thick * (1 - rng.uniform(0.35, 0.5) * np.exp(-(fovea**2)))
     depth = (y - base) / thick + 1
@@ -262,9 +262,9 @@ def retina(size: int, rng: Rng, sick: Rng | None, kinds: Sequence[str]) -> tuple
             spot = spot_in(sick, room * (np.abs(x) < 0.8))
             cover = inside(blob(sick, x, y, *spot, sick.uniform(0.08, 0.18), 0.2), 0.12) * room
             image, mask = add_lesion(image, mask, cover, dark)
-        mounds = [(sick.uniform(0.3, 0.55), sick.uniform(0.18, 0.32), dark)] * ("detachment" in chosen)
+        mounds = [(sick.uniform(0.3, 0.7), sick.uniform(0.2, 0.36), dark)] * ("detachment" in chosen)
         for _ in range(sick.integers(3, 7) * ("drusen" in chosen)):
-            half = sick.uniform(0.12, 0.24)
+            half = sick.uniform(0.14, 0.3)
             mounds.append((half, half * sick.uniform(0.6, 0.9), 0.3 + contrast))
         for half, height, value in mounds:
             bump = height * np.clip(1 - ((column - sick.uniform(-0.7, 0.7)) / half) ** 2, 0, None) ** 0.8
@@ -281,9 +281,9 @@ def chest(size: int, rng: Rng, sick: Rng | None) -> tuple[Array, Array]:
     x, y = plane(size)
     u, v = turn(x - rng.uniform(-0.04, 0.04), y - rng.uniform(-0.04, 0.04), rng.uniform(-0.05, 0.05))
     shoulder = 0.24 + 0.72 * np.clip((v + rng.uniform(0.86, 0.95)) / 0.3, 0, 1) ** 0.5
-    image = 0.03 + inside(np.abs(u) - shoulder, 0.03) * (rng.uniform(0.52, 0.6) + 0.1 * v)
+    image = 0.03 + inside(np.abs(u) - shoulder, 0.03) * (rng.uniform(0.53, 0.57) + 0.1 * v)
     lung = np.zeros_like(u)
-    wide, tall = rng.uniform(0.32, 0.36), rng.uniform(0.74, 0.84)
+    wide, tall = rng.uniform(0.33, 0.36), rng.uniform(0.76, 0.82)
     for side in (-1, 1):
         field = ellipse((u - side * 0.44) / (1 + 0.25 * v), v, 0, 0.02, wide, tall, power=2.4)
         floor = 0.72 - 0.04 * side - 0.14 * np.cos((u - side * 0.4) * 3)
@@ -291,7 +291,7 @@ def chest(size: int, rng: Rng, sick: Rng | None) -> tuple[Array, Array]:
     heart = ellipse(u, v, rng.uniform(0.1, 0.16), 0.32, rng.uniform(0.3, 0.38), rng.uniform(0.24, 0.3), 0.6)
     middle = np.maximum(inside(heart - 1, 0.12), inside(np.abs(u) - 0.13 - 0.03 * np.cos(6 * v), 0.06))
     lung = lung * (1 - middle)
-    image = lay(image, lung, rng.uniform(0.14, 0.2))
+    image = lay(image, lung, rng.uniform(0.14, 0.18))
     image += 0.08 * middle * inside(v - 0.6, 0.3) + 0.04 * inside(np.abs(u) - 0.06, 0.02)
     twigs, ribs, collar = [], [], []
     gap, t = rng.uniform(0.15, 0.18), np.linspace(0, math.pi * 0.62, 12)
@@ -304,17 +304,17 @@ def chest(size: int, rng: Rng, sick: Rng | None) -> tuple[Array, Array]:
         collar.append(([(side * 0.06, -0.66), (side * 0.35, -0.74), (side * 0.75, -0.82)], 0.06))
     image += 0.16 * lung * strokes(size, twigs, 0.01) + 0.13 * strokes(size, collar, 0.012)
     image += 0.08 * strokes(size, ribs, 0.014) * inside(v - 0.6, 0.2) * (1 - 0.7 * middle)
-    image *= 1 + 0.03 * smooth(rng, size, 4)
+    image *= 1 + 0.02 * smooth(rng, size, 4)
     mask = np.zeros(u.shape, bool)
     if sick is not None:
         value = image + 0.05 + 0.8 * sick.uniform(*CONTRAST)  # added, so that ribs and vessels show through
         if sick.random() < 0.2:
-            level = sick.uniform(0.0, 0.3) - 0.5 * np.clip(np.abs(u) - 0.35, 0, None) ** 1.5
+            level = sick.uniform(-0.2, 0.2) - 0.5 * np.clip(np.abs(u) - 0.35, 0, None) ** 1.5
             image, mask = add_lesion(
                 image, mask, inside(level - v, 0.05) * lung * (u * sick.choice([-1, 1]) > 0), value
             )
-        for _ in range(0 if mask.any() else sick.integers(1, 5)):
-            distance = blob(sick, x, y, *spot_in(sick, lung), sick.uniform(0.18, 0.36))
+        for _ in range(0 if mask.any() else sick.integers(2, 6)):
+            distance = blob(sick, x, y, *spot_in(sick, lung), sick.uniform(0.18, 0.42))
             fluff = inside(distance + 0.25 * smooth(sick, size, 14), 0.35)
             image, mask = add_lesion(image, mask, 0.9 * fluff * lung, value + 0.05 * smooth(sick, size, 24))
     return image + 0.02 * rng.standard_normal(u.shape), mask

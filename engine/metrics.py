@@ -26,7 +26,7 @@ from torch import Tensor
 from utils import InputError
 
 PAGE_BITS = 12  # a page is 2**12 neighbouring float32 values: 2,048 pages from a power of two to the next
-CELLS = 2**18  # shared out by mass; rounding up, and one cell for every page, make it at most 800,000 for [0, 4]: 16 MB
+CELLS = 2**18  # shared out by mass; rounding up, and one cell for every page, make it at most 800,000 for [0, 4]: 10 MB
 CHUNK = 2**15  # pixels at a time: stays in the level-2 cache, and torch runs so few without waking other threads
 EMPTY = 2**31 - 1  # the lowest key of a cell that holds nothing: no number has it
 POINTS = 512  # quantiles that stand for an image's pixels of one class in the bootstrap
@@ -86,8 +86,7 @@ class _AdaptiveHistogram:
         """Add what `other` (the same class and score range) has counted, for example in another process."""
         if (type(self), self.low, self.high) != (type(other), other.low, other.high):
             raise ValueError("only histograms of the same kind and score range can be merged")
-        self.images += other.images
-        self.pixels += other.pixels
+        self._grow(other.images, other.pixels)
         self._page_mass += other._page_mass
         self._adapt()
         self._put_all(*other._filled())
@@ -101,8 +100,7 @@ class _AdaptiveHistogram:
         if scores.shape != labels.shape:
             raise ValueError(f"scores {tuple(scores.shape)} and labels {tuple(labels.shape)} differ in shape")
         _check_finite(scores.numpy(), names, self.images)
-        self.images += len(scores)
-        self.pixels += scores.numel()
+        self._grow(len(scores), scores.numel())
         scores, labels = scores.view(-1), labels.view(-1)
         step = -(-len(scores) // CHUNK) | 1  # a sample shows where the mass is; odd, so as not to follow the columns
         self._look(self._keys(scores[::step]), step)
@@ -110,6 +108,11 @@ class _AdaptiveHistogram:
         for part in _parts(len(scores)):
             keys = self._keys(scores[part])
             self._put(keys, labels[part], ones[: len(keys)] if weights is None else weights.view(-1)[part])
+
+    def _grow(self, images: int, pixels: int) -> None:
+        self.images, self.pixels = self.images + images, self.pixels + pixels
+        if self.totals.dtype == torch.int32 and self.pixels >= 2**31:  # int32 as long as it holds them: half the cache
+            self.totals = self.totals.long()
 
     def _keys(self, scores: Tensor) -> Tensor:
         """Int32 keys that sort like the float32 scores, which are clipped to [low, high]."""
@@ -159,13 +162,15 @@ class _AdaptiveHistogram:
         keys, totals = torch.from_numpy(keys), torch.from_numpy(totals)
         for column in (0, 1):
             for part in _parts(len(keys)):
-                self._put(keys[part], torch.full_like(keys[part], column), totals[part, column])
+                masses = totals[part, column].to(self.totals.dtype)
+                self._put(keys[part], torch.full_like(keys[part], column), masses)
 
     def _filled(self) -> tuple[np.ndarray, np.ndarray]:
         """Lowest key (cells,) and masses (cells, 2) of the cells that hold something, in ascending order."""
         keys = self._lowest.numpy()
         keep = np.flatnonzero(keys != EMPTY)
-        return keys[keep], self.totals.numpy()[keep]
+        totals = self.totals.numpy()[keep]
+        return keys[keep], totals.astype(np.int64) if totals.dtype == np.int32 else totals
 
     def _checked(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
         """Masses (cells, 2) and lowest scores (cells,), ascending; InputError when a class is missing."""
@@ -188,11 +193,11 @@ class ScoreHistogram(_AdaptiveHistogram):
         low, high: the score range; for anomaly maps summed over K layers [0, K]. Scores outside are clipped.
         cells: how many cells follow the mass. 2**18 keeps the AUROC within 1e-6 of the exact one, with room to spare.
 
-    Counts are int64. Histograms of several processes or GPUs are added with `merge` or `+=`.
+    Counts are exact, beyond 2**31 pixels too. Histograms of several processes or GPUs are added with `merge` or `+=`.
     """
 
     def __init__(self, low: float, high: float, cells: int = CELLS) -> None:
-        super().__init__(low, high, torch.int64, cells)
+        super().__init__(low, high, torch.int32, cells)
 
     def update(self, scores: Array, labels: Array, names: Sequence[str] | None = None) -> None:
         """Count float32 `scores` (B, ...) with bool `labels` of the same shape (True = abnormal).

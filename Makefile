@@ -36,5 +36,11 @@ test: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n auto
 
+bench: $(VENV)/dev
+	$(BIN)/python -m benchmarks.auc
+	$(BIN)/python -m benchmarks.scale
+	$(BIN)/python -m benchmarks.backbone
+	$(BIN)/python -m benchmarks.train
+
 clean:
 	rm -rf $(VENV) demo .cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import os
 import random
@@ -10,7 +12,6 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,12 +37,25 @@ class InputError(Exception):
 
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and leave with its exit code; an `InputError` becomes one line on stderr and code 2."""
+    tune_allocator()
     try:
         code = main() or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     sys.exit(code)
+
+
+def tune_allocator() -> None:
+    """Keep freed memory for the next step, in huge pages, where the system can (Linux with glibc).
+
+    Every large tensor would else be mapped, zeroed page by page and given back: a tenth of the tower's time on a CPU.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch looks when it first allocates
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped by itself
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def set_seed(seed: int) -> None:
@@ -53,7 +67,7 @@ def set_seed(seed: int) -> None:
     torch.backends.cudnn.benchmark = False
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; rename it to `path` when the block succeeds, remove it when not."""
     path = Path(path)

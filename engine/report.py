@@ -16,7 +16,7 @@ TILE = 200  # pixels a side
 CAPTION = 30
 MARGIN = 8
 SCALE_HEIGHT = 40
-# Anchors of the `inferno` colour map (matplotlib, CC0): bright is abnormal, in grey print too.
+# Anchors of the `inferno` colour map (matplotlib, CC0): bright is abnormal.
 INFERNO = np.array([
     (0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (186, 54, 85), (227, 89, 51), (249, 140, 10), (249, 201, 50),
     (252, 255, 164),

@@ -165,8 +165,8 @@ def test_published_flags_and_defaults():
 def test_weights_from_an_archive(data_path, tmp_path, tiny_clip, monkeypatch, capsys):
     save_torchscript(tiny_clip(False), tmp_path / "archive.pt")  # its positional embedding is for 42 pixels
     message = run(
-        "train.py", "--model_name", "ViT-tiny-14-56", "--obj", "Brain", "--data_path", data_path, "--save_path", tmp_path,
-        "--weights", tmp_path / "archive.pt", "--shot", 1, check=False,
+        "train.py", "--model_name", "ViT-tiny-14-56", "--obj", "Brain", "--data_path", data_path,
+        "--save_path", tmp_path, "--weights", tmp_path / "archive.pt", "--shot", 1, check=False,
     )  # fmt: skip
     assert message.returncode == 2
     assert "archive.pt" in message.stderr

@@ -151,7 +151,8 @@ from CLIP import create_model
 from dataset import Sample
 from engine.features import Backbone, FeatureStore, Item
 clip = create_model("ViT-tiny-14-56", "random", 42)
-items = [Item(Sample(Path(p), 0, None, p), view, (0.1, 0.2)) for p in sorted(map(str, Path({folder!r}).glob("*.png"))) for view in range(16)]
+paths = sorted(Path({folder!r}).glob("*.png"))
+items = [Item(Sample(path, 0, None, path.name), view, (0.1, 0.2)) for path in paths for view in range(16)]
 FeatureStore(Backbone(clip, [2, 4], False), "disk", {store!r}, batch_size=3).prepare(items)
 """
 

@@ -142,7 +142,7 @@ def test_lists_that_are_refused(tmp_path, text):
     path = tmp_path / "Brain_AD/fewshot_seed/my2-shot.txt"
     path.parent.mkdir()
     path.write_text(text)
-    with pytest.raises(InputError, match="my2-shot.txt"):
+    with pytest.raises(InputError, match=r"my2-shot\.txt"):
         MedicalDataset.open("Brain", tmp_path).shots(2, 0, 1)
 
 

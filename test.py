@@ -76,6 +76,7 @@ def main() -> None:
     checkpoint.restore(detector, ckpt)
     store = make_store(options, clip, detector)
     store.prepare([Item(sample) for sample in samples])
+    store.release_tower()
     sheet = Sheet(samples, settings.img_size) if options.figures else None
     found = evaluate(detector, store, samples, full=True, on_batch=sheet)
 

@@ -262,6 +262,7 @@ def main() -> None:
     settings, shots, detector = setup.settings, setup.shots, setup.detector
     clip = setup.store.backbone.clip
     setup.store.prepare([*setup.data.items, *(Item(sample) for sample in (*setup.test, *setup.valid))])
+    setup.store.release_tower()
 
     config = {**vars(options), **settings.to_dict(), "shots": shots.names(), "shots_from": shots.source, **versions()}
     group = f"{options.obj}-{options.shot}shot"

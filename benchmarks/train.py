@@ -55,6 +55,7 @@ def child(mode: str, data: str, model: str, fidelity: str, epochs: int) -> dict[
         setup.store = RecomputeStore(setup.store.backbone, "off")
     start = time.perf_counter()
     setup.store.prepare([*setup.data.items, *map(Item, setup.test)])
+    setup.store.release_tower()
     one_off = time.perf_counter() - start
     reports: list[train.EpochReport] = []
 

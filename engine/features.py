@@ -307,6 +307,11 @@ class FeatureStore:
                     bar.update(len(keys))
         return len(missing)
 
+    def release_tower(self) -> None:
+        """Free the image tower once everything is prepared; with `off` it is still needed and stays."""
+        if self.rows is not None:
+            self.backbone.clip.visual = None
+
     def get(self, items: Sequence[Item]) -> list[Tensor]:
         """Tokens of B prepared items: K tensors (B, T, C), float32, on the tower's device, in ascending layer order."""
         if self.rows is None:

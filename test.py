@@ -12,11 +12,12 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from CLIP import create_model
 from dataset import MedicalDataset
-from engine.checkpoint import Checkpoint
-from engine.detector import Detector
+from engine.checkpoint import Checkpoint, check_weights
+from engine.detector import Detector, Settings
 from engine.evaluate import evaluate, published_lines, result_json
 from engine.features import Item
 from engine.options import (
@@ -29,6 +30,7 @@ from engine.options import (
     say_weights,
     writable,
 )
+from engine.published import encoder_difference, infer_settings
 from engine.report import Sheet
 from utils import InputError, atomic_path, run_cli, set_seed
 
@@ -43,6 +45,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def default_checkpoint(save_path: str, obj: str) -> Path:
+    """<save_path>/<obj>.pth, or <obj>.tar.pth, as one of the released checkpoints is called."""
+    path = Path(save_path) / f"{obj}.pth"
+    released = path.with_suffix(".tar.pth")
+    return released if released.is_file() and not path.is_file() else path
+
+
 def main() -> None:
     """Arguments -> checkpoint -> metrics."""
     options = parse()
@@ -51,27 +60,30 @@ def main() -> None:
     if options.out_json:
         writable(options.out_json, "--out_json")
     figures = writable(Path(options.figures) / f"{options.obj}.png", "--figures") if options.figures else None
-    ckpt = options.ckpt or Path(options.save_path) / f"{options.obj}.pth"
-    checkpoint = Checkpoint.load(ckpt)
+    dataset = MedicalDataset.open(options.obj, options.data_path)
+    ckpt = options.ckpt or default_checkpoint(options.save_path, options.obj)
+
+    def infer(parts: dict[str, Any]) -> Settings:
+        settings, words = infer_settings(parts, ckpt, dataset, options)
+        print(f"{ckpt}: {words}")
+        return settings
+
+    checkpoint = Checkpoint.load(ckpt, infer)
     settings = checkpoint.settings
     check_against(settings, options)
-    dataset = MedicalDataset.open(options.obj, options.data_path)
     if dataset.pixel_metrics != settings.pixel_metrics:
-        raise InputError(
-            f"--obj {options.obj} and {ckpt} (trained on {settings.obj}) are scored differently: one has masks"
-        )
+        raise InputError(f"--obj {options.obj} and {ckpt}, trained on {settings.obj}: only one of them has masks")
     samples = dataset.samples("test")
 
     clip = create_model(
         settings.model_name, settings.pretrain, settings.img_size, weights=options.weights,
-        fidelity=settings.fidelity, seed=checkpoint.about["options"]["seed"], device=device,
+        fidelity=settings.fidelity, seed=checkpoint.about.get("options", {}).get("seed", options.seed), device=device,
     )  # fmt: skip
     say_weights(clip)
-    if clip.info.sha256 != settings.weights_sha256:
-        raise InputError(
-            f"--ckpt {ckpt} was trained on CLIP weights {settings.weights_sha256}, but {clip.info.source} is "
-            f"{clip.info.sha256}; give the right file with --weights"
-        )
+    check_weights(checkpoint, clip.info.sha256, clip.info.source, ckpt)
+    difference = encoder_difference(checkpoint.parts, clip)
+    if difference:
+        print(f"{ckpt}: its text encoder differs by up to {difference:.3g} from the CLIP weights, which are used")
     detector = Detector(clip, settings).to(device)
     checkpoint.restore(detector, ckpt)
     store = make_store(options, clip, detector)
@@ -81,9 +93,9 @@ def main() -> None:
     found = evaluate(detector, store, samples, full=True, on_batch=sheet)
 
     select = checkpoint.about["select"]
-    epoch = checkpoint.about["metrics"]["epoch"]
+    epoch = checkpoint.about.get("metrics", {}).get("epoch", "unknown")
     print(f"{options.obj}: {len(samples)} test images")
-    print(f"{ckpt}: trained on {settings.obj}, epoch {epoch} (--select {select})")
+    print(f"{ckpt}: trained on {settings.obj}, epoch {epoch}, --select {select}")
     print(found.line())
     for name, value in found.more.items():
         words = " to ".join(f"{v:.4f}" for v in value) if isinstance(value, list) else f"{value:.4f}"

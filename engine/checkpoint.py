@@ -1,10 +1,17 @@
-"""Checkpoints: small files with what was trained and everything needed to use it."""
+"""Checkpoints: small files with what was trained and everything needed to use it.
+
+python -m engine.checkpoint show CKPT                 settings, shots, metrics, weights' hash
+python -m engine.checkpoint export CKPT OUT           the published format, with CLIP's text encoder in it
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import pickle
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +19,11 @@ from typing import Any
 import torch
 import torchvision
 
-from utils import InputError, atomic_path
+from CLIP import create_model
+from utils import InputError, atomic_path, run_cli
 
 from .detector import Detector, Settings
+from .published import export, looks_published
 
 FORMAT = "madclip-1"
 
@@ -29,31 +38,25 @@ class Checkpoint:
 
     def save(self, path: str | Path) -> None:
         """Write to a temporary name and rename; `InputError` where that is impossible."""
-        payload = {"format": FORMAT, "settings": self.settings.to_dict(), "about": self.about, **self.parts}
-        try:
-            with atomic_path(path) as temporary:
-                torch.save(payload, temporary)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            raise InputError(f"{path}: cannot be written ({error}); an older file there is intact") from error
+        write({"format": FORMAT, "settings": self.settings.to_dict(), "about": self.about, **self.parts}, path)
 
     @classmethod
-    def load(cls, path: str | Path) -> Checkpoint:
-        """Read a file that `save` wrote; nothing in it can run code."""
-        try:
-            payload = torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError as error:
-            raise InputError(f"--ckpt {path}: not found; train one with `python train.py --obj ...`") from error
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(f"--ckpt {path}: not a checkpoint, or damaged ({reason[:150]})") from error
-        if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+    def load(cls, path: str | Path, published: Callable[[dict[str, Any]], Settings] | None = None) -> Checkpoint:
+        """Read a file that `save` wrote; nothing in it can run code.
+
+        `published` makes settings for a file in the published format; without it such a file is refused.
+        """
+        payload = read(path)
+        if payload.get("format") == FORMAT:
+            try:
+                settings = Settings.from_dict(payload["settings"])
+            except (KeyError, TypeError) as error:
+                raise InputError(f"--ckpt {path}: its settings are incomplete ({error})") from error
+            parts = {name: part for name, part in payload.items() if name not in ("format", "settings", "about")}
+            return cls(settings, parts, payload["about"])
+        if published is None or not looks_published(payload):
             raise InputError(f"--ckpt {path}: not a checkpoint of this project (no format {FORMAT!r} in it)")
-        try:
-            settings = Settings.from_dict(payload["settings"])
-        except (KeyError, TypeError) as error:
-            raise InputError(f"--ckpt {path}: its settings are incomplete ({error})") from error
-        parts = {name: part for name, part in payload.items() if name not in ("format", "settings", "about")}
-        return cls(settings, parts, payload["about"])
+        return cls(published(payload), payload, {"select": "unknown (published checkpoint)"})
 
     def restore(self, detector: Detector, path: str | Path) -> None:
         """Put the tensors into `detector`; `InputError` where they do not fit."""
@@ -64,6 +67,29 @@ class Checkpoint:
             raise InputError(f"--ckpt {path}: its tensors do not fit its settings ({reason})") from error
 
 
+def read(path: str | Path) -> dict[str, Any]:
+    """The dict in a checkpoint file of either format; `InputError` for anything else."""
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"--ckpt {path}: not found; train one with `python train.py --obj ...`") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"--ckpt {path}: not a checkpoint, or damaged ({reason[:150]})") from error
+    if not isinstance(payload, dict):
+        raise InputError(f"--ckpt {path}: not a checkpoint (it holds a {type(payload).__name__})")
+    return payload
+
+
+def write(payload: dict[str, Any], path: str | Path) -> None:
+    """Write atomically; `InputError` where that is impossible."""
+    try:
+        with atomic_path(path) as temporary:
+            torch.save(payload, temporary)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        raise InputError(f"{path}: cannot be written ({error}); an older file there is intact") from error
+
+
 def versions() -> dict[str, str]:
     """What made the file."""
     return {
@@ -72,3 +98,63 @@ def versions() -> dict[str, str]:
         "torchvision": torchvision.__version__,
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def show(path: str) -> None:
+    """Print what a checkpoint holds."""
+    payload = read(path)
+    for name in ("settings", "about"):
+        if name in payload:
+            print(f"{name}: {json.dumps(payload[name], indent=2)}")
+    for name, part in payload.items():
+        if isinstance(part, dict) and name not in ("settings", "about"):
+            shapes = {key: tuple(tensor.shape) for key, tensor in part.items() if isinstance(tensor, torch.Tensor)}
+            print(f"{name}: {len(shapes)} tensors, {sum(tensor.numel() for tensor in part.values()):,} numbers")
+        elif isinstance(part, torch.Tensor):
+            print(f"{name}: {tuple(part.shape)}")
+
+
+def export_file(path: str, out: str, weights: str | None) -> None:
+    """Write a checkpoint of ours in the published format."""
+    checkpoint = Checkpoint.load(path)
+    settings = checkpoint.settings
+    clip = create_model(
+        settings.model_name, settings.pretrain, settings.img_size, weights=weights, fidelity=settings.fidelity,
+        seed=checkpoint.about["options"]["seed"],
+    )  # fmt: skip
+    check_weights(checkpoint, clip.info.sha256, clip.info.source, path)
+    detector = Detector(clip, settings)
+    checkpoint.restore(detector, path)
+    write(export(detector, clip), out)
+    print(f"{out}: written in the published format")
+
+
+def check_weights(checkpoint: Checkpoint, sha256: str, source: str, path: str | Path) -> None:
+    """`InputError` that names both hashes where a checkpoint was trained on other CLIP weights."""
+    trained_on = checkpoint.settings.weights_sha256
+    if trained_on and sha256 != trained_on:
+        raise InputError(
+            f"--ckpt {path} was trained on CLIP weights {trained_on}, but {source} is {sha256}; "
+            f"give the right file with --weights"
+        )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m engine.checkpoint", description="Look at or convert checkpoints.")
+    actions = parser.add_subparsers(dest="action", required=True)
+    shower = actions.add_parser("show", help="print what a checkpoint holds")
+    shower.add_argument("ckpt")
+    exporter = actions.add_parser("export", help="write the published format")
+    exporter.add_argument("ckpt")
+    exporter.add_argument("out")
+    exporter.add_argument("--weights", help="file with CLIP weights, instead of the one under CLIP/ckpt")
+    options = parser.parse_args()
+    if options.action == "show":
+        show(options.ckpt)
+    else:
+        export_file(options.ckpt, options.out, options.weights)
+
+
+if __name__ == "__main__":
+    run_cli(main)

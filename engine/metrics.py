@@ -52,7 +52,7 @@ def _check_finite(scores: np.ndarray, names: Sequence[str] | None, first: int = 
     bad = rows[row][~np.isfinite(rows[row])][0]
     name = names[row] if names is not None else f"image {first + row} (counted from 0)"
     value = "NaN" if np.isnan(bad) else str(bad)
-    raise InputError(f"score of {name} is {value}: training may have diverged (lower --learning_rate) or the image is damaged")
+    raise InputError(f"score of {name} is {value}: diverged (lower --learning_rate), or a damaged image")
 
 
 def _check_classes(normal: float, abnormal: float, what: str, metric: str) -> None:

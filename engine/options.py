@@ -17,6 +17,7 @@ from .detector import Detector, Settings
 from .features import DTYPES, MODES, Backbone, FeatureStore
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+CUDA_PASS_BATCH = 64  # images through the tower at a time: 18,560 tokens at ViT-L-14, 240 px; no gradients to keep
 
 # The published flags that shape a checkpoint, with the published defaults.
 MODEL_FLAGS = {
@@ -152,9 +153,9 @@ def make_store(options: argparse.Namespace, clip: CLIP, detector: Detector) -> F
         detector.adapters.reads_class_token,
         pick_autocast(options.precision, clip.device),
     )
-    return FeatureStore(
-        backbone, options.cache, options.cache_dir, options.cache_dtype, options.batch_size, options.num_workers
-    )
+    # A CPU is busy with 16 images; a GPU wants more at a time.
+    batch = options.batch_size if clip.device.type == "cpu" else max(options.batch_size, CUDA_PASS_BATCH)
+    return FeatureStore(backbone, options.cache, options.cache_dir, options.cache_dtype, batch, options.num_workers)
 
 
 def say_weights(clip: CLIP) -> None:

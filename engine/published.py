@@ -1,0 +1,114 @@
+"""The checkpoint format of the published code: read with its settings inferred, and written for its test program.
+
+A plain dict (goldens' README, items 25 and 50): `normal_det_adapters`, `abnormal_det_adapters`, and by text mode
+`prompt_maker_normal`, `prompt_maker_abnormal`, each with the contexts and the whole frozen text encoder, or
+`text_features_fix` (D, 2). It carries no settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from CLIP import CLIP, ModelConfig, list_models
+from CLIP.adapter_shared import BRANCHES
+from dataset import MedicalDataset
+from utils import InputError
+
+from .detector import Detector, Settings
+
+ENCODER_PREFIX = "text_encoder."
+# What no tensor tells, as the published test program has it by default.
+DEFAULTS = {"img_size": 240, "contrast_mood": "yes", "dec_type": "mean", "loss_type": "sigmoid", "fidelity": "released"}
+
+
+def looks_published(payload: dict[str, Any]) -> bool:
+    """Whether a dict has the parts of a published checkpoint."""
+    return all(isinstance(payload.get(f"{branch}_det_adapters"), dict) for branch in BRANCHES)
+
+
+def infer_settings(
+    parts: dict[str, Any], path: object, dataset: MedicalDataset, flags: argparse.Namespace
+) -> tuple[Settings, str]:
+    """Settings from names and shapes, the rest from `flags` or the published defaults.
+
+    Returns:
+        The settings, with an empty weights' hash, and a line that says what was inferred.
+
+    Raises:
+        InputError: tensors of no known kind, or of a model that is not configured.
+    """
+    adapters = parts["normal_det_adapters"]
+    names = {name.split(".", 1)[1] for name in adapters}
+    kinds = {"MViTFC": "transformer_encoder.linear1.weight", "MFCFC": "fc3.0.weight", "MCNNFC": "cnn.0.weight"}
+    kind = next((kind for kind, name in kinds.items() if name in names), None)
+    if kind is None:
+        raise InputError(f"--ckpt {path}: adapters of no known kind ({', '.join(sorted(names)[:3])})")
+    embed_dim, width = adapters["0.fc1.0.weight" if kind != "MFCFC" else "0.fc2.0.weight"].shape
+    configs = [ModelConfig.load(name) for name in list_models()]
+    fitting = [config for config in configs if (config.width, config.embed_dim) == (width, embed_dim)]
+    if not fitting:
+        raise InputError(
+            f"--ckpt {path}: made for width {width} and embedding {embed_dim}; no such model is configured"
+        )
+    config = fitting[0]
+    count = 1 + max(int(name.split(".")[0]) for name in adapters)
+    layers = flags.features_list or config.default_features()
+    if len(layers) != count:
+        raise InputError(f"--ckpt {path} holds adapters for {count} layers: name them with --features_list")
+    makers = [branch for branch in BRANCHES if f"prompt_maker_{branch}" in parts]
+    mood = {2: "learnable_all", 1: "learnable_abnormal", 0: "fix"}[len(makers)]
+    assumed = {name: getattr(flags, name) or default for name, default in DEFAULTS.items()}
+    settings = Settings(
+        obj=dataset.obj,
+        model_name=config.name,
+        pretrain=flags.pretrain or "openai",
+        features_list=tuple(layers),
+        visionA=kind,
+        text_mood=mood,
+        prompt_name=dataset.prompt_name,
+        pixel_metrics=dataset.pixel_metrics,
+        weights_sha256="",
+        eval_batch=flags.batch_size,  # the published test program scores single batches
+        **assumed,
+    )
+    words = ", ".join(f"{name} {value}" for name, value in assumed.items())
+    return settings, (
+        f"published format, so inferred: {config.name}, {kind}, {count} layers, {mood}; "
+        f"assumed: layers {' '.join(map(str, layers))}, {words}"
+    )
+
+
+def encoder_tensors(clip: CLIP) -> dict[str, Tensor]:
+    """The frozen text encoder under the published names; the token embedding is not among them."""
+    state = clip.text.state_dict()
+    return {
+        f"{ENCODER_PREFIX}{name}": tensor for name, tensor in state.items() if not name.startswith("token_embedding")
+    }
+
+
+def encoder_difference(parts: dict[str, Any], clip: CLIP) -> float | None:
+    """The largest difference between the text encoder in a checkpoint and the loaded one; None where it holds none."""
+    own = encoder_tensors(clip)
+    differences = [
+        float((stored.float() - own[name].cpu()).abs().max())
+        for branch in BRANCHES
+        for name, stored in parts.get(f"prompt_maker_{branch}", {}).items()
+        if name in own and stored.shape == own[name].shape
+    ]
+    return max(differences, default=None)
+
+
+@torch.no_grad()
+def export(detector: Detector, clip: CLIP) -> dict[str, Any]:
+    """The published dict of a detector, for the published test program."""
+    parts = detector.parts()
+    for branch in BRANCHES:
+        if f"prompt_maker_{branch}" in parts:
+            parts[f"prompt_maker_{branch}"] |= encoder_tensors(clip)
+    if detector.settings.text_mood == "fix":
+        parts["text_features_fix"] = detector.prompts()
+    return parts

@@ -36,6 +36,7 @@ from engine.options import (
     make_store,
     pick_device,
     positive,
+    positive_float,
     say_weights,
     writable,
 )
@@ -59,7 +60,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("training")
     group.add_argument("--exp_name", help="name of the run in W&B and under runs/ (default: made from the settings)")
     group.add_argument("--epoch", type=positive, default=60, help="number of epochs")
-    group.add_argument("--learning_rate", type=float, default=0.001, help="of Adam")
+    group.add_argument("--learning_rate", type=positive_float, default=0.001, help="of Adam")
     group.add_argument("--shot", type=positive, default=16, help="labelled images of each class")
     group.add_argument(
         "--iterate", type=int, default=0, help="line of the few-shot list; negative: sample with the seed"
@@ -179,7 +180,7 @@ def fit(
     """
     optimizers = make_optimizers(detector.adapters, detector.prompts, learning_rate)
     # bfloat16 has float32's range; float16 gradients need scaling, which the published code left out.
-    scaler = torch.amp.GradScaler() if store.backbone.autocast is torch.float16 else None
+    scaler = torch.amp.GradScaler(store.backbone.clip.device.type) if store.backbone.autocast is torch.float16 else None
     shuffle = torch.Generator().manual_seed(seed)
     best_score, best = 0.0, None
     text = None

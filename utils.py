@@ -8,7 +8,6 @@ import math
 import os
 import random
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -72,9 +71,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; rename it to `path` when the block succeeds, remove it when not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    # Not tempfile: its files are private (mode 0600), and would stay so under the final name.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         temporary.replace(path)

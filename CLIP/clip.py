@@ -109,7 +109,7 @@ def create_model(
         InputError: unknown model, missing or unfitting weight file, image smaller than a patch.
     """
     config = ModelConfig.load(model_name)
-    img_size = img_size or config.image_size
+    img_size = config.image_size if img_size is None else img_size
     quick_gelu = uses_quick_gelu(config, pretrained, img_size, fidelity)
     with torch.device("meta"):
         model = CLIP(config, img_size, quick_gelu, normalize_pixels=fidelity == "corrected")

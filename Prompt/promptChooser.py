@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -69,17 +68,13 @@ class PromptChooser(nn.Module):
         super().__init__()
         learnable = {"fix": (), "learnable_abnormal": ("abnormal",), "learnable_all": ("abnormal", "normal")}[text_mood]
         self._clip = [clip]  # in a list: hidden from nn.Module
-        self.name = name
         self.causal = causal
         # Contexts are drawn abnormal first, as published.
         self.makers = nn.ModuleDict(
             {kind: PromptLearner(clip.text, kind, state_phrases(kind, name)) for kind in learnable}
         )
-
-    @cached_property
-    def fixed(self) -> dict[str, Tensor]:
-        """The columns that do not learn, encoded once."""
-        return {kind: fixed_feature(self._clip[0], kind, self.name) for kind in STATES if kind not in self.makers}
+        # The columns that do not learn, encoded once, here: in float32 whatever autocast a later step runs under.
+        self.fixed = {kind: fixed_feature(clip, kind, name) for kind in STATES if kind not in learnable}
 
     def prompt_embeddings(self) -> dict[str, Tensor]:
         """Text embeddings of the single learnable prompts, kind -> (21, D), not normalised: one pass for both kinds."""

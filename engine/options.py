@@ -19,11 +19,28 @@ from .features import DTYPES, MODES, Backbone, FeatureStore
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 CUDA_PASS_BATCH = 64  # images through the tower at a time: 18,560 tokens at ViT-L-14, 240 px; no gradients to keep
 
+
+def positive(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value} is not a number above 0")
+    return value
+
+
 # The published flags that shape a checkpoint, with the published defaults.
 MODEL_FLAGS = {
     "model_name": {"default": "ViT-L-14-336", "choices": list_models(), "help": "a file of CLIP/model_configs"},
     "pretrain": {"default": "openai", "choices": PRETRAINS, "help": "where CLIP's weights come from"},
-    "img_size": {"default": 240, "type": int, "help": "pixels a side that images are resized to"},
+    "img_size": {"default": 240, "type": positive, "help": "pixels a side that images are resized to"},
     "features_list": {
         "default": None,
         "type": int,
@@ -78,14 +95,6 @@ def add_model_flags(parser: argparse.ArgumentParser, from_checkpoint: bool) -> N
     group = parser.add_argument_group("model", note)
     for name, spec in MODEL_FLAGS.items():
         group.add_argument(f"--{name}", **{**spec, **({"default": None} if from_checkpoint else {})})
-
-
-def positive(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
 
 
 def check_layers(layers: list[int] | None, config: ModelConfig) -> tuple[int, ...]:

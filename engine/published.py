@@ -19,6 +19,7 @@ from dataset import MedicalDataset
 from utils import InputError
 
 from .detector import Detector, Settings
+from .options import check_layers
 
 ENCODER_PREFIX = "text_encoder."
 # What no tensor tells, as the published test program has it by default.
@@ -41,6 +42,15 @@ def infer_settings(
     Raises:
         InputError: tensors of no known kind, or of a model that is not configured.
     """
+    try:
+        return _infer(parts, path, dataset, flags)
+    except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
+        raise InputError(f"--ckpt {path}: not a published checkpoint after all ({error!r})") from error
+
+
+def _infer(
+    parts: dict[str, Any], path: object, dataset: MedicalDataset, flags: argparse.Namespace
+) -> tuple[Settings, str]:
     adapters = parts["normal_det_adapters"]
     names = {name.split(".", 1)[1] for name in adapters}
     kinds = {"MViTFC": "transformer_encoder.linear1.weight", "MFCFC": "fc3.0.weight", "MCNNFC": "cnn.0.weight"}
@@ -56,7 +66,7 @@ def infer_settings(
         )
     config = fitting[0]
     count = 1 + max(int(name.split(".")[0]) for name in adapters)
-    layers = flags.features_list or config.default_features()
+    layers = check_layers(flags.features_list, config)
     if len(layers) != count:
         raise InputError(f"--ckpt {path} holds adapters for {count} layers: name them with --features_list")
     makers = [branch for branch in BRANCHES if f"prompt_maker_{branch}" in parts]
@@ -66,7 +76,7 @@ def infer_settings(
         obj=dataset.obj,
         model_name=config.name,
         pretrain=flags.pretrain or "openai",
-        features_list=tuple(layers),
+        features_list=layers,
         visionA=kind,
         text_mood=mood,
         prompt_name=dataset.prompt_name,

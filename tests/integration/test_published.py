@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 import test as test_script
 import train
 from engine import checkpoint as checkpoint_script
-from tests.integration.test_scripts import ROOT, SMALL, call, data_path, figures, run  # noqa: F401 (a fixture)
+from tests.integration.test_scripts import SMALL, call, data_path, figures, run  # noqa: F401 (a fixture)
 from utils import InputError
 
 
@@ -83,4 +82,13 @@ def test_code_in_a_checkpoint_is_refused(data_path, tmp_path):  # noqa: F811
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "ran").exists()
-    assert json.loads((ROOT / "key.json").read_text())["wandb_api_key"] == "paste-your-key-here"
+
+
+@pytest.mark.parametrize(
+    "adapters", [{}, {"x": torch.zeros(2)}, {"0.fc3.0.weight": torch.zeros(2)}, {"0.cnn.0.weight": 1}]
+)
+def test_parts_that_only_look_published_are_refused(data_path, tmp_path, monkeypatch, capsys, adapters):  # noqa: F811
+    torch.save({"normal_det_adapters": adapters, "abnormal_det_adapters": adapters}, tmp_path / "odd.pth")
+    arguments = ["--obj", "Brain", "--data_path", data_path, "--ckpt", tmp_path / "odd.pth"]
+    with pytest.raises(InputError, match=r"odd\.pth"):
+        call(monkeypatch, capsys, test_script, *arguments)

@@ -197,6 +197,8 @@ def test_other_weights_than_the_checkpoints_are_refused(data_path, tmp_path, mon
         ("train.py", ["--features_list", "2", "2"], "once"),
         ("train.py", ["--features_list", "3", "2"], "ascending"),
         ("train.py", ["--img_size", "10"], "smaller than a patch"),
+        ("train.py", ["--img_size", "0"], "at least 1"),
+        ("train.py", ["--learning_rate", "-1"], "above 0"),
         ("train.py", ["--pretrain", "laion400m"], "laion400m"),
         ("train.py", ["--weights", "nowhere.pt", "--pretrain", "openai"], "nowhere.pt"),
         ("train.py", ["--device", "cuda:7"], "cuda:7"),

@@ -16,6 +16,7 @@ from .detector import Detector, Settings
 from .features import FeatureStore, Item
 from .metrics import PerRegionOverlap, PixelBootstrap, ScoreHistogram, bootstrap_auroc, image_metrics
 
+CURVE_POINTS = 300  # finer than a figure can show
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -27,6 +28,8 @@ class Evaluation:
     labels: np.ndarray  # (images,), 1 = abnormal
     scores: np.ndarray  # (images,) in [0, K]
     more: dict[str, float | list[float]] = field(default_factory=dict)  # AP, F1-max, AUPRO, confidence intervals
+    # of the pixels: "roc" (2, points), false and true positive rate, and "pr" (2, points), recall and precision
+    curves: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def selection_score(self) -> float:
@@ -91,6 +94,7 @@ def evaluate(
     labels = np.array([sample.label for sample in samples])
     image = image_metrics(labels, np.concatenate(scores), files)
     more: dict[str, float | list[float]] = {}
+    curves: dict[str, np.ndarray] = {}
     if full:
         more = {name: image[name] for name in ("ap", "f1_max", "threshold")}
         more["auc_ci95"] = list(bootstrap_auroc(labels, np.concatenate(scores)))
@@ -99,7 +103,10 @@ def evaluate(
         more["pixel_f1_max"], more["pixel_threshold"] = pixels.f1_max()
         more["aupro"] = overlap.value()
         more["pauc_ci95"] = list(bootstrap.interval())
-    return Evaluation(image["auroc"], pixels.auroc() if pixels else None, files, labels, np.concatenate(scores), more)
+        precision, recall, _ = pixels.pr_curve(CURVE_POINTS)
+        curves = {"roc": np.stack(pixels.roc_curve(CURVE_POINTS)[:2]), "pr": np.stack([recall, precision])}
+    pauc = pixels.auroc() if pixels else None
+    return Evaluation(image["auroc"], pauc, files, labels, np.concatenate(scores), more, curves)
 
 
 def result_json(settings: Settings, found: Evaluation, select: str) -> dict[str, object]:

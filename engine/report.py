@@ -6,16 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from dataset import Sample, load_image, load_mask
 from utils import atomic_path
 
-TILE = 200  # pixels a side
-CAPTION = 30
-MARGIN = 8
-SCALE_HEIGHT = 40
+from .plots import Drawing, Picture, Text
+
+TILE = 120  # CSS pixels a side
+GAP = 6
+SIDE = 62  # what the rows are called, at the left
+CAPTION = 34
+LETTERS = 20  # of a file's name that fit above a tile
+OUTLINE = (0, 229, 200)
 # Anchors of the `inferno` colour map (matplotlib, CC0): bright is abnormal.
 INFERNO = np.array([
     (0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (186, 54, 85), (227, 89, 51), (249, 140, 10),
@@ -44,7 +48,7 @@ class Sheet:
     Args:
         samples: what will be evaluated; `count` of them are shown, evenly spaced over each class.
         img_size: pixels a side of the maps.
-        count: rows of the sheet, two thirds of them abnormal.
+        count: columns of the sheet, two thirds of them abnormal.
     """
 
     def __init__(self, samples: Sequence[Sample], img_size: int, count: int = 9) -> None:
@@ -61,30 +65,41 @@ class Sheet:
                 heat = None if maps is None else maps[i].float().cpu().numpy()
                 self.rows[sample.name] = (sample, float(scores[i]), heat)
 
-    def save(self, path: Path) -> Path:
-        """Draw image, mask outline and heat map side by side, a row an image; without maps the images alone."""
+    def draw(self) -> Drawing:
+        """A column an image: the image, its mask's outline and its heat map; without maps the images alone."""
         rows = [row for row in self.rows.values() if row is not None]
         maps = [heat for _, _, heat in rows if heat is not None]
-        columns = 3 if maps else 1
-        low, high = (min(m.min() for m in maps), max(m.max() for m in maps)) if maps else (0.0, 1.0)
-        per_line = 1 if maps else 3
-        lines = -(-len(rows) // per_line)
-        width = per_line * columns * (TILE + MARGIN) + MARGIN
-        height = lines * (TILE + CAPTION + MARGIN) + (SCALE_HEIGHT if maps else 0) + MARGIN
-        canvas = Image.new("RGB", (width, height), "white")
-        draw = ImageDraw.Draw(canvas)
-        for index, (sample, score, heat) in enumerate(rows):
-            line, place = divmod(index, per_line)
-            x, y = MARGIN + place * (TILE + MARGIN), MARGIN + line * (TILE + CAPTION + MARGIN)
+        low, high = (float(min(m.min() for m in maps)), float(max(m.max() for m in maps))) if maps else (0.0, 1.0)
+        names = ("image", "mask", "heat map") if maps else ("image",)
+        width = SIDE + len(rows) * (TILE + GAP)
+        height = CAPTION + len(names) * (TILE + GAP) + (GAP + 32 if maps else 0)
+        sheet = Drawing(width, height)
+        sheet.marks += [
+            Text(0, CAPTION + line * (TILE + GAP) + TILE / 2, name, "muted") for line, name in enumerate(names)
+        ]
+        for column, (sample, score, heat) in enumerate(rows):
+            x = SIDE + column * (TILE + GAP)
             label = "abnormal" if sample.label else "normal"
-            draw.text((x, y), f"{Path(sample.name).name}\n{label}, score {score:.4f}", fill="black")
-            for column, picture in enumerate(self._pictures(sample, heat, low, high)):
-                tile = Image.fromarray(picture).resize((TILE, TILE), Image.Resampling.BILINEAR)
-                canvas.paste(tile, (x + column * (TILE + MARGIN), y + CAPTION))
+            stem = Path(sample.name).stem
+            stem = stem if len(stem) <= LETTERS else f"...{stem[3 - LETTERS :]}"
+            sheet.marks += [Text(x, 12, stem, "muted"), Text(x, 27, f"{label}, {score:.4f}")]
+            for line, picture in enumerate(self._pictures(sample, heat, low, high)):
+                sheet.marks.append(Picture(x, CAPTION + line * (TILE + GAP), TILE, TILE, Image.fromarray(picture)))
         if maps:
-            self._draw_scale(canvas, draw, low, high)
+            bar = Image.fromarray(colours(np.linspace(0, 1, 512))[None])
+            y = height - 32
+            sheet.marks += [
+                Picture(SIDE, y, width - SIDE - GAP, 10, bar),
+                Text(SIDE, y + 24, f"{low:.4f}", "muted"),
+                Text((SIDE + width - GAP) / 2, y + 24, "anomaly score of a pixel, one scale for all", "muted", "middle"),
+                Text(width - GAP, y + 24, f"{high:.4f}", "muted", "end"),
+            ]
+        return sheet
+
+    def save(self, path: Path) -> Path:
+        """Write the drawing as PNG."""
         with atomic_path(path) as temporary:
-            canvas.save(temporary, "PNG")
+            self.draw().png(scale=2).save(temporary, "PNG")
         return path
 
     def _pictures(self, sample: Sample, heat: np.ndarray | None, low: float, high: float) -> list[np.ndarray]:
@@ -92,18 +107,9 @@ class Sheet:
         if heat is None:
             return [image]
         marked = image.copy()
-        marked[outline(load_mask(sample, self.img_size).numpy())] = (0, 255, 0)
+        marked[outline(load_mask(sample, self.img_size).numpy())] = OUTLINE
         glow = colours((heat - low) / max(high - low, 1e-12))
         return [image, marked, (0.45 * image + 0.55 * glow).astype(np.uint8)]
-
-    @staticmethod
-    def _draw_scale(canvas: Image.Image, draw: ImageDraw.ImageDraw, low: float, high: float) -> None:
-        width, y = canvas.width - 2 * MARGIN, canvas.height - SCALE_HEIGHT
-        bar = np.tile(colours(np.linspace(0, 1, width)), (12, 1, 1))
-        canvas.paste(Image.fromarray(bar), (MARGIN, y))
-        draw.text((MARGIN, y + 16), f"{low:.4f}", fill="black")
-        draw.text((canvas.width // 2, y + 16), "anomaly score of a pixel, one scale for all", fill="black", anchor="ma")
-        draw.text((canvas.width - MARGIN, y + 16), f"{high:.4f}", fill="black", anchor="ra")
 
 
 def _spread(names: Sequence[str], count: int) -> list[str]:

@@ -30,6 +30,7 @@ from engine.options import (
     say_weights,
     writable,
 )
+from engine.page import Report, read_history
 from engine.published import encoder_difference, infer_settings
 from engine.report import Sheet
 from utils import InputError, atomic_path, run_cli, set_seed
@@ -42,6 +43,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add_model_flags(parser, from_checkpoint=True)
     parser.add_argument("--ckpt", help="checkpoint (default: <save_path>/<obj>.pth)")
     parser.add_argument("--figures", help="folder for pictures: test images beside masks and heat maps")
+    parser.add_argument("--report", help="folder for a page with numbers, figures and every image (index.html)")
+    parser.add_argument("--history", help="metrics.jsonl of the run, for its curves in --report")
     return parser.parse_args(arguments)
 
 
@@ -60,6 +63,9 @@ def main() -> None:
     if options.out_json:
         writable(options.out_json, "--out_json")
     figures = writable(Path(options.figures) / f"{options.obj}.png", "--figures") if options.figures else None
+    if options.report:
+        writable(Path(options.report) / "index.html", "--report")
+    history = read_history(options.history) if options.history else None
     dataset = MedicalDataset.open(options.obj, options.data_path)
     ckpt = options.ckpt or default_checkpoint(options.save_path, options.obj)
 
@@ -90,7 +96,13 @@ def main() -> None:
     store.prepare([Item(sample) for sample in samples])
     store.release_tower()
     sheet = Sheet(samples, settings.img_size) if options.figures else None
-    found = evaluate(detector, store, samples, full=True, on_batch=sheet)
+    report = Report(samples, settings) if options.report else None
+
+    def collect(*batch: Any) -> None:
+        for collector in filter(None, (sheet, report)):
+            collector(*batch)
+
+    found = evaluate(detector, store, samples, full=True, on_batch=collect)
 
     select = checkpoint.about["select"]
     epoch = checkpoint.about.get("metrics", {}).get("epoch", "unknown")
@@ -105,6 +117,8 @@ def main() -> None:
             path.write_text(json.dumps(result_json(settings, found, select), indent=2) + "\n")
     if sheet:
         print(f"pictures: {sheet.save(figures)}")
+    if report:
+        print(f"report: {report.save(options.report, found, {'checkpoint': str(ckpt), **checkpoint.about}, history)}")
     print(published_lines(options.obj, found))
 
 

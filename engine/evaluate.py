@@ -18,6 +18,7 @@ from .metrics import PerRegionOverlap, PixelBootstrap, ScoreHistogram, bootstrap
 
 CURVE_POINTS = 300  # finer than a figure can show
 
+
 @dataclass(frozen=True)
 class Evaluation:
     """What an evaluation found; pixel metrics are None on image-only data sets."""

@@ -176,17 +176,20 @@ def read_history(path: str | Path) -> list[dict[str, Any]]:
             row = json.loads(line)
             row["epoch"] = int(row["epoch"])
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}, line {number}: not the JSON of an epoch; is it a run's metrics.jsonl?") from error
+            raise InputError(
+                f"{path}, line {number}: not the JSON of an epoch; is it a run's metrics.jsonl?"
+            ) from error
         rows.append(row)
     return rows
 
 
-def figures(
-    found: Evaluation, history: Sequence[dict[str, Any]], epoch: int | None
-) -> dict[str, tuple[str, Drawing]]:
+def figures(found: Evaluation, history: Sequence[dict[str, Any]], epoch: int | None) -> dict[str, tuple[str, Drawing]]:
     """Name -> (title, drawing): scores, roc, pr, and with a history auc and losses; `epoch` is marked in these."""
     threshold = found.more["threshold"]
-    groups = [("normal", found.scores[found.labels == 0], "ink"), ("abnormal", found.scores[found.labels == 1], "accent")]
+    groups = [
+        ("normal", found.scores[found.labels == 0], "ink"),
+        ("abnormal", found.scores[found.labels == 1], "accent"),
+    ]
     drawings = {
         "scores": (
             "Image scores by class",
@@ -214,9 +217,7 @@ def figures(
     return drawings
 
 
-def _history_series(
-    history: Sequence[dict[str, Any]], key: str, name: str, colour: str, dashed: bool
-) -> Series:
+def _history_series(history: Sequence[dict[str, Any]], key: str, name: str, colour: str, dashed: bool) -> Series:
     rows = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
     return Series(name, [epoch for epoch, _ in rows], [value for _, value in rows], colour, dashed)
 
@@ -253,3 +254,74 @@ def _heat(heat: np.ndarray) -> tuple[str, float, float]:
     low, high = float(heat.min()), float(heat.max())
     levels = ((heat - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8)
     return base64.b64encode(levels.tobytes()).decode(), low, high
+
+
+def _lead(settings: Settings, found: Evaluation, about: dict[str, Any]) -> str:
+    """What was tested, and how the epoch was selected."""
+    abnormal = int(found.labels.sum())
+    select, epoch = about.get("select", "unknown"), about.get("metrics", {}).get("epoch")
+    way = SELECTED.get(select, "{select}").format(obj=settings.obj, select=f"selected: {select}")
+    sentences = [
+        f"{len(found.labels):,} images: {len(found.labels) - abnormal:,} normal, {abnormal:,} abnormal.",
+        f"Epoch {epoch or 'unknown'}: {way}.",
+    ]
+    if settings.pretrain == "random":
+        sentences.append("CLIP's weights are random, not pre-trained: the numbers show only that the program runs.")
+    return escape(" ".join(sentences))
+
+
+def _numbers(found: Evaluation) -> str:
+    """Every number with its 95% interval where there is one; the two AUROCs come first."""
+    values = {"auc": found.auc, "pauc": found.pauc, **found.more}
+    cells = []
+    for name, value in values.items():
+        if not isinstance(value, (int, float)):
+            continue  # an interval, or no pixel metrics
+        interval = values.get(f"{name}_ci95")
+        between = f"<small>95% CI {interval[0]:.3f} to {interval[1]:.3f}</small>" if interval else ""
+        main = ' class="main"' if name in ("auc", "pauc") else ""
+        cells.append(f"<div{main}><dt>{escape(NAMES.get(name, name))}</dt><dd>{value:.3f}{between}</dd></div>")
+    return "\n".join(cells)
+
+
+def _confusion(found: Evaluation) -> str:
+    """Counts at the threshold, which lead to the images."""
+    says = found.scores >= found.more["threshold"]
+    rows = []
+    for truth, name in ((1, "abnormal"), (0, "normal")):
+        of_class = found.labels == truth
+        right = int((of_class & (says == truth)).sum())
+        wrong = int(of_class.sum()) - right
+        kind, words = ("fn", "false negative") if truth else ("fp", "false positive")
+        share = "sensitivity" if truth else "specificity"
+        rows.append(
+            f'<tr><th scope="row">{name}</th><td>{right:,}</td><td><a href="#show={kind}">{wrong:,} {words}</a></td>'
+            f"<td>{share} {right / (right + wrong):.3f}</td></tr>"
+        )
+    return "\n".join(rows)
+
+
+def _kept(shown: int, total: int) -> str:
+    """Says it where not every image is in the gallery."""
+    if shown == total:
+        return ""
+    return (
+        f"The gallery holds {shown:,} of {total:,} images: the {KEPT:,} highest and the {KEPT:,} lowest scores of each "
+        "class. All images count in the numbers and figures."
+    )
+
+
+def _figure(title: str, drawing: Drawing) -> str:
+    return f'<figure class="plot"><figcaption>{escape(title)}</figcaption>{drawing.svg(title)}</figure>'
+
+
+def _table(values: dict[str, Any], prefix: str = "") -> str:
+    """Nested values as rows of a definition list."""
+    rows = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            rows.append(_table(value, f"{prefix}{name}."))
+        elif value is not None:
+            words = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            rows.append(f"<div><dt>{escape(prefix + str(name))}</dt><dd>{escape(words)}</dd></div>")
+    return "\n".join(rows)

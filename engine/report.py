@@ -33,12 +33,12 @@ def colours(values: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(values, places, channel) for channel in INFERNO.T], axis=-1).round().astype(np.uint8)
 
 
-def outline(mask: np.ndarray) -> np.ndarray:
-    """The pixels of a mask (S, S) bool that touch a pixel outside it."""
-    inner = mask.copy()
-    for axis in (0, 1):
-        for shift in (-1, 1):
-            inner &= np.roll(mask, shift, axis)
+def outline(mask: np.ndarray, width: int = 1) -> np.ndarray:
+    """The pixels of a mask (S, S) bool that are within `width` of a pixel outside it."""
+    inner = mask
+    for _ in range(width):
+        shifted = [np.roll(inner, shift, axis) for axis in (0, 1) for shift in (-1, 1)]
+        inner = np.logical_and.reduce([inner, *shifted])
     return mask & ~inner
 
 
@@ -91,7 +91,9 @@ class Sheet:
             sheet.marks += [
                 Picture(SIDE, y, width - SIDE - GAP, 10, bar),
                 Text(SIDE, y + 24, f"{low:.4f}", "muted"),
-                Text((SIDE + width - GAP) / 2, y + 24, "anomaly score of a pixel, one scale for all", "muted", "middle"),
+                Text(
+                    (SIDE + width - GAP) / 2, y + 24, "anomaly score of a pixel, one scale for all", "muted", "middle"
+                ),
                 Text(width - GAP, y + 24, f"{high:.4f}", "muted", "end"),
             ]
         return sheet

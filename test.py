@@ -32,7 +32,7 @@ from engine.options import (
 )
 from engine.page import Report, read_history
 from engine.published import encoder_difference, infer_settings
-from engine.report import Sheet
+from engine.report import Sheet, together
 from utils import InputError, atomic_path, run_cli, set_seed
 
 
@@ -97,12 +97,7 @@ def main() -> None:
     store.release_tower()
     sheet = Sheet(samples, settings.img_size) if options.figures else None
     report = Report(samples, settings) if options.report else None
-
-    def collect(*batch: Any) -> None:
-        for collector in filter(None, (sheet, report)):
-            collector(*batch)
-
-    found = evaluate(detector, store, samples, full=True, on_batch=collect)
+    found = evaluate(detector, store, samples, full=True, on_batch=together(sheet, report))
 
     select = checkpoint.about["select"]
     epoch = checkpoint.about.get("metrics", {}).get("epoch", "unknown")

@@ -1,7 +1,7 @@
-"""The report page: one HTML file with the numbers, the worst mistakes, the figures and a gallery, and nothing from a network.
+"""The report page: one HTML file with the numbers, a gallery of the images and the figures, and nothing from a network.
 
-A heat map is kept as HEAT x HEAT bytes between its own lowest and highest value, and the browser colours it: so all maps
-share one scale, which is known only after the last image, and no whole map is kept.
+A heat map is kept as HEAT x HEAT bytes between its own lowest and highest value, and the browser colours it: so all
+maps share one scale, which is known only after the last image, and no whole map is kept.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import bisect
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.metrics import precision_recall_curve, roc_curve
@@ -28,7 +28,7 @@ from dataset import Sample, load_image, load_mask
 from utils import InputError, atomic_path
 
 from .detector import Settings
-from .evaluate import CURVE_POINTS, Evaluation
+from .evaluate import Evaluation
 from .plots import Drawing, Series, encode, histogram, plot
 from .report import INFERNO, OUTLINE, Sheet, outline
 
@@ -41,18 +41,32 @@ NAMES = {
     "pauc": "Pixel AUROC",
     "ap": "Image average precision",
     "f1_max": "Image F1-max",
-    "threshold": "Image threshold (F1-max)",
     "pixel_ap": "Pixel average precision",
     "pixel_f1_max": "Pixel F1-max",
     "pixel_threshold": "Pixel threshold (F1-max)",
     "aupro": "AUPRO (up to 30% false positives)",
 }
 SELECTED = {
-    "test": "the best of the run on {obj}'s test set itself (--select test, the published protocol), so its numbers there "
-    "are optimistic",
+    "test": "the best of the run on {obj}'s test set itself (--select test, the published protocol), so its numbers "
+    "there are optimistic",
     "valid": "the best of the run on images of valid/ that are no shots (--select valid)",
     "last": "the last of the run (--select last)",
 }
+
+
+# Figures of a run: title, y label, and for each curve its key in the history, name, colour, dashed.
+RUN_CURVES = {
+    "auc": ("AUROC over the run", "AUROC", [
+        ("auc", "image", "accent", False), ("pauc", "pixel", "ink", False),
+        ("valid_auc", "image, valid", "accent", True), ("valid_pauc", "pixel, valid", "ink", True),
+    ]),
+    "losses": ("Losses over the run", "loss", [
+        ("total", "total", "accent", False), ("det", "detection", "ink", False), ("seg", "segmentation", "ink", True),
+    ]),
+    "similarity": ("Similarity of the two text features", "cosine", [
+        ("similarity", "normal and abnormal prompt", "accent", False),
+    ]),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,6 +146,8 @@ class Report:
     def html(self, found: Evaluation, about: dict[str, Any], drawings: dict[str, tuple[str, Drawing]]) -> str:
         """The page."""
         cards = [card for cards in self.cards for card in cards]
+        settings = self.settings.to_dict()
+        flags = {name: value for name, value in about.get("options", {}).items() if name not in settings}
         data = {
             "threshold": found.more["threshold"],
             "range": [float(found.scores.min()), float(found.scores.max())],
@@ -146,6 +162,7 @@ class Report:
             "obj": escape(self.settings.obj),
             "lead": _lead(self.settings, found, about),
             "numbers": _numbers(found),
+            "threshold": f"{found.more['threshold']:.3f}",
             "confusion": _confusion(found),
             "scores": bare.pop("scores"),
             "figures": "\n".join(bare.values()),
@@ -154,7 +171,7 @@ class Report:
             "gradient": f"linear-gradient(to right, {colours})",
             "low": f"{self.scale[0]:.3f}" if self.scale else "",
             "high": f"{self.scale[1]:.3f}" if self.scale else "",
-            "settings": _table({**self.settings.to_dict(), **about}),
+            "settings": _table({**settings, **about, "options": flags}),
             "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
         }
         return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
@@ -199,15 +216,7 @@ def figures(found: Evaluation, history: Sequence[dict[str, Any]], epoch: int | N
         "pr": ("Precision and recall", _precision_recall(found)),
     }
     marks = [(float(epoch), f"epoch {epoch}")] if epoch else []
-    curves = {
-        "auc": ("AUROC over the run", "AUROC", (("auc", "image", "accent", False), ("pauc", "pixel", "ink", False),
-                ("valid_auc", "image, valid", "accent", True), ("valid_pauc", "pixel, valid", "ink", True))),
-        "losses": ("Losses over the run", "loss", (("total", "total", "accent", False), ("det", "detection", "ink", False),
-                   ("seg", "segmentation", "ink", True))),
-        "similarity": ("Similarity of the two text features", "cosine", (("similarity", "normal and abnormal prompt",
-                       "accent", False),)),
-    }  # fmt: skip
-    for name, (title, label, keys) in curves.items():
+    for name, (title, label, keys) in RUN_CURVES.items():
         series = [_history_series(history, *key) for key in keys]
         series = [s for s in series if len(s.x)]
         if series:
@@ -218,7 +227,8 @@ def figures(found: Evaluation, history: Sequence[dict[str, Any]], epoch: int | N
 
 
 def _history_series(history: Sequence[dict[str, Any]], key: str, name: str, colour: str, dashed: bool) -> Series:
-    rows = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
+    rows = [(row["epoch"], row[key]) for row in history if isinstance(row.get(key), (int, float))]
+    rows = [(epoch, value) for epoch, value in rows if math.isfinite(value)]
     return Series(name, [epoch for epoch, _ in rows], [value for _, value in rows], colour, dashed)
 
 
@@ -231,7 +241,7 @@ def _roc(found: Evaluation) -> Drawing:
 
 
 def _precision_recall(found: Evaluation) -> Drawing:
-    precision, recall, _ = precision_recall_curve(found.labels, found.scores)
+    precision, recall, _ = precision_recall_curve(found.labels, found.scores, drop_intermediate=True)
     series = [Series(f"image (AP {found.more['ap']:.3f})", recall, precision)]
     if "pr" in found.curves:
         series.insert(0, Series(f"pixel (AP {found.more['pixel_ap']:.3f})", *found.curves["pr"], "ink"))
@@ -267,7 +277,7 @@ def _lead(settings: Settings, found: Evaluation, about: dict[str, Any]) -> str:
     ]
     if settings.pretrain == "random":
         sentences.append("CLIP's weights are random, not pre-trained: the numbers show only that the program runs.")
-    return escape(" ".join(sentences))
+    return re.sub(r"--\w+ \w+", r"<code>\g<0></code>", escape(" ".join(sentences)))
 
 
 def _numbers(found: Evaluation) -> str:
@@ -275,8 +285,8 @@ def _numbers(found: Evaluation) -> str:
     values = {"auc": found.auc, "pauc": found.pauc, **found.more}
     cells = []
     for name, value in values.items():
-        if not isinstance(value, (int, float)):
-            continue  # an interval, or no pixel metrics
+        if name == "threshold" or not isinstance(value, (int, float)):
+            continue  # said elsewhere, an interval, or no pixel metrics
         interval = values.get(f"{name}_ci95")
         between = f"<small>95% CI {interval[0]:.3f} to {interval[1]:.3f}</small>" if interval else ""
         main = ' class="main"' if name in ("auc", "pauc") else ""
@@ -292,10 +302,13 @@ def _confusion(found: Evaluation) -> str:
         of_class = found.labels == truth
         right = int((of_class & (says == truth)).sum())
         wrong = int(of_class.sum()) - right
-        kind, words = ("fn", "false negative") if truth else ("fp", "false positive")
-        share = "sensitivity" if truth else "specificity"
+        kind, yes, no, share = (
+            ("fn", "true positive", "false negative", "sensitivity")
+            if truth
+            else ("fp", "true negative", "false positive", "specificity")
+        )
         rows.append(
-            f'<tr><th scope="row">{name}</th><td>{right:,}</td><td><a href="#show={kind}">{wrong:,} {words}</a></td>'
+            f'<tr><th scope="row">{name}</th><td>{right:,} {yes}</td><td><a href="#show={kind}">{wrong:,} {no}</a></td>'
             f"<td>{share} {right / (right + wrong):.3f}</td></tr>"
         )
     return "\n".join(rows)

@@ -61,7 +61,8 @@ class Area:
 
     def svg(self) -> str:
         """As a polygon."""
-        return f'<polygon class="{self.colour}" fill="{COLOURS[self.colour]}" fill-opacity="0.25" points="{_places(self.points)}"/>'
+        fill = f'fill="{COLOURS[self.colour]}" fill-opacity="0.25"'
+        return f'<polygon class="{self.colour}" {fill} points="{_places(self.points)}"/>'
 
     def paint(self, canvas: Image.Image, scale: int) -> None:
         """On a canvas of `scale` pixels a unit."""
@@ -173,8 +174,10 @@ def plot(
 
     Args:
         series: drawn in this order.
-        x_label, y_label: what the axes show; y's stands above its axis, so that nothing has to be read sideways.
-        x_range, y_range: from low to high; an empty one is widened.
+        x_label: what the axis shows.
+        y_label: likewise; it stands above its axis, so that nothing has to be read sideways.
+        x_range: from low to high; an empty one is widened.
+        y_range: likewise.
         marks: (x, words) of vertical lines.
     """
     drawing = Drawing(WIDTH, HEIGHT, [Text(8, 14, y_label, "muted")])
@@ -235,7 +238,7 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     power = 10.0 ** np.floor(np.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
     first, last = np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9)
-    return [round(float(n * step), 12) for n in np.arange(first, last + 1)]
+    return [round(float(n * step), 12) + 0.0 for n in np.arange(first, last + 1)]  # no -0
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> str:

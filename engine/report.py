@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,8 @@ from dataset import Sample, load_image, load_mask
 from utils import atomic_path
 
 from .plots import Drawing, Picture, Text
+
+OnBatch = Callable[[Sequence[Sample], Tensor, Tensor | None], None]
 
 TILE = 120  # CSS pixels a side
 GAP = 6
@@ -112,6 +114,17 @@ class Sheet:
         marked[outline(load_mask(sample, self.img_size).numpy())] = OUTLINE
         glow = colours((heat - low) / max(high - low, 1e-12))
         return [image, marked, (0.45 * image + 0.55 * glow).astype(np.uint8)]
+
+
+def together(*collectors: OnBatch | None) -> OnBatch:
+    """One `on_batch` for `evaluate` that calls each of the collectors that are there."""
+
+    def collect(batch: Sequence[Sample], scores: Tensor, maps: Tensor | None) -> None:
+        for collector in collectors:
+            if collector is not None:
+                collector(batch, scores, maps)
+
+    return collect
 
 
 def _spread(names: Sequence[str], count: int) -> list[str]:

@@ -146,10 +146,12 @@ class Report:
     def html(self, found: Evaluation, about: dict[str, Any], drawings: dict[str, tuple[str, Drawing]]) -> str:
         """The page."""
         cards = [card for cards in self.cards for card in cards]
+        digits = _digits(found.scores)
         settings = self.settings.to_dict()
         flags = {name: value for name, value in about.get("options", {}).items() if name not in settings}
         data = {
             "threshold": found.more["threshold"],
+            "digits": digits,
             "range": [float(found.scores.min()), float(found.scores.max())],
             "scale": self.scale,
             "colours": INFERNO.tolist(),
@@ -162,7 +164,7 @@ class Report:
             "obj": escape(self.settings.obj),
             "lead": _lead(self.settings, found, about),
             "numbers": _numbers(found),
-            "threshold": f"{found.more['threshold']:.3f}",
+            "threshold": f"{found.more['threshold']:.{digits}f}",
             "confusion": _confusion(found),
             "scores": bare.pop("scores"),
             "figures": "\n".join(bare.values()),
@@ -210,7 +212,7 @@ def figures(found: Evaluation, history: Sequence[dict[str, Any]], epoch: int | N
     drawings = {
         "scores": (
             "Image scores by class",
-            histogram(groups, "image score", [(threshold, f"threshold {threshold:.3f}")]),
+            histogram(groups, "image score", [(threshold, f"threshold {threshold:.{_digits(found.scores)}f}")]),
         ),
         "roc": ("ROC curves", _roc(found)),
         "pr": ("Precision and recall", _precision_recall(found)),
@@ -222,7 +224,9 @@ def figures(found: Evaluation, history: Sequence[dict[str, Any]], epoch: int | N
         if series:
             values = [y for s in series for y in s.y]
             limits = (1, max(row["epoch"] for row in history))
-            drawings[name] = (title, plot(series, "epoch", label, limits, (min(values), max(values)), marks))
+            low, high = min(values), max(values)
+            room = (low, high + 0.12 * (high - low))  # above the curves, for the mark's words
+            drawings[name] = (title, plot(series, "epoch", label, limits, room, marks, x_step=1))
     return drawings
 
 
@@ -312,6 +316,12 @@ def _confusion(found: Evaluation) -> str:
             f"<td>{share} {right / (right + wrong):.3f}</td></tr>"
         )
     return "\n".join(rows)
+
+
+def _digits(scores: np.ndarray) -> int:
+    """Decimals that tell scores apart: early in training all of them lie near K/2."""
+    spread = float(scores.max() - scores.min())
+    return min(max(3, 3 - math.floor(math.log10(spread))), 9) if spread else 3
 
 
 def _kept(shown: int, total: int) -> str:

@@ -22,7 +22,7 @@ from utils import atomic_path
 COLOURS = {"ink": "#16191d", "muted": "#5c636b", "grid": "#dfe3e7", "accent": "#0a5fb4"}
 FONT_SIZE = 11
 DASH = (5, 4)  # drawn, left out
-WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM = 360, 270, 42, 350, 230  # of a plot, and where its axes are
+WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM = 360, 270, 46, 350, 230  # of a plot, and where its axes are
 
 Points = Sequence[tuple[float, float]]
 
@@ -169,6 +169,7 @@ def plot(
     x_range: tuple[float, float],
     y_range: tuple[float, float],
     marks: Sequence[tuple[float, str]] = (),
+    x_step: float = 0.0,
 ) -> Drawing:
     """Curves on a grid, with a legend.
 
@@ -179,9 +180,10 @@ def plot(
         x_range: from low to high; an empty one is widened.
         y_range: likewise.
         marks: (x, words) of vertical lines.
+        x_step: the least distance of two ticks: 1 where x is counted.
     """
     drawing = Drawing(WIDTH, HEIGHT, [Text(8, 14, y_label, "muted")])
-    top = _legend(drawing, [s for s in series if s.name]) + 8
+    top = _legend(drawing, [s for s in series if s.name]) + 14
     x_low, x_high = _widened(x_range)
     y_low, y_high = _widened(y_range)
 
@@ -194,7 +196,7 @@ def plot(
     for tick in ticks(y_low, y_high):
         (_, y) = place(x_low, tick)
         drawing.marks += [Line([(LEFT, y), (RIGHT, y)], "grid"), Text(LEFT - 6, y + 4, f"{tick:g}", "muted", "end")]
-    for tick in ticks(x_low, x_high):
+    for tick in ticks(x_low, x_high, x_step):
         (x, _) = place(tick, y_low)
         drawing.marks += [
             Line([(x, BOTTOM), (x, BOTTOM + 4)], "muted"),
@@ -232,9 +234,9 @@ def histogram(
     return plot(series, x_label, "% of the class", (edges[0], edges[-1]), (0, highest * 1.1), marks)
 
 
-def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round values from `low` to `high`, at most `most` of them."""
-    rough = (high - low) / (most - 1)
+def ticks(low: float, high: float, least: float = 0.0, most: int = 6) -> list[float]:
+    """Round values from `low` to `high`, `least` or more apart, at most `most` of them."""
+    rough = max((high - low) / (most - 1), least)
     power = 10.0 ** np.floor(np.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
     first, last = np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9)

@@ -60,7 +60,7 @@ def main() -> None:
     if options.out_json:
         writable(options.out_json, "--out_json")
     figures = writable(Path(options.figures) / f"{options.obj}.png", "--figures") if options.figures else None
-    dataset = MedicalDataset.open(options.obj, options.data_path)
+    dataset = MedicalDataset.open(options.obj, options.data_path, options.data_root)
     ckpt = options.ckpt or default_checkpoint(options.save_path, options.obj)
 
     def infer(parts: dict[str, Any]) -> Settings:
@@ -95,6 +95,8 @@ def main() -> None:
     select = checkpoint.about["select"]
     epoch = checkpoint.about.get("metrics", {}).get("epoch", "unknown")
     print(f"{options.obj}: {len(samples)} test images")
+    if note := dataset.split_note():
+        print(note)
     print(f"{ckpt}: trained on {settings.obj}, epoch {epoch}, --select {select}")
     print(found.line())
     for name, value in found.more.items():

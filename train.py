@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from CLIP import create_model
-from dataset import MedicalDataset, Sample, Shots, load_mask
+from dataset import MedicalDataset, Sample, Shots, leaks, load_mask
 from engine.checkpoint import Checkpoint, versions
 from engine.detector import Detector, Settings, make_optimizers
 from engine.evaluate import Evaluation, evaluate, published_lines, result_json
@@ -32,17 +33,19 @@ from engine.options import (
     Formatter,
     add_data_flags,
     add_model_flags,
+    count,
     make_settings,
     make_store,
     pick_device,
     positive,
     positive_float,
     say_weights,
+    words,
     writable,
 )
 from engine.tracking import Tracker
 from loss import LossParts, training_loss
-from Prompt import text_similarity
+from Prompt import read_prompts, text_similarity
 from utils import VIEWS, InputError, atomic_path, augment, run_cli, set_seed
 
 SELECTS = {
@@ -62,13 +65,44 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--epoch", type=positive, default=60, help="number of epochs")
     group.add_argument("--learning_rate", type=positive_float, default=0.001, help="of Adam")
     group.add_argument("--shot", type=positive, default=16, help="labelled images of each class")
+    group.add_argument("--shot_normal", type=count, help="normal ones (default: --shot)")
+    group.add_argument("--shot_abnormal", type=count, help="abnormal ones, 0 for none (default: --shot)")
+    group.add_argument("--prompt_name", type=words, help="what the prompts call the object (default: the data set's)")
+    group.add_argument("--prompts", type=read_prompts, metavar="FILE", help="JSON with other state phrases (README)")
     group.add_argument(
         "--iterate", type=int, default=0, help="line of the few-shot list; negative: sample with the seed"
     )
     group.add_argument("--select", default="test", choices=tuple(SELECTS), help="which epoch is reported and saved")
     group.add_argument("--eval_every", type=positive, default=1, help="epochs between evaluations")
     group.add_argument("--save_model", action=argparse.BooleanOptionalAction, default=True, help="write the checkpoint")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for flag in ("shot_normal", "shot_abnormal"):
+        if getattr(options, flag) is None:
+            setattr(options, flag, options.shot)
+    if not options.shot_normal:
+        raise InputError("--shot_normal 0: training needs normal shots; only --shot_abnormal may be 0")
+    return options
+
+
+def shots_words(options: argparse.Namespace) -> str:
+    """16shot, or 16n4a-shot where the classes differ."""
+    normal, abnormal = options.shot_normal, options.shot_abnormal
+    return f"{normal}shot" if normal == abnormal else f"{normal}n{abnormal}a-shot"
+
+
+def losses_note(normal: int, abnormal: int) -> str | None:
+    """What the paper's losses mean with unequal shots, in a line; None for equal ones."""
+    if not abnormal:
+        return (
+            "losses: no abnormal shots, so they only draw normal images and pixels towards the normal prompt and away "
+            "from the abnormal one; nothing shows what abnormal looks like, the frozen CLIP alone has to tell"
+        )
+    if normal != abnormal:
+        return (
+            f"losses: means over all images, as published, without weights: the {normal} normal shots together count "
+            f"{normal / abnormal:.3g} times as much as the {abnormal} abnormal ones"
+        )
+    return None
 
 
 @dataclass
@@ -86,7 +120,7 @@ class TrainingSet:
         for samples, label, draws in zip((shots.abnormal, shots.normal), (1, 0), jitter.tolist(), strict=True):
             items += [Item(sample, view, tuple(draws)) for view in range(VIEWS) for sample in samples]
             labels += [label] * VIEWS * len(samples)
-            if pixel_metrics:
+            if pixel_metrics and samples:
                 soft = torch.stack([load_mask(sample, img_size) for sample in samples])[:, None].float()
                 masks.append(augment(soft)[:, 0] > 0.5)
         return cls(items, torch.tensor(labels), torch.cat(masks) if masks else None)
@@ -230,15 +264,18 @@ def prepare(options: argparse.Namespace) -> Setup:
     """Arguments -> data, backbone, model, and the store that will keep the features."""
     set_seed(options.seed)
     device = pick_device(options.device)
-    dataset = MedicalDataset.open(options.obj, options.data_path)
-    shots = dataset.shots(options.shot, options.iterate, options.seed)
+    dataset = MedicalDataset.open(options.obj, options.data_path, options.data_root)
+    shots = dataset.shots(options.shot_normal, options.shot_abnormal, options.iterate, options.seed)
     test, valid = dataset.samples("test"), []
     if options.select == "valid":
         used = {sample.path for sample in (*shots.abnormal, *shots.normal)}
         valid = [sample for sample in dataset.samples("valid") if sample.path not in used]
     print(f"{options.obj}: {len(test)} test images ({sum(s.label for s in test)} abnormal); shots from {shots.source}")
     for kind, names in shots.names().items():
-        print(f"  {kind} shots: {' '.join(names)}")
+        print(f"  {kind} shots: {' '.join(names) or 'none'}")
+    for note in (dataset.split_note(), losses_note(len(shots.normal), len(shots.abnormal))):
+        if note:
+            print(note)
 
     clip = create_model(
         options.model_name, options.pretrain, options.img_size, weights=options.weights, fidelity=options.fidelity,
@@ -252,10 +289,26 @@ def prepare(options: argparse.Namespace) -> Setup:
     return Setup(shots, settings, detector, store, data, test, valid)
 
 
+def warn_of_leaks(setup: Setup) -> None:
+    """A line on stderr where a shot is also in the test set; the store has hashed every file by now."""
+    hashes = setup.store.hashes
+    shots = (*setup.shots.normal, *setup.shots.abnormal)
+    found = leaks(shots, setup.test, lambda sample: hashes[sample.path])
+    if found:
+        shot, twin = found[0]
+        print(
+            f"warning: {len(found)} test images equal a shot, which flatters every number: {twin.name} is {shot.name}; "
+            f"`python -m dataset.check` shows them all",
+            file=sys.stderr,
+        )
+
+
 def main() -> None:
     """Arguments -> data, backbone, features, model -> epochs -> checkpoint."""
     options = parse()
-    name = options.exp_name or f"{options.obj}-{options.shot}shot-{options.fidelity}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = (
+        options.exp_name or f"{options.obj}-{shots_words(options)}-{options.fidelity}-{time.strftime('%Y%m%d-%H%M%S')}"
+    )
     if options.out_json:
         writable(options.out_json, "--out_json")
     ckpt_path = writable(Path(options.save_path) / f"{options.obj}.pth", "--save_path") if options.save_model else None
@@ -264,10 +317,11 @@ def main() -> None:
     clip = setup.store.backbone.clip
     setup.store.prepare([*setup.data.items, *(Item(sample) for sample in (*setup.test, *setup.valid))])
     setup.store.release_tower()
+    warn_of_leaks(setup)
 
     config = {**vars(options), **settings.to_dict(), "shots": shots.names(), "shots_from": shots.source, **versions()}
-    group = f"{options.obj}-{options.shot}shot"
-    tags = (options.obj, f"{options.shot}-shot", options.model_name, options.fidelity)
+    group = f"{options.obj}-{shots_words(options)}"
+    tags = (options.obj, shots_words(options), options.model_name, options.fidelity)
     with Tracker.start(name, config, run_dir=Path("runs") / name, tags=tags, group=group) as tracker:
         about = {
             "shots": shots.names(), "shots_from": shots.source, "select": options.select, "options": vars(options),

@@ -78,6 +78,8 @@ class Layout:
         values = asdict(self)
         if not any(map(self.shared, KINDS)):
             del values["valid_share"]
+        for split in SPLITS:
+            values[split] = {k: folders[0] if len(folders) == 1 else folders for k, folders in values[split].items()}
         return json.dumps(values, indent=2)
 
 
@@ -130,7 +132,7 @@ def _read_folders(value: object, where: str) -> dict[str, list[str]]:
 
 def _is_below(folder: str) -> bool:
     path = PurePosixPath(folder)
-    return not path.is_absolute() and ".." not in path.parts
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def _is_mask_template(text: str) -> bool:

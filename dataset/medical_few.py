@@ -239,7 +239,12 @@ class MedicalDataset:
     def shot_lists(self) -> list[Path]:
         """The few-shot lists, the data set's own first: they win over the project's of the same name."""
         folders = (self.root / "fewshot_seed", FOLDER / "fewshot_seed" / self.obj)
-        return [path for folder in folders for path in sorted(folder.glob("my*-shot.txt"))]
+        return [
+            path
+            for folder in folders
+            for path in sorted(folder.glob("*"))
+            if re.fullmatch(r"my\d+-shot\.txt", path.name)
+        ]
 
 
 def some(words: Sequence[str], most: int = 3) -> str:
@@ -323,7 +328,7 @@ def load_mask(sample: Sample, size: int) -> Tensor:
     if sample.mask is None:
         return torch.zeros(size, size, dtype=torch.bool)
     mask = decode(sample.mask, "L")
-    image_size = read_header(sample.path).size
+    image_size = _read(sample.path, lambda image: image.size)
     if image_size != mask.size:
         raise InputError(f"{sample.mask}: {mask.size} pixels, but its image has {image_size}")
     return torch.from_numpy(np.array(mask.resize((size, size), Image.Resampling.NEAREST))) > 127
@@ -331,16 +336,11 @@ def load_mask(sample: Sample, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Header:
-    """What an image file says of itself before it is decoded."""
+    """What an image file says of itself."""
 
     size: tuple[int, int]  # width, height
     mode: str  # Pillow's: L, RGB, I;16, ...
     orientation: int  # EXIF; 1 is upright. It is ignored, as published, so that an image fits its mask
-
-
-def read_header(path: Path) -> Header:
-    """Open without decoding; `InputError` for a file that is no image."""
-    return _read(path, lambda image: Header(image.size, image.mode, image.getexif().get(0x0112, 1)))
 
 
 def decode(path: Path, mode: str = "RGB") -> Image.Image:
@@ -354,6 +354,18 @@ def decode(path: Path, mode: str = "RGB") -> Image.Image:
         InputError: unreadable or cut short, too many pixels, several pictures, pixels without a known range.
     """
     return _read(path, lambda image: _convert(image, mode, path))
+
+
+def examine(path: Path) -> tuple[Header, Image.Image]:
+    """What `decode` gives as `RGB`, with the file's header."""
+
+    def use(image: Image.Image) -> tuple[Header, Image.Image]:
+        size, mode, pixels = image.size, image.mode, _convert(image, "RGB", path)
+        return Header(
+            size, mode, image.getexif().get(0x0112, 1)
+        ), pixels  # EXIF last: in a PNG it may follow the pixels
+
+    return _read(path, use)
 
 
 def _convert(image: Image.Image, mode: str, path: Path) -> Image.Image:

@@ -189,7 +189,7 @@ def test_other_weights_than_the_checkpoints_are_refused(data_path, tmp_path, mon
     ("script", "arguments", "words"),
     [
         ("train.py", ["--obj", "Liver"], "Liver_AD"),
-        ("train.py", ["--obj", "Knee"], "invalid choice"),
+        ("train.py", ["--obj", "Knee"], "Knee_AD"),
         ("train.py", ["--shot", "0"], "at least 1"),
         ("train.py", ["--shot", "9"], "--shot 9"),
         ("train.py", ["--iterate", "5"], "--iterate 5"),

@@ -104,7 +104,9 @@ def look(found: Found) -> Look:
     seen = Look()
     try:
         seen.header, image = examine(path)
-        seen.digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
+        content = hashlib.sha256(f"{image.size}".encode())
+        content.update(image.tobytes())
+        seen.digest = content.digest()
         if seen.header.mode.startswith("I"):
             brightest = image.getextrema()[0][1] * 257
             if brightest < SIXTEEN_BITS_AT_LEAST:

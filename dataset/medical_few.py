@@ -108,7 +108,8 @@ class MedicalDataset:
         for folder in (folder for split in SPLITS for kind in KINDS for folder in layout.folders(split, kind)):
             top = root / PurePosixPath(folder).parts[0]
             if not top.is_dir():
-                raise InputError(f"{top} not found; {_hint(obj, data_path)}")
+                other = f"dataset/{obj}.json names it; under a new --obj the folder's own layout would be found"
+                raise InputError(f"{top} not found; {_hint(obj, data_path) if data_root is None else other}")
         return cls(obj, root, layout)
 
     @property
@@ -180,11 +181,12 @@ class MedicalDataset:
 
     def split_note(self) -> str | None:
         """A line on the folders that are divided between the splits; None where none is."""
-        shared = [folder for kind in KINDS for folder in self.layout.shared(kind)]
+        kinds = [kind for kind in KINDS if self.layout.shared(kind)]
+        shared = [folder for kind in kinds for folder in self.layout.shared(kind)]
         if not shared:
             return None
         valid, test = (
-            sum(self.name(path.parent) in shared for kind in KINDS for path, _ in self.find(split, kind))
+            sum(self.name(path.parent) in shared for kind in kinds for path, _ in self.find(split, kind))
             for split in SPLITS
         )
         return (

@@ -57,8 +57,7 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
             ) from error
         raise InputError(f"{path} is damaged or no weight file: fetch it again") from error
     except Exception as error:  # whatever a damaged or hostile file provokes in a parser
-        reason = f"{type(error).__name__} {error}".partition("\n")[0].strip()[:120]
-        raise InputError(f"{path} is damaged or no weight file ({reason}): fetch it again") from error
+        raise InputError(f"{path} is damaged or no weight file ({one_line(error)}): fetch it again") from error
     return _clip_keys(content, path)
 
 
@@ -75,10 +74,17 @@ def check_state(state: dict[str, torch.Tensor], expected: dict[str, torch.Size],
         )
 
 
+def one_line(words: object) -> str:
+    """A text, or what an exception says, in at most 150 printable characters: it may quote a damaged file."""
+    text = f"{type(words).__name__} {words}" if isinstance(words, Exception) else str(words)
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text[:1000]).split())[:150]
+
+
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor is numbers in memory, one for each element: not sparse, quantised, nested, meta or expanded."""
     return (
         tensor.layout is torch.strided
+        and (tensor.dtype.itemsize > 1 or not tensor.is_floating_point())  # arithmetic knows no 8 bit floats
         and not (tensor.is_quantized or tensor.is_nested or tensor.is_meta or tensor.is_complex())
         and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
     )
@@ -237,7 +243,7 @@ def _fault(value: torch.Tensor | None, shape: torch.Size) -> str:
     """What is wrong with a weight, "" for nothing."""
     if value is None:
         return "is missing"
-    if not is_plain(value) or not value.dtype.is_floating_point or value.dtype.itemsize < 2:
+    if not is_plain(value) or not value.is_floating_point():
         return f"is no plain tensor of 16 to 64 bit floating-point numbers ({value.dtype})"
     if value.shape != shape:
         return f"is {_shape(value.shape)}, expected {_shape(shape)}"

@@ -20,7 +20,7 @@ import torch
 import torchvision
 
 from CLIP import create_model
-from CLIP.openai import check_archive, is_plain
+from CLIP.openai import check_archive, is_plain, one_line
 from utils import InputError, atomic_path, run_cli
 
 from .detector import Detector, Settings
@@ -29,6 +29,8 @@ from .published import ENCODER_PREFIX, export, looks_published
 
 FORMAT = "madclip-1"
 PARTS = ("normal_det_adapters", "abnormal_det_adapters", "prompt_maker_normal", "prompt_maker_abnormal")
+# Of settings: an object's name in prompts has a few words, and the tokenizer takes long over long ones.
+LIMITS = {str: lambda value: len(value) <= 200, int: lambda value: value > 0, bool: lambda _: True}
 
 
 @dataclass
@@ -84,14 +86,13 @@ def read(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise InputError(f"--ckpt {path}: not found; train one with `python train.py --obj ...`") from error
     except Exception as error:  # whatever a damaged or hostile file provokes in a parser
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"--ckpt {path}: not a checkpoint, or damaged ({reason[:150]})") from error
+        raise InputError(f"--ckpt {path}: not a checkpoint, or damaged ({one_line(error)})") from error
     if not isinstance(payload, dict):
         raise InputError(f"--ckpt {path}: not a checkpoint (it holds a {type(payload).__name__})")
     ours = payload.get("format") == FORMAT
     fault = next(_part_faults(payload), None) or (next(_settings_faults(payload), None) if ours else None)
     if fault:
-        raise InputError(f"--ckpt {path}: damaged, or not a checkpoint of this project ({fault})")
+        raise InputError(f"--ckpt {path}: damaged, or not a checkpoint of this project ({one_line(fault)})")
     return payload
 
 
@@ -113,19 +114,19 @@ def _settings_faults(payload: dict[str, Any]) -> Iterator[str]:
     settings, about = payload.get("settings"), payload.get("about")
     if not isinstance(settings, dict) or not isinstance(about, dict):
         yield "no settings"
-    kinds = {**get_type_hints(Settings), "features_list": list}
-    for name in (name for name in kinds if name in settings):
-        value, choices = settings[name], MODEL_FLAGS.get(name, {}).get("choices")
-        fits = isinstance(value, kinds[name]) and (kinds[name] is not int or value > 0)
-        if not fits or (choices and value not in choices) or value == []:
+    for name, kind in get_type_hints(Settings).items():
+        value, choices = settings.get(name), MODEL_FLAGS.get(name, {}).get("choices")
+        fits = kind not in LIMITS or (isinstance(value, kind) and LIMITS[kind](value))
+        if name in settings and (not fits or (choices and value not in choices)):
             yield f"{name} is {value!r:.80}"
-    if not all(isinstance(layer, int) for layer in settings.get("features_list", [])):
-        yield "features_list holds no layers"
+    layers = settings.get("features_list", [1])
+    if not isinstance(layers, list) or not layers or not all(isinstance(layer, int) for layer in layers):
+        yield f"features_list is {layers!r:.80}"
     options, metrics = about.get("options", {}), about.get("metrics", {})
     if not isinstance(about.get("select"), str) or not isinstance(options, dict) or not isinstance(metrics, dict):
         yield "its notes are incomplete"
     seed = options.get("seed", 0)
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+    if type(seed) is not int or not -(2**63) <= seed < 2**64:
         yield f"seed is {seed!r:.80}"
     try:
         json.dumps([settings, about])

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,8 +31,8 @@ from safetensors.torch import save as save_safetensors
 from CLIP import create_model
 from CLIP.clip import load_state, random_state
 from CLIP.model import CLIP, ModelConfig
-from CLIP.openai import read_weights
-from dataset.medical_few import MedicalDataset, read_shot_list
+from CLIP.openai import is_plain, read_weights
+from dataset.medical_few import read_shot_list
 from engine.checkpoint import Checkpoint
 from engine.detector import Detector, Settings
 from engine.options import MODEL_FLAGS
@@ -41,7 +42,7 @@ from utils import InputError
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 MICRO = ModelConfig("micro", 4, False, 8, 4, 8, 1, 1, 5, 16, 8, 1, 1, {})
-SECONDS = 10
+SECONDS = 30  # on a machine that does other things too
 MEGABYTES = 256
 FLAGS = argparse.Namespace(**{**dict.fromkeys(MODEL_FLAGS), "features_list": [2], "batch_size": 4})
 
@@ -96,8 +97,8 @@ def refusal(read: Callable[[Path], object], path: Path) -> str:
         try:
             read(path)
         except InputError as error:
-            assert len(str(error).splitlines()) == 1
-            assert len(str(error)) < 1500
+            assert len(str(error).splitlines()) == 1, str(error)
+            assert len(str(error)) < 1500, str(error)[:2000]
             return str(error)
     return ""
 
@@ -163,7 +164,7 @@ def read_and_load_weights(path: Path) -> None:
 
 def read_and_restore(path: Path) -> None:
     """What test.py does with a checkpoint."""
-    dataset = MedicalDataset("Brain", Path(), "Brain", True)
+    dataset = SimpleNamespace(obj="Brain", prompt_name="Brain", pixel_metrics=True)
     checkpoint = Checkpoint.load(path, lambda parts: infer_settings(parts, path, dataset, FLAGS)[0])
     json.dumps([checkpoint.settings.to_dict(), checkpoint.about["select"]])
     checkpoint.about.get("metrics", {}).get("epoch")
@@ -247,11 +248,14 @@ def odd_tensors() -> dict[str, Callable[[], torch.Tensor]]:
     }
 
 
+NO_TENSORS = [
+    None, True, -1, 0, 2**70, float("nan"), 1e300, "", "x" * 5000, "\n", b"x", (), [], {}, [[]], {1: 2}, ["a"], [0],
+    [2, 2], [-1], [10**9], ["2"], {"a": torch.ones(2)}, torch.Size([1]),
+]  # fmt: skip
 ODD = st.one_of(
-    st.sampled_from([None, True, -1, 0, 2**70, float("nan"), 1e300, "", "x" * 5000, "\n", b"x", (), [], {}]),
-    st.sampled_from([[[]], {1: 2}, ["a"], [0], [2, 2], [-1], [10**9], ["2"], {"a": torch.ones(2)}, torch.Size([1])]),
+    st.sampled_from(range(len(NO_TENSORS))).map(lambda index: copy.deepcopy(NO_TENSORS[index])),
     st.sampled_from(sorted(odd_tensors())).map(lambda name: odd_tensors()[name]()),
-)  # fmt: skip
+)
 
 
 def places(content: dict, above: tuple = ()) -> Iterator[tuple]:
@@ -278,7 +282,7 @@ def mistyped(draw: st.DrawFn, content: dict) -> dict:
             inner[draw(st.sampled_from([0, None, (1, 2), "", "other", "1.2.3", "x" * 300]))] = inner.pop(key)
         elif action == "delete":
             del inner[key]
-        elif isinstance(inner[key], torch.Tensor) and inner[key].layout == torch.strided and not inner[key].is_meta:
+        elif isinstance(inner[key], torch.Tensor) and is_plain(inner[key]):
             inner[key] = inner[key] * float("nan") if action == "nan" else inner[key].to_sparse()
     return content
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import platform
 import time
 import zipfile
@@ -85,6 +86,11 @@ def read(path: str | Path) -> dict[str, Any]:
         raise
     except FileNotFoundError as error:
         raise InputError(f"--ckpt {path}: not found; train one with `python train.py --obj ...`") from error
+    except pickle.UnpicklingError as error:  # torch's own words advise to load it all the same
+        reason = (
+            "Python objects beside tensors, which could run code" if "GLOBAL" in str(error) else "another kind of file"
+        )
+        raise InputError(f"--ckpt {path}: not a checkpoint, or damaged (it holds {reason})") from error
     except Exception as error:  # whatever a damaged or hostile file provokes in a parser
         raise InputError(f"--ckpt {path}: not a checkpoint, or damaged ({one_line(error)})") from error
     if not isinstance(payload, dict):

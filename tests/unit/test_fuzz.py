@@ -298,7 +298,7 @@ def test_whole_files_are_read(tmp_path, whole, kind):
 
 @pytest.mark.parametrize("kind", READERS)
 def test_damaged_files(tmp_path, whole, kind):
-    @fuzz(40)
+    @fuzz(25)
     @given(damaged(whole(kind)))
     def check(content: bytes) -> None:
         (tmp_path / "file").write_bytes(content)
@@ -313,7 +313,7 @@ def test_damaged_pickle_in_a_sound_archive(tmp_path, whole, kind):
     with zipfile.ZipFile(io.BytesIO(archive)) as members:
         pickled = next(members.read(name) for name in members.namelist() if name.endswith("/data.pkl"))
 
-    @fuzz(60)
+    @fuzz(40)
     @given(damaged(pickled))
     def check(content: bytes) -> None:
         changed = repacked(archive, lambda name: name.endswith("/data.pkl"), lambda _: content)
@@ -327,7 +327,7 @@ def test_damaged_safetensors_header(tmp_path, whole):
     content = whole("safetensors")
     size = int.from_bytes(content[:8], "little")
 
-    @fuzz(60)
+    @fuzz(40)
     @given(damaged(content[8 : 8 + size]))
     def check(header: bytes) -> None:
         (tmp_path / "file").write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
@@ -340,7 +340,7 @@ def test_damaged_safetensors_header(tmp_path, whole):
 def test_wrong_types_everywhere(tmp_path, kind):
     read = read_and_load_weights if kind == "weights" else read_and_restore
 
-    @fuzz(100)
+    @fuzz(60)
     @given(mistyped(micro_state() if kind == "weights" else payloads()[kind]))
     def check(content: dict) -> None:
         (tmp_path / "file").write_bytes(saved(content))
@@ -352,7 +352,7 @@ def test_wrong_types_everywhere(tmp_path, kind):
 @pytest.mark.parametrize("head", [b"", b"PK\x03\x04", b"\x80\x02", b"\x40" + bytes(7) + b"{"])
 @pytest.mark.parametrize("read", [read_and_load_weights, read_and_restore, read_list])
 def test_random_bytes(tmp_path, read, head):
-    @fuzz(25)
+    @fuzz(15)
     @given(st.binary(max_size=400))
     def check(noise: bytes) -> None:
         (tmp_path / "file").write_bytes(head + noise)
@@ -371,7 +371,7 @@ LISTS = st.one_of(
 
 
 def test_shot_lists(tmp_path):
-    @fuzz(200)
+    @fuzz(100)
     @given(LISTS)
     def check(content: bytes) -> None:
         (tmp_path / "list.txt").write_bytes(content)
@@ -402,13 +402,13 @@ def torchscript_of(pickled: bytes) -> bytes:
 
 
 def zip_bomb(archive: bytes, suffix: str) -> bytes:
-    """An archive with 2 GiB of zeros in 2 MB, where the member that ends with `suffix` was."""
+    """An archive with 512 MiB of zeros in half a MB, where the member that ends with `suffix` was."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
             with new.open(name, "w", force_zip64=True) as member:
                 if name.endswith(suffix):
-                    for _ in range(2**11):
+                    for _ in range(2**9):
                         member.write(bytes(2**20))
                 else:
                     member.write(old.read(name))

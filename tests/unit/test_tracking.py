@@ -72,8 +72,13 @@ tracker = tracking.Tracker.start("exp", {{"lr": 0.1, "shots": [4, 16], "root": P
 
 
 def records(tmp_path: Path) -> list[pb.Record]:
-    """Parse the one offline run file: LevelDB log framing (32 KiB blocks, 7-byte heads) around wandb's protobufs."""
+    """Parse the one offline run file."""
     (path,) = tmp_path.glob("run/wandb/offline-run-*/run-*.wandb")
+    return read_records(path)
+
+
+def read_records(path: Path) -> list[pb.Record]:
+    """Parse a run file: LevelDB log framing (32 KiB blocks, 7-byte heads) around wandb's protobufs."""
     data, at, found, parts = path.read_bytes(), 7, [], b""  # the file starts with a 7-byte mark
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:  # too little room for a head: the block is padded

@@ -211,6 +211,42 @@ def test_offline_run_can_be_read_by_the_command_that_the_line_names(tmp_path: Pa
     assert "AUC+pAUCbest" in shown.stdout
 
 
+def test_a_run_goes_on_under_the_same_id(tmp_path: Path) -> None:
+    again = """
+    first = tracker.id
+    tracker.log({"epoch": 0, "loss": 3.0}, step=0, commit=True)
+    tracker.finish()
+    more = tracking.Tracker.start("exp", {}, run_dir=Path("again"), run_id=first)
+    more.log({"epoch": 1, "loss": 2.0}, step=1)
+    print(more.id == first, tracking.Tracker().id == "")
+    more.finish()
+    """
+    assert run(tmp_path, again).stdout == "True True\n"
+    (path,) = tmp_path.glob("again/wandb/offline-run-*/run-*.wandb")
+    before, after = records(tmp_path), read_records(path)
+    (first,), (second,) = ([record.run for record in found if record.HasField("run")] for found in (before, after))
+    assert first.run_id == second.run_id
+    assert second.resume  # `wandb sync` reads this: it appends to what the server has, and does not overwrite it
+    steps = [items(record.history.item)["_step"] for record in (*before, *after) if record.HasField("history")]
+    assert steps == [0, 1]
+
+
+def test_what_is_defined_enters_the_summary_by_hand_only(tmp_path: Path) -> None:
+    body = """
+    tracker.define(["epoch", "test/AUC"])
+    for epoch in range(3):
+        tracker.log({"epoch": epoch, "test/AUC": epoch / 10}, step=epoch, commit=True)
+        if epoch == 1:
+            tracker.summary({"epoch": 1, "test/AUC": 0.1})
+    tracker.finish()
+    """
+    run(tmp_path, body)
+    summary: dict[str, Any] = {}
+    for record in records(tmp_path):
+        summary |= items(record.summary.update)
+    assert (summary["epoch"], summary["test/AUC"]) == (1, 0.1)
+
+
 def test_an_exception_passes_through_and_marks_the_run_as_failed(tmp_path: Path) -> None:
     body = """
     try:

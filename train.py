@@ -26,6 +26,7 @@ from torch import Tensor
 from CLIP import create_model
 from dataset import MedicalDataset, Sample, Shots, leaks, load_mask
 from engine.checkpoint import Checkpoint, versions
+from engine.dashboard import Collector, Dashboard
 from engine.detector import Detector, Settings, make_optimizers
 from engine.evaluate import Evaluation, evaluate, published_lines, result_json
 from engine.features import FeatureStore, Item
@@ -74,6 +75,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--select", default="test", choices=tuple(SELECTS), help="which epoch is reported and saved")
     group.add_argument("--eval_every", type=positive, default=1, help="epochs between evaluations")
+    group.add_argument(
+        "--log_images_every", type=int, default=10, help="epochs between W&B pictures, and the last; 0: none"
+    )
+    group.add_argument("--log_model", action="store_true", help="upload the checkpoint to W&B as an artifact")
     group.add_argument("--save_model", action=argparse.BooleanOptionalAction, default=True, help="write the checkpoint")
     options = parser.parse_args(arguments)
     for flag in ("shot_normal", "shot_abnormal"):
@@ -206,6 +211,7 @@ def fit(
     valid: Sequence[Sample] = (),
     eval_every: int = 1,
     on_epoch: Callable[[EpochReport, bool], None] = lambda report, best: None,
+    collector: Callable[[int, bool], Collector | None] = lambda epoch, last: None,
 ) -> tuple[EpochReport, EpochReport]:
     """Train; call `on_epoch(report, is_new_best)` after each epoch.
 
@@ -233,9 +239,11 @@ def fit(
             text = detector.prompts()
         frozen_text = text.detach()
         text = None if store.backbone.autocast else text
+        shown = collector(epoch, last) if due else None
         report = EpochReport(
             epoch, loss, text_similarity(frozen_text),
-            evaluate(detector, store, test, text_features=frozen_text) if due else None,
+            evaluate(detector, store, test, text_features=frozen_text, aupro=shown is not None, on_batch=shown)
+            if due else None,
             evaluate(detector, store, valid, text_features=frozen_text) if due and select == "valid" else None,
             time.perf_counter() - start,
         )  # fmt: skip
@@ -327,20 +335,21 @@ def main() -> None:
             "shots": shots.names(), "shots_from": shots.source, "select": options.select, "options": vars(options),
             "pretrain": clip.info.pretrain, "weights": clip.info.source, **versions(),
         }  # fmt: skip
-        best_so_far: dict[str, float] = {}
+        dashboard = Dashboard(tracker, setup.test, settings, len(setup.data.items), options.log_images_every)
 
         def on_epoch(report: EpochReport, is_best: bool) -> None:
             print(report.line(options.epoch), flush=True)
             if is_best and ckpt_path:
                 figures = {"epoch": report.epoch + 1, "auc": report.test.auc, "pauc": report.test.pauc}
                 Checkpoint(settings, detector.parts(), {**about, "metrics": figures}).save(ckpt_path)
-            tracker.log(published_keys(report, best_so_far, is_best), step=report.epoch)
+            dashboard.epoch(report, is_best)
 
         best, last = fit(
             detector, setup.store, setup.data, setup.test, epochs=options.epoch, batch_size=options.batch_size,
             learning_rate=options.learning_rate, seed=options.seed, select=options.select, valid=setup.valid,
-            eval_every=options.eval_every, on_epoch=on_epoch,
+            eval_every=options.eval_every, on_epoch=on_epoch, collector=dashboard.collector,
         )  # fmt: skip
+        dashboard.finish(best, ckpt_path if options.log_model else None)
 
     protocol = f"epoch {best.epoch + 1} of {options.epoch}, {SELECTS[options.select]} (--select {options.select})"
     print(f"last epoch: {last.test.line()}   [epoch {last.epoch + 1} of {options.epoch}]")
@@ -354,28 +363,6 @@ def main() -> None:
         with atomic_path(options.out_json) as path:
             path.write_text(json.dumps(result, indent=2) + "\n")
     print(published_lines(settings.obj, best.test))
-
-
-def published_keys(report: EpochReport, best: dict[str, float], is_best: bool) -> dict[str, float]:
-    """The published keys and ours, with the best so far, which is updated.
-
-    On an image-only data set the published pAUC is the AUC again; its keys keep that here.
-    """
-    logged = {
-        "epoch": report.epoch,
-        "sim_texts": report.similarity,
-        "loss": float(report.loss.total),
-        "train/det": float(report.loss.det),
-        "train/seg": float(report.loss.seg),
-        "time/epoch": report.seconds,
-    }
-    if report.test:
-        auc, pauc = report.test.auc, report.test.auc if report.test.pauc is None else report.test.pauc
-        found = {"AUC+pAUC": report.test.selection_score, "AUC": auc, "pAUC": pauc}
-        if is_best:
-            best.update({f"{key}best": value for key, value in found.items()})
-        logged |= found
-    return {**logged, **best}
 
 
 if __name__ == "__main__":

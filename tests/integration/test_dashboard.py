@@ -166,7 +166,7 @@ def test_everything_lies_below_the_run_folder(brain):
     assert not (folder.parents[1] / "home/.local").exists()
     (started,) = [record.run for record in records if record.HasField("run")]
     assert started.run_group == "Brain-1shot"
-    assert set(started.tags) == {"Brain", "1-shot", "ViT-tiny-14-56", "released"}
+    assert set(started.tags) == {"Brain", "1shot", "ViT-tiny-14-56", "released"}
     config = items(started.config.update)
     assert config["shots"]["abnormal"] == ["valid_Ungood_00000.png"]
     assert len(config["weights_sha256"]) == 64

@@ -66,7 +66,7 @@ def main() -> None:
     if options.report:
         writable(Path(options.report) / "index.html", "--report")
     history = read_history(options.history) if options.history else None
-    dataset = MedicalDataset.open(options.obj, options.data_path)
+    dataset = MedicalDataset.open(options.obj, options.data_path, options.data_root)
     ckpt = options.ckpt or default_checkpoint(options.save_path, options.obj)
 
     def infer(parts: dict[str, Any]) -> Settings:
@@ -102,6 +102,8 @@ def main() -> None:
     select = checkpoint.about["select"]
     epoch = checkpoint.about.get("metrics", {}).get("epoch", "unknown")
     print(f"{options.obj}: {len(samples)} test images")
+    if note := dataset.split_note():
+        print(note)
     print(f"{ckpt}: trained on {settings.obj}, epoch {epoch}, --select {select}")
     print(found.line())
     for name, value in found.more.items():

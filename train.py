@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -23,8 +24,9 @@ import torch
 from torch import Tensor
 
 from CLIP import create_model
-from dataset import MedicalDataset, Sample, Shots, load_mask
+from dataset import MedicalDataset, Sample, Shots, leaks, load_mask
 from engine.checkpoint import Checkpoint, versions
+from engine.dashboard import Collector, Dashboard
 from engine.detector import Detector, Settings, make_optimizers
 from engine.evaluate import Evaluation, evaluate, published_lines, result_json
 from engine.features import FeatureStore, Item
@@ -32,17 +34,19 @@ from engine.options import (
     Formatter,
     add_data_flags,
     add_model_flags,
+    count,
     make_settings,
     make_store,
     pick_device,
     positive,
     positive_float,
     say_weights,
+    words,
     writable,
 )
 from engine.tracking import Tracker
 from loss import LossParts, training_loss
-from Prompt import text_similarity
+from Prompt import read_prompts, text_similarity
 from utils import VIEWS, InputError, atomic_path, augment, run_cli, set_seed
 
 SELECTS = {
@@ -62,13 +66,48 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--epoch", type=positive, default=60, help="number of epochs")
     group.add_argument("--learning_rate", type=positive_float, default=0.001, help="of Adam")
     group.add_argument("--shot", type=positive, default=16, help="labelled images of each class")
+    group.add_argument("--shot_normal", type=count, help="normal ones (default: --shot)")
+    group.add_argument("--shot_abnormal", type=count, help="abnormal ones, 0 for none (default: --shot)")
+    group.add_argument("--prompt_name", type=words, help="what the prompts call the object (default: the data set's)")
+    group.add_argument("--prompts", type=read_prompts, metavar="FILE", help="JSON with other state phrases (README)")
     group.add_argument(
         "--iterate", type=int, default=0, help="line of the few-shot list; negative: sample with the seed"
     )
     group.add_argument("--select", default="test", choices=tuple(SELECTS), help="which epoch is reported and saved")
     group.add_argument("--eval_every", type=positive, default=1, help="epochs between evaluations")
+    group.add_argument(
+        "--log_images_every", type=int, default=10, help="epochs between W&B pictures, and the last; 0: none"
+    )
+    group.add_argument("--log_model", action="store_true", help="upload the checkpoint to W&B as an artifact")
     group.add_argument("--save_model", action=argparse.BooleanOptionalAction, default=True, help="write the checkpoint")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for flag in ("shot_normal", "shot_abnormal"):
+        if getattr(options, flag) is None:
+            setattr(options, flag, options.shot)
+    if not options.shot_normal:
+        raise InputError("--shot_normal 0: training needs normal shots; only --shot_abnormal may be 0")
+    return options
+
+
+def shots_words(options: argparse.Namespace) -> str:
+    """16shot, or 16n4a-shot where the classes differ."""
+    normal, abnormal = options.shot_normal, options.shot_abnormal
+    return f"{normal}shot" if normal == abnormal else f"{normal}n{abnormal}a-shot"
+
+
+def losses_note(normal: int, abnormal: int) -> str | None:
+    """What the paper's losses mean with unequal shots, in a line; None for equal ones."""
+    if not abnormal:
+        return (
+            "losses: no abnormal shots, so they only draw normal images and pixels towards the normal prompt and away "
+            "from the abnormal one; nothing shows what abnormal looks like, the frozen CLIP alone has to tell"
+        )
+    if normal != abnormal:
+        return (
+            f"losses: means over all images, as published, without weights: the {normal} normal shots together count "
+            f"{normal / abnormal:.3g} times as much as the {abnormal} abnormal ones"
+        )
+    return None
 
 
 @dataclass
@@ -86,7 +125,7 @@ class TrainingSet:
         for samples, label, draws in zip((shots.abnormal, shots.normal), (1, 0), jitter.tolist(), strict=True):
             items += [Item(sample, view, tuple(draws)) for view in range(VIEWS) for sample in samples]
             labels += [label] * VIEWS * len(samples)
-            if pixel_metrics:
+            if pixel_metrics and samples:
                 soft = torch.stack([load_mask(sample, img_size) for sample in samples])[:, None].float()
                 masks.append(augment(soft)[:, 0] > 0.5)
         return cls(items, torch.tensor(labels), torch.cat(masks) if masks else None)
@@ -172,6 +211,7 @@ def fit(
     valid: Sequence[Sample] = (),
     eval_every: int = 1,
     on_epoch: Callable[[EpochReport, bool], None] = lambda report, best: None,
+    collector: Callable[[int, bool], Collector | None] = lambda epoch, last: None,
 ) -> tuple[EpochReport, EpochReport]:
     """Train; call `on_epoch(report, is_new_best)` after each epoch.
 
@@ -199,9 +239,11 @@ def fit(
             text = detector.prompts()
         frozen_text = text.detach()
         text = None if store.backbone.autocast else text
+        shown = collector(epoch, last) if due else None
         report = EpochReport(
             epoch, loss, text_similarity(frozen_text),
-            evaluate(detector, store, test, text_features=frozen_text) if due else None,
+            evaluate(detector, store, test, text_features=frozen_text, aupro=shown is not None, on_batch=shown)
+            if due else None,
             evaluate(detector, store, valid, text_features=frozen_text) if due and select == "valid" else None,
             time.perf_counter() - start,
         )  # fmt: skip
@@ -230,15 +272,18 @@ def prepare(options: argparse.Namespace) -> Setup:
     """Arguments -> data, backbone, model, and the store that will keep the features."""
     set_seed(options.seed)
     device = pick_device(options.device)
-    dataset = MedicalDataset.open(options.obj, options.data_path)
-    shots = dataset.shots(options.shot, options.iterate, options.seed)
+    dataset = MedicalDataset.open(options.obj, options.data_path, options.data_root)
+    shots = dataset.shots(options.shot_normal, options.shot_abnormal, options.iterate, options.seed)
     test, valid = dataset.samples("test"), []
     if options.select == "valid":
         used = {sample.path for sample in (*shots.abnormal, *shots.normal)}
         valid = [sample for sample in dataset.samples("valid") if sample.path not in used]
     print(f"{options.obj}: {len(test)} test images ({sum(s.label for s in test)} abnormal); shots from {shots.source}")
     for kind, names in shots.names().items():
-        print(f"  {kind} shots: {' '.join(names)}")
+        print(f"  {kind} shots: {' '.join(names) or 'none'}")
+    for note in (dataset.split_note(), losses_note(len(shots.normal), len(shots.abnormal))):
+        if note:
+            print(note)
 
     clip = create_model(
         options.model_name, options.pretrain, options.img_size, weights=options.weights, fidelity=options.fidelity,
@@ -252,10 +297,26 @@ def prepare(options: argparse.Namespace) -> Setup:
     return Setup(shots, settings, detector, store, data, test, valid)
 
 
+def warn_of_leaks(setup: Setup) -> None:
+    """A line on stderr where a shot is also in the test set; the store has hashed every file by now."""
+    hashes = setup.store.hashes
+    shots = (*setup.shots.normal, *setup.shots.abnormal)
+    found = leaks(shots, setup.test, lambda sample: hashes[sample.path])
+    if found:
+        shot, twin = found[0]
+        print(
+            f"warning: {len(found)} test images equal a shot, which flatters every number: {twin.name} is {shot.name}; "
+            f"`python -m dataset.check` shows them all",
+            file=sys.stderr,
+        )
+
+
 def main() -> None:
     """Arguments -> data, backbone, features, model -> epochs -> checkpoint."""
     options = parse()
-    name = options.exp_name or f"{options.obj}-{options.shot}shot-{options.fidelity}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = (
+        options.exp_name or f"{options.obj}-{shots_words(options)}-{options.fidelity}-{time.strftime('%Y%m%d-%H%M%S')}"
+    )
     if options.out_json:
         writable(options.out_json, "--out_json")
     ckpt_path = writable(Path(options.save_path) / f"{options.obj}.pth", "--save_path") if options.save_model else None
@@ -264,29 +325,31 @@ def main() -> None:
     clip = setup.store.backbone.clip
     setup.store.prepare([*setup.data.items, *(Item(sample) for sample in (*setup.test, *setup.valid))])
     setup.store.release_tower()
+    warn_of_leaks(setup)
 
     config = {**vars(options), **settings.to_dict(), "shots": shots.names(), "shots_from": shots.source, **versions()}
-    group = f"{options.obj}-{options.shot}shot"
-    tags = (options.obj, f"{options.shot}-shot", options.model_name, options.fidelity)
+    group = f"{options.obj}-{shots_words(options)}"
+    tags = (options.obj, shots_words(options), options.model_name, options.fidelity)
     with Tracker.start(name, config, run_dir=Path("runs") / name, tags=tags, group=group) as tracker:
         about = {
             "shots": shots.names(), "shots_from": shots.source, "select": options.select, "options": vars(options),
             "pretrain": clip.info.pretrain, "weights": clip.info.source, **versions(),
         }  # fmt: skip
-        best_so_far: dict[str, float] = {}
+        dashboard = Dashboard(tracker, setup.test, settings, len(setup.data.items), options.log_images_every)
 
         def on_epoch(report: EpochReport, is_best: bool) -> None:
             print(report.line(options.epoch), flush=True)
             if is_best and ckpt_path:
                 figures = {"epoch": report.epoch + 1, "auc": report.test.auc, "pauc": report.test.pauc}
                 Checkpoint(settings, detector.parts(), {**about, "metrics": figures}).save(ckpt_path)
-            tracker.log(published_keys(report, best_so_far, is_best), step=report.epoch)
+            dashboard.epoch(report, is_best)
 
         best, last = fit(
             detector, setup.store, setup.data, setup.test, epochs=options.epoch, batch_size=options.batch_size,
             learning_rate=options.learning_rate, seed=options.seed, select=options.select, valid=setup.valid,
-            eval_every=options.eval_every, on_epoch=on_epoch,
+            eval_every=options.eval_every, on_epoch=on_epoch, collector=dashboard.collector,
         )  # fmt: skip
+        dashboard.finish(best, ckpt_path if options.log_model else None)
 
     protocol = f"epoch {best.epoch + 1} of {options.epoch}, {SELECTS[options.select]} (--select {options.select})"
     print(f"last epoch: {last.test.line()}   [epoch {last.epoch + 1} of {options.epoch}]")
@@ -300,28 +363,6 @@ def main() -> None:
         with atomic_path(options.out_json) as path:
             path.write_text(json.dumps(result, indent=2) + "\n")
     print(published_lines(settings.obj, best.test))
-
-
-def published_keys(report: EpochReport, best: dict[str, float], is_best: bool) -> dict[str, float]:
-    """The published keys and ours, with the best so far, which is updated.
-
-    On an image-only data set the published pAUC is the AUC again; its keys keep that here.
-    """
-    logged = {
-        "epoch": report.epoch,
-        "sim_texts": report.similarity,
-        "loss": float(report.loss.total),
-        "train/det": float(report.loss.det),
-        "train/seg": float(report.loss.seg),
-        "time/epoch": report.seconds,
-    }
-    if report.test:
-        auc, pauc = report.test.auc, report.test.auc if report.test.pauc is None else report.test.pauc
-        found = {"AUC+pAUC": report.test.selection_score, "AUC": auc, "pAUC": pauc}
-        if is_best:
-            best.update({f"{key}best": value for key, value in found.items()})
-        logged |= found
-    return {**logged, **best}
 
 
 if __name__ == "__main__":

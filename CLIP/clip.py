@@ -11,7 +11,7 @@ from torch import Tensor
 from utils import InputError
 
 from .model import CLIP, ModelConfig, WeightsInfo, resize_positional_embedding
-from .openai import check_shapes, read_weights, round_to_half, sha256_file
+from .openai import check_state, read_weights, round_to_half, sha256_file
 
 CKPT_FOLDER = Path(__file__).parent / "ckpt"
 PRETRAINS = ("openai", "laion400m", "random")
@@ -76,7 +76,7 @@ def load_state(model: CLIP, state: dict[str, Tensor], source: str) -> None:
     own = {openai_name(name): name for name in model.state_dict()}
     with torch.device("meta"):
         native = CLIP(model.config, model.config.image_size, model.quick_gelu).state_dict()
-    check_shapes(state, {short: native[name].shape for short, name in own.items()}, f"{source} ({model.config.name})")
+    check_state(state, {short: native[name].shape for short, name in own.items()}, f"{source} ({model.config.name})")
     state = {name: state[short].float() for short, name in own.items()}
     key = "visual.positional_embedding"
     state[key] = resize_positional_embedding(state[key], model.config.grid(model.img_size))

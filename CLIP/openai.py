@@ -57,23 +57,45 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
             ) from error
         raise InputError(f"{path} is damaged or no weight file: fetch it again") from error
     except Exception as error:  # whatever a damaged or hostile file provokes in a parser
-        reason = f"{type(error).__name__} {error}".partition("\n")[0].strip()[:120]
-        raise InputError(f"{path} is damaged or no weight file ({reason}): fetch it again") from error
+        raise InputError(f"{path} is damaged or no weight file ({one_line(error)}): fetch it again") from error
     return _clip_keys(content, path)
 
 
-def check_shapes(state: dict[str, torch.Tensor], expected: dict[str, torch.Size], source: str) -> None:
-    """Raise an InputError that names `source` unless `state` has every key of `expected` in its shape; more is fine."""
-    wrong = [
-        f"{key} is {_shape(state[key].shape)}, expected {_shape(shape)}" if key in state else f"{key} is missing"
-        for key, shape in expected.items()
-        if key not in state or state[key].shape != shape
-    ]
+def check_state(state: dict[str, torch.Tensor], expected: dict[str, torch.Size], source: str) -> None:
+    """Raise an InputError that names `source` unless `state` has every key of `expected`; more is fine.
+
+    Each must have its shape and hold plain floating-point numbers, all of them finite.
+    """
+    wrong = [f"{key} {fault}" for key, shape in expected.items() if (fault := _fault(state.get(key), shape))]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise InputError(
             f"{source} does not fit the model asked for: {'; '.join(wrong[:3])}{more}: pass its own file with --weights"
         )
+
+
+def one_line(words: object) -> str:
+    """A text, or what an exception says, in at most 150 printable characters: it may quote a damaged file."""
+    text = f"{type(words).__name__} {words}" if isinstance(words, Exception) else str(words)
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text[:1000]).split())[:150]
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is numbers in memory, one for each element: not sparse, quantised, nested, meta or expanded."""
+    return (
+        tensor.layout is torch.strided
+        and (tensor.dtype.itemsize > 1 or not tensor.is_floating_point())  # arithmetic knows no 8 bit floats
+        and not (tensor.is_quantized or tensor.is_nested or tensor.is_meta or tensor.is_complex())
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
+
+
+def check_archive(path: Path) -> None:
+    """`InputError` where a zip file unpacks to far more than its size: weights are stored as they are, not packed."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > 2 * path.stat().st_size + 2**26:  # TorchScript packs its code, a few MB
+        raise InputError(f"{path} would unpack to {unpacked:,} bytes and is not read: no weight file does that")
 
 
 def stored_as_half(key: str) -> bool:
@@ -101,6 +123,8 @@ def sha256_file(path: str | Path) -> str:
 def _head(path: Path) -> bytes:
     """Read the first nine bytes; an InputError when there is no file or nothing in it."""
     try:
+        if path.exists() and not path.is_file():  # reading a pipe or a device may never end
+            raise InputError(f"the weight file {path} is a folder or a device, not a file")
         with path.open("rb") as file:
             head = file.read(9)
     except FileNotFoundError as error:
@@ -120,6 +144,7 @@ def _reader(path: Path, head: bytes) -> Callable[[Path], Any]:
     if head.startswith(b"PK"):
         if not zipfile.is_zipfile(path):
             raise InputError(f"{path} ends too early (a copy or download that stopped?): fetch it again")
+        check_archive(path)
         with zipfile.ZipFile(path) as archive:
             scripted = any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
         return _read_torchscript if scripted else _read_archive
@@ -139,7 +164,7 @@ def _read_old_pickle(path: Path) -> Any:  # noqa: ANN401 (whatever the file hold
 def _read_torchscript(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a TorchScript module tree under its dotted name, without loading or running the script."""
     with zipfile.ZipFile(path) as archive:
-        return dict(_walk(_TorchScriptUnpickler(archive).load()))
+        return dict(_walk(_TorchScriptUnpickler(archive).load(), set()))
 
 
 class _Inert:
@@ -156,7 +181,7 @@ class _Inert:
         self.members = state if isinstance(state, dict) else {}
 
 
-class _TorchScriptUnpickler(pickle.Unpickler):
+class _TorchScriptUnpickler(pickle._Unpickler):  # the one in Python: the one in C fills 32 GiB for a hostile index
     """Reads `data.pkl`, where a module is an object whose state maps names to tensors and modules."""
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
@@ -187,12 +212,13 @@ def _rebuild(
     return storage.as_strided(size, stride, offset)
 
 
-def _walk(module: _Inert, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+def _walk(module: _Inert, seen: set[int], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    seen.add(id(module))  # a hostile tree of shared modules has more paths than time
     for name, member in module.members.items():
         if isinstance(member, torch.Tensor):
             yield prefix + name, member
-        elif isinstance(member, _Inert):
-            yield from _walk(member, f"{prefix}{name}.")
+        elif isinstance(member, _Inert) and id(member) not in seen:
+            yield from _walk(member, seen, f"{prefix}{name}.")
 
 
 def _clip_keys(content: object, path: Path) -> dict[str, torch.Tensor]:
@@ -211,6 +237,17 @@ def _clip_keys(content: object, path: Path) -> dict[str, torch.Tensor]:
             "pass OpenAI's or open_clip's file of the whole model"
         )
     return {key: value for key, value in state.items() if key not in NOT_WEIGHTS}
+
+
+def _fault(value: torch.Tensor | None, shape: torch.Size) -> str:
+    """What is wrong with a weight, "" for nothing."""
+    if value is None:
+        return "is missing"
+    if not is_plain(value) or not value.is_floating_point():
+        return f"is no plain tensor of 16 to 64 bit floating-point numbers ({value.dtype})"
+    if value.shape != shape:
+        return f"is {_shape(value.shape)}, expected {_shape(shape)}"
+    return "" if torch.isfinite(value).all() else "holds NaN or infinite numbers"
 
 
 def _shape(shape: torch.Size) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,8 +12,9 @@ from torch import Tensor, nn
 
 from CLIP.model import CLIP
 from CLIP.tokenizer import tokenize
+from utils import InputError
 
-from .CoOp import PromptLearner
+from .CoOp import CONTEXTS, PromptLearner
 
 TEXT_MOODS = ("fix", "learnable_all", "learnable_abnormal")
 
@@ -38,20 +41,51 @@ STATES = {"normal": NORMAL_STATES, "abnormal": ABNORMAL_STATES}
 TEMPLATES = tuple((Path(__file__).parent / "templates.txt").read_text().splitlines())
 
 
-def state_phrases(kind: str, name: str) -> list[str]:
-    """The 7 states of `normal` or `abnormal` with the object's name filled in."""
-    return [state.format(name) for state in STATES[kind]]
+def read_prompts(path: str) -> dict[str, list[str]]:
+    """State phrases from a JSON file {"normal": [...], "abnormal": [...]}, {} in each for the object's name.
+
+    Raises:
+        InputError: unreadable file, another form, or a phrase without exactly one {}.
+    """
+    try:
+        states = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--prompts {path}: cannot be read as JSON ({error})") from error
+    if not isinstance(states, dict) or set(states) != set(STATES):
+        raise InputError(f'--prompts {path}: expected {{"normal": [phrases], "abnormal": [phrases]}}')
+    for kind, phrases in states.items():
+        if not isinstance(phrases, list) or not phrases:
+            raise InputError(f"--prompts {path}: {kind} must be a list of at least one phrase")
+        for phrase in phrases:
+            if not isinstance(phrase, str) or phrase.count("{}") != 1 or set("{}") & set(phrase.replace("{}", "")):
+                raise InputError(f"--prompts {path}: {kind} phrase {phrase!r} needs {{}} once, for the object's name")
+    return states
 
 
-def fixed_sentences(kind: str, name: str) -> list[str]:
-    """Every state in every template: 7 x 35 = 245 sentences, state by state."""
-    return [template.format(phrase) for phrase in state_phrases(kind, name) for template in TEMPLATES]
+def state_phrases(kind: str, name: str, states: Mapping[str, Sequence[str]] = STATES) -> list[str]:
+    """The states of `normal` or `abnormal` (7 each by default) with the object's name filled in."""
+    return [state.format(name) for state in states[kind]]
 
 
-def fixed_feature(clip: CLIP, kind: str, name: str) -> Tensor:
+def fixed_sentences(kind: str, name: str, states: Mapping[str, Sequence[str]] = STATES) -> list[str]:
+    """Every state in every template: by default 7 x 35 = 245 sentences, state by state."""
+    return [template.format(phrase) for phrase in state_phrases(kind, name, states) for template in TEMPLATES]
+
+
+def fixed_feature(clip: CLIP, kind: str, name: str, states: Mapping[str, Sequence[str]] = STATES) -> Tensor:
     """The ensemble of the fixed sentences: (D,), of norm 1; each sentence is normalised before the mean."""
-    ids = tokenize(fixed_sentences(kind, name)).to(clip.device)
+    ids = tokenize(fixed_sentences(kind, name, states)).to(clip.device)
     return F.normalize(F.normalize(clip.encode_text(ids), dim=-1).mean(dim=0), dim=0)
+
+
+def check_length(name: str, states: Mapping[str, Sequence[str]]) -> None:
+    """`InputError` for the first sentence that does not fit into CLIP's 77 tokens, with templates or contexts."""
+    longest = max(TEMPLATES, key=len)
+    phrases = [phrase for kind in states for phrase in state_phrases(kind, name, states)]
+    try:
+        tokenize([text for phrase in phrases for text in (longest.format(phrase), f"{'X ' * CONTEXTS}{phrase}.")])
+    except RuntimeError as error:
+        raise InputError(f"--prompt_name or --prompts: {error}") from error
 
 
 class PromptChooser(nn.Module):
@@ -62,19 +96,32 @@ class PromptChooser(nn.Module):
         name: what the prompts call the object, for example `retinal OCT`.
         text_mood: one of `TEXT_MOODS`.
         causal: pass learnable prompts under CLIP's causal mask (`corrected` fidelity).
+        states: state phrases to use instead of the published ones, see `read_prompts`.
+
+    Raises:
+        InputError: a name or phrase that is too long for CLIP's 77 tokens.
     """
 
-    def __init__(self, clip: CLIP, name: str, text_mood: str, causal: bool = False) -> None:
+    def __init__(
+        self,
+        clip: CLIP,
+        name: str,
+        text_mood: str,
+        causal: bool = False,
+        states: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         super().__init__()
         learnable = {"fix": (), "learnable_abnormal": ("abnormal",), "learnable_all": ("abnormal", "normal")}[text_mood]
+        states = states or STATES
+        check_length(name, states)
         self._clip = [clip]  # in a list: hidden from nn.Module
         self.causal = causal
         # Contexts are drawn abnormal first, as published.
         self.makers = nn.ModuleDict(
-            {kind: PromptLearner(clip.text, kind, state_phrases(kind, name)) for kind in learnable}
+            {kind: PromptLearner(clip.text, kind, state_phrases(kind, name, states)) for kind in learnable}
         )
         # The columns that do not learn, encoded once, here: in float32 whatever autocast a later step runs under.
-        self.fixed = {kind: fixed_feature(clip, kind, name) for kind in STATES if kind not in learnable}
+        self.fixed = {kind: fixed_feature(clip, kind, name, states) for kind in STATES if kind not in learnable}
 
     def prompt_embeddings(self) -> dict[str, Tensor]:
         """Text embeddings of the single learnable prompts, kind -> (21, D), not normalised: one pass for both kinds."""

@@ -1,9 +1,13 @@
-"""Data sets: the MVFA layout and few-shot lists (medical_few), and a made-up data set (phantom)."""
+"""Data sets: layouts (layout), images, masks and few-shot lists (medical_few), a made-up data set (phantom).
+
+`python -m dataset.check` examines one before any training.
+"""
 
 from pathlib import Path
 
-from .medical_few import MedicalDataset, Sample, Shots, load_image, load_mask
+from .layout import object_name
+from .medical_few import MedicalDataset, Sample, Shots, leaks, load_image, load_mask
 
 OBJECTS = tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.json")))
 
-__all__ = ["OBJECTS", "MedicalDataset", "Sample", "Shots", "load_image", "load_mask"]
+__all__ = ["OBJECTS", "MedicalDataset", "Sample", "Shots", "leaks", "load_image", "load_mask", "object_name"]

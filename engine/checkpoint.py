@@ -11,21 +11,27 @@ import json
 import pickle
 import platform
 import time
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import torchvision
 
 from CLIP import create_model
+from CLIP.openai import check_archive, is_plain, one_line
 from utils import InputError, atomic_path, run_cli
 
 from .detector import Detector, Settings
-from .published import export, looks_published
+from .options import MODEL_FLAGS
+from .published import ENCODER_PREFIX, export, looks_published
 
 FORMAT = "madclip-1"
+PARTS = ("normal_det_adapters", "abnormal_det_adapters", "prompt_maker_normal", "prompt_maker_abnormal")
+# Of settings: an object's name in prompts has a few words, and the tokenizer takes long over long ones.
+LIMITS = {str: lambda value: len(value) <= 200, int: lambda value: value > 0, bool: lambda _: True}
 
 
 @dataclass
@@ -68,17 +74,70 @@ class Checkpoint:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The dict in a checkpoint file of either format; `InputError` for anything else."""
+    """The dict in a checkpoint file of either format, its types checked; `InputError` for anything else."""
+    path = Path(path)
     try:
+        if path.exists() and not path.is_file():  # reading a pipe or a device may never end
+            raise InputError(f"--ckpt {path}: a folder or a device, not a checkpoint")
+        if zipfile.is_zipfile(path):
+            check_archive(path)
         payload = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise InputError(f"--ckpt {path}: not found; train one with `python train.py --obj ...`") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"--ckpt {path}: not a checkpoint, or damaged ({reason[:150]})") from error
+    except pickle.UnpicklingError as error:  # torch's own words advise to load it all the same
+        reason = (
+            "Python objects beside tensors, which could run code" if "GLOBAL" in str(error) else "another kind of file"
+        )
+        raise InputError(f"--ckpt {path}: not a checkpoint, or damaged (it holds {reason})") from error
+    except Exception as error:  # whatever a damaged or hostile file provokes in a parser
+        raise InputError(f"--ckpt {path}: not a checkpoint, or damaged ({one_line(error)})") from error
     if not isinstance(payload, dict):
         raise InputError(f"--ckpt {path}: not a checkpoint (it holds a {type(payload).__name__})")
+    ours = payload.get("format") == FORMAT
+    fault = next(_part_faults(payload), None) or (next(_settings_faults(payload), None) if ours else None)
+    if fault:
+        raise InputError(f"--ckpt {path}: damaged, or not a checkpoint of this project ({one_line(fault)})")
     return payload
+
+
+def _part_faults(payload: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the types and values of the tensors that are used."""
+    for name in PARTS:
+        part = payload.get(name, {})
+        if not isinstance(part, dict):
+            yield f"{name} is a {type(part).__name__}"
+        for key, tensor in part.items():
+            if not isinstance(key, str) or not isinstance(tensor, torch.Tensor) or not is_plain(tensor):
+                yield f"{name}: {key!r:.80} is no plain tensor"
+            if not key.startswith(ENCODER_PREFIX) and not torch.isfinite(tensor).all():
+                yield f"{name}: {key!r:.80} holds NaN or infinite numbers"
+
+
+def _settings_faults(payload: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the types and values of settings and notes; `Settings.from_dict` sees what is missing."""
+    settings, about = payload.get("settings"), payload.get("about")
+    if not isinstance(settings, dict) or not isinstance(about, dict):
+        yield "no settings"
+    for name, kind in get_type_hints(Settings).items():
+        value, choices = settings.get(name), MODEL_FLAGS.get(name, {}).get("choices")
+        fits = kind not in LIMITS or (isinstance(value, kind) and LIMITS[kind](value))
+        if name in settings and (not fits or (choices and value not in choices)):
+            yield f"{name} is {value!r:.80}"
+    layers = settings.get("features_list", [1])
+    if not isinstance(layers, list) or not layers or not all(isinstance(layer, int) for layer in layers):
+        yield f"features_list is {layers!r:.80}"
+    options, metrics = about.get("options", {}), about.get("metrics", {})
+    if not isinstance(about.get("select"), str) or not isinstance(options, dict) or not isinstance(metrics, dict):
+        yield "its notes are incomplete"
+    seed = options.get("seed", 0)
+    if type(seed) is not int or not -(2**63) <= seed < 2**64:
+        yield f"seed is {seed!r:.80}"
+    try:
+        json.dumps([settings, about])
+    except (TypeError, ValueError, RecursionError) as error:
+        yield f"its settings are no plain values: {error!s:.80}"
 
 
 def write(payload: dict[str, Any], path: str | Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -34,11 +34,12 @@ class Settings:
     pixel_metrics: bool  # the data set has masks: images are scored by their segmentation maps
     weights_sha256: str
     eval_batch: int  # images scored together: MViTFC in `released` fidelity depends on it
+    states: dict[str, list[str]] | None = None  # state phrases of --prompts; None: the published ones
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:
-        """The inverse of `to_dict`; unknown entries are ignored, so that newer checkpoints can be read."""
-        known = {field.name: values[field.name] for field in fields(cls)}
+        """The inverse of `to_dict`; unknown entries are ignored and late ones default, so any version reads any."""
+        known = {f.name: values[f.name] for f in fields(cls) if f.name in values or f.default is MISSING}
         return cls(**{**known, "features_list": tuple(known["features_list"])})
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,7 +59,7 @@ class Detector(nn.Module):
         super().__init__()
         corrected = settings.fidelity == "corrected"
         self.settings = settings
-        self.prompts = PromptChooser(clip, settings.prompt_name, settings.text_mood, causal=corrected)
+        self.prompts = PromptChooser(clip, settings.prompt_name, settings.text_mood, corrected, settings.states)
         self.adapters = DualBranchAdapters(
             settings.visionA,
             clip.config.width,

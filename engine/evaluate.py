@@ -28,7 +28,7 @@ class Evaluation:
     files: list[str]
     labels: np.ndarray  # (images,), 1 = abnormal
     scores: np.ndarray  # (images,) in [0, K]
-    more: dict[str, float | list[float]] = field(default_factory=dict)  # AP, F1-max, AUPRO, confidence intervals
+    more: dict[str, float | list[float]] = field(default_factory=dict)  # AP, F1-max; AUPRO, intervals where asked for
     # of the pixels: "roc" (2, points), false and true positive rate, and "pr" (2, points), recall and precision
     curves: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -54,6 +54,7 @@ def evaluate(
     *,
     text_features: Tensor | None = None,
     full: bool = False,
+    aupro: bool = False,
     on_batch: Callable[[Sequence[Sample], Tensor, Tensor | None], None] | None = None,
 ) -> Evaluation:
     """Score `samples` and measure.
@@ -63,7 +64,8 @@ def evaluate(
         store: prepared features of the samples.
         samples: images with labels, and masks where the data set has them.
         text_features: (D, 2) where the caller has them already.
-        full: also average precision, F1-max, AUPRO and bootstrap confidence intervals.
+        full: also AUPRO, bootstrap confidence intervals and the pixels' curves.
+        aupro: also AUPRO, which costs more than all other metrics together.
         on_batch: sees (samples, image scores (B,), maps (B, S, S) or None) of each batch, for figures.
 
     Raises:
@@ -74,7 +76,7 @@ def evaluate(
         with torch.no_grad():
             text_features = detector.prompts()
     pixels = ScoreHistogram(0.0, len(settings.features_list)) if settings.pixel_metrics else None
-    overlap = PerRegionOverlap(0.0, len(settings.features_list)) if pixels and full else None
+    overlap = PerRegionOverlap(0.0, len(settings.features_list)) if pixels and (full or aupro) else None
     bootstrap = PixelBootstrap() if pixels and full else None
     trackers = [tracker for tracker in (pixels, overlap, bootstrap) if tracker is not None]
     batches = [samples[i : i + settings.eval_batch] for i in range(0, len(samples), settings.eval_batch)]
@@ -94,15 +96,16 @@ def evaluate(
     files = [sample.name for sample in samples]
     labels = np.array([sample.label for sample in samples])
     image = image_metrics(labels, np.concatenate(scores), files)
-    more: dict[str, float | list[float]] = {}
+    more: dict[str, float | list[float]] = {name: image[name] for name in ("ap", "f1_max", "threshold")}
     curves: dict[str, np.ndarray] = {}
-    if full:
-        more = {name: image[name] for name in ("ap", "f1_max", "threshold")}
-        more["auc_ci95"] = list(bootstrap_auroc(labels, np.concatenate(scores)))
-    if pixels and full:
+    if pixels:
         more["pixel_ap"] = pixels.average_precision()
         more["pixel_f1_max"], more["pixel_threshold"] = pixels.f1_max()
+    if overlap:
         more["aupro"] = overlap.value()
+    if full:
+        more["auc_ci95"] = list(bootstrap_auroc(labels, np.concatenate(scores)))
+    if bootstrap:
         more["pauc_ci95"] = list(bootstrap.interval())
         precision, recall, _ = pixels.pr_curve(CURVE_POINTS)
         curves = {"roc": np.stack(pixels.roc_curve(CURVE_POINTS)[:2]), "pr": np.stack([recall, precision])}

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from CLIP import ADAPTERS, CLIP, FIDELITIES, PRETRAINS, ModelConfig, list_models
-from dataset import OBJECTS, MedicalDataset
+from dataset import OBJECTS, MedicalDataset, object_name
 from loss import DEC_TYPES, LOSS_TYPES
 from Prompt import TEXT_MOODS
 from utils import InputError
@@ -67,11 +67,27 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+def count(text: str) -> int:
+    """An argparse type: an integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0")
+    return value
+
+
+def words(text: str) -> str:
+    """An argparse type: text that is not blank."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is blank")
+    return text
+
+
 def add_data_flags(parser: argparse.ArgumentParser, obj: str) -> None:
     """Flags of both scripts: data, machine, features, results."""
     data = parser.add_argument_group("data")
-    data.add_argument("--obj", default=obj, choices=OBJECTS, help="data set")
+    data.add_argument("--obj", default=obj, type=object_name, help=f"data set: {', '.join(OBJECTS)}, or your own")
     data.add_argument("--data_path", default="./data/", help="folder that holds <obj>_AD")
+    data.add_argument("--data_root", help="the data set's own folder, instead of <data_path>/<obj>_AD")
     data.add_argument("--batch_size", type=positive, default=16, help="images a training step; scoring takes two such")
     data.add_argument("--save_path", default="./ckpt/", help="folder of checkpoints")
     data.add_argument("--weights", help="file with CLIP weights, instead of the one under CLIP/ckpt")
@@ -115,7 +131,8 @@ def make_settings(options: argparse.Namespace, dataset: MedicalDataset, clip: CL
         **{name: getattr(options, name) for name in names},
         obj=dataset.obj,
         features_list=check_layers(options.features_list, clip.config),
-        prompt_name=dataset.prompt_name,
+        prompt_name=dataset.prompt_name if options.prompt_name is None else options.prompt_name,
+        states=options.prompts,
         pixel_metrics=dataset.pixel_metrics,
         weights_sha256=clip.info.sha256,
         eval_batch=2 * options.batch_size,

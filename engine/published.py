@@ -15,6 +15,7 @@ from torch import Tensor
 
 from CLIP import CLIP, ModelConfig, list_models
 from CLIP.adapter_shared import BRANCHES
+from CLIP.openai import one_line
 from dataset import MedicalDataset
 from utils import InputError
 
@@ -45,7 +46,7 @@ def infer_settings(
     try:
         return _infer(parts, path, dataset, flags)
     except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
-        raise InputError(f"--ckpt {path}: not a published checkpoint after all ({error!r})") from error
+        raise InputError(f"--ckpt {path}: not a published checkpoint after all ({one_line(error)})") from error
 
 
 def _infer(
@@ -56,7 +57,7 @@ def _infer(
     kinds = {"MViTFC": "transformer_encoder.linear1.weight", "MFCFC": "fc3.0.weight", "MCNNFC": "cnn.0.weight"}
     kind = next((kind for kind, name in kinds.items() if name in names), None)
     if kind is None:
-        raise InputError(f"--ckpt {path}: adapters of no known kind ({', '.join(sorted(names)[:3])})")
+        raise InputError(f"--ckpt {path}: adapters of no known kind ({sorted(names)[:3]!r:.80})")
     embed_dim, width = adapters["0.fc1.0.weight" if kind != "MFCFC" else "0.fc2.0.weight"].shape
     configs = [ModelConfig.load(name) for name in list_models()]
     fitting = [config for config in configs if (config.width, config.embed_dim) == (width, embed_dim)]

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -48,6 +48,7 @@ class Tracker:
         self._run: Any = None  # a wandb.Run while all is well
         self._folder = ""  # its files, quoted for a shell
         self._secret = ""  # the key, to keep it out of messages
+        self._pictures = True  # False after a failure in one of them
 
     @classmethod
     def start(
@@ -60,16 +61,21 @@ class Tracker:
         group: str | None = None,
         project: str = "MadCLIP",
         key_file: Path = Path("key.json"),
+        run_id: str | None = None,
     ) -> Tracker:
         """Start the run `exp_name`; its files go to `run_dir`/wandb. Whatever fails costs the tracking, not the run.
 
         `config` is shown with the run: JSON-like values, no secrets. It returns within about 30 s, network or not.
+        `run_id`, another tracker's `id`, continues that run: online at once; offline in a second folder of the same id,
+        which `wandb sync` appends once the first is uploaded.
         """
         tracker = cls()
         if os.environ.get("WANDB_MODE", "").lower() == "disabled":
             return tracker
         try:
             options = {"project": project, "name": exp_name, "config": dict(config), "tags": tags, "group": group}
+            if run_id:
+                options |= {"id": run_id, "resume": "allow"}
             tracker._open({**options, "dir": os.environ.get("WANDB_DIR") or str(run_dir)}, Path(key_file))
         except Exception as error:  # tracking is a convenience: nothing in it may end a training run
             tracker._fail("could not start", error)
@@ -78,6 +84,8 @@ class Tracker:
     def _open(self, options: dict[str, Any], key_file: Path) -> None:
         # wandb reads this when it is imported. Its crash reports could carry more than the user expects.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        # Where tables and artifacts wait for their upload; by default below the user's home, apart from the run.
+        os.environ.setdefault("WANDB_DATA_DIR", str(Path(options["dir"], "wandb", "data").absolute()))
         import wandb  # noqa: PLC0415 - it takes seconds, and is not needed when tracking is disabled
 
         resolved = wandb.setup(wandb.Settings(silent=True)).settings
@@ -106,9 +114,39 @@ class Tracker:
         self._run.define_metric("epoch")
         self._run.define_metric("*", step_metric="epoch")
 
-    def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Record scalars. Calls with the same `step` are merged; `step` must not decrease, or W&B drops the values."""
-        self._call("could not log", lambda run: run.log(dict(metrics), step=step))
+    @property
+    def id(self) -> str:
+        """What continues this run later (`start(run_id=...)`); "" where nothing is tracked."""
+        return self._run.id if self._run is not None else ""
+
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether `picture` would do anything."""
+        return self._run is not None and self._pictures
+
+    def log(self, metrics: Mapping[str, Any], step: int | None = None, commit: bool | None = None) -> None:
+        """Record scalars. Calls with the same `step` are merged; `step` must not decrease, or W&B drops the values.
+
+        `commit` closes the step at once, so that it outlives a killed process.
+        """
+        self._call("could not log", lambda run: run.log(dict(metrics), step=step, commit=commit))
+
+    def define(self, names: Iterable[str]) -> None:
+        """Plot `names` over the epoch, and keep them out of the summary but for what `summary` puts there."""
+        for name in names:
+            step = None if name == "epoch" else "epoch"
+            self._call(
+                "could not define", lambda run, n=name, s=step: run.define_metric(n, step_metric=s, summary="none")
+            )
+
+    def picture(self, action: Callable[[Any], object]) -> None:
+        """Call `action(run)`, which prepares or logs pictures; a failure ends the pictures and keeps the numbers."""
+        if self.takes_pictures:
+            try:
+                action(self._run)
+            except Exception as error:
+                self._pictures = False
+                _say(f"warning: no pictures from here on ({_one_line(error, self._secret)})")
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set values of the run's summary, which the table of runs shows."""

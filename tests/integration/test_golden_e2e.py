@@ -37,7 +37,7 @@ def data_path(golden, golden_json, tmp_path):
 def test_six_epochs_and_the_test_program(golden, golden_json, data_path, tmp_path, obj):
     data, options = golden("e2e"), golden_json("e2e")["options"]
     dataset = MedicalDataset.open(obj, data_path)
-    shots = dataset.shots(options["shot"], options["iterate"], seed=111)
+    shots = dataset.shots(options["shot"], options["shot"], options["iterate"], seed=111)
     clip = make_tiny_clip(False)
     clip.info = WeightsInfo("openai", "golden", "0" * 64)
     settings = Settings(

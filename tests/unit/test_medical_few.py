@@ -86,24 +86,24 @@ def test_own_list_wins_and_iterate_picks_the_line(tmp_path):
         "\na-0: img_0.png img_1.png\nn-0: img_2.png img_3.png\n\na-1: img_3.png img_0.png\nn-1: img_1.png img_0.png\n"
     )
     dataset = MedicalDataset.open("Brain", tmp_path)
-    assert dataset.shots(2, 0, 1).names() == {
+    assert dataset.shots(2, 2, 0, 1).names() == {
         "abnormal": ["img_0.png", "img_1.png"],
         "normal": ["img_2.png", "img_3.png"],
     }
-    assert dataset.shots(2, 1, 1).names()["abnormal"] == ["img_3.png", "img_0.png"]
-    assert dataset.shots(2, 1, 1).source == str(path)
+    assert dataset.shots(2, 2, 1, 1).names()["abnormal"] == ["img_3.png", "img_0.png"]
+    assert dataset.shots(2, 2, 1, 1).source == str(path)
     with pytest.raises(InputError, match=r"--iterate 7.*it has 0, 1"):
-        dataset.shots(2, 7, 1)
+        dataset.shots(2, 2, 7, 1)
 
 
 @pytest.mark.parametrize("iterate", [0, -1])
 def test_without_a_list_the_seed_samples(tmp_path, iterate):
     dataset = MedicalDataset.open("Brain", make(tmp_path))
-    one, same, other = (dataset.shots(3, iterate, seed).names() for seed in (5, 5, 6))
+    one, same, other = (dataset.shots(3, 3, iterate, seed).names() for seed in (5, 5, 6))
     assert one == same != other
-    assert "sampled with seed 5" in dataset.shots(3, iterate, 5).source
+    assert "sampled with seed 5" in dataset.shots(3, 3, iterate, 5).source
     with pytest.raises(InputError, match="--shot 9"):
-        dataset.shots(9, iterate, 5)
+        dataset.shots(9, 9, iterate, 5)
 
 
 def test_the_projects_list_is_used_for_the_data_it_names(tmp_path):
@@ -117,10 +117,10 @@ def test_the_projects_list_is_used_for_the_data_it_names(tmp_path):
                 mask = tmp_path / "Brain_AD/valid/Ungood/anomaly_mask/img_0.png"
                 mask.with_name(name).write_bytes(mask.read_bytes())
     dataset = MedicalDataset.open("Brain", tmp_path)
-    assert dataset.shots(2, 0, 1).source == "dataset/fewshot_seed/Brain/my2-shot.txt"
+    assert dataset.shots(2, 2, 0, 1).source == "dataset/fewshot_seed/Brain/my2-shot.txt"
     (tmp_path / "Brain_AD/valid/good/img" / names[1][0]).unlink()
     with pytest.raises(InputError, match=names[1][0]):
-        dataset.shots(2, 0, 1)
+        dataset.shots(2, 2, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -143,11 +143,11 @@ def test_lists_that_are_refused(tmp_path, text):
     path.parent.mkdir()
     path.write_text(text)
     with pytest.raises(InputError, match=r"my2-shot\.txt"):
-        MedicalDataset.open("Brain", tmp_path).shots(2, 0, 1)
+        MedicalDataset.open("Brain", tmp_path).shots(2, 2, 0, 1)
 
 
 def test_missing_parts_are_named(tmp_path):
-    with pytest.raises(InputError, match=r"Brain_AD.valid not found.*phantom"):
+    with pytest.raises(InputError, match=r"Brain_AD not found.*phantom"):
         MedicalDataset.open("Brain", tmp_path)
     make(tmp_path)
     (tmp_path / "Brain_AD/test/Ungood/anomaly_mask/img_2.png").unlink()

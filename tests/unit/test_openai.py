@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from CLIP.openai import NOT_WEIGHTS, check_shapes, read_weights, round_to_half, sha256_file, stored_as_half
+from CLIP.openai import NOT_WEIGHTS, check_state, read_weights, round_to_half, sha256_file, stored_as_half
 from tests.conftest import tiny_state
 from tests.helpers_weights import save_torchscript
 from utils import InputError
@@ -187,7 +187,7 @@ def test_what_is_no_file_of_weights(tmp_path: Path) -> None:
     one_line(empty, "is empty")
     one_line(page, "no weight file")
     one_line(other, "no weight file")
-    one_line(tmp_path, "[Dd]irectory")
+    one_line(tmp_path, "a folder")
     text = one_line(tmp_path / "missing.pt", "there is no weight file")
     assert "python -m CLIP.download ViT-L-14-336" in text
     assert "--pretrain random" in text
@@ -208,18 +208,18 @@ def test_safetensors_header_that_promises_too_much(tmp_path: Path) -> None:
     one_line(path, "fetch it again")
 
 
-def test_check_shapes(small: State) -> None:
+def test_check_state(small: State) -> None:
     expected = {key: value.shape for key, value in small.items()}
-    check_shapes(small | {"extra": torch.ones(1)}, expected, "FILE")
+    check_state(small | {"extra": torch.ones(1)}, expected, "FILE")
     wrong = expected | {"visual.conv1.weight": torch.Size((1024, 3, 14, 14)), "new": torch.Size(())}
     with pytest.raises(InputError) as caught:
-        check_shapes(small, wrong, "FILE (ViT-L-14-336)")
+        check_state(small, wrong, "FILE (ViT-L-14-336)")
     assert str(caught.value) == (
         "FILE (ViT-L-14-336) does not fit the model asked for: visual.conv1.weight is (128,3,14,14), expected "
         "(1024,3,14,14); new is missing: pass its own file with --weights"
     )
     with pytest.raises(InputError, match=rf"and {len(expected) - 3} more"):
-        check_shapes({}, expected, "FILE")
+        check_state({}, expected, "FILE")
 
 
 def test_round_to_half(state: State) -> None:

@@ -138,7 +138,7 @@ def test_the_reader_takes_it(tmp_path: Path):
     samples = dataset.samples("test")
     assert [sample.label for sample in samples] == [0, 0, 0, 1, 1, 1]
     assert all((sample.mask is not None) == (sample.label == 1) for sample in samples)
-    shots = dataset.shots(2, 0, 0)
+    shots = dataset.shots(2, 2, 0, 0)
     assert shots.source.endswith("my2-shot.txt")
     assert [sample.path.name for sample in shots.abnormal] == ["valid_Ungood_00000.png", "valid_Ungood_00001.png"]
 

@@ -72,8 +72,13 @@ tracker = tracking.Tracker.start("exp", {{"lr": 0.1, "shots": [4, 16], "root": P
 
 
 def records(tmp_path: Path) -> list[pb.Record]:
-    """Parse the one offline run file: LevelDB log framing (32 KiB blocks, 7-byte heads) around wandb's protobufs."""
+    """Parse the one offline run file."""
     (path,) = tmp_path.glob("run/wandb/offline-run-*/run-*.wandb")
+    return read_records(path)
+
+
+def read_records(path: Path) -> list[pb.Record]:
+    """Parse a run file: LevelDB log framing (32 KiB blocks, 7-byte heads) around wandb's protobufs."""
     data, at, found, parts = path.read_bytes(), 7, [], b""  # the file starts with a 7-byte mark
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:  # too little room for a head: the block is padded
@@ -204,6 +209,42 @@ def test_offline_run_can_be_read_by_the_command_that_the_line_names(tmp_path: Pa
         env={"HOME": str(tmp_path / "home"), "PATH": os.environ["PATH"], "WANDB_ERROR_REPORTING": "false"},
     )
     assert "AUC+pAUCbest" in shown.stdout
+
+
+def test_a_run_goes_on_under_the_same_id(tmp_path: Path) -> None:
+    again = """
+    first = tracker.id
+    tracker.log({"epoch": 0, "loss": 3.0}, step=0, commit=True)
+    tracker.finish()
+    more = tracking.Tracker.start("exp", {}, run_dir=Path("again"), run_id=first)
+    more.log({"epoch": 1, "loss": 2.0}, step=1)
+    print(more.id == first, tracking.Tracker().id == "")
+    more.finish()
+    """
+    assert run(tmp_path, again).stdout == "True True\n"
+    (path,) = tmp_path.glob("again/wandb/offline-run-*/run-*.wandb")
+    before, after = records(tmp_path), read_records(path)
+    (first,), (second,) = ([record.run for record in found if record.HasField("run")] for found in (before, after))
+    assert first.run_id == second.run_id
+    assert second.resume  # `wandb sync` reads this: it appends to what the server has, and does not overwrite it
+    steps = [items(record.history.item)["_step"] for record in (*before, *after) if record.HasField("history")]
+    assert steps == [0, 1]
+
+
+def test_what_is_defined_enters_the_summary_by_hand_only(tmp_path: Path) -> None:
+    body = """
+    tracker.define(["epoch", "test/AUC"])
+    for epoch in range(3):
+        tracker.log({"epoch": epoch, "test/AUC": epoch / 10}, step=epoch, commit=True)
+        if epoch == 1:
+            tracker.summary({"epoch": 1, "test/AUC": 0.1})
+    tracker.finish()
+    """
+    run(tmp_path, body)
+    summary: dict[str, Any] = {}
+    for record in records(tmp_path):
+        summary |= items(record.summary.update)
+    assert (summary["epoch"], summary["test/AUC"]) == (1, 0.1)
 
 
 def test_an_exception_passes_through_and_marks_the_run_as_failed(tmp_path: Path) -> None:

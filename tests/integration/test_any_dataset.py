@@ -1,0 +1,241 @@
+"""A data set of one's own through the real commands: layouts, JSON files, prompts, unequal shots."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import test as test_script
+import train
+from dataset import check, phantom
+from dataset.layout import FOLDER
+from utils import run_cli
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--model_name", "ViT-tiny-14-56", "--pretrain", "random", "--img_size", "42", "--epoch", "1"]
+
+
+@pytest.fixture(scope="module")
+def brain(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("phantom")
+    phantom.write(path, ["Brain"], valid=16, test=4, seed=0, size=48)
+    return path / "Brain_AD"
+
+
+@pytest.fixture(scope="module")
+def bottle(brain, tmp_path_factory) -> Path:
+    """MVTec's layout: train/good, test/good, test/<defect>, ground_truth/<defect>/*_mask.png."""
+    root = tmp_path_factory.mktemp("mvtec") / "bottle"
+    shutil.copytree(brain / "valid/good/img", root / "train/good")
+    shutil.copytree(brain / "test/good/img", root / "test/good")
+    for index, image in enumerate(sorted((brain / "valid/Ungood/img").iterdir())):
+        defect = ("crack", "hole")[index % 2]
+        for folder in ("test", "ground_truth"):
+            (root / folder / defect).mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, root / "test" / defect / f"{index:03d}.png")
+        mask = brain / "valid/Ungood/anomaly_mask" / image.name
+        shutil.copy(mask, root / "ground_truth" / defect / f"{index:03d}_mask.png")
+    return root
+
+
+def run(script: str, *arguments: object) -> str:
+    """Start a command; its stdout and stderr."""
+    environment = {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    words = ["-m", script] if script.startswith("dataset.") else [script]
+    command = [sys.executable, *words, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def call(monkeypatch, capsys) -> Callable[..., str]:
+    """The same in this process, for what needs many runs; `code` is the exit code to expect."""
+
+    def start(script: str, *arguments: object, code: int = 0) -> str:
+        main = {"train.py": train.main, "test.py": test_script.main, "dataset.check": check.main}[script]
+        monkeypatch.setenv("WANDB_MODE", "disabled")
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            run_cli(main)
+        output = "".join(capsys.readouterr())
+        assert left.value.code == code, output
+        return output
+
+    return start
+
+
+def last_lines(output: str) -> list[str]:
+    return [line for line in output.splitlines() if re.match(r"\w+ p?AUC : ", line)]
+
+
+def test_mvtecs_layout(bottle, tmp_path):
+    paths = ["--obj", "bottle", "--data_root", bottle, "--save_path", tmp_path]
+    trained = run("train.py", *SMALL, *paths, "--shot", 2, "--out_json", tmp_path / "a.json")
+    tested = run("test.py", *paths)
+    assert last_lines(trained) == last_lines(tested)
+    assert len(last_lines(trained)) == 2  # AUC and pAUC
+
+    # What serves as abnormal support is named, and never measured.
+    note = next(line for line in trained.splitlines() if "in both splits" in line)
+    assert note in tested
+    valid, test = map(int, re.search(r"the 16 images there (\d+) are valid, for shots, and (\d+) test", note).groups())
+    stored = torch.load(tmp_path / "bottle.pth", weights_only=True)
+    assert stored["settings"]["prompt_name"] == "bottle"
+    assert stored["settings"]["states"] is None
+    measured = [row["file"] for row in json.loads((tmp_path / "a.json").read_text())["per_image"]]
+    assert sum("good" not in name for name in measured) == test
+    assert valid + test == 16
+    assert len(stored["about"]["shots"]["abnormal"]) == 2
+    assert not set(stored["about"]["shots"]["abnormal"]) & set(measured)
+    assert all(name.startswith(("test/crack/", "test/hole/")) for name in stored["about"]["shots"]["abnormal"])
+    assert run("dataset.check", "--data_root", bottle).count("ground_truth/{folder}/{stem}_mask") == 1
+
+
+@pytest.mark.parametrize("names", [("normal", "abnormal"), ("0", "1"), ("Good", "Ungood")])
+def test_bare_folders(brain, call, tmp_path, names):
+    root = tmp_path / "knee"
+    for name, source in zip(names, ("good", "Ungood"), strict=True):
+        shutil.copytree(brain / "valid" / source / "img", root / name)
+    paths = ["--obj", "knee", "--data_root", root, "--save_path", tmp_path]
+    output = call("train.py", *SMALL, *paths, "--shot", 2)
+    assert len(last_lines(output)) == 1  # images only
+    assert f"in both splits: {names[0]}, {names[1]}; of the 32 images there" in output
+    assert last_lines(output) == last_lines(call("test.py", *paths))
+    # The split depends on nothing but the names.
+    first, second = (call("dataset.check", "--data_root", root, "--num_workers", n).splitlines()[1:6] for n in (1, 2))
+    assert first == second
+
+
+def test_an_unknown_name_in_the_known_layout(brain, call, tmp_path):
+    shutil.copytree(brain, tmp_path / "My_Knee_AD")
+    output = call("train.py", *SMALL, "--obj", "My_Knee", "--data_path", tmp_path, "--save_path", tmp_path, "--shot", 2)
+    assert len(last_lines(output)) == 2
+    assert torch.load(tmp_path / "My_Knee.pth", weights_only=True)["settings"]["prompt_name"] == "My Knee"
+    (tmp_path / "My_Knee_AD/test/Ungood/anomaly_mask/test_Ungood_00002.png").unlink()
+    message = call("test.py", "--obj", "My_Knee", "--data_path", tmp_path, "--save_path", tmp_path, code=2)
+    assert "test_Ungood_00002.png: no mask (1 of 4 abnormal images)" in message
+
+
+def test_a_file_names_layout_and_prompts(brain, call, tmp_path):
+    """As a user would: the file is put into dataset/."""
+    root = tmp_path / "x"
+    shutil.copytree(brain / "valid", root / "a")
+    shutil.copytree(brain / "test", root / "b")
+    for split in ("a", "b"):
+        (root / split / "Ungood/anomaly_mask").rename(root / split / "outlines")
+    name = f"zz_{os.getpid()}"
+    config = {
+        "prompt_name": "knee joint",
+        "valid": {"normal": "a/good/img", "abnormal": "a/Ungood/img"},
+        "test": {"normal": ["b/good/img"], "abnormal": ["b/Ungood/img"]},
+        "masks": "{parent}/../outlines/{stem}",
+    }
+    path = FOLDER / f"{name}.json"
+    arguments = [*SMALL, "--obj", name, "--data_root", root, "--save_path", tmp_path, "--shot", 2]
+    try:
+        path.write_text(json.dumps(config))
+        assert "masks cannot be" in call("train.py", *arguments, code=2)  # leads out of the folder
+        for split in ("a", "b"):
+            (root / split / "outlines").rename(root / split / "Ungood/outlines")
+        path.write_text(json.dumps({**config, "masks": "{parent}/outlines/{stem}"}))
+        assert len(last_lines(call("train.py", *arguments))) == 2
+    finally:
+        path.unlink()
+    assert torch.load(tmp_path / f"{name}.pth", weights_only=True)["settings"]["prompt_name"] == "knee joint"
+
+
+@pytest.mark.parametrize("mood", ["fix", "learnable_all"])
+def test_prompts_of_ones_own_are_in_the_checkpoint(brain, call, tmp_path, mood):
+    states = {"normal": ["healthy {}", "{} of a volunteer"], "abnormal": ["{} with oedema", "ill {}", "{} with drusen"]}
+    (tmp_path / "prompts.json").write_text(json.dumps(states))
+    paths = ["--obj", "Brain", "--data_root", brain, "--save_path", tmp_path]
+    command = [*SMALL, *paths, "--shot", 2, "--text_mood", mood]
+    plain = call("train.py", *command)
+    own = call("train.py", *command, "--prompts", tmp_path / "prompts.json", "--prompt_name", "retinal OCT")
+    assert re.findall(r"cos\(text\) \S+", plain) != re.findall(r"cos\(text\) \S+", own)
+    (tmp_path / "prompts.json").unlink()
+    assert last_lines(call("test.py", *paths)) == last_lines(own)
+    settings = torch.load(tmp_path / "Brain.pth", weights_only=True)["settings"]
+    assert settings["states"] == states
+    assert settings["prompt_name"] == "retinal OCT"
+
+    # A checkpoint from before there were such states still loads.
+    stored = torch.load(tmp_path / "Brain.pth", weights_only=True)
+    call("train.py", *command)
+    stored = torch.load(tmp_path / "Brain.pth", weights_only=True)
+    del stored["settings"]["states"]
+    torch.save(stored, tmp_path / "Brain.pth")
+    assert last_lines(call("test.py", *paths)) == last_lines(plain)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "words"),
+    [
+        (["--prompts", "FILE"], "{", "cannot be read as JSON"),
+        (["--prompts", "FILE"], '{"normal": ["{}"]}', "expected"),
+        (["--prompts", "FILE"], '{"normal": [], "abnormal": ["{}"]}', "at least one"),
+        (["--prompts", "FILE"], '{"normal": ["{}"], "abnormal": ["flaw"]}', "'flaw' needs {} once"),
+        (["--prompts", "FILE"], '{"normal": ["{}"], "abnormal": ["{x} {}"]}', "needs {} once"),
+        (["--prompts", "nowhere.json"], "", "nowhere.json"),
+        (["--prompt_name", " "], "", "blank"),
+        (["--prompt_name", "very long " * 60], "", "tokens"),
+        (["--shot_normal", "0", "--shot_abnormal", "0"], "", "--shot_normal 0"),
+        (["--shot_abnormal", "-1"], "", "below 0"),
+        (["--shot_abnormal", "99"], "", "--shot_abnormal 99"),
+        (["--obj", "../x"], "", "file names"),
+        (["--data_root", "nowhere"], "", "nowhere not found"),
+    ],
+)
+def test_bad_arguments(brain, call, tmp_path, arguments, text, words):
+    (tmp_path / "prompts.json").write_text(text)
+    arguments = [tmp_path / "prompts.json" if word == "FILE" else word for word in arguments]
+    paths = ["--obj", "Brain", "--data_root", brain, "--save_path", tmp_path]
+    message = call("train.py", *SMALL, *paths, "--shot", 2, *arguments, code=2)
+    assert words in message
+    assert len([line for line in message.splitlines() if "error: " in line]) == 1
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
+def test_normal_shots_alone(bottle, call, tmp_path, loss):
+    paths = ["--obj", "bottle", "--data_root", bottle, "--save_path", tmp_path]
+    few = [*SMALL, *paths, "--shot", 4, "--shot_abnormal", 0, "--epoch", 3, "--loss_type", loss]
+    output = call("train.py", *few)
+    assert "abnormal shots: none" in output
+    assert "losses: no abnormal shots" in output
+    totals = [float(value) for value in re.findall(r"total (\S+)", output)]
+    assert totals[0] > totals[1] > totals[2] > 0
+    assert torch.load(tmp_path / "bottle.pth", weights_only=True)["about"]["shots"]["abnormal"] == []
+    assert last_lines(output) == last_lines(call("test.py", *paths))
+
+
+def test_unequal_shots_take_each_classs_own_list(brain, call, tmp_path):
+    output = call(
+        "train.py", *SMALL, "--obj", "Brain", "--data_root", brain, "--save_path", tmp_path, "--shot_normal", 8,
+        "--shot_abnormal", 2,
+    )  # fmt: skip
+    shots = torch.load(tmp_path / "Brain.pth", weights_only=True)["about"]["shots"]
+    assert shots["normal"] == [f"valid_good_{i:05d}.png" for i in range(8)]
+    assert shots["abnormal"] == [f"valid_Ungood_{i:05d}.png" for i in range(2)]
+    assert "my2-shot.txt" in output
+    assert "my8-shot.txt" in output
+    assert "count 4 times as much" in output
+
+
+def test_a_shot_in_the_test_set_is_said(brain, call, tmp_path):
+    root = shutil.copytree(brain, tmp_path / "leaky")
+    shutil.copy(root / "valid/good/img/valid_good_00001.png", root / "test/good/img/test_good_00000.png")
+    output = call("train.py", *SMALL, "--obj", "Brain", "--data_root", root, "--save_path", tmp_path, "--shot", 2)
+    (line,) = [line for line in output.splitlines() if line.startswith("warning:")]
+    assert "1 test images equal a shot" in line
+    assert "test/good/img/test_good_00000.png is valid/good/img/valid_good_00001.png" in line

@@ -1,0 +1,282 @@
+"""Bad input through the real commands: exit code 2, one line that names the file or flag, nothing written is lost."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from CLIP.clip import random_state
+from CLIP.model import ModelConfig
+from dataset import phantom
+from tests.helpers_commands import ROOT, Commands
+
+SMALL = ["--model_name", "ViT-tiny-14-56", "--pretrain", "random", "--img_size", 42, "--device", "cpu"]
+OWN_WEIGHTS = ["--pretrain", "openai", "--weights"]
+MICRO = ModelConfig("micro", 4, False, 8, 4, 8, 1, 1, 5, 16, 8, 1, 1, {})
+UNGOOD = "Brain_AD/valid/Ungood/img"
+FIRST = "valid_Ungood_00000.png"
+
+
+@pytest.fixture(scope="module")
+def command() -> Iterator[Commands]:
+    commands = Commands()
+    yield commands
+    commands.close()
+
+
+@pytest.fixture(scope="module")
+def data_path(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data")
+    phantom.write(path, ["Brain", "Chest"], valid=4, test=4, seed=0, size=64)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(command, data_path, tmp_path_factory) -> Path:
+    """A checkpoint of a real run."""
+    path = tmp_path_factory.mktemp("ckpt")
+    flags = ["--obj", "Brain", "--data_path", data_path, "--save_path", path, "--shot", 2, "--epoch", 1]
+    assert command("train.py", *SMALL, *flags).returncode == 0
+    return path / "Brain.pth"
+
+
+@pytest.fixture
+def folder(data_path, trained, tmp_path) -> Path:
+    """A copy of the data under data/ and of the checkpoint, to be spoiled."""
+    shutil.copytree(data_path, tmp_path / "data")
+    (tmp_path / "ckpt").mkdir()
+    shutil.copy(trained, tmp_path / "ckpt" / "Brain.pth")
+    return tmp_path
+
+
+def flags(folder: Path, script: str = "train.py") -> list[object]:
+    """The flags that would do."""
+    shared = ["--obj", "Brain", "--data_path", folder / "data", "--save_path", folder / "ckpt", "--device", "cpu"]
+    return [*shared, *SMALL, "--shot", 2, "--epoch", 2] if script == "train.py" else shared
+
+
+def refused(result: subprocess.CompletedProcess, *words: str) -> str:
+    """The one line of an error, which must hold `words`."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if "error: " in line]
+    assert len(lines) == 1, result.stderr
+    for word in words:
+        assert word in lines[0]
+    return lines[0]
+
+
+def test_without_warm_imports(folder):
+    """A fresh start of each script, as everything below relies on `Commands`."""
+    for script in ("train.py", "test.py"):
+        arguments = [sys.executable, script, *map(str, flags(folder, script)), "--data_path", "nowhere"]
+        result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+        line = refused(result, "--data_path nowhere", "Brain_AD", "README", "python -m dataset.phantom")
+        assert result.stderr == line + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--obj", "Liver"], ["Liver_AD"]),
+        (["--obj", "Knee"], ["Knee_AD"]),
+        (["--shot", 0], ["--shot", "at least 1"]),
+        (["--shot", 9], ["--shot 9", "valid", "4 abnormal images"]),
+        (["--iterate", 5], ["--iterate 5", "my2-shot.txt"]),
+        (["--features_list", 0, 99], ["--features_list 0 99", "layers 1 to 4"]),
+        (["--features_list", 2, 2], ["--features_list 2 2", "once"]),
+        (["--features_list", 3, 2], ["--features_list 3 2", "ascending"]),
+        (["--img_size", 10], ["--img_size 10", "smaller than a patch"]),
+        (["--img_size", 0], ["--img_size", "at least 1"]),
+        (["--learning_rate", -1], ["--learning_rate", "above 0"]),
+        (["--learning_rate", "nan"], ["--learning_rate", "above 0"]),
+        (["--pretrain", "laion400m"], ["--pretrain laion400m"]),
+        ([*OWN_WEIGHTS, "nowhere.pt"], ["nowhere.pt", "python -m CLIP.download"]),
+        ([*OWN_WEIGHTS, "/dev/zero"], ["/dev/zero"]),
+        (["--device", "cuda:7"], ["--device cuda:7"]),
+        (["--device", "gpu"], ["--device gpu"]),
+        (["--save_path", "/proc/x"], ["--save_path /proc/x"]),
+        (["--save_path", "README.md"], ["--save_path README.md"]),
+        (["--out_json", "README.md/x"], ["--out_json README.md"]),
+    ],
+)
+def test_flags_of_training(command, folder, trained, arguments, words):
+    refused(command("train.py", *flags(folder), *arguments), *words)
+    assert (folder / "ckpt" / "Brain.pth").read_bytes() == trained.read_bytes()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_cuda_without_cuda(command, folder):
+    for script in ("train.py", "test.py"):
+        refused(command(script, *flags(folder, script), "--device", "cuda"), "--device cuda", "0 CUDA devices")
+
+
+def shot_list(text: str) -> Callable[[Path], None]:
+    def write(data: Path) -> None:
+        path = data / "Brain_AD/fewshot_seed/my2-shot.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+
+    return write
+
+
+def cut_short(name: str) -> Callable[[Path], None]:
+    def cut(data: Path) -> None:
+        path = data / name
+        path.write_bytes(path.read_bytes()[:-200])
+
+    return cut
+
+
+def cut_jpeg(data: Path) -> None:
+    path = data / UNGOOD / FIRST
+    Image.open(path).convert("RGB").resize((512, 512)).save(data / UNGOOD / "valid_Ungood_00000.jpg")
+    path.unlink()
+    jpeg = path.with_suffix(".jpg")
+    jpeg.write_bytes(jpeg.read_bytes()[: jpeg.stat().st_size // 2])
+    mask = data / "Brain_AD/valid/Ungood/anomaly_mask" / FIRST
+    Image.open(mask).resize((512, 512)).save(mask)
+    shot_list("a-0: valid_Ungood_00000.jpg valid_Ungood_00001.png\nn-0: valid_good_00000.png valid_good_00001.png\n")(
+        data
+    )
+
+
+def no_images(data: Path) -> None:
+    for path in (data / UNGOOD).iterdir():
+        path.rename(path.with_suffix(".txt"))
+
+
+def mask(change: Callable[[Path], object]) -> Callable[[Path], None]:
+    return lambda data: change(data / "Brain_AD/valid/Ungood/anomaly_mask" / FIRST)
+
+
+SPOILED = {
+    "missing data": (shutil.rmtree, ["--data_path", "Brain_AD", "README", "python -m dataset.phantom"]),
+    "missing split": (lambda data: shutil.rmtree(data / "Brain_AD/test"), ["Brain_AD/test"]),
+    "missing class": (lambda data: shutil.rmtree(data / UNGOOD), [UNGOOD]),
+    "no images": (no_images, [UNGOOD, "no images"]),
+    "list names a missing file": (shot_list(f"a-0: nobody.png\nn-0: {FIRST}\n"), ["my2-shot.txt", "nobody.png"]),
+    "list with ..": (shot_list(f"a-0: ../../{FIRST}\nn-0: x.png\n"), ["my2-shot.txt", f"../../{FIRST}"]),
+    "list with an absolute path": (shot_list("a-0: /etc/passwd\nn-0: x.png\n"), ["my2-shot.txt", "/etc/passwd"]),
+    "list of another form": (shot_list("what is this"), ["my2-shot.txt, line 1"]),
+    "list in another encoding": (
+        lambda data: (shot_list("")(data), (data / "Brain_AD/fewshot_seed/my2-shot.txt").write_bytes(b"\xff\xfe\x00")),
+        ["my2-shot.txt"],
+    ),
+    "truncated PNG": (cut_short(f"{UNGOOD}/{FIRST}"), [FIRST, "not a readable image"]),
+    "truncated JPEG": (cut_jpeg, ["valid_Ungood_00000.jpg", "not a readable image"]),
+    "text as an image": (
+        lambda data: (data / "Brain_AD/test/good/img/test_good_00000.png").write_text("x"),
+        ["test_good_00000.png", "not a readable image"],
+    ),
+    "mask missing": (mask(Path.unlink), [FIRST, "mask"]),
+    "mask of another size": (mask(lambda path: Image.open(path).resize((30, 30)).save(path)), [FIRST, "(30, 30)"]),
+    "truncated mask": (mask(lambda path: path.write_bytes(path.read_bytes()[:80])), [FIRST, "anomaly_mask"]),
+    "truncated test image": (cut_short("Brain_AD/test/good/img/test_good_00001.png"), ["test_good_00001.png"]),
+}
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_data(command, folder, trained, what):
+    spoil, words = SPOILED[what]
+    spoil(folder / "data")
+    refused(command("train.py", *flags(folder)), *words)
+    assert (folder / "ckpt" / "Brain.pth").read_bytes() == trained.read_bytes()
+
+
+class Payload:
+    """Makes a file when unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return open, (str(self.marker), "w")
+
+
+def test_weights(command, folder):
+    """Truncated, of another model, with NaN, no weights, wanting to run code; none is read, the folder is as before."""
+    path, tiny = folder / "weights.pt", random_state(ModelConfig.load("ViT-tiny-14-56"), seed=0)
+    arguments = [*flags(folder), *OWN_WEIGHTS, path]
+    before = sorted(folder.rglob("*"))
+
+    def check(content: object, *words: str) -> None:
+        torch.save(content, path)
+        refused(command("train.py", *arguments), "weights.pt", *words)
+        path.unlink()
+
+    check(random_state(MICRO, seed=0), "does not fit", "(5,8), expected (17,128)", "ViT-tiny-14-56")
+    check({**tiny, "text_projection": tiny["text_projection"] * float("nan")}, "text_projection holds NaN")
+    check({"fc.weight": torch.ones(1)}, "no CLIP weights")
+    check({**tiny, "x": Payload(folder / "ran")}, "could run code")
+    torch.save(tiny, path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    refused(command("train.py", *arguments), "weights.pt", "fetch it again")
+    path.unlink()
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_checkpoints(command, folder, trained):
+    """What is no checkpoint, damaged, of another model, with NaN or wanting to run code."""
+    path, arguments = folder / "ckpt" / "Brain.pth", flags(folder, "test.py")
+    good = torch.load(trained, weights_only=True)
+
+    def check(change: dict, *words: str) -> None:
+        torch.save({**good, **change}, path)
+        refused(command("test.py", *arguments), *words)
+
+    def settings(**changed: object) -> dict:
+        return {"settings": {**good["settings"], **changed}}
+
+    check(settings(visionA="MCNNFC"), "Brain.pth", "do not fit its settings")
+    check(settings(features_list=[1, 2]), "Brain.pth", "do not fit its settings")
+    check(settings(model_name="RN50"), "Brain.pth", "model_name is 'RN50'")
+    check(settings(weights_sha256="f" * 64), "Brain.pth", "f" * 64, "--weights")
+    check(settings(obj="Chest", pixel_metrics=False), "Brain.pth", "masks")
+    adapters = {name: tensor * float("nan") for name, tensor in good["normal_det_adapters"].items()}
+    check({"normal_det_adapters": adapters}, "Brain.pth", "NaN")
+    check({"about": Payload(folder / "ran")}, "Brain.pth", "could run code")
+    refused(command("engine.checkpoint", "show", path), "Brain.pth", "could run code")
+    refused(command("engine.checkpoint", "export", path, folder / "out.pth"), "Brain.pth", "could run code")
+    assert not (folder / "ran").exists()
+    path.write_bytes(trained.read_bytes()[:-1000])
+    refused(command("test.py", *arguments), "Brain.pth", "damaged")
+    path.unlink()
+    refused(command("test.py", *arguments), "Brain.pth", "not found")
+    refused(command("test.py", *arguments, "--ckpt", "README.md"), "README.md", "not a checkpoint")
+    refused(command("test.py", *arguments, "--ckpt", folder), str(folder), "not a checkpoint")
+    refused(command("test.py", *arguments, "--ckpt", trained, "--model_name", "ViT-L-14-336"), "--model_name")
+
+
+def test_a_loss_that_becomes_nan(command, folder):
+    """It stops and names epoch and step; the checkpoint of the last good epoch stays."""
+    path = folder / "ckpt" / "Brain.pth"
+    before = path.read_bytes()
+    refused(command("train.py", *flags(folder), "--learning_rate", "1e38"), "epoch 1", "step 2", "--learning_rate")
+    assert path.read_bytes() == before
+
+
+def test_a_full_disk(command, folder, trained):
+    """The largest file is limited, which fails in the same calls: checkpoint, feature store."""
+    arguments = [*flags(folder), "--cache_dir", folder / "cache"]
+    refused(
+        command("train.py", *arguments, "--cache", "ram", file_bytes=300_000),
+        "Brain.pth",
+        "cannot be written",
+        "intact",
+    )
+    assert (folder / "ckpt" / "Brain.pth").read_bytes() == trained.read_bytes()
+    assert [path.name for path in (folder / "ckpt").iterdir()] == ["Brain.pth"]
+
+    refused(command("train.py", *arguments, "--cache", "disk", file_bytes=300_000), "--cache_dir", "stays usable")
+    again = command("train.py", *arguments, "--cache", "disk", "--out_json", folder / "disk.json")
+    assert again.returncode == 0
+    whole = command("train.py", *arguments, "--cache", "ram", "--out_json", folder / "ram.json")
+    assert again.stdout.splitlines()[-2:] == whole.stdout.splitlines()[-2:]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -95,11 +96,16 @@ def object_name(text: str) -> str:
     return text
 
 
+def named_after(folder: str | Path) -> str:
+    """What a data set is called where only its folder is given: bottle for .../bottle, Brain for .../Brain_AD."""
+    return Path(folder).absolute().name.removesuffix("_AD")
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The checked content of a JSON file, folders as lists; `InputError` that names the file and the key."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error
     known = Layout.__dataclass_fields__
     unknown = sorted(set(config) - set(known)) if isinstance(config, dict) else ["not an object"]
@@ -235,5 +241,5 @@ def falls_in_valid(name: str, share: float) -> bool:
     So nothing moves when files are added, whatever the seed and the machine, and a patient is in one split (the rule
     of the Speech Commands data set, Warden 2018).
     """
-    digest = hashlib.sha256((patient(name) or name).encode()).digest()
+    digest = hashlib.sha256(os.fsencode(patient(name) or name)).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64

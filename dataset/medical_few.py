@@ -76,7 +76,8 @@ def leaks(
 
 def data_folder(obj: str, data_path: str | Path, data_root: str | Path | None = None) -> Path:
     """`data_root`, or <data_path>/<obj>_AD; `InputError` where it is no folder."""
-    root = Path(data_path) / f"{object_name(obj)}_AD" if data_root is None else Path(data_root)
+    name = object_name(obj)
+    root = Path(data_path) / f"{name}_AD" if data_root is None else Path(data_root)
     if not root.is_dir():
         flag = f"--data_path {data_path}" if data_root is None else f"--data_root {data_root}"
         raise InputError(f"{flag}: {root} not found; {_hint(obj, data_path)}")

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -38,16 +39,32 @@ class InputError(Exception):
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and leave with its exit code; an `InputError` becomes one line on stderr and code 2."""
+    """Run a script's `main` and leave with its exit code.
+
+    An `InputError` becomes one line on stderr and code 2, and so does a file that the system refuses (permissions, a
+    name that is too long). A reader of stdout that leaves, such as `head`, ends it quietly.
+    """
     tune_allocator()
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what the terminal's encoding lacks
     try:
         code = main() or 0
+        sys.stdout.flush()
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 2
+        code = _refuse(error)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+        code = 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename is None:
+            raise
+        code = _refuse(f"{error.filename}: {error.strerror}")
     sys.exit(code)
+
+
+def _refuse(words: object) -> int:
+    print(f"error: {' '.join(str(words).split())}", file=sys.stderr)
+    return 2
 
 
 def integer(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -114,15 +131,24 @@ def temporary_path(path: str | Path, flag: str = "") -> Iterator[Path]:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
+        reason = f"{path.parent} is a file" if isinstance(error, FileExistsError) else error.strerror or error
         full = " (disk full?)" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
-        reason = error.strerror or error
-        raise InputError(f"{name}: cannot be written: {reason}{full}; an older file there is intact") from error
+        intact = "; the older file there is intact" if os.path.exists(path) else ""  # noqa: PTH110 - never raises
+        raise InputError(f"{name}: cannot be written: {reason}{full}{intact}") from error
 
 
 def write_json(path: str | Path, value: Any, flag: str = "") -> None:  # noqa: ANN401 - whatever JSON takes
     """Write `value` as JSON through `atomic_path`."""
     with atomic_path(path, flag) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file, without a byte-order mark; `OSError` also for a pipe or device, which may not end."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "a folder, a pipe or a device, not a file", str(path))
+    return path.read_text(encoding="utf-8-sig")
 
 
 def prefetch(function: Callable[[In], Out], inputs: Iterable[In], workers: int = 1, ahead: int = 2) -> Iterator[Out]:

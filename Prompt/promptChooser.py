@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from CLIP.model import CLIP
 from CLIP.tokenizer import tokenize
-from utils import InputError
+from utils import InputError, read_text
 
 from .CoOp import CONTEXTS, PromptLearner
 
@@ -49,7 +49,7 @@ def read_prompts(path: str) -> dict[str, list[str]]:
         InputError: unreadable file, another form, or a phrase without exactly one {}.
     """
     try:
-        states = json.loads(Path(path).read_text(encoding="utf-8"))
+        states = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--prompts {path}: cannot be read as JSON ({error})") from error
     if fault := states_fault(states):

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from utils import InputError
+from utils import InputError, read_text
 
 FOLDER = Path(__file__).parent
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -104,7 +104,7 @@ def named_after(folder: str | Path) -> str:
 def read_config(path: Path) -> dict[str, Any]:
     """The checked content of a JSON file, folders as lists; `InputError` that names the file and the key."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error
     known = Layout.__dataclass_fields__
@@ -112,7 +112,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if unknown:
         raise InputError(f"{path}: unknown {unknown[0]!r}; it may hold {', '.join(known)}")
     tests = {
-        "prompt_name": lambda value: isinstance(value, str) and value.strip(),
+        "prompt_name": lambda value: isinstance(value, str) and value.strip() and len(value) <= 200,
         "pixel_metrics": lambda value: isinstance(value, bool),
         "valid_share": lambda value: isinstance(value, int | float) and 0 < value < 1,
         "masks": lambda value: isinstance(value, str) and _is_mask_template(value),
@@ -138,7 +138,8 @@ def _read_folders(value: object, where: str) -> dict[str, list[str]]:
 
 def _is_below(folder: str) -> bool:
     path = PurePosixPath(folder)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    named = path.parts and folder.isprintable() and all(len(os.fsencode(part)) <= 255 for part in path.parts)
+    return bool(named) and not path.is_absolute() and ".." not in path.parts
 
 
 def _is_mask_template(text: str) -> bool:
@@ -148,17 +149,20 @@ def _is_mask_template(text: str) -> bool:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The image files directly in a folder, sorted by name; none where it is missing. Hidden files are left out."""
+    """The image files directly in a folder, sorted by name; none where it is missing. Hidden files are left out.
+
+    `InputError` for a folder that cannot be read, and for a link to nothing: leaving it out would change the numbers.
+    """
     try:
-        return sorted(
-            path
-            for path in folder.iterdir()
-            if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
-        )
+        named = [path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and path.name[0] != "."]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
+    images = [path for path in named if path.is_file()]
+    if len(images) < len(named) and (broken := [path for path in named if path.is_symlink() and not path.exists()]):
+        raise InputError(f"{broken[0]}: a link to a file that is not there ({len(broken)} in this folder)")
+    return sorted(images)
 
 
 def mask_folder(root: Path, folder: str, template: str) -> Path:

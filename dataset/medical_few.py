@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from utils import InputError
+from utils import InputError, read_text
 
 from .layout import (
     EXTENSIONS,
@@ -301,9 +301,10 @@ def parse_shot_list(path: Path) -> dict[tuple[str, int], list[str]]:
         InputError: unreadable file, a line of another form, a second line of a kind, a name twice.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as a few-shot list ({error})") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path}: cannot be read as a few-shot list ({reason})") from error
     lines: dict[tuple[str, int], list[str]] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():

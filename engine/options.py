@@ -38,6 +38,13 @@ def positive_float(text: str) -> float:
     return value
 
 
+def words(text: str) -> str:
+    """An argparse type: text that is not blank, nor longer than a checkpoint may hold."""
+    if not text.strip() or len(text) > 200:
+        raise argparse.ArgumentTypeError("is blank, or longer than 200 characters")
+    return text
+
+
 def run_name(text: str) -> str:
     """An argparse type: a name that may be a folder's, in W&B too."""
     if not text.strip() or not text.isprintable() or len(text) > 100 or len(os.fsencode(text)) > 255:
@@ -89,16 +96,11 @@ class DataRoot(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         """Keep the folder, and its name where no other is given so far."""
+        if not values:  # Path("") would be the current folder
+            raise argparse.ArgumentError(self, "is empty")
         namespace.data_root = values
         if namespace.obj == NOT_GIVEN:
             namespace.obj = named_after(values)
-
-
-def words(text: str) -> str:
-    """An argparse type: text that is not blank."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("is blank")
-    return text
 
 
 def add_data_flags(parser: argparse.ArgumentParser, obj: str) -> None:

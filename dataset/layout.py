@@ -110,7 +110,7 @@ def read_config(path: Path) -> dict[str, Any]:
     known = Layout.__dataclass_fields__
     unknown = sorted(set(config) - set(known)) if isinstance(config, dict) else ["not an object"]
     if unknown:
-        raise InputError(f"{path}: unknown {unknown[0]!r}; it may hold {', '.join(known)}")
+        raise InputError(f"{path}: unknown {unknown[0]!r:.80}; it may hold {', '.join(known)}")
     tests = {
         "prompt_name": lambda value: isinstance(value, str) and value.strip() and len(value) <= 200,
         "pixel_metrics": lambda value: isinstance(value, bool),
@@ -119,7 +119,7 @@ def read_config(path: Path) -> dict[str, Any]:
     }
     for key, test in tests.items():
         if key in config and not test(config[key]):
-            raise InputError(f"{path}: {key} cannot be {config[key]!r}; dataset/layout.py says what it may be")
+            raise InputError(f"{path}: {key} cannot be {config[key]!r:.80}; dataset/layout.py says what it may be")
     for split in SPLITS:
         if split in config:
             config[split] = _read_folders(config[split], f"{path}: {split}")

@@ -15,6 +15,7 @@ from typing import Any
 
 from CLIP import create_model
 from dataset import MedicalDataset
+from engine import distributed
 from engine.checkpoint import Checkpoint, check_weights
 from engine.detector import Detector, Settings
 from engine.evaluate import evaluate, published_lines, result_json
@@ -56,6 +57,7 @@ def default_checkpoint(save_path: str, obj: str) -> Path:
 
 def main() -> None:
     """Arguments -> checkpoint -> metrics."""
+    distributed.start()
     options = parse()
     set_seed(options.seed)
     device = pick_device(options.device)

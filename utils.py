@@ -42,7 +42,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and leave with its exit code.
 
     An `InputError` becomes one line on stderr and code 2, and so does a file that the system refuses (permissions, a
-    name that is too long). A reader of stdout that leaves, such as `head`, ends it quietly.
+    name that is too long). A reader of stdout that leaves, such as `head`, ends it quietly. Ctrl-C is code 130.
     """
     tune_allocator()
     with contextlib.suppress(AttributeError):
@@ -59,6 +59,9 @@ def run_cli(main: Callable[[], int | None]) -> None:
         if error.filename is None:
             raise
         code = _refuse(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
     sys.exit(code)
 
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import pickle
 import platform
+import shutil
 import sys
 import time
 import zipfile
@@ -154,6 +155,12 @@ def write(payload: dict[str, Any], path: str | Path) -> None:
             torch.save(payload, temporary)
     except RuntimeError as error:  # that is how torch.save reports a full disk
         raise InputError(f"{path}: cannot be written (disk full?); an older file there is intact") from error
+
+
+def copy(source: str | Path, path: str | Path) -> None:
+    """Copy a checkpoint atomically; `InputError` where that is impossible."""
+    with atomic_path(path) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def versions() -> dict[str, str]:

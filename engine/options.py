@@ -15,6 +15,7 @@ from loss import DEC_TYPES, LOSS_TYPES
 from Prompt import TEXT_MOODS
 from utils import InputError, integer, temporary_path
 
+from . import distributed
 from .detector import Detector, Settings
 from .features import DTYPES, MODES, Backbone, FeatureStore
 
@@ -182,7 +183,7 @@ def check_against(settings: Settings, options: argparse.Namespace) -> None:
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one; `InputError` for a device that is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", name, re.ASCII):
         raise InputError(f"--device {name}: use auto, cpu, cuda or cuda:N")
     device = torch.device(name)

@@ -9,13 +9,13 @@ Arguments -> checkpoint -> metrics. Everything that shaped the checkpoint is rea
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from CLIP import create_model
 from dataset import MedicalDataset
+from engine import distributed
 from engine.checkpoint import Checkpoint, check_weights
 from engine.detector import Detector, Settings
 from engine.evaluate import evaluate, published_lines, result_json
@@ -31,9 +31,9 @@ from engine.options import (
     writable,
 )
 from engine.page import Report, read_history
-from engine.published import encoder_difference, infer_settings
+from engine.published import encoder_difference, features_difference, infer_settings
 from engine.report import Sheet, together
-from utils import InputError, atomic_path, run_cli, set_seed
+from utils import InputError, run_cli, set_seed, write_json
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -42,6 +42,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add_data_flags(parser, obj="Brain")
     add_model_flags(parser, from_checkpoint=True)
     parser.add_argument("--ckpt", help="checkpoint (default: <save_path>/<obj>.pth)")
+    parser.add_argument(
+        "--allow_other_weights", action="store_true", help="only warn of other CLIP weights than it was trained on"
+    )
     parser.add_argument("--figures", help="folder for pictures: test images beside masks and heat maps")
     parser.add_argument("--report", help="folder for a page with numbers, figures and every image (index.html)")
     parser.add_argument("--history", help="metrics.jsonl of the run, for its curves in --report")
@@ -57,6 +60,7 @@ def default_checkpoint(save_path: str, obj: str) -> Path:
 
 def main() -> None:
     """Arguments -> checkpoint -> metrics."""
+    distributed.start()
     options = parse()
     set_seed(options.seed)
     device = pick_device(options.device)
@@ -86,12 +90,17 @@ def main() -> None:
         fidelity=settings.fidelity, seed=checkpoint.about.get("options", {}).get("seed", options.seed), device=device,
     )  # fmt: skip
     say_weights(clip)
-    check_weights(checkpoint, clip.info.sha256, clip.info.source, ckpt)
+    check_weights(checkpoint, clip.info.sha256, clip.info.source, ckpt, options.allow_other_weights)
     difference = encoder_difference(checkpoint.parts, clip)
     if difference:
         print(f"{ckpt}: its text encoder differs by up to {difference:.3g} from the CLIP weights, which are used")
     detector = Detector(clip, settings).to(device)
     checkpoint.restore(detector, ckpt)
+    difference = features_difference(checkpoint.parts, detector)
+    if difference:
+        print(
+            f"{ckpt}: its text features differ by up to {difference:.3g} from those of the CLIP weights, which are used"
+        )
     store = make_store(options, clip, detector)
     store.prepare([Item(sample) for sample in samples])
     store.release_tower()
@@ -110,8 +119,7 @@ def main() -> None:
         words = " to ".join(f"{v:.4f}" for v in value) if isinstance(value, list) else f"{value:.4f}"
         print(f"  {name}: {words}")
     if options.out_json:
-        with atomic_path(options.out_json) as path:
-            path.write_text(json.dumps(result_json(settings, found, select), indent=2) + "\n")
+        write_json(options.out_json, result_json(settings, found, select), "--out_json")
     if sheet:
         print(f"pictures: {sheet.save(figures)}")
     if report:

@@ -5,9 +5,19 @@
 
 from pathlib import Path
 
-from .layout import object_name
+from .layout import named_after, object_name
 from .medical_few import MedicalDataset, Sample, Shots, leaks, load_image, load_mask
 
 OBJECTS = tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.json")))
 
-__all__ = ["OBJECTS", "MedicalDataset", "Sample", "Shots", "leaks", "load_image", "load_mask", "object_name"]
+__all__ = [
+    "OBJECTS",
+    "MedicalDataset",
+    "Sample",
+    "Shots",
+    "leaks",
+    "load_image",
+    "load_mask",
+    "named_after",
+    "object_name",
+]

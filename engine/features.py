@@ -9,13 +9,15 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +29,9 @@ from tqdm import tqdm
 
 from CLIP import CLIP
 from dataset import Sample, load_image
-from utils import JITTER_VIEW, InputError, atomic_path, augment_view, prefetch, run_cli
+from utils import JITTER_VIEW, InputError, augment_view, prefetch, run_cli, write_json
+
+from . import distributed
 
 MODES = ("auto", "ram", "disk", "off")
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -119,6 +123,9 @@ class RamRows:
         """Nothing to guard."""
         yield
 
+    def refresh(self) -> None:
+        """Nothing to read."""
+
 
 class DiskRows:
     """Rows of fixed size in one file, and an append-only index of them.
@@ -134,8 +141,7 @@ class DiskRows:
         self.row_bytes = int(np.prod(self.shape)) * self.dtype.itemsize
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "meta.json").exists():
-            with atomic_path(folder / "meta.json") as path:
-                path.write_text(json.dumps({**description, "row_bytes": self.row_bytes}, indent=2) + "\n")
+            write_json(folder / "meta.json", {**description, "row_bytes": self.row_bytes}, "--cache_dir")
         (folder / "rows.bin").touch()
         (folder / "index.bin").touch()
         self.records: dict[bytes, tuple[int, int]] = {}  # key -> row number, CRC-32
@@ -273,8 +279,9 @@ class FeatureStore:
 
     def open(self, count: int) -> None:
         """Decide where `count` images are kept, and say so."""
-        if self.mode == "auto":
-            self.mode = choose_mode(count * self.row_bytes, self.folder)
+        if self.mode == "auto":  # in memory, every process keeps all of it
+            room = choose_mode(count * self.row_bytes * distributed.world(), self.folder)
+            self.mode = distributed.from_main(room)
         print(f"features: {count} images x {readable(self.row_bytes)} = {readable(count * self.row_bytes)}, "
               f"kept {describe_mode(self.mode, self.folder)}", flush=True)  # fmt: skip
         if self.mode == "ram":
@@ -294,18 +301,36 @@ class FeatureStore:
         items = {self.key(item): item for item in items}
         if self.rows is None:
             self.open(len(items))
-        if self.rows is None or all(key in self.rows for key in items):
+        if self.rows is None or distributed.from_main(all(key in self.rows for key in items)):
             return 0
-        with self.rows.filling():
-            missing = [key for key in items if key not in self.rows]
+        with self.rows.filling() if distributed.is_main() else nullcontext():
+            missing = distributed.from_main([key for key in items if key not in self.rows])
             batches = [missing[i : i + self.batch_size] for i in range(0, len(missing), self.batch_size)]
-            loaded = prefetch(lambda keys: self._images([items[key] for key in keys]), batches, self.workers)
-            with tqdm(total=len(missing), desc="features", unit="image", mininterval=1.0) as bar:
-                for keys, images in zip(batches, loaded, strict=True):
-                    tokens = torch.stack(self.backbone.tokens(images), dim=1)  # (B, K, T, C)
-                    self.rows.add(keys, tokens.to("cpu", DTYPES[self.dtype]))
-                    bar.update(len(keys))
+            mine = distributed.share(batches)
+            images = prefetch(lambda keys: self._images([items[key] for key in keys]), mine, self.workers)
+            loaded = zip(mine, images, strict=True)
+            quiet = not distributed.is_main()
+            with tqdm(total=len(missing), desc="features", unit="image", mininterval=1.0, disable=quiet) as bar:
+                for _ in range(0, len(batches), distributed.world()):
+                    for keys, rows in self._exchange(list(itertools.islice(loaded, 1))):
+                        self.rows.add(keys, rows)
+                        bar.update(len(keys))
+        distributed.barrier()
+        if distributed.world() > 1:
+            self.rows.refresh()
         return len(missing)
+
+    def _exchange(self, loaded: list[tuple[list[bytes], Tensor]]) -> Iterator[tuple[list[bytes], Tensor]]:
+        """Keys and rows (B, K, T, C) of one batch, and with several processes of the others' as far as they are kept.
+
+        In memory every process keeps all rows; on disk rank 0 writes them.
+        """
+        found = []
+        for keys, images in loaded:  # one, or none in the last round of several processes
+            tokens = torch.stack(self.backbone.tokens(images), dim=1)  # (B, K, T, C)
+            found.append((keys, tokens.to("cpu", DTYPES[self.dtype])))
+        exchange = distributed.all_gather if self.mode == "ram" else distributed.gather
+        return itertools.chain(*exchange(found))
 
     def release_tower(self) -> None:
         """Free the image tower once everything is prepared; with `off` it is still needed and stays."""
@@ -375,18 +400,30 @@ def readable(size: float) -> str:
 
 
 def stores(cache_dir: Path) -> list[Path]:
-    """Folders of `cache_dir` that are stores."""
-    return sorted(path.parent for path in cache_dir.glob("*/meta.json"))
+    """Folders of `cache_dir` that are stores, by their names too: `prune` deletes them."""
+    folders = (path.parent for path in cache_dir.glob("*/meta.json"))
+    return sorted(folder for folder in folders if re.fullmatch("[0-9a-f]{16}", folder.name))
+
+
+def describe(folder: Path) -> str:
+    """What a store holds, in words."""
+    size = (folder / "rows.bin").stat().st_size
+    meta = json.loads((folder / "meta.json").read_text())
+    records, _ = read_index(folder / "index.bin", size // meta["row_bytes"])
+    return (
+        f"{len(records)} images  {readable(size)}  {meta['model']} {meta['img_size']} px  layers {meta['layers']}  "
+        f"{meta['dtype']}  weights {str(meta['weights_sha256'])[:12]}"
+    )
 
 
 def info(cache_dir: Path) -> None:
     """Print a line for every store."""
     for folder in stores(cache_dir):
-        meta = json.loads((folder / "meta.json").read_text())
-        records, _ = read_index(folder / "index.bin", (folder / "rows.bin").stat().st_size // meta["row_bytes"])
-        print(f"{folder}  {len(records)} images  {readable((folder / 'rows.bin').stat().st_size)}  {meta['model']} "
-              f"{meta['img_size']} px  layers {meta['layers']}  {meta['dtype']}  "
-              f"weights {str(meta['weights_sha256'])[:12]}")  # fmt: skip
+        try:
+            words = describe(folder)
+        except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
+            words = "damaged; --prune removes it"
+        print(f"{folder}  {words}")
     if not stores(cache_dir):
         print(f"{cache_dir}: no stores")
 
@@ -400,7 +437,7 @@ def prune(cache_dir: Path) -> None:
             except BlockingIOError:
                 print(f"{folder}  in use, kept")
                 continue
-            size = (folder / "rows.bin").stat().st_size
+            size = sum(path.stat().st_size for path in folder.iterdir())
             shutil.rmtree(folder)
             print(f"{folder}  {readable(size)} freed")
 

@@ -102,7 +102,7 @@ class Sheet:
 
     def save(self, path: Path) -> Path:
         """Write the drawing as PNG."""
-        with atomic_path(path) as temporary:
+        with atomic_path(path, "--figures") as temporary:
             self.draw().png(scale=2).save(temporary, "PNG")
         return path
 

@@ -15,6 +15,7 @@ import torch
 import test as test_script
 import train
 from dataset import phantom
+from tests.helpers_commands import words
 from tests.helpers_weights import save_torchscript
 
 ROOT = Path(__file__).parents[2]
@@ -39,14 +40,14 @@ def data_path(tmp_path_factory) -> Path:
 def run(script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
     """Start a script with W&B off."""
     environment = {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, script, *map(str, arguments)]
+    command = [sys.executable, *words(script, *arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=check)
 
 
 def call(monkeypatch, capsys, module, *arguments: object) -> str:
     """Run a script's main in this process, for what needs many runs."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", words(f"{module.__name__}.py", *arguments))
     module.main()
     return capsys.readouterr().out
 
@@ -194,3 +195,16 @@ def test_a_flag_that_contradicts_the_checkpoint(data_path, tmp_path, monkeypatch
         assert result.returncode == 2
         assert f"{flag} " in result.stderr
         assert "contradicts" in result.stderr
+
+
+def test_bfloat16_on_a_cpu(tmp_path, monkeypatch, capsys):
+    phantom.write(tmp_path, ["Brain"], valid=4, test=30, seed=0, size=112)
+    paths = ["--obj", "Brain", "--data_path", tmp_path, "--save_path", tmp_path, "--device", "cpu"]
+    small = [*SMALL[:4], "--img_size", 112, "--shot", 2, "--epoch", 4, "--select", "last"]
+    call(monkeypatch, capsys, train, *small, *paths)
+    found = {}
+    for precision in ("fp32", "bf16"):
+        output = call(monkeypatch, capsys, test_script, *paths, "--precision", precision)
+        found[precision] = [float(figure) for figure in figures(output)]
+    assert found["bf16"] == pytest.approx(found["fp32"], abs=0.002)
+    assert found["bf16"] != found["fp32"]

@@ -2,6 +2,7 @@
 
     python test.py --obj Liver                                  the checkpoint ckpt/Liver.pth on Liver's test set
     python test.py --obj Brain --ckpt FILE --out_json result.json --figures pictures
+    python test.py --obj Liver --ckpt ckpt/Brain.pth            trained on one data set, tested on another
 
 Arguments -> checkpoint -> metrics. Everything that shaped the checkpoint is read from it.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,12 @@ from engine.options import (
     make_store,
     pick_device,
     say_weights,
+    words,
     writable,
 )
 from engine.published import encoder_difference, infer_settings
 from engine.report import Sheet
-from utils import InputError, atomic_path, run_cli, set_seed
+from utils import atomic_path, run_cli, set_seed
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -41,6 +44,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add_data_flags(parser, obj="Brain")
     add_model_flags(parser, from_checkpoint=True)
     parser.add_argument("--ckpt", help="checkpoint (default: <save_path>/<obj>.pth)")
+    parser.add_argument(
+        "--prompt_name", type=words, help="what the prompts call the object (default: as the checkpoint was trained)"
+    )
     parser.add_argument("--figures", help="folder for pictures: test images beside masks and heat maps")
     return parser.parse_args(arguments)
 
@@ -52,9 +58,20 @@ def default_checkpoint(save_path: str, obj: str) -> Path:
     return released if released.is_file() and not path.is_file() else path
 
 
-def main() -> None:
-    """Arguments -> checkpoint -> metrics."""
-    options = parse()
+def masks_note(settings: Settings, dataset: MedicalDataset) -> str | None:
+    """A line where only one of the two data sets has masks; None where both or none have."""
+    if settings.pixel_metrics == dataset.pixel_metrics:
+        return None
+    if settings.pixel_metrics:
+        return f"{dataset.obj} has no masks: no pixel metrics; images score as trained, by their highest pixel"
+    return (
+        f"{settings.obj} has no masks, so the checkpoint's segmentation heads are untrained: no pixel metrics; images "
+        f"score as trained, by the detection heads"
+    )
+
+
+def test(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments -> checkpoint -> metrics, which are printed, written where asked for, and returned."""
     set_seed(options.seed)
     device = pick_device(options.device)
     if options.out_json:
@@ -71,8 +88,8 @@ def main() -> None:
     checkpoint = Checkpoint.load(ckpt, infer)
     settings = checkpoint.settings
     check_against(settings, options)
-    if dataset.pixel_metrics != settings.pixel_metrics:
-        raise InputError(f"--obj {options.obj} and {ckpt}, trained on {settings.obj}: only one of them has masks")
+    if options.prompt_name:
+        settings = replace(settings, prompt_name=options.prompt_name)
     samples = dataset.samples("test")
 
     clip = create_model(
@@ -95,19 +112,30 @@ def main() -> None:
     select = checkpoint.about["select"]
     epoch = checkpoint.about.get("metrics", {}).get("epoch", "unknown")
     print(f"{options.obj}: {len(samples)} test images")
-    if note := dataset.split_note():
-        print(note)
-    print(f"{ckpt}: trained on {settings.obj}, epoch {epoch}, --select {select}")
+    for note in (dataset.split_note(), masks_note(settings, dataset)):
+        if note:
+            print(note)
+    print(
+        f"{ckpt}: trained on {settings.obj}, tested on {options.obj}, epoch {epoch}, --select {select}; "
+        f"the prompts say {settings.prompt_name!r}"
+    )
     print(found.line())
     for name, value in found.more.items():
-        words = " to ".join(f"{v:.4f}" for v in value) if isinstance(value, list) else f"{value:.4f}"
-        print(f"  {name}: {words}")
+        text = " to ".join(f"{v:.4f}" for v in value) if isinstance(value, list) else f"{value:.4f}"
+        print(f"  {name}: {text}")
+    result = {**result_json(settings, found, select), "obj": options.obj, "trained_on": settings.obj}
     if options.out_json:
         with atomic_path(options.out_json) as path:
-            path.write_text(json.dumps(result_json(settings, found, select), indent=2) + "\n")
+            path.write_text(json.dumps(result, indent=2) + "\n")
     if sheet:
         print(f"pictures: {sheet.save(figures)}")
     print(published_lines(options.obj, found))
+    return result
+
+
+def main() -> None:
+    """Command line."""
+    test(parse())
 
 
 if __name__ == "__main__":

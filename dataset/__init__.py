@@ -3,11 +3,9 @@
 `python -m dataset.check` examines one before any training.
 """
 
-from pathlib import Path
-
-from .layout import object_name
+from .layout import PUBLISHED, described, object_name
 from .medical_few import MedicalDataset, Sample, Shots, leaks, load_image, load_mask
 
-OBJECTS = tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.json")))
+OBJECTS = described()
 
-__all__ = ["OBJECTS", "MedicalDataset", "Sample", "Shots", "leaks", "load_image", "load_mask", "object_name"]
+__all__ = ["OBJECTS", "PUBLISHED", "MedicalDataset", "Sample", "Shots", "leaks", "load_image", "load_mask", "object_name"]

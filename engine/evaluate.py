@@ -19,7 +19,7 @@ from .metrics import PerRegionOverlap, PixelBootstrap, ScoreHistogram, bootstrap
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found; pixel metrics are None on image-only data sets."""
+    """What an evaluation found; pixel metrics are None where the checkpoint or the images know no masks."""
 
     auc: float  # image-level AUROC
     pauc: float | None  # pixel-level AUROC
@@ -71,7 +71,8 @@ def evaluate(
     if text_features is None:
         with torch.no_grad():
             text_features = detector.prompts()
-    pixels = ScoreHistogram(0.0, len(settings.features_list)) if settings.pixel_metrics else None
+    masks_too = settings.pixel_metrics and any(sample.mask for sample in samples)
+    pixels = ScoreHistogram(0.0, len(settings.features_list)) if masks_too else None
     overlap = PerRegionOverlap(0.0, len(settings.features_list)) if pixels and (full or aupro) else None
     bootstrap = PixelBootstrap() if pixels and full else None
     trackers = [tracker for tracker in (pixels, overlap, bootstrap) if tracker is not None]

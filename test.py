@@ -35,6 +35,7 @@ from engine.options import (
 )
 from engine.published import encoder_difference, infer_settings
 from engine.report import Sheet
+from engine.towers import Towers
 from utils import atomic_path, run_cli, set_seed
 
 
@@ -70,8 +71,11 @@ def masks_note(settings: Settings, dataset: MedicalDataset) -> str | None:
     )
 
 
-def test(options: argparse.Namespace) -> dict[str, Any]:
-    """Arguments -> checkpoint -> metrics, which are printed, written where asked for, and returned."""
+def test(options: argparse.Namespace, towers: Towers | None = None) -> dict[str, Any]:
+    """Arguments -> checkpoint -> metrics, which are printed, written where asked for, and returned.
+
+    `towers` are shared with other runs of this process.
+    """
     set_seed(options.seed)
     device = pick_device(options.device)
     if options.out_json:
@@ -92,7 +96,7 @@ def test(options: argparse.Namespace) -> dict[str, Any]:
         settings = replace(settings, prompt_name=options.prompt_name)
     samples = dataset.samples("test")
 
-    clip = create_model(
+    clip = (towers.clip if towers else create_model)(
         settings.model_name, settings.pretrain, settings.img_size, weights=options.weights,
         fidelity=settings.fidelity, seed=checkpoint.about.get("options", {}).get("seed", options.seed), device=device,
     )  # fmt: skip
@@ -103,7 +107,7 @@ def test(options: argparse.Namespace) -> dict[str, Any]:
         print(f"{ckpt}: its text encoder differs by up to {difference:.3g} from the CLIP weights, which are used")
     detector = Detector(clip, settings).to(device)
     checkpoint.restore(detector, ckpt)
-    store = make_store(options, clip, detector)
+    store = (towers.store if towers else make_store)(options, clip, detector)
     store.prepare([Item(sample) for sample in samples])
     store.release_tower()
     sheet = Sheet(samples, settings.img_size) if options.figures else None

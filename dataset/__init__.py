@@ -8,4 +8,14 @@ from .medical_few import MedicalDataset, Sample, Shots, leaks, load_image, load_
 
 OBJECTS = described()
 
-__all__ = ["OBJECTS", "PUBLISHED", "MedicalDataset", "Sample", "Shots", "leaks", "load_image", "load_mask", "object_name"]
+__all__ = [
+    "OBJECTS",
+    "PUBLISHED",
+    "MedicalDataset",
+    "Sample",
+    "Shots",
+    "leaks",
+    "load_image",
+    "load_mask",
+    "object_name",
+]

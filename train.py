@@ -3,6 +3,7 @@
     python train.py --obj Brain --shot 16                 the paper's setting, OpenAI weights under CLIP/ckpt
     python train.py --obj Chest --shot 4 --select last    report the last epoch, not the best on the test set
     python train.py --obj Brain --model_name ViT-tiny-14-56 --pretrain random --epoch 20      a dry run in a minute
+    python train.py --resume runs/NAME                    go on with a run that was stopped or killed
 
 Arguments -> data, backbone, features, model -> epochs -> checkpoint. The frozen tower runs once for each image; what
 is trained every epoch are the adapters and the prompts' contexts.
@@ -12,22 +13,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from CLIP import create_model
-from dataset import MedicalDataset, Sample, Shots, leaks, load_mask
-from engine.checkpoint import Checkpoint, versions
-from engine.dashboard import Collector, Dashboard
-from engine.detector import Detector, Settings, make_optimizers
+from dataset import MedicalDataset, Sample, Shots, leaks
+from engine.checkpoint import Checkpoint, copy, versions
+from engine.dashboard import Dashboard
+from engine.detector import Detector, Settings
 from engine.evaluate import Evaluation, evaluate, published_lines, result_json
 from engine.features import FeatureStore, Item
 from engine.options import (
@@ -44,16 +43,22 @@ from engine.options import (
     words,
     writable,
 )
+from engine.run import RunFolder, StopSignals, surroundings
 from engine.tracking import Tracker
-from loss import LossParts, training_loss
-from Prompt import read_prompts, text_similarity
-from utils import VIEWS, InputError, atomic_path, augment, run_cli, set_seed
+from engine.training import EpochReport, TrainingSet, TrainingState, fit
+from Prompt import read_prompts
+from utils import InputError, atomic_path, run_cli, set_seed
 
 SELECTS = {
     "test": "best epoch on the test set, the published protocol",
     "valid": "best epoch on what is left of valid/ after the shots",
     "last": "last epoch",
 }
+# What --resume may change: the length, the machine, and what is written where; nothing that shapes the numbers.
+RESUMABLE = {
+    "resume", "epoch", "data_path", "data_root", "weights", "device", "num_workers", "cache", "cache_dir", "save_path",
+    "save_model", "out_json", "run_dir", "exp_name", "log_images_every", "log_model",
+}  # fmt: skip
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -80,7 +85,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--log_model", action="store_true", help="upload the checkpoint to W&B as an artifact")
     group.add_argument("--save_model", action=argparse.BooleanOptionalAction, default=True, help="write the checkpoint")
+    group.add_argument("--run_dir", default="runs", help="folder of the runs; each has a folder of its own there")
+    group.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; its settings hold")
     options = parser.parse_args(arguments)
+    if options.resume:
+        stored = RunFolder.open(options.resume).read_config()["options"]
+        parser.set_defaults(**{name: value for name, value in stored.items() if name in options and name != "resume"})
+        options = parser.parse_args(arguments)
+        for name, value in stored.items():
+            if name in options and name not in RESUMABLE and getattr(options, name) != value:
+                raise InputError(
+                    f"--{name} {getattr(options, name)} contradicts the run, started with {value}: leave it out"
+                )
+        return options
     for flag in ("shot_normal", "shot_abnormal"):
         if getattr(options, flag) is None:
             setattr(options, flag, options.shot)
@@ -111,151 +128,6 @@ def losses_note(normal: int, abnormal: int) -> str | None:
 
 
 @dataclass
-class TrainingSet:
-    """16 views of every shot, abnormal first; features come from the store."""
-
-    items: list[Item]
-    labels: Tensor  # (M,), 1 = abnormal
-    masks: Tensor | None  # (M, S, S) bool, None on image-only data sets
-
-    @classmethod
-    def build(cls, shots: Shots, img_size: int, pixel_metrics: bool, jitter: Tensor) -> TrainingSet:
-        """`jitter` (2, 2): the draws for the abnormal call (row 0) and the normal call (row 1)."""
-        items, labels, masks = [], [], []
-        for samples, label, draws in zip((shots.abnormal, shots.normal), (1, 0), jitter.tolist(), strict=True):
-            items += [Item(sample, view, tuple(draws)) for view in range(VIEWS) for sample in samples]
-            labels += [label] * VIEWS * len(samples)
-            if pixel_metrics and samples:
-                soft = torch.stack([load_mask(sample, img_size) for sample in samples])[:, None].float()
-                masks.append(augment(soft)[:, 0] > 0.5)
-        return cls(items, torch.tensor(labels), torch.cat(masks) if masks else None)
-
-
-def fit_epoch(
-    detector: Detector,
-    store: FeatureStore,
-    data: TrainingSet,
-    optimizers: Sequence[torch.optim.Optimizer],
-    order: Tensor,
-    batch_size: int,
-    text_features: Tensor | None = None,
-    scaler: torch.amp.GradScaler | None = None,
-) -> LossParts:
-    """One pass over the views in the given order; the mean of each loss over the batches, as published.
-
-    `text_features` (D, 2), with their graph, save the first step's pass through the text tower.
-    """
-    settings, device, autocast = detector.settings, store.backbone.clip.device, store.backbone.autocast
-    heads = ("det", "seg") if data.masks is not None else ("det",)
-    sums = torch.zeros(3, dtype=torch.float64)
-    batches = order.split(batch_size)
-    for step, batch in enumerate(batches):
-        tokens = store.get([data.items[i] for i in batch])
-        masks = None if data.masks is None else data.masks[batch].to(device, torch.float32)
-        with torch.autocast(device.type, dtype=autocast) if autocast else nullcontext():
-            text = detector.prompts() if text_features is None else text_features
-            det, *seg = detector(tokens, text, heads)
-        text_features = None
-        parts = training_loss(
-            det.float(), seg[0].float() if seg else None, data.labels[batch].to(device), masks,
-            settings.loss_type, settings.dec_type,
-        )  # fmt: skip
-        if not math.isfinite(parts.total.item()):
-            raise InputError(f"the loss became {parts.total.item()} at step {step + 1}; lower --learning_rate")
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        (scaler.scale(parts.total) if scaler else parts.total).backward()
-        for optimizer in optimizers:
-            scaler.step(optimizer) if scaler else optimizer.step()
-        if scaler:
-            scaler.update()
-        sums += torch.stack([part.detach() for part in parts]).double().cpu()
-    return LossParts(*(sums / len(batches)))
-
-
-@dataclass(frozen=True)
-class EpochReport:
-    """What an epoch gave."""
-
-    epoch: int  # from 0
-    loss: LossParts
-    similarity: float  # cosine of the two text features
-    test: Evaluation | None  # None where --eval_every skips it
-    valid: Evaluation | None
-    seconds: float
-
-    def line(self, epochs: int) -> str:
-        """The epoch in one line."""
-        det, seg, total = (float(part) for part in self.loss)
-        words = [f"epoch {self.epoch + 1:>{len(str(epochs))}}/{epochs}", f"det {det:.4f}", f"seg {seg:.4f}",
-                 f"total {total:.4f}"]  # fmt: skip
-        for name, found in (("", self.test), ("valid ", self.valid)):
-            if found:
-                words.append(f"{name}AUC {found.auc:.4f}")
-                if found.pauc is not None:
-                    words.append(f"{name}pAUC {found.pauc:.4f}")
-        return "  ".join([*words, f"cos(text) {self.similarity:.4f}", f"{self.seconds:.1f} s"])
-
-
-def fit(
-    detector: Detector,
-    store: FeatureStore,
-    data: TrainingSet,
-    test: Sequence[Sample],
-    *,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-    select: str = "test",
-    valid: Sequence[Sample] = (),
-    eval_every: int = 1,
-    on_epoch: Callable[[EpochReport, bool], None] = lambda report, best: None,
-    collector: Callable[[int, bool], Collector | None] = lambda epoch, last: None,
-) -> tuple[EpochReport, EpochReport]:
-    """Train; call `on_epoch(report, is_new_best)` after each epoch.
-
-    Returns:
-        The selected epoch and the last one. A new best must be strictly better, starting from 0, as published.
-    """
-    optimizers = make_optimizers(detector.adapters, detector.prompts, learning_rate)
-    # bfloat16 has float32's range; float16 gradients need scaling, which the published code left out.
-    scaler = torch.amp.GradScaler(store.backbone.clip.device.type) if store.backbone.autocast is torch.float16 else None
-    shuffle = torch.Generator().manual_seed(seed)
-    best_score, best = 0.0, None
-    text = None
-    for epoch in range(epochs):
-        start = time.perf_counter()
-        order = torch.randperm(len(data.items), generator=shuffle)
-        try:
-            loss = fit_epoch(detector, store, data, optimizers, order, batch_size, text, scaler)
-        except InputError as error:
-            raise InputError(f"epoch {epoch + 1}: {error}") from error
-        last = epoch == epochs - 1
-        due = last or (epoch + 1) % eval_every == 0
-        # One pass through the text tower serves this evaluation (in float32) and the next step, which has the same
-        # contexts; under autocast that step makes its own.
-        with torch.set_grad_enabled(not last and store.backbone.autocast is None):
-            text = detector.prompts()
-        frozen_text = text.detach()
-        text = None if store.backbone.autocast else text
-        shown = collector(epoch, last) if due else None
-        report = EpochReport(
-            epoch, loss, text_similarity(frozen_text),
-            evaluate(detector, store, test, text_features=frozen_text, aupro=shown is not None, on_batch=shown)
-            if due else None,
-            evaluate(detector, store, valid, text_features=frozen_text) if due and select == "valid" else None,
-            time.perf_counter() - start,
-        )  # fmt: skip
-        judged = report.valid if select == "valid" else report.test
-        better = last if select == "last" else due and judged.selection_score > best_score
-        if better or (last and best is None):
-            best, best_score, better = report, judged.selection_score if judged else 0.0, True
-        on_epoch(report, better)
-    return best, report
-
-
-@dataclass
 class Setup:
     """What the arguments stand for."""
 
@@ -266,6 +138,11 @@ class Setup:
     data: TrainingSet
     test: list[Sample]
     valid: list[Sample]  # what is left of valid/ after the shots, with --select valid
+
+    @property
+    def items(self) -> list[Item]:
+        """Everything that passes through the tower."""
+        return [*self.data.items, *(Item(sample) for sample in (*self.test, *self.valid))]
 
 
 def prepare(options: argparse.Namespace) -> Setup:
@@ -278,6 +155,11 @@ def prepare(options: argparse.Namespace) -> Setup:
     if options.select == "valid":
         used = {sample.path for sample in (*shots.abnormal, *shots.normal)}
         valid = [sample for sample in dataset.samples("valid") if sample.path not in used]
+        if len({sample.label for sample in valid}) < 2:
+            raise InputError(
+                f"--select valid: only {len(valid)} images of {'one class' if valid else 'neither class'} are left of "
+                f"valid/ beside the shots; take fewer shots, or --select last"
+            )
     print(f"{options.obj}: {len(test)} test images ({sum(s.label for s in test)} abnormal); shots from {shots.source}")
     for kind, names in shots.names().items():
         print(f"  {kind} shots: {' '.join(names) or 'none'}")
@@ -311,58 +193,164 @@ def warn_of_leaks(setup: Setup) -> None:
         )
 
 
-def main() -> None:
-    """Arguments -> data, backbone, features, model -> epochs -> checkpoint."""
-    options = parse()
-    name = (
-        options.exp_name or f"{options.obj}-{shots_words(options)}-{options.fidelity}-{time.strftime('%Y%m%d-%H%M%S')}"
-    )
+def describe(options: argparse.Namespace, setup: Setup) -> dict[str, Any]:
+    """What config.json, W&B and the checkpoint say about a run."""
+    clip = setup.store.backbone.clip
+    return {
+        "options": {name: value for name, value in vars(options).items() if name != "resume"},
+        "settings": setup.settings.to_dict(),
+        "shots": setup.shots.names(),
+        "shots_from": setup.shots.source,
+        "weights": clip.info.source,
+        "pretrain": clip.info.pretrain,
+        **versions(),
+        **surroundings(clip.device),
+    }
+
+
+def open_run(options: argparse.Namespace, setup: Setup) -> tuple[RunFolder, dict[str, Any]]:
+    """The run's folder with its config.json: a new one, or the one to resume if it means the same shots and weights."""
+    config = describe(options, setup)
+    if not options.resume:
+        made_up = f"{options.obj}-{shots_words(options)}-{options.fidelity}-{time.strftime('%Y%m%d-%H%M%S')}"
+        run = RunFolder.create(options.run_dir, options.exp_name or made_up)
+    else:
+        run = RunFolder.open(options.resume)
+        stored = run.read_config()
+        for name in ("settings", "shots"):
+            if stored.get(name) != config[name]:
+                now, then = config[name], stored.get(name) or {}
+                key = next((key for key in now if now[key] != then.get(key)), name)
+                raise InputError(f"--resume {run.path}: {key} was {then.get(key)}, but is now {now.get(key)}")
+        config |= {"wandb_id": stored.get("wandb_id", ""), "resumed": stored.get("resumed", 0) + 1}
+    run.write_config(config)
+    return run, config
+
+
+def train(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments -> data, backbone, features, model -> epochs -> checkpoint and result.
+
+    Returns:
+        What result.json in the run's folder holds.
+
+    Raises:
+        KeyboardInterrupt: on Ctrl-C or SIGTERM; the files of the last finished epoch are complete.
+    """
     if options.out_json:
         writable(options.out_json, "--out_json")
-    ckpt_path = writable(Path(options.save_path) / f"{options.obj}.pth", "--save_path") if options.save_model else None
+    kept = [writable(Path(options.save_path) / f"{options.obj}.pth", "--save_path")] if options.save_model else []
     setup = prepare(options)
-    settings, shots, detector = setup.settings, setup.shots, setup.detector
-    clip = setup.store.backbone.clip
-    setup.store.prepare([*setup.data.items, *(Item(sample) for sample in (*setup.test, *setup.valid))])
-    setup.store.release_tower()
-    warn_of_leaks(setup)
+    run, config = open_run(options, setup)
+    settings, detector, store = setup.settings, setup.detector, setup.store
+    state = TrainingState.start(detector, store.backbone.autocast, options.learning_rate, options.seed)
+    history: list[dict[str, Any]] = []
+    if found := run.load():
+        stored, history = found
+        state.load_state_dict(stored)
+        if state.epoch > options.epoch:
+            raise InputError(f"--epoch {options.epoch}: {run.path} has finished {state.epoch} already")
+    private = ("settings", "host", "device", "device_name", "threads", "command", "wandb_id")
+    about = {name: value for name, value in config.items() if name not in private}
+    about |= {"select": options.select, "run": str(run.path)}
 
-    config = {**vars(options), **settings.to_dict(), "shots": shots.names(), "shots_from": shots.source, **versions()}
-    group = f"{options.obj}-{shots_words(options)}"
-    tags = (options.obj, shots_words(options), options.model_name, options.fidelity)
-    with Tracker.start(name, config, run_dir=Path("runs") / name, tags=tags, group=group) as tracker:
-        about = {
-            "shots": shots.names(), "shots_from": shots.source, "select": options.select, "options": vars(options),
-            "pretrain": clip.info.pretrain, "weights": clip.info.source, **versions(),
-        }  # fmt: skip
-        dashboard = Dashboard(tracker, setup.test, settings, len(setup.data.items), options.log_images_every)
+    def save_best() -> None:
+        line = history[state.best_epoch]
+        metrics = {name: line[name] for name in ("epoch", "auc", "pauc")}
+        Checkpoint(settings, detector.parts(), {**about, "metrics": metrics}).save(run.best)
+        for path in kept:
+            copy(run.best, path)
 
-        def on_epoch(report: EpochReport, is_best: bool) -> None:
-            print(report.line(options.epoch), flush=True)
-            if is_best and ckpt_path:
-                figures = {"epoch": report.epoch + 1, "auc": report.test.auc, "pauc": report.test.pauc}
-                Checkpoint(settings, detector.parts(), {**about, "metrics": figures}).save(ckpt_path)
-            dashboard.epoch(report, is_best)
+    with StopSignals() as signals:
+        try:
+            store.prepare(setup.items)
+            store.release_tower()
+            warn_of_leaks(setup)
+            if 0 < state.epoch == state.best_epoch + 1:  # killed between last.pth and best.pth, perhaps
+                save_best()
+            with start_tracker(options, config, run) as tracker:
+                board = Dashboard(
+                    tracker, setup.test, settings, len(setup.data.items), options.log_images_every,
+                    stored["dashboard"] if found else None,
+                )  # fmt: skip
 
-        best, last = fit(
-            detector, setup.store, setup.data, setup.test, epochs=options.epoch, batch_size=options.batch_size,
-            learning_rate=options.learning_rate, seed=options.seed, select=options.select, valid=setup.valid,
-            eval_every=options.eval_every, on_epoch=on_epoch, collector=dashboard.collector,
-        )  # fmt: skip
-        dashboard.finish(best, ckpt_path if options.log_model else None)
+                def on_epoch(report: EpochReport, is_best: bool) -> None:
+                    with signals.held():
+                        history.append(report.record(is_best))
+                        board.epoch(report, is_best)
+                        run.save({**state.state_dict(), "dashboard": board.best}, history)
+                        if is_best:
+                            save_best()
+                        print(report.line(options.epoch), flush=True)
 
-    protocol = f"epoch {best.epoch + 1} of {options.epoch}, {SELECTS[options.select]} (--select {options.select})"
-    print(f"last epoch: {last.test.line()}   [epoch {last.epoch + 1} of {options.epoch}]")
-    print(f"selected:   {best.test.line()}   [{protocol}]")
-    if ckpt_path:
-        print(f"checkpoint: {ckpt_path}")
+                fit(
+                    state, store, setup.data, setup.test, epochs=options.epoch, batch_size=options.batch_size,
+                    select=options.select, valid=setup.valid, eval_every=options.eval_every, on_epoch=on_epoch,
+                    collector=board.collector,
+                )  # fmt: skip
+                best, result = finish(options, setup, state, run)
+                board.finish(best, state.best_epoch, run.best if options.log_model else None)
+        except KeyboardInterrupt:
+            print(
+                f"stopped after epoch {len(history)} of {options.epoch}; to go on: python train.py --resume {run.path}",
+                file=sys.stderr,
+            )
+            raise
+    return result
+
+
+def start_tracker(options: argparse.Namespace, config: dict[str, Any], run: RunFolder) -> Tracker:
+    """The W&B run, or its continuation; its id goes into config.json."""
+    nested = ("options", "settings", "wandb_id")
+    shown = {name: value for name, value in config.items() if name not in nested}
+    tracker = Tracker.start(
+        run.path.name, {**config["options"], **config["settings"], **shown}, run_dir=run.path,
+        tags=(options.obj, shots_words(options), options.model_name, options.fidelity),
+        group=f"{options.obj}-{shots_words(options)}", run_id=config.get("wandb_id"),
+    )  # fmt: skip
+    run.write_config({**config, "wandb_id": tracker.id or config.get("wandb_id", "")})
+    return tracker
+
+
+def finish(
+    options: argparse.Namespace, setup: Setup, state: TrainingState, run: RunFolder
+) -> tuple[Evaluation, dict[str, Any]]:
+    """Evaluate the last and the selected epoch in full, print and write the result.
+
+    Returns:
+        The selected epoch's evaluation and result.json. `setup.detector` holds that epoch's tensors from here on.
+    """
+    last = best = evaluate(setup.detector, setup.store, setup.test, full=True)
+    if state.best_epoch + 1 != state.epoch:
+        Checkpoint.load(run.best).restore(setup.detector, run.best)
+        best = evaluate(setup.detector, setup.store, setup.test, full=True)
+    chosen = SELECTS[options.select]
+    protocol = f"epoch {state.best_epoch + 1} of {state.epoch}, {chosen} (--select {options.select})"
+    result = {
+        **result_json(setup.settings, best, options.select),
+        "selected": protocol,
+        "selected_epoch": state.best_epoch + 1,
+        "last": {"epoch": state.epoch, "auc": last.auc, "pauc": last.pauc, **last.more},
+        "seed": options.seed,
+        "shots": setup.shots.names(),
+        "seconds": state.seconds,
+        "run": str(run.path),
+    }
+    run.write_result(result)
     if options.out_json:
-        result = result_json(settings, best.test, options.select)
-        result["selected"] = protocol
-        result["last"] = {"auc": last.test.auc, "pauc": last.test.pauc}
         with atomic_path(options.out_json) as path:
             path.write_text(json.dumps(result, indent=2) + "\n")
-    print(published_lines(settings.obj, best.test))
+    print(f"last epoch: {last.line()}   [epoch {state.epoch} of {state.epoch}]")
+    print(f"selected:   {best.line()}   [{protocol}]")
+    if options.save_model:
+        print(f"checkpoint: {Path(options.save_path) / options.obj}.pth")
+    print(f"run:        {run.path}")
+    print(published_lines(setup.settings.obj, best))
+    return best, result
+
+
+def main() -> None:
+    """Command line."""
+    train(parse())
 
 
 if __name__ == "__main__":

@@ -36,13 +36,19 @@ class InputError(Exception):
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and leave with its exit code; an `InputError` becomes one line on stderr and code 2."""
+    """Run a script's `main` and leave with its exit code; an `InputError` becomes one line on stderr and code 2.
+
+    Ctrl-C is code 130.
+    """
     tune_allocator()
     try:
         code = main() or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
     sys.exit(code)
 
 

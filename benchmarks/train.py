@@ -27,6 +27,7 @@ import train
 from benchmarks.common import peak_memory, print_table, write_json
 from dataset import phantom
 from engine.features import FeatureStore, Item
+from engine.training import EpochReport, TrainingState, fit
 from utils import run_cli
 
 EPOCHS = 60
@@ -54,19 +55,17 @@ def child(mode: str, data: str, model: str, fidelity: str, epochs: int) -> dict[
     if mode == "recompute":
         setup.store = RecomputeStore(setup.store.backbone, "off")
     start = time.perf_counter()
-    setup.store.prepare([*setup.data.items, *map(Item, setup.test)])
+    setup.store.prepare(setup.items)
     setup.store.release_tower()
     one_off = time.perf_counter() - start
-    reports: list[train.EpochReport] = []
+    reports: list[EpochReport] = []
 
-    def on_epoch(report: train.EpochReport, _: bool) -> None:
+    def on_epoch(report: EpochReport, _: bool) -> None:
         reports.append(report)
         print(report.line(epochs), file=sys.stderr, flush=True)
 
-    train.fit(
-        setup.detector, setup.store, setup.data, setup.test, epochs=epochs, batch_size=options.batch_size,
-        learning_rate=options.learning_rate, seed=options.seed, on_epoch=on_epoch,
-    )  # fmt: skip
+    state = TrainingState.start(setup.detector, None, options.learning_rate, options.seed)
+    fit(state, setup.store, setup.data, setup.test, epochs=epochs, batch_size=options.batch_size, on_epoch=on_epoch)
     return {
         "one_off": one_off,
         "epochs": [report.seconds for report in reports],

@@ -10,6 +10,7 @@ import argparse
 import json
 import pickle
 import platform
+import shutil
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -147,6 +148,15 @@ def write(payload: dict[str, Any], path: str | Path) -> None:
             torch.save(payload, temporary)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise InputError(f"{path}: cannot be written ({error}); an older file there is intact") from error
+
+
+def copy(source: str | Path, path: str | Path) -> None:
+    """Copy a checkpoint atomically; `InputError` where that is impossible."""
+    try:
+        with atomic_path(path) as temporary:
+            shutil.copyfile(source, temporary)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); an older file there is intact") from error
 
 
 def versions() -> dict[str, str]:

@@ -111,12 +111,12 @@ class Dashboard:
         if is_best:
             self.tracker.summary({**dict.fromkeys(self.keys), **values})
 
-    def finish(self, best: Report, ckpt_path: Path | None = None) -> None:
+    def finish(self, best: Evaluation, epoch: int, ckpt_path: Path | None = None) -> None:
         """Log the table of the selected epoch's scores and, where a path is given, the checkpoint as an artifact."""
-        if self.every and best.test:
-            self.tracker.picture(lambda run: run.log({"scores/table": self._table(best.test)}, step=self.step))
+        if self.every:
+            self.tracker.picture(lambda run: run.log({"scores/table": self._table(best)}, step=self.step))
         if ckpt_path:
-            self.tracker.picture(lambda run: run.log_artifact(self._artifact(run.id, best, ckpt_path)))
+            self.tracker.picture(lambda run: run.log_artifact(self._artifact(run.id, best, epoch, ckpt_path)))
 
     def _table(self, found: Evaluation) -> wandb.Table:
         """The images that are most wrong at the F1-max threshold, or least safely right, first."""
@@ -135,10 +135,10 @@ class Dashboard:
             table.add_data(thumbnail, found.files[i], label, float(found.scores[i]), decision, float(margins[i]))
         return table
 
-    def _artifact(self, run_id: str, best: Report, path: Path) -> wandb.Artifact:
+    def _artifact(self, run_id: str, best: Evaluation, epoch: int, path: Path) -> wandb.Artifact:
         import wandb  # noqa: PLC0415 - only where a run is tracked
 
-        metadata = {**self.settings.to_dict(), "epoch": best.epoch, "auc": best.test.auc, "pauc": best.test.pauc}
+        metadata = {**self.settings.to_dict(), "epoch": epoch, "auc": best.auc, "pauc": best.pauc}
         artifact = wandb.Artifact(f"{self.settings.obj}-{run_id}", "model", metadata=metadata)
         artifact.add_file(str(path))
         return artifact

@@ -13,11 +13,20 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+
+
+def words(script: str, *arguments: object) -> list[str]:
+    """A command's words; train.py's runs go beside --save_path, so that tests leave nothing in the project's folder."""
+    found = [script, *map(str, arguments)]
+    if script == "train.py" and "--save_path" in found and "--run_dir" not in found:
+        found += ["--run_dir", found[found.index("--save_path") + 1] + "-runs"]
+    return found
 
 
 class Commands:
@@ -31,12 +40,26 @@ class Commands:
         )  # fmt: skip
 
     def __call__(
-        self, script: str, *arguments: object, file_bytes: int | None = None, env: Mapping[str, str] | None = None
+        self,
+        script: str,
+        *arguments: object,
+        file_bytes: int | None = None,
+        env: Mapping[str, str] | None = None,
+        stop: tuple[float, int] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command from the project's folder; `file_bytes` is the largest file that it may write."""
-        command = [script, *map(str, arguments)]
+        """Run a command from the project's folder.
+
+        `file_bytes` is the largest file that it may write; `stop` sends it a signal after some seconds.
+        """
+        command = words(script, *arguments)
         with tempfile.TemporaryDirectory() as folder:
-            request = {"command": command, "folder": folder, "file_bytes": file_bytes, "env": dict(env or {})}
+            request = {
+                "command": command,
+                "folder": folder,
+                "file_bytes": file_bytes,
+                "env": dict(env or {}),
+                "stop": stop,
+            }
             self.server.stdin.write(json.dumps(request) + "\n")
             self.server.stdin.flush()
             code = int(self.server.stdout.readline())
@@ -60,13 +83,19 @@ def _serve() -> None:
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
-def _become(command: list[str], folder: str, file_bytes: int | None, env: Mapping[str, str]) -> None:
+def _become(
+    command: list[str], folder: str, file_bytes: int | None, env: Mapping[str, str], stop: tuple[float, int] | None
+) -> None:
     for name, descriptor in (("out", 1), ("err", 2)):
         os.dup2(os.open(Path(folder) / name, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
     os.environ.update(env)
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     signal.alarm(120)  # ends what hangs
+    if stop:
+        timer = threading.Timer(stop[0], os.kill, (os.getpid(), stop[1]))
+        timer.daemon = True
+        timer.start()
     script, code = command[0], 0
     sys.argv = command
     try:

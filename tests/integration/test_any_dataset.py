@@ -18,6 +18,7 @@ import test as test_script
 import train
 from dataset import check, phantom
 from dataset.layout import FOLDER
+from tests.helpers_commands import words
 from utils import run_cli
 
 ROOT = Path(__file__).parents[2]
@@ -50,8 +51,8 @@ def bottle(brain, tmp_path_factory) -> Path:
 def run(script: str, *arguments: object) -> str:
     """Start a command; its stdout and stderr."""
     environment = {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    words = ["-m", script] if script.startswith("dataset.") else [script]
-    command = [sys.executable, *words, *map(str, arguments)]
+    module = ["-m"] if script.startswith("dataset.") else []
+    command = [sys.executable, *module, *words(script, *arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -65,7 +66,7 @@ def call(monkeypatch, capsys) -> Callable[..., str]:
         main = {"train.py": train.main, "test.py": test_script.main, "dataset.check": check.main}[script]
         monkeypatch.setenv("WANDB_MODE", "disabled")
         monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", words(script, *arguments))
         with pytest.raises(SystemExit) as left:
             run_cli(main)
         output = "".join(capsys.readouterr())

@@ -268,7 +268,7 @@ def test_a_full_disk(command, folder, trained):
     arguments = [*flags(folder), "--cache_dir", folder / "cache"]
     refused(
         command("train.py", *arguments, "--cache", "ram", file_bytes=300_000),
-        "Brain.pth",
+        "last.pth",
         "cannot be written",
         "intact",
     )

@@ -38,7 +38,7 @@ def start(folder: Path, *command: object) -> subprocess.CompletedProcess:
 
 def train(folder: Path, data: Path, *flags: object) -> tuple[Path, list[pb.Record], str]:
     """A real training run: the folder of its run, its records, and what it printed."""
-    paths = ["--data_path", data, "--save_path", folder / "ckpt"]
+    paths = ["--data_path", data, "--save_path", folder / "ckpt", "--run_dir", folder / "runs"]
     done = start(folder, sys.executable, "train.py", *SMALL, *paths, "--shot", 1, *flags)
     assert "warning" not in done.stderr
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
@@ -197,7 +197,8 @@ def test_sweep(data, tmp_path):
     assert set(config["parameters"]) == {
         "text_mood", "contrast_mood", "loss_type", "dec_type", "visionA", "fidelity", "seed",
     }  # fmt: skip
-    dry = [*SMALL, "--data_path", str(data), "--cache_dir", str(tmp_path / "cache"), "--epoch", "1", "--shot", "1"]
+    paths = ["--data_path", str(data), "--cache_dir", str(tmp_path / "cache"), "--run_dir", str(tmp_path / "runs")]
+    dry = [*SMALL, *paths, "--epoch", "1", "--shot", "1"]
     for number, cell in enumerate((cells[0], cells[-1])):
         words: dict[str, list[str]] = {
             "${env}": ["/usr/bin/env"],

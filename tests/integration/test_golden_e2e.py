@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-import train
 from CLIP.model import WeightsInfo
 from dataset import MedicalDataset
 from engine.checkpoint import Checkpoint
 from engine.detector import Detector, Settings
 from engine.evaluate import evaluate
 from engine.features import Backbone, FeatureStore, Item
+from engine.training import TrainingSet, TrainingState, fit
+from Prompt import text_similarity
 from tests.conftest import TINY_SIZE, load_golden, make_tiny_clip
 
 
@@ -72,9 +73,7 @@ def test_six_epochs_and_the_test_program(golden, golden_json, data_path, tmp_pat
     detector.load_parts(parts)
 
     store = FeatureStore(Backbone(clip, settings.features_list, False), mode="ram", dtype="float32")
-    views = train.TrainingSet.build(
-        shots, TINY_SIZE, dataset.pixel_metrics, torch.from_numpy(data[f"{obj}/jitter_rand"])
-    )
+    views = TrainingSet.build(shots, TINY_SIZE, dataset.pixel_metrics, torch.from_numpy(data[f"{obj}/jitter_rand"]))
     test = dataset.samples("test")
     store.prepare([*views.items, *map(Item, test)])
     reports, best_epochs, path = [], [], tmp_path / f"{obj}.pth"
@@ -83,12 +82,10 @@ def test_six_epochs_and_the_test_program(golden, golden_json, data_path, tmp_pat
         reports.append(report)
         if best:
             best_epochs.append(report.epoch)
-            Checkpoint(settings, detector.parts(), {}).save(path)
+            Checkpoint(settings, detector.parts(), {"select": "test"}).save(path)
 
-    train.fit(
-        detector, store, views, test, epochs=options["epoch"], batch_size=options["batch_size"],
-        learning_rate=options["learning_rate"], seed=111, on_epoch=on_epoch,
-    )  # fmt: skip
+    state = TrainingState.start(detector, None, options["learning_rate"], seed=111)
+    fit(state, store, views, test, epochs=options["epoch"], batch_size=options["batch_size"], on_epoch=on_epoch)
 
     # 4 soft mask values lie within rounding of the threshold: see the goldens' README.
     tolerance = 2e-4 if obj == "Brain" else 1e-5
@@ -115,4 +112,4 @@ def test_six_epochs_and_the_test_program(golden, golden_json, data_path, tmp_pat
     assert found.auc == pytest.approx(auc, abs=1e-6)
     assert (found.auc if found.pauc is None else found.pauc) == pytest.approx(pixel_auc, abs=1e-4)
     assert found.selection_score == pytest.approx(total, abs=1e-4)
-    assert train.text_similarity(fresh.prompts()) == pytest.approx(similarity, abs=1e-4)
+    assert text_similarity(fresh.prompts()) == pytest.approx(similarity, abs=1e-4)

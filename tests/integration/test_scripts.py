@@ -15,6 +15,7 @@ import torch
 import test as test_script
 import train
 from dataset import phantom
+from tests.helpers_commands import words
 from tests.helpers_weights import save_torchscript
 
 ROOT = Path(__file__).parents[2]
@@ -39,14 +40,14 @@ def data_path(tmp_path_factory) -> Path:
 def run(script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
     """Start a script with W&B off."""
     environment = {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, script, *map(str, arguments)]
+    command = [sys.executable, *words(script, *arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=check)
 
 
 def call(monkeypatch, capsys, module, *arguments: object) -> str:
     """Run a script's main in this process, for what needs many runs."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", words(f"{module.__name__}.py", *arguments))
     module.main()
     return capsys.readouterr().out
 

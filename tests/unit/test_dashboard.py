@@ -126,7 +126,7 @@ def test_off_computes_and_imports_nothing():
         "import sys; from engine.dashboard import Dashboard; from engine.tracking import Tracker;"
         "board = Dashboard(Tracker(), [], None, 1); assert board.collector(9, True) is None;"
         "from tests.unit.test_dashboard import Report; report = Report(9, None);"
-        "board.epoch(report, True); board.finish(report, 'nowhere.pth'); print('wandb' in sys.modules)"
+        "board.epoch(report, True); board.finish(None, 0, 'nowhere.pth'); print('wandb' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("False\n", "")
@@ -142,7 +142,7 @@ def test_a_failure_in_a_picture_costs_one_line_and_the_numbers_go_on(samples, ca
         if collector:
             collect(collector, samples, scores)
         board.epoch(Report(epoch, evaluation(samples, scores)), True)
-    board.finish(Report(2, evaluation(samples, scores)))
+    board.finish(evaluation(samples, scores), 2)
     assert [step for step, values, _ in run.rows if "test/AUC" in values] == [0, 1, 2]
     (line,) = capsys.readouterr().err.splitlines()
     assert "no pictures from here on (OSError: disk full second line)" in line
@@ -183,7 +183,7 @@ def test_table_is_bounded_and_says_so(samples, monkeypatch, capsys):
     scores = np.linspace(0, 1, len(samples))
     run = Run()
     board = Dashboard(tracker(run), samples, SETTINGS, 32)
-    board.finish(Report(0, evaluation(samples, scores)))
+    board.finish(evaluation(samples, scores), 0)
     table = run.rows[0][1]["scores/table"]
     assert [row[1] for row in table.data] == ["test/1.png", "test/28.png", "test/3.png", "test/26.png", "test/5.png"]
     assert table.data[0][0].image.size == (96, 96)

@@ -64,7 +64,7 @@ def open_executor(name: str, folder: Path, parameters: Sequence[str]) -> AutoExe
 
 
 def visible_gpus() -> list[str]:
-    """This machine's GPUs, as CUDA_VISIBLE_DEVICES calls them."""
+    """The GPUs of this machine, as CUDA_VISIBLE_DEVICES calls them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return [name for name in named.split(",") if name] if named else list(map(str, range(torch.cuda.device_count())))
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from CLIP import create_model
 from dataset import MedicalDataset
+from engine import distributed
 from engine.checkpoint import Checkpoint, check_weights
 from engine.detector import Detector, Settings
 from engine.evaluate import evaluate, published_lines, result_json
@@ -139,6 +140,7 @@ def test(options: argparse.Namespace, towers: Towers | None = None) -> dict[str,
 
 def main() -> None:
     """Command line."""
+    distributed.start()
     test(parse())
 
 

@@ -4,6 +4,7 @@
     python train.py --obj Chest --shot 4 --select last    report the last epoch, not the best on the test set
     python train.py --obj Brain --model_name ViT-tiny-14-56 --pretrain random --epoch 20      a dry run in a minute
     python train.py --resume runs/NAME                    go on with a run that was stopped or killed
+    torchrun --nproc_per_node=4 train.py --obj Brain      four processes, a GPU each; the same numbers
 
 Arguments -> data, backbone, features, model -> epochs -> checkpoint. The frozen tower runs once for each image; what
 is trained every epoch are the adapters and the prompts' contexts.
@@ -24,6 +25,7 @@ import torch
 
 from CLIP import create_model
 from dataset import MedicalDataset, Sample, Shots, leaks
+from engine import distributed
 from engine.checkpoint import Checkpoint, copy, versions
 from engine.dashboard import Dashboard
 from engine.detector import Detector, Settings
@@ -185,7 +187,7 @@ def warn_of_leaks(setup: Setup) -> None:
     hashes = setup.store.hashes
     shots = (*setup.shots.normal, *setup.shots.abnormal)
     found = leaks(shots, setup.test, lambda sample: hashes[sample.path])
-    if found:
+    if found and distributed.is_main():
         shot, twin = found[0]
         print(
             f"warning: {len(found)} test images equal a shot, which flatters every number: {twin.name} is {shot.name}; "
@@ -257,6 +259,8 @@ def train(options: argparse.Namespace, towers: Towers | None = None) -> dict[str
     about |= {"select": options.select, "run": str(run.path)}
 
     def save_best() -> None:
+        if not distributed.is_main():
+            return
         line = history[state.best_epoch]
         metrics = {name: line[name] for name in ("epoch", "auc", "pauc")}
         Checkpoint(settings, detector.parts(), {**about, "metrics": metrics}).save(run.best)
@@ -293,10 +297,9 @@ def train(options: argparse.Namespace, towers: Towers | None = None) -> dict[str
                 best, result = finish(options, setup, state, run)
                 board.finish(best, state.best_epoch, run.best if options.log_model else None)
         except KeyboardInterrupt:
-            print(
-                f"stopped after epoch {len(history)} of {options.epoch}; to go on: python train.py --resume {run.path}",
-                file=sys.stderr,
-            )
+            done = f"stopped after epoch {len(history)} of {options.epoch}"
+            if distributed.is_main():
+                print(f"{done}; to go on: python train.py --resume {run.path}", file=sys.stderr)
             raise
     return result
 
@@ -305,6 +308,8 @@ def start_tracker(options: argparse.Namespace, config: dict[str, Any], run: RunF
     """The W&B run, or its continuation; its id goes into config.json."""
     nested = ("options", "settings", "wandb_id")
     shown = {name: value for name, value in config.items() if name not in nested}
+    if not distributed.is_main():
+        return Tracker()
     tracker = Tracker.start(
         run.path.name, {**config["options"], **config["settings"], **shown}, run_dir=run.path,
         tags=(options.obj, shots_words(options), options.model_name, options.fidelity),
@@ -339,7 +344,7 @@ def finish(
         "run": str(run.path),
     }
     run.write_result(result)
-    if options.out_json:
+    if options.out_json and distributed.is_main():
         with atomic_path(options.out_json) as path:
             path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"last epoch: {last.line()}   [epoch {state.epoch} of {state.epoch}]")
@@ -353,6 +358,7 @@ def finish(
 
 def main() -> None:
     """Command line."""
+    distributed.start()
     train(parse())
 
 

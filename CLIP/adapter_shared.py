@@ -140,6 +140,7 @@ class DualBranchAdapters(nn.Module):
         self.contrast = contrast
         # The class token is dropped before the scores, so it is read only where tokens look at each other.
         self.reads_class_token = kind == "MViTFC" and across_tokens
+        self.mixes_images = kind == "MViTFC" and not across_tokens  # an image's scores depend on the batch's others
 
     def forward(self, tokens: Sequence[Tensor], text_features: Tensor, heads: Sequence[str] = HEADS) -> list[Tensor]:
         """Scores of every patch.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from dataset import Sample, load_mask
 from utils import prefetch
 
+from . import distributed
 from .detector import Detector, Settings
 from .features import FeatureStore, Item
 from .metrics import PerRegionOverlap, PixelBootstrap, ScoreHistogram, bootstrap_auroc, image_metrics
@@ -71,39 +73,97 @@ def evaluate(
     if text_features is None:
         with torch.no_grad():
             text_features = detector.prompts()
-    masks_too = settings.pixel_metrics and any(sample.mask for sample in samples)
-    pixels = ScoreHistogram(0.0, len(settings.features_list)) if masks_too else None
-    overlap = PerRegionOverlap(0.0, len(settings.features_list)) if pixels and (full or aupro) else None
-    bootstrap = PixelBootstrap() if pixels and full else None
-    trackers = [tracker for tracker in (pixels, overlap, bootstrap) if tracker is not None]
+    masks_too = any(sample.mask for sample in samples)
+    pixels = PixelMetrics.of(settings, aupro=full or aupro, intervals=full) if masks_too else None
     batches = [samples[i : i + settings.eval_batch] for i in range(0, len(samples), settings.eval_batch)]
+    # Processes share the batches out. On CPUs rank 0 counts all maps in the order of the batches, so that the figures
+    # are those of one process to the last bit. Between GPUs each counts its own and the histograms are added up, which
+    # moves a pixel AUC by about 1e-8; maps travel only where someone looks at them.
+    travel = distributed.from_main(store.backbone.clip.device.type == "cpu" or on_batch is not None)
 
-    def load_masks(batch: Sequence[Sample]) -> Tensor | None:
+    def load_masks(index: int) -> Tensor | None:
+        batch = batches[index]
         return torch.stack([load_mask(sample, settings.img_size) for sample in batch]) if pixels else None
 
-    scores = []
-    for batch, masks in zip(batches, prefetch(load_masks, batches, store.workers), strict=True):
-        image_scores, maps = detector.score(store.get([Item(sample) for sample in batch]), text_features)
-        for tracker in trackers:
-            tracker.update(maps, masks, [sample.name for sample in batch])
-        if on_batch is not None:
-            on_batch(batch, image_scores, maps)
-        scores.append(image_scores.double().cpu().numpy())
+    def count(index: int, maps: Tensor | None, masks: Tensor | None) -> None:
+        if pixels:
+            pixels.update(maps, masks, [sample.name for sample in batches[index]])
 
+    scores: list[np.ndarray] = []
+    mine = distributed.share(range(len(batches)))
+    loaded = zip(mine, prefetch(load_masks, mine, store.workers), strict=True)
+    for _ in range(0, len(batches), distributed.world()):
+        found = []
+        for index, masks in itertools.islice(loaded, 1):  # none in the last round, perhaps
+            image_scores, maps = detector.score(store.get([Item(sample) for sample in batches[index]]), text_features)
+            if travel:
+                found = [(index, image_scores.cpu(), maps if maps is None else maps.cpu(), masks)]
+            else:
+                count(index, maps, masks)
+                found = [(index, image_scores.cpu(), None, None)]
+        for index, image_scores, maps, masks in itertools.chain(*distributed.gather(found)):
+            if travel:
+                count(index, maps, masks)
+            if on_batch is not None:
+                on_batch(batches[index], image_scores, maps)
+            scores.append(image_scores.double().numpy())
+    if pixels and not travel:
+        for other in distributed.gather(pixels)[1:]:
+            pixels.merge(other)
+    found = _measure(samples, np.concatenate(scores), pixels, full) if distributed.is_main() else None
+    return distributed.from_main(found)
+
+
+class PixelMetrics:
+    """The streaming metrics of the anomaly maps; AUPRO and confidence intervals where they are asked for."""
+
+    def __init__(self, high: float, aupro: bool, intervals: bool) -> None:
+        self.histogram = ScoreHistogram(0.0, high)
+        self.overlap = PerRegionOverlap(0.0, high) if aupro else None
+        self.bootstrap = PixelBootstrap() if intervals else None
+
+    @classmethod
+    def of(cls, settings: Settings, aupro: bool, intervals: bool) -> PixelMetrics | None:
+        """For scores in [0, K]; None where the data set has no masks."""
+        return cls(len(settings.features_list), aupro, intervals) if settings.pixel_metrics else None
+
+    @property
+    def parts(self) -> list[ScoreHistogram | PerRegionOverlap | PixelBootstrap]:
+        """Those that are kept."""
+        return [part for part in (self.histogram, self.overlap, self.bootstrap) if part is not None]
+
+    def update(self, maps: Tensor, masks: Tensor, names: Sequence[str]) -> None:
+        """Count maps (B, S, S) with bool masks of the same shape; `InputError` names the image with a NaN."""
+        for part in self.parts:
+            part.update(maps, masks, names)
+
+    def merge(self, other: PixelMetrics) -> None:
+        """Add what another process has counted."""
+        for part, theirs in zip(self.parts, other.parts, strict=True):
+            part.merge(theirs)
+
+    def values(self) -> dict[str, float | list[float]]:
+        """Everything but the AUROC."""
+        found: dict[str, float | list[float]] = {"pixel_ap": self.histogram.average_precision()}
+        found["pixel_f1_max"], found["pixel_threshold"] = self.histogram.f1_max()
+        if self.overlap:
+            found["aupro"] = self.overlap.value()
+        if self.bootstrap:
+            found["pauc_ci95"] = list(self.bootstrap.interval())
+        return found
+
+
+def _measure(samples: Sequence[Sample], scores: np.ndarray, pixels: PixelMetrics | None, full: bool) -> Evaluation:
+    """The figures from image scores (images,) and counted pixels."""
     files = [sample.name for sample in samples]
     labels = np.array([sample.label for sample in samples])
-    image = image_metrics(labels, np.concatenate(scores), files)
+    image = image_metrics(labels, scores, files)
     more: dict[str, float | list[float]] = {name: image[name] for name in ("ap", "f1_max", "threshold")}
     if pixels:
-        more["pixel_ap"] = pixels.average_precision()
-        more["pixel_f1_max"], more["pixel_threshold"] = pixels.f1_max()
-    if overlap:
-        more["aupro"] = overlap.value()
+        more |= pixels.values()
     if full:
-        more["auc_ci95"] = list(bootstrap_auroc(labels, np.concatenate(scores)))
-    if bootstrap:
-        more["pauc_ci95"] = list(bootstrap.interval())
-    return Evaluation(image["auroc"], pixels.auroc() if pixels else None, files, labels, np.concatenate(scores), more)
+        more["auc_ci95"] = list(bootstrap_auroc(labels, scores))
+    return Evaluation(image["auroc"], pixels.histogram.auroc() if pixels else None, files, labels, scores, more)
 
 
 def result_json(settings: Settings, found: Evaluation, select: str) -> dict[str, object]:

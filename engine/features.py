@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,8 @@ from tqdm import tqdm
 from CLIP import CLIP
 from dataset import Sample, load_image
 from utils import JITTER_VIEW, InputError, atomic_path, augment_view, locked, prefetch, run_cli
+
+from . import distributed
 
 MODES = ("auto", "ram", "disk", "off")
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -118,6 +121,9 @@ class RamRows:
     def filling(self) -> Iterator[None]:
         """Nothing to guard."""
         yield
+
+    def refresh(self) -> None:
+        """Nothing to read."""
 
 
 class DiskRows:
@@ -268,8 +274,9 @@ class FeatureStore:
 
     def open(self, count: int) -> None:
         """Decide where `count` images are kept, and say so."""
-        if self.mode == "auto":
-            self.mode = choose_mode(count * self.row_bytes, self.folder)
+        if self.mode == "auto":  # in memory, every process keeps all of it
+            room = choose_mode(count * self.row_bytes * distributed.world(), self.folder)
+            self.mode = distributed.from_main(room)
         print(f"features: {count} images x {readable(self.row_bytes)} = {readable(count * self.row_bytes)}, "
               f"kept {describe_mode(self.mode, self.folder)}", flush=True)  # fmt: skip
         if self.mode == "ram":
@@ -289,18 +296,36 @@ class FeatureStore:
         items = {self.key(item): item for item in items}
         if self.rows is None:
             self.open(len(items))
-        if self.rows is None or all(key in self.rows for key in items):
+        if self.rows is None or distributed.from_main(all(key in self.rows for key in items)):
             return 0
-        with self.rows.filling():
-            missing = [key for key in items if key not in self.rows]
+        with self.rows.filling() if distributed.is_main() else nullcontext():
+            missing = distributed.from_main([key for key in items if key not in self.rows])
             batches = [missing[i : i + self.batch_size] for i in range(0, len(missing), self.batch_size)]
-            loaded = prefetch(lambda keys: self._images([items[key] for key in keys]), batches, self.workers)
-            with tqdm(total=len(missing), desc="features", unit="image", mininterval=1.0) as bar:
-                for keys, images in zip(batches, loaded, strict=True):
-                    tokens = torch.stack(self.backbone.tokens(images), dim=1)  # (B, K, T, C)
-                    self.rows.add(keys, tokens.to("cpu", DTYPES[self.dtype]))
-                    bar.update(len(keys))
+            mine = distributed.share(batches)
+            images = prefetch(lambda keys: self._images([items[key] for key in keys]), mine, self.workers)
+            loaded = zip(mine, images, strict=True)
+            quiet = not distributed.is_main()
+            with tqdm(total=len(missing), desc="features", unit="image", mininterval=1.0, disable=quiet) as bar:
+                for _ in range(0, len(batches), distributed.world()):
+                    for keys, rows in self._exchange(list(itertools.islice(loaded, 1))):
+                        self.rows.add(keys, rows)
+                        bar.update(len(keys))
+        distributed.barrier()
+        if distributed.world() > 1:
+            self.rows.refresh()
         return len(missing)
+
+    def _exchange(self, loaded: list[tuple[list[bytes], Tensor]]) -> Iterator[tuple[list[bytes], Tensor]]:
+        """Keys and rows (B, K, T, C) of one batch, and with several processes of the others' as far as they are kept.
+
+        In memory every process keeps all rows; on disk rank 0 writes them.
+        """
+        found = []
+        for keys, images in loaded:  # one, or none in the last round of several processes
+            tokens = torch.stack(self.backbone.tokens(images), dim=1)  # (B, K, T, C)
+            found.append((keys, tokens.to("cpu", DTYPES[self.dtype])))
+        exchange = distributed.all_gather if self.mode == "ram" else distributed.gather
+        return itertools.chain(*exchange(found))
 
     def release_tower(self) -> None:
         """Free the image tower once everything is prepared; with `off` it is still needed and stays."""

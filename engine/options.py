@@ -14,6 +14,7 @@ from loss import DEC_TYPES, LOSS_TYPES
 from Prompt import TEXT_MOODS
 from utils import InputError
 
+from . import distributed
 from .detector import Detector, Settings
 from .features import DTYPES, MODES, Backbone, FeatureStore
 
@@ -153,7 +154,7 @@ def check_against(settings: Settings, options: argparse.Namespace) -> None:
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one; `InputError` for a device that is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -201,7 +202,7 @@ def writable(path: str | Path, flag: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         probe = path.parent / f".{path.name}.probe"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # several processes may try at once
     except OSError as error:
         raise InputError(f"{flag} {path}: cannot be written ({error.strerror})") from error
     return path

@@ -29,14 +29,14 @@ import torch
 
 from utils import InputError, atomic_path
 
-from . import checkpoint
+from . import checkpoint, distributed
 
 PROJECT = Path(__file__).parents[1]
 STATE = "madclip-run-1"
 
 
 class RunFolder:
-    """One run's files. Make it with `create` or `open`."""
+    """One run's files. Make it with `create` or `open`. With several processes rank 0 writes them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -46,6 +46,10 @@ class RunFolder:
     @classmethod
     def create(cls, run_dir: str | Path, name: str) -> RunFolder:
         """A new folder `run_dir`/`name`; -2, -3, ... is appended where a run of that name has left files."""
+        return cls(distributed.from_main(cls._claim(run_dir, name) if distributed.is_main() else Path()))
+
+    @staticmethod
+    def _claim(run_dir: str | Path, name: str) -> Path:
         for number in range(1, 10_000):
             path = Path(run_dir) / (name if number == 1 else f"{name}-{number}")
             try:
@@ -56,7 +60,7 @@ class RunFolder:
                 raise InputError(f"--run_dir {run_dir}: {path} cannot be made ({error.strerror})") from error
             if number > 1:
                 print(f"{Path(run_dir) / name} is there already, so this run is {path}", file=sys.stderr)
-            return cls(path)
+            return path
         raise InputError(f"--exp_name {name}: {run_dir} has 9,999 runs of that name; choose another")
 
     @classmethod
@@ -87,6 +91,8 @@ class RunFolder:
 
     def save(self, state: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:
         """Write last.pth, then the newest line of metrics.jsonl."""
+        if not distributed.is_main():
+            return
         checkpoint.write({"format": STATE, "state": dict(state), "history": list(history)}, self.last)
         try:
             with self.metrics.open("a", encoding="utf-8") as file:
@@ -109,6 +115,8 @@ class RunFolder:
         return None if state is None else (state, history)
 
     def _write(self, path: Path, text: str) -> None:
+        if not distributed.is_main():
+            return
         try:
             with atomic_path(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")

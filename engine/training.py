@@ -17,6 +17,7 @@ from loss import LossParts, training_loss
 from Prompt import text_similarity
 from utils import VIEWS, InputError, augment
 
+from . import distributed
 from .dashboard import Collector
 from .detector import Detector, make_optimizers
 from .evaluate import Evaluation, evaluate
@@ -56,13 +57,20 @@ def fit_epoch(
 ) -> LossParts:
     """One pass over the views in the given order; the mean of each loss over the batches, as published.
 
+    Several processes share each batch out and add their gradients up.
+
     `text_features` (D, 2), with their graph, save the first step's pass through the text tower.
     """
     settings, device, autocast = detector.settings, store.backbone.clip.device, store.backbone.autocast
+    whole = detector.adapters.mixes_images  # then no process can work on a part of a batch
     heads = ("det", "seg") if data.masks is not None else ("det",)
     sums = torch.zeros(3, dtype=torch.float64)
     batches = order.split(batch_size)
-    for step, batch in enumerate(batches):
+    for step, whole_batch in enumerate(batches):
+        batch = whole_batch if whole else distributed.share(whole_batch)
+        # Of the loss, a mean over the whole batch; a process without images takes one that does not count.
+        weight = len(batch) / len(whole_batch) / (distributed.world() if whole else 1)
+        batch = batch if len(batch) else whole_batch[:1]
         tokens = store.get([data.items[i] for i in batch])
         masks = None if data.masks is None else data.masks[batch].to(device, torch.float32)
         with torch.autocast(device.type, dtype=autocast) if autocast else nullcontext():
@@ -73,16 +81,19 @@ def fit_epoch(
             det.float(), seg[0].float() if seg else None, data.labels[batch].to(device), masks,
             settings.loss_type, settings.dec_type,
         )  # fmt: skip
-        if not math.isfinite(parts.total.item()):
-            raise InputError(f"the loss became {parts.total.item()} at step {step + 1}; lower --learning_rate")
+        found = distributed.sum_tensor(torch.stack([part.detach() * weight for part in parts]))
+        if not math.isfinite(found[-1].item()):
+            raise InputError(f"the loss became {found[-1].item()} at step {step + 1}; lower --learning_rate")
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        (scaler.scale(parts.total) if scaler else parts.total).backward()
+        loss = parts.total * weight
+        (scaler.scale(loss) if scaler else loss).backward()
+        distributed.sum_gradients(detector)
         for optimizer in optimizers:
             scaler.step(optimizer) if scaler else optimizer.step()
         if scaler:
             scaler.update()
-        sums += torch.stack([part.detach() for part in parts]).double().cpu()
+        sums += found.double().cpu()
     return LossParts(*(sums / len(batches)))
 
 

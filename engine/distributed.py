@@ -1,0 +1,126 @@
+"""Several processes as one run, on torch.distributed: `torchrun --nproc_per_node=N train.py ...`.
+
+Without torchrun there is one process, and every function here returns its argument. What is exchanged are Python
+objects (over gloo) and gradients (over NCCL between GPUs, gloo else). One process, rank 0, prints and writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from utils import InputError
+
+T = TypeVar("T")
+PATIENCE = timedelta(minutes=30)  # for the slowest process; one that dies is noticed at once
+
+
+def start() -> None:
+    """Join the processes that torchrun started; nothing where it did not. Ranks above 0 print nothing but errors."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    if not is_main():
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """The number of this process on its machine: the GPU that it uses."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this process prints and writes."""
+    return rank() == 0
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """Every world-th item, from this process's rank on."""
+    return items[rank() :: world()]
+
+
+def from_main(value: T) -> T:
+    """Rank 0's `value`, in every process."""
+    if world() == 1:
+        return value
+    box = [value]
+    with _peers():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def gather(value: T) -> list[T]:
+    """The values of all processes in order of rank, on rank 0; an empty list elsewhere."""
+    if world() == 1:
+        return [value]
+    values: list[T] | None = [value] * world() if is_main() else None
+    with _peers():
+        dist.gather_object(value, values)
+    return values or []
+
+
+def all_gather(value: T) -> list[T]:
+    """The values of all processes in order of rank."""
+    if world() == 1:
+        return [value]
+    values: list[T] = [value] * world()
+    with _peers():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    all_gather(None)
+
+
+def sum_tensor(tensor: Tensor) -> Tensor:
+    """The sum over all processes, in place."""
+    if world() > 1:
+        with _peers():
+            dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_gradients(module: nn.Module) -> None:
+    """Add up the gradients over all processes, in one message."""
+    found = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    if world() == 1 or not found:
+        return
+    flat = sum_tensor(torch.cat([gradient.flatten() for gradient in found]))
+    for gradient, summed in zip(found, flat.split([gradient.numel() for gradient in found]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
+
+
+@contextlib.contextmanager
+def _peers() -> Iterator[None]:
+    """Turn what torch says when another process has gone into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(
+            f"rank {rank()}: another process of this run died or cannot be reached ({reason}); its own message comes "
+            f"before; to go on, give --resume with the run's folder"
+        ) from error

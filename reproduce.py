@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -363,7 +364,7 @@ def main() -> None:
     if options.dry_run:
         for cell in cells:
             state = "to do" if cell in waiting else "done "
-            print(f"{state}  {cell.name}  python train.py {' '.join(grid.arguments(cell))}")
+            print(f"{state}  {cell.name}  python train.py {shlex.join(grid.arguments(cell))}")
         return
     stem = writable(grid.out / f"{options.table}.md", "--out").with_suffix("")
     if options.executor == "here":

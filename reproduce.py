@@ -373,19 +373,23 @@ def main() -> None:
         finished = run_jobs(
             partial(job, grid), waiting, options.executor, grid.out / "jobs", options.jobs, options.job_options
         )
-    failed = {}
+    failed = 0
     with tqdm(total=len(cells), initial=len(cells) - len(waiting), desc=f"table {options.table}", unit="cell") as bar:
         make_table(options, cells, grid, datasets).write(stem)
-        for cell, error in finished:
-            if error:
-                failed[cell] = error
-                tqdm.write(f"{cell.name}: {error} (log: {grid.log(cell)})", file=sys.stderr)
-            make_table(options, cells, grid, datasets).write(stem)
-            bar.update()
+        try:
+            for cell, error in finished:
+                if error:
+                    failed += 1
+                    tqdm.write(f"{cell.name}: {error} (log: {grid.log(cell)})", file=sys.stderr)
+                make_table(options, cells, grid, datasets).write(stem)
+                bar.update()
+        except KeyboardInterrupt:
+            tqdm.write("stopped; the same command goes on from here", file=sys.stderr)
+            raise
     print(make_table(options, cells, grid, datasets).markdown())
     print(f"written: {stem}.md, .csv and .tex")
     if failed:
-        raise InputError(f"{len(failed)} of {len(cells)} cells failed, see above; the same command tries them again")
+        raise InputError(f"{failed} of {len(cells)} cells failed, see above; the same command tries them again")
 
 
 if __name__ == "__main__":

@@ -158,10 +158,11 @@ def prepare(options: argparse.Namespace, towers: Towers | None = None) -> Setup:
     if options.select == "valid":
         used = {sample.path for sample in (*shots.abnormal, *shots.normal)}
         valid = [sample for sample in dataset.samples("valid") if sample.path not in used]
-        if len({sample.label for sample in valid}) < 2:
+        abnormal = sum(sample.label for sample in valid)
+        if not 0 < abnormal < len(valid):
             raise InputError(
-                f"--select valid: only {len(valid)} images of {'one class' if valid else 'neither class'} are left of "
-                f"valid/ beside the shots; take fewer shots, or --select last"
+                f"--select valid: beside the shots valid/ holds {len(valid) - abnormal} normal and {abnormal} abnormal "
+                f"images, and needs some of both; take fewer shots, or --select last"
             )
     print(f"{options.obj}: {len(test)} test images ({sum(s.label for s in test)} abnormal); shots from {shots.source}")
     for kind, names in shots.names().items():

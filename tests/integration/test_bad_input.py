@@ -89,6 +89,7 @@ def test_without_warm_imports(folder):
         (["--obj", "Knee"], ["Knee_AD"]),
         (["--shot", 0], ["--shot", "at least 1"]),
         (["--shot", 9], ["--shot 9", "valid", "4 abnormal images"]),
+        (["--shot", 4, "--select", "valid"], ["--select valid", "0 normal and 0 abnormal"]),
         (["--iterate", 5], ["--iterate 5", "my2-shot.txt"]),
         (["--features_list", 0, 99], ["--features_list 0 99", "layers 1 to 4"]),
         (["--features_list", 2, 2], ["--features_list 2 2", "once"]),

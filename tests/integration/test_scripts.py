@@ -195,3 +195,16 @@ def test_a_flag_that_contradicts_the_checkpoint(data_path, tmp_path, monkeypatch
         assert result.returncode == 2
         assert f"{flag} " in result.stderr
         assert "contradicts" in result.stderr
+
+
+def test_bfloat16_on_a_cpu(tmp_path, monkeypatch, capsys):
+    phantom.write(tmp_path, ["Brain"], valid=4, test=30, seed=0, size=112)
+    paths = ["--obj", "Brain", "--data_path", tmp_path, "--save_path", tmp_path, "--device", "cpu"]
+    small = [*SMALL[:4], "--img_size", 112, "--shot", 2, "--epoch", 4, "--select", "last"]
+    call(monkeypatch, capsys, train, *small, *paths)
+    found = {}
+    for precision in ("fp32", "bf16"):
+        output = call(monkeypatch, capsys, test_script, *paths, "--precision", precision)
+        found[precision] = [float(figure) for figure in figures(output)]
+    assert found["bf16"] == pytest.approx(found["fp32"], abs=0.002)
+    assert found["bf16"] != found["fp32"]

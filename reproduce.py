@@ -7,7 +7,8 @@
 
 Every other flag goes to train.py (`python train.py --help`). A cell is one run, with a folder of its own under OUT/runs
 that all tables share; the same command again goes on where it was stopped or killed. Features are kept on disk unless
---cache says otherwise, for all cells together: the frozen tower sees each image once.
+--cache says otherwise, for all cells together: the frozen tower sees an image once (and again for another --fidelity,
+and the colour-jittered view of a shot wherever a cell draws it anew).
 """
 
 from __future__ import annotations
@@ -274,18 +275,16 @@ def make_table(
             for metric, words in METRICS.items():
                 if metric == "pauc" and not (datasets[group.obj].pixel_metrics and datasets[obj].pixel_metrics):
                     continue
-                figures = []
-                for epoch in ("selected", "last"):
-                    found = [grid.figures(cell, obj, epoch) for cell in members]
-                    found = [one for one in found if one is not None]
-                    figures.append(
-                        Figure.over(
-                            [one[metric] for one in found], [one[f"{metric}_ci95"] for one in found], len(members)
-                        )
-                    )
-                figures += [found.figure(obj, group.shot, metric) for found in published]
-                table.rows.append(([*row_labels(options.table, group, obj, base), words], figures))
+                ours = [over_seeds(grid, members, obj, epoch, metric) for epoch in ("selected", "last")]
+                theirs = [found.figure(obj, group.shot, metric) for found in published]
+                table.rows.append(([*row_labels(options.table, group, obj, base), words], [*ours, *theirs]))
     return table
+
+
+def over_seeds(grid: Grid, cells: Sequence[Cell], obj: str, epoch: str, metric: str) -> Figure | None:
+    """A figure of cells that differ in their seeds; None where none of them is done."""
+    found = [figures for cell in cells if (figures := grid.figures(cell, obj, epoch))]
+    return Figure.over([one[metric] for one in found], [one[f"{metric}_ci95"] for one in found], len(cells))
 
 
 def row_labels(table: str, cell: Cell, obj: str, base: argparse.Namespace) -> list[str]:
@@ -309,7 +308,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
     )  # fmt: skip
     parser.add_argument("--table", required=True, choices=tuple(TITLES))
     parser.add_argument("--obj", nargs="+", type=object_name, default=list(OBJECTS), help="data sets")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[111, 112, 113])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[111, 112, 113], help="means are over these")
     parser.add_argument("--shots", nargs="+", type=positive, help="(default: 4; of the table shots 2 4 8 16)")
     parser.add_argument("--out", default="results", help="folder of tables, runs and logs")
     parser.add_argument("--dry_run", action="store_true", help="list the cells and do nothing")

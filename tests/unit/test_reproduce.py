@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 
 import reproduce
 import train
-from engine.jobs import run_jobs
 from utils import InputError
 
 
@@ -105,15 +103,3 @@ def test_a_folder_of_other_runs_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"--epoch 5, not 60: choose another --out"):
         plan(tmp_path, "--table", "main", "--obj", "Brain")
     plan(tmp_path, "--table", "main", "--obj", "Brain", "--epoch", "5", "--device", "cpu")  # machines may differ
-
-
-def test_without_submitit(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(InputError, match="pip install submitit"):
-        next(run_jobs(str, ["a"], "local", tmp_path, 1))
-
-
-def test_job_options(tmp_path):
-    pytest.importorskip("submitit")
-    with pytest.raises(InputError, match=r"--job_options nonsense=1: .*nonsense"):
-        next(run_jobs(str, ["a"], "local", tmp_path, 1, ["nonsense=1"]))

@@ -10,7 +10,6 @@ Arguments -> checkpoint -> metrics. Everything that shaped the checkpoint is rea
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,10 +33,10 @@ from engine.options import (
     words,
     writable,
 )
-from engine.published import encoder_difference, infer_settings
+from engine.published import encoder_difference, features_difference, infer_settings
 from engine.report import Sheet
 from engine.towers import Towers
-from utils import atomic_path, run_cli, set_seed
+from utils import run_cli, set_seed, write_json
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,6 +47,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ckpt", help="checkpoint (default: <save_path>/<obj>.pth)")
     parser.add_argument(
         "--prompt_name", type=words, help="what the prompts call the object (default: as the checkpoint was trained)"
+    )
+    parser.add_argument(
+        "--allow_other_weights", action="store_true", help="only warn of other CLIP weights than it was trained on"
     )
     parser.add_argument("--figures", help="folder for pictures: test images beside masks and heat maps")
     return parser.parse_args(arguments)
@@ -102,12 +104,17 @@ def test(options: argparse.Namespace, towers: Towers | None = None) -> dict[str,
         fidelity=settings.fidelity, seed=checkpoint.about.get("options", {}).get("seed", options.seed), device=device,
     )  # fmt: skip
     say_weights(clip)
-    check_weights(checkpoint, clip.info.sha256, clip.info.source, ckpt)
+    check_weights(checkpoint, clip.info.sha256, clip.info.source, ckpt, options.allow_other_weights)
     difference = encoder_difference(checkpoint.parts, clip)
     if difference:
         print(f"{ckpt}: its text encoder differs by up to {difference:.3g} from the CLIP weights, which are used")
     detector = Detector(clip, settings).to(device)
     checkpoint.restore(detector, ckpt)
+    difference = features_difference(checkpoint.parts, detector)
+    if difference:
+        print(
+            f"{ckpt}: its text features differ by up to {difference:.3g} from those of the CLIP weights, which are used"
+        )
     store = (towers.store if towers else make_store)(options, clip, detector)
     store.prepare([Item(sample) for sample in samples])
     store.release_tower()
@@ -130,8 +137,7 @@ def test(options: argparse.Namespace, towers: Towers | None = None) -> dict[str,
         print(f"  {name}: {text}")
     result = {**result_json(settings, found, select), "obj": options.obj, "trained_on": settings.obj}
     if options.out_json:
-        with atomic_path(options.out_json) as path:
-            path.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(options.out_json, result, "--out_json")
     if sheet:
         print(f"pictures: {sheet.save(figures)}")
     print(published_lines(options.obj, found))

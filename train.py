@@ -13,7 +13,6 @@ is trained every epoch are the adapters and the prompts' contexts.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -41,6 +40,7 @@ from engine.options import (
     pick_device,
     positive,
     positive_float,
+    run_name,
     say_weights,
     words,
     writable,
@@ -50,7 +50,7 @@ from engine.towers import Towers
 from engine.tracking import Tracker
 from engine.training import EpochReport, TrainingSet, TrainingState, fit
 from Prompt import read_prompts
-from utils import InputError, atomic_path, run_cli, set_seed
+from utils import InputError, run_cli, set_seed, write_json
 
 SELECTS = {
     "test": "best epoch on the test set, the published protocol",
@@ -70,7 +70,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add_data_flags(parser, obj="Liver")
     add_model_flags(parser, from_checkpoint=False)
     group = parser.add_argument_group("training")
-    group.add_argument("--exp_name", help="name of the run in W&B and under runs/ (default: made from the settings)")
+    group.add_argument(
+        "--exp_name", type=run_name, help="name of the run in W&B and under runs/ (default: made from the settings)"
+    )
     group.add_argument("--epoch", type=positive, default=60, help="number of epochs")
     group.add_argument("--learning_rate", type=positive_float, default=0.001, help="of Adam")
     group.add_argument("--shot", type=positive, default=16, help="labelled images of each class")
@@ -84,7 +86,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--select", default="test", choices=tuple(SELECTS), help="which epoch is reported and saved")
     group.add_argument("--eval_every", type=positive, default=1, help="epochs between evaluations")
     group.add_argument(
-        "--log_images_every", type=int, default=10, help="epochs between W&B pictures, and the last; 0: none"
+        "--log_images_every", type=count, default=10, help="epochs between W&B pictures, and the last; 0: none"
     )
     group.add_argument("--log_model", action="store_true", help="upload the checkpoint to W&B as an artifact")
     group.add_argument("--save_model", action=argparse.BooleanOptionalAction, default=True, help="write the checkpoint")
@@ -242,33 +244,33 @@ def train(options: argparse.Namespace, towers: Towers | None = None) -> dict[str
     Raises:
         KeyboardInterrupt: on Ctrl-C or SIGTERM; the files of the last finished epoch are complete.
     """
-    if options.out_json:
-        writable(options.out_json, "--out_json")
-    kept = [writable(Path(options.save_path) / f"{options.obj}.pth", "--save_path")] if options.save_model else []
-    setup = prepare(options, towers)
-    run, config = open_run(options, setup)
-    settings, detector, store = setup.settings, setup.detector, setup.store
-    state = TrainingState.start(detector, store.backbone.autocast, options.learning_rate, options.seed)
-    history: list[dict[str, Any]] = []
-    if found := run.load():
-        stored, history = found
-        state.load_state_dict(stored)
-        if state.epoch > options.epoch:
-            raise InputError(f"--epoch {options.epoch}: {run.path} has finished {state.epoch} already")
-    private = ("settings", "host", "device", "device_name", "threads", "command", "wandb_id")
-    about = {name: value for name, value in config.items() if name not in private}
-    about |= {"select": options.select, "run": str(run.path)}
-
-    def save_best() -> None:
-        if not distributed.is_main():
-            return
-        line = history[state.best_epoch]
-        metrics = {name: line[name] for name in ("epoch", "auc", "pauc")}
-        Checkpoint(settings, detector.parts(), {**about, "metrics": metrics}).save(run.best)
-        for path in kept:
-            copy(run.best, path)
-
     with StopSignals() as signals:
+        if options.out_json:
+            writable(options.out_json, "--out_json")
+        kept = [writable(Path(options.save_path) / f"{options.obj}.pth", "--save_path")] if options.save_model else []
+        setup = prepare(options, towers)
+        run, config = open_run(options, setup)
+        settings, detector, store = setup.settings, setup.detector, setup.store
+        state = TrainingState.start(detector, store.backbone.autocast, options.learning_rate, options.seed)
+        history: list[dict[str, Any]] = []
+        if found := run.load():
+            stored, history = found
+            state.load_state_dict(stored)
+            if state.epoch > options.epoch:
+                raise InputError(f"--epoch {options.epoch}: {run.path} has finished {state.epoch} already")
+        private = ("settings", "host", "device", "device_name", "threads", "command", "wandb_id")
+        about = {name: value for name, value in config.items() if name not in private}
+        about |= {"select": options.select, "run": str(run.path)}
+
+        def save_best() -> None:
+            if not distributed.is_main():
+                return
+            line = history[state.best_epoch]
+            metrics = {name: line[name] for name in ("epoch", "auc", "pauc")}
+            Checkpoint(settings, detector.parts(), {**about, "metrics": metrics}).save(run.best)
+            for path in kept:
+                copy(run.best, path)
+
         try:
             store.prepare(setup.items)
             store.release_tower()
@@ -302,7 +304,7 @@ def train(options: argparse.Namespace, towers: Towers | None = None) -> dict[str
             if distributed.is_main():
                 print(f"{done}; to go on: python train.py --resume {run.path}", file=sys.stderr)
             raise
-    return result
+        return result
 
 
 def start_tracker(options: argparse.Namespace, config: dict[str, Any], run: RunFolder) -> Tracker:
@@ -346,8 +348,7 @@ def finish(
     }
     run.write_result(result)
     if options.out_json and distributed.is_main():
-        with atomic_path(options.out_json) as path:
-            path.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(options.out_json, result, "--out_json")
     print(f"last epoch: {last.line()}   [epoch {state.epoch} of {state.epoch}]")
     print(f"selected:   {best.line()}   [{protocol}]")
     if options.save_model:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
+import errno
 import fcntl
+import json
 import math
 import os
 import random
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -36,20 +40,50 @@ class InputError(Exception):
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and leave with its exit code; an `InputError` becomes one line on stderr and code 2.
+    """Run a script's `main` and leave with its exit code.
 
-    Ctrl-C is code 130.
+    An `InputError` becomes one line on stderr and code 2, and so does a file that the system refuses (permissions, a
+    name that is too long). A reader of stdout that leaves, such as `head`, ends it quietly. Ctrl-C is code 130.
     """
     tune_allocator()
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what the terminal's encoding lacks
     try:
         code = main() or 0
+        sys.stdout.flush()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code = _refuse(error)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+        code = 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename is None:
+            raise
+        code = _refuse(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def _refuse(words: object) -> int:
+    print(f"error: {' '.join(str(words).split())}", file=sys.stderr)
+    return 2
+
+
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """An argparse type: an integer from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is not at least {least}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"{value} is not at most {most}")
+        return value
+
+    parse.__name__ = "int"  # what argparse calls it: invalid int value
+    return parse
 
 
 def tune_allocator() -> None:
@@ -74,17 +108,51 @@ def set_seed(seed: int) -> None:
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; rename it to `path` when the block succeeds, remove it when not."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile: its files are private (mode 0600), and would stay so under the final name.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+def atomic_path(path: str | Path, flag: str = "") -> Iterator[Path]:
+    """Yield a temporary name beside `path`; rename it to `path` when the block succeeds, remove it when not.
+
+    Raises:
+        InputError: naming `flag` and `path`, which is a folder, a device or a pipe, or cannot be written.
+    """
+    with temporary_path(path, flag) as temporary:
         yield temporary
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def temporary_path(path: str | Path, flag: str = "") -> Iterator[Path]:
+    """The temporary name alone, its folder made; errors are those of `atomic_path`."""
+    path = Path(path)
+    name = f"{flag} {path}".lstrip()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():  # the renaming would replace a device
+            raise InputError(f"{name}: a folder, a device or a pipe, where a file is to be written")
+        # Not tempfile: its files are private (mode 0600), and would stay so under the final name.
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        reason = f"{path.parent} is a file" if isinstance(error, FileExistsError) else error.strerror or error
+        full = " (disk full?)" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+        intact = "; the older file there is intact" if os.path.exists(path) else ""  # noqa: PTH110 - never raises
+        raise InputError(f"{name}: cannot be written: {reason}{full}{intact}") from error
+
+
+def write_json(path: str | Path, value: Any, flag: str = "") -> None:  # noqa: ANN401 - whatever JSON takes
+    """Write `value` as JSON through `atomic_path`."""
+    with atomic_path(path, flag) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file, without a byte-order mark; `OSError` also for a pipe or device, which may not end."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "a folder, a pipe or a device, not a file", str(path))
+    return path.read_text(encoding="utf-8-sig")
 
 
 @contextlib.contextmanager

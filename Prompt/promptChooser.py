@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from CLIP.model import CLIP
 from CLIP.tokenizer import tokenize
-from utils import InputError
+from utils import InputError, read_text
 
 from .CoOp import CONTEXTS, PromptLearner
 
@@ -37,6 +37,7 @@ ABNORMAL_STATES = (
     " disease {}",
     "abnormal {}",
 )
+LONGEST = 500  # characters of a phrase: far more than fit into 77 tokens, and soon read
 STATES = {"normal": NORMAL_STATES, "abnormal": ABNORMAL_STATES}
 TEMPLATES = tuple((Path(__file__).parent / "templates.txt").read_text().splitlines())
 
@@ -48,18 +49,27 @@ def read_prompts(path: str) -> dict[str, list[str]]:
         InputError: unreadable file, another form, or a phrase without exactly one {}.
     """
     try:
-        states = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        states = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--prompts {path}: cannot be read as JSON ({error})") from error
+    if fault := states_fault(states):
+        raise InputError(f"--prompts {path}: {fault}")
+    return states
+
+
+def states_fault(states: object) -> str | None:
+    """What is wrong with state phrases that a file holds; None for nothing."""
     if not isinstance(states, dict) or set(states) != set(STATES):
-        raise InputError(f'--prompts {path}: expected {{"normal": [phrases], "abnormal": [phrases]}}')
+        return 'expected {"normal": [phrases], "abnormal": [phrases]}'
     for kind, phrases in states.items():
         if not isinstance(phrases, list) or not phrases:
-            raise InputError(f"--prompts {path}: {kind} must be a list of at least one phrase")
+            return f"{kind} must be a list of at least one phrase"
         for phrase in phrases:
             if not isinstance(phrase, str) or phrase.count("{}") != 1 or set("{}") & set(phrase.replace("{}", "")):
-                raise InputError(f"--prompts {path}: {kind} phrase {phrase!r} needs {{}} once, for the object's name")
-    return states
+                return f"{kind} phrase {phrase!r:.80} needs {{}} once, for the object's name"
+            if len(phrase) > LONGEST:
+                return f"{kind} phrase {phrase!r:.80}... is longer than {LONGEST} characters"
+    return None
 
 
 def state_phrases(kind: str, name: str, states: Mapping[str, Sequence[str]] = STATES) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import platform
 import resource
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from utils import atomic_path
+import utils
 
 
 def machine() -> dict[str, str | int]:
@@ -59,6 +58,5 @@ def _text(value: object) -> str:
 
 def write_json(path: str | Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Write {"machine": ..., "rows": ...} to `path` atomically, making its folder."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps({"machine": machine(), "rows": list(rows)}, indent=1) + "\n")
+    utils.write_json(path, {"machine": machine(), "rows": list(rows)})
     print(f"wrote {path}")

@@ -3,7 +3,7 @@
 `python -m dataset.check` examines one before any training.
 """
 
-from .layout import PUBLISHED, described, object_name
+from .layout import PUBLISHED, described, named_after, object_name
 from .medical_few import MedicalDataset, Sample, Shots, leaks, load_image, load_mask
 
 OBJECTS = described()
@@ -17,5 +17,6 @@ __all__ = [
     "leaks",
     "load_image",
     "load_mask",
+    "named_after",
     "object_name",
 ]

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils import InputError, prefetch, run_cli
+from utils import InputError, integer, prefetch, run_cli
 
-from .layout import EXTENSIONS, KINDS, SPLITS, config_path, mask_folder, object_name, patient
+from .layout import EXTENSIONS, KINDS, SPLITS, config_path, mask_folder, named_after, object_name, patient
 from .medical_few import (
     Found,
     Header,
@@ -295,12 +295,12 @@ def main() -> int:
     parser.add_argument("--obj", type=object_name, help="data set (default: the name of --data_root)")
     parser.add_argument("--data_path", default="./data/", help="folder that holds <obj>_AD (default: ./data/)")
     parser.add_argument("--data_root", help="the data set's own folder, instead of <data_path>/<obj>_AD")
-    parser.add_argument("--num_workers", type=int, default=2, help="threads that decode (default: 2)")
+    parser.add_argument("--num_workers", type=integer(1, 256), default=2, help="threads that decode (default: 2)")
     options = parser.parse_args()
     if options.obj is None:
         if options.data_root is None:
             raise InputError("give --obj NAME, or --data_root DIR")
-        options.obj = object_name(Path(options.data_root).absolute().name.removesuffix("_AD"))
+        options.obj = named_after(options.data_root)
     root = data_folder(options.obj, options.data_path, options.data_root)
     check = Check(options.num_workers)
     try:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -23,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from utils import InputError
+from utils import InputError, read_text
 
 FOLDER = Path(__file__).parent
 PUBLISHED = FOLDER / "published_results.json"  # figures to compare with, the one JSON file that is no data set
@@ -103,25 +104,30 @@ def object_name(text: str) -> str:
     return text
 
 
+def named_after(folder: str | Path) -> str:
+    """What a data set is called where only its folder is given: bottle for .../bottle, Brain for .../Brain_AD."""
+    return Path(folder).absolute().name.removesuffix("_AD")
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The checked content of a JSON file, folders as lists; `InputError` that names the file and the key."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error
     known = Layout.__dataclass_fields__
     unknown = sorted(set(config) - set(known)) if isinstance(config, dict) else ["not an object"]
     if unknown:
-        raise InputError(f"{path}: unknown {unknown[0]!r}; it may hold {', '.join(known)}")
+        raise InputError(f"{path}: unknown {unknown[0]!r:.80}; it may hold {', '.join(known)}")
     tests = {
-        "prompt_name": lambda value: isinstance(value, str) and value.strip(),
+        "prompt_name": lambda value: isinstance(value, str) and value.strip() and len(value) <= 200,
         "pixel_metrics": lambda value: isinstance(value, bool),
         "valid_share": lambda value: isinstance(value, int | float) and 0 < value < 1,
         "masks": lambda value: isinstance(value, str) and _is_mask_template(value),
     }
     for key, test in tests.items():
         if key in config and not test(config[key]):
-            raise InputError(f"{path}: {key} cannot be {config[key]!r}; dataset/layout.py says what it may be")
+            raise InputError(f"{path}: {key} cannot be {config[key]!r:.80}; dataset/layout.py says what it may be")
     for split in SPLITS:
         if split in config:
             config[split] = _read_folders(config[split], f"{path}: {split}")
@@ -140,7 +146,8 @@ def _read_folders(value: object, where: str) -> dict[str, list[str]]:
 
 def _is_below(folder: str) -> bool:
     path = PurePosixPath(folder)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    named = path.parts and folder.isprintable() and all(len(os.fsencode(part)) <= 255 for part in path.parts)
+    return bool(named) and not path.is_absolute() and ".." not in path.parts
 
 
 def _is_mask_template(text: str) -> bool:
@@ -150,17 +157,20 @@ def _is_mask_template(text: str) -> bool:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The image files directly in a folder, sorted by name; none where it is missing. Hidden files are left out."""
+    """The image files directly in a folder, sorted by name; none where it is missing. Hidden files are left out.
+
+    `InputError` for a folder that cannot be read, and for a link to nothing: leaving it out would change the numbers.
+    """
     try:
-        return sorted(
-            path
-            for path in folder.iterdir()
-            if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
-        )
+        named = [path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and path.name[0] != "."]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
+    images = [path for path in named if path.is_file()]
+    if len(images) < len(named) and (broken := [path for path in named if path.is_symlink() and not path.exists()]):
+        raise InputError(f"{broken[0]}: a link to a file that is not there ({len(broken)} in this folder)")
+    return sorted(images)
 
 
 def mask_folder(root: Path, folder: str, template: str) -> Path:
@@ -243,5 +253,5 @@ def falls_in_valid(name: str, share: float) -> bool:
     So nothing moves when files are added, whatever the seed and the machine, and a patient is in one split (the rule
     of the Speech Commands data set, Warden 2018).
     """
-    digest = hashlib.sha256((patient(name) or name).encode()).digest()
+    digest = hashlib.sha256(os.fsencode(patient(name) or name)).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64

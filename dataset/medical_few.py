@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from utils import InputError
+from utils import InputError, read_text
 
 from .layout import (
     EXTENSIONS,
@@ -76,7 +76,8 @@ def leaks(
 
 def data_folder(obj: str, data_path: str | Path, data_root: str | Path | None = None) -> Path:
     """`data_root`, or <data_path>/<obj>_AD; `InputError` where it is no folder."""
-    root = Path(data_path) / f"{object_name(obj)}_AD" if data_root is None else Path(data_root)
+    name = object_name(obj)
+    root = Path(data_path) / f"{name}_AD" if data_root is None else Path(data_root)
     if not root.is_dir():
         flag = f"--data_path {data_path}" if data_root is None else f"--data_root {data_root}"
         raise InputError(f"{flag}: {root} not found; {_hint(obj, data_path)}")
@@ -300,9 +301,10 @@ def parse_shot_list(path: Path) -> dict[tuple[str, int], list[str]]:
         InputError: unreadable file, a line of another form, a second line of a kind, a name twice.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as a few-shot list ({error})") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path}: cannot be read as a few-shot list ({reason})") from error
     lines: dict[tuple[str, int], list[str]] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():

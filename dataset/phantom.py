@@ -389,6 +389,8 @@ def check(out: Path, objs: Sequence[str], valid: int, test: int, seed: int, size
     unknown = [obj for obj in objs if obj not in PAINTERS]
     if unknown:
         raise InputError(f"--obj {unknown[0]}: unknown, choose from {', '.join(PAINTERS)}")
+    if size > 4096:
+        raise InputError(f"--size {size}: must be at most 4096")
     for flag, value, least in (("--valid", valid, 0), ("--test", test, 0), ("--seed", seed, 0), ("--size", size, 32)):
         if value < least:
             raise InputError(f"{flag} {value}: must be at least {least}")

@@ -11,6 +11,7 @@ import json
 import pickle
 import platform
 import shutil
+import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -23,10 +24,11 @@ import torchvision
 
 from CLIP import create_model
 from CLIP.openai import check_archive, is_plain, one_line
+from Prompt import states_fault
 from utils import InputError, atomic_path, run_cli
 
 from .detector import Detector, Settings
-from .options import MODEL_FLAGS
+from .options import MAX_IMG_SIZE, MODEL_FLAGS
 from .published import ENCODER_PREFIX, export, looks_published
 
 FORMAT = "madclip-1"
@@ -126,9 +128,14 @@ def _settings_faults(payload: dict[str, Any]) -> Iterator[str]:
         fits = kind not in LIMITS or (isinstance(value, kind) and LIMITS[kind](value))
         if name in settings and (not fits or (choices and value not in choices)):
             yield f"{name} is {value!r:.80}"
+    if settings.get("img_size", 1) > MAX_IMG_SIZE:
+        yield f"img_size is {settings['img_size']!r:.80}, above {MAX_IMG_SIZE}"
     layers = settings.get("features_list", [1])
     if not isinstance(layers, list) or not layers or not all(isinstance(layer, int) for layer in layers):
         yield f"features_list is {layers!r:.80}"
+    states = settings.get("states")
+    if states is not None and (fault := states_fault(states)):
+        yield f"states: {fault}"
     options, metrics = about.get("options", {}), about.get("metrics", {})
     if not isinstance(about.get("select"), str) or not isinstance(options, dict) or not isinstance(metrics, dict):
         yield "its notes are incomplete"
@@ -146,17 +153,14 @@ def write(payload: dict[str, Any], path: str | Path) -> None:
     try:
         with atomic_path(path) as temporary:
             torch.save(payload, temporary)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        raise InputError(f"{path}: cannot be written ({error}); an older file there is intact") from error
+    except RuntimeError as error:  # that is how torch.save reports a full disk
+        raise InputError(f"{path}: cannot be written (disk full?); an older file there is intact") from error
 
 
 def copy(source: str | Path, path: str | Path) -> None:
     """Copy a checkpoint atomically; `InputError` where that is impossible."""
-    try:
-        with atomic_path(path) as temporary:
-            shutil.copyfile(source, temporary)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); an older file there is intact") from error
+    with atomic_path(path) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def versions() -> dict[str, str]:
@@ -177,8 +181,8 @@ def show(path: str) -> None:
             print(f"{name}: {json.dumps(payload[name], indent=2)}")
     for name, part in payload.items():
         if isinstance(part, dict) and name not in ("settings", "about"):
-            shapes = {key: tuple(tensor.shape) for key, tensor in part.items() if isinstance(tensor, torch.Tensor)}
-            print(f"{name}: {len(shapes)} tensors, {sum(tensor.numel() for tensor in part.values()):,} numbers")
+            tensors = [tensor for tensor in part.values() if isinstance(tensor, torch.Tensor)]
+            print(f"{name}: {len(tensors)} tensors, {sum(tensor.numel() for tensor in tensors):,} numbers")
         elif isinstance(part, torch.Tensor):
             print(f"{name}: {tuple(part.shape)}")
 
@@ -189,7 +193,7 @@ def export_file(path: str, out: str, weights: str | None) -> None:
     settings = checkpoint.settings
     clip = create_model(
         settings.model_name, settings.pretrain, settings.img_size, weights=weights, fidelity=settings.fidelity,
-        seed=checkpoint.about["options"]["seed"],
+        seed=checkpoint.about.get("options", {}).get("seed", 0),
     )  # fmt: skip
     check_weights(checkpoint, clip.info.sha256, clip.info.source, path)
     detector = Detector(clip, settings)
@@ -198,14 +202,17 @@ def export_file(path: str, out: str, weights: str | None) -> None:
     print(f"{out}: written in the published format")
 
 
-def check_weights(checkpoint: Checkpoint, sha256: str, source: str, path: str | Path) -> None:
-    """`InputError` that names both hashes where a checkpoint was trained on other CLIP weights."""
+def check_weights(
+    checkpoint: Checkpoint, sha256: str, source: str, path: str | Path, allow_other: bool = False
+) -> None:
+    """Name both hashes where a checkpoint was trained on other CLIP weights: `InputError`, or a warning if allowed."""
     trained_on = checkpoint.settings.weights_sha256
-    if trained_on and sha256 != trained_on:
-        raise InputError(
-            f"--ckpt {path} was trained on CLIP weights {trained_on}, but {source} is {sha256}; "
-            f"give the right file with --weights"
-        )
+    if not trained_on or sha256 == trained_on:
+        return
+    words = f"--ckpt {path} was trained on CLIP weights {trained_on}, but {source} is {sha256}"
+    if not allow_other:
+        raise InputError(f"{words}; give the right file with --weights")
+    print(f"warning: {words}; used all the same (--allow_other_weights)", file=sys.stderr)
 
 
 def main() -> None:

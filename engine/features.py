@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from CLIP import CLIP
 from dataset import Sample, load_image
-from utils import JITTER_VIEW, InputError, atomic_path, augment_view, locked, prefetch, run_cli
+from utils import JITTER_VIEW, InputError, augment_view, locked, prefetch, run_cli, write_json
 
 from . import distributed
 
@@ -140,8 +141,7 @@ class DiskRows:
         self.row_bytes = int(np.prod(self.shape)) * self.dtype.itemsize
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "meta.json").exists():
-            with atomic_path(folder / "meta.json") as path:
-                path.write_text(json.dumps({**description, "row_bytes": self.row_bytes}, indent=2) + "\n")
+            write_json(folder / "meta.json", {**description, "row_bytes": self.row_bytes}, "--cache_dir")
         (folder / "rows.bin").touch()
         (folder / "index.bin").touch()
         self.records: dict[bytes, tuple[int, int]] = {}  # key -> row number, CRC-32
@@ -400,18 +400,30 @@ def readable(size: float) -> str:
 
 
 def stores(cache_dir: Path) -> list[Path]:
-    """Folders of `cache_dir` that are stores."""
-    return sorted(path.parent for path in cache_dir.glob("*/meta.json"))
+    """Folders of `cache_dir` that are stores, by their names too: `prune` deletes them."""
+    folders = (path.parent for path in cache_dir.glob("*/meta.json"))
+    return sorted(folder for folder in folders if re.fullmatch("[0-9a-f]{16}", folder.name))
+
+
+def describe(folder: Path) -> str:
+    """What a store holds, in words."""
+    size = (folder / "rows.bin").stat().st_size
+    meta = json.loads((folder / "meta.json").read_text())
+    records, _ = read_index(folder / "index.bin", size // meta["row_bytes"])
+    return (
+        f"{len(records)} images  {readable(size)}  {meta['model']} {meta['img_size']} px  layers {meta['layers']}  "
+        f"{meta['dtype']}  weights {str(meta['weights_sha256'])[:12]}"
+    )
 
 
 def info(cache_dir: Path) -> None:
     """Print a line for every store."""
     for folder in stores(cache_dir):
-        meta = json.loads((folder / "meta.json").read_text())
-        records, _ = read_index(folder / "index.bin", (folder / "rows.bin").stat().st_size // meta["row_bytes"])
-        print(f"{folder}  {len(records)} images  {readable((folder / 'rows.bin').stat().st_size)}  {meta['model']} "
-              f"{meta['img_size']} px  layers {meta['layers']}  {meta['dtype']}  "
-              f"weights {str(meta['weights_sha256'])[:12]}")  # fmt: skip
+        try:
+            words = describe(folder)
+        except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
+            words = "damaged; --prune removes it"
+        print(f"{folder}  {words}")
     if not stores(cache_dir):
         print(f"{cache_dir}: no stores")
 
@@ -425,7 +437,7 @@ def prune(cache_dir: Path) -> None:
             except BlockingIOError:
                 print(f"{folder}  in use, kept")
                 continue
-            size = (folder / "rows.bin").stat().st_size
+            size = sum(path.stat().st_size for path in folder.iterdir())
             shutil.rmtree(folder)
             print(f"{folder}  {readable(size)} freed")
 

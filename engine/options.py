@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from CLIP import ADAPTERS, CLIP, FIDELITIES, PRETRAINS, ModelConfig, list_models
-from dataset import OBJECTS, MedicalDataset, object_name
+from dataset import OBJECTS, MedicalDataset, named_after, object_name
 from loss import DEC_TYPES, LOSS_TYPES
 from Prompt import TEXT_MOODS
-from utils import InputError
+from utils import InputError, integer, temporary_path
 
 from . import distributed
 from .detector import Detector, Settings
@@ -22,12 +24,12 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 CUDA_PASS_BATCH = 64  # images through the tower at a time: 18,560 tokens at ViT-L-14, 240 px; no gradients to keep
 
 
-def positive(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
+NOT_GIVEN = "\0"  # no command line can hold it
+MAX_IMG_SIZE = 4096
+
+# Argparse types.
+positive = integer(1)
+count = integer(0)
 
 
 def positive_float(text: str) -> float:
@@ -38,11 +40,27 @@ def positive_float(text: str) -> float:
     return value
 
 
+def words(text: str) -> str:
+    """An argparse type: text that is not blank, nor longer than a checkpoint may hold."""
+    if not text.strip() or len(text) > 200:
+        raise argparse.ArgumentTypeError("is blank, or longer than 200 characters")
+    return text
+
+
+def run_name(text: str) -> str:
+    """An argparse type: a name that may be a folder's, in W&B too."""
+    if not text.strip() or not text.isprintable() or len(text) > 100 or len(os.fsencode(text)) > 255:
+        raise argparse.ArgumentTypeError("give 1 to 100 printable characters")
+    if text.startswith(("-", ".")) or ".." in text or set("/\\") & set(text):
+        raise argparse.ArgumentTypeError(f"{text!r} begins with '-' or '.', or holds '/', '\\' or '..'")
+    return text
+
+
 # The published flags that shape a checkpoint, with the published defaults.
 MODEL_FLAGS = {
     "model_name": {"default": "ViT-L-14-336", "choices": list_models(), "help": "a file of CLIP/model_configs"},
     "pretrain": {"default": "openai", "choices": PRETRAINS, "help": "where CLIP's weights come from"},
-    "img_size": {"default": 240, "type": positive, "help": "pixels a side that images are resized to"},
+    "img_size": {"default": 240, "type": integer(1, MAX_IMG_SIZE), "help": "pixels a side that images are resized to"},
     "features_list": {
         "default": None,
         "type": int,
@@ -63,44 +81,56 @@ MODEL_FLAGS = {
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Show defaults, but not a default of None."""
+    """Show defaults, but not where there is none or the help says it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default in (None, NOT_GIVEN) else super()._get_help_string(action)
 
 
-def count(text: str) -> int:
-    """An argparse type: an integer of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is below 0")
-    return value
+class DataRoot(argparse.Action):
+    """--data_root: its folder names the data set too, unless --obj does, before or after it."""
 
-
-def words(text: str) -> str:
-    """An argparse type: text that is not blank."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("is blank")
-    return text
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str,
+        option_string: str | None = None,
+    ) -> None:
+        """Keep the folder, and its name where no other is given so far."""
+        if not values:  # Path("") would be the current folder
+            raise argparse.ArgumentError(self, "is empty")
+        namespace.data_root = values
+        if namespace.obj == NOT_GIVEN:
+            namespace.obj = named_after(values)
 
 
 def add_data_flags(parser: argparse.ArgumentParser, obj: str) -> None:
     """Flags of both scripts: data, machine, features, results."""
     data = parser.add_argument_group("data")
-    data.add_argument("--obj", default=obj, type=object_name, help=f"data set: {', '.join(OBJECTS)}, or your own")
+    data.add_argument(
+        "--obj",
+        default=NOT_GIVEN,
+        type=lambda text: object_name(obj if text == NOT_GIVEN else text),  # argparse passes string defaults through it
+        help=f"data set: {', '.join(OBJECTS)}, or your own (default: the name of --data_root's folder, else {obj})",
+    )
     data.add_argument("--data_path", default="./data/", help="folder that holds <obj>_AD")
-    data.add_argument("--data_root", help="the data set's own folder, instead of <data_path>/<obj>_AD")
-    data.add_argument("--batch_size", type=positive, default=16, help="images a training step; scoring takes two such")
+    data.add_argument("--data_root", action=DataRoot, help="the data set's own folder, instead of <data_path>/<obj>_AD")
+    data.add_argument(
+        "--batch_size", type=integer(1, 65536), default=16, help="images a training step; scoring takes two such"
+    )
     data.add_argument("--save_path", default="./ckpt/", help="folder of checkpoints")
     data.add_argument("--weights", help="file with CLIP weights, instead of the one under CLIP/ckpt")
-    data.add_argument("--seed", type=int, default=111)
+    data.add_argument("--seed", type=integer(-(2**63), 2**64 - 1), default=111)  # as torch takes it
     data.add_argument("--out_json", help="write the results to this file")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     machine.add_argument(
         "--precision", default="auto", choices=PRECISIONS, help="auto: fp32 on a CPU, bf16 or fp16 on CUDA"
     )
-    machine.add_argument("--num_workers", type=int, default=2, help="threads that decode images beside the network")
+    machine.add_argument(
+        "--num_workers", type=integer(1, 256), default=2, help="threads that decode images beside the network"
+    )
     features = parser.add_argument_group("features (README: The feature store)")
     features.add_argument("--cache", default="auto", choices=MODES, help="where the frozen tower's tokens are kept")
     features.add_argument("--cache_dir", default=".cache/features", help="folder of the disk store")
@@ -155,10 +185,9 @@ def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one; `InputError` for a device that is not there."""
     if name == "auto":
         return torch.device("cuda", distributed.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device {name}: no such device; use auto, cpu, cuda or cuda:N") from error
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", name, re.ASCII):
+        raise InputError(f"--device {name}: use auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here")
     return device
@@ -196,13 +225,7 @@ def say_weights(clip: CLIP) -> None:
 
 
 def writable(path: str | Path, flag: str) -> Path:
-    """Make sure that a file can be written there before hours are spent on what it will hold."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.parent / f".{path.name}.probe"
+    """Make sure that `atomic_path` can write a file there before hours are spent on what it will hold."""
+    with temporary_path(path, flag) as probe:
         probe.touch()
-        probe.unlink(missing_ok=True)  # several processes may try at once
-    except OSError as error:
-        raise InputError(f"{flag} {path}: cannot be written ({error.strerror})") from error
-    return path
+    return Path(path)

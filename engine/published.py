@@ -15,7 +15,7 @@ from torch import Tensor
 
 from CLIP import CLIP, ModelConfig, list_models
 from CLIP.adapter_shared import BRANCHES
-from CLIP.openai import one_line
+from CLIP.openai import is_plain, one_line
 from dataset import MedicalDataset
 from utils import InputError
 
@@ -72,6 +72,9 @@ def _infer(
         raise InputError(f"--ckpt {path} holds adapters for {count} layers: name them with --features_list")
     makers = [branch for branch in BRANCHES if f"prompt_maker_{branch}" in parts]
     mood = {2: "learnable_all", 1: "learnable_abnormal", 0: "fix"}[len(makers)]
+    features = parts.get("text_features_fix", torch.empty(embed_dim, 2))
+    if not isinstance(features, Tensor) or not is_plain(features) or features.shape != (embed_dim, 2):
+        raise InputError(f"--ckpt {path}: text_features_fix is no tensor of shape ({embed_dim}, 2)")
     assumed = {name: getattr(flags, name) or default for name, default in DEFAULTS.items()}
     settings = Settings(
         obj=dataset.obj,
@@ -111,6 +114,15 @@ def encoder_difference(parts: dict[str, Any], clip: CLIP) -> float | None:
         if name in own and stored.shape == own[name].shape
     ]
     return max(differences, default=None)
+
+
+@torch.no_grad()
+def features_difference(parts: dict[str, Any], detector: Detector) -> float | None:
+    """The largest difference between `text_features_fix` in a checkpoint and those of `detector`; None without any."""
+    stored = parts.get("text_features_fix")
+    if stored is None or detector.settings.text_mood != "fix":
+        return None
+    return float((stored.float() - detector.prompts().cpu()).abs().max())
 
 
 @torch.no_grad()

@@ -62,7 +62,10 @@ class Sheet:
                 self.rows[sample.name] = (sample, float(scores[i]), heat)
 
     def save(self, path: Path) -> Path:
-        """Draw image, mask outline and heat map side by side, a row an image; without maps the images alone."""
+        """Draw image, mask outline and heat map side by side, a row an image; without maps the images alone.
+
+        `InputError` naming --figures where `path` cannot be written.
+        """
         rows = [row for row in self.rows.values() if row is not None]
         maps = [heat for _, _, heat in rows if heat is not None]
         columns = 3 if maps else 1
@@ -83,7 +86,7 @@ class Sheet:
                 canvas.paste(tile, (x + column * (TILE + MARGIN), y + CAPTION))
         if maps:
             self._draw_scale(canvas, draw, low, high)
-        with atomic_path(path) as temporary:
+        with atomic_path(path, "--figures") as temporary:
             canvas.save(temporary, "PNG")
         return path
 

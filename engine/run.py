@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from utils import InputError, atomic_path
+from utils import InputError, atomic_path, write_json
 
 from . import checkpoint, distributed
 
@@ -83,11 +83,13 @@ class RunFolder:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write config.json."""
-        self._write(self.config, json.dumps(config, indent=2) + "\n")
+        if distributed.is_main():
+            write_json(self.config, config)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write result.json, which marks the run as finished."""
-        self._write(self.result, json.dumps(result, indent=2) + "\n")
+        if distributed.is_main():
+            write_json(self.result, result)
 
     def save(self, state: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:
         """Write last.pth, then the newest line of metrics.jsonl."""
@@ -111,17 +113,10 @@ class RunFolder:
             state, history = payload.get("state"), payload.get("history")
             if payload.get("format") != STATE or not isinstance(state, dict) or not isinstance(history, list):
                 raise InputError(f"--resume {self.path}: its last.pth is not a run's")
-        self._write(self.metrics, "".join(map(_line, history)))
+        if distributed.is_main():
+            with atomic_path(self.metrics) as temporary:
+                temporary.write_text("".join(map(_line, history)), encoding="utf-8")
         return None if state is None else (state, history)
-
-    def _write(self, path: Path, text: str) -> None:
-        if not distributed.is_main():
-            return
-        try:
-            with atomic_path(path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}); is the disk full?") from error
 
 
 def _line(values: Mapping[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from CLIP.clip import random_state
 from CLIP.model import ModelConfig
 from dataset import phantom
 from tests.helpers_commands import ROOT, Commands
+from utils import run_cli
 
 SMALL = ["--model_name", "ViT-tiny-14-56", "--pretrain", "random", "--img_size", 42, "--device", "cpu"]
 OWN_WEIGHTS = ["--pretrain", "openai", "--weights"]
@@ -105,7 +108,24 @@ def test_without_warm_imports(folder):
         (["--device", "gpu"], ["--device gpu"]),
         (["--save_path", "/proc/x"], ["--save_path /proc/x"]),
         (["--save_path", "README.md"], ["--save_path README.md"]),
-        (["--out_json", "README.md/x"], ["--out_json README.md"]),
+        (["--out_json", "README.md/x"], ["--out_json README.md/x", "README.md is a file"]),
+        (["--out_json", "tests"], ["--out_json tests", "a folder, a device or a pipe"]),
+        (["--out_json", "x" * 300], ["--out_json xxx", "too long"]),
+        (["--data_path", "x" * 300], ["xxx", "too long"]),
+        (["--data_root", ""], ["--data_root", "is empty"]),
+        (["--cache_dir", "x" * 300], ["xxx", "too long"]),
+        (["--prompts", "/dev/zero"], ["--prompts /dev/zero", "device"]),
+        (["--seed", 2**64], ["--seed", "at most 18446744073709551615"]),
+        (["--seed", -(2**63) - 1], ["--seed", "at least -9223372036854775808"]),
+        (["--batch_size", 65537], ["--batch_size", "at most 65536"]),
+        (["--img_size", 4097], ["--img_size", "at most 4096"]),
+        (["--num_workers", 0], ["--num_workers", "at least 1"]),
+        (["--num_workers", 257], ["--num_workers", "at most 256"]),
+        (["--num_workers", "two"], ["--num_workers", "invalid int value: 'two'"]),
+        *(
+            (["--device", name], [f"--device {name}", "use auto, cpu, cuda or cuda:N"])
+            for name in ("meta", "cpu:5", "mps")
+        ),
     ],
 )
 def test_flags_of_training(command, folder, trained, arguments, words):
@@ -149,6 +169,10 @@ def cut_jpeg(data: Path) -> None:
     )
 
 
+def replace(make: Callable[[Path], object]) -> Callable[[Path], None]:
+    return lambda path: (path.unlink(), make(path))
+
+
 def no_images(data: Path) -> None:
     for path in (data / UNGOOD).iterdir():
         path.rename(path.with_suffix(".txt"))
@@ -163,6 +187,29 @@ SPOILED = {
     "missing split": (lambda data: shutil.rmtree(data / "Brain_AD/test"), ["Brain_AD/test"]),
     "missing class": (lambda data: shutil.rmtree(data / UNGOOD), [UNGOOD]),
     "no images": (no_images, [UNGOOD, "no images"]),
+    "list with an endless name": (shot_list(f"a-0: {'x' * 300}.png\nn-0: x.png\n"), ["my2-shot.txt", "xxx"]),
+    "list that is a pipe": (
+        lambda data: (shot_list("")(data), replace(os.mkfifo)(data / "Brain_AD/fewshot_seed/my2-shot.txt")),
+        ["my2-shot.txt", "pipe"],
+    ),
+    "data folder that is a file": (
+        lambda data: (shutil.rmtree(data / "Brain_AD"), (data / "Brain_AD").touch()),
+        ["--data_path", "Brain_AD not found"],
+    ),
+    "split that links to itself": (
+        lambda data: (shutil.rmtree(data / "Brain_AD/test"), (data / "Brain_AD/test").symlink_to("test")),
+        ["Brain_AD/test"],
+    ),
+    "image that links to nothing": (
+        lambda data: replace(lambda path: path.symlink_to("/nowhere"))(
+            data / "Brain_AD/test/good/img/test_good_00000.png"
+        ),
+        ["test_good_00000.png", "a link to a file that is not there"],
+    ),
+    "name with a line break": (
+        lambda data: (data / "Brain_AD/test/good/img/a\nb.png").write_text("x"),
+        ["a b.png", "not a readable image"],
+    ),
     "list names a missing file": (shot_list(f"a-0: nobody.png\nn-0: {FIRST}\n"), ["my2-shot.txt", "nobody.png"]),
     "list with ..": (shot_list(f"a-0: ../../{FIRST}\nn-0: x.png\n"), ["my2-shot.txt", f"../../{FIRST}"]),
     "list with an absolute path": (shot_list("a-0: /etc/passwd\nn-0: x.png\n"), ["my2-shot.txt", "/etc/passwd"]),
@@ -240,6 +287,10 @@ def test_checkpoints(command, folder, trained):
     check(settings(features_list=[1, 2]), "Brain.pth", "do not fit its settings")
     check(settings(model_name="RN50"), "Brain.pth", "model_name is 'RN50'")
     check(settings(weights_sha256="f" * 64), "Brain.pth", "f" * 64, "--weights")
+    check(settings(img_size=10**6), "Brain.pth", "img_size is 1000000")
+    check(settings(states={"normal": ["{}"]}), "Brain.pth", "states: expected")
+    check(settings(states={"normal": ["{}"], "abnormal": ["{:>99999999}"]}), "Brain.pth", "needs {} once")
+    check({"about": "text"}, "Brain.pth", "no settings")
     check(settings(obj="Chest", pixel_metrics=False), "Brain.pth", "masks")
     adapters = {name: tensor * float("nan") for name, tensor in good["normal_det_adapters"].items()}
     check({"normal_det_adapters": adapters}, "Brain.pth", "NaN")
@@ -281,3 +332,104 @@ def test_a_full_disk(command, folder, trained):
     assert again.returncode == 0
     whole = command("train.py", *arguments, "--cache", "ram", "--out_json", folder / "ram.json")
     assert again.stdout.splitlines()[-2:] == whole.stdout.splitlines()[-2:]
+
+
+def test_results_on_a_full_disk(command, folder):
+    """The figures are printed by then; what was in the file stays."""
+    arguments = [*flags(folder, "test.py"), "--cache", "ram"]
+    (folder / "x.json").write_text("{}")
+    full = command("test.py", *arguments, "--out_json", folder / "x.json", file_bytes=1500)
+    refused(full, "--out_json", "x.json", "disk full?", "intact")
+    assert "AUC 0." in full.stdout
+    assert (folder / "x.json").read_text() == "{}"
+    full = command("test.py", *arguments, "--figures", folder / "figures", file_bytes=20_000)
+    refused(full, "--figures", "Brain.png", "disk full?")
+    assert not list((folder / "figures").iterdir())
+
+
+def test_only_files_are_replaced(command, folder):
+    os.mkfifo(folder / "pipe")
+    (folder / "null").symlink_to("/dev/null")
+    for name in ("pipe", "null", "data"):
+        for script in ("train.py", "test.py"):
+            result = command(script, *flags(folder, script), "--out_json", folder / name)
+            refused(result, f"--out_json {folder / name}: a folder, a device or a pipe")
+        result = command("engine.checkpoint", "export", folder / "ckpt/Brain.pth", folder / name)
+        refused(result, f"{folder / name}: a folder, a device or a pipe")
+    assert (folder / "pipe").is_fifo()
+    assert (folder / "null").is_symlink()
+
+
+def test_odd_file_names_are_fine(command, folder):
+    """A line break, bytes that are no UTF-8, letters of all kinds: they are images like others."""
+    places = [folder / "data/Brain_AD/valid/Ungood" / name for name in ("img", "anomaly_mask")]
+    shutil.rmtree(folder / "data/Brain_AD/fewshot_seed")
+    for index, name in enumerate((b"a\nb.png", b"\xff.png", "\U0001f600\u202e.png".encode(), b"{x}.png")):
+        for place in places:
+            (place / f"valid_Ungood_0000{index}.png").rename(place / os.fsdecode(name))
+    arguments = [*flags(folder), "--shot", 4, "--epoch", 1, "--cache", "ram", "--out_json", folder / "x.json"]
+    trained = command("train.py", *arguments, env={"PYTHONIOENCODING": "utf-8"})
+    assert trained.returncode == 0, trained.stderr
+    assert "\\udcff.png" in trained.stdout
+    assert command("test.py", *flags(folder, "test.py"), "--figures", folder / "figures").returncode == 0
+    assert command("engine.checkpoint", "show", folder / "ckpt/Brain.pth").returncode == 0
+    assert json.loads((folder / "x.json").read_text())["n_abnormal"] == 4
+
+
+def test_data_root_names_the_data_set(command, folder):
+    """Its folder does where --obj does not, whatever their order; --obj with the default's name counts too."""
+    root = (folder / "data/Brain_AD").rename(folder / "knee")
+    small = [*SMALL, "--shot", 2, "--epoch", 1, "--cache", "ram", "--save_path", folder / "ckpt"]
+    for words, name in (
+        (["--data_root", root], "knee"),
+        (["--data_root", root, "--obj", "Liver"], "Liver"),
+        (["--obj", "Liver", "--data_root", root], "Liver"),
+    ):
+        result = command("train.py", *small, *words)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.startswith(f"{name}: 8 test images")
+        assert torch.load(folder / f"ckpt/{name}.pth", weights_only=True)["about"]["options"]["obj"] == name
+    result = command("test.py", "--data_root", root, "--save_path", folder / "ckpt", "--device", "cpu")
+    assert "knee: 8 test images" in result.stdout
+    refused(command("train.py", *small, "--data_root", root.rename(folder / "a knee")), "--obj 'a knee'")
+    assert "default: the name of --data_root's folder, else Brain" in " ".join(
+        command("test.py", "--help").stdout.split()
+    )
+
+
+def test_other_weights_only_where_they_are_allowed(command, folder):
+    path = folder / "ckpt" / "Brain.pth"
+    content = torch.load(path, weights_only=True)
+    loaded = content["settings"]["weights_sha256"]
+    content["settings"]["weights_sha256"] = "f" * 64
+    torch.save(content, path)
+    refused(command("test.py", *flags(folder, "test.py")), "f" * 64, loaded, "--weights")
+    allowed = command("test.py", *flags(folder, "test.py"), "--allow_other_weights")
+    assert allowed.returncode == 0
+    warning = next(line for line in allowed.stderr.splitlines() if "warning" in line)
+    assert "f" * 64 in warning
+    assert loaded in warning
+
+
+def test_a_reader_that_leaves(trained):
+    """`... | head -1` ends without a traceback."""
+    shown = f"{sys.executable} -m engine.checkpoint show {trained}"
+    result = subprocess.run(f"{shown} | head -c 1", shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "{" in subprocess.run(shown.split(), cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert (result.stdout, result.stderr) == ("s", "")
+
+
+def test_a_file_that_the_system_refuses(capsys):
+    """An OSError that names a file is one line; any other is a fault of the program and keeps its traceback."""
+
+    def refuse() -> None:
+        raise PermissionError(13, "Permission denied", "data/x.png")
+
+    def fault() -> None:
+        raise OSError("no file")
+
+    with pytest.raises(SystemExit) as left:
+        run_cli(refuse)
+    assert (left.value.code, capsys.readouterr().err) == (2, "error: data/x.png: Permission denied\n")
+    with pytest.raises(OSError, match="no file"):
+        run_cli(fault)

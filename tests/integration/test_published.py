@@ -47,6 +47,7 @@ def test_published_names_and_the_same_figures(trained, tmp_path, monkeypatch, ca
     output = call(monkeypatch, capsys, test_script, *paths, *flags)
     assert f"inferred: ViT-tiny-14-56, MFCFC, 2 layers, {mood}" in output
     assert figures(output) == expected
+    assert "differ" not in output
     with pytest.raises(InputError, match="2 layers: name them with --features_list"):
         call(monkeypatch, capsys, test_script, *paths, *flags[:-3])
 
@@ -56,6 +57,7 @@ def test_another_text_encoder_is_said(trained, tmp_path, monkeypatch, capsys):
     flags = ["--ckpt", tmp_path / "published.pth", "--pretrain", "random", "--img_size", 42, "--features_list", 2, 4]
     output = call(monkeypatch, capsys, test_script, *paths, *flags, "--seed", 5)
     assert ("its text encoder differs" in output) == (mood != "fix")
+    assert ("its text features differ" in output) == (mood == "fix")
 
 
 def test_the_other_released_name_is_found(trained, tmp_path, monkeypatch, capsys):
@@ -70,6 +72,32 @@ def test_show(trained, tmp_path, monkeypatch, capsys):
     assert f'"text_mood": "{mood}"' in output
     assert "valid_Ungood_00000.png" in output
     assert "normal_det_adapters: 6 tensors" in output
+    stored = torch.load(tmp_path / "Brain.pth", weights_only=True)
+    torch.save({**stored, "normal_det_adapters": {"x": torch.zeros(2, 3)}, "more": {"y": 1}}, tmp_path / "odd.pth")
+    output = export(monkeypatch, capsys, "show", tmp_path / "odd.pth")
+    assert "normal_det_adapters: 1 tensors, 6 numbers" in output
+    assert "more: 0 tensors, 0 numbers" in output
+
+
+def test_export_without_notes(trained, tmp_path, monkeypatch, capsys):
+    """A checkpoint whose notes lack the options; the hash of its weights says the rest."""
+    stored = torch.load(tmp_path / "Brain.pth", weights_only=True)
+    del stored["about"]["options"]
+    torch.save(stored, tmp_path / "Brain.pth")
+    with pytest.raises(InputError, match="trained on CLIP weights"):  # random ones, of another seed
+        export(monkeypatch, capsys, "export", tmp_path / "Brain.pth", tmp_path / "out.pth")
+
+
+@pytest.mark.parametrize("features", [1, torch.zeros(5, 2), torch.zeros(2)])
+def test_text_features_of_another_shape_are_refused(trained, tmp_path, monkeypatch, capsys, features):
+    mood, paths, _ = trained
+    if mood != "fix":
+        pytest.skip("holds none")
+    stored = torch.load(tmp_path / "published.pth", weights_only=True)
+    torch.save({**stored, "text_features_fix": features}, tmp_path / "published.pth")
+    flags = ["--ckpt", tmp_path / "published.pth", "--pretrain", "random", "--img_size", 42, "--features_list", 2, 4]
+    with pytest.raises(InputError, match=r"text_features_fix is no tensor of shape \(96, 2\)"):
+        call(monkeypatch, capsys, test_script, *paths, *flags)
 
 
 def test_code_in_a_checkpoint_is_refused(data_path, tmp_path):  # noqa: F811

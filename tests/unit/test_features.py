@@ -224,7 +224,20 @@ def test_info_and_prune(clip, items, tmp_path):
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
     assert f"{store.folder}  7 images" in run("--info")
-    assert "freed" in run("--prune")
+    broken = {
+        "0" * 16: "{", "1" * 16: "[]", "2" * 16: '{"row_bytes": 0}', "3" * 16: "\xff", "4" * 16: '{"row_bytes": "x"}',
+    }  # fmt: skip
+    for name, text in broken.items():
+        (tmp_path / "store" / name).mkdir()
+        (tmp_path / "store" / name / "meta.json").write_text(text, encoding="latin-1")
+        if name[0] != "4":
+            (tmp_path / "store" / name / "rows.bin").touch()
+    (tmp_path / "store" / "project").mkdir()
+    (tmp_path / "store" / "project" / "meta.json").write_text("{}")  # no store: nothing to be deleted
+    lines = run("--info").splitlines()
+    assert [line.split("  ")[1] for line in lines] == ["damaged; --prune removes it"] * 5 + ["7 images"]
+    assert run("--prune").count("freed") == 6
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["project"]
     assert not store.folder.exists()
     assert "no stores" in run("--info")
 

@@ -32,6 +32,8 @@ from CLIP import create_model
 from CLIP.clip import load_state, random_state
 from CLIP.model import CLIP, ModelConfig
 from CLIP.openai import is_plain, read_weights
+from dataset import MedicalDataset
+from dataset.layout import KINDS, SPLITS, Layout
 from dataset.medical_few import read_shot_list
 from engine.checkpoint import Checkpoint
 from engine.detector import Detector, Settings
@@ -380,6 +382,60 @@ def test_shot_lists(tmp_path):
     check()
 
 
+FOLDERS = [
+    "valid/good/img",
+    "a/../b",
+    "/",
+    ".",
+    "",
+    "x" * 300,
+    "x" * 5000,
+    "\0",
+    "\ud800",
+    "\n",
+    1,
+    None,
+    [],
+    ["x"],
+    [1],
+]
+ENTRIES = [None, True, 0, 0.5, -1.0, float("nan"), "x", " ", "x" * 10**5, {}, [], [[]]]
+TEMPLATES = [
+    "{stem}",
+    "{parent}/{stem}",
+    "{x}/{stem}",
+    "{stem.__class__}",
+    "x/{stem:>99999999}",
+    "../{stem}",
+    "\0/{stem}",
+]
+SPLIT = st.fixed_dictionaries(dict.fromkeys(KINDS, st.sampled_from(FOLDERS)))
+DESCRIPTIONS = st.builds(
+    lambda entries, splits: entries | splits,
+    st.dictionaries(st.sampled_from([*Layout.__dataclass_fields__, "x" * 10**5]), st.sampled_from(ENTRIES), max_size=1),
+    st.fixed_dictionaries({}, optional=dict.fromkeys(SPLITS, SPLIT) | {"masks": st.sampled_from(TEMPLATES)}),
+)
+
+
+def test_descriptions_of_data_sets(tmp_path, monkeypatch):
+    monkeypatch.setattr("dataset.layout.FOLDER", tmp_path)
+    for folder in ("valid", "test", "x"):
+        (tmp_path / "Knee_AD" / folder).mkdir(parents=True)
+
+    def read(_: Path) -> None:
+        dataset = MedicalDataset.open("Knee", tmp_path)
+        for split in SPLITS:
+            dataset.samples(split)
+
+    @fuzz(200)
+    @given(st.one_of(DESCRIPTIONS, st.sampled_from(ENTRIES)))
+    def check(content: object) -> None:
+        (tmp_path / "Knee.json").write_text(json.dumps(content))
+        assert refusal(read, tmp_path / "Knee.json")  # there are no images
+
+    check()
+
+
 # Files that an attacker would make.
 
 
@@ -459,7 +515,7 @@ def test_hostile_files(tmp_path, whole, capsys, name, read):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("read", [read_and_load_weights, read_and_restore])
+@pytest.mark.parametrize("read", [read_and_load_weights, read_and_restore, read_list])
 def test_no_regular_file(tmp_path, read):
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", tmp_path, Path("/dev/zero"), tmp_path / "file" / "below", tmp_path / ("x" * 300)):

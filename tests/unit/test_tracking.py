@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import json
 import os
@@ -16,7 +17,6 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def items(update: Any) -> dict[str, Any]:
     return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in update}
 
 
-@contextmanager
+@contextlib.contextmanager
 def server(answer: str) -> Iterator[tuple[str, list[tuple[str, str, bytes]]]]:
     """Run a local stand-in for the W&B server: "ok", "401" or "silent". Yields its URL and (path, auth, body) seen."""
     seen: list[tuple[str, str, bytes]] = []
@@ -486,7 +486,7 @@ def test_the_probe_goes_through_the_proxy(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_probe_is_bounded_when_the_name_look_up_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     leave = threading.Event()
     monkeypatch.setattr(tracking, "PROBE_SECONDS", 0.2)
-    monkeypatch.setattr(tracking.socket, "create_connection", lambda *_, **__: leave.wait(30) and None)
+    monkeypatch.setattr(tracking.socket, "create_connection", lambda *_, **__: contextlib.nullcontext(leave.wait(30)))
     monkeypatch.setattr(tracking.urllib.request, "getproxies", dict)
     started = time.monotonic()
     assert not tracking._reachable("http://127.0.0.1:1")

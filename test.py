@@ -2,6 +2,7 @@
 
     python test.py --obj Liver                                  the checkpoint ckpt/Liver.pth on Liver's test set
     python test.py --obj Brain --ckpt FILE --out_json result.json --figures pictures
+    python test.py --obj Liver --ckpt ckpt/Brain.pth            trained on one data set, tested on another
 
 Arguments -> checkpoint -> metrics. Everything that shaped the checkpoint is read from it.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,13 @@ from engine.options import (
     make_store,
     pick_device,
     say_weights,
+    words,
     writable,
 )
 from engine.published import encoder_difference, features_difference, infer_settings
 from engine.report import Sheet
-from utils import InputError, run_cli, set_seed, write_json
+from engine.towers import Towers
+from utils import run_cli, set_seed, write_json
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -41,6 +45,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add_data_flags(parser, obj="Brain")
     add_model_flags(parser, from_checkpoint=True)
     parser.add_argument("--ckpt", help="checkpoint (default: <save_path>/<obj>.pth)")
+    parser.add_argument(
+        "--prompt_name", type=words, help="what the prompts call the object (default: as the checkpoint was trained)"
+    )
     parser.add_argument(
         "--allow_other_weights", action="store_true", help="only warn of other CLIP weights than it was trained on"
     )
@@ -55,10 +62,23 @@ def default_checkpoint(save_path: str, obj: str) -> Path:
     return released if released.is_file() and not path.is_file() else path
 
 
-def main() -> None:
-    """Arguments -> checkpoint -> metrics."""
-    distributed.start()
-    options = parse()
+def masks_note(settings: Settings, dataset: MedicalDataset) -> str | None:
+    """A line where only one of the two data sets has masks; None where both or none have."""
+    if settings.pixel_metrics == dataset.pixel_metrics:
+        return None
+    if settings.pixel_metrics:
+        return f"{dataset.obj} has no masks: no pixel metrics; images score as trained, by their highest pixel"
+    return (
+        f"{settings.obj} has no masks, so the checkpoint's segmentation heads are untrained: no pixel metrics; images "
+        f"score as trained, by the detection heads"
+    )
+
+
+def test(options: argparse.Namespace, towers: Towers | None = None) -> dict[str, Any]:
+    """Arguments -> checkpoint -> metrics, which are printed, written where asked for, and returned.
+
+    `towers` are shared with other runs of this process.
+    """
     set_seed(options.seed)
     device = pick_device(options.device)
     if options.out_json:
@@ -75,11 +95,11 @@ def main() -> None:
     checkpoint = Checkpoint.load(ckpt, infer)
     settings = checkpoint.settings
     check_against(settings, options)
-    if dataset.pixel_metrics != settings.pixel_metrics:
-        raise InputError(f"--obj {options.obj} and {ckpt}, trained on {settings.obj}: only one of them has masks")
+    if options.prompt_name:
+        settings = replace(settings, prompt_name=options.prompt_name)
     samples = dataset.samples("test")
 
-    clip = create_model(
+    clip = (towers.clip if towers else create_model)(
         settings.model_name, settings.pretrain, settings.img_size, weights=options.weights,
         fidelity=settings.fidelity, seed=checkpoint.about.get("options", {}).get("seed", options.seed), device=device,
     )  # fmt: skip
@@ -95,7 +115,7 @@ def main() -> None:
         print(
             f"{ckpt}: its text features differ by up to {difference:.3g} from those of the CLIP weights, which are used"
         )
-    store = make_store(options, clip, detector)
+    store = (towers.store if towers else make_store)(options, clip, detector)
     store.prepare([Item(sample) for sample in samples])
     store.release_tower()
     sheet = Sheet(samples, settings.img_size) if options.figures else None
@@ -104,18 +124,30 @@ def main() -> None:
     select = checkpoint.about["select"]
     epoch = checkpoint.about.get("metrics", {}).get("epoch", "unknown")
     print(f"{options.obj}: {len(samples)} test images")
-    if note := dataset.split_note():
-        print(note)
-    print(f"{ckpt}: trained on {settings.obj}, epoch {epoch}, --select {select}")
+    for note in (dataset.split_note(), masks_note(settings, dataset)):
+        if note:
+            print(note)
+    print(
+        f"{ckpt}: trained on {settings.obj}, tested on {options.obj}, epoch {epoch}, --select {select}; "
+        f"the prompts say {settings.prompt_name!r}"
+    )
     print(found.line())
     for name, value in found.more.items():
-        words = " to ".join(f"{v:.4f}" for v in value) if isinstance(value, list) else f"{value:.4f}"
-        print(f"  {name}: {words}")
+        text = " to ".join(f"{v:.4f}" for v in value) if isinstance(value, list) else f"{value:.4f}"
+        print(f"  {name}: {text}")
+    result = {**result_json(settings, found, select), "obj": options.obj, "trained_on": settings.obj}
     if options.out_json:
-        write_json(options.out_json, result_json(settings, found, select), "--out_json")
+        write_json(options.out_json, result, "--out_json")
     if sheet:
         print(f"pictures: {sheet.save(figures)}")
     print(published_lines(options.obj, found))
+    return result
+
+
+def main() -> None:
+    """Command line."""
+    distributed.start()
+    test(parse())
 
 
 if __name__ == "__main__":

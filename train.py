@@ -46,6 +46,7 @@ from engine.options import (
     writable,
 )
 from engine.run import RunFolder, StopSignals, surroundings
+from engine.towers import Towers
 from engine.tracking import Tracker
 from engine.training import EpochReport, TrainingSet, TrainingState, fit
 from Prompt import read_prompts
@@ -149,7 +150,7 @@ class Setup:
         return [*self.data.items, *(Item(sample) for sample in (*self.test, *self.valid))]
 
 
-def prepare(options: argparse.Namespace) -> Setup:
+def prepare(options: argparse.Namespace, towers: Towers | None = None) -> Setup:
     """Arguments -> data, backbone, model, and the store that will keep the features."""
     set_seed(options.seed)
     device = pick_device(options.device)
@@ -172,14 +173,14 @@ def prepare(options: argparse.Namespace) -> Setup:
         if note:
             print(note)
 
-    clip = create_model(
+    clip = (towers.clip if towers else create_model)(
         options.model_name, options.pretrain, options.img_size, weights=options.weights, fidelity=options.fidelity,
         seed=options.seed, device=device,
     )  # fmt: skip
     say_weights(clip)
     settings = make_settings(options, dataset, clip)
     detector = Detector(clip, settings).to(device)
-    store = make_store(options, clip, detector)
+    store = (towers.store if towers else make_store)(options, clip, detector)
     data = TrainingSet.build(shots, settings.img_size, settings.pixel_metrics, torch.rand(2, 2))
     return Setup(shots, settings, detector, store, data, test, valid)
 
@@ -232,8 +233,10 @@ def open_run(options: argparse.Namespace, setup: Setup) -> tuple[RunFolder, dict
     return run, config
 
 
-def train(options: argparse.Namespace) -> dict[str, Any]:
+def train(options: argparse.Namespace, towers: Towers | None = None) -> dict[str, Any]:
     """Arguments -> data, backbone, features, model -> epochs -> checkpoint and result.
+
+    `towers` are shared with other runs of this process.
 
     Returns:
         What result.json in the run's folder holds.
@@ -245,7 +248,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         if options.out_json:
             writable(options.out_json, "--out_json")
         kept = [writable(Path(options.save_path) / f"{options.obj}.pth", "--save_path")] if options.save_model else []
-        setup = prepare(options)
+        setup = prepare(options, towers)
         run, config = open_run(options, setup)
         settings, detector, store = setup.settings, setup.detector, setup.store
         state = TrainingState.start(detector, store.backbone.autocast, options.learning_rate, options.seed)

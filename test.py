@@ -11,29 +11,27 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from CLIP import create_model
 from dataset import MedicalDataset
 from engine import distributed
-from engine.checkpoint import Checkpoint, check_weights
-from engine.detector import Detector, Settings
+from engine.calibrate import describe_threshold, figures
+from engine.detector import Settings
 from engine.evaluate import evaluate, published_lines, result_json
 from engine.features import Item
+from engine.loading import load_detector
 from engine.options import (
     Formatter,
     add_data_flags,
     add_model_flags,
     check_against,
     make_store,
-    pick_device,
-    say_weights,
     words,
     writable,
 )
-from engine.published import encoder_difference, features_difference, infer_settings
 from engine.report import Sheet
 from engine.towers import Towers
 from utils import run_cli, set_seed, write_json
@@ -80,41 +78,18 @@ def test(options: argparse.Namespace, towers: Towers | None = None) -> dict[str,
     `towers` are shared with other runs of this process.
     """
     set_seed(options.seed)
-    device = pick_device(options.device)
     if options.out_json:
         writable(options.out_json, "--out_json")
-    figures = writable(Path(options.figures) / f"{options.obj}.png", "--figures") if options.figures else None
+    picture = writable(Path(options.figures) / f"{options.obj}.png", "--figures") if options.figures else None
     dataset = MedicalDataset.open(options.obj, options.data_path, options.data_root)
     ckpt = options.ckpt or default_checkpoint(options.save_path, options.obj)
 
-    def infer(parts: dict[str, Any]) -> Settings:
-        settings, words = infer_settings(parts, ckpt, dataset, options)
-        print(f"{ckpt}: {words}")
-        return settings
-
-    checkpoint = Checkpoint.load(ckpt, infer)
-    settings = checkpoint.settings
-    check_against(settings, options)
-    if options.prompt_name:
-        settings = replace(settings, prompt_name=options.prompt_name)
-    samples = dataset.samples("test")
-
-    clip = (towers.clip if towers else create_model)(
-        settings.model_name, settings.pretrain, settings.img_size, weights=options.weights,
-        fidelity=settings.fidelity, seed=checkpoint.about.get("options", {}).get("seed", options.seed), device=device,
+    loaded = load_detector(
+        ckpt, options, lambda: dataset, partial(check_against, options=options),
+        towers.clip if towers else create_model,
     )  # fmt: skip
-    say_weights(clip)
-    check_weights(checkpoint, clip.info.sha256, clip.info.source, ckpt, options.allow_other_weights)
-    difference = encoder_difference(checkpoint.parts, clip)
-    if difference:
-        print(f"{ckpt}: its text encoder differs by up to {difference:.3g} from the CLIP weights, which are used")
-    detector = Detector(clip, settings).to(device)
-    checkpoint.restore(detector, ckpt)
-    difference = features_difference(checkpoint.parts, detector)
-    if difference:
-        print(
-            f"{ckpt}: its text features differ by up to {difference:.3g} from those of the CLIP weights, which are used"
-        )
+    checkpoint, settings, clip, detector = loaded.checkpoint, loaded.settings, loaded.clip, loaded.detector
+    samples = dataset.samples("test")
     store = (towers.store if towers else make_store)(options, clip, detector)
     store.prepare([Item(sample) for sample in samples])
     store.release_tower()
@@ -136,10 +111,15 @@ def test(options: argparse.Namespace, towers: Towers | None = None) -> dict[str,
         text = " to ".join(f"{v:.4f}" for v in value) if isinstance(value, list) else f"{value:.4f}"
         print(f"  {name}: {text}")
     result = {**result_json(settings, found, select), "obj": options.obj, "trained_on": settings.obj}
+    if threshold := checkpoint.about.get("threshold"):
+        here = figures(found.labels, found.scores, threshold["value"])
+        result["decision"] = {**threshold, "on_test": here}
+        print(describe_threshold(threshold))
+        print(f"  on the test set: sensitivity {here['tpr']:.4f}, false positive rate {here['fpr']:.4f}")
     if options.out_json:
         write_json(options.out_json, result, "--out_json")
     if sheet:
-        print(f"pictures: {sheet.save(figures)}")
+        print(f"pictures: {sheet.save(picture)}")
     print(published_lines(options.obj, found))
     return result
 

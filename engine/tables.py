@@ -106,7 +106,7 @@ class Table:
         """Write `stem`.md, .csv and .tex."""
         texts = {".md": self.markdown(), ".csv": self.csv(), ".tex": self.latex()}
         for suffix, text in texts.items():
-            with atomic_path(stem.with_suffix(suffix)) as path:
+            with atomic_path(stem.with_suffix(suffix), "--out") as path:
                 path.write_text(text, encoding="utf-8")
         return [stem.with_suffix(suffix) for suffix in texts]
 

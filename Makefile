@@ -39,6 +39,7 @@ test: $(VENV)/dev
 bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.auc
 	$(BIN)/python -m benchmarks.scale
+	$(BIN)/python -m benchmarks.grid
 	$(BIN)/python -m benchmarks.backbone
 	$(BIN)/python -m benchmarks.train
 

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 from CLIP import create_model
 from dataset import MedicalDataset, Sample, Shots, leaks
 from engine import distributed
+from engine.calibrate import Rule, calibrate, describe_threshold, leftover, rule
 from engine.checkpoint import Checkpoint, copy, versions
 from engine.dashboard import Dashboard
 from engine.detector import Detector, Settings
@@ -46,6 +48,7 @@ from engine.options import (
     writable,
 )
 from engine.run import RunFolder, StopSignals, surroundings
+from engine.towers import Towers
 from engine.tracking import Tracker
 from engine.training import EpochReport, TrainingSet, TrainingState, fit
 from Prompt import read_prompts
@@ -83,6 +86,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--iterate", type=int, default=0, help="line of the few-shot list; negative: sample with the seed"
     )
     group.add_argument("--select", default="test", choices=tuple(SELECTS), help="which epoch is reported and saved")
+    group.add_argument(
+        "--threshold_at", type=rule, default="f1", metavar="RULE", help="threshold of the decision: f1 (max.), fpr=0.05"
+    )
     group.add_argument("--eval_every", type=positive, default=1, help="epochs between evaluations")
     group.add_argument(
         "--log_images_every", type=count, default=10, help="epochs between W&B pictures, and the last; 0: none"
@@ -142,23 +148,24 @@ class Setup:
     data: TrainingSet
     test: list[Sample]
     valid: list[Sample]  # what is left of valid/ after the shots, with --select valid
+    left: list[Sample]  # some of what is left in any case, for the decision threshold
 
     @property
     def items(self) -> list[Item]:
         """Everything that passes through the tower."""
-        return [*self.data.items, *(Item(sample) for sample in (*self.test, *self.valid))]
+        return [*self.data.items, *(Item(sample) for sample in (*self.test, *self.valid, *self.left))]
 
 
-def prepare(options: argparse.Namespace) -> Setup:
+def prepare(options: argparse.Namespace, towers: Towers | None = None) -> Setup:
     """Arguments -> data, backbone, model, and the store that will keep the features."""
     set_seed(options.seed)
     device = pick_device(options.device)
     dataset = MedicalDataset.open(options.obj, options.data_path, options.data_root)
     shots = dataset.shots(options.shot_normal, options.shot_abnormal, options.iterate, options.seed)
-    test, valid = dataset.samples("test"), []
+    used = {sample.path for sample in (*shots.abnormal, *shots.normal)}
+    test, rest = dataset.samples("test"), [sample for sample in dataset.samples("valid") if sample.path not in used]
+    valid, left = rest if options.select == "valid" else [], leftover(rest)
     if options.select == "valid":
-        used = {sample.path for sample in (*shots.abnormal, *shots.normal)}
-        valid = [sample for sample in dataset.samples("valid") if sample.path not in used]
         abnormal = sum(sample.label for sample in valid)
         if not 0 < abnormal < len(valid):
             raise InputError(
@@ -172,16 +179,16 @@ def prepare(options: argparse.Namespace) -> Setup:
         if note:
             print(note)
 
-    clip = create_model(
+    clip = (towers.clip if towers else create_model)(
         options.model_name, options.pretrain, options.img_size, weights=options.weights, fidelity=options.fidelity,
         seed=options.seed, device=device,
     )  # fmt: skip
     say_weights(clip)
     settings = make_settings(options, dataset, clip)
     detector = Detector(clip, settings).to(device)
-    store = make_store(options, clip, detector)
+    store = (towers.store if towers else make_store)(options, clip, detector)
     data = TrainingSet.build(shots, settings.img_size, settings.pixel_metrics, torch.rand(2, 2))
-    return Setup(shots, settings, detector, store, data, test, valid)
+    return Setup(shots, settings, detector, store, data, test, valid, left)
 
 
 def warn_of_leaks(setup: Setup) -> None:
@@ -232,8 +239,10 @@ def open_run(options: argparse.Namespace, setup: Setup) -> tuple[RunFolder, dict
     return run, config
 
 
-def train(options: argparse.Namespace) -> dict[str, Any]:
+def train(options: argparse.Namespace, towers: Towers | None = None) -> dict[str, Any]:
     """Arguments -> data, backbone, features, model -> epochs -> checkpoint and result.
+
+    `towers` are shared with other runs of this process.
 
     Returns:
         What result.json in the run's folder holds.
@@ -244,115 +253,139 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     with StopSignals() as signals:
         if options.out_json:
             writable(options.out_json, "--out_json")
-        kept = [writable(Path(options.save_path) / f"{options.obj}.pth", "--save_path")] if options.save_model else []
-        setup = prepare(options)
-        run, config = open_run(options, setup)
-        settings, detector, store = setup.settings, setup.detector, setup.store
-        state = TrainingState.start(detector, store.backbone.autocast, options.learning_rate, options.seed)
-        history: list[dict[str, Any]] = []
-        if found := run.load():
-            stored, history = found
-            state.load_state_dict(stored)
-            if state.epoch > options.epoch:
-                raise InputError(f"--epoch {options.epoch}: {run.path} has finished {state.epoch} already")
+        if options.save_model:
+            writable(Path(options.save_path) / f"{options.obj}.pth", "--save_path")
+        return Training(options, prepare(options, towers), signals).run()
+
+
+class Training:
+    """One run: its folder, the state that --resume puts back, and who is told of an epoch."""
+
+    def __init__(self, options: argparse.Namespace, setup: Setup, signals: StopSignals) -> None:
+        self.options, self.setup, self.signals = options, setup, signals
+        self.folder, self.config = open_run(options, setup)
+        autocast = setup.store.backbone.autocast
+        self.state = TrainingState.start(setup.detector, autocast, options.learning_rate, options.seed)
+        self.history: list[dict[str, Any]] = []  # the lines of metrics.jsonl
+        self.logged_best = None  # see `Dashboard.best`
+        if found := self.folder.load():
+            stored, self.history = found
+            self.state.load_state_dict(stored)
+            self.logged_best = stored["dashboard"]
+            if self.state.epoch > options.epoch:
+                done = f"{self.folder.path} has finished {self.state.epoch} already"
+                raise InputError(f"--epoch {options.epoch}: {done}")
         private = ("settings", "host", "device", "device_name", "threads", "command", "wandb_id")
-        about = {name: value for name, value in config.items() if name not in private}
-        about |= {"select": options.select, "run": str(run.path)}
+        self.about = {name: value for name, value in self.config.items() if name not in private}
+        self.about |= {"select": options.select, "run": str(self.folder.path)}
 
-        def save_best() -> None:
-            if not distributed.is_main():
-                return
-            line = history[state.best_epoch]
-            metrics = {name: line[name] for name in ("epoch", "auc", "pauc")}
-            Checkpoint(settings, detector.parts(), {**about, "metrics": metrics}).save(run.best)
-            for path in kept:
-                copy(run.best, path)
-
+    def run(self) -> dict[str, Any]:
+        """Train what is left to train, and measure."""
+        options, setup, state = self.options, self.setup, self.state
         try:
-            store.prepare(setup.items)
-            store.release_tower()
+            setup.store.prepare(setup.items)
+            setup.store.release_tower()
             warn_of_leaks(setup)
             if 0 < state.epoch == state.best_epoch + 1:  # killed between last.pth and best.pth, perhaps
-                save_best()
-            with start_tracker(options, config, run) as tracker:
+                self.save_best()
+            with self.start_tracker() as tracker:
+                views = len(setup.data.items)
                 board = Dashboard(
-                    tracker, setup.test, settings, len(setup.data.items), options.log_images_every,
-                    stored["dashboard"] if found else None,
-                )  # fmt: skip
-
-                def on_epoch(report: EpochReport, is_best: bool) -> None:
-                    with signals.held():
-                        history.append(report.record(is_best))
-                        board.epoch(report, is_best)
-                        run.save({**state.state_dict(), "dashboard": board.best}, history)
-                        if is_best:
-                            save_best()
-                        print(report.line(options.epoch), flush=True)
-
+                    tracker, setup.test, setup.settings, views, options.log_images_every, self.logged_best
+                )
                 fit(
-                    state, store, setup.data, setup.test, epochs=options.epoch, batch_size=options.batch_size,
-                    select=options.select, valid=setup.valid, eval_every=options.eval_every, on_epoch=on_epoch,
-                    collector=board.collector,
+                    state, setup.store, setup.data, setup.test, epochs=options.epoch, batch_size=options.batch_size,
+                    select=options.select, valid=setup.valid, eval_every=options.eval_every,
+                    on_epoch=partial(self.on_epoch, board), collector=board.collector,
                 )  # fmt: skip
-                best, result = finish(options, setup, state, run)
-                board.finish(best, state.best_epoch, run.best if options.log_model else None)
+                best, result = self.finish()
+                board.finish(best, state.best_epoch, self.folder.best if options.log_model else None)
         except KeyboardInterrupt:
-            done = f"stopped after epoch {len(history)} of {options.epoch}"
             if distributed.is_main():
-                print(f"{done}; to go on: python train.py --resume {run.path}", file=sys.stderr)
+                print(
+                    f"stopped after epoch {len(self.history)} of {options.epoch}; "
+                    f"to go on: python train.py --resume {self.folder.path}",
+                    file=sys.stderr,
+                )
             raise
         return result
 
+    def on_epoch(self, board: Dashboard, report: EpochReport, is_best: bool) -> None:
+        """Write the epoch's files, then say so; an interrupt waits."""
+        with self.signals.held():
+            self.history.append(report.record(is_best))
+            board.epoch(report, is_best)
+            self.folder.save({**self.state.state_dict(), "dashboard": board.best}, self.history)
+            if is_best:
+                self.save_best()
+            print(report.line(self.options.epoch), flush=True)
 
-def start_tracker(options: argparse.Namespace, config: dict[str, Any], run: RunFolder) -> Tracker:
-    """The W&B run, or its continuation; its id goes into config.json."""
-    nested = ("options", "settings", "wandb_id")
-    shown = {name: value for name, value in config.items() if name not in nested}
-    if not distributed.is_main():
-        return Tracker()
-    tracker = Tracker.start(
-        run.path.name, {**config["options"], **config["settings"], **shown}, run_dir=run.path,
-        tags=(options.obj, shots_words(options), options.model_name, options.fidelity),
-        group=f"{options.obj}-{shots_words(options)}", run_id=config.get("wandb_id"),
-    )  # fmt: skip
-    run.write_config({**config, "wandb_id": tracker.id or config.get("wandb_id", "")})
-    return tracker
+    def save_best(self) -> None:
+        """Write the detector as the checkpoint of the selected epoch."""
+        if not distributed.is_main():
+            return
+        line = self.history[self.state.best_epoch]
+        metrics = {name: line[name] for name in ("epoch", "auc", "pauc")}
+        about = {**self.about, "metrics": metrics}
+        Checkpoint(self.setup.settings, self.setup.detector.parts(), about).save(self.folder.best)
+        if self.options.save_model:
+            copy(self.folder.best, Path(self.options.save_path) / f"{self.options.obj}.pth")
 
+    def start_tracker(self) -> Tracker:
+        """The W&B run, or its continuation; its id goes into config.json."""
+        if not distributed.is_main():
+            return Tracker()
+        options, config = self.options, self.config
+        nested = ("options", "settings", "wandb_id")
+        shown = {name: value for name, value in config.items() if name not in nested}
+        tracker = Tracker.start(
+            self.folder.path.name, {**config["options"], **config["settings"], **shown}, run_dir=self.folder.path,
+            tags=(options.obj, shots_words(options), options.model_name, options.fidelity),
+            group=f"{options.obj}-{shots_words(options)}", run_id=config.get("wandb_id"),
+        )  # fmt: skip
+        self.folder.write_config({**config, "wandb_id": tracker.id or config.get("wandb_id", "")})
+        return tracker
 
-def finish(
-    options: argparse.Namespace, setup: Setup, state: TrainingState, run: RunFolder
-) -> tuple[Evaluation, dict[str, Any]]:
-    """Evaluate the last and the selected epoch in full, print and write the result.
+    def finish(self) -> tuple[Evaluation, dict[str, Any]]:
+        """Evaluate the last and the selected epoch in full, set the threshold, print and write the result.
 
-    Returns:
-        The selected epoch's evaluation and result.json. `setup.detector` holds that epoch's tensors from here on.
-    """
-    last = best = evaluate(setup.detector, setup.store, setup.test, full=True)
-    if state.best_epoch + 1 != state.epoch:
-        Checkpoint.load(run.best).restore(setup.detector, run.best)
-        best = evaluate(setup.detector, setup.store, setup.test, full=True)
-    chosen = SELECTS[options.select]
-    protocol = f"epoch {state.best_epoch + 1} of {state.epoch}, {chosen} (--select {options.select})"
-    result = {
-        **result_json(setup.settings, best, options.select),
-        "selected": protocol,
-        "selected_epoch": state.best_epoch + 1,
-        "last": {"epoch": state.epoch, "auc": last.auc, "pauc": last.pauc, **last.more},
-        "seed": options.seed,
-        "shots": setup.shots.names(),
-        "seconds": state.seconds,
-        "run": str(run.path),
-    }
-    run.write_result(result)
-    if options.out_json and distributed.is_main():
-        write_json(options.out_json, result, "--out_json")
-    print(f"last epoch: {last.line()}   [epoch {state.epoch} of {state.epoch}]")
-    print(f"selected:   {best.line()}   [{protocol}]")
-    if options.save_model:
-        print(f"checkpoint: {Path(options.save_path) / options.obj}.pth")
-    print(f"run:        {run.path}")
-    print(published_lines(setup.settings.obj, best))
-    return best, result
+        Returns:
+            The selected epoch's evaluation and result.json. The detector holds that epoch's tensors from here on.
+        """
+        options, setup, state = self.options, self.setup, self.state
+        last = best = evaluate(setup.detector, setup.store, setup.test, full=True)
+        if state.best_epoch + 1 != state.epoch:
+            Checkpoint.load(self.folder.best).restore(setup.detector, self.folder.best)
+            best = evaluate(setup.detector, setup.store, setup.test, full=True)
+        chosen = SELECTS[options.select]
+        protocol = f"epoch {state.best_epoch + 1} of {state.epoch}, {chosen} (--select {options.select})"
+        threshold = calibrate(
+            setup.detector, setup.store, setup.left, setup.data, Rule.parse(options.threshold_at), options.select
+        )
+        self.about["threshold"] = threshold
+        self.save_best()
+        result = {
+            **result_json(setup.settings, best, options.select),
+            "selected": protocol,
+            "selected_epoch": state.best_epoch + 1,
+            "last": {"epoch": state.epoch, "auc": last.auc, "pauc": last.pauc, **last.more},
+            "decision": threshold,
+            "seed": options.seed,
+            "shots": setup.shots.names(),
+            "seconds": state.seconds,
+            "run": str(self.folder.path),
+        }
+        self.folder.write_result(result)
+        if options.out_json and distributed.is_main():
+            write_json(options.out_json, result, "--out_json")
+        print(f"last epoch: {last.line()}   [epoch {state.epoch} of {state.epoch}]")
+        print(f"selected:   {best.line()}   [{protocol}]")
+        print(describe_threshold(threshold))
+        if options.save_model:
+            print(f"checkpoint: {Path(options.save_path) / options.obj}.pth")
+        print(f"run:        {self.folder.path}")
+        print(published_lines(setup.settings.obj, best))
+        return best, result
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import ctypes
 import errno
+import fcntl
 import json
 import math
 import os
@@ -152,6 +153,18 @@ def read_text(path: str | Path) -> str:
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "a folder, a pipe or a device, not a file", str(path))
     return path.read_text(encoding="utf-8-sig")
+
+
+@contextlib.contextmanager
+def locked(path: Path, waiting: str) -> Iterator[None]:
+    """Hold the lock of a file that is made for it; say `waiting` where another process holds it, and wait."""
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(waiting, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def prefetch(function: Callable[[In], Out], inputs: Iterable[In], workers: int = 1, ahead: int = 2) -> Iterator[Out]:

@@ -3,15 +3,14 @@
 `python -m dataset.check` examines one before any training.
 """
 
-from pathlib import Path
-
-from .layout import named_after, object_name
+from .layout import PUBLISHED, described, named_after, object_name
 from .medical_few import MedicalDataset, Sample, Shots, leaks, load_image, load_mask
 
-OBJECTS = tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.json")))
+OBJECTS = described()
 
 __all__ = [
     "OBJECTS",
+    "PUBLISHED",
     "MedicalDataset",
     "Sample",
     "Shots",

@@ -27,6 +27,7 @@ from typing import Any
 from utils import InputError, read_text
 
 FOLDER = Path(__file__).parent
+PUBLISHED = FOLDER / "published_results.json"  # figures to compare with, the one JSON file that is no data set
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 SPLITS = ("valid", "test")
 KINDS = ("normal", "abnormal")  # label 0, label 1
@@ -84,6 +85,11 @@ class Layout:
         return json.dumps(values, indent=2)
 
 
+def described() -> tuple[str, ...]:
+    """The names of the data sets that have a JSON file, sorted."""
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.json") if path != PUBLISHED))
+
+
 def config_path(name: str) -> Path:
     """dataset/<name>.json, whether it is there or not."""
     return FOLDER / f"{name}.json"
@@ -93,6 +99,8 @@ def object_name(text: str) -> str:
     """A data set's name as it may stand in file names; `InputError` for any other."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", text):
         raise InputError(f"--obj {text!r}: use letters, digits, '_', '-' and '.', as the name goes into file names")
+    if text == PUBLISHED.stem:
+        raise InputError(f"--obj {text}: dataset/{PUBLISHED.name} holds published figures and describes no data set")
     return text
 
 

@@ -23,7 +23,7 @@ CURVE_POINTS = 300  # finer than a figure can show
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found; pixel metrics are None on image-only data sets."""
+    """What an evaluation found; pixel metrics are None where the checkpoint or the images know no masks."""
 
     auc: float  # image-level AUROC
     pauc: float | None  # pixel-level AUROC
@@ -77,7 +77,8 @@ def evaluate(
     if text_features is None:
         with torch.no_grad():
             text_features = detector.prompts()
-    pixels = PixelMetrics.of(settings, aupro=full or aupro, intervals=full)
+    masks_too = any(sample.mask for sample in samples)
+    pixels = PixelMetrics.of(settings, aupro=full or aupro, intervals=full) if masks_too else None
     batches = [samples[i : i + settings.eval_batch] for i in range(0, len(samples), settings.eval_batch)]
     # Processes share the batches out. On CPUs rank 0 counts all maps in the order of the batches, so that the figures
     # are those of one process to the last bit. Between GPUs each counts its own and the histograms are added up, which

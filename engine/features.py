@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from CLIP import CLIP
 from dataset import Sample, load_image
-from utils import JITTER_VIEW, InputError, augment_view, prefetch, run_cli, write_json
+from utils import JITTER_VIEW, InputError, augment_view, locked, prefetch, run_cli, write_json
 
 from . import distributed
 
@@ -205,12 +205,7 @@ class DiskRows:
     @contextmanager
     def filling(self) -> Iterator[None]:
         """Hold the store's lock: wait for another process that fills it, and see what it has added."""
-        with (self.folder / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"features: another process is filling {self.folder}; waiting for it", flush=True)
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(self.folder / "lock", f"features: another process is filling {self.folder}; waiting for it"):
             self.refresh()
             yield
 
@@ -337,14 +332,19 @@ class FeatureStore:
         if self.rows is not None:
             self.backbone.clip.visual = None
 
-    def get(self, items: Sequence[Item]) -> list[Tensor]:
-        """Tokens of B prepared items: K tensors (B, T, C), float32, on the tower's device, in ascending layer order."""
+    def get(self, items: Sequence[Item], places: Sequence[int] | None = None) -> list[Tensor]:
+        """Tokens of B prepared items: K tensors (B, T, C), float32, on the tower's device, in ascending layer order.
+
+        `places` picks some of the K layers.
+        """
+        places = range(self.backbone.shape[0]) if places is None else places
         if self.rows is None:
-            return [layer.float() for layer in self.backbone.tokens(self._images(items))]
+            layers = self.backbone.tokens(self._images(items))
+            return [layers[k].float() for k in places]
         rows = [self.rows[self.key(item)] for item in items]
         device = self.backbone.clip.device
         layers = []
-        for k in range(self.backbone.shape[0]):
+        for k in places:
             layer = torch.stack([row[k] for row in rows])
             if device.type == "cuda":
                 layer = layer.pin_memory()

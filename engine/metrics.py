@@ -173,14 +173,19 @@ class _AdaptiveHistogram:
         totals = self.totals.numpy()[keep]
         return keys[keep], totals.astype(np.int64) if totals.dtype == np.int32 else totals
 
-    def _checked(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """Masses (cells, 2) and lowest scores (cells,), ascending; InputError when a class is missing."""
+    def _cells(self) -> tuple[np.ndarray, np.ndarray]:
+        """Masses (cells, 2) and lowest scores (cells,), ascending."""
         keys, totals = self._filled()
+        keys = keys if self.low >= 0 else keys ^ ((keys >> 31) & 0x7FFFFFFF)  # the map in _keys is its own inverse
+        return totals, keys.view(np.float32).astype(np.float64)
+
+    def _checked(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
+        """See `_cells`; InputError when a class is missing."""
+        totals, scores = self._cells()
         for column, name in ((1, "abnormal"), (0, "normal")):
             if not totals[:, column].any():
                 raise InputError(f"no {name} pixels among the {self.pixels:,} pixels: {metric} is undefined")
-        keys = keys if self.low >= 0 else keys ^ ((keys >> 31) & 0x7FFFFFFF)  # the map in _keys is its own inverse
-        return totals, keys.view(np.float32).astype(np.float64)
+        return totals, scores
 
 
 def _parts(length: int) -> Iterator[slice]:
@@ -237,6 +242,12 @@ class ScoreHistogram(_AdaptiveHistogram):
         precision, recall = true / (true + false), true / true[-1]
         keep = _thin(recall + np.append(0.0, np.abs(np.diff(precision)).cumsum()), points)
         return precision[keep], recall[keep], edges[keep]
+
+    def quantile(self, share: float) -> float:
+        """The score below which a share (0 to 1) of all pixels lies, to within a cell."""
+        counts, scores = self._cells()
+        below = counts.sum(1).cumsum()
+        return float(scores[min(int(np.searchsorted(below, share * below[-1])), len(scores) - 1)])
 
     def _descending(self, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return true positives, false positives and threshold (the cell's lowest score), highest score first."""

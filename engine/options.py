@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -201,12 +202,14 @@ def pick_autocast(precision: str, device: torch.device) -> torch.dtype | None:
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def make_store(options: argparse.Namespace, clip: CLIP, detector: Detector) -> FeatureStore:
-    """The feature store that the flags ask for."""
+def make_store(
+    options: argparse.Namespace, clip: CLIP, detector: Detector, layers: Iterable[int] = (), class_token: bool = False
+) -> FeatureStore:
+    """The feature store that the flags ask for: it keeps what `detector` reads, more `layers`, the class token."""
     backbone = Backbone(
         clip,
-        detector.settings.features_list,
-        detector.adapters.reads_class_token,
+        sorted({*detector.settings.features_list, *layers}),
+        detector.adapters.reads_class_token or class_token,
         pick_autocast(options.precision, clip.device),
     )
     # A CPU is busy with 16 images; a GPU wants more at a time.

@@ -21,6 +21,7 @@ from utils import atomic_path
 
 COLOURS = {"ink": "#16191d", "muted": "#5c636b", "grid": "#dfe3e7", "accent": "#0a5fb4"}
 FONT_SIZE = 11
+PIL_ANCHORS = {"start": "ls", "middle": "ms", "end": "rs"}
 DASH = (5, 4)  # drawn, left out
 WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM = 360, 270, 46, 350, 230  # of a plot, and where its axes are
 
@@ -89,8 +90,8 @@ class Text:
 
     def paint(self, canvas: Image.Image, scale: int) -> None:
         """On a canvas of `scale` pixels a unit."""
-        place, anchor = (self.x * scale, self.y * scale), f"{self.anchor[0]}s".replace("ss", "ls").replace("es", "rs")
-        ImageDraw.Draw(canvas).text(place, self.words, COLOURS[self.colour], _font(FONT_SIZE * scale), anchor)
+        place, font = (self.x * scale, self.y * scale), _font(FONT_SIZE * scale)
+        ImageDraw.Draw(canvas).text(place, self.words, COLOURS[self.colour], font, PIL_ANCHORS[self.anchor])
 
 
 @dataclass(frozen=True)
@@ -119,17 +120,18 @@ class Picture:
 
 @dataclass
 class Drawing:
-    """Marks on a white page."""
+    """Marks on a white page; `title` is what a screen reader says of it."""
 
+    title: str
     width: float
     height: float
     marks: list[Line | Area | Text | Picture] = field(default_factory=list)
 
-    def svg(self, title: str) -> str:
-        """An <svg> element; `title` is what a screen reader says."""
+    def svg(self) -> str:
+        """An <svg> element."""
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width:g} {self.height:g}" role="img" '
-            f'aria-label="{escape(title)}" font-family="system-ui, Helvetica, Arial, sans-serif" '
+            f'aria-label="{escape(self.title)}" font-family="system-ui, Helvetica, Arial, sans-serif" '
             f'font-size="{FONT_SIZE}">{"".join(mark.svg() for mark in self.marks)}</svg>'
         )
 
@@ -140,29 +142,28 @@ class Drawing:
             mark.paint(canvas, scale * 2)
         return canvas.reduce(2)
 
-    def save(self, path: Path, title: str, scale: int = 3) -> list[Path]:
-        """Write `path` with the suffixes .svg and .png; return both."""
-        paths = [path.with_suffix(".svg"), path.with_suffix(".png")]
-        with atomic_path(paths[0]) as temporary:
-            temporary.write_text(self.svg(title), encoding="utf-8")
-        with atomic_path(paths[1]) as temporary:
+    def save(self, folder: Path, name: str, scale: int = 3) -> None:
+        """Write NAME.svg and NAME.png."""
+        with atomic_path(folder / f"{name}.svg", "--figures") as temporary:
+            temporary.write_text(self.svg(), encoding="utf-8")
+        with atomic_path(folder / f"{name}.png", "--figures") as temporary:
             self.png(scale).save(temporary, "PNG", dpi=(96 * scale, 96 * scale))
-        return paths
 
 
 @dataclass(frozen=True)
 class Series:
-    """A curve; one with a name stands in the legend. Points whose y is None are left out."""
+    """A curve; one with a name stands in the legend."""
 
     name: str
     x: Sequence[float]
-    y: Sequence[float | None]
+    y: Sequence[float]
     colour: str = "accent"
     dashed: bool = False
     filled: bool = False  # down to the x axis
 
 
 def plot(
+    title: str,
     series: Sequence[Series],
     x_label: str,
     y_label: str,
@@ -174,6 +175,7 @@ def plot(
     """Curves on a grid, with a legend.
 
     Args:
+        title: see `Drawing`.
         series: drawn in this order.
         x_label: what the axis shows.
         y_label: likewise; it stands above its axis, so that nothing has to be read sideways.
@@ -182,7 +184,7 @@ def plot(
         marks: (x, words) of vertical lines.
         x_step: the least distance of two ticks: 1 where x is counted.
     """
-    drawing = Drawing(WIDTH, HEIGHT, [Text(8, 14, y_label, "muted")])
+    drawing = Drawing(title, WIDTH, HEIGHT, [Text(8, 14, y_label, "muted")])
     top = _legend(drawing, [s for s in series if s.name]) + 14
     x_low, x_high = _widened(x_range)
     y_low, y_high = _widened(y_range)
@@ -195,12 +197,12 @@ def plot(
 
     for tick in ticks(y_low, y_high):
         (_, y) = place(x_low, tick)
-        drawing.marks += [Line([(LEFT, y), (RIGHT, y)], "grid"), Text(LEFT - 6, y + 4, f"{tick:g}", "muted", "end")]
+        drawing.marks += [Line([(LEFT, y), (RIGHT, y)], "grid"), Text(LEFT - 6, y + 4, f"{tick:.10g}", "muted", "end")]
     for tick in ticks(x_low, x_high, x_step):
         (x, _) = place(tick, y_low)
         drawing.marks += [
             Line([(x, BOTTOM), (x, BOTTOM + 4)], "muted"),
-            Text(x, BOTTOM + 17, f"{tick:g}", "muted", "middle"),
+            Text(x, BOTTOM + 17, f"{tick:.10g}", "muted", "middle"),
         ]
     drawing.marks += [
         Line([(LEFT, BOTTOM), (RIGHT, BOTTOM)], "muted"),
@@ -214,7 +216,7 @@ def plot(
             Text(at - 5 if right else at + 5, top + 9, words, "muted", "end" if right else "start"),
         ]
     for s in series:
-        points = [place(x, y) for x, y in zip(s.x, s.y, strict=True) if y is not None]
+        points = [place(x, y) for x, y in zip(s.x, s.y, strict=True)]
         if s.filled:
             drawing.marks.append(Area([(points[0][0], BOTTOM), *points, (points[-1][0], BOTTOM)], s.colour))
         drawing.marks.append(Line(points, s.colour, 1.0 if s.colour == "grid" else 1.75, s.dashed))
@@ -222,16 +224,21 @@ def plot(
 
 
 def histogram(
-    groups: Sequence[tuple[str, np.ndarray, str]], x_label: str, marks: Sequence[tuple[float, str]] = (), bins: int = 40
+    title: str,
+    groups: Sequence[tuple[str, np.ndarray, str]],
+    x_label: str,
+    marks: Sequence[tuple[float, str]] = (),
+    bins: int = 40,
 ) -> Drawing:
     """Histograms of (name, values, colour) on common bins, in percent of each group."""
-    edges = np.histogram_bin_edges(np.concatenate([values for _, values, _ in groups]), bins)
+    shown = np.concatenate([*(values for _, values, _ in groups), [x for x, _ in marks]])
+    edges = np.histogram_bin_edges(shown, bins)
     series = []
     for name, values, colour in groups:
         share = 100 * np.histogram(values, edges)[0] / max(len(values), 1)
         series.append(Series(name, np.repeat(edges, 2)[1:-1], np.repeat(share, 2), colour, filled=True))
     highest = max(float(s.y.max()) for s in series)
-    return plot(series, x_label, "% of the class", (edges[0], edges[-1]), (0, highest * 1.1), marks)
+    return plot(title, series, x_label, "% of the class", (edges[0], edges[-1]), (0, highest * 1.1), marks)
 
 
 def ticks(low: float, high: float, least: float = 0.0, most: int = 6) -> list[float]:

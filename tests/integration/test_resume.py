@@ -6,6 +6,7 @@ import json
 import random
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,11 +82,20 @@ def go_on(command: Commands, run: Path, start: list[object], **how: object) -> s
     return command("train.py", *arguments, **how)
 
 
-def test_killed_at_random_moments(command, data_path, tmp_path, undisturbed):
+@pytest.fixture(scope="module")
+def duration(command, data_path, tmp_path_factory) -> float:
+    """Seconds that a whole run takes here and now."""
+    started = time.monotonic()
+    command("train.py", *flags(tmp_path_factory.mktemp("timed"), data_path))
+    return time.monotonic() - started
+
+
+def test_killed_at_random_moments(command, data_path, tmp_path, undisturbed, duration):
     run, moments = tmp_path / "runs" / "one", random.Random(5)
     found, kills = set(), 0
     while kills < KILLS:
-        result = go_on(command, run, flags(tmp_path, data_path), stop=(moments.uniform(0.05, 1.1), signal.SIGKILL))
+        stop = (duration * moments.uniform(0.1, 0.9), signal.SIGKILL)
+        result = go_on(command, run, flags(tmp_path, data_path), stop=stop)
         assert result.returncode in (0, -signal.SIGKILL), result.stderr
         if result.returncode == 0:  # done before the kill: once more from the start
             same(run, undisturbed)
@@ -101,8 +111,8 @@ def test_killed_at_random_moments(command, data_path, tmp_path, undisturbed):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_by_a_signal(command, data_path, tmp_path, undisturbed, number):
-    run, stopped, seconds = tmp_path / "runs" / "one", 0, 0.4
+def test_stopped_by_a_signal(command, data_path, tmp_path, undisturbed, duration, number):
+    run, stopped, seconds = tmp_path / "runs" / "one", 0, duration / 2
     while not stopped:
         result = command("train.py", *flags(tmp_path, data_path), stop=(seconds, number))
         stopped = result.returncode

@@ -1,0 +1,229 @@
+"""reproduce.py and test.py on another data set, as a user starts them, on the phantom and the small model."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dataset import phantom
+from engine.jobs import run_jobs
+from tests.helpers_commands import Commands
+
+ROOT = Path(__file__).parents[2]
+TABLES = ("md", "csv", "tex")
+
+
+@pytest.fixture(scope="module")
+def command() -> Iterator[Commands]:
+    commands = Commands()
+    yield commands
+    commands.close()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> list[str]:
+    """Flags of train.py: data, a small model, few epochs."""
+    folder = tmp_path_factory.mktemp("data")
+    phantom.write(folder, ["Brain", "Liver", "Chest"], valid=2, test=4, seed=0, size=64)
+    model = ["--model_name", "ViT-tiny-14-56", "--pretrain", "random", "--img_size", "42", "--device", "cpu"]
+    return [*model, "--data_path", str(folder), "--cache_dir", str(folder / "cache"), "--epoch", "2"]
+
+
+def same_tables(one: Path, two: Path, name: str) -> None:
+    for suffix in TABLES:
+        assert (one / f"{name}.{suffix}").read_bytes() == (two / f"{name}.{suffix}").read_bytes()
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def kill_at(arguments: list[str], path: Path, runs: int) -> None:
+    """Start reproduce.py and end it by SIGKILL while it computes its cell number `runs`."""
+    environment = {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, "reproduce.py", *arguments], cwd=ROOT, env=environment, **quiet)
+    while process.poll() is None and len(list(path.glob("runs/*/metrics.jsonl"))) < runs:
+        time.sleep(0.005)
+    assert process.poll() is None, "it ended before the kill"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_an_ablation_killed_twice(command, small, tmp_path):
+    """The tables and every epoch's losses are those of an undisturbed grid."""
+    grid = ["--table", "ablation", "--obj", "Brain", "--seeds", "111", "--shots", "1", *small, "--features_list", "2"]
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    result = command("reproduce.py", *grid, "--out", undisturbed)
+    assert result.returncode == 0, result.stderr
+    assert "table ablation: 100%" in result.stderr
+    assert "features" not in result.stderr  # one bar only; the cells' output is in their logs
+    assert "epoch 2/2" in (undisturbed / "logs/Brain-1shot-seed111.txt").read_text()
+    for runs in (3, 7):
+        kill_at([*grid, "--out", str(killed)], killed, runs)
+        done = len(list(killed.glob("runs/*/result.json")))
+        assert runs - 1 <= done < 10
+        assert re.search(r"(\d+) of 10 cells are done", (killed / "ablation.md").read_text())
+    listed = command("reproduce.py", *grid, "--out", killed, "--dry_run").stdout
+    assert listed.count("done   ") == done
+    assert command("reproduce.py", *grid, "--out", killed).returncode == 0
+    same_tables(undisturbed, killed, "ablation")
+    for run in undisturbed.glob("runs/*"):
+        assert (run / "metrics.jsonl").read_bytes() == (killed / "runs" / run.name / "metrics.jsonl").read_bytes()
+
+    # A cell of the grid is what train.py alone gives, though that shares neither weights nor features.
+    alone = ["--obj", "Brain", "--shot", "1", "--seed", "111", "--fidelity", "corrected", "--no-save_model"]
+    alone += [*small, "--features_list", "2", "--cache", "ram", "--run_dir", tmp_path, "--exp_name", "alone"]
+    assert command("train.py", *alone).returncode == 0
+    cell = undisturbed / "runs" / "Brain-1shot-seed111-fidelity-corrected"
+    assert (tmp_path / "alone" / "metrics.jsonl").read_bytes() == (cell / "metrics.jsonl").read_bytes()
+
+
+def test_main_table(command, small, tmp_path):
+    grid = [
+        "--table",
+        "main",
+        "--obj",
+        "Brain",
+        "Chest",
+        "--seeds",
+        "1",
+        "2",
+        "--shots",
+        "2",
+        *small,
+        "--out",
+        tmp_path,
+    ]
+    result = command("reproduce.py", *grid)
+    assert result.returncode == 0, result.stderr
+    results = [json.loads((tmp_path / f"runs/Brain-2shot-seed{seed}/result.json").read_text()) for seed in (1, 2)]
+    found = {(row["data set"], row["metric"], row["column"]): row for row in rows(tmp_path / "main.csv")}
+    for column, values in (("selected on test", results), ("last epoch", [result["last"] for result in results])):
+        for metric, key in (("image AUC", "auc"), ("pixel AUC", "pauc")):
+            row = found["Brain", metric, column]
+            assert float(row["mean"]) == pytest.approx(50 * sum(value[key] for value in values), abs=1e-5)
+            assert float(row["ci95_low"]) == pytest.approx(
+                50 * sum(value[f"{key}_ci95"][0] for value in values), abs=1e-5
+            )
+            assert row["seeds"] == "2"
+    assert ("Chest", "pixel AUC", "last epoch") not in found  # it has no masks
+    assert found["Brain", "image AUC", "MVFA (1)"]["mean"] == ""  # on record for 4 shots only
+    text = (tmp_path / "main.md").read_text()
+    assert "random weights" in text
+    assert "Made-up images (Brain, Chest)" in text
+    assert "4 of 4 cells are done" in text
+
+    # Done is done: nothing is computed again.
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*")}
+    assert command("reproduce.py", *grid).returncode == 0
+    assert stamps == {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*")}
+    # A cell that fails is said, and the others go on.
+    failing = command("reproduce.py", *grid, "--shots", "3")  # valid/ has two images a class
+    assert failing.returncode == 2
+    assert "--shot 3: valid holds only 2" in failing.stderr
+    assert "4 of 4 cells failed" in failing.stderr
+    assert "Traceback" not in failing.stderr
+    assert rows(tmp_path / "main.csv")[0]["mean"] == ""
+
+
+def test_cross_table(command, small, tmp_path):
+    """Brain and Liver have masks, Chest has none."""
+    grid = ["--table", "cross", "--obj", "Brain", "Liver", "Chest", "--seeds", "1", "--shots", "1", *small]
+    result = command("reproduce.py", *grid, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    found = {(r["trained on"], r["tested on"], r["metric"]): r for r in rows(tmp_path / "cross.csv")}
+    assert {(a, b) for a, b, metric in found if metric == "pixel AUC"} == {
+        ("Brain", "Brain"), ("Brain", "Liver"), ("Liver", "Liver"), ("Liver", "Brain")
+    }  # fmt: skip
+    assert len({(a, b) for a, b, _ in found}) == 9
+    tested = json.loads((tmp_path / "runs/Brain-1shot-seed1/on-Liver-last.json").read_text())
+    assert (tested["trained_on"], tested["obj"], tested["select"]) == ("Brain", "Liver", "last")
+    assert float(found["Brain", "Liver", "pixel AUC"]["mean"]) == pytest.approx(100 * tested["pauc"], abs=1e-5)
+
+    # test.py gives the same; the prompts keep the name unless another is given.
+    ckpt = tmp_path / "runs/Brain-1shot-seed1/last-checkpoint.pth"
+    paths = [
+        *small[small.index("--device") : small.index("--epoch")],
+        "--ckpt",
+        ckpt,
+        "--out_json",
+        tmp_path / "t.json",
+    ]
+    output = command("test.py", "--obj", "Liver", *paths).stdout
+    assert "trained on Brain, tested on Liver" in output
+    assert "the prompts say 'Brain'" in output
+    again = json.loads((tmp_path / "t.json").read_text())
+    assert again == tested
+    renamed = command("test.py", "--obj", "Liver", *paths, "--prompt_name", "liver").stdout
+    assert "the prompts say 'liver'" in renamed
+    assert json.loads((tmp_path / "t.json").read_text())["per_image"] != tested["per_image"]
+
+    # Only one of the two has masks: images score as the checkpoint was trained, and nothing is said of pixels.
+    output = command("test.py", "--obj", "Chest", *paths).stdout
+    assert "no pixel metrics; images score as trained, by their highest pixel" in output
+    assert "Chest pAUC" not in output
+    assert json.loads((tmp_path / "t.json").read_text())["pauc"] is None
+    paths[paths.index("--ckpt") + 1] = tmp_path / "runs/Chest-1shot-seed1/best.pth"
+    output = command("test.py", "--obj", "Brain", *paths).stdout
+    assert "no pixel metrics; images score as trained, by the detection heads" in output
+    assert "Brain AUC : " in output
+
+
+def wait_once(folder: Path) -> None:
+    """A job that takes a minute, but not when it is called again."""
+    with (folder / "calls.txt").open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    if (folder / "calls.txt").read_text().count("\n") == 1:
+        time.sleep(60)
+
+
+def test_a_preempted_job_is_called_again(tmp_path):
+    pytest.importorskip("submitit")
+    jobs, calls, found = run_jobs(wait_once, [tmp_path], "local", tmp_path, 1), tmp_path / "calls.txt", []
+    waiting = threading.Thread(target=lambda: found.extend(jobs))
+    waiting.start()
+    while not calls.is_file() or not calls.read_text():
+        time.sleep(0.05)
+    os.kill(int(calls.read_text()), signal.SIGUSR2)  # as Slurm does, the way submitit asks it to
+    waiting.join(50)
+    assert found == [(tmp_path, None)]
+    assert calls.read_text().count("\n") == 2
+
+
+def cluster() -> str:
+    """A reason not to use Slurm here, if there is one."""
+    if shutil.which("sbatch") is None:
+        return "no Slurm here"
+    try:
+        state = subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True, timeout=10, check=False)
+    except subprocess.TimeoutExpired:
+        return "Slurm does not answer"
+    return "" if "idle" in state.stdout else "no idle node"
+
+
+@pytest.mark.parametrize("executor", ["local", "slurm"])
+def test_jobs(command, small, tmp_path, executor):
+    """Cells as jobs give the same tables."""
+    pytest.importorskip("submitit")
+    if executor == "slurm" and (reason := cluster()):
+        pytest.skip(reason)
+    grid = ["--table", "main", "--obj", "Chest", "--seeds", "1", "2", "--shots", "1", *small]
+    jobs = command("reproduce.py", *grid, "--out", tmp_path / "jobs", "--executor", executor, "--jobs", 2)
+    assert jobs.returncode == 0, jobs.stderr
+    assert len(list((tmp_path / "jobs/jobs").glob("*_submitted.pkl"))) == 2
+    assert command("reproduce.py", *grid, "--out", tmp_path / "here").returncode == 0
+    same_tables(tmp_path / "jobs", tmp_path / "here", "main")

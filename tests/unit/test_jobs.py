@@ -1,0 +1,100 @@
+"""Jobs: how many at once, on which GPU, and how one that broke is told; submitit itself is replaced by a fake."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from engine import jobs
+from engine.jobs import Resumable, run_jobs, visible_gpus
+from utils import InputError
+
+
+class FakeJob:
+    """Done at the second look."""
+
+    job_id = "7"
+
+    def __init__(self, pool, call, task):
+        self.pool, self.call, self.task, self.polls = pool, call, task, 2
+
+    def done(self):
+        self.polls -= 1
+        if self.polls == 0:
+            self.pool.running.remove(self)
+        return self.polls == 0
+
+    def exception(self):
+        return RuntimeError("traceback\nRuntimeError: out of memory\n") if self.task == "broken" else None
+
+    def result(self):
+        return self.call.function(self.task)
+
+    def cancel(self):
+        self.pool.cancelled.append(self.task)
+
+
+class FakePool:
+    """Keeps count."""
+
+    def __init__(self):
+        self.running, self.most, self.gpus, self.cancelled = [], 0, [], []
+
+    def submit(self, call, task):
+        job = FakeJob(self, call, task)
+        self.running.append(job)
+        self.most = max(self.most, len(self.running))
+        self.gpus.append(call.gpu)
+        return job
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    found = FakePool()
+    monkeypatch.setattr(jobs, "open_executor", lambda *_: found)
+    monkeypatch.setattr(jobs, "POLL_SECONDS", 0)
+    return found
+
+
+def no_fault(task: str) -> str | None:
+    return "wrong" if task == "bad" else None
+
+
+def test_at_most_so_many_at_once(pool, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    found = dict(run_jobs(no_fault, ["a", "bad", "c", "broken", "e"], "local", tmp_path, 2))
+    assert pool.most == 2
+    assert pool.gpus[:2] == ["4", "6"]  # one each while two run
+    assert set(pool.gpus) == {"4", "6"}
+    assert found == {"a": None, "bad": "wrong", "c": None, "broken": "RuntimeError: out of memory (job 7)", "e": None}
+    assert pool.cancelled == []
+
+
+def test_leaving_cancels_what_runs(pool, tmp_path):
+    loop = run_jobs(no_fault, ["a", "b", "c", "d"], "slurm", tmp_path, 3)
+    next(loop)
+    loop.close()
+    assert pool.cancelled == ["b", "c"]
+    assert pool.gpus == [None] * 3  # Slurm hands out GPUs by itself
+
+
+def test_a_job_sees_its_gpu(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert Resumable(lambda _: os.environ["CUDA_VISIBLE_DEVICES"], "1")("task") == "1"
+
+
+def test_without_submitit(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(InputError, match="pip install submitit"):
+        next(run_jobs(str, ["a"], "local", tmp_path, 1))
+
+
+def test_job_options(tmp_path):
+    pytest.importorskip("submitit")
+    with pytest.raises(InputError, match=r"--job_options nonsense=1: .*nonsense"):
+        next(run_jobs(str, ["a"], "local", tmp_path, 1, ["nonsense=1"]))

@@ -242,6 +242,10 @@ def _rows(values: dict[str, Any], prefix: str = "") -> str:
         if isinstance(value, dict):
             rows.append(_rows(value, f"{prefix}{name}."))
         elif value is not None:
-            words = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            words = " ".join(map(_word, value if isinstance(value, (list, tuple)) else [value]))
             rows.append(f"<div><dt>{escape(prefix + str(name))}</dt><dd>{escape(words)}</dd></div>")
     return "\n".join(rows)
+
+
+def _word(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

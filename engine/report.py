@@ -74,11 +74,12 @@ class Sheet:
                 self.rows[sample.name] = (sample, float(scores[i]), heat)
 
     def draw(self) -> Drawing:
-        """A column an image: the image, its mask's outline and its heat map; without maps the images alone."""
+        """A column an image: the image, its mask's outline and its heat map, where there are any."""
         rows = [row for row in self.rows.values() if row is not None]
         maps = [heat for _, _, heat in rows if heat is not None]
         low, high = (float(min(m.min() for m in maps)), float(max(m.max() for m in maps))) if maps else (0.0, 1.0)
-        names = ("image", "mask", "heat map") if maps else ("image",)
+        masks = any(sample.mask for sample, _, _ in rows)
+        names = ["image", *(["mask"] if masks else []), *(["heat map"] if maps else [])]
         width = SIDE + len(rows) * (TILE + GAP)
         height = CAPTION + len(names) * (TILE + GAP) + (GAP + 32 if maps else 0)
         sheet = Drawing("Images, mask outlines and heat maps", width, height)
@@ -91,8 +92,10 @@ class Sheet:
             stem = "".join(letter if letter.isprintable() else "?" for letter in Path(sample.name).stem)
             stem = stem if len(stem) <= LETTERS else f"...{stem[3 - LETTERS :]}"
             sheet.marks += [Text(x, 12, stem, "muted"), Text(x, 27, f"{label}, {score:.4f}")]
-            for line, picture in enumerate(self._pictures(sample, heat, low, high)):
-                sheet.marks.append(Picture(x, CAPTION + line * (TILE + GAP), TILE, TILE, Image.fromarray(picture)))
+            pictures = self._pictures(sample, heat, low, high)
+            for line, name in enumerate(names):
+                picture = Image.fromarray(pictures[name])
+                sheet.marks.append(Picture(x, CAPTION + line * (TILE + GAP), TILE, TILE, picture))
         if maps:
             bar = Image.fromarray(colours(np.linspace(0, 1, 512))[None])
             y = height - 32
@@ -106,14 +109,15 @@ class Sheet:
             ]
         return sheet
 
-    def _pictures(self, sample: Sample, heat: np.ndarray | None, low: float, high: float) -> list[np.ndarray]:
+    def _pictures(self, sample: Sample, heat: np.ndarray | None, low: float, high: float) -> dict[str, np.ndarray]:
         image = (load_image(sample.path, self.img_size).permute(1, 2, 0).numpy() * 255).astype(np.uint8)
-        if heat is None:
-            return [image]
-        marked = image.copy()
-        marked[outline(load_mask(sample, self.img_size).numpy())] = OUTLINE
-        glow = colours((heat - low) / max(high - low, 1e-12))
-        return [image, marked, (0.45 * image + 0.55 * glow).astype(np.uint8)]
+        pictures = {"image": image, "mask": image.copy()}
+        if sample.mask:
+            pictures["mask"][outline(load_mask(sample, self.img_size).numpy())] = OUTLINE
+        if heat is not None:
+            glow = colours((heat - low) / max(high - low, 1e-12))
+            pictures["heat map"] = (0.45 * image + 0.55 * glow).astype(np.uint8)
+        return pictures
 
 
 def together(*collectors: OnBatch | None) -> OnBatch:
@@ -169,7 +173,8 @@ def draw_figures(
     epoch = about.get("metrics", {}).get("epoch")
     marks = [(float(epoch), f"epoch {epoch}")] if epoch else []
     for name, (title, label, keys) in RUN_FIGURES.items():
-        series = [curve for key in keys if len((curve := _history_curve(history, *key)).x) > 1]
+        series = [_history_curve(history, *key) for key in keys]
+        series = [curve for curve in series if len(curve.x) > 1 and any(curve.y)]  # seg is 0 without masks
         if series:
             values = [y for curve in series for y in curve.y]
             low, high = min(values), max(values)

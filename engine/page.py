@@ -30,9 +30,10 @@ from .plots import Drawing, encode
 from .report import INFERNO, OUTLINE, digits, draw_figures, outline, threshold_of
 
 THUMB = 192  # pixels a side
-THUMB_BYTES = 9_000  # a picture of noise that takes more is stored more coarsely
+QUALITIES = (75, 30, 15)  # of WebP: the first that takes no more than THUMB_CHARS; only noise comes to the last
+THUMB_CHARS = 19_000  # base64
 HEAT = 48
-KEPT = 1000  # images with the highest, and as many with the lowest scores of each class: bounds memory and page
+KEPT = 2000  # images: bounds memory, and the page to 50 MB
 WORKERS = 4  # threads that draw thumbnails
 TEMPLATE = Path(__file__).with_name("page.html")
 NAMES = {
@@ -69,7 +70,7 @@ class Card:
 class Report:
     """Collects thumbnails while an evaluation runs (`evaluate(..., full=True, on_batch=report)`), then writes the page.
 
-    Memory: some 12 kB an image, for at most 4 * KEPT images.
+    Memory: some 12 kB an image, for the KEPT images with the highest and the lowest scores of each class.
 
     Args:
         settings: of the checkpoint.
@@ -93,8 +94,9 @@ class Report:
         for sample, score, picture, heat in zip(batch, scores.tolist(), pictures, heats, strict=True):
             cards = self.cards[sample.label]
             bisect.insort(cards, Card(sample.name, sample.label, score, *picture, *heat), key=lambda card: card.score)
-            if len(cards) > 2 * KEPT:
-                del cards[KEPT]  # the middle: neither among the highest nor among the lowest
+            if sum(map(len, self.cards)) > KEPT:
+                larger = max(self.cards, key=len)
+                del larger[len(larger) // 2]  # neither among the highest nor among the lowest
 
     def save(
         self,
@@ -174,9 +176,10 @@ class Report:
 def _pictures(sample: Sample) -> tuple[str, str | None]:
     """Thumbnail and outline of an image."""
     pixels = (load_image(sample.path, THUMB).permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-    image = encode(Image.fromarray(pixels), "WEBP", quality=75)
-    if len(image) > THUMB_BYTES * 4 / 3:  # base64
-        image = encode(Image.fromarray(pixels), "WEBP", quality=30)
+    for quality in QUALITIES:
+        image = encode(Image.fromarray(pixels), "WEBP", quality=quality)
+        if len(image) <= THUMB_CHARS:
+            break
     if sample.mask is None:
         return image, None
     edge = Image.fromarray(outline(load_mask(sample, THUMB).numpy(), 2).astype(np.uint8))
@@ -226,8 +229,8 @@ def _kept(shown: int, total: int) -> str:
     if shown == total:
         return ""
     return (
-        f"The gallery holds {shown:,} of {total:,} images: the {KEPT:,} highest and the {KEPT:,} lowest scores of each "
-        "class. All images count in the numbers and figures."
+        f"The gallery holds {shown:,} of {total:,} images: the highest and the lowest scores of each class. "
+        "All images count in the numbers and figures."
     )
 
 

@@ -1,0 +1,205 @@
+"""`test.py --report` and `--figures` as a user starts them; the page in a real browser.
+
+The address holds the view (#filter=fp&sort=score), so headless Chromium prints the page as a visitor would see it.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dataset import phantom
+from tests.helpers_commands import Commands
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt install chromium)")
+SMALL = ["--model_name", "ViT-tiny-14-56", "--pretrain", "random", "--img_size", "42", "--device", "cpu"]
+EVIL = "a\"'><img src=x onerror=document.title='owned'>&.png"
+VERDICTS = {"tp": "true positive", "tn": "true negative", "fp": "false positive", "fn": "false negative"}
+
+
+@pytest.fixture(scope="module")
+def commands():
+    started = Commands()
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, commands) -> Path:
+    """Two data sets, checkpoints and runs; one of the test images has a name that is HTML."""
+    folder = tmp_path_factory.mktemp("report")
+    phantom.write(folder, ["Brain", "Chest"], valid=4, test=14, seed=0, size=64)
+    for part in ("img", "anomaly_mask"):
+        image = folder / "Brain_AD" / "test" / "Ungood" / part / "test_Ungood_00000.png"
+        image.rename(image.with_name(EVIL))
+    for obj in ("Brain", "Chest"):
+        done = commands(
+            "train.py", *SMALL, "--obj", obj, "--data_path", folder, "--save_path", folder, "--shot", 2, "--epoch", 2,
+            "--run_dir", folder / "runs", "--exp_name", obj,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tested(folder, commands) -> Path:
+    """Where the page of Brain, its figures and its JSON are; the threshold leaves false positives and negatives."""
+    paths = ["--obj", "Brain", "--data_path", folder, "--save_path", folder, "--device", "cpu"]
+    commands("test.py", *paths, "--out_json", folder / "brain.json")
+    scores = sorted(row["score"] for row in json.loads((folder / "brain.json").read_text())["per_image"])
+    stored = torch.load(folder / "Brain.pth", weights_only=True)
+    stored["about"]["threshold"]["value"] = sum(scores[13:15]) / 2
+    torch.save(stored, folder / "Brain.pth")
+    done = commands(
+        "test.py", *paths, "--report", folder / "page", "--figures", folder / "figures", "--out_json",
+        folder / "brain.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"report: {folder / 'page' / 'index.html'}" in done.stdout
+    return folder
+
+
+def browse(page: Path, view: str, profile: Path) -> str:
+    """The page's DOM in Chromium, after its script has run."""
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
+        "--virtual-time-budget=5000", "--dump-dom", f"{page.as_uri()}{view}",
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def cards(dom: str) -> list[dict[str, str]]:
+    """File, verdict and score of each card, in the order of the page."""
+    shown = dom[dom.index('<ol id="cards">') : dom.index("</ol>")]
+    found = re.findall(
+        r'<span class="verdict">(.*?)</span><span class="score".*?>(.*?)</span>.*?<div class="file">(.*?)</div>',
+        shown, re.DOTALL,
+    )  # fmt: skip
+    return [{"file": html.unescape(file), "verdict": verdict, "score": score} for verdict, score, file in found]
+
+
+def rows(folder: Path) -> list[dict]:
+    """The images of the JSON file, with their verdict at the checkpoint's threshold and how wrong they are."""
+    result = json.loads((folder / "brain.json").read_text())
+    threshold = result["decision"]["value"]
+    for row in result["per_image"]:
+        says = row["score"] >= threshold
+        row["kind"] = ("t" if says == row["label"] else "f") + ("p" if says else "n")
+        row["wrong"] = (threshold - row["score"]) * (1 if row["label"] else -1)
+    return result["per_image"]
+
+
+ORDERS = {
+    "worst": lambda row: (-row["wrong"], row["file"]),
+    "best": lambda row: (row["wrong"], row["file"]),
+    "score": lambda row: (-row["score"], row["file"]),
+    "file": lambda row: row["file"],
+}
+
+
+@needs_browser
+@pytest.mark.parametrize("sort", ORDERS)
+def test_gallery_sorts(tested, tmp_path, sort):
+    shown = cards(browse(tested / "page" / "index.html", f"#sort={sort}", tmp_path))
+    expected = sorted(rows(tested), key=ORDERS[sort])
+    assert [card["file"] for card in shown] == [row["file"] for row in expected[:24]]  # of 28: the rest on demand
+    assert [card["verdict"] for card in shown] == [VERDICTS[row["kind"]] for row in expected[:24]]
+    assert [float(card["score"]) for card in shown] == pytest.approx([row["score"] for row in expected[:24]], abs=1e-3)
+
+
+@needs_browser
+@pytest.mark.parametrize("kind", ["fp", "fn", "normal", "abnormal"])
+def test_gallery_filters(tested, tmp_path, kind):
+    dom = browse(tested / "page" / "index.html", f"#filter={kind}&sort=file", tmp_path)
+    label = {"normal": 0, "abnormal": 1}
+    kept = [row for row in rows(tested) if (row["label"] == label[kind] if kind in label else row["kind"] == kind)]
+    assert kept
+    assert [card["file"] for card in cards(dom)] == sorted(row["file"] for row in kept)
+    assert re.search(rf'value="{kind}" aria-pressed="true">[^<]*\({len(kept)}\)', dom)
+
+
+@needs_browser
+def test_an_unknown_view_is_the_default_one(tested, tmp_path):
+    dom = browse(tested / "page" / "index.html", "#filter=toString&sort=<b>", tmp_path)
+    expected = sorted(rows(tested), key=ORDERS["worst"])
+    assert [card["file"] for card in cards(dom)] == [row["file"] for row in expected[:24]]
+    assert "Showing 24 of 28." in dom
+
+
+@needs_browser
+def test_names_of_files_are_not_run(tested, tmp_path):
+    dom = browse(tested / "page" / "index.html", "#sort=file&filter=abnormal", tmp_path)
+    assert "<title>Brain: MadCLIP test report</title>" in dom
+    assert f"test/Ungood/img/{EVIL}" in [card["file"] for card in cards(dom)]
+
+
+@needs_browser
+def test_the_page_is_drawn_without_javascript_errors(tested, tmp_path):
+    """Heat maps have their colours, at a phone's width."""
+    picture = tmp_path / "page.png"
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={tmp_path}",
+        "--window-size=390,9000", "--virtual-time-budget=5000", "--enable-logging=stderr", f"--screenshot={picture}",
+        (tested / "page" / "index.html").as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in done.stderr
+    shown = Image.open(picture).convert("RGB").crop((0, 3000, 390, 9000))  # the gallery, below the colour bar
+    heat = sum(count for count, (r, g, _) in shown.getcolors(1 << 22) if r > g + 25)  # purple, red and orange
+    assert heat > 20_000
+
+
+def test_page_shows_the_run_and_the_checkpoints_threshold(tested):
+    page = (tested / "page" / "index.html").read_text(encoding="utf-8")
+    assert "Losses over the run" in page  # found by the checkpoint's own note of its run
+    assert "the checkpoint&#x27;s, set for the largest F1 on" in page
+    assert "CLIP&#x27;s weights are random" in page
+    assert f"AUROC</dt><dd>{json.loads((tested / 'brain.json').read_text())['auc']:.3f}<small>95% CI" in page
+
+
+def test_figures_for_papers(tested):
+    names = ("Brain", *(f"Brain-{name}" for name in ("histogram", "roc", "pr", "auc", "losses", "similarity")))
+    written = tested / "figures"
+    assert {path.name for path in written.iterdir()} == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    with Image.open(written / "Brain-roc.png") as picture:
+        assert picture.size == (1080, 810)
+
+
+def test_image_only_data_and_a_checkpoint_without_notes(folder, commands, tmp_path):
+    stored = torch.load(folder / "Chest.pth", weights_only=True)
+    for name in ("threshold", "run"):
+        stored["about"].pop(name)
+    torch.save(stored, tmp_path / "Chest.pth")
+    paths = ["--obj", "Chest", "--data_path", folder, "--ckpt", tmp_path / "Chest.pth", "--device", "cpu"]
+    done = commands("test.py", *paths, "--report", tmp_path / "page")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    assert "chosen on this test set" in page
+    assert "Pixel AUROC" not in page
+    assert "over the run" not in page
+
+    done = commands("test.py", *paths, "--report", tmp_path / "page", "--history", folder / "runs/Chest/metrics.jsonl")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    assert "AUROC over the run" in page
+    assert "segmentation" not in page
+
+
+@pytest.mark.parametrize("flag", ["--report", "--figures", "--history"])
+def test_a_folder_that_cannot_be(folder, commands, tmp_path, flag):
+    (tmp_path / "file").write_text("in the way")
+    path = tmp_path / "file" if flag == "--history" else tmp_path / "file" / "folder"
+    done = commands("test.py", "--obj", "Brain", "--data_path", folder, "--save_path", folder, flag, path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {flag}")
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "file").read_text() == "in the way"

@@ -78,7 +78,7 @@ def test(options: argparse.Namespace, towers: Towers | None = None) -> dict[str,
     `towers` are shared with other runs of this process.
     """
     set_seed(options.seed)
-    if options.out_json:
+    if options.out_json and distributed.is_main():
         writable(options.out_json, "--out_json")
     picture = writable(Path(options.figures) / f"{options.obj}.png", "--figures") if options.figures else None
     dataset = MedicalDataset.open(options.obj, options.data_path, options.data_root)
@@ -116,7 +116,7 @@ def test(options: argparse.Namespace, towers: Towers | None = None) -> dict[str,
         result["decision"] = {**threshold, "on_test": here}
         print(describe_threshold(threshold))
         print(f"  on the test set: sensitivity {here['tpr']:.4f}, false positive rate {here['fpr']:.4f}")
-    if options.out_json:
+    if options.out_json and distributed.is_main():
         write_json(options.out_json, result, "--out_json")
     if sheet:
         print(f"pictures: {sheet.save(picture)}")

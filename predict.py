@@ -144,6 +144,8 @@ def list_frames(options: argparse.Namespace) -> tuple[list[tuple[Frame, str]], l
     how = ReadOptions(tuple(options.window) if options.window else None, options.plane)
 
     def open_file(path: Path) -> list[Frame] | str:
+        if not path.exists():
+            return f"{path}: not found"
         try:
             return frames(path, how)
         except MissingPackageError:

@@ -85,7 +85,7 @@ def test(options: argparse.Namespace, towers: Towers | None = None) -> dict[str,
     `towers` are shared with other runs of this process.
     """
     set_seed(options.seed)
-    if options.out_json:
+    if options.out_json and distributed.is_main():
         writable(options.out_json, "--out_json")
     if options.figures:
         writable(Path(options.figures) / f"{options.obj}.png", "--figures")
@@ -128,7 +128,7 @@ def test(options: argparse.Namespace, towers: Towers | None = None) -> dict[str,
         result["decision"] = {**threshold, "on_test": here}
         print(describe_threshold(threshold))
         print(f"  on the test set: sensitivity {here['tpr']:.4f}, false positive rate {here['fpr']:.4f}")
-    if options.out_json:
+    if options.out_json and distributed.is_main():
         write_json(options.out_json, result, "--out_json")
     if distributed.is_main():
         about = {"checkpoint": str(ckpt), **checkpoint.about}

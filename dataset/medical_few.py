@@ -323,8 +323,13 @@ def parse_shot_list(path: Path) -> dict[tuple[str, int], list[str]]:
 
 def load_image(path: Path, size: int) -> Tensor:
     """Read an image as RGB, resized bicubically (antialiased): (3, size, size) float32 in [0, 1]."""
-    image = decode(path).resize((size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    return to_tensor(decode(path), size)
+
+
+def to_tensor(image: Image.Image, size: int) -> Tensor:
+    """An RGB image resized as `load_image` does: (3, size, size) float32 in [0, 1]."""
+    resized = image.resize((size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
 
 
 def load_mask(sample: Sample, size: int) -> Tensor:
@@ -375,6 +380,11 @@ def examine(path: Path) -> tuple[Header, Image.Image]:
 def _convert(image: Image.Image, mode: str, path: Path) -> Image.Image:
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
         raise InputError(f"{path}: holds {image.n_frames} pictures; save the one that is meant as a file of its own")
+    return to_mode(image, mode, path)
+
+
+def to_mode(image: Image.Image, mode: str, path: object) -> Image.Image:
+    """A picture in 8 bits, `RGB` or `L`, as `decode` says; `InputError` that names `path`."""
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:

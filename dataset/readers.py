@@ -19,13 +19,15 @@ from PIL import Image
 
 from utils import InputError
 
-from .medical_few import EXTENSIONS
+from .layout import EXTENSIONS
+from .medical_few import decode, to_mode
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
 DICOM_EXTENSIONS = (".dcm", ".dicom")
 NIFTI_EXTENSIONS = (".nii", ".nii.gz")
+PAGED = (".tif", ".tiff")
 PLANES = ("sagittal", "coronal", "axial")  # which of the axes x, y, z is cut
 _volume_lock = Lock()
 
@@ -141,14 +143,11 @@ def to_rgb(values: np.ndarray) -> Image.Image:
     return Image.fromarray(values.astype(np.uint8)).convert("RGB")
 
 
-def pillow_to_rgb(image: Image.Image, window: tuple[float, float] | None = None) -> Image.Image:
-    """A Pillow image as 8-bit RGB; 16-bit gray is scaled (65535 is white) or windowed, where Pillow would saturate."""
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        return to_rgb(apply_window(values, *window) if window else values.clip(0, 65535).astype(np.uint16))
-    if image.mode == "F":
-        return to_rgb(apply_window(np.asarray(image), *window) if window else np.asarray(image))
-    return image.convert("RGB")
+def pillow_to_rgb(image: Image.Image, window: tuple[float, float] | None = None, path: object = "image") -> Image.Image:
+    """A Pillow image as 8-bit RGB, as training reads it; `window` maps gray of more than 8 bits instead."""
+    if window and (image.mode == "F" or image.mode.startswith("I")):
+        return to_rgb(apply_window(np.asarray(image), *window))
+    return to_mode(image, "RGB", path)
 
 
 def apply_window(values: np.ndarray, center: float, width: float, function: str = "LINEAR_EXACT") -> np.ndarray:
@@ -168,7 +167,7 @@ def stretch(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 def _input_error(what: object, error: Exception) -> InputError:
     """One line for whatever reading raised."""
-    if isinstance(error, MissingPackageError):
+    if isinstance(error, InputError):
         return error
     if isinstance(error, FileNotFoundError):
         return InputError(f"{what}: not found")
@@ -182,17 +181,19 @@ def _count(path: Path, plane: str) -> int:
         return int(_dicom_header(path).get("NumberOfFrames") or 1)
     if kind == "nifti":
         return _canonical(path).shape[PLANES.index(plane)]
-    if path.suffix.lower() in (".tif", ".tiff"):
+    if path.name.lower().endswith(PAGED):
         with Image.open(path) as image:
             return image.n_frames
     return 1
 
 
 def _read_pillow(path: Path, index: int, window: tuple[float, float] | None) -> Image.Image:
+    if not window and not path.name.lower().endswith(PAGED):
+        return decode(path)
     with Image.open(path) as image:
         if index:
             image.seek(index)
-        return pillow_to_rgb(image, window)
+        return pillow_to_rgb(image, window, path)
 
 
 def _dicom_header(path: Path) -> Dataset:

@@ -1,1 +1,19 @@
-"""What train.py and test.py share."""
+"""What the scripts share; `from engine import load` opens a checkpoint for prediction (see engine.predictor)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .predictor import Prediction, Predictor, load
+
+__all__ = ["Prediction", "Predictor", "load"]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    """Import what is asked for when it is asked for: `import engine` itself loads nothing."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import predictor  # noqa: PLC0415
+
+    return getattr(predictor, name)

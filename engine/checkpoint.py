@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pickle
 import platform
 import shutil
@@ -139,6 +140,8 @@ def _settings_faults(payload: dict[str, Any]) -> Iterator[str]:
     options, metrics = about.get("options", {}), about.get("metrics", {})
     if not isinstance(about.get("select"), str) or not isinstance(options, dict) or not isinstance(metrics, dict):
         yield "its notes are incomplete"
+    if not _is_threshold(about.get("threshold")):
+        yield f"its threshold is {about['threshold']!r:.80}"
     seed = options.get("seed", 0)
     if type(seed) is not int or not -(2**63) <= seed < 2**64:
         yield f"seed is {seed!r:.80}"
@@ -146,6 +149,24 @@ def _settings_faults(payload: dict[str, Any]) -> Iterator[str]:
         json.dumps([settings, about])
     except (TypeError, ValueError, RecursionError) as error:
         yield f"its settings are no plain values: {error!s:.80}"
+
+
+def _is_threshold(value: Any) -> bool:  # noqa: ANN401
+    """Whether it is what `calibrate` gives."""
+    if value is None:
+        return True
+    if not isinstance(value, dict):
+        return False
+    figures, heat_range = value.get("figures"), value.get("heat_range", [0.0, 1.0])
+    numbers = [value.get("value"), value.get("pixel_value", 0.0)]
+    numbers += heat_range if isinstance(heat_range, list) and len(heat_range) == 2 else [None]
+    rates = [figures.get(name, 0) for name in ("f1", "tpr", "fpr")] if isinstance(figures, dict) else [""]
+    return (
+        all(type(number) is float and math.isfinite(number) for number in numbers)
+        and all(rate is None or type(rate) in (int, float) for rate in rates)
+        and all(isinstance(figures.get(name), int) for name in ("n_normal", "n_abnormal"))
+        and all(isinstance(value.get(name), str) for name in ("rule", "from"))
+    )
 
 
 def write(payload: dict[str, Any], path: str | Path) -> None:

@@ -291,7 +291,7 @@ def test_checkpoints(command, folder, trained):
     check(settings(states={"normal": ["{}"]}), "Brain.pth", "states: expected")
     check(settings(states={"normal": ["{}"], "abnormal": ["{:>99999999}"]}), "Brain.pth", "needs {} once")
     check({"about": "text"}, "Brain.pth", "no settings")
-    check(settings(obj="Chest", pixel_metrics=False), "Brain.pth", "masks")
+    check({"about": {**good["about"], "threshold": {"value": "high"}}}, "Brain.pth", "threshold")
     adapters = {name: tensor * float("nan") for name, tensor in good["normal_det_adapters"].items()}
     check({"normal_det_adapters": adapters}, "Brain.pth", "NaN")
     check({"about": Payload(folder / "ran")}, "Brain.pth", "could run code")

@@ -132,7 +132,7 @@ class Report:
         data = {
             "threshold": threshold,
             "digits": decimals,
-            "range": [float(found.scores.min()), float(found.scores.max())],
+            "range": [min(float(found.scores.min()), threshold), max(float(found.scores.max()), threshold)],
             "scale": self.scale,
             "colours": INFERNO.tolist(),
             "heat": HEAT,
@@ -164,7 +164,7 @@ class Report:
         select, epoch = about.get("select", "unknown"), about.get("metrics", {}).get("epoch", "unknown")
         sentences = [f"{len(found.labels):,} images: {len(found.labels) - abnormal:,} normal, {abnormal:,} abnormal."]
         if trained_on != self.obj:
-            sentences.append(f"The model was trained on {trained_on}.")
+            sentences.append(f"The model was trained on {trained_on}; curves over epochs come from there.")
         way = SELECTED[select].format(obj=trained_on) if select in SELECTED else f"selected by: {select}"
         optimistic = ", so these numbers are optimistic" if select == "test" and trained_on == self.obj else ""
         sentences.append(f"Epoch {epoch}: {way}{optimistic}.")

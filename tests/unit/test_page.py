@@ -99,6 +99,9 @@ def test_head_says_what_was_measured_and_how(files):
     html = report.html(found, {"select": "valid", "threshold": stored})
     assert "At threshold 0.1500, the checkpoint&#x27;s, set for the largest F1 on images of valid/" in html
     assert data_of(html)["threshold"] == 0.15
+    assert data_of(html)["range"] == pytest.approx([0.1, 0.9])
+    above = data_of(report.html(found, {"threshold": {**stored, "value": 2.0}}))
+    assert above["range"] == pytest.approx([0.1, 2.0])  # the tick stays on the track
     assert '<a href="#filter=fn">0 false negative</a>' in html
     assert "optimistic" not in html
     assert "selected by: unknown (published checkpoint)" in report.html(
@@ -112,7 +115,7 @@ def test_a_page_of_another_data_set(files):
     report(samples, scores, None)
     html = report.html(evaluation(samples, scores), {"select": "test"})
     assert "<h1>Liver</h1>" in html
-    assert "The model was trained on Brain." in html
+    assert "The model was trained on Brain; curves" in html
     assert "optimistic." not in html
     assert '<body class="plain">' in html  # no maps
     assert data_of(html)["cards"][0][5] is None

@@ -47,6 +47,7 @@ from engine.options import (
     words,
     writable,
 )
+from engine.page import Report
 from engine.run import RunFolder, StopSignals, surroundings
 from engine.towers import Towers
 from engine.tracking import Tracker
@@ -353,10 +354,14 @@ class Training:
             The selected epoch's evaluation and result.json. The detector holds that epoch's tensors from here on.
         """
         options, setup, state = self.options, self.setup, self.state
-        last = best = evaluate(setup.detector, setup.store, setup.test, full=True)
-        if state.best_epoch + 1 != state.epoch:
+        report = Report(setup.settings)
+        is_last = state.best_epoch + 1 == state.epoch
+        last = best = evaluate(
+            setup.detector, setup.store, setup.test, full=True, on_batch=report if is_last else None
+        )
+        if not is_last:
             Checkpoint.load(self.folder.best).restore(setup.detector, self.folder.best)
-            best = evaluate(setup.detector, setup.store, setup.test, full=True)
+            best = evaluate(setup.detector, setup.store, setup.test, full=True, on_batch=report)
         chosen = SELECTS[options.select]
         protocol = f"epoch {state.best_epoch + 1} of {state.epoch}, {chosen} (--select {options.select})"
         threshold = calibrate(
@@ -375,6 +380,9 @@ class Training:
             "seconds": state.seconds,
             "run": str(self.folder.path),
         }
+        if distributed.is_main():
+            about = {**self.about, "metrics": {"epoch": state.best_epoch + 1}}
+            report.save(self.folder.path, best, about, self.history)
         self.folder.write_result(result)
         if options.out_json and distributed.is_main():
             write_json(options.out_json, result, "--out_json")

@@ -356,9 +356,7 @@ class Training:
         options, setup, state = self.options, self.setup, self.state
         report = Report(setup.settings)
         is_last = state.best_epoch + 1 == state.epoch
-        last = best = evaluate(
-            setup.detector, setup.store, setup.test, full=True, on_batch=report if is_last else None
-        )
+        last = best = evaluate(setup.detector, setup.store, setup.test, full=True, on_batch=report if is_last else None)
         if not is_last:
             Checkpoint.load(self.folder.best).restore(setup.detector, self.folder.best)
             best = evaluate(setup.detector, setup.store, setup.test, full=True, on_batch=report)
@@ -380,18 +378,19 @@ class Training:
             "seconds": state.seconds,
             "run": str(self.folder.path),
         }
+        self.folder.write_result(result)
         if distributed.is_main():
             about = {**self.about, "metrics": {"epoch": state.best_epoch + 1}}
             report.save(self.folder.path, best, about, self.history)
-        self.folder.write_result(result)
-        if options.out_json and distributed.is_main():
-            write_json(options.out_json, result, "--out_json")
+            if options.out_json:
+                write_json(options.out_json, result, "--out_json")
         print(f"last epoch: {last.line()}   [epoch {state.epoch} of {state.epoch}]")
         print(f"selected:   {best.line()}   [{protocol}]")
         print(describe_threshold(threshold))
         if options.save_model:
             print(f"checkpoint: {Path(options.save_path) / options.obj}.pth")
         print(f"run:        {self.folder.path}")
+        print(f"report:     {self.folder.path / 'index.html'}")
         print(published_lines(setup.settings.obj, best))
         return best, result
 

@@ -50,10 +50,10 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     except InputError:
         raise
     except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error):  # torch names what the file wanted to import
+        if name := refused_global(error):
             raise InputError(
-                f"{path} holds Python objects beside tensors and is not loaded, as reading them could run code: "
-                "save only the weights with torch.save(model.state_dict(), FILE) and pass that"
+                f"{path} holds Python objects beside tensors ({name}) and is not loaded, as reading them could run "
+                "code: save only the weights with torch.save(model.state_dict(), FILE) and pass that"
             ) from error
         raise InputError(f"{path} is damaged or no weight file: fetch it again") from error
     except Exception as error:  # whatever a damaged or hostile file provokes in a parser
@@ -78,6 +78,15 @@ def one_line(words: object) -> str:
     """A text, or what an exception says, in at most 150 printable characters: it may quote a damaged file."""
     text = f"{type(words).__name__} {words}" if isinstance(words, Exception) else str(words)
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text[:1000]).split())[:150]
+
+
+def refused_global(error: pickle.UnpicklingError) -> str:
+    """What a file wanted to import when torch.load(weights_only=True) stopped, "" where it stopped for another reason.
+
+    Releases of torch differ in what they let through: 2.15 no longer knows nested tensors.
+    """
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return one_line(found[1]) if found else ""
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

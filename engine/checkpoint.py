@@ -24,7 +24,7 @@ import torch
 import torchvision
 
 from CLIP import create_model
-from CLIP.openai import check_archive, is_plain, one_line
+from CLIP.openai import check_archive, is_plain, one_line, refused_global
 from Prompt import states_fault
 from utils import InputError, atomic_path, run_cli
 
@@ -91,9 +91,8 @@ def read(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise InputError(f"--ckpt {path}: not found; train one with `python train.py --obj ...`") from error
     except pickle.UnpicklingError as error:  # torch's own words advise to load it all the same
-        reason = (
-            "Python objects beside tensors, which could run code" if "GLOBAL" in str(error) else "another kind of file"
-        )
+        name = refused_global(error)
+        reason = f"Python objects beside tensors, which could run code: {name}" if name else "another kind of file"
         raise InputError(f"--ckpt {path}: not a checkpoint, or damaged (it holds {reason})") from error
     except Exception as error:  # whatever a damaged or hostile file provokes in a parser
         raise InputError(f"--ckpt {path}: not a checkpoint, or damaged ({one_line(error)})") from error

@@ -337,7 +337,7 @@ def load_mask(sample: Sample, size: int) -> Tensor:
     if sample.mask is None:
         return torch.zeros(size, size, dtype=torch.bool)
     mask = decode(sample.mask, "L")
-    image_size = _read(sample.path, lambda image: image.size)
+    image_size = read_picture(sample.path, lambda image: image.size)
     if image_size != mask.size:
         raise InputError(f"{sample.mask}: {mask.size} pixels, but its image has {image_size}")
     return torch.from_numpy(np.array(mask.resize((size, size), Image.Resampling.NEAREST))) > 127
@@ -362,7 +362,7 @@ def decode(path: Path, mode: str = "RGB") -> Image.Image:
     Raises:
         InputError: unreadable or cut short, too many pixels, several pictures, pixels without a known range.
     """
-    return _read(path, lambda image: _convert(image, mode, path))
+    return read_picture(path, lambda image: _convert(image, mode, path))
 
 
 def examine(path: Path) -> tuple[Header, Image.Image]:
@@ -374,7 +374,7 @@ def examine(path: Path) -> tuple[Header, Image.Image]:
             size, mode, image.getexif().get(0x0112, 1)
         ), pixels  # EXIF last: in a PNG it may follow the pixels
 
-    return _read(path, use)
+    return read_picture(path, use)
 
 
 def _convert(image: Image.Image, mode: str, path: Path) -> Image.Image:
@@ -395,7 +395,8 @@ def to_mode(image: Image.Image, mode: str, path: object) -> Image.Image:
     return image.convert(mode)
 
 
-def _read(path: Path, use: Callable[[Image.Image], Result]) -> Result:
+def read_picture(path: Path, use: Callable[[Image.Image], Result]) -> Result:
+    """What `use` makes of the image file that Pillow opens; `InputError` naming it for whatever goes wrong."""
     try:
         with Image.open(path) as image:
             return use(image)

@@ -20,7 +20,7 @@ from PIL import Image
 from utils import InputError
 
 from .layout import EXTENSIONS
-from .medical_few import decode, to_mode
+from .medical_few import decode, read_picture, to_mode
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 DICOM_EXTENSIONS = (".dcm", ".dicom")
 NIFTI_EXTENSIONS = (".nii", ".nii.gz")
 PAGED = (".tif", ".tiff")
+FORMATS = (*EXTENSIONS, *DICOM_EXTENSIONS, *NIFTI_EXTENSIONS)
 PLANES = ("sagittal", "coronal", "axial")  # which of the axes x, y, z is cut
 _volume_lock = Lock()
 
@@ -57,8 +58,9 @@ class Frame:
 
     def read(self) -> Image.Image:
         """The image, RGB at its own size; `InputError` naming the file where it cannot be read."""
-        kind = file_kind(self.path)
         try:
+            _check_file(self.path)
+            kind = file_kind(self.path)
             if kind == "dicom":
                 return _read_dicom(self.path, self.index or 0, self.options.window)
             if kind == "nifti":
@@ -116,6 +118,8 @@ def file_kind(path: Path) -> str | None:
     if name.endswith(DICOM_EXTENSIONS):
         return "dicom"
     try:
+        if not path.is_file():  # reading a pipe or a device may never end
+            return None
         with path.open("rb") as file:
             return "dicom" if file.read(132)[128:] == b"DICM" else None
     except OSError:
@@ -162,38 +166,49 @@ def apply_window(values: np.ndarray, center: float, width: float, function: str 
 
 def stretch(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """Gray values -> [0, 1], `low` to `high`; 0 where a value is NaN or there is no range."""
-    return np.nan_to_num((values.astype(np.float64) - low) / (high - low)).clip(0, 1) if high > low else values * 0.0
+    if not high > low:
+        return np.zeros(values.shape)
+    return np.nan_to_num((values.astype(np.float64) - low) / (high - low)).clip(0, 1)
 
 
 def _input_error(what: object, error: Exception) -> InputError:
     """One line for whatever reading raised."""
     if isinstance(error, InputError):
         return error
-    if isinstance(error, FileNotFoundError):
-        return InputError(f"{what}: not found")
     reason = " ".join(str(error).split()) or type(error).__name__
     return InputError(f"{what}: cannot be read as an image ({reason[:200]})")
 
 
 def _count(path: Path, plane: str) -> int:
+    _check_file(path)
     kind = file_kind(path)
     if kind == "dicom":
         return int(_dicom_header(path).get("NumberOfFrames") or 1)
     if kind == "nifti":
         return _canonical(path).shape[PLANES.index(plane)]
     if path.name.lower().endswith(PAGED):
-        with Image.open(path) as image:
-            return image.n_frames
+        return read_picture(path, lambda image: image.n_frames)
     return 1
+
+
+def _check_file(path: Path) -> None:
+    """`InputError` unless `path` is a file in a format that is read."""
+    if not path.is_file():  # a pipe may never end
+        raise InputError(f"{path}: {'a folder, a pipe or a device, no image' if path.exists() else 'not found'}")
+    if file_kind(path) is None:
+        raise InputError(f"{path}: not one of the formats that are read ({', '.join(FORMATS)})")
 
 
 def _read_pillow(path: Path, index: int, window: tuple[float, float] | None) -> Image.Image:
     if not window and not path.name.lower().endswith(PAGED):
         return decode(path)
-    with Image.open(path) as image:
+
+    def use(image: Image.Image) -> Image.Image:
         if index:
             image.seek(index)
         return pillow_to_rgb(image, window, path)
+
+    return read_picture(path, use)
 
 
 def _dicom_header(path: Path) -> Dataset:
@@ -207,6 +222,7 @@ def _dicom_header(path: Path) -> Dataset:
 def _read_dicom(path: Path, index: int, window: tuple[float, float] | None) -> Image.Image:
     """Rescaled, then windowed by `window`, the header's first window or LUT, else from its lowest to highest value."""
     header = _dicom_header(path)
+    from pydicom import dcmread  # noqa: PLC0415 (optional)
     from pydicom.pixels import (  # noqa: PLC0415 (optional)
         apply_color_lut,
         apply_modality_lut,
@@ -214,7 +230,14 @@ def _read_dicom(path: Path, index: int, window: tuple[float, float] | None) -> I
         pixel_array,
     )
 
-    values = pixel_array(path, index=index)
+    syntax = header.file_meta.TransferSyntaxUID
+    try:
+        values = pixel_array(dcmread(path) if syntax.is_deflated else path, index=index)
+    except RuntimeError as error:
+        if "missing dependencies" not in str(error):
+            raise
+        decoders = "pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
+        raise InputError(f"{path}: no decoder for {syntax.name}: pip install {decoders}") from error
     photometric, bits = header.PhotometricInterpretation, header.BitsStored
     if photometric == "PALETTE COLOR":
         return to_rgb(apply_color_lut(values, header))
@@ -255,16 +278,17 @@ def _canonical(path: Path):  # noqa: ANN202 (a nibabel image, which may not be i
         raise MissingPackageError(f"{path}: NIfTI needs nibabel: pip install nibabel") from error
     image = nibabel.squeeze_image(nibabel.load(path))
     if image.ndim != 3:
-        raise InputError(f"{image.ndim} axes of {image.shape}; split it into volumes of 3")
+        raise InputError(f"{path}: {image.ndim} axes of {image.shape}; split it into volumes of 3")
     return nibabel.as_closest_canonical(image)
 
 
 @lru_cache(maxsize=2)  # one that is being scored, one whose pictures are being written
 def _volume(path: Path) -> tuple[np.ndarray, float, float]:
     """Voxels (X, Y, Z) and the range of the finite ones."""
-    values = np.asarray(_canonical(path).dataobj)
-    if values.dtype.kind not in "iuf":
-        raise InputError(f"voxels of type {values.dtype}: expected numbers")
+    image = _canonical(path)
+    if image.get_data_dtype().kind not in "iuf":
+        raise InputError(f"{path}: voxels of type {image.get_data_dtype()}: expected numbers")
+    values = image.get_fdata(dtype=np.float32)
     finite = values[np.isfinite(values)]
     return values, float(finite.min(initial=np.inf)), float(finite.max(initial=-np.inf))
 

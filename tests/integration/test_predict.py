@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -178,6 +181,78 @@ def test_refused(command, home, tmp_path, arguments, words):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert all(word in done.stderr.splitlines()[-1] for word in words), done.stderr
+
+
+def test_pipes_strange_files_and_several_pictures(command, home, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "notes.txt").write_text("x")
+    pictures = [Image.new("L", (8, 8), shade) for shade in (10, 200)]
+    pictures[0].save(tmp_path / "moving.png", save_all=True, append_images=pictures[1:])
+    Image.new("1", (20000, 20000)).save(tmp_path / "huge.png")
+    nearly = dicom("JPEGLSNearLossless_16.dcm")
+    words = {
+        tmp_path / "pipe.png": "a pipe or a device",
+        tmp_path / "notes.txt": "not one of the formats",
+        tmp_path / "moving.png": "holds 2 pictures",
+        tmp_path / "huge.png": "more than 89,478,485 pixels",
+        nearly: "no decoder for JPEG-LS",
+    }
+    ours = home / "data/Brain_AD/test/good/img/test_good_00000.png"
+    done = command("predict.py", "--ckpt", home / "Brain2.pth", *words, ours, "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    for path, reason in words.items():
+        (line,) = [line for line in done.stderr.splitlines() if f"skipped: {path}" in line]
+        assert reason in line
+    assert len(rows(tmp_path / "out")) == 1
+
+
+def test_a_missing_package_is_named_before_anything_is_done(home, tmp_path):
+    (tmp_path / "stub").mkdir()
+    (tmp_path / "stub/nibabel.py").write_text("raise ImportError('not here')")
+    (tmp_path / "v.nii.gz").write_bytes(b"x")
+    command = [sys.executable, "predict.py", "--ckpt", home / "Brain2.pth", tmp_path / "v.nii.gz"]
+    done = subprocess.run(
+        [*command, "--out", tmp_path / "out"], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path / "stub")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("NIfTI needs nibabel: pip install nibabel")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_keeps_what_is_written(command, home, tmp_path):
+    whole = home / "data/Brain_AD/test/good/img/test_good_00000.png"
+    with Image.open(whole) as image:
+        image.resize((1500, 1500)).save(tmp_path / "large.png")  # its overlay is too large
+    inputs = ["--batch_size", 1, whole, tmp_path / "large.png"]
+    done = command("predict.py", "--ckpt", home / "Brain2.pth", *inputs, "--out", tmp_path / "out", file_bytes=200_000)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "--out" in done.stderr.splitlines()[-1]
+    assert [row["file"] for row in rows(tmp_path / "out")] == [str(whole)]
+
+
+def test_memory_does_not_grow_with_the_images(command, home, tmp_path):
+    script = tmp_path / "peak.py"
+    script.write_text(
+        "import resource, runpy, sys\n"
+        "sys.argv = sys.argv[1:]\n"
+        "try:\n    runpy.run_path('predict.py', run_name='__main__')\n"
+        "finally:\n    print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    Image.linear_gradient("L").resize((512, 512)).save(tmp_path / "image.png")
+    peaks = []
+    for many in (10, 80):
+        folder = tmp_path / str(many)
+        folder.mkdir()
+        for i in range(many):
+            (folder / f"{i}.png").symlink_to(tmp_path / "image.png")
+        flags = ["--ckpt", home / "Brain2.pth", "--batch_size", 8, folder, "--out", tmp_path / "out"]
+        done = command(str(script), "predict.py", *flags)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.split("peak ")[1]))
+    assert peaks[1] - peaks[0] < 25_000  # kB; the pixels of 70 images more take 54 MB
 
 
 def test_published_format(command, home, tmp_path):

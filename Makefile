@@ -26,10 +26,11 @@ $(VENV)/dev: $(VENV)/runtime requirements-dev.txt
 demo: $(VENV)/runtime
 	$(BIN)/python -m dataset.phantom --out demo/data --obj $(DEMO_OBJS)
 	for obj in $(DEMO_OBJS); do \
-	  WANDB_MODE=offline $(BIN)/python train.py --obj $$obj $(DEMO_TRAIN) $(DEMO_PATHS) || exit; \
-	  $(BIN)/python test.py --obj $$obj $(DEMO_PATHS) --figures demo/pictures || exit; \
+	  WANDB_MODE=offline $(BIN)/python train.py --obj $$obj $(DEMO_TRAIN) $(DEMO_PATHS) --run_dir demo/runs || exit; \
+	  $(BIN)/python test.py --obj $$obj $(DEMO_PATHS) --report demo/report/$$obj --figures demo/pictures || exit; \
 	done
-	@echo "checkpoints: demo/ckpt   pictures: demo/pictures   (made-up images, random weights: research code, no medicine)"
+	$(BIN)/python predict.py --ckpt demo/ckpt/Brain.pth demo/data/Brain_AD/test/Ungood/img --out demo/predictions
+	@echo "look at demo/report/Brain/index.html, demo/pictures, demo/predictions (made-up images, random weights: no medicine)"
 
 test: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -30,6 +30,7 @@ CELLS = 2**18  # shared out by mass; rounding up, and one cell for every page, m
 CHUNK = 2**15  # pixels at a time: stays in the level-2 cache, and torch runs so few without waking other threads
 EMPTY = 2**31 - 1  # the lowest key of a cell that holds nothing: no number has it
 POINTS = 512  # quantiles that stand for an image's pixels of one class in the bootstrap
+MOST_POINTS = 2**20  # of a class, over all images: 4 MB; above, every image has half as many
 BOOTSTRAP_BINS = 1024
 BOOTSTRAP_IMAGES = 256  # at a time
 
@@ -337,15 +338,15 @@ def bootstrap_auroc(
 class PixelBootstrap:
     """Bootstrap interval of the pixel AUROC, drawing images, since the pixels of an image are not independent.
 
-    Each image leaves at most 512 quantiles of each class, 4 KB, and 1 KB for its part in the draws (memory is linear in
-    the images: 5 MB for a thousand). Quantiles need no grid chosen in advance, follow any concentration of the scores
-    and keep ties; up to 512 pixels are kept as they are. In the end the pooled quantiles are put into 1,024 bins of
-    equal mass, and a draw is a product of image weights with that table. The AUROC of the table, `auroc()`, is within
-    1e-3 of the exact one (usually 1e-5). A Poisson bootstrap would be constant in memory, but its bins would have to be
-    chosen before the data are seen.
+    Each image leaves at most 512 quantiles of each class. Quantiles need no grid chosen in advance, follow any
+    concentration of the scores and keep ties; up to 512 pixels are kept as they are. Beyond 2,048 images each has half
+    as many, and so on: 8 MB hold them, and an image's part in the draws is 1 KB. In the end the pooled quantiles are
+    put into 1,024 bins of equal mass, and a draw is a product of image weights with that table. The AUROC of the table,
+    `auroc()`, is within 1e-3 of the exact one (usually 1e-5).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_points: int = MOST_POINTS) -> None:
+        self.points, self.most_points = POINTS, most_points  # of an image, of all images
         self._points: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])  # by class, one float32 array an image
         self._sizes: tuple[list[int], list[int]] = ([], [])
 
@@ -356,14 +357,27 @@ class PixelBootstrap:
         for image, mask in zip(scores, labels, strict=True):
             for column, values in enumerate((image[~mask], image[mask])):
                 values.sort()
-                kept = min(len(values), POINTS)
-                self._points[column].append(values[((np.arange(kept) + 0.5) * len(values) / max(kept, 1)).astype(int)])
+                self._points[column].append(_thinned(values, self.points))
                 self._sizes[column].append(len(values))
+        self._limit(self.points)
 
     def merge(self, other: PixelBootstrap) -> None:
         """Append the images of `other`."""
-        for mine, theirs in zip((*self._points, *self._sizes), (*other._points, *other._sizes), strict=True):
+        self._limit(other.points)
+        for mine, theirs in zip(self._points, other._points, strict=True):
+            mine.extend(_thinned(values, self.points) for values in theirs)
+        for mine, theirs in zip(self._sizes, other._sizes, strict=True):
             mine.extend(theirs)
+        self._limit(self.points)
+
+    def _limit(self, points: int) -> None:
+        """Keep at most `points` of each image, and fewer where all together would be too many."""
+        while points > 2 and points * len(self._sizes[0]) > self.most_points:
+            points //= 2
+        if points < self.points:
+            self.points = points
+            for column in self._points:
+                column[:] = [_thinned(values, points) for values in column]
 
     def interval(self, samples: int = 1000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
         """Percentile interval over `samples` draws of the images; the same seed and images give the same interval."""
@@ -404,6 +418,14 @@ class PixelBootstrap:
             yield part, np.stack(table)
 
 
+def _thinned(values: np.ndarray, most: int) -> np.ndarray:
+    """At most `most` evenly spaced quantiles of ascending values."""
+    if len(values) <= most:
+        return values
+    places = (np.arange(most) + 0.5) * (len(values) / most) - 0.5
+    return np.interp(places, np.arange(len(values)), values).astype(np.float32)
+
+
 def _bootstrap(
     auroc: Callable[[np.ndarray], np.ndarray], images: int, samples: int, seed: int, level: float, block: int = 50
 ) -> tuple[float, float]:
@@ -413,10 +435,10 @@ def _bootstrap(
     """
     rng, values = np.random.default_rng(seed), np.empty(0)
     while len(values) < samples:
-        weights = [
-            np.bincount(rng.integers(0, images, images), minlength=images).astype(np.uint8) for _ in range(block)
-        ]
-        found = auroc(np.stack(weights))
+        weights = np.empty((block, images), dtype=np.uint8)
+        for draw in weights:
+            draw[:] = np.bincount(rng.integers(0, images, images), minlength=images)
+        found = auroc(weights)
         values = np.append(values, found[~np.isnan(found)])
     low, high = np.quantile(values[:samples], [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

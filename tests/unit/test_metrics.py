@@ -367,6 +367,22 @@ def test_pixel_bootstrap_table_is_close_to_the_exact_auroc(shape: str) -> None:
     assert first.interval(100) == whole.interval(100)
 
 
+def test_pixel_bootstrap_keeps_a_bounded_number_of_points_for_any_number_of_images() -> None:
+    maps, masks = image_set("early in training", 400, 0)
+    free, bounded, part = PixelBootstrap(), PixelBootstrap(most_points=2**13), PixelBootstrap()
+    free.update(maps, masks)
+    for start in range(0, 200, 20):
+        bounded.update(maps[start : start + 20], masks[start : start + 20])
+    part.update(maps[200:], masks[200:])
+    bounded.merge(part)
+    for column in bounded._points:
+        assert len(column) == 400
+        assert sum(map(len, column)) <= 2**13
+    # 16 to 32 points of each image's 1,600 pixels: the images together still show the distribution.
+    assert bounded.auroc() == pytest.approx(free.auroc(), abs=2e-3)
+    assert bounded.interval(300) == pytest.approx(free.interval(300), abs=4e-3)
+
+
 def test_pixel_bootstrap_agrees_with_a_loop_over_sklearn_and_is_wider_than_pixels_suggest() -> None:
     maps, masks = image_set("early in training", 20, 1)
     rng = np.random.default_rng(5)

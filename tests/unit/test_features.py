@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -157,22 +154,37 @@ FeatureStore(Backbone(clip, [2, 4], False), "disk", {store!r}, batch_size=3).pre
 """
 
 
-def test_a_killed_fill_resumes(clip, items, tmp_path):
-    script = FILL.format(root=str(ROOT), folder=str(tmp_path), store=str(tmp_path / "store"))
+KILLED_FILLS = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch  # once: a child is forked from here, before anything has run
+from engine.features import RECORD_BYTES
+script, store, kept, moments = sys.argv[1], Path(sys.argv[2]), 0, random.Random(3)
+while_it_runs = lambda pid: os.waitpid(pid, os.WNOHANG) == (0, 0)
+for _ in range(10):
+    pid = os.fork()
+    if pid == 0:
+        exec(script)
+        os._exit(0)
+    enough = kept + moments.randint(1, 9)
+    while kept < enough and while_it_runs(pid):
+        kept = sum(path.stat().st_size for path in store.glob("*/index.bin")) // RECORD_BYTES
+    time.sleep(moments.uniform(0, 0.005))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    print(sum(path.stat().st_size for path in store.glob("*/index.bin")) // RECORD_BYTES)
+"""
+
+
+def test_a_fill_killed_ten_times_resumes(clip, items, tmp_path):
+    fill = FILL.format(root=str(ROOT), folder=str(tmp_path), store=str(tmp_path / "store"))
+    command = [sys.executable, "-c", KILLED_FILLS, fill, str(tmp_path / "store")]
+    output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True, timeout=120).stdout
+    kept = [int(line) for line in output.splitlines() if line.isdigit()]
+    assert len(kept) == 10
+    assert kept == sorted(kept)
+    assert 0 < kept[-1] < 7 * 16  # the last one was killed in the middle too
     views = [Item(item.sample, view, (0.1, 0.2)) for item in items for view in range(16)]
-    kept, deadline = [], time.monotonic() + 60
-    for _ in range(3):
-        process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        before = kept[-1] if kept else 0
-        index = make(clip, tmp_path).folder / "index.bin"
-        while time.monotonic() < deadline and process.poll() is None:
-            if index.exists() and index.stat().st_size // RECORD_BYTES > before:
-                os.kill(process.pid, signal.SIGKILL)
-                break
-            time.sleep(0.001)
-        process.wait()
-        kept.append(index.stat().st_size // RECORD_BYTES)
-    assert kept[0] < 7 * 16  # it was killed in the middle
     store = make(clip, tmp_path)
     assert store.prepare(views) == 7 * 16 - kept[-1]
     fresh = make(clip, tmp_path / "other")

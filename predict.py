@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import re
 import sys
 import time
@@ -71,8 +72,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--precision", default="auto", choices=PRECISIONS, help="auto: fp32 on a CPU")
     options = parser.parse_args(arguments)
-    if options.window and options.window[1] <= 0:
-        raise InputError(f"--window: a width of {options.window[1]:g}; it must be above 0")
+    if options.window and not (options.window[1] > 0 and all(map(math.isfinite, options.window))):
+        center, width = options.window
+        raise InputError(f"--window {center:g} {width:g}: two finite numbers, and a width above 0")
+    if options.threshold is not None and not math.isfinite(options.threshold):
+        raise InputError(f"--threshold {options.threshold:g}: not a finite number")
     return options
 
 

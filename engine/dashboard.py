@@ -112,7 +112,12 @@ class Dashboard:
             self.tracker.summary({**dict.fromkeys(self.keys), **values})
 
     def finish(self, best: Evaluation, epoch: int, ckpt_path: Path | None = None) -> None:
-        """Log the table of the selected epoch's scores and, where a path is given, the checkpoint as an artifact."""
+        """Log the table of the selected epoch's scores and, where a path is given, the checkpoint as an artifact.
+
+        The full evaluation also completes the summary: AUPRO is not measured in every epoch.
+        """
+        if self.tracker.id:
+            self.tracker.summary(measured("test", best))
         if self.every:
             self.tracker.picture(lambda run: run.log({"scores/table": self._table(best)}, step=self.step))
         if ckpt_path:
@@ -220,10 +225,7 @@ def scalars(report: Report, views: int, best: dict[str, float], is_best: bool) -
         "time/epoch": report.seconds, "time/images_per_second": images / report.seconds, **memory(),
     }  # fmt: skip
     for name, found in evaluated.items():
-        logged[f"{name}/AUC"] = found.auc
-        if found.pauc is not None:
-            logged[f"{name}/pAUC"] = found.pauc
-        logged |= {f"{name}/{NAMES[key]}": value for key, value in found.more.items() if key in NAMES}
+        logged |= measured(name, found)
     if report.test:
         auc, pauc = report.test.auc, report.test.auc if report.test.pauc is None else report.test.pauc
         published = {"AUC+pAUC": report.test.selection_score, "AUC": auc, "pAUC": pauc}
@@ -231,6 +233,13 @@ def scalars(report: Report, views: int, best: dict[str, float], is_best: bool) -
             best.update({f"{key}best": value for key, value in published.items()})
         logged |= published
     return {**logged, **best}
+
+
+def measured(split: str, found: Evaluation) -> dict[str, float]:
+    """The metrics of an evaluation below `split`/."""
+    values = {"AUC": found.auc, "pAUC": found.pauc}
+    values |= {NAMES[key]: value for key, value in found.more.items() if key in NAMES}
+    return {f"{split}/{name}": value for name, value in values.items() if value is not None}
 
 
 def memory() -> dict[str, float]:

@@ -261,7 +261,7 @@ def _legend(drawing: Drawing, series: Sequence[Series]) -> float:
     """Names beside samples of their lines, as many in a row as there is room for; the y where they end."""
     x, y = 8.0, 31.0
     for s in series:
-        width = 32 + 5.8 * len(s.name)
+        width = 38 + 5.8 * len(s.name)
         if x + width > WIDTH and x > 8:
             x, y = 8.0, y + 16
         drawing.marks.append(Line([(x, y - 4), (x + 18, y - 4)], s.colour, 1.75, s.dashed))

@@ -11,8 +11,9 @@ Research use, not a medical device.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,21 +68,28 @@ class Predictor:
         with torch.no_grad():
             self._text = self.detector.prompts()
 
-    def predict(self, images: ImageLike | Sequence[ImageLike], batch_size: int = 16) -> list[Prediction]:
+    def predict(self, images: ImageLike | Iterable[ImageLike], batch_size: int = 16) -> list[Prediction]:
         """Predict one or more images.
 
         Args:
             images: paths (every format of `dataset.readers`; of several frames the first), Pillow images, arrays
-                (H, W) or (H, W, 3) of uint8, uint16 or floats in [0, 1], frames of `dataset.readers.frames`.
+                (H, W) or (H, W, 3) of uint8, uint16 or floats in [0, 1], frames of `dataset.readers.frames`; one,
+                or an iterable of them, an array (B, H, W, 3) too. A generator is read a batch at a time.
             batch_size: images through the network at a time.
+
+        Returns:
+            A prediction for each image, in their order.
 
         Raises:
             InputError: an image that cannot be read.
         """
-        many = list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} is not at least 1")
+        single = isinstance(images, str) or (isinstance(images, np.ndarray) and images.ndim < 4)
+        remaining = iter([images] if single or not isinstance(images, Iterable) else images)
         found: list[Prediction] = []
-        for start in range(0, len(many), batch_size):
-            pictures = [open_image(image) for image in many[start : start + batch_size]]
+        while batch := list(islice(remaining, batch_size)):
+            pictures = [open_image(image) for image in batch]
             found += self.predict_tensors(
                 torch.stack([to_tensor(picture, self.settings.img_size) for picture in pictures]),
                 [picture.size for picture in pictures],

@@ -178,6 +178,7 @@ def draw_figures(
         if series:
             values = [y for curve in series for y in curve.y]
             low, high = min(values), max(values)
+            low = low if high > low else low - 0.5  # a level line: not above it, where no AUROC lies
             room = (low, high + 0.12 * (high - low))  # above the curves, for the mark's words
             limits = (min(row["epoch"] for row in history), max(row["epoch"] for row in history))
             drawings[name] = plot(title, series, "epoch", label, limits, room, marks, x_step=1)

@@ -172,6 +172,8 @@ def test_names_that_collide(command, home, tmp_path):
         (["nowhere.png"], ["nowhere.png", "not found"]),
         (["tests/golden"], ["tests/golden", "no image"]),
         (["docs/demo-brain.png", "--window", 10, 0], ["--window"]),
+        (["docs/demo-brain.png", "--window", 10, "nan"], ["--window 10 nan"]),
+        (["docs/demo-brain.png", "--threshold", "nan"], ["--threshold nan"]),
         (["docs/demo-brain.png", "--ckpt", "README.md"], ["README.md", "not a checkpoint"]),
         (["docs/demo-brain.png", "--out", "README.md"], ["--out README.md"]),
     ],
@@ -280,6 +282,13 @@ def test_python_api(home):
     assert by_path.size == (64, 64)
     alone = model.predict([path] * 5, batch_size=2)
     assert [found.score for found in alone] == pytest.approx([by_path.score] * 5, abs=1e-6)
+    stacked = np.stack([np.asarray(image.convert("RGB"))] * 3)
+    for many in (iter([path] * 3), stacked):  # a generator, such as Path.glob gives; (B, H, W, 3)
+        assert [found.score for found in model.predict(many, 2)] == pytest.approx([by_path.score] * 3, abs=1e-6)
+    assert model.predict([]) == []
+    for size in (0, -1):
+        with pytest.raises(ValueError, match="batch_size"):
+            model.predict(path, size)
     with pytest.raises(TypeError, match="no_such_flag"):
         load(home / "Brain2.pth", no_such_flag=1)
     assert (ROOT / "predict.py").is_file()

@@ -178,6 +178,16 @@ def test_best_survives_a_resumption(samples):
     assert run.rows[0][1]["AUC+pAUCbest"] == pytest.approx(1.5)
 
 
+def test_the_full_evaluation_completes_the_summary(samples):
+    run, scores = Run(), np.linspace(0, 1, len(samples))
+    board = Dashboard(tracker(run), samples, SETTINGS, 32, every=0)
+    board.epoch(Report(0, evaluation(samples, scores)), True)
+    assert "test/AUPRO" not in run.summary
+    board.finish(evaluation(samples, scores, aupro=0.25), 0)
+    assert run.summary["test/AUPRO"] == 0.25
+    assert not [name for name in run.summary if "threshold" in name]
+
+
 def test_table_is_bounded_and_says_so(samples, monkeypatch, capsys):
     monkeypatch.setattr(dashboard, "ROWS", 5)
     scores = np.linspace(0, 1, len(samples))

@@ -70,6 +70,12 @@ def test_no_figure_of_a_single_point(history):
     assert list(draw_figures(evaluation(), ABOUT, history)) == ["histogram", "roc", "pr"]
 
 
+def test_no_auroc_above_one_on_the_axis_of_a_level_curve():
+    shown = words(draw_figures(evaluation(), ABOUT, [{**row, "auc": 1.0} for row in HISTORY])["auc"].svg())
+    assert "0.6" in shown
+    assert not shown & {"1.1", "1.2", "1.4"}
+
+
 def test_the_threshold_is_the_checkpoints_where_it_has_one():
     stored = {"value": 0.4, "rule": "the largest F1", "from": "images of valid/"}
     assert threshold_of(evaluation(), {"threshold": stored}) == (

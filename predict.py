@@ -28,7 +28,7 @@ from tqdm import tqdm
 from dataset.medical_few import to_tensor
 from dataset.readers import PLANES, Frame, MissingPackageError, ReadOptions, frames, list_files
 from engine.heat import contours, overlay, raw
-from engine.options import PRECISIONS, Formatter, writable
+from engine.options import PRECISIONS, Formatter, filled_path, writable
 from engine.predictor import Prediction, Predictor, load
 from utils import InputError, atomic_path, integer, prefetch, run_cli, write_json
 
@@ -51,10 +51,10 @@ COLUMNS = (
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Formatter)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER",
+    parser.add_argument("images", nargs="+", type=filled_path, metavar="IMAGE_OR_FOLDER",
                         help="PNG, JPEG, BMP, TIFF; DICOM (with pydicom), NIfTI (with nibabel)")  # fmt: skip
     parser.add_argument("--ckpt", required=True, help="checkpoint of train.py, or one in the published format")
-    parser.add_argument("--out", required=True, type=Path, help="folder of the results")
+    parser.add_argument("--out", required=True, type=filled_path, help="folder of the results")
     parser.add_argument("--threshold", type=float, help="abnormal is score >= threshold (default: the checkpoint's)")
     parser.add_argument(
         "--window", nargs=2, type=float, metavar=("CENTER", "WIDTH"), help="of gray values beyond 8 bits"

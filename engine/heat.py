@@ -9,10 +9,9 @@ import contourpy
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .report import colours
+from .report import OUTLINE, colours
 
 LONGEST = 1024  # pixels a side of an overlay
-OUTLINE = (0, 229, 200)
 
 
 def overlay(

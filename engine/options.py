@@ -47,6 +47,13 @@ def words(text: str) -> str:
     return text
 
 
+def filled_path(text: str) -> Path:
+    """An argparse type: a path; not an empty one, which would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return Path(text)
+
+
 def run_name(text: str) -> str:
     """An argparse type: a name that may be a folder's, in W&B too."""
     if not text.strip() or not text.isprintable() or len(text) > 100 or len(os.fsencode(text)) > 255:

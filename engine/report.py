@@ -175,6 +175,7 @@ def draw_figures(
     for name, (title, label, keys) in RUN_FIGURES.items():
         series = [_history_curve(history, *key) for key in keys]
         series = [curve for curve in series if len(curve.x) > 1 and any(curve.y)]  # seg is 0 without masks
+        series = [curve for i, curve in enumerate(series) if all(curve.y != other.y for other in series[i + 1 :])]
         if series:
             values = [y for curve in series for y in curve.y]
             low, high = min(values), max(values)

@@ -173,6 +173,7 @@ def test_names_that_collide(command, home, tmp_path):
         (["tests/golden"], ["tests/golden", "no image"]),
         (["docs/demo-brain.png", "--window", 10, 0], ["--window"]),
         (["docs/demo-brain.png", "--window", 10, "nan"], ["--window 10 nan"]),
+        ([""], ["IMAGE_OR_FOLDER", "is empty"]),
         (["docs/demo-brain.png", "--threshold", "nan"], ["--threshold nan"]),
         (["docs/demo-brain.png", "--ckpt", "README.md"], ["README.md", "not a checkpoint"]),
         (["docs/demo-brain.png", "--out", "README.md"], ["--out README.md"]),

@@ -290,7 +290,9 @@ def _volume(path: Path) -> tuple[np.ndarray, float, float]:
         raise InputError(f"{path}: voxels of type {image.get_data_dtype()}: expected numbers")
     values = image.get_fdata(dtype=np.float32)
     finite = values[np.isfinite(values)]
-    return values, float(finite.min(initial=np.inf)), float(finite.max(initial=-np.inf))
+    if not finite.size:
+        raise InputError(f"{path}: no voxel holds a finite number")
+    return values, float(finite.min()), float(finite.max())
 
 
 def _read_nifti(path: Path, index: int, options: ReadOptions) -> Image.Image:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from .medical_few import (
 )
 
 SHOWN = 3  # examples of a finding
+NAMED = "no mask"  # the finding of which every example is shown: one cannot see what is not there
 SMALL = 32  # pixels a side
 SIXTEEN_BITS_AT_LEAST = 8192  # the largest value, below which a 16-bit image is all but black
 
@@ -66,7 +68,7 @@ WARNINGS = {
 
 @dataclass
 class Findings:
-    """Counts of what was found, with the first few examples of each."""
+    """Counts of what was found, with the first few examples of each, and all of `NAMED`."""
 
     titles: dict[str, str]
     counts: Counter[str] = field(default_factory=Counter)
@@ -75,7 +77,7 @@ class Findings:
     def add(self, kind: str, example: str, count: int = 1) -> None:
         """Note one finding, or `count` that share an example."""
         self.counts[kind] += count
-        if len(self.examples[kind]) < SHOWN:
+        if kind == NAMED or len(self.examples[kind]) < SHOWN:
             self.examples[kind].append(example)
 
     def lines(self, word: str) -> Iterator[str]:
@@ -289,6 +291,21 @@ def table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
+def beginning(root: Path, config: Path) -> str:
+    """What a JSON file for an unknown layout may look like, for the user to fill in."""
+    images = (path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    counts = Counter(path.parent.relative_to(root).as_posix() for path in images)
+    folders = [f"    {folder}: {count}" for folder, count in sorted(counts.items())]
+    classes = dict.fromkeys(KINDS, "FOLDER")
+    values = {"prompt_name": config.stem, "pixel_metrics": False, **dict.fromkeys(SPLITS, classes)}
+    return "\n".join([
+        "folders with images, and how many:", *(folders or ["    none"]),
+        f"to say which is which, put this into dataset/{config.name}, with these for FOLDER; a class may have the same "
+        f"in valid and in test, which is then divided:",
+        json.dumps(values, indent=2),
+    ])  # fmt: skip
+
+
 def main() -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m dataset.check", description=__doc__.split("\n\n")[0])
@@ -322,7 +339,9 @@ def main() -> int:
     errors, warnings = check.errors.counts.total(), check.warnings.counts.total()
     print(f"errors: {errors}, warnings: {warnings}" if errors or warnings else "fine")
     config = config_path(options.obj)
-    if not config.is_file() and not check.errors.counts["layout"]:
+    if not config.is_file() and not check.rows:
+        print(beginning(root, config))
+    elif not config.is_file() and not check.errors.counts["layout"]:
         print(f"layout found, not named by a file; to name or change it, put this into dataset/{config.name}:")
         print(dataset.layout.to_json())
     return 1 if errors else 0

@@ -196,27 +196,28 @@ def has_masks(root: Path, folders: Iterable[str], template: str) -> bool:
 def detect(root: Path) -> dict[str, Any]:
     """What a JSON file for this folder would say; `InputError` where no known layout is found.
 
-    Known are <valid|val|train>/ and test/ with a folder for each class; MVTec's train/good, test/good and
-    test/<defect>; and the two classes alone. Classes are called good and Ungood, normal and abnormal, or 0 and 1.
-    MVTec has no abnormal training images and bare classes no splits: there, folders are shared between the splits.
+    Known are <valid|val|train>/ and test/ with a folder for each class; the same with normal images alone beside test/,
+    as in MVTec's train/good, test/good and test/<defect>; and the two classes alone. Classes are called good and
+    Ungood, normal and abnormal, or 0 and 1. Where there are no abnormal images beside the test's, or no splits, folders
+    are shared between the splits.
     """
     test = _classes(root / "test")
-    support = next((found for found in (_classes(root / name) for name in SUPPORT_NAMES) if len(found) == 2), {})
+    found_support = [_classes(root / name) for name in SUPPORT_NAMES]
+    support = next((found for found in found_support if len(found) == 2), {})
+    normal = next((found["normal"] for found in found_support if "normal" in found), None)
     if len(support) == len(test) == 2:
         splits = {"valid": support, "test": test}
-    elif "normal" in test and (train := _classes(root / "train")):
-        defects = [
-            path.name for path in sorted((root / "test").iterdir()) if path != test["normal"] and list_images(path)
-        ]
-        abnormal = {"abnormal": [f"test/{name}" for name in defects]}
-        splits = {"valid": {**train, **abnormal}, "test": {**test, **abnormal}}
+    elif "normal" in test and normal:
+        inside = map(_images_folder, sorted((root / "test").iterdir()))
+        defects = [path.relative_to(root).as_posix() for path in inside if path != test["normal"] and list_images(path)]
+        splits = {"valid": {"normal": normal, "abnormal": defects}, "test": {**test, "abnormal": defects}}
     else:
         splits = dict.fromkeys(SPLITS, _classes(root))
     if not all(splits[split].get(kind) for split in SPLITS for kind in KINDS):
         raise InputError(
             f"{root}: no known layout; expected valid/ and test/ with good/ and Ungood/, normal/ and abnormal/ or 0/ "
-            f"and 1/ in each, those two alone, or MVTec's train/good and test/<defect>; or describe it in a JSON file "
-            f"as dataset/layout.py says"
+            f"and 1/ in each, those two alone, or MVTec's train/good and test/<defect>; or describe it in a JSON file, "
+            f"which `python -m dataset.check` begins and dataset/layout.py explains"
         )
     found: dict[str, Any] = {
         split: {kind: _relative(root, folders) for kind, folders in classes.items()}
@@ -233,8 +234,13 @@ def _classes(folder: Path) -> dict[str, Path]:
     for names in CLASS_NAMES:
         found = {kind: inside[name] for kind, name in zip(KINDS, names, strict=True) if name in inside}
         if found:
-            return {kind: path / "img" if (path / "img").is_dir() else path for kind, path in found.items()}
+            return {kind: _images_folder(path) for kind, path in found.items()}
     return {}
+
+
+def _images_folder(path: Path) -> Path:
+    """Where a class's images lie: in img/ as in MVFA's layout, or directly in its folder."""
+    return path / "img" if (path / "img").is_dir() else path
 
 
 def _relative(root: Path, folders: Path | list[str]) -> list[str]:

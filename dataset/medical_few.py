@@ -124,29 +124,44 @@ class MedicalDataset:
         return self.layout.pixel_metrics
 
     def samples(self, split: str) -> list[Sample]:
-        """The images of `valid` or `test`, normal first, each class sorted by name.
+        """The images of `valid` or `test`, normal first, each class sorted by name; `valid` may lack abnormal ones.
 
         Raises:
             InputError: a class without images, or with pixel metrics abnormal images without a mask of their own.
         """
-        return [sample for kind in KINDS for sample in self._samples(self.find(split, kind), kind)]
+        found = {kind: self.find(split, kind, (split, kind) != ("valid", "abnormal")) for kind in KINDS}
+        return [sample for kind in KINDS for sample in self._samples(found[kind], kind)]
 
-    def find(self, split: str, kind: str) -> list[Found]:
-        """The images of a class (`normal`, `abnormal`) in a split, folder by folder and sorted, with their masks."""
+    def find(self, split: str, kind: str, required: bool = True) -> list[Found]:
+        """The images of a class (`normal`, `abnormal`) in a split, folder by folder and sorted, with their masks.
+
+        Raises:
+            InputError: a folder is missing or there are no images; not where none are `required`.
+        """
         found: list[Found] = []
         folders = self.layout.folders(split, kind)
+        divided = 0  # images in folders that both splits share
         for folder in folders:
             if not (self.root / folder).is_dir():
+                if not required:
+                    continue
                 raise InputError(f"{self.root / folder} not found; the README shows the layout of a data set")
             images = list_images(self.root / folder)
             if folder in self.layout.shared(kind):
                 share = self.layout.valid_share
+                divided += len(images)
                 images = [path for path in images if falls_in_valid(self.name(path), share) == (split == "valid")]
             with_masks = kind == "abnormal" and self.pixel_metrics
             masks = find_masks(self.root, folder, self.layout.masks, images) if with_masks else [[]] * len(images)
             found += zip(images, masks, strict=True)
-        if not found:
+        if required and not found:
             where = ", ".join(str(self.root / folder) for folder in folders) or "its JSON file names no folder"
+            if divided:
+                raise InputError(
+                    f"{where}: divided by a hash of the name (of the patient, where names have one), none of the "
+                    f"{divided} {kind} images is {split}; give the splits folders of their own, "
+                    f"in dataset/{self.obj}.json"
+                )
             raise InputError(f"{where}: no images ({', '.join(EXTENSIONS)}) for {split}, {kind}")
         return found
 
@@ -174,7 +189,8 @@ class MedicalDataset:
                 place = mask_folder(self.root, self.name(image.parent), self.layout.masks)
                 raise InputError(
                     f"{some(missing)}: no mask ({len(missing)} of {len(found)} abnormal images); they are sought in "
-                    f'{place}; add them, or set "pixel_metrics": false in dataset/{self.obj}.json'
+                    f'{place}; `python -m dataset.check` names them all; add them, or set "pixel_metrics": false in '
+                    f"dataset/{self.obj}.json"
                 )
             if ambiguous:
                 raise InputError(f"{some(ambiguous)}: give each image a name of its own, and its mask the same")
@@ -337,6 +353,8 @@ def load_mask(sample: Sample, size: int) -> Tensor:
     if sample.mask is None:
         return torch.zeros(size, size, dtype=torch.bool)
     mask = decode(sample.mask, "L")
+    if mask.getextrema()[1] == 1:  # labels, not greys: half of the range would be above all of them
+        raise InputError(f"{sample.mask}: its largest value is 1 of 255, so no pixel is abnormal; save 0 and 255")
     image_size = read_picture(sample.path, lambda image: image.size)
     if image_size != mask.size:
         raise InputError(f"{sample.mask}: {mask.size} pixels, but its image has {image_size}")

@@ -220,6 +220,19 @@ def test_normal_shots_alone(bottle, call, tmp_path, loss):
     assert last_lines(output) == last_lines(call("test.py", *paths))
 
 
+def test_no_abnormal_images_but_the_tests(brain, call, tmp_path):
+    """The known layout without valid/Ungood: normal shots train; an unknown name takes shots from the test's folder."""
+    root = shutil.copytree(brain, tmp_path / "Brain_AD")
+    shutil.rmtree(root / "valid/Ungood")
+    paths = ["--data_root", root, "--save_path", tmp_path, "--shot", 2]
+    output = call("train.py", *SMALL, "--obj", "Brain", *paths, "--shot_abnormal", 0)
+    assert "Brain: 8 test images (4 abnormal)" in output
+    assert last_lines(output) == last_lines(call("test.py", "--obj", "Brain", "--data_root", root, *paths[2:4]))
+    assert "valid/Ungood/img not found" in call("train.py", *SMALL, "--obj", "Brain", *paths, code=2)
+    output = call("train.py", *SMALL, "--obj", "knee", *paths, "--shot_abnormal", 0)
+    assert "in both splits: test/Ungood/img; of the 4 images there" in output
+
+
 def test_unequal_shots_take_each_classs_own_list(brain, call, tmp_path):
     output = call(
         "train.py", *SMALL, "--obj", "Brain", "--data_root", brain, "--save_path", tmp_path, "--shot_normal", 8,

@@ -224,6 +224,39 @@ def test_an_unknown_folder_gets_a_file_that_means_the_same(fine, tmp_path, monke
     assert MedicalDataset.open("knee_joint", tmp_path, tmp_path / "knee_joint") == without
 
 
+def test_a_folder_of_no_known_layout_gets_a_file_to_fill_in(fine, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "knee"
+    for split in ("valid", "test"):
+        shutil.copytree(fine / "Brain_AD" / split / "good/img", root / split / "sane")
+        shutil.copytree(fine / "Brain_AD" / split / "Ungood/img", root / split / "torn")
+    code, output = call_check(monkeypatch, capsys, "--data_root", root)
+    assert code == 1
+    assert "    test/sane: 3\n    test/torn: 3\n    valid/sane: 3\n" in output
+    text = output[output.index("\n{") : output.rindex("}") + 1]
+    for folder in ("valid/sane", "valid/torn", "test/sane", "test/torn"):
+        text = text.replace("FOLDER", folder, 1)
+    monkeypatch.setattr("dataset.layout.FOLDER", tmp_path)
+    (tmp_path / "knee.json").write_text(text)
+    assert [sample.label for sample in MedicalDataset.open("knee", tmp_path, root).samples("test")] == [0] * 3 + [1] * 3
+
+
+def test_every_missing_mask_is_named(brain, monkeypatch, capsys):
+    masks = sorted((brain / MASKS).iterdir()) + sorted((brain / "test/Ungood/anomaly_mask").iterdir())
+    for mask in masks[1:]:
+        mask.unlink()
+    _, output = call_check(monkeypatch, capsys, "--data_path", brain.parent, "--obj", "Brain")
+    assert all(f"img/{mask.name}\n" in output for mask in masks[1:])
+
+
+def test_a_split_that_gets_nothing_of_a_divided_folder_is_explained(tmp_path):
+    for kind in ("normal", "abnormal"):
+        (tmp_path / kind).mkdir()
+        for number in range(9):
+            gray(noise(8, 8), tmp_path / kind / f"IMG_2023_{number}.png")
+    with pytest.raises(InputError, match=r"none of the 9 normal images is valid; .* dataset/knee\.json"):
+        MedicalDataset.open("knee", "data", tmp_path).samples("valid")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -191,3 +191,12 @@ def test_cut_files_and_unequal_masks_are_errors(tmp_path):
     Image.fromarray(np.zeros((90, 80), dtype=np.uint8)).save(mask)
     with pytest.raises(InputError, match=r"mask\.png.*80, 90.*90, 90"):
         load_mask(Sample(path, 1, mask, "x"), 32)
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(np.uint8, 1), (np.uint16, 255)])
+def test_masks_of_labels_are_not_taken_for_empty(tmp_path, dtype, value):
+    image, mask = tmp_path / "x.png", tmp_path / "mask.png"
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(image)
+    Image.fromarray(np.eye(9, dtype=dtype) * dtype(value)).save(mask)
+    with pytest.raises(InputError, match=r"mask\.png: its largest value is 1 of 255"):
+        load_mask(Sample(image, 1, mask, "x"), 9)

@@ -4,7 +4,7 @@
 """
 
 from .layout import PUBLISHED, described, named_after, object_name
-from .medical_few import MedicalDataset, Sample, Shots, leaks, load_image, load_mask
+from .medical_few import MedicalDataset, Sample, Shots, check_mask, leaks, load_image, load_mask
 
 OBJECTS = described()
 
@@ -14,6 +14,7 @@ __all__ = [
     "MedicalDataset",
     "Sample",
     "Shots",
+    "check_mask",
     "leaks",
     "load_image",
     "load_mask",

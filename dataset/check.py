@@ -25,6 +25,7 @@ from utils import InputError, integer, prefetch, run_cli
 
 from .layout import EXTENSIONS, KINDS, SPLITS, config_path, mask_folder, named_after, object_name, patient
 from .medical_few import (
+    ABNORMAL_ABOVE,
     Found,
     Header,
     MedicalDataset,
@@ -132,7 +133,7 @@ def look_at_mask(path: Path, seen: Look) -> None:
     greys = np.flatnonzero(mask.histogram())
     if greys[-1] == 0:
         seen.warnings["empty mask"] = str(path)
-    elif greys[-1] <= 127:
+    elif greys[-1] <= ABNORMAL_ABOVE:
         seen.errors["mask range"] = f"{path}: largest value {greys[-1]} of 255"
     elif not {0, 255}.issuperset(greys.tolist()):
         seen.warnings["grey mask"] = f"{path}: {len(greys)} greys"

@@ -38,6 +38,7 @@ from .layout import (
 # Pillow only warns of images above Image.MAX_IMAGE_PIXELS (89,478,485, so 9,459 x 9,459); here that is the limit, as
 # several are decoded at a time. This is the way that its manual gives.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
+ABNORMAL_ABOVE = 127  # of 255, in a mask
 Result = TypeVar("Result")
 Found = tuple[Path, list[Path]]  # an image, and the files that fit as its mask
 
@@ -353,12 +354,22 @@ def load_mask(sample: Sample, size: int) -> Tensor:
     if sample.mask is None:
         return torch.zeros(size, size, dtype=torch.bool)
     mask = decode(sample.mask, "L")
-    if mask.getextrema()[1] == 1:  # labels, not greys: half of the range would be above all of them
-        raise InputError(f"{sample.mask}: its largest value is 1 of 255, so no pixel is abnormal; save 0 and 255")
     image_size = read_picture(sample.path, lambda image: image.size)
     if image_size != mask.size:
         raise InputError(f"{sample.mask}: {mask.size} pixels, but its image has {image_size}")
-    return torch.from_numpy(np.array(mask.resize((size, size), Image.Resampling.NEAREST))) > 127
+    return torch.from_numpy(np.array(mask.resize((size, size), Image.Resampling.NEAREST))) > ABNORMAL_ABOVE
+
+
+def check_mask(sample: Sample) -> None:
+    """`InputError` for a mask that marks something, but nothing as abnormal: labels 0 and 1 where 0 and 255 are meant.
+
+    For shots; a test mask like that counts as empty, as published, and `dataset.check` reports it.
+    """
+    peak = decode(sample.mask, "L").getextrema()[1] if sample.mask else 0
+    if 0 < peak <= ABNORMAL_ABOVE:
+        raise InputError(
+            f"{sample.mask}: its largest value is {peak} of 255, and abnormal is above {ABNORMAL_ABOVE}: save 0 and 255"
+        )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataset import Sample, Shots, load_mask
+from dataset import Sample, Shots, check_mask, load_mask
 from loss import LossParts, training_loss
 from Prompt import text_similarity
 from utils import VIEWS, InputError, augment
@@ -40,6 +40,8 @@ class TrainingSet:
             items += [Item(sample, view, tuple(draws)) for view in range(VIEWS) for sample in samples]
             labels += [label] * VIEWS * len(samples)
             if pixel_metrics and samples:
+                for sample in samples:
+                    check_mask(sample)
                 soft = torch.stack([load_mask(sample, img_size) for sample in samples])[:, None].float()
                 masks.append(augment(soft)[:, 0] > 0.5)
         return cls(items, torch.tensor(labels), torch.cat(masks) if masks else None)

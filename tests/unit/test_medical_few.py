@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import OBJECTS, MedicalDataset, load_image, load_mask
+from dataset import OBJECTS, MedicalDataset, check_mask, load_image, load_mask
 from dataset.medical_few import FOLDER, Sample, read_shot_list
 from utils import InputError
 
@@ -194,9 +194,11 @@ def test_cut_files_and_unequal_masks_are_errors(tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "value"), [(np.uint8, 1), (np.uint16, 255)])
-def test_masks_of_labels_are_not_taken_for_empty(tmp_path, dtype, value):
+def test_a_shot_with_a_mask_of_labels_is_refused(tmp_path, dtype, value):
     image, mask = tmp_path / "x.png", tmp_path / "mask.png"
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(image)
     Image.fromarray(np.eye(9, dtype=dtype) * dtype(value)).save(mask)
+    sample = Sample(image, 1, mask, "x")
     with pytest.raises(InputError, match=r"mask\.png: its largest value is 1 of 255"):
-        load_mask(Sample(image, 1, mask, "x"), 9)
+        check_mask(sample)
+    assert not load_mask(sample, 9).any()  # as published

@@ -50,7 +50,7 @@ from engine.options import (
 from engine.page import Report
 from engine.run import RunFolder, StopSignals, surroundings
 from engine.towers import Towers
-from engine.tracking import Tracker
+from engine.tracking import Tracker, warn_of_tracked_key
 from engine.training import EpochReport, TrainingSet, TrainingState, fit
 from Prompt import read_prompts
 from utils import InputError, Parser, run_cli, set_seed, write_json
@@ -262,6 +262,8 @@ def train(options: argparse.Namespace, towers: Towers | None = None) -> dict[str
         KeyboardInterrupt: on Ctrl-C or SIGTERM; the files of the last finished epoch are complete.
     """
     with StopSignals() as signals:
+        if distributed.is_main():
+            warn_of_tracked_key()
         if options.out_json:
             writable(options.out_json, "--out_json")
         if options.save_model:

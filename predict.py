@@ -30,7 +30,7 @@ from dataset.readers import PLANES, Frame, MissingPackageError, ReadOptions, fra
 from engine.heat import contours, overlay, raw
 from engine.options import PRECISIONS, Formatter, filled_path, writable
 from engine.predictor import Prediction, Predictor, load
-from utils import InputError, atomic_path, integer, prefetch, run_cli, write_json
+from utils import InputError, Parser, atomic_path, integer, prefetch, run_cli, write_json
 
 NOTE = "research use, not a medical device"
 COLUMNS = (
@@ -50,7 +50,7 @@ COLUMNS = (
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Formatter)
+    parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=Formatter)
     parser.add_argument("images", nargs="+", type=filled_path, metavar="IMAGE_OR_FOLDER",
                         help="PNG, JPEG, BMP, TIFF; DICOM (with pydicom), NIfTI (with nibabel)")  # fmt: skip
     parser.add_argument("--ckpt", required=True, help="checkpoint of train.py, or one in the published format")

@@ -38,7 +38,7 @@ from engine.options import MODEL_FLAGS, Formatter, check_layers, positive, writa
 from engine.run import RunFolder
 from engine.tables import METRICS, Figure, Table, read_published
 from engine.towers import Towers
-from utils import InputError, locked, run_cli, tune_allocator
+from utils import InputError, Parser, locked, run_cli, tune_allocator
 
 # The tables, and what they show.
 TITLES = {
@@ -302,7 +302,7 @@ def row_labels(table: str, cell: Cell, obj: str, base: argparse.Namespace) -> li
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """The grid's flags, and the others, which are train.py's."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.split("\n\n")[0], epilog="Every other flag goes to train.py.", formatter_class=Formatter,
         allow_abbrev=False,
     )  # fmt: skip

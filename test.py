@@ -35,12 +35,12 @@ from engine.options import (
 from engine.page import Report
 from engine.report import Sheet, find_history, read_history, save_figures, together
 from engine.towers import Towers
-from utils import run_cli, set_seed, write_json
+from utils import Parser, run_cli, set_seed, write_json
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags of train.py that make sense here, and --ckpt."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Formatter)
+    parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=Formatter)
     add_data_flags(parser, obj="Brain")
     add_model_flags(parser, from_checkpoint=True)
     parser.add_argument("--ckpt", help="checkpoint (default: <save_path>/<obj>.pth)")

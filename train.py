@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from CLIP import create_model
-from dataset import MedicalDataset, Sample, Shots, leaks
+from dataset import MedicalDataset, Sample, Shots, leaks, some
 from engine import distributed
 from engine.calibrate import Rule, calibrate, describe_threshold, leftover, rule
 from engine.checkpoint import Checkpoint, copy, versions
@@ -50,10 +50,10 @@ from engine.options import (
 from engine.page import Report
 from engine.run import RunFolder, StopSignals, surroundings
 from engine.towers import Towers
-from engine.tracking import Tracker
+from engine.tracking import Tracker, warn_of_tracked_key
 from engine.training import EpochReport, TrainingSet, TrainingState, fit
 from Prompt import read_prompts
-from utils import InputError, run_cli, set_seed, write_json
+from utils import InputError, Parser, run_cli, set_seed, write_json
 
 SELECTS = {
     "test": "best epoch on the test set, the published protocol",
@@ -69,7 +69,7 @@ RESUMABLE = {
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The published flags with the published defaults, and ours beside them."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Formatter)
+    parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=Formatter)
     add_data_flags(parser, obj="Liver")
     add_model_flags(parser, from_checkpoint=False)
     group = parser.add_argument_group("training")
@@ -99,7 +99,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--run_dir", default="runs", help="folder of the runs; each has a folder of its own there")
     group.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; its settings hold")
     options = parser.parse_args(arguments)
-    if options.resume:
+    if options.resume is not None:
         stored = RunFolder.open(options.resume).read_config()["options"]
         parser.set_defaults(**{name: value for name, value in stored.items() if name in options and name != "resume"})
         options = parser.parse_args(arguments)
@@ -149,7 +149,8 @@ class Setup:
     data: TrainingSet
     test: list[Sample]
     valid: list[Sample]  # what is left of valid/ after the shots, with --select valid
-    left: list[Sample]  # some of what is left in any case, for the decision threshold
+    unused: list[Sample]  # all that is left of valid/ after the shots
+    left: list[Sample]  # some of that, for the decision threshold
 
     @property
     def items(self) -> list[Item]:
@@ -189,21 +190,31 @@ def prepare(options: argparse.Namespace, towers: Towers | None = None) -> Setup:
     detector = Detector(clip, settings).to(device)
     store = (towers.store if towers else make_store)(options, clip, detector)
     data = TrainingSet.build(shots, settings.img_size, settings.pixel_metrics, torch.rand(2, 2))
-    return Setup(shots, settings, detector, store, data, test, valid, left)
+    return Setup(shots, settings, detector, store, data, test, valid, rest, left)
 
 
-def warn_of_leaks(setup: Setup) -> None:
-    """A line on stderr where a shot is also in the test set; the store has hashed every file by now."""
-    hashes = setup.store.hashes
+def warn_of_data(setup: Setup) -> None:
+    """Lines on stderr for images in valid and in test, and for shots with an empty mask."""
+    if not distributed.is_main():
+        return
+    hashes = setup.store.hashes  # of all that was prepared
     shots = (*setup.shots.normal, *setup.shots.abnormal)
-    found = leaks(shots, setup.test, lambda sample: hashes[sample.path])
-    if found and distributed.is_main():
-        shot, twin = found[0]
-        print(
-            f"warning: {len(found)} test images equal a shot, which flatters every number: {twin.name} is {shot.name}; "
-            f"`python -m dataset.check` shows them all",
-            file=sys.stderr,
-        )
+    for samples, what in ((shots, "a shot, which flatters every number"), (setup.unused, "another image of valid/")):
+        if found := leaks(samples, setup.test, lambda sample: hashes.get(sample.path) or sample.content_hash()):
+            sample, twin = found[0]
+            print(
+                f"warning: {len(found)} test images equal {what}: {twin.name} is {sample.name}; "
+                f"`python -m dataset.check` shows them all",
+                file=sys.stderr,
+            )
+    if setup.data.masks is not None:  # view by view, so the plain view of the abnormal shots comes first
+        pairs = zip(setup.shots.abnormal, setup.data.masks, strict=False)
+        if empty := [sample.name for sample, mask in pairs if not mask.any()]:
+            print(
+                f"warning: {len(empty)} abnormal shots have an empty mask at this size, so all their pixels count as "
+                f"normal: {some(empty)}",
+                file=sys.stderr,
+            )
 
 
 def describe(options: argparse.Namespace, setup: Setup) -> dict[str, Any]:
@@ -222,9 +233,9 @@ def describe(options: argparse.Namespace, setup: Setup) -> dict[str, Any]:
 
 
 def open_run(options: argparse.Namespace, setup: Setup) -> tuple[RunFolder, dict[str, Any]]:
-    """The run's folder with its config.json: a new one, or the one to resume if it means the same shots and weights."""
+    """The run's folder and its config, not written yet: a new one, or one to resume with the same shots and weights."""
     config = describe(options, setup)
-    if not options.resume:
+    if options.resume is None:
         made_up = f"{options.obj}-{shots_words(options)}-{options.fidelity}-{time.strftime('%Y%m%d-%H%M%S')}"
         run = RunFolder.create(options.run_dir, options.exp_name or made_up)
     else:
@@ -236,7 +247,6 @@ def open_run(options: argparse.Namespace, setup: Setup) -> tuple[RunFolder, dict
                 key = next((key for key in now if now[key] != then.get(key)), name)
                 raise InputError(f"--resume {run.path}: {key} was {then.get(key)}, but is now {now.get(key)}")
         config |= {"wandb_id": stored.get("wandb_id", ""), "resumed": stored.get("resumed", 0) + 1}
-    run.write_config(config)
     return run, config
 
 
@@ -252,6 +262,8 @@ def train(options: argparse.Namespace, towers: Towers | None = None) -> dict[str
         KeyboardInterrupt: on Ctrl-C or SIGTERM; the files of the last finished epoch are complete.
     """
     with StopSignals() as signals:
+        if distributed.is_main():
+            warn_of_tracked_key()
         if options.out_json:
             writable(options.out_json, "--out_json")
         if options.save_model:
@@ -276,6 +288,7 @@ class Training:
             if self.state.epoch > options.epoch:
                 done = f"{self.folder.path} has finished {self.state.epoch} already"
                 raise InputError(f"--epoch {options.epoch}: {done}")
+        self.folder.write_config(self.config)  # not before, or a refused --resume would spoil it
         private = ("settings", "host", "device", "device_name", "threads", "command", "wandb_id")
         self.about = {name: value for name, value in self.config.items() if name not in private}
         self.about |= {"select": options.select, "run": str(self.folder.path)}
@@ -286,7 +299,7 @@ class Training:
         try:
             setup.store.prepare(setup.items)
             setup.store.release_tower()
-            warn_of_leaks(setup)
+            warn_of_data(setup)
             if 0 < state.epoch == state.best_epoch + 1:  # killed between last.pth and best.pth, perhaps
                 self.save_best()
             with self.start_tracker() as tracker:

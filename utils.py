@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -69,6 +69,14 @@ def run_cli(main: Callable[[], int | None]) -> None:
 def _refuse(words: object) -> int:
     print(f"error: {' '.join(str(words).split())}", file=sys.stderr)
     return 2
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose errors are one line, without the usage: `--help` shows that."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with code 2."""
+        self.exit(_refuse(message))
 
 
 def integer(least: int, most: int | None = None) -> Callable[[str], int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils import InputError, run_cli
+from utils import InputError, Parser, run_cli
 
 from .openai import sha256_file
 
@@ -122,7 +122,7 @@ def _read(response: http.client.HTTPResponse) -> bytes:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m CLIP.download", description="Fetch OpenAI's CLIP weights.")
+    parser = Parser(prog="python -m CLIP.download", description="Fetch OpenAI's CLIP weights.")
     parser.add_argument("model", help="ViT-L-14-336, the model whose weights OpenAI published")
     parser.add_argument("--out", type=Path, help="where the file goes (CLIP/ckpt/<the name in the address>)")
     parser.add_argument("--url", help="another address of the file; a SHA-256 in its path is the one that must match")

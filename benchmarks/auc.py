@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import machine, peak_memory, print_table, write_json
-from utils import run_cli
+from utils import Parser, run_cli
 
 LAYERS = 4
 BATCH = (32, 240, 240)
@@ -156,7 +156,7 @@ def measure_apart(contender: str, pixels: int, spread: str) -> dict[str, float |
 
 def main() -> None:
     """Measure every contender at every size and spread, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pixels", type=float, nargs="+", default=[1e6, 1e7, 5e7], help="how many pixels")
     parser.add_argument("--spread", nargs="+", choices=["wide", "narrow"], default=["wide", "narrow"])
     parser.add_argument("--json", help="write the figures to this file")

@@ -5,7 +5,6 @@ python -m benchmarks.backbone                          ViT-L-14-336 at 240 px, b
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 
@@ -14,7 +13,7 @@ import torch
 from benchmarks.common import print_table, write_json
 from CLIP import create_model
 from CLIP.model import CLIP
-from utils import run_cli
+from utils import Parser, run_cli
 
 
 def best(function: Callable[[], object], repeats: int) -> float:
@@ -48,7 +47,7 @@ def gflop(clip: CLIP, layers: int) -> float:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="ViT-L-14-336")
     parser.add_argument("--img_size", type=int, default=240)
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 16])

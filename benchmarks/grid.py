@@ -22,7 +22,7 @@ from statistics import median
 import reproduce
 from benchmarks.common import print_table, write_json
 from dataset import phantom
-from utils import run_cli
+from utils import Parser, run_cli
 
 
 def plan(options: argparse.Namespace, data: str, out: str) -> tuple[list[reproduce.Cell], reproduce.Grid]:
@@ -53,7 +53,7 @@ def seconds(command: list[str]) -> tuple[float, str]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="ViT-tiny-14-56")
     parser.add_argument("--img_size", type=int, default=56)
     parser.add_argument("--epochs", type=int, default=2)

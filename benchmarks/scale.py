@@ -8,7 +8,6 @@ which the system takes back when it needs them, and are shown beside it.
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.common import print_table, write_json
 from dataset import phantom
-from utils import run_cli
+from utils import Parser, run_cli
 
 SMALL = ["--model_name", "ViT-tiny-14-56", "--pretrain", "random", "--img_size", "56"]
 
@@ -44,7 +43,7 @@ def watch(command: list[str]) -> tuple[float, float, float]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--images", type=int, nargs="+", default=[500, 2000, 8000])
     parser.add_argument("--json", default="benchmarks/results/scale.json")
     options = parser.parse_args()

@@ -24,7 +24,7 @@ from benchmarks import recompute
 from benchmarks.common import peak_memory, print_table, write_json
 from dataset import phantom
 from engine.training import TrainingState, fit
-from utils import run_cli
+from utils import Parser, run_cli
 
 EPOCHS = 60
 
@@ -96,7 +96,7 @@ def compare(default: dict[str, Any], again: dict[str, Any]) -> dict[str, object]
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="ViT-L-14-336")
     parser.add_argument("--fidelity", nargs="+", default=["released", "corrected"])
     parser.add_argument("--epochs", type=int, default=3, help="of the default path")

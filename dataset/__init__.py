@@ -4,7 +4,7 @@
 """
 
 from .layout import PUBLISHED, described, named_after, object_name
-from .medical_few import MedicalDataset, Sample, Shots, check_mask, leaks, load_image, load_mask
+from .medical_few import MedicalDataset, Sample, Shots, check_mask, leaks, load_image, load_mask, some
 
 OBJECTS = described()
 
@@ -20,4 +20,5 @@ __all__ = [
     "load_mask",
     "named_after",
     "object_name",
+    "some",
 ]

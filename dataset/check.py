@@ -9,7 +9,6 @@ is code 2. Every image is decoded once; what is kept of it is a hash of its pixe
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from collections import Counter, defaultdict
@@ -21,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils import InputError, integer, prefetch, run_cli
+from utils import InputError, Parser, integer, prefetch, run_cli
 
 from .layout import EXTENSIONS, KINDS, SPLITS, config_path, mask_folder, named_after, object_name, patient
 from .medical_few import (
@@ -50,11 +49,11 @@ ERRORS = {
     "mask size": "masks of another size than their image",
     "mask range": "masks with no pixel above half of the grey range, though not empty: they count as empty",
     "leak": "the same picture in valid and in test",
+    "patient": "patients, by the number in the names, in valid and in test",
     "two labels": "the same picture among the normal and the abnormal",
     "list": "few-shot lists",
 }
 WARNINGS = {
-    "patient": "patients, by the number in the names, in valid and in test",
     "duplicate": "the same picture twice in a class",
     "same name": "names that differ in the extension only",
     "empty mask": "abnormal images with an empty mask",
@@ -184,7 +183,7 @@ class Check:
                     self.image(dataset.name(path), row, seen)
                     bar.update()
         for number in sorted(self.patients["valid"] & self.patients["test"]):
-            self.warnings.add("patient", number)
+            self.errors.add("patient", number)
         self.folders(dataset)
         self.lists(dataset, known)
 
@@ -309,7 +308,7 @@ def beginning(root: Path, config: Path) -> str:
 
 def main() -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m dataset.check", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m dataset.check", description=__doc__.split("\n\n")[0])
     parser.add_argument("--obj", type=object_name, help="data set (default: the name of --data_root)")
     parser.add_argument("--data_path", default="./data/", help="folder that holds <obj>_AD (default: ./data/)")
     parser.add_argument("--data_root", help="the data set's own folder, instead of <data_path>/<obj>_AD")

@@ -28,6 +28,7 @@ from .layout import (
     KINDS,
     SPLITS,
     Layout,
+    described,
     falls_in_valid,
     find_masks,
     list_images,
@@ -91,7 +92,10 @@ def _hint(obj: str, data_path: str | Path) -> str:
             f"the README says where to get {obj}, and `python -m dataset.phantom --obj {obj} --out {data_path}` "
             f"draws a made-up one"
         )
-    return "put the data set there, or name its folder with --data_root"
+    return (
+        f"--obj {obj} is none of {', '.join(described())}, but may be your own: put the data set there, or name its "
+        f"folder with --data_root (README)"
+    )
 
 
 @dataclass(frozen=True)

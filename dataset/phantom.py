@@ -11,7 +11,6 @@ only inside its mask. So an abnormal image equals its healthy twin everywhere ou
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from utils import InputError, run_cli
+from utils import InputError, Parser, run_cli
 
 # How far a lesion lies from the tissue around it, as a part of the full grey range; drawn anew for every image.
 # This is the difficulty: (0.1, 0.2) is hard to see, (0.4, 0.6) is glaring.
@@ -460,7 +459,7 @@ def write(out: str | Path, objs: Sequence[str], valid: int, test: int, seed: int
 
 def main() -> None:
     """Read the command line and write the data sets."""
-    parser = argparse.ArgumentParser(prog="python -m dataset.phantom", description=f"Draw a data set ({NOTICE}).")
+    parser = Parser(prog="python -m dataset.phantom", description=f"Draw a data set ({NOTICE}).")
     parser.add_argument("--out", default="data", help="folder that will hold <obj>_AD (default: data)")
     parser.add_argument(
         "--obj", nargs="+", default=list(PAINTERS), metavar="OBJ", help=f"of {', '.join(PAINTERS)} (all)"

@@ -6,7 +6,6 @@ python -m engine.checkpoint export CKPT OUT           the published format, with
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import pickle
@@ -26,7 +25,7 @@ import torchvision
 from CLIP import create_model
 from CLIP.openai import check_archive, is_plain, one_line, refused_global
 from Prompt import states_fault
-from utils import InputError, atomic_path, run_cli
+from utils import InputError, Parser, atomic_path, run_cli
 
 from .detector import Detector, Settings
 from .options import MAX_IMG_SIZE, MODEL_FLAGS
@@ -237,7 +236,7 @@ def check_weights(
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m engine.checkpoint", description="Look at or convert checkpoints.")
+    parser = Parser(prog="python -m engine.checkpoint", description="Look at or convert checkpoints.")
     actions = parser.add_subparsers(dest="action", required=True)
     shower = actions.add_parser("show", help="print what a checkpoint holds")
     shower.add_argument("ckpt")

@@ -6,7 +6,6 @@ python -m engine.features --prune         free it
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import hashlib
 import itertools
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 from CLIP import CLIP
 from dataset import Sample, load_image
-from utils import JITTER_VIEW, InputError, augment_view, locked, prefetch, run_cli, write_json
+from utils import JITTER_VIEW, InputError, Parser, augment_view, locked, prefetch, run_cli, write_json
 
 from . import distributed
 
@@ -444,7 +443,7 @@ def prune(cache_dir: Path) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m engine.features", description="List or free stored features.")
+    parser = Parser(prog="python -m engine.features", description="List or free stored features.")
     parser.add_argument("--cache_dir", type=Path, default=Path(".cache/features"))
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--info", action="store_true", help="list the stores")

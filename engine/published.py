@@ -8,6 +8,7 @@ A plain dict (goldens' README, items 25 and 50): `normal_det_adapters`, `abnorma
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 import torch
@@ -72,6 +73,8 @@ def _infer(
         raise InputError(f"--ckpt {path} holds adapters for {count} layers: name them with --features_list")
     makers = [branch for branch in BRANCHES if f"prompt_maker_{branch}" in parts]
     mood = {2: "learnable_all", 1: "learnable_abnormal", 0: "fix"}[len(makers)]
+    if mood == "fix" and "text_features_fix" not in parts:
+        raise InputError(f"--ckpt {path}: holds neither prompt makers nor text_features_fix")
     features = parts.get("text_features_fix", torch.empty(embed_dim, 2))
     if not isinstance(features, Tensor) or not is_plain(features) or features.shape != (embed_dim, 2):
         raise InputError(f"--ckpt {path}: text_features_fix is no tensor of shape ({embed_dim}, 2)")
@@ -105,15 +108,27 @@ def encoder_tensors(clip: CLIP) -> dict[str, Tensor]:
 
 
 def encoder_difference(parts: dict[str, Any], clip: CLIP) -> float | None:
-    """The largest difference between the text encoder in a checkpoint and the loaded one; None where it holds none."""
+    """The largest difference between the text encoder in a checkpoint and the loaded one; None where it holds none.
+
+    Infinite where a tensor has another name or shape, or holds NaN.
+    """
     own = encoder_tensors(clip)
-    differences = [
-        float((stored.float() - own[name].cpu()).abs().max())
-        for branch in BRANCHES
-        for name, stored in parts.get(f"prompt_maker_{branch}", {}).items()
-        if name in own and stored.shape == own[name].shape
-    ]
-    return max(differences, default=None)
+
+    def difference(name: str, stored: Tensor) -> float:
+        if name not in own or stored.shape != own[name].shape:
+            return math.inf
+        return float((stored.float() - own[name].cpu()).abs().nan_to_num(nan=math.inf).max())
+
+    makers = [parts.get(f"prompt_maker_{branch}", {}) for branch in BRANCHES]
+    return max(
+        (
+            difference(name, stored)
+            for maker in makers
+            for name, stored in maker.items()
+            if name.startswith(ENCODER_PREFIX)
+        ),
+        default=None,
+    )
 
 
 @torch.no_grad()

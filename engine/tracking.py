@@ -2,7 +2,7 @@
 
 Where a run goes (wandb's own settings, such as WANDB_MODE, WANDB_BASE_URL, WANDB_ENTITY and WANDB_DIR, are honoured):
 
-    WANDB_MODE=disabled               nothing is written or printed, and wandb is not even imported
+    WANDB_MODE=disabled               nothing is written, and wandb is not even imported
     WANDB_MODE=offline, or no key     files under the run folder, and one line that says how to look at and sync them
     a key                             online; offline after all when the server cannot be reached or says no
 
@@ -180,7 +180,7 @@ class Tracker:
 
 
 def _read_key_file(path: Path) -> str:
-    """Return the key in key.json, "" for none or the place holder; warn when git tracks a real one."""
+    """Return the key in key.json, "" for none or the place holder."""
     try:
         key = json.loads(path.read_text(encoding="utf-8"))["wandb_api_key"].strip()
     except FileNotFoundError:
@@ -188,10 +188,18 @@ def _read_key_file(path: Path) -> str:
     except (OSError, ValueError, LookupError, TypeError, AttributeError):  # its text may quote the file: not shown
         _say(f'warning: {path} is not {{"wandb_api_key": "..."}}, so it is ignored')
         return ""
-    if KEY_SHAPE.fullmatch(key) and _tracked(path):
+    return "" if key == "paste-your-key-here" else key  # the committed place holder
+
+
+def warn_of_tracked_key(path: Path = Path("key.json")) -> None:
+    """Warn where key.json holds a key that looks real and git tracks it, whether or not W&B is used."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return
+    if KEY_SHAPE.search(text) and _tracked(path):
         advice = f"run `wandb login` and restore the file, or run `git update-index --skip-worktree {path}`"
         _say(f"warning: {path} holds an API key and git tracks it: {advice}")
-    return "" if key == "paste-your-key-here" else key  # the committed place holder
 
 
 def _tracked(path: Path) -> bool:

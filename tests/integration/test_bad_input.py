@@ -89,7 +89,8 @@ def test_without_warm_imports(folder):
     ("arguments", "words"),
     [
         (["--obj", "Liver"], ["Liver_AD"]),
-        (["--obj", "Knee"], ["Knee_AD"]),
+        (["--obj", "Knee"], ["Knee_AD", "--obj Knee is none of Brain, Chest"]),
+        (["--no_such_flag", 1], ["unrecognized arguments: --no_such_flag"]),
         (["--shot", 0], ["--shot", "at least 1"]),
         (["--shot", 9], ["--shot 9", "valid", "4 abnormal images"]),
         (["--shot", 4, "--select", "valid"], ["--select valid", "0 normal and 0 abnormal"]),
@@ -131,6 +132,15 @@ def test_without_warm_imports(folder):
 def test_flags_of_training(command, folder, trained, arguments, words):
     refused(command("train.py", *flags(folder), *arguments), *words)
     assert (folder / "ckpt" / "Brain.pth").read_bytes() == trained.read_bytes()
+
+
+def test_a_bad_flag_is_one_line(command):
+    """Without argparse's usage, which --help shows."""
+    scripts = ("train.py", "test.py", "predict.py", "reproduce.py", "dataset.check", "dataset.phantom", "CLIP.download")
+    for script in (*scripts, "engine.checkpoint"):
+        result = command(script, "--no_such_flag")
+        refused(result)
+        assert "usage" not in result.stdout + result.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
@@ -305,6 +315,26 @@ def test_checkpoints(command, folder, trained):
     refused(command("test.py", *arguments, "--ckpt", "README.md"), "README.md", "not a checkpoint")
     refused(command("test.py", *arguments, "--ckpt", folder), str(folder), "not a checkpoint")
     refused(command("test.py", *arguments, "--ckpt", trained, "--model_name", "ViT-L-14-336"), "--model_name")
+
+
+def test_warnings_of_the_data(command, folder):
+    """The same picture in valid and in test, among the shots and among the others; an empty mask. Training goes on."""
+    brain = folder / "data/Brain_AD"
+    names = [(brain / "valid/good/img" / f"valid_good_0000{index}.png") for index in (0, 3)]
+    shot_list(f"a-0: {FIRST} valid_Ungood_00001.png\nn-0: {names[0].name} valid_good_00001.png\n")(folder / "data")
+    for index, path in enumerate(names):
+        shutil.copy(path, brain / f"test/good/img/copy{index}.png")
+    Image.new("L", (64, 64)).save(brain / "valid/Ungood/anomaly_mask" / FIRST)
+    result = command("train.py", *flags(folder), "--epoch", 1, "--cache", "ram")
+    assert result.returncode == 0, result.stderr
+    warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 3
+    assert "1 test images equal a shot" in warnings[0]
+    assert "copy0.png is valid/good/img/valid_good_00000.png" in warnings[0]
+    assert "1 test images equal another image of valid/" in warnings[1]
+    assert "copy1.png is valid/good/img/valid_good_00003.png" in warnings[1]
+    assert "1 abnormal shots have an empty mask" in warnings[2]
+    assert FIRST in warnings[2]
 
 
 def test_a_loss_that_becomes_nan(command, folder):

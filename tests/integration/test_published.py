@@ -60,6 +60,26 @@ def test_another_text_encoder_is_said(trained, tmp_path, monkeypatch, capsys):
     assert ("its text features differ" in output) == (mood == "fix")
 
 
+def test_a_spoiled_text_encoder_is_said(trained, tmp_path, monkeypatch, capsys):
+    """NaN, another shape, a layer that CLIP does not have; and a file with neither prompts nor text features."""
+    mood, paths, expected = trained
+    stored = torch.load(tmp_path / "published.pth", weights_only=True)
+    flags = ["--ckpt", tmp_path / "odd.pth", "--pretrain", "random", "--img_size", 42, "--features_list", 2, 4]
+    if mood == "fix":
+        del stored["text_features_fix"]
+        torch.save(stored, tmp_path / "odd.pth")
+        with pytest.raises(InputError, match="neither prompt makers nor text_features_fix"):
+            call(monkeypatch, capsys, test_script, *paths, *flags)
+        return
+    maker, name = stored["prompt_maker_abnormal"], "text_encoder.ln_final.weight"
+    odd = {"text_encoder.transformer.resblocks.9.ln_1.weight": torch.ones(128)}
+    for change in ({name: maker[name] * float("nan")}, {name: torch.ones(3)}, odd):
+        torch.save({**stored, "prompt_maker_abnormal": {**maker, **change}}, tmp_path / "odd.pth")
+        output = call(monkeypatch, capsys, test_script, *paths, *flags)
+        assert "its text encoder differs by up to inf from the CLIP weights" in output
+        assert figures(output) == expected
+
+
 def test_the_other_released_name_is_found(trained, tmp_path, monkeypatch, capsys):
     _, paths, expected = trained
     (tmp_path / "Brain.pth").rename(tmp_path / "Brain.tar.pth")

@@ -199,7 +199,10 @@ def test_what_cannot_be_resumed(command, data_path, tmp_path, undisturbed):
     assert "no config.json" in refused("--resume", tmp_path)
     assert "--learning_rate 0.5 contradicts" in refused("--resume", undisturbed, "--learning_rate", 0.5)
     assert "--shot 1 contradicts" in refused("--resume", undisturbed, "--shot", 1)
+    config = (undisturbed / "config.json").read_bytes()
     assert f"has finished {EPOCHS} already" in refused("--resume", undisturbed, "--epoch", 2)
+    assert (undisturbed / "config.json").read_bytes() == config  # else a plain --resume would be refused from here on
+    assert "no config.json" in refused("--resume", "")
     assert command("train.py", *flags(tmp_path, data_path, "--epoch", 1)).returncode == 0
     run = tmp_path / "runs" / "one"
     (run / "last.pth").write_bytes((run / "last.pth").read_bytes()[:-5000])

@@ -141,9 +141,10 @@ def test_a_key_that_git_tracks_is_warned_of_at_the_start(tmp_path):
     plant(tmp_path, NEW_KEY)
     for command in (["init", "-q"], ["add", "key.json"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)
-    result = run(tmp_path, "train.py", *TRAIN)
-    assert result.returncode == 0
-    warnings = [line for line in result.stderr.decode().splitlines() if "git tracks it" in line]
-    assert len(warnings) == 1
-    assert "key.json" in warnings[0]
-    assert NEW_KEY not in result.stderr.decode()
+    for mode in ("offline", "disabled"):
+        result = run(tmp_path, "train.py", *TRAIN, WANDB_MODE=mode)
+        assert result.returncode == 0
+        lines = result.stderr.decode().splitlines()
+        assert [line for line in lines if "git tracks it" in line] == lines[:1]  # before anything else
+        assert "key.json" in lines[0]
+        assert NEW_KEY not in result.stderr.decode()

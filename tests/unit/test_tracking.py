@@ -451,7 +451,7 @@ def test_a_real_key_that_git_tracks_is_warned_of_once(
         subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)
 
     def warnings() -> list[str]:
-        tracking._read_key_file(path)
+        tracking.warn_of_tracked_key(path)
         lines = capsys.readouterr().err.splitlines()
         assert not any(key in line for line in lines)
         return lines

@@ -76,31 +76,31 @@ class Checkpoint:
             raise InputError(f"--ckpt {path}: its tensors do not fit its settings ({reason})") from error
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """The dict in a checkpoint file of either format, its types checked; `InputError` for anything else."""
+def read(path: str | Path, flag: str = "--ckpt") -> dict[str, Any]:
+    """The dict in a checkpoint file of either format, its types checked; `InputError` names `flag` for other files."""
     path = Path(path)
     try:
         if path.exists() and not path.is_file():  # reading a pipe or a device may never end
-            raise InputError(f"--ckpt {path}: a folder or a device, not a checkpoint")
+            raise InputError(f"{flag} {path}: a folder or a device, not a checkpoint")
         if zipfile.is_zipfile(path):
             check_archive(path)
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except FileNotFoundError as error:
-        raise InputError(f"--ckpt {path}: not found; train one with `python train.py --obj ...`") from error
+        raise InputError(f"{flag} {path}: not found; train one with `python train.py --obj ...`") from error
     except pickle.UnpicklingError as error:  # torch's own words advise to load it all the same
         name = refused_global(error)
         reason = f"Python objects beside tensors, which could run code: {name}" if name else "another kind of file"
-        raise InputError(f"--ckpt {path}: not a checkpoint, or damaged (it holds {reason})") from error
+        raise InputError(f"{flag} {path}: not a checkpoint, or damaged (it holds {reason})") from error
     except Exception as error:  # whatever a damaged or hostile file provokes in a parser
-        raise InputError(f"--ckpt {path}: not a checkpoint, or damaged ({one_line(error)})") from error
+        raise InputError(f"{flag} {path}: not a checkpoint, or damaged ({one_line(error)})") from error
     if not isinstance(payload, dict):
-        raise InputError(f"--ckpt {path}: not a checkpoint (it holds a {type(payload).__name__})")
+        raise InputError(f"{flag} {path}: not a checkpoint (it holds a {type(payload).__name__})")
     ours = payload.get("format") == FORMAT
     fault = next(_part_faults(payload), None) or (next(_settings_faults(payload), None) if ours else None)
     if fault:
-        raise InputError(f"--ckpt {path}: damaged, or not a checkpoint of this project ({one_line(fault)})")
+        raise InputError(f"{flag} {path}: damaged, or not a checkpoint of this project ({one_line(fault)})")
     return payload
 
 
@@ -208,6 +208,8 @@ def show(path: str) -> None:
 
 def export_file(path: str, out: str, weights: str | None) -> None:
     """Write a checkpoint of ours in the published format."""
+    if Path(out).exists() and Path(out).samefile(path):
+        raise InputError(f"{out}: is the checkpoint itself, whose settings the published format cannot hold")
     checkpoint = Checkpoint.load(path)
     settings = checkpoint.settings
     clip = create_model(
@@ -219,6 +221,8 @@ def export_file(path: str, out: str, weights: str | None) -> None:
     checkpoint.restore(detector, path)
     write(export(detector, clip), out)
     print(f"{out}: written in the published format")
+    if settings.fidelity != "released" or settings.states:
+        print(f"{out}: its script gives other numbers, as it knows neither --fidelity corrected nor --prompts")
 
 
 def check_weights(

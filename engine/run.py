@@ -109,7 +109,7 @@ class RunFolder:
         """State and history of last.pth, or None before the first epoch's end; metrics.jsonl is made to agree."""
         history, state = [], None
         if self.last.is_file():
-            payload = checkpoint.read(self.last)
+            payload = checkpoint.read(self.last, "--resume")
             state, history = payload.get("state"), payload.get("history")
             if payload.get("format") != STATE or not isinstance(state, dict) or not isinstance(history, list):
                 raise InputError(f"--resume {self.path}: its last.pth is not a run's")

@@ -99,6 +99,17 @@ def test_show(trained, tmp_path, monkeypatch, capsys):
     assert "more: 0 tensors, 0 numbers" in output
 
 
+def test_export_keeps_the_checkpoint_and_says_what_is_lost(trained, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "Brain.pth"
+    with pytest.raises(InputError, match="is the checkpoint itself"):
+        export(monkeypatch, capsys, "export", path, path)
+    assert "gives other numbers" not in export(monkeypatch, capsys, "export", path, tmp_path / "out.pth")
+    stored = torch.load(path, weights_only=True)
+    stored["settings"]["fidelity"] = "corrected"
+    torch.save(stored, path)
+    assert "gives other numbers" in export(monkeypatch, capsys, "export", path, tmp_path / "out.pth")
+
+
 def test_export_without_notes(trained, tmp_path, monkeypatch, capsys):
     """A checkpoint whose notes lack the options; the hash of its weights says the rest."""
     stored = torch.load(tmp_path / "Brain.pth", weights_only=True)

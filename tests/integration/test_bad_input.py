@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from PIL import Image
 from CLIP.clip import random_state
 from CLIP.model import ModelConfig
 from dataset import phantom
-from tests.helpers_commands import ROOT, Commands
+from tests.helpers_commands import ROOT
 from utils import run_cli
 
 SMALL = ["--model_name", "ViT-tiny-14-56", "--pretrain", "random", "--img_size", 42, "--device", "cpu"]
@@ -25,13 +25,6 @@ OWN_WEIGHTS = ["--pretrain", "openai", "--weights"]
 MICRO = ModelConfig("micro", 4, False, 8, 4, 8, 1, 1, 5, 16, 8, 1, 1, {})
 UNGOOD = "Brain_AD/valid/Ungood/img"
 FIRST = "valid_Ungood_00000.png"
-
-
-@pytest.fixture(scope="module")
-def command() -> Iterator[Commands]:
-    commands = Commands()
-    yield commands
-    commands.close()
 
 
 @pytest.fixture(scope="module")

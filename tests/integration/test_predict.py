@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +16,10 @@ from PIL import Image
 
 from dataset import phantom
 from engine import load
-from tests.helpers_commands import ROOT, Commands
+from tests.helpers_commands import ROOT
 
 pydicom_data = pytest.importorskip("pydicom.data")
 SMALL = ["--model_name", "ViT-tiny-14-56", "--pretrain", "random", "--img_size", 56, "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def command() -> Iterator[Commands]:
-    commands = Commands()
-    yield commands
-    commands.close()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 from dataset import phantom
-from tests.helpers_commands import Commands
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt install chromium)")
@@ -27,14 +26,7 @@ VERDICTS = {"tp": "true positive", "tn": "true negative", "fp": "false positive"
 
 
 @pytest.fixture(scope="module")
-def commands():
-    started = Commands()
-    yield started
-    started.close()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, commands) -> Path:
+def folder(tmp_path_factory, command) -> Path:
     """Two data sets, checkpoints and runs; one of the test images has a name that is HTML."""
     folder = tmp_path_factory.mktemp("report")
     phantom.write(folder, ["Brain", "Chest"], valid=4, test=14, seed=0, size=64)
@@ -42,7 +34,7 @@ def folder(tmp_path_factory, commands) -> Path:
         image = folder / "Brain_AD" / "test" / "Ungood" / part / "test_Ungood_00000.png"
         image.rename(image.with_name(EVIL))
     for obj in ("Brain", "Chest"):
-        done = commands(
+        done = command(
             "train.py", *SMALL, "--obj", obj, "--data_path", folder, "--save_path", folder, "--shot", 2, "--epoch", 2,
             "--run_dir", folder / "runs", "--exp_name", obj,
         )  # fmt: skip
@@ -51,15 +43,15 @@ def folder(tmp_path_factory, commands) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tested(folder, commands) -> Path:
+def tested(folder, command) -> Path:
     """Where the page of Brain, its figures and its JSON are; the threshold leaves false positives and negatives."""
     paths = ["--obj", "Brain", "--data_path", folder, "--save_path", folder, "--device", "cpu"]
-    commands("test.py", *paths, "--out_json", folder / "brain.json")
+    command("test.py", *paths, "--out_json", folder / "brain.json")
     scores = sorted(row["score"] for row in json.loads((folder / "brain.json").read_text())["per_image"])
     stored = torch.load(folder / "Brain.pth", weights_only=True)
     stored["about"]["threshold"]["value"] = sum(scores[13:15]) / 2
     torch.save(stored, folder / "Brain.pth")
-    done = commands(
+    done = command(
         "test.py", *paths, "--report", folder / "page", "--figures", folder / "figures", "--out_json",
         folder / "brain.json",
     )  # fmt: skip
@@ -174,20 +166,20 @@ def test_figures_for_papers(tested):
         assert picture.size == (1080, 810)
 
 
-def test_image_only_data_and_a_checkpoint_without_notes(folder, commands, tmp_path):
+def test_image_only_data_and_a_checkpoint_without_notes(folder, command, tmp_path):
     stored = torch.load(folder / "Chest.pth", weights_only=True)
     for name in ("threshold", "run"):
         stored["about"].pop(name)
     torch.save(stored, tmp_path / "Chest.pth")
     paths = ["--obj", "Chest", "--data_path", folder, "--ckpt", tmp_path / "Chest.pth", "--device", "cpu"]
-    done = commands("test.py", *paths, "--report", tmp_path / "page")
+    done = command("test.py", *paths, "--report", tmp_path / "page")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
     assert "chosen on this test set" in page
     assert "Pixel AUROC" not in page
     assert "over the run" not in page
 
-    done = commands("test.py", *paths, "--report", tmp_path / "page", "--history", folder / "runs/Chest/metrics.jsonl")
+    done = command("test.py", *paths, "--report", tmp_path / "page", "--history", folder / "runs/Chest/metrics.jsonl")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
     assert "AUROC over the run" in page
@@ -195,10 +187,10 @@ def test_image_only_data_and_a_checkpoint_without_notes(folder, commands, tmp_pa
 
 
 @pytest.mark.parametrize("flag", ["--report", "--figures", "--history"])
-def test_a_folder_that_cannot_be(folder, commands, tmp_path, flag):
+def test_a_folder_that_cannot_be(folder, command, tmp_path, flag):
     (tmp_path / "file").write_text("in the way")
     path = tmp_path / "file" if flag == "--history" else tmp_path / "file" / "folder"
-    done = commands("test.py", "--obj", "Brain", "--data_path", folder, "--save_path", folder, flag, path)
+    done = command("test.py", "--obj", "Brain", "--data_path", folder, "--save_path", folder, flag, path)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {flag}")
     assert "Traceback" not in done.stderr

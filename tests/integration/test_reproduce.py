@@ -12,24 +12,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dataset import phantom
 from engine.jobs import run_jobs
-from tests.helpers_commands import Commands
 
 ROOT = Path(__file__).parents[2]
 TABLES = ("md", "csv", "tex")
-
-
-@pytest.fixture(scope="module")
-def command() -> Iterator[Commands]:
-    commands = Commands()
-    yield commands
-    commands.close()
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,7 @@ def tune_allocator() -> None:
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped by itself
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks; a number would be at most 2 GiB
 
 
 def set_seed(seed: int) -> None:

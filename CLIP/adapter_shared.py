@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 BRANCHES = ("normal", "abnormal")
 HEADS = ("det", "seg")
@@ -111,6 +112,32 @@ class MViTFC(Adapter):
 ADAPTERS: dict[str, type[Adapter]] = {"MFCFC": MFCFC, "MCNNFC": MCNNFC, "MViTFC": MViTFC}
 
 
+class Cosine(torch.autograd.Function):
+    """v.d / |v| for vectors (..., D) and a direction (D,), which is not normalised here.
+
+    Without a normalised copy of the vectors, and with two passes over them in the backward pass where autograd's own
+    has five: they are the largest tensors of a step.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, vectors: Tensor, direction: Tensor) -> Tensor:
+        """Scores (...)."""
+        norms = vectors.norm(dim=-1)
+        scores = (vectors @ direction) / norms
+        ctx.save_for_backward(vectors, direction, scores, norms)
+        return scores
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """With s = v.d / |v|: ds/dv = d / |v| - s v / |v|^2, ds/dd = v / |v|."""
+        vectors, direction, scores, norms = ctx.saved_tensors
+        along_direction = (gradient / norms).to(vectors.dtype)
+        along_vectors = (-gradient * scores / norms**2).to(vectors.dtype)
+        of_vectors = vectors * along_vectors[..., None]
+        of_vectors.addcmul_(along_direction[..., None], direction.to(vectors.dtype))
+        return of_vectors, along_direction.flatten() @ vectors.flatten(0, -2)
+
+
 class DualBranchAdapters(nn.Module):
     """Two branches of adapters over K layers, and the scores that they give.
 
@@ -168,6 +195,5 @@ class DualBranchAdapters(nn.Module):
         scores = []
         for adapter, trunk, direction in zip(pair, pair[0].trunks(pair, tokens), directions, strict=True):
             vectors = adapter.project(trunk[:, 1:] if self.reads_class_token else trunk, heads)  # (B, N, heads, D)
-            # The cosine without a normalised copy of every vector.
-            scores.append((vectors @ direction) / vectors.norm(dim=-1))  # (B, N, heads)
+            scores.append(Cosine.apply(vectors, direction))  # (B, N, heads)
         return torch.stack(scores, dim=-1).unbind(-2)  # (B, N, 2) a head

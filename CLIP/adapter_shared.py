@@ -128,14 +128,15 @@ class Cosine(torch.autograd.Function):
         return scores
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         """With s = v.d / |v|: ds/dv = d / |v| - s v / |v|^2, ds/dd = v / |v|."""
         vectors, direction, scores, norms = ctx.saved_tensors
         along_direction = (gradient / norms).to(vectors.dtype)
         along_vectors = (-gradient * scores / norms**2).to(vectors.dtype)
         of_vectors = vectors * along_vectors[..., None]
         of_vectors.addcmul_(along_direction[..., None], direction.to(vectors.dtype))
-        return of_vectors, along_direction.flatten() @ vectors.flatten(0, -2)
+        learnt = ctx.needs_input_grad[1]  # not with fixed prompts
+        return of_vectors, along_direction.flatten() @ vectors.flatten(0, -2) if learnt else None
 
 
 class DualBranchAdapters(nn.Module):

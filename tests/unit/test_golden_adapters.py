@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from CLIP import ADAPTERS, DualBranchAdapters
+from CLIP.adapter_shared import Cosine
 from tests.conftest import VARIANTS, load_golden
 from tests.unit.test_golden_backbone import close
 
@@ -66,3 +67,16 @@ def test_mvitfc_across_tokens_does_not_depend_on_the_batch():
         alone = torch.cat([model([tokens[i : i + 1]], text)[0] for i in range(3)], dim=1)
     assert together.shape == (1, 3, 9, 2)
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+def test_cosine_has_the_gradients_of_its_formula():
+    torch.manual_seed(0)
+    vectors = torch.randn(2, 3, 2, 7, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(Cosine.apply, (vectors, direction))
+    expected = (vectors * direction).sum(-1) / vectors.norm(dim=-1)
+    torch.testing.assert_close(Cosine.apply(vectors, direction), expected)
+    with torch.autocast("cpu", torch.bfloat16):  # as in a step with --precision bf16: both kinds of numbers meet
+        score = Cosine.apply(vectors.detach().bfloat16().requires_grad_(), direction.float())
+    score.float().sum().backward()
+    assert direction.grad.isfinite().all()

@@ -1,6 +1,6 @@
 """Pixel AUROC: the streaming histogram against scikit-learn, torchmetrics and ADEval: time, memory, error.
 
-    python -m benchmarks.auc --pixels 1e6 1e7 5e7 --json benchmarks/results/auc.json
+    python -m benchmarks.auc --pixels 1e6 1e7 5e7
 
 Each contender runs in a fresh process. The pixels come in batches as in an evaluation, 32 maps of 240 x 240. Seconds
 are those spent in the contender, not in making the pixels. Memory is the peak above the imports and a small first run,
@@ -159,7 +159,7 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pixels", type=float, nargs="+", default=[1e6, 1e7, 5e7], help="how many pixels")
     parser.add_argument("--spread", nargs="+", choices=["wide", "narrow"], default=["wide", "narrow"])
-    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--json", default="benchmarks/results/auc.json")
     parser.add_argument("--child", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -173,8 +173,7 @@ def main() -> None:
             rows += _rows(found, pixels, spread)
             print_table(rows[-len(found) :], list(rows[-len(found)]))
             print()
-    if args.json:
-        write_json(args.json, rows)
+    write_json(args.json, rows)
 
 
 def _rows(found: dict[str, dict[str, float | str]], pixels: int, spread: str) -> list[dict[str, object]]:

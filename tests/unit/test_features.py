@@ -166,7 +166,7 @@ for _ in range(10):
     if pid == 0:
         exec(script)
         os._exit(0)
-    enough = kept + moments.randint(1, 9)
+    enough = kept + moments.randint(1, 6)
     while kept < enough and while_it_runs(pid):
         kept = sum(path.stat().st_size for path in store.glob("*/index.bin")) // RECORD_BYTES
     time.sleep(moments.uniform(0, 0.005))

@@ -35,29 +35,41 @@ class Attention(nn.Module):
         """(B, L, C) -> (B, heads, L, C / heads)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
-        """(B, L, C) -> (B, L, C); with `causal` a position sees itself and those before it."""
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3C)
+    def qkv(self, x: Tensor) -> Tensor:
+        """Queries, keys and values side by side: (..., C) -> (..., 3C)."""
+        return F.linear(x, self.in_proj_weight, self.in_proj_bias)
+
+    def mix(self, qkv: Tensor, causal: bool) -> Tensor:
+        """The heads' outputs, before `out_proj`: (B, L, 3C) -> (B, L, C).
+
+        With `causal` a position sees itself and those before it.
+        """
         q, k, v = (self.split_heads(part) for part in qkv.chunk(3, dim=-1))
-        if not causal and x.device.type == "cpu" and x.shape[1] in PLAIN_LENGTHS:
+        if not causal and qkv.device.type == "cpu" and qkv.shape[1] in PLAIN_LENGTHS:
             mixed = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1) @ v  # (B, heads, L, C / heads)
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+        return mixed.transpose(1, 2).flatten(2)
 
-    def forward_at(self, x: Tensor, position: Tensor, causal: bool) -> Tensor:
-        """The output at one position per sequence only: x (B, L, C), position (B,) -> (B, C)."""
-        width = x.shape[-1]
+    def mix_at(self, x: Tensor, position: Tensor, causal: bool) -> Tensor:
+        """`mix(qkv(x))` at one position per sequence only: x (B, L, C), position (B,) -> (B, C).
+
+        No key or value is formed. A head's scores are q.(Wk x + bk) = (Wk' q).x + q.bk, of which softmax ignores the
+        last term, and its output is sum p (Wv x + bv) = Wv (sum p x) + bv: both products see one vector a head
+        instead of L.
+        """
         rows = torch.arange(len(x), device=x.device)
-        weight_q, weight_kv = self.in_proj_weight.split((width, 2 * width))
-        bias_q, bias_kv = self.in_proj_bias.split((width, 2 * width))
-        q = self.split_heads(F.linear(x[rows, position], weight_q, bias_q).unsqueeze(1))  # (B, heads, 1, C / heads)
-        k, v = (self.split_heads(part) for part in F.linear(x, weight_kv, bias_kv).chunk(2, dim=-1))
-        mask = None
+        weight_q, weight_k, weight_v = self.in_proj_weight.chunk(3)
+        bias_q, _, bias_v = self.in_proj_bias.chunk(3)
+        q = F.linear(x[rows, position], weight_q, bias_q).unflatten(-1, (self.heads, -1))  # (B, heads, C / heads)
+        keys, values = (weight.unflatten(0, (self.heads, -1)) for weight in (weight_k, weight_v))
+        q = torch.einsum("bhd,hdc->bhc", q * q.shape[-1] ** -0.5, keys)
+        scores = q @ x.transpose(1, 2).to(q.dtype)  # (B, heads, L)
         if causal:
-            mask = (torch.arange(x.shape[1], device=x.device) <= position[:, None])[:, None, None]  # (B, 1, 1, L)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, 1, C / heads)
-        return self.out_proj(mixed.flatten(1))
+            later = torch.arange(x.shape[1], device=x.device) > position[:, None]
+            scores = scores.masked_fill(later[:, None], -torch.inf)
+        mixed = scores.softmax(dim=-1).to(x.dtype) @ x  # (B, heads, C)
+        return torch.einsum("bhc,hdc->bhd", mixed, values).flatten(1) + bias_v
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -73,19 +85,26 @@ class ResidualAttentionBlock(nn.Module):
         self.mlp.add_module("gelu", QuickGELU() if quick_gelu else nn.GELU())
         self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
 
+    def qkv(self, x: Tensor) -> Tensor:
+        """What the attention reads of the block's input: (..., C) -> (..., 3C)."""
+        return self.attn.qkv(self.ln_1(x))
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The block's output from its input and the attention heads' outputs: (..., C) twice -> (..., C)."""
+        x = x + self.attn.out_proj(mixed)
+        return x + self.mlp(self.ln_2(x))
+
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         """(B, L, C) -> (B, L, C)."""
-        x = x + self.attn(self.ln_1(x), causal)
-        return x + self.mlp(self.ln_2(x))
+        return self.finish(x, self.attn.mix(self.qkv(x), causal))
 
     def forward_at(self, x: Tensor, position: Tensor, causal: bool = False) -> Tensor:
         """The block's output at one position per sequence: x (B, L, C), position (B,) -> (B, C).
 
-        Equal to `forward(x, causal)[range(B), position]`, at the cost of the keys and values only.
+        Equal to `forward(x, causal)[range(B), position]`, at the cost of that one position.
         """
         rows = torch.arange(len(x), device=x.device)
-        y = x[rows, position] + self.attn.forward_at(self.ln_1(x), position, causal)
-        return y + self.mlp(self.ln_2(y))
+        return self.finish(x[rows, position], self.attn.mix_at(self.ln_1(x), position, causal))
 
 
 class Transformer(nn.Module):

@@ -12,6 +12,7 @@ from CLIP.tokenizer import tokenize
 
 POSITIONS = ("end", "front", "middle")  # where the state phrase stands, in the order of the prompts
 CONTEXTS = 8  # context vectors a prompt
+BEFORE = {"end": CONTEXTS, "front": 0, "middle": CONTEXTS // 2}  # contexts that stand before the state phrase
 INIT_STD = 0.02
 
 
@@ -48,6 +49,12 @@ class PromptLearner(nn.Module):
         self.register_buffer("start", embedded[:, :1], persistent=False)
         self.register_buffer("rest", embedded[:, 1 + CONTEXTS :], persistent=False)  # state, full stop, end, padding
         self.name_lengths = [len(_bare_ids(state)) for state in states]
+        positions = [
+            [1 + number + (length if number >= BEFORE[position] else 0) for number in range(CONTEXTS)]
+            for position in POSITIONS
+            for length in self.name_lengths
+        ]
+        self.register_buffer("context_positions", torch.tensor(positions, device=ids.device), persistent=False)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Token embeddings (3 S, 77, W), position by position, and their end-of-text positions (3 S,)."""
@@ -62,7 +69,7 @@ class PromptLearner(nn.Module):
         """One prompt (77, W): the state phrase is the first `length` tokens of `rest`."""
         contexts = self.ctx[f"{self.kind}_{position}"][state]
         start, phrase, tail = self.start[state], self.rest[state, :length], self.rest[state, length:]
-        before = {"end": CONTEXTS, "front": 0, "middle": CONTEXTS // 2}[position]
+        before = BEFORE[position]
         return torch.cat([start, contexts[:before], phrase, contexts[before:], tail])
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from CLIP.model import CLIP
+from CLIP.model import CLIP, PromptPass
 from CLIP.tokenizer import tokenize
 from utils import InputError, read_text
 
@@ -130,17 +130,22 @@ class PromptChooser(nn.Module):
         self.makers = nn.ModuleDict(
             {kind: PromptLearner(clip.text, kind, state_phrases(kind, name, states)) for kind in learnable}
         )
+        self.encode = self._prompt_pass() if self.makers else None
         # The columns that do not learn, encoded once, here: in float32 whatever autocast a later step runs under.
         self.fixed = {kind: fixed_feature(clip, kind, name, states) for kind in STATES if kind not in learnable}
 
+    def _prompt_pass(self) -> PromptPass:
+        parts = [(*maker(), maker.context_positions) for maker in self.makers.values()]
+        embeddings, eot, contexts = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return PromptPass(self._clip[0].text, embeddings, contexts, eot, self.causal)
+
     def prompt_embeddings(self) -> dict[str, Tensor]:
         """Text embeddings of the single learnable prompts, kind -> (21, D), not normalised: one pass for both kinds."""
-        if not self.makers:
+        if self.encode is None:
             return {}
-        parts = [maker() for maker in self.makers.values()]
-        embeddings, eot = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        encoded = self._clip[0].text.encode_embeddings(embeddings, eot, self.causal)
-        return dict(zip(self.makers, encoded.split([len(part[1]) for part in parts]), strict=True))
+        parts = [maker()[0] for maker in self.makers.values()]  # (21, 77, W) a kind
+        encoded = self.encode(torch.cat(parts))
+        return dict(zip(self.makers, encoded.split([len(part) for part in parts]), strict=True))
 
     def forward(self) -> Tensor:
         """(D, 2), each column of norm 1; differentiable in the contexts alone."""

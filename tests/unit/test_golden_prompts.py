@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from CLIP import tokenize
+from CLIP.model import PromptPass, TextTower
 from Prompt.promptChooser import PromptChooser, fixed_sentences, state_phrases
 from tests.conftest import VARIANTS, load_golden
 from tests.unit.test_golden_backbone import close
@@ -89,3 +90,56 @@ def test_context_initialisation_is_seeded_and_abnormal_first(tiny_clip):
     torch.manual_seed(5)
     chooser = PromptChooser(tiny_clip(False), "Brain", "learnable_all")
     assert torch.equal(chooser.makers["abnormal"].ctx["abnormal_end"], expected)
+
+
+def every_position(text: TextTower, embeddings: torch.Tensor, eot: torch.Tensor, causal: bool) -> torch.Tensor:
+    """All positions of all prompts through all blocks, attention written out: (B, D)."""
+    x = embeddings + text.positional_embedding
+    mask = torch.full((77, 77), -torch.inf).triu(1) if causal else torch.zeros(77, 77)
+    for block in text.transformer.resblocks:
+        heads = block.attn.heads
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in block.qkv(x).chunk(3, dim=-1))
+        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + mask).softmax(dim=-1)
+        x = block.finish(x, (weights @ v).transpose(1, 2).flatten(2))
+    return text.ln_final(x[torch.arange(len(x)), eot]) @ text.text_projection
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_prompts_computed_in_part_equal_the_whole(tiny_clip, causal):
+    """Also after the contexts have moved, with phrases of one to eight tokens and every layout; gradients too."""
+    states = {"normal": ["{}", "a quite unremarkable and ordinary {}"], "abnormal": ["{} with a flaw", "damaged {}"]}
+    chooser = PromptChooser(tiny_clip(True), "Brain", "learnable_all", causal, states)
+    with torch.no_grad():
+        for parameter in chooser.parameters():
+            parameter.normal_(0, 0.5)
+    found, gradients = [], []
+    for whole in (False, True):
+        if whole:
+            parts = [every_position(chooser._clip[0].text, *maker(), causal) for maker in chooser.makers.values()]
+        else:
+            parts = list(chooser.prompt_embeddings().values())
+        found.append(torch.cat(parts))
+        gradients.append(
+            torch.autograd.grad((found[-1] * torch.arange(found[-1].shape[-1])).sum(), chooser.parameters())
+        )
+    close(found[0], found[1].detach().numpy())
+    for part, whole in zip(*gradients, strict=True):
+        assert float(whole.norm()) > 0
+        assert float((part - whole).norm()) <= 1e-5 * float(whole.norm())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_fixed_positions_are_computed_once(tiny_clip, causal):
+    """Other embeddings at the fixed positions change nothing, at the changing ones they do."""
+    text = tiny_clip(False).text
+    chooser = PromptChooser(tiny_clip(False), "Brain", "learnable_abnormal", causal)
+    maker = chooser.makers["abnormal"]
+    with torch.no_grad():
+        embeddings, eot = maker()
+        encode = PromptPass(text, embeddings, maker.context_positions, eot, causal)
+        before = encode(embeddings)
+        start_moved, context_moved = embeddings.clone(), embeddings.clone()
+        start_moved[:, 0] *= -5
+        context_moved[torch.arange(len(eot)), maker.context_positions[:, -1]] *= -5
+        assert torch.equal(encode(start_moved), before) is causal  # without a mask its residual still counts
+        assert not torch.isclose(encode(context_moved), before).all(dim=-1).any()

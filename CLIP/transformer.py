@@ -64,11 +64,11 @@ class Attention(nn.Module):
         q = F.linear(x[rows, position], weight_q, bias_q).unflatten(-1, (self.heads, -1))  # (B, heads, C / heads)
         keys, values = (weight.unflatten(0, (self.heads, -1)) for weight in (weight_k, weight_v))
         q = torch.einsum("bhd,hdc->bhc", q * q.shape[-1] ** -0.5, keys)
-        scores = q @ x.transpose(1, 2).to(q.dtype)  # (B, heads, L)
+        scores = q @ x.transpose(1, 2)  # (B, heads, L)
         if causal:
             later = torch.arange(x.shape[1], device=x.device) > position[:, None]
             scores = scores.masked_fill(later[:, None], -torch.inf)
-        mixed = scores.softmax(dim=-1).to(x.dtype) @ x  # (B, heads, C)
+        mixed = scores.softmax(dim=-1) @ x  # (B, heads, C)
         return torch.einsum("bhc,hdc->bhd", mixed, values).flatten(1) + bias_v
 
 

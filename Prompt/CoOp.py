@@ -31,17 +31,15 @@ class PromptLearner(nn.Module):
     def __init__(self, text: TextTower, kind: str, states: Sequence[str]) -> None:
         super().__init__()
         self.kind = kind
-        width = text.positional_embedding.shape[-1]
+        width, device = text.positional_embedding.shape[-1], text.positional_embedding.device
         # Drawn on the CPU, so that a seed means the same contexts on every device.
         self.ctx = nn.ParameterDict(
             {
-                f"{kind}_{position}": torch.empty(len(states), CONTEXTS, width).normal_(0, INIT_STD)
+                f"{kind}_{position}": torch.empty(len(states), CONTEXTS, width).normal_(0, INIT_STD).to(device)
                 for position in POSITIONS
             }
         )
-        ids = tokenize([f"{' '.join('X' * CONTEXTS)} {state}." for state in states]).to(
-            text.token_embedding.weight.device
-        )
+        ids = tokenize([f"{' '.join('X' * CONTEXTS)} {state}." for state in states]).to(device)
         with torch.no_grad():
             embedded = text.token_embedding(ids)  # (S, 77, W)
         # The pooled position is the first highest id, as in CLIP; all three layouts keep the same length.
@@ -54,7 +52,7 @@ class PromptLearner(nn.Module):
             for position in POSITIONS
             for length in self.name_lengths
         ]
-        self.register_buffer("context_positions", torch.tensor(positions, device=ids.device), persistent=False)
+        self.register_buffer("context_positions", torch.tensor(positions, device=device), persistent=False)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Token embeddings (3 S, 77, W), position by position, and their end-of-text positions (3 S,)."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from CLIP import tokenize
-from CLIP.model import PromptPass, TextTower
+from CLIP.clip import load_state, random_state
+from CLIP.model import CLIP, ModelConfig, PromptPass, TextTower
 from Prompt.promptChooser import PromptChooser, fixed_sentences, state_phrases
 from tests.conftest import VARIANTS, load_golden
 from tests.unit.test_golden_backbone import close
@@ -105,17 +108,20 @@ def every_position(text: TextTower, embeddings: torch.Tensor, eot: torch.Tensor,
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_prompts_computed_in_part_equal_the_whole(tiny_clip, causal):
-    """Also after the contexts have moved, with phrases of one to eight tokens and every layout; gradients too."""
+def test_prompts_computed_in_part_equal_the_whole(causal):
+    """Also after the contexts have moved, with phrases of one to seven tokens and every layout; gradients too."""
+    config = replace(ModelConfig.load("ViT-tiny-14-56"), text_layers=4)  # more than one block before the last
+    clip = CLIP(config, 56, quick_gelu=True)
+    load_state(clip, random_state(config, seed=0), "random")
     states = {"normal": ["{}", "a quite unremarkable and ordinary {}"], "abnormal": ["{} with a flaw", "damaged {}"]}
-    chooser = PromptChooser(tiny_clip(True), "Brain", "learnable_all", causal, states)
+    chooser = PromptChooser(clip, "Brain", "learnable_all", causal, states)
     with torch.no_grad():
         for parameter in chooser.parameters():
             parameter.normal_(0, 0.5)
     found, gradients = [], []
     for whole in (False, True):
         if whole:
-            parts = [every_position(chooser._clip[0].text, *maker(), causal) for maker in chooser.makers.values()]
+            parts = [every_position(clip.text, *maker(), causal) for maker in chooser.makers.values()]
         else:
             parts = list(chooser.prompt_embeddings().values())
         found.append(torch.cat(parts))
@@ -143,3 +149,13 @@ def test_fixed_positions_are_computed_once(tiny_clip, causal):
         context_moved[torch.arange(len(eot)), maker.context_positions[:, -1]] *= -5
         assert torch.equal(encode(start_moved), before) is causal  # without a mask its residual still counts
         assert not torch.isclose(encode(context_moved), before).all(dim=-1).any()
+
+
+def test_everything_is_on_the_tower_s_device():
+    """The tower's device is known before the detector is moved there; `meta` stands for one that is not the CPU."""
+    with torch.device("meta"):
+        clip = CLIP(ModelConfig.load("ViT-tiny-14-56"), 56, quick_gelu=False)
+    chooser = PromptChooser(clip, "Brain", "learnable_all")
+    tensors = [*chooser.parameters(), *chooser.buffers(), *chooser.encode.known, *chooser.encode.rows]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert chooser().device.type == "meta"

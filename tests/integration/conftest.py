@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.helpers_commands import Commands
+from tests.helpers.commands import Commands
 
 
 @pytest.fixture(scope="session")

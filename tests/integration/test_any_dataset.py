@@ -18,7 +18,7 @@ import test as test_script
 import train
 from dataset import check, phantom
 from dataset.layout import FOLDER
-from tests.helpers_commands import words
+from tests.helpers.commands import words
 from utils import run_cli
 
 ROOT = Path(__file__).parents[2]

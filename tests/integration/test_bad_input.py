@@ -17,7 +17,7 @@ from PIL import Image
 from CLIP.clip import random_state
 from CLIP.model import ModelConfig
 from dataset import phantom
-from tests.helpers_commands import ROOT
+from tests.helpers.commands import ROOT
 from utils import run_cli
 
 SMALL = ["--model_name", "ViT-tiny-14-56", "--pretrain", "random", "--img_size", 42, "--device", "cpu"]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from dataset import phantom
 from engine import load
-from tests.helpers_commands import ROOT
+from tests.helpers.commands import ROOT
 
 pydicom_data = pytest.importorskip("pydicom.data")
 SMALL = ["--model_name", "ViT-tiny-14-56", "--pretrain", "random", "--img_size", 56, "--device", "cpu"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dataset import phantom
-from tests.helpers_commands import Commands
+from tests.helpers.commands import Commands
 
 SMALL = ["--model_name", "ViT-tiny-14-56", "--pretrain", "random", "--img_size", 42, "--device", "cpu"]
 EPOCHS = 8

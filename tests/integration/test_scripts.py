@@ -15,8 +15,8 @@ import torch
 import test as test_script
 import train
 from dataset import phantom
-from tests.helpers_commands import words
-from tests.helpers_weights import save_torchscript
+from tests.helpers.commands import words
+from tests.helpers.weights import save_torchscript
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--model_name", "ViT-tiny-14-56", "--pretrain", "random", "--img_size", "42", "--device", "cpu"]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from dataset import phantom
-from tests.helpers_commands import ROOT
+from tests.helpers.commands import ROOT
 
 OLD_KEY = "0123456789abcdef" * 2 + "deadbeef"  # the two shapes of a key, of nobody
 NEW_KEY = "wandb_v1_Abc123xyzPlanted_" + "Q7" * 30

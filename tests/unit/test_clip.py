@@ -10,7 +10,7 @@ from CLIP import create_model, list_models, tokenize
 from CLIP.clip import load_state, random_state, uses_quick_gelu
 from CLIP.model import CLIP, ModelConfig
 from tests.conftest import tiny_state
-from tests.helpers_weights import save_torchscript
+from tests.helpers.weights import save_torchscript
 from utils import InputError
 
 

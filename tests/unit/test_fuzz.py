@@ -39,7 +39,7 @@ from engine.checkpoint import Checkpoint
 from engine.detector import Detector, Settings
 from engine.options import MODEL_FLAGS
 from engine.published import encoder_difference, export, infer_settings
-from tests.helpers_weights import save_torchscript
+from tests.helpers.weights import save_torchscript
 from utils import InputError
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from CLIP.openai import NOT_WEIGHTS, check_state, read_weights, round_to_half, sha256_file, stored_as_half
 from tests.conftest import tiny_state
-from tests.helpers_weights import save_torchscript
+from tests.helpers.weights import save_torchscript
 from utils import InputError
 
 State = dict[str, torch.Tensor]

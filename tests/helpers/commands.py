@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def words(script: str, *arguments: object) -> list[str]:
@@ -35,7 +35,7 @@ class Commands:
     def __init__(self) -> None:
         environment = {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
         self.server = subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers_commands"], cwd=ROOT, env=environment, text=True,
+            [sys.executable, "-m", "tests.helpers.commands"], cwd=ROOT, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 

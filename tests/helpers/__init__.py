@@ -1,0 +1,1 @@
+"""What tests share: real commands (commands) and weight files (weights)."""

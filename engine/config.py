@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dataset.layout import described, named_after, object_name
 from utils import InputError, Parser, checked, integer, printable
+
+if TYPE_CHECKING:
+    import torch
+
+    from CLIP.clip import Weights
+    from dataset.medical_few import MedicalDataset
 
 VERSION = "0.2.0"
 
@@ -236,6 +243,31 @@ class Settings:
         """Plain values only, for JSON and for checkpoints read with weights_only=True."""
         return {**asdict(self), "features_list": list(self.features_list)}
 
+    def tested_with(self, options: argparse.Namespace) -> Settings:
+        """The settings of a test, which may say another prompt name and another grey of masks."""
+        prompt_name = options.prompt_name or self.prompt_name
+        mask_above = self.mask_above if options.mask_above is None else options.mask_above
+        return replace(self, prompt_name=prompt_name, mask_above=mask_above)
+
+
+def new_settings(options: argparse.Namespace, dataset: MedicalDataset, weights: Weights) -> Settings:
+    """The settings of a new checkpoint."""
+    config = weights.config
+    names = [name for name in MODEL_FLAGS if name != "features_list"]
+    return Settings(
+        **{name: getattr(options, name) for name in names},
+        obj=dataset.obj,
+        features_list=check_layers(options.features_list, config.layers, config.name),
+        prompt_name=options.prompt_name or dataset.prompt_name,
+        states=options.prompts,
+        pixel_metrics=dataset.pixel_metrics,
+        weights_sha256=weights.sha256,
+        eval_batch=2 * options.batch_size,
+        mask_above=dataset.mask_above,
+        model_config=config.to_dict(),
+        version=VERSION,
+    )
+
 
 def add_data_flags(parser: argparse.ArgumentParser, obj: str) -> None:
     """Flags of train.py and test.py: data, machine, kept tokens."""
@@ -371,7 +403,9 @@ def resumed_options(folder: str, arguments: Sequence[str]) -> argparse.Namespace
     options.prompts = prompts if options.prompts is None else options.prompts
     for name, value in vars(before).items():
         if name not in RESUMABLE and getattr(options, name) != value:
-            raise InputError(f"--{name} {getattr(options, name)} contradicts the run, started with {value}: leave it out")
+            raise InputError(
+                f"--{name} {getattr(options, name)} contradicts the run, started with {value}: leave it out"
+            )
     given = explicit(arguments)
     safe = (Path.cwd().resolve(), Path(folder).resolve())
     for name in WRITTEN_PATHS:
@@ -514,3 +548,29 @@ def default_select(obj: str, valid_left: Callable[[], tuple[int, int]]) -> str:
     if obj in PAPER:
         return "test"
     return "valid" if min(valid_left()) > 0 else "last"
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one; `InputError` for a device that is not there."""
+    import torch  # noqa: PLC0415
+
+    if name == "auto":
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # of torchrun: a GPU each
+        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", name, re.ASCII):
+        raise InputError(f"--device {name}: use auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here")
+    return device
+
+
+def pick_autocast(precision: str, device: torch.device) -> torch.dtype | None:
+    """The autocast dtype that --precision means on `device`; None is float32."""
+    import torch  # noqa: PLC0415
+
+    if precision == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

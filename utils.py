@@ -81,7 +81,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
 
 
 def run_script(module: str, parse: Callable[[], argparse.Namespace]) -> NoReturn:
-    """Run a script as `python SCRIPT.py` does: its flags first, then `main` of its module, which imports what is slow."""
+    """Read a script's flags, then import its module, which takes long, and call its `main`."""
 
     def main() -> None:
         options = parse()
@@ -256,7 +256,7 @@ def checked(cls: type[Out], values: object, where: str) -> Out:
     return cls(**result)
 
 
-def _typed(value: Any, kind: Any, where: str) -> Any:  # noqa: ANN401 - whatever a file holds
+def _typed(value: Any, kind: Any, where: str) -> Any:  # noqa: ANN401, PLR0911 - whatever a file holds
     """`value`, a list as a tuple where `kind` is one; `InputError` where it is of another type."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):

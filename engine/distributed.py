@@ -2,8 +2,8 @@
 
 Without torchrun there is one process, and every function here returns its argument. The processes share out the tower's
 pass and the scoring of images; a training step, small as it is, runs whole in each of them from the same start, so any
-number of processes gives the numbers of one. What is exchanged are tokens and patch scores, as Python objects over gloo,
-and once an epoch, on CUDA, rank 0's parameters. One process, rank 0, prints and writes.
+number of processes gives the numbers of one. What is exchanged are tokens and patch scores, as Python objects over
+gloo, and once an epoch, on CUDA, rank 0's parameters. One process, rank 0, prints and writes.
 """
 
 from __future__ import annotations

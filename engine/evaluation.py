@@ -1,4 +1,4 @@
-"""Patch scores are the result: detector + tokens -> `Evaluation`, of which every number, map and picture is a function."""
+"""Patch scores are the result: detector + tokens -> `Evaluation`; all numbers, maps and pictures are functions of it."""
 
 from __future__ import annotations
 
@@ -246,10 +246,8 @@ def evaluate(
     settings, tower = detector.settings, store.tower
     text = detector.prompts() if text_features is None else text_features  # float32, as published
     batches = eval_batches(items, settings.eval_batch)
-    mine = []
     with torch.autocast(tower.device.type, dtype=tower.autocast, enabled=tower.autocast is not None):
-        for batch in distributed.share(batches):
-            mine.append(detector.patch_scores(store.get(store.rows(batch)), text))
+        mine = [detector.patch_scores(store.get(store.rows(batch)), text) for batch in distributed.share(batches)]
     if distributed.world() > 1:
         shares = distributed.all_gather([scores.cpu() for scores in mine])
         mine = [shares[i % distributed.world()][i // distributed.world()].to(text.device) for i in range(len(batches))]

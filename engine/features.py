@@ -11,6 +11,7 @@ processes may read and write at once, on a network file system too.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -41,6 +42,11 @@ GPU_SHARE = 0.6  # of the GPU's free memory that tokens may take: steps and eval
 RAM_SHARE = 0.5
 CUDA_PASS_BATCH = 64  # images through the tower at a time: 18,560 tokens at ViT-L-14, 240 px; no gradients to keep
 CRC_BYTES = 4
+# Of memory control groups, version 2 and 1: the folder below /sys/fs/cgroup, and the files of limit and usage.
+CONTROL_GROUP_FILES = {
+    "": ("", "memory.max", "memory.current"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
 
 
 @dataclass(frozen=True)
@@ -204,7 +210,7 @@ class TokenStore:
         distributed.barrier()
 
     def fill(self, clip: CLIP) -> None:
-        """Pass through the tower what is missing, then free it; nothing with `off`, which computes on every use instead.
+        """Pass through the tower what is missing, then free it; `off` keeps it and computes on every use instead.
 
         Several processes share out the common items. The images that pass together are the same for any number of
         processes, so their tokens are the same bits.
@@ -366,8 +372,8 @@ class TokenStore:
         held = [self._as_tensor(values) for values in layers if values is not None]
         if len(held) < len(layers):
             raise InputError(
-                f"{self.folder}: tokens of {self.items[row].sample.name} are gone or damaged, though they were there at "
-                f"the start (pruned by another command?); start again"
+                f"{self.folder}: tokens of {self.items[row].sample.name} are gone or damaged, though they were there "
+                f"at the start (pruned by another command?); start again"
             )
         return torch.stack(held)
 
@@ -395,10 +401,8 @@ def free_memory(root: Path = Path("/")) -> int:
     except (OSError, KeyError, ValueError):  # not Linux
         rooms.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if hasattr(os, "sysconf") else 2**32)
     for folder, limit, used in _control_groups(root):
-        try:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
             rooms.append(int((folder / limit).read_text()) - int((folder / used).read_text()))
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
     megabytes = os.environ.get("SLURM_MEM_PER_NODE") or _slurm_memory_of_cpus()
     if megabytes and megabytes.isdigit() and int(megabytes):
         rooms.append(int(megabytes) * 2**20)
@@ -413,13 +417,9 @@ def _control_groups(root: Path) -> Iterator[tuple[Path, str, str]]:
         lines = []
     for line in ["0::/", "0:memory:/", *lines]:
         _, controllers, path = line.split(":", 2)
-        versions = {
-            "": ("", "memory.max", "memory.current"),
-            "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-        }
-        if controllers not in versions:
+        if controllers not in CONTROL_GROUP_FILES:
             continue
-        mount, limit, used = versions[controllers]
+        mount, limit, used = CONTROL_GROUP_FILES[controllers]
         group = Path(path.lstrip("/"))
         for part in (group, *group.parents):
             yield root / "sys/fs/cgroup" / mount / part, limit, used
@@ -482,7 +482,7 @@ def stores(cache_dir: Path) -> list[Path]:
 
 def describe(folder: Path) -> str:
     """What a store holds."""
-    files = [path for path in folder.glob("layer*/*/*.tokens")]
+    files = list(folder.glob("layer*/*/*.tokens"))
     size = sum(path.stat().st_size for path in files)
     images = len({path.name for path in files})
     layers = sorted({path.parts[-3].removeprefix("layer") for path in files})

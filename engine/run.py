@@ -187,8 +187,8 @@ class RunFolder:
         if not self.last.is_file():
             if self.metrics.is_file() and self.metrics.stat().st_size:
                 raise InputError(
-                    f"--resume {self.path}: last.pth is missing, though metrics.jsonl has epochs: put it back, or start "
-                    f"a new run"
+                    f"--resume {self.path}: last.pth is missing, though metrics.jsonl has epochs: put it back, or "
+                    f"start a new run"
                 )
             return None
         payload = checkpoint.read(self.last, "--resume")

@@ -312,8 +312,8 @@ class Splits:
         select = options.select or default_select(options.obj, lambda: counts)
         if select == "valid" and not min(counts):
             raise InputError(
-                f"--select valid: beside the shots valid/ holds {counts[0]} normal and {counts[1]} abnormal images, and "
-                f"needs some of both; take fewer shots, or --select last"
+                f"--select valid: beside the shots valid/ holds {counts[0]} normal and {counts[1]} abnormal images, "
+                f"and needs some of both; take fewer shots, or --select last"
             )
         if len(scored) < len(unused):
             print(
@@ -365,8 +365,8 @@ class Splits:
             pairs_of = zip(self.shots.abnormal, masks, strict=False)
             if empty := [sample.name for sample, mask in pairs_of if not mask.any()]:
                 warn(
-                    f"{len(empty)} abnormal shots have an empty mask at this size, so all their pixels count as normal: "
-                    f"{preview(empty)}"
+                    f"{len(empty)} abnormal shots have an empty mask at this size, so all their pixels count as "
+                    f"normal: {preview(empty)}"
                 )
 
 
@@ -393,6 +393,6 @@ def stuck_note(settings: Settings, det: float) -> str | None:
         return None
     other = "corrected" if settings.fidelity == "released" else "released"
     return (
-        f"the detection loss ({det:.4f}) has not left its start (K 2 ln 2 = {start:.4f}): the text features may not tell "
-        f"the classes apart, or learn too slowly; try --fidelity {other} (docs/results.md)"
+        f"the detection loss ({det:.4f}) has not left its start (K 2 ln 2 = {start:.4f}): the text features may not "
+        f"tell the classes apart, or learn too slowly; try --fidelity {other} (docs/results.md)"
     )

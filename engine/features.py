@@ -33,7 +33,7 @@ from CLIP.adapter_shared import reads_class_token
 from CLIP.clip import Weights, uses_quick_gelu
 from CLIP.model import CLIP
 from dataset.medical_few import Sample
-from utils import JITTER_VIEW, InputError, Parser, augment_view, prefetch, run_cli, sha256_file, write_json
+from utils import JITTER_VIEW, InputError, Parser, augment_view, prefetch, run_cli, write_json
 
 from . import distributed
 from .config import Settings, nonempty_path
@@ -58,14 +58,14 @@ class Item:
     jitter: tuple[float, float] | None = None  # the draws of the colour-jitter view
 
     def load(self, size: int) -> tuple[str, Tensor]:
-        """SHA-256 of the bytes that were decoded, and the view (3, size, size) in [0, 1]."""
+        """The hash of the very bytes that were decoded, and the view (3, size, size) in [0, 1]."""
         content, image = load_image_with_hash(self.sample, size)
         return content, augment_view(image[None], self.view, self.jitter)[0]
 
     def key(self, content: str) -> str:
-        """What stands for the pixels, in hexadecimal: the file's hash, the slice, the view and its draws."""
+        """What stands for the pixels, in hexadecimal: the content's hash, the view and, where it matters, its draws."""
         draws = self.jitter if self.view == JITTER_VIEW else None
-        text = f"{content} {self.sample.index} {self.view} {draws}"
+        text = f"{content} {self.view} {draws}"
         return hashlib.sha256(text.encode()).hexdigest()[:40]
 
 
@@ -163,8 +163,8 @@ class TokenStore:
 
     @cached_property
     def keys(self) -> list[str]:
-        """The name of each item's files; a file's bytes are hashed once (see `utils.sha256_file`)."""
-        return [item.key(content_hash(item.sample)) for item in self.items]
+        """The name of each item's files; an image's bytes are hashed once (see `utils.sha256_file`)."""
+        return [item.key(item.sample.content_hash()) for item in self.items]
 
     @property
     def needs_tower(self) -> bool:
@@ -379,14 +379,6 @@ class TokenStore:
 
     def _as_tensor(self, values: bytes) -> Tensor:
         return torch.frombuffer(bytearray(values), dtype=self.dtype).view(self.tower.shape[1:])
-
-
-def content_hash(sample: Sample) -> str:
-    """SHA-256 of a sample's file; `InputError` where it cannot be read."""
-    try:
-        return sha256_file(sample.path)
-    except OSError as error:
-        raise InputError(f"{sample.path}: cannot be read ({error.strerror})") from error
 
 
 def free_memory(root: Path = Path("/")) -> int:

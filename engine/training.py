@@ -23,7 +23,7 @@ from .calibration import Rule, calibrate, calibration_samples
 from .config import Settings, default_select
 from .detector import Detector, make_optimizers, seeded
 from .evaluation import Masks, evaluate, own_batches
-from .features import Item, TokenStore, content_hash
+from .features import Item, TokenStore
 from .metrics import Metrics
 
 
@@ -334,7 +334,7 @@ class Splits:
         """Hashes of all images and masks that shape the numbers, by name."""
         result = {}
         for sample in (*self.shots.abnormal, *self.shots.normal, *self.test, *self.valid, *self.calibration):
-            result[sample.name] = content_hash(sample)[:16]
+            result[sample.name] = sample.content_hash()[:16]
             if sample.mask is not None:
                 result[f"{sample.name} (mask)"] = sha256_file(sample.mask)[:16]
         return result

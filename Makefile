@@ -65,8 +65,7 @@ real: $(VENV)/runtime
 	@echo "look at real/report/*/index.html"
 
 docs: $(VENV)/runtime
-	$(BIN)/python -m docs.flags
-	$(BIN)/python -m docs.robustness
+	$(BIN)/python -m docs.generate
 
 clean:
 	rm -rf $(VENV) demo real .cache

@@ -32,7 +32,7 @@ from engine import distributed
 from engine.checkpoint import Checkpoint, default_checkpoint, find_trained_weights
 from engine.config import Settings, check_against, pick_autocast, pick_device
 from engine.detector import Detector
-from engine.evaluation import Evaluation, Masks, evaluate, load_evaluation, share
+from engine.evaluation import Evaluation, Masks, evaluate, load_evaluation, own_batches
 from engine.features import TokenStore, Tower
 from engine.metrics import measure, measure_without
 from engine.run import masks_note, published_lines, result_json, shot_patients
@@ -98,13 +98,13 @@ def compute_scores(options: argparse.Namespace) -> Scores:
     options.ckpt = options.ckpt or str(default_checkpoint(options.save_path, options.obj))
     checkpoint = Checkpoint.load(options.ckpt, options, dataset)
     check_against(checkpoint.settings, checkpoint.metadata.get("shots"), options)
-    settings = checkpoint.settings.tested_with(options, dataset)
+    settings = checkpoint.settings.tested_with(options)
     device = pick_device(options.device)
     weights = find_trained_weights(checkpoint, options)
     samples = dataset.samples("test")
     store = TokenStore(Tower.of(settings, weights, pick_autocast(options.precision, device), device), options)
-    store.plan((), share(samples, settings.eval_batch))
-    clip = create_model(weights, settings.img_size, fidelity=settings.fidelity, device=device, vision=store.needs_tower)
+    store.plan((), own_batches(samples, settings.eval_batch))
+    clip = create_model(weights, img_size=settings.img_size, fidelity=settings.fidelity, device=device, vision=store.needs_tower)
     detector = Detector(clip, settings).to(device)
     checkpoint.restore(detector, clip, options.ckpt)
     masks = Masks.of(samples, settings, options.num_workers, device) if dataset.pixel_metrics else None

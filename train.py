@@ -26,20 +26,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine.calibration import calibrate_run, describe_threshold
+from engine.calibration import describe_threshold
 from engine.report.page import write_page
 from engine.report.tracking import Tracker, log_epoch, log_pictures, log_result, start_tracker, warn_of_tracked_key
 
-from CLIP.clip import create_model, find_weights
+from CLIP.clip import create_model
+from CLIP.weights import find_weights
 from engine import distributed
-from engine.checkpoint import Checkpoint, copy, set_aside
-from engine.config import SELECTS, Settings, pick_autocast, pick_device
+from engine.checkpoint import Checkpoint, copy, print_weights_info, set_aside
+from engine.config import SELECTS, Settings, new_settings, pick_autocast, pick_device
 from engine.detector import Detector
 from engine.evaluation import Masks, evaluate
 from engine.features import TokenStore, Tower
-from engine.metrics import Metrics, measure
-from engine.run import RunFolder, StopSignals, make_settings, open_run, published_lines, result_json
-from engine.training import Splits, TrainingSet, TrainingState, check_losses, epoch_line, epoch_record, stuck_note
+from engine.metrics import Metrics, measure, measure_without
+from engine.run import RunFolder, StopSignals, open_run, published_lines, result_json
+from engine.training import (
+    Splits, TrainingSet, TrainingState, calibrate_run, check_losses, epoch_line, epoch_record, stuck_note,
+)  # fmt: skip
 from Prompt.promptChooser import text_similarity
 from utils import InputError, probe_writable, set_seed, warn, write_json
 
@@ -108,11 +111,12 @@ def build(options: argparse.Namespace) -> Setup:
     splits.describe()
     device = pick_device(options.device)
     weights = find_weights(options.model_name, options.pretrain, options.weights, options.seed)
-    settings = make_settings(options, splits.dataset, weights)
+    print_weights_info(weights)
+    settings = new_settings(options, splits.dataset, weights)
     training = TrainingSet.build(splits.shots, settings, options.seed)
     store = TokenStore(Tower.of(settings, weights, pick_autocast(options.precision, device), device), options)
-    store.plan(training.items, splits.share(settings.eval_batch))
-    clip = create_model(weights, settings.img_size, fidelity=settings.fidelity, device=device, vision=store.needs_tower)
+    store.plan(training.items, splits.own_batches(settings.eval_batch))
+    clip = create_model(weights, img_size=settings.img_size, fidelity=settings.fidelity, device=device, vision=store.needs_tower)
     store.use(clip)
     detector = Detector(clip, settings, options.seed).to(device)
     state = TrainingState.start(detector, store.tower.autocast, options.learning_rate, options.seed)

@@ -113,6 +113,11 @@ class MViTFC(Adapter):
 ADAPTERS: dict[str, type[Adapter]] = {"MFCFC": MFCFC, "MCNNFC": MCNNFC, "MViTFC": MViTFC}
 
 
+def reads_class_token(kind: str, across_tokens: bool) -> bool:
+    """Whether adapters read the class token, which is dropped before the scores: only where tokens attend to others."""
+    return kind == "MViTFC" and across_tokens
+
+
 class Cosine(torch.autograd.Function):
     """v.d / |v| for vectors (..., D) and a direction (D,), which is not normalised here.
 
@@ -185,8 +190,7 @@ class DualBranchAdapters(nn.Module):
             self.abnormal_det_adapters = nn.ModuleList(build(width, embed_dim, across_tokens) for _ in features_list)
         self.adapter_of_layer = [list(features_list).index(layer) for layer in sorted(features_list)]
         self.contrast = contrast
-        # The class token is dropped before the scores, so it is read only where tokens look at each other.
-        self.reads_class_token = kind == "MViTFC" and across_tokens
+        self.reads_class_token = reads_class_token(kind, across_tokens)
         self.mixes_images = kind == "MViTFC" and not across_tokens  # an image's scores depend on the batch's others
 
     def forward(self, tokens: Sequence[Tensor], text_features: Tensor, heads: Sequence[str] = HEADS) -> list[Tensor]:

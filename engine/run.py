@@ -240,7 +240,11 @@ def open_run(
         config |= {**kept, "resumed": stored.get("resumed", 0) + 1}
     shared = ("shots", "shots_from", "started", *checkpoint.versions())
     metadata = {name: config[name] for name in shared}
-    metadata |= {"options": shareable(options), "select": options.select, "run": run.path.name}
+    metadata |= {
+        "options": {**shareable(options), "model_name": settings.model_name},
+        "select": options.select,
+        "run": run.path.name,
+    }
     metadata |= {"shot_patients": sorted(splits.shot_patients())}
     return run, config, metadata
 

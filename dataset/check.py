@@ -232,7 +232,8 @@ class Check:
         for path in sorted(self.without_mask):
             self.warnings.add("valid mask", path)
         self.counts(dataset)
-        self.notes.append(dataset.patients_note())
+        if not self.errors.counts["layout"]:
+            self.notes.append(dataset.patients_note())
 
     def find(self, dataset: MedicalDataset, split: str, kind: str) -> list[ImageFile]:
         """The images of a class; none, and an error noted, where the folder is missing or empty."""

@@ -92,7 +92,9 @@ ABNORMAL_ABOVE = 127  # of 255, in a mask
 FULL_MASK = 0.9  # the part of an image above which a mask is said
 DARK = 8192  # of 65535: the largest value, below which a 16-bit picture is all but black
 Result = TypeVar("Result")
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_pixel_limit` refuses them
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_open` refuses such pictures
+for _package in ("PIL", "pydicom"):  # remarks on damaged tags, of which an error follows where it matters
+    warnings.filterwarnings("ignore", category=UserWarning, module=_package)
 
 
 class Source(Protocol):

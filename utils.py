@@ -1,31 +1,43 @@
-"""What every part shares: clear errors, seeding, the 16 views, atomic files. It imports nothing of the project."""
+"""What everything shares: errors and exit codes, seeds, atomic files, remembered hashes, and the 16 views of a shot.
+
+Nothing here imports torch before it is needed, so that `--help` and a mistyped flag are answered at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import ctypes
+import dataclasses
 import errno
-import fcntl
+import glob
+import hashlib
+import importlib
 import json
 import math
 import os
 import random
 import signal
 import sys
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from types import UnionType
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 In = TypeVar("In")
 Out = TypeVar("Out")
+
+HASHES = Path(".cache/hashes.json")  # where `sha256_file` remembers, below the working folder
+STALE_SECONDS = 86_400.0  # of a temporary file: nothing takes a day to write
+SETTLED_SECONDS = 2.0  # a file that changed later than this may change again within one tick of its clock
 
 # The published augmentation: 16 views of every few-shot image, in this order.
 ROTATIONS = (-math.pi / 8, -math.pi / 16, math.pi / 16, math.pi / 8)
@@ -39,11 +51,12 @@ class InputError(Exception):
     """Something the user can put right: one line that names the file or flag and says what to do."""
 
 
-def run_cli(main: Callable[[], int | None]) -> None:
+def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and leave with its exit code.
 
     An `InputError` becomes one line on stderr and code 2, and so does a file that the system refuses (permissions, a
-    name that is too long). A reader of stdout that leaves, such as `head`, ends it quietly. Ctrl-C is code 130.
+    name that is too long). A reader of stdout that leaves, such as `head`, ends it quietly. Ctrl-C is code 130, also
+    while Python still imports: `main` is where the scripts import what takes long.
     """
     tune_allocator()
     with contextlib.suppress(AttributeError):
@@ -61,14 +74,42 @@ def run_cli(main: Callable[[], int | None]) -> None:
             raise
         code = _refuse(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print("interrupted", file=sys.stderr)
         code = 130
     sys.exit(code)
 
 
-def _refuse(words: object) -> int:
-    print(f"error: {' '.join(str(words).split())}", file=sys.stderr)
+def run_script(module: str, parse: Callable[[], argparse.Namespace]) -> NoReturn:
+    """Read a script's flags, then import its module, which takes long, and call its `main`."""
+
+    def main() -> None:
+        options = parse()
+        importlib.import_module(module).main(options)
+
+    run_cli(main)
+
+
+def _refuse(message: object) -> int:
+    with contextlib.suppress(OSError, ValueError):  # stderr may be closed, or on a full disk
+        print(f"error: {printable(' '.join(str(message).split()))}", file=sys.stderr)
     return 2
+
+
+def warn(message: str) -> None:
+    """Print a warning on stderr, in one line; a closed or full stderr does not stop the run."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """The text with control characters written as escapes: names of files may hold what a terminal obeys."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def preview(names: Sequence[str], most: int = 3) -> str:
+    """The first few of many, for a message: `a, b, c, and 5 more`."""
+    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,15 +120,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(_refuse(message))
 
 
-def integer(least: int, most: int | None = None) -> Callable[[str], int]:
-    """An argparse type: an integer from `least` to `most`."""
+def integer(lowest: int, highest: int | None = None) -> Callable[[str], int]:
+    """An argparse type: an integer from `lowest` to `highest`."""
 
     def parse(text: str) -> int:
         value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is not at least {least}")
-        if most is not None and value > most:
-            raise argparse.ArgumentTypeError(f"{value} is not at most {most}")
+        if value < lowest:
+            raise argparse.ArgumentTypeError(f"{value} is not at least {lowest}")
+        if highest is not None and value > highest:
+            raise argparse.ArgumentTypeError(f"{value} is not at most {highest}")
         return value
 
     parse.__name__ = "int"  # what argparse calls it: invalid int value
@@ -108,11 +149,59 @@ def tune_allocator() -> None:
 
 def set_seed(seed: int) -> None:
     """Seed torch (CPU and CUDA), numpy and random, and ask cuDNN for repeatable kernels."""
+    import numpy as np  # noqa: PLC0415
+    import torch  # noqa: PLC0415
+
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file in hexadecimal; remembered in `HASHES` by path, size and times, so that it is read once.
+
+    `OSError` where the file cannot be read.
+    """
+    path = Path(path).absolute()
+    status = path.stat()
+    state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    remembered = _remembered_hashes()
+    known = remembered.get(str(path))
+    if isinstance(known, list) and known[:-1] == state and isinstance(known[-1], str):
+        return known[-1]
+    hasher = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            hasher.update(piece)
+    digest = hasher.hexdigest()
+    if time.time() - max(status.st_mtime, status.st_ctime) > SETTLED_SECONDS:
+        remembered[str(path)] = [*state, digest]
+        _new_hashes.append(str(path))
+        if len(_new_hashes) == 1:
+            atexit.register(_write_hashes)
+    return digest
+
+
+_new_hashes: list[str] = []
+
+
+@cache
+def _remembered_hashes() -> dict[str, Any]:
+    try:
+        values = json.loads(read_text(HASHES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _write_hashes() -> None:
+    """Add what this process has read to the file, beside what others have written meanwhile."""
+    mine = {path: _remembered_hashes()[path] for path in _new_hashes}
+    _remembered_hashes.cache_clear()
+    with contextlib.suppress(InputError, OSError):  # a folder that cannot be written: read again next time
+        write_json(HASHES, {**_remembered_hashes(), **mine})
 
 
 @contextlib.contextmanager
@@ -138,6 +227,7 @@ def temporary_path(path: str | Path, flag: str = "") -> Iterator[Path]:
             raise InputError(f"{name}: a folder, a device or a pipe, where a file is to be written")
         # Not tempfile: its files are private (mode 0600), and would stay so under the final name.
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        remove_stale(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
         try:
             yield temporary
         finally:
@@ -147,6 +237,70 @@ def temporary_path(path: str | Path, flag: str = "") -> Iterator[Path]:
         full = " (disk full?)" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
         intact = "; the older file there is intact" if os.path.exists(path) else ""  # noqa: PTH110 - never raises
         raise InputError(f"{name}: cannot be written: {reason}{full}{intact}") from error
+
+
+def checked(cls: type[Out], values: object, where: str) -> Out:
+    """A dataclass from a file's values, each of the type that its field names; unknown entries are ignored.
+
+    Raises:
+        InputError: naming `where`, for an entry that is missing or of another type, a number that is not finite.
+    """
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: not an object but {type(values).__name__}")
+    types, result = get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type] - a dataclass
+        if field.name in values:
+            result[field.name] = _typed(values[field.name], types[field.name], f"{where}: {field.name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise InputError(f"{where}: {field.name} is missing")
+    return cls(**result)
+
+
+def _typed(value: Any, kind: Any, where: str) -> Any:  # noqa: ANN401, PLR0911 - whatever a file holds
+    """`value`, a list as a tuple where `kind` is one; `InputError` where it is of another type."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        for other in arguments:
+            with contextlib.suppress(InputError):
+                return _typed(value, other, where)
+    elif kind is Any:
+        return value
+    elif origin in (list, tuple) and isinstance(value, list | tuple):
+        return origin(_typed(item, arguments[0], where) for item in value)
+    elif origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _typed(item, arguments[1], where) for key, item in value.items()}
+    elif kind is float and type(value) in (int, float) and abs(value) < 1e300:  # neither NaN nor infinite
+        return float(value)
+    elif origin is None and type(value) is kind:
+        return value
+    raise InputError(f"{where} is {value!r:.80}")
+
+
+def remove_stale(paths: Iterable[Path], seconds: float = STALE_SECONDS) -> None:
+    """Delete temporary files that a killed process left behind, if they are older than `seconds`."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > seconds:
+                path.unlink()
+
+
+def probe_writable(path: str | Path | None, flag: str, is_json: bool = False) -> None:
+    """Make sure that `atomic_path` can write a file there before hours are spent on what it will hold; None is fine.
+
+    Raises:
+        InputError: it cannot; or, with `is_json`, a file that is no JSON stands there and would be lost.
+    """
+    if path is None:
+        return
+    with temporary_path(path, flag) as probe:
+        probe.touch()
+    if is_json and Path(path).is_file() and Path(path).stat().st_size:
+        try:
+            json.loads(read_text(path))
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{flag} {path}: a file that is no JSON is there; give another name") from error
 
 
 def write_json(path: str | Path, value: Any, flag: str = "") -> None:  # noqa: ANN401 - whatever JSON takes
@@ -165,26 +319,36 @@ def read_text(path: str | Path) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path, waiting: str) -> Iterator[None]:
-    """Hold the lock of a file that is made for it; say `waiting` where another process holds it, and wait."""
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(waiting, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    """Hold the lock of a file that is made for it; print `waiting` where another process holds it, and wait."""
+    from filelock import FileLock, Timeout  # noqa: PLC0415
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(waiting, flush=True)
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def prefetch(function: Callable[[In], Out], inputs: Iterable[In], workers: int = 1, ahead: int = 2) -> Iterator[Out]:
     """Yield `function(x)` in order, computed by threads a few inputs ahead: decoding runs beside the network."""
     with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
-        waiting: deque = deque()
+        waiting: deque[Future[Out]] = deque()
         for item in inputs:
             waiting.append(pool.submit(function, item))
             if len(waiting) > max(workers, ahead):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def anonymous_name(name: str) -> str:
+    """A hash instead of a file's name, with its ending: names may be patients'."""
+    return hashlib.sha256(os.fsencode(name)).hexdigest()[:16] + Path(name).suffix.lower()
 
 
 def augment_view(images: Tensor, view: int, jitter: tuple[float, float] | None = None) -> Tensor:
@@ -216,16 +380,23 @@ def augment_view(images: Tensor, view: int, jitter: tuple[float, float] | None =
 
 def augment(images: Tensor, jitter: tuple[float, float] | None = None) -> Tensor:
     """All 16 views, view by view (every image of view 0, then of view 1, ...): (B, ...) -> (16 B, ...)."""
+    import torch  # noqa: PLC0415
+
     return torch.cat([augment_view(images, view, jitter) for view in range(VIEWS)])
 
 
 def _affine(images: Tensor, matrix: list[list[float]]) -> Tensor:
+    import torch  # noqa: PLC0415
+    import torch.nn.functional as F  # noqa: PLC0415
+
     theta = torch.tensor([matrix], dtype=images.dtype, device=images.device).expand(len(images), -1, -1)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
 def _zoom(images: Tensor, factor: float) -> Tensor:
+    import torch.nn.functional as F  # noqa: PLC0415
+
     size = images.shape[-1]
     kept = int(size / factor)
     first, last = (size - kept) // 2, (size + kept) // 2

@@ -1,4 +1,4 @@
-"""Adapters and the dual branch: tokens of the frozen tower -> detection and segmentation scores (paper, section 2).
+"""Adapters and the dual branch: tokens of the frozen tower -> detection and segmentation scores (MadCLIP section 2).
 
 An adapter maps every token (width C) to two vectors in the joint embedding (width D), one for detection and one for
 segmentation. There are two branches (normal, abnormal) of one adapter a layer. A patch's score in a branch is the
@@ -10,7 +10,8 @@ both branches of a layer, one more serves all heads asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -139,6 +140,21 @@ class Cosine(torch.autograd.Function):
         return of_vectors, along_direction.flatten() @ vectors.flatten(0, -2) if learnt else None
 
 
+@contextmanager
+def global_draws_from(generator: torch.Generator | None) -> Iterator[None]:
+    """Let torch's global draws on the CPU come from `generator`, and leave the global state as it was.
+
+    PyTorch's layers take no generator, and their own initialisation is the published one.
+    """
+    if generator is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(generator.get_state())
+        yield
+        generator.set_state(torch.get_rng_state())
+
+
 class DualBranchAdapters(nn.Module):
     """Two branches of adapters over K layers, and the scores that they give.
 
@@ -147,8 +163,9 @@ class DualBranchAdapters(nn.Module):
         width: C of the image tower.
         embed_dim: D of the joint embedding.
         features_list: layers, counted from 1; adapter k belongs to the k-th of them.
-        contrast: subtract the cosine with the other branch's text feature (paper, dual objective).
+        contrast: subtract the cosine with the other branch's text feature (MadCLIP section 2, dual objective).
         across_tokens: for MViTFC, attend within an image (`corrected` fidelity).
+        generator: draws the initial weights, on the CPU; None is torch's global one.
     """
 
     def __init__(
@@ -159,11 +176,13 @@ class DualBranchAdapters(nn.Module):
         features_list: Sequence[int],
         contrast: bool = True,
         across_tokens: bool = False,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         build = ADAPTERS[kind]
-        self.normal_det_adapters = nn.ModuleList(build(width, embed_dim, across_tokens) for _ in features_list)
-        self.abnormal_det_adapters = nn.ModuleList(build(width, embed_dim, across_tokens) for _ in features_list)
+        with global_draws_from(generator):
+            self.normal_det_adapters = nn.ModuleList(build(width, embed_dim, across_tokens) for _ in features_list)
+            self.abnormal_det_adapters = nn.ModuleList(build(width, embed_dim, across_tokens) for _ in features_list)
         self.adapter_of_layer = [list(features_list).index(layer) for layer in sorted(features_list)]
         self.contrast = contrast
         # The class token is dropped before the scores, so it is read only where tokens look at each other.

@@ -21,6 +21,7 @@ BATCH = 32  # test images at a time
 MAX_BANK = 10_000  # patches in a memory bank; a larger one is thinned out, as PatchCore's
 MAX_PATCHES = 20_000  # patches that the logistic regression is fitted to
 SKETCH = 128  # width of the random projection in which the bank is thinned out, as in PatchCore
+NAMES = ("zero-shot CLIP", "nearest normal patch", "class prototypes", "logistic regression")
 Batches = Callable[[], Iterator[list[Tensor]]]  # the test images' K tensors (B, N, C), batch by batch, in order
 
 
@@ -196,8 +197,8 @@ def run_baselines(
         for start in range(0, len(test), BATCH):
             yield [layer.float() for layer in store.get(store.rows(test[start : start + BATCH]))]
 
-    yield "zero-shot CLIP", zero_shot(batches, project, text_features)
-    yield "nearest normal patch", nearest_normal_patch(training, batches)
-    yield "class prototypes", prototypes(training, batches)
+    yield NAMES[0], zero_shot(batches, project, text_features)
+    yield NAMES[1], nearest_normal_patch(training, batches)
+    yield NAMES[2], prototypes(training, batches)
     if training.abnormal_patches.any() and training.normal_patches.any():
-        yield "logistic regression", logistic_regression(training, batches)
+        yield NAMES[3], logistic_regression(training, batches)

@@ -63,7 +63,7 @@ def test(options: argparse.Namespace) -> dict[str, Any]:
 
     threshold = metadata.get("threshold") or {}
     metrics = measure(evaluation, masks, full=True, pixel_threshold=threshold.get("pixel_value"))
-    metrics.values |= measure_without(evaluation, masks, shot_patients(settings, metadata, options.obj))
+    metrics.values.update(measure_without(evaluation, masks, shot_patients(settings, metadata, options.obj)))
     result = {**result_json(settings, evaluation, metrics, metadata["select"]), "obj": options.obj}
     result["trained_on"] = settings.obj
     print(source)

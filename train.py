@@ -191,7 +191,7 @@ def finish(setup: Setup, masks: Masks | None, tracker: Tracker) -> dict[str, Any
         evaluation = evaluate(setup.detector, setup.store, splits.test)
     threshold = calibrate_run(setup.detector, setup.store, splits, setup.training, options.threshold_at)
     best = measure(evaluation, masks, full=True, pixel_threshold=(threshold or {}).get("pixel_value"))
-    best.values |= measure_without(evaluation, masks, splits.shot_patients())
+    best.values.update(measure_without(evaluation, masks, splits.shot_patients()))
     setup.metadata["threshold"] = threshold
     save_best(setup)
     selected = f"epoch {state.selected_epoch} of {state.epoch}, {SELECTS[options.select]} (--select {options.select})"

@@ -23,7 +23,7 @@ import torch
 from CLIP.config import ModelConfig
 from CLIP.openai import check_archive, is_plain, one_line, refused_global
 from CLIP.weights import find_weights
-from Prompt.promptChooser import states_fault
+from Prompt.states import states_fault
 from utils import InputError, Parser, atomic_path, checked, printable, run_cli, warn
 
 from .config import VERSION, Settings

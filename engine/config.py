@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from CLIP.config import ADAPTER_KINDS, FIDELITIES, PRETRAINS, ModelConfig
 from dataset.layout import described, named_after, object_name
-from Prompt.states import TEXT_MOODS, read_prompts
+from Prompt.states import TEXT_MOODS, read_prompts, states_fault
 from utils import InputError, Parser, checked, integer, printable
 
 if TYPE_CHECKING:
@@ -389,6 +389,8 @@ def resumed_options(folder: str, arguments: Sequence[str]) -> argparse.Namespace
     stored = RunFolder.open(folder).read_config()["options"]
     parser = train_parser()
     prompts = stored.pop("prompts", None)
+    if prompts is not None and (fault := states_fault(prompts)):
+        raise InputError(f"--resume {folder}: its config.json is damaged (prompts: {fault})")
     try:
         words = [word for name, value in stored.items() for word in as_flag(parser, name, value)]
         before = parser.parse_args(words)

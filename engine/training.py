@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataset.fewshot import Shots
 from dataset.images import check_mask, load_grey_mask, load_mask
-from dataset.medical_few import MedicalDataset, Sample, leaks
+from dataset.medical_few import MedicalDataset, Sample, Shots, leaks
 from loss import training_loss
 from utils import JITTER_VIEW, VIEWS, InputError, augment, checked, preview, printable, sha256_file, warn
 

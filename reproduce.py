@@ -25,24 +25,31 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-import CLIP
 import dataset
-import test
-import train
-from dataset.layout import described, object_name
+from CLIP import ModelConfig
+from dataset.layout import BENCHMARKS, MADE_UP, object_name
 from engine import cost
+from engine.config import (
+    MODEL_FLAGS,
+    RESUMABLE,
+    Formatter,
+    check_layers,
+    nonempty_path,
+    positive,
+    test_options,
+    train_options,
+)
 from engine.jobs import EXECUTORS, one_line, run_jobs
-from engine.options import MODEL_FLAGS, Formatter, check_layers, positive, writable
 from engine.report.tables import METRICS, Figure, Published, Table, read_published
-from engine.run import RunFolder
-from utils import VIEWS, InputError, Parser, locked, run_cli, tune_allocator, write_json
+from utils import VIEWS, InputError, Parser, locked, probe_writable, run_script, tune_allocator, write_json
 
 if TYPE_CHECKING:
     from dataset import MedicalDataset, Sample
+    from engine.run import RunFolder
 
 # The tables, and what they show.
 TITLES = {
@@ -59,14 +66,13 @@ COMPONENTS = {
     "visionA": "adapters", "features_list": "layers", "fidelity": "fidelity",
 }  # fmt: skip
 EPOCHS = {"selected": "selected on test", "last": "last epoch"}
-MARKER = "PHANTOM.txt"  # dataset.phantom leaves it in every data set that it draws
 CLEAN = "_without_shot_patients"  # of a result's keys
 GRID_FLAGS = (
     "--obj", "--seed", "--shot", "--shot_normal", "--shot_abnormal", "--select", "--save_model", "--no-save_model",
     "--save_path", "--run_dir", "--exp_name", "--resume", "--out_json",
 )  # fmt: skip
 # Of train.py's flags, what may differ between a run on disk and the command that goes on with it.
-MACHINE_FLAGS = train.RESUMABLE - {"epoch", "data_path", "data_root", "weights"}
+MACHINE_FLAGS = RESUMABLE - {"epoch", "data_path", "data_root", "weights"}
 TEST_FLAGS = ("data_path", "weights", "batch_size", "device", "precision", "num_workers", "cache", "cache_dir",
               "cache_dtype")  # fmt: skip
 
@@ -115,7 +121,7 @@ class Grid:
 
     def parse(self, cell: Cell) -> argparse.Namespace:
         """train.py's options."""
-        return train.parse(self.arguments(cell))
+        return train_options(self.arguments(cell))
 
     def log(self, cell: Cell) -> Path:
         """What the cell printed."""
@@ -123,6 +129,8 @@ class Grid:
 
     def run(self, cell: Cell) -> RunFolder:
         """The cell's folder, whether it is there or not."""
+        from engine.run import RunFolder  # noqa: PLC0415 - imports torch
+
         return RunFolder(self.out / "runs" / cell.name)
 
     def tests(self, cell: Cell, obj: str) -> dict[str, Path]:
@@ -152,6 +160,8 @@ class Grid:
 
     def compute(self, cell: Cell, on_line: Callable[[], None] = lambda: None) -> None:
         """Train, or go on training, and test; what is printed goes to OUT/logs, and `on_line` hears of each line."""
+        import train  # noqa: PLC0415 - imports torch
+
         lock = self.out / "locks" / cell.name
         for path in (lock, self.log(cell)):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,27 +185,28 @@ class Grid:
                     arguments += ["--resume", str(run.path)]
                 else:  # killed before it had begun
                     shutil.rmtree(run.path, ignore_errors=True)
-                train.train(train.parse(arguments))
+                train.train(train_options(arguments))
             for obj in cell.others:
                 self.compute_tests(cell, obj)
 
     def compute_tests(self, cell: Cell, obj: str) -> None:
         """Test the selected and the last epoch on another data set."""
+        import test  # noqa: PLC0415 - imports torch
+        from engine.checkpoint import Checkpoint  # noqa: PLC0415 - imports torch
+
         run, options = self.run(cell), vars(self.parse(cell))
         last = run.path / "last-checkpoint.pth"
-        if not last.is_file():
-            from engine.checkpoint import Checkpoint  # noqa: PLC0415 - imports torch
-
+        state = run.load()
+        if not last.is_file() and state is not None:
             selected = Checkpoint.load(run.best)
-            state, history = cast("tuple[dict[str, Any], list[dict[str, Any]]]", run.load())
-            metrics = {name: history[-1][name] for name in ("epoch", "auc", "pauc")}
-            about = {**selected.about, "select": "last", "metrics": metrics}
-            replace(selected, parts=state["parts"], about=about).save(last)
+            metrics = {name: state["history"][-1][name] for name in ("epoch", "auc", "pauc")}
+            metadata = {**selected.metadata, "select": "last", "metrics": metrics}
+            replace(selected, parts=state["parts"], metadata=metadata).save(last)
         flags = [word for name in TEST_FLAGS if options[name] is not None for word in (f"--{name}", str(options[name]))]
         for kind, path in self.tests(cell, obj).items():
             ckpt = last if kind == "last" else run.best
             if not path.is_file():
-                test.test(test.parse(["--obj", obj, "--ckpt", str(ckpt), "--out_json", str(path), *flags]))
+                test.test(test_options(["--obj", obj, "--ckpt", str(ckpt), "--out_json", str(path), *flags]))
 
     def figures(self, cell: Cell, obj: str, kind: str) -> dict[str, Any] | None:
         """The cell's figures on a data set: of the `selected` or `last` epoch, or of a baseline; None: not done."""
@@ -258,12 +269,14 @@ def write_union(cell: Cell, options: argparse.Namespace, root: Path) -> None:
                 if sample.mask is not None and target.pixel_metrics:
                     name = f"{number:05d}-{sample.path.stem}{sample.mask.suffix}"
                     link(sample.mask, root / split / kind / "anomaly_mask" / name)
+    if any(sample.index is not None for group in (*shots.values(), *tests.values()) for sample in group):
+        raise InputError(f"{cell.name}: volumes and series cannot be joined: save their slices as images")
     names = {kind: " ".join(path.name for path in sorted((root / "valid" / kind / "img").iterdir())) for kind in shots}
     lists = root / "fewshot_seed"
     lists.mkdir()
     text = f"a-0: {names['Ungood']}\nn-0: {names['good']}\n"
     (lists / f"my{cell.shot * len(cell.sources)}-shot.txt").write_text(text, encoding="utf-8")
-    write_json(root / "dataset.json", {"prompt_name": target.prompt_name, "pixel_metrics": target.pixel_metrics})
+    write_json(root / f"{cell.name}.json", {"prompt_name": target.prompt_name, "pixel_metrics": target.pixel_metrics})
 
 
 def link(source: Path, path: Path) -> None:
@@ -277,7 +290,7 @@ def link(source: Path, path: Path) -> None:
 
 def layers_of(options: argparse.Namespace) -> tuple[int, ...]:
     """The layers that adapters read."""
-    return check_layers(options.features_list, CLIP.ModelConfig.load(options.model_name))
+    return check_layers(options.features_list, ModelConfig.load(options.model_name).layers, options.model_name)
 
 
 def layer_choices(layers: Sequence[int]) -> list[str]:
@@ -302,13 +315,13 @@ def ablations(base: argparse.Namespace) -> list[tuple[str, str]]:
     return changes
 
 
-def plan(options: argparse.Namespace, flags: Sequence[str]) -> tuple[list[Cell], Grid]:
+def plan(options: argparse.Namespace) -> tuple[list[Cell], Grid]:
     """The table's cells, in an order in which neighbours share the most, and how they are run. It needs no data.
 
     Raises:
         InputError: a flag that fits no cell, or a run on disk with other flags.
     """
-    grid = Grid(Path(options.out), tuple(flags))
+    grid = Grid(Path(options.out), tuple(options.flags))
     base = grid.parse(Cell(options.obj[0], options.shots[0], options.seeds[0]))
     if base.data_root and (len(options.obj) > 1 or options.table == "leave_one_out"):
         raise InputError(f"--data_root {base.data_root}: one folder for {len(options.obj)} data sets; name one --obj")
@@ -344,14 +357,14 @@ def sources(obj: str, others: Sequence[str], base: argparse.Namespace) -> tuple[
 def has_masks(obj: str, base: argparse.Namespace) -> bool:
     """Whether a data set has masks; where it is not there, whether the published one has."""
     with contextlib.suppress(InputError):
-        return dataset.MedicalDataset.open(obj, base.data_path).pixel_metrics
+        return bool(dataset.MedicalDataset.open(obj, base.data_path).pixel_metrics)
     return obj in ("Brain", "Liver", "Retina_RESC")
 
 
 def grid_cost(cells: Sequence[Cell], grid: Grid) -> tuple[cost.Cost, list[str]]:
     """What these cells cost, and the data sets whose size is not known. Cells share images, as they share the store."""
     parsed = [(cell, grid.parse(cell)) for cell in cells]
-    config = CLIP.ModelConfig.load(parsed[0][1].model_name)
+    config = ModelConfig.load(parsed[0][1].model_name)
     img_size = parsed[0][1].img_size
     layers = tuple(sorted({layer for _, options in parsed for layer in layers_of(options)}))
     images: dict[tuple[object, ...], int] = {}
@@ -423,7 +436,7 @@ def notes(
         texts.append("Failed: " + "; ".join(f"{cell.name} ({reason})" for cell, reason in failed.items()) + ".")
     if base.pretrain == "random":
         texts.append("Nothing is pre-trained: these figures only show that the program runs.")
-    made_up = [obj for obj, found in datasets.items() if (found.root / MARKER).is_file()]
+    made_up = [obj for obj, found in datasets.items() if (found.root / MADE_UP).is_file()]
     if made_up:
         texts.append(f"Made-up images ({', '.join(made_up)}): their figures compare with none that is published.")
     return texts
@@ -535,17 +548,17 @@ def make_verdict(options: argparse.Namespace, table: Table) -> Table:
     return result
 
 
-def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The grid's flags, and the others, which are train.py's."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The grid's flags, and as `flags` the others, which are train.py's."""
     parser = Parser(
         description=__doc__.split("\n\n")[0], epilog="Every other flag goes to train.py.", formatter_class=Formatter,
         allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--table", required=True, choices=tuple(TITLES))
-    parser.add_argument("--obj", nargs="+", type=object_name, default=list(described()), help="data sets")
+    parser.add_argument("--obj", nargs="+", type=object_name, default=list(BENCHMARKS), help="data sets")
     parser.add_argument("--seeds", nargs="+", type=int, default=[111, 112, 113], help="means are over these")
     parser.add_argument("--shots", nargs="+", type=positive, help="(default: 4; of the table shots 2 4 8 16)")
-    parser.add_argument("--out", default="results", help="folder of tables, runs and logs")
+    parser.add_argument("--out", type=nonempty_path, default="results", help="folder of tables, runs and logs")
     parser.add_argument("--dry_run", action="store_true", help="list cells, images, disk and hours, and do nothing")
     parser.add_argument("--compare", nargs="+", type=Path, default=[], metavar="JSON",
                         help="more published figures, in the form of dataset/published_results.json")  # fmt: skip
@@ -558,6 +571,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
         "--job_options", nargs="+", default=[], metavar="KEY=VALUE", help="submitit's, such as timeout_min=240"
     )
     options, flags = parser.parse_known_args(arguments)
+    options.flags = flags
     if options.shots is None:
         options.shots = [2, 4, 8, 16] if options.table == "shots" else [4]
     for name in ("obj", "seeds", "shots"):
@@ -571,7 +585,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
         if getattr(options, flag) and options.table not in ("main", "shots", "baselines"):
             raise InputError(f"--{flag}: no published figure belongs in --table {options.table}")
     read_published(options.compare)  # before hours are spent
-    return options, flags
+    return options
 
 
 class Progress:
@@ -652,16 +666,15 @@ def dry_run(cells: Sequence[Cell], grid: Grid) -> None:
             print(f"not counted, as they are not there: the test images of {', '.join(unknown)}")
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     """Plan, compute, and write the table after every cell."""
-    options, flags = parse()
-    cells, grid = plan(options, flags)
+    cells, grid = plan(options)
     if options.dry_run:
         dry_run(cells, grid)
         return
     base = grid.parse(replace(cells[0], sources=()))
     datasets = {obj: dataset.MedicalDataset.open(obj, base.data_path, base.data_root) for obj in options.obj}
-    writable(grid.out / f"{options.table}.md", "--out")
+    probe_writable(grid.out / f"{options.table}.md", "--out")
     waiting, failed = [cell for cell in cells if not grid.done(cell)], dict[Cell, str]()
     progress = Progress(options.table, cells, grid)
     finished = compute_here(waiting, grid, progress)
@@ -692,6 +705,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    import reproduce  # jobs look for their functions under this name, not in __main__
-
-    run_cli(reproduce.main)
+    run_script("reproduce", parse)  # jobs look for their functions under this name, not in __main__

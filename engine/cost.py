@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from utils import VIEWS
 
 if TYPE_CHECKING:
-    from CLIP.model import ModelConfig
+    from CLIP import ModelConfig
 
 # Test images of the published sets (normal and abnormal together), for a plan without data.
 TEST_IMAGES = {

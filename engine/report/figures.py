@@ -282,7 +282,8 @@ def _precision_recall(axes: Axes, metrics: Metrics) -> None:
 def _history_points(history: History, key: str) -> np.ndarray:
     """(2, points): epochs and values, where there is one."""
     rows = [(row["epoch"], row[key]) for row in history if isinstance(row.get(key), int | float)]
-    return np.array([row for row in rows if math.isfinite(row[1])], dtype=np.float64).reshape(-1, 2).transpose()
+    finite = [row for row in rows if math.isfinite(row[1])]
+    return np.ascontiguousarray(np.array(finite, dtype=np.float64).reshape(-1, 2).T)
 
 
 def _run(axes: Axes, curves: Sequence[Curve], label: str, epoch: float | None) -> None:

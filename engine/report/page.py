@@ -89,7 +89,8 @@ def write_page(
         metrics: of `measure(..., full=True)`.
         settings: of the checkpoint.
         metadata: of the checkpoint: `select`, `metrics.epoch` and `threshold` are used, and what there is is listed,
-            without paths and what it says of a machine. Values named like a metric with WITHOUT stand beside it.
+            without paths and what it says of a machine. Values named like a metric with WITHOUT, or in a dictionary
+            `without_shot_patients` (see `engine.metrics.measure_without`), stand beside it.
         history: the run's epochs, see `read_history`.
         obj: the data set that was tested, where it is not the one trained on.
 
@@ -335,7 +336,8 @@ def _numbers(metrics: Metrics, metadata: Mapping[str, Any]) -> str:
     """Every number with its 95% interval, and without the shots' patients, where there are such; the AUROCs first."""
     from ..metrics import METRICS  # noqa: PLC0415 - scikit-learn
 
-    values: dict[str, Any] = {name: value for name, value in metadata.items() if name.endswith(WITHOUT)}
+    values: dict[str, Any] = {**metadata, **(metadata.get(WITHOUT[1:]) or {})}
+    values = {name: value for name, value in values.items() if name.endswith(WITHOUT)}
     values |= {"auc": metrics.auc, "pauc": metrics.pauc, **metrics.values}
     cells = []
     for name in (*METRICS, *(name for name in values if name not in METRICS and not name.endswith(WITHOUT))):

@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import sys
+import types
 
 import pytest
 
 import reproduce
-import train
+from CLIP import ModelConfig
 from dataset import MedicalDataset, phantom
 from engine import cost
+from engine.config import train_options
 from engine.report.tables import Figure
 from reproduce import Cell
 from utils import InputError
 
 
 def plan(tmp_path, *arguments: str):
-    return reproduce.plan(*reproduce.parse(["--out", str(tmp_path), *arguments]))
+    return reproduce.plan(reproduce.parse(["--out", str(tmp_path), *arguments]))
 
 
 def test_main_and_shots(tmp_path):
@@ -27,11 +30,11 @@ def test_main_and_shots(tmp_path):
     assert {cell.shot for cell in cells} == {4}
     cells, grid = plan(tmp_path, "--table", "shots", "--obj", "Brain", "--seeds", "1", "1", "--learning_rate", "0.01")
     assert [cell.name for cell in cells] == [f"Brain-{shot}shot-seed1" for shot in (2, 4, 8, 16)]
-    options = train.parse(grid.arguments(cells[1]))
+    options = train_options(grid.arguments(cells[1]))
     assert (options.shot, options.seed, options.learning_rate, options.select) == (4, 1, 0.01, "test")
     assert options.cache == "disk"
     _, grid = plan(tmp_path, "--table", "main", "--obj", "Brain", "--cache", "ram")
-    assert train.parse(grid.arguments(cells[0])).cache == "ram"
+    assert train_options(grid.arguments(cells[0])).cache == "ram"
 
 
 def test_an_ablation_changes_one_component_at_a_time(tmp_path):
@@ -164,7 +167,7 @@ def test_cost_of_data_that_is_there(tmp_path):
 
 def test_operations_against_the_recorded_benchmarks():
     """benchmarks/results: a ViT-L run of 1 shot and 24 test images, measured at about 330 GFLOP/s."""
-    config = reproduce.CLIP.ModelConfig.load("ViT-L-14-336")
+    config = ModelConfig.load("ViT-L-14-336")
     assert cost.tower_operations(config, 240, 24) == pytest.approx(183.8e9, rel=0.01)
     for fidelity, seconds in (("released", 12.0), ("corrected", 5.9)):
         operations = cost.epoch_operations(config, 240, 4, 2, 24, 16, fidelity)
@@ -201,8 +204,8 @@ def grid_with_results(tmp_path):
     clean = {"auc_without_shot_patients": 0.90, "pauc_without_shot_patients": None}
 
     def make(*more: str):
-        options, flags = reproduce.parse([*arguments, *more])
-        cells, grid = reproduce.plan(options, flags)
+        options = reproduce.parse([*arguments, *more])
+        cells, grid = reproduce.plan(options)
         datasets = {obj: MedicalDataset.open(obj, tmp_path / "data") for obj in options.obj}
         for cell, auc in zip(cells[:3], (0.92, 0.94, 0.80), strict=True):
             run = grid.run(cell)
@@ -270,7 +273,7 @@ def test_failed_cells_are_named_in_the_table(grid_with_results, tmp_path):
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (reproduce.InputError("--shot 9: too many"), "--shot 9: too many"),
+        (InputError("--shot 9: too many"), "--shot 9: too many"),
         (RuntimeError("CUDA error:\n a device-side assert"), "RuntimeError: CUDA error: a device-side assert"),
         (MemoryError(), "MemoryError: MemoryError"),
     ],
@@ -282,7 +285,7 @@ def test_any_error_ends_its_cell_alone(tmp_path, monkeypatch, error, words):
         print("as far as it came")
         raise error
 
-    monkeypatch.setattr(train, "train", broken)
+    monkeypatch.setitem(sys.modules, "train", types.SimpleNamespace(train=broken))
     progress = reproduce.Progress("main", cells, grid)
     with progress.bar:
         assert dict(reproduce.compute_here(cells, grid, progress)) == dict.fromkeys(cells, words)
@@ -297,7 +300,7 @@ def test_a_killed_grid_is_not_a_failed_cell(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "train", interrupted)
+    monkeypatch.setitem(sys.modules, "train", types.SimpleNamespace(train=interrupted))
     with pytest.raises(KeyboardInterrupt):
         reproduce.attempt(cells[0], grid)
 
@@ -315,7 +318,7 @@ def test_the_bar_moves_with_the_epochs(tmp_path, monkeypatch):
             print(f"epoch {epoch + 1}/3")
             seen.append(progress.bar.n)
 
-    monkeypatch.setattr(train, "train", pretend)
+    monkeypatch.setitem(sys.modules, "train", types.SimpleNamespace(train=pretend))
     progress = reproduce.Progress("main", cells, grid)
     with progress.bar:
         for cell, _ in reproduce.compute_here(cells, grid, progress):

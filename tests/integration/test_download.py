@@ -422,3 +422,11 @@ def test_a_netrc_that_is_a_pipe_is_not_read(server: Server, tmp_path: Path) -> N
         check=False,
     )  # fmt: skip
     succeeds(result, out)
+
+
+def test_a_proxy_of_the_environment_is_used(
+    server: Server, tmp_path: Path, fetch_here: Fetch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.server_port}")
+    succeeds(fetch_here(f"http://nowhere.invalid/{SUM}/weights.pt", tmp_path / "weights.pt"), tmp_path / "weights.pt")
+    assert server.requests == [None]

@@ -21,20 +21,19 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from engine.calibration import describe_threshold, threshold_metrics
-from engine.report.figures import save_figures
-from engine.report.history import find_history, read_history
-from engine.report.page import write_page
-
 from CLIP.clip import create_model
 from dataset.medical_few import MedicalDataset
 from engine import distributed
+from engine.calibration import describe_threshold, threshold_metrics
 from engine.checkpoint import Checkpoint, default_checkpoint, find_trained_weights
 from engine.config import Settings, check_against, pick_autocast, pick_device
 from engine.detector import Detector
 from engine.evaluation import Evaluation, Masks, evaluate, load_evaluation, own_batches
 from engine.features import TokenStore, Tower
 from engine.metrics import measure, measure_without
+from engine.report.figures import save_figures
+from engine.report.history import find_history, read_history
+from engine.report.page import write_page
 from engine.run import masks_note, published_lines, result_json, shot_patients
 from utils import InputError, probe_writable, set_seed, write_json
 

@@ -67,14 +67,14 @@ MUTANTS: tuple[Mutant, ...] = (
         ("with_logits(1 - normal, labels)", "with_logits(normal, labels)"),
         (".sum(dim=-1).mean()", ".mean(dim=-1).mean()"),
         ("align_corners=True", "align_corners=False"),
-        ("seg_scores[..., 1] - seg_scores[..., 0]", "seg_scores[..., 0] - seg_scores[..., 1]"),
+        ("(scores[..., 1] - scores[..., 0])", "(scores[..., 0] - scores[..., 1])"),
         ("FOCAL_GAMMA = 2", "FOCAL_GAMMA = 1"),
         ("TARGET_SMOOTHING = 1e-5", "TARGET_SMOOTHING = 1e-3"),
         ("DICE_SMOOTHING = 1.0", "DICE_SMOOTHING = 2.0"),
         ("masks > 0.5, probability, 1 - probability", "masks > 0.5, 1 - probability, probability"),
         ("(2 * overlap + DICE_SMOOTHING)", "(overlap + DICE_SMOOTHING)"),
         ("focal_loss(probability, masks) + dice_loss(", "focal_loss(probability, masks) - dice_loss("),
-        ("for layer in seg_scores[1:]:", "for layer in seg_scores[2:]:"),
+        ("upsample(difference, size).sigmoid_().sum(dim=1)", "upsample(difference, size).sigmoid_().mean(dim=1)"),
     ),
     *_mutants(
         "CLIP/adapter_shared.py",
@@ -104,6 +104,10 @@ MUTANTS: tuple[Mutant, ...] = (
         ["test_golden_backbone.py", "test_clip.py", "test_golden_prompts.py"],
         ("start=1)", "start=0)"),
         ("antialias=True", "antialias=False"),
+    ),
+    *_mutants(
+        "CLIP/config.py",
+        ["test_clip.py", "test_model_forms.py"],
         ("0.48145466, 0.4578275, 0.40821073", "0.40821073, 0.4578275, 0.48145466"),  # the order of the channels
         ("self.layers * quarter // 4", "self.layers * quarter // 5"),
     ),
@@ -150,19 +154,24 @@ MUTANTS: tuple[Mutant, ...] = (
         ("0.8 + 0.4 * contrast", "0.8 + 0.4 * brightness"),
     ),
     *_mutants(
-        "dataset/layout.py",
+        "dataset/patients.py",
         ["test_medical_few.py", "test_check.py"],
         ("< share * 2**64", "> share * 2**64"),
     ),
     *_mutants(
-        "dataset/medical_few.py",
-        ["test_medical_few.py", "test_golden_augment.py"],
-        ("> ABNORMAL_ABOVE\n", ">= ABNORMAL_ABOVE\n"),  # of 255: 127 is normal, 128 abnormal
+        "dataset/images.py",
+        ["test_images.py", "test_golden_augment.py"],
+        ("> (above + 0.5) / 255", "> (above - 0.5) / 255"),  # `> 127` to `>= 127`, of 255
         ("Image.Resampling.BICUBIC", "Image.Resampling.BILINEAR"),
         ("Image.Resampling.NEAREST", "Image.Resampling.BILINEAR"),
         ("+ 128) // 257", "+ 128) // 256"),  # 16 bits to 8
+        ("if greys[-1] <= above:", "if greys[-1] < above:"),
+    ),
+    *_mutants(
+        "dataset/medical_few.py",
+        ["test_medical_few.py"],
         ('[0 if kind == "abnormal" else 1]', '[1 if kind == "abnormal" else 0]'),
-        ("label = KINDS.index(kind)", "label = 1 - KINDS.index(kind)"),
+        ("            KINDS.index(kind),\n", "            1 - KINDS.index(kind),\n"),
         ("draw.sample(sorted(known), count)", "sorted(known)[:count]"),
     ),
     # -----------------------------------------------------------------------------------------------------------------
@@ -222,11 +231,9 @@ def try_mutant(mutant: Mutant, root: Path) -> str:
     return {FAILED: "killed", PASSED: "SURVIVED", None: "killed (hangs)"}.get(code, f"NO TEST RAN (code {code})")
 
 
-def check_baseline(root: Path, mutants: Sequence[Mutant]) -> None:
-    """Leave with code 1 unless all tests pass on the unchanged tree."""
-    tests = sorted({test for mutant in mutants for test in mutant.tests})
-    if (code := run_tests(root, tests)) != PASSED:
-        sys.exit(f"the tests fail without any change (code {code}): {' '.join(tests)}")
+def failing_anyway(root: Path, mutants: Sequence[Mutant]) -> set[tuple[str, ...]]:
+    """The groups of tests that do not pass on the unchanged tree: nothing follows from these."""
+    return {tests for tests in dict.fromkeys(m.tests for m in mutants) if run_tests(root, tests) != PASSED}
 
 
 def try_all(mutants: Sequence[Mutant], jobs: int) -> Iterator[tuple[Mutant, str, float]]:
@@ -236,9 +243,11 @@ def try_all(mutants: Sequence[Mutant], jobs: int) -> Iterator[tuple[Mutant, str,
         for number in range(jobs):
             copy_tree(Path(folder) / str(number))
             copies.put(Path(folder) / str(number))
-        check_baseline(Path(folder) / "0", mutants)
+        failing = failing_anyway(Path(folder) / "0", mutants)
 
         def work(mutant: Mutant) -> tuple[Mutant, str, float]:
+            if mutant.tests in failing:
+                return mutant, "FAILS ANYWAY", 0.0
             start, root = time.monotonic(), copies.get()
             try:
                 return mutant, try_mutant(mutant, root), time.monotonic() - start

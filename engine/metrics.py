@@ -113,7 +113,7 @@ def measure(
         values["auc_ci95"] = bootstrap_auroc(labels, scores)
         curves = image_curves(labels, scores)
     if masks is not None and evaluation.head == "seg":
-        pixels = evaluation.maps, masks.get, len(labels), max(1, BATCH_PIXELS // evaluation.img_size**2)
+        pixels = evaluation.maps, masks.get, len(labels), maps_at_a_time(evaluation)
         counts = count_pixels(*pixels, regions=full or aupro)
         values |= {"pauc": counts.auroc(), "pixel_ap": counts.average_precision()}
         values["pixel_f1_max"], values["pixel_f1_max_threshold_on_test"] = counts.f1_max()
@@ -123,6 +123,11 @@ def measure(
             values |= per_image_metrics(*pixels, counts, pixel_threshold)
             curves |= {"roc": counts.roc(), "pr": counts.pr()}
     return Metrics({key: values[key] for key in METRICS if key in values}, curves)
+
+
+def maps_at_a_time(evaluation: Evaluation) -> int:
+    """How many images' maps to hold, so that memory does not grow with their size."""
+    return max(1, BATCH_PIXELS // evaluation.img_size**2)
 
 
 def measure_without(evaluation: Evaluation, masks: Masks | None, patients: set[str]) -> dict[str, float | int | None]:
@@ -144,8 +149,8 @@ def measure_without(evaluation: Evaluation, masks: Masks | None, patients: set[s
     if 0 < n_abnormal < len(keep):
         result["auc_without_shot_patients"] = image_metrics(labels, evaluation.image_scores[keep])["auc"]
     if masks is not None and evaluation.head == "seg" and keep:
-        batch = max(1, BATCH_PIXELS // evaluation.img_size**2)
-        counts = count_pixels(evaluation.select(keep).maps, masks.select(keep).get, len(keep), batch)
+        maps, truth = evaluation.select(keep).maps, masks.select(keep).get
+        counts = count_pixels(maps, truth, len(keep), maps_at_a_time(evaluation))
         if counts.normal.any() and counts.abnormal.any():
             result["pauc_without_shot_patients"] = counts.auroc()
     return result

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from engine.heat import contours, overlay, raw
+from engine.options import PRECISIONS, Formatter, filled_path, writable
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from dataset.medical_few import to_tensor
 from dataset.readers import PLANES, Frame, MissingPackageError, ReadOptions, frames, list_files
-from engine.heat import contours, overlay, raw
-from engine.options import PRECISIONS, Formatter, filled_path, writable
 from engine.predictor import Prediction, Predictor, load
 from utils import InputError, Parser, atomic_path, integer, prefetch, run_cli, write_json
 

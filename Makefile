@@ -58,9 +58,8 @@ real: $(VENV)/runtime
 	$(BIN)/python -m CLIP.download ViT-L-14-336
 	for name in $(REAL_SETS); do \
 	  $(BIN)/python -m dataset.medmnist $$name --size 224 --out real/data || exit; \
-	  root=real/data/$${name}_AD; \
-	  $(BIN)/python train.py --obj $$name --data_root $$root --shot $(REAL_SHOT) --save_path real/ckpt --run_dir real/runs || exit; \
-	  $(BIN)/python test.py --obj $$name --data_root $$root --save_path real/ckpt --report real/report/$$name || exit; \
+	  $(BIN)/python train.py --obj $$name --data_path real/data --shot $(REAL_SHOT) --save_path real/ckpt --run_dir real/runs || exit; \
+	  $(BIN)/python test.py --obj $$name --data_path real/data --save_path real/ckpt --report real/report/$$name || exit; \
 	done
 	@echo "look at real/report/*/index.html"
 

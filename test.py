@@ -21,20 +21,19 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from engine.calibration import describe_threshold, threshold_metrics
-from engine.report.figures import save_figures
-from engine.report.history import find_history, read_history
-from engine.report.page import write_page
-
 from CLIP.clip import create_model
 from dataset.medical_few import MedicalDataset
 from engine import distributed
+from engine.calibration import describe_threshold, threshold_metrics
 from engine.checkpoint import Checkpoint, default_checkpoint, find_trained_weights
 from engine.config import Settings, check_against, pick_autocast, pick_device
 from engine.detector import Detector
-from engine.evaluation import Evaluation, Masks, evaluate, load_evaluation, share
+from engine.evaluation import Evaluation, Masks, evaluate, load_evaluation, own_batches
 from engine.features import TokenStore, Tower
 from engine.metrics import measure, measure_without
+from engine.report.figures import save_figures
+from engine.report.history import find_history, read_history
+from engine.report.page import write_page
 from engine.run import masks_note, published_lines, result_json, shot_patients
 from utils import InputError, probe_writable, set_seed, write_json
 
@@ -63,7 +62,7 @@ def test(options: argparse.Namespace) -> dict[str, Any]:
 
     threshold = metadata.get("threshold") or {}
     metrics = measure(evaluation, masks, full=True, pixel_threshold=threshold.get("pixel_value"))
-    metrics.values |= measure_without(evaluation, masks, shot_patients(settings, metadata, options.obj))
+    metrics.values.update(measure_without(evaluation, masks, shot_patients(settings, metadata, options.obj)))
     result = {**result_json(settings, evaluation, metrics, metadata["select"]), "obj": options.obj}
     result["trained_on"] = settings.obj
     print(source)
@@ -98,13 +97,13 @@ def compute_scores(options: argparse.Namespace) -> Scores:
     options.ckpt = options.ckpt or str(default_checkpoint(options.save_path, options.obj))
     checkpoint = Checkpoint.load(options.ckpt, options, dataset)
     check_against(checkpoint.settings, checkpoint.metadata.get("shots"), options)
-    settings = checkpoint.settings.tested_with(options, dataset)
+    settings = checkpoint.settings.tested_with(options)
     device = pick_device(options.device)
     weights = find_trained_weights(checkpoint, options)
     samples = dataset.samples("test")
     store = TokenStore(Tower.of(settings, weights, pick_autocast(options.precision, device), device), options)
-    store.plan((), share(samples, settings.eval_batch))
-    clip = create_model(weights, settings.img_size, fidelity=settings.fidelity, device=device, vision=store.needs_tower)
+    store.plan((), own_batches(samples, settings.eval_batch))
+    clip = create_model(weights, img_size=settings.img_size, fidelity=settings.fidelity, device=device, vision=store.needs_tower)
     detector = Detector(clip, settings).to(device)
     checkpoint.restore(detector, clip, options.ckpt)
     masks = Masks.of(samples, settings, options.num_workers, device) if dataset.pixel_metrics else None

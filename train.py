@@ -19,29 +19,47 @@ if __name__ == "__main__":  # reads the flags before it imports torch: --help an
     run_script("train", parse)
 
 import argparse
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from engine.calibration import calibrate_run, describe_threshold
-from engine.report.page import write_page
-from engine.report.tracking import Tracker, log_epoch, log_pictures, log_result, start_tracker, warn_of_tracked_key
 
-from CLIP.clip import create_model, find_weights
+from CLIP.clip import create_model
+from CLIP.model import CLIP
+from CLIP.weights import find_weights
 from engine import distributed
-from engine.checkpoint import Checkpoint, copy, set_aside
-from engine.config import SELECTS, Settings, pick_autocast, pick_device
+from engine.calibration import describe_threshold
+from engine.checkpoint import Checkpoint, copy, print_weights_info, set_aside
+from engine.config import SELECTS, Settings, new_settings, pick_autocast, pick_device
 from engine.detector import Detector
 from engine.evaluation import Masks, evaluate
 from engine.features import TokenStore, Tower
-from engine.metrics import Metrics, measure
-from engine.run import RunFolder, StopSignals, make_settings, open_run, published_lines, result_json
-from engine.training import Splits, TrainingSet, TrainingState, check_losses, epoch_line, epoch_record, stuck_note
+from engine.metrics import measure, measure_without
+from engine.report.page import write_page
+from engine.report.tracking import (
+    Tracker,
+    log_epoch,
+    log_pictures,
+    log_result,
+    published_best,
+    start_tracker,
+    warn_of_tracked_key,
+)  # fmt: skip
+from engine.run import RunFolder, StopSignals, check_outputs, open_run, published_lines, result_json
+from engine.training import (
+    Splits,
+    TrainingSet,
+    TrainingState,
+    calibrate_run,
+    check_losses,
+    epoch_line,
+    epoch_record,
+    stuck_note,
+)  # fmt: skip
 from Prompt.promptChooser import text_similarity
-from utils import InputError, probe_writable, set_seed, warn, write_json
+from utils import set_seed, warn, write_json
 
 
 @dataclass
@@ -52,12 +70,14 @@ class Setup:
     settings: Settings
     splits: Splits
     training: TrainingSet
+    masks: dict[str, Masks | None]  # of `test` and `valid`, decoded once
     store: TokenStore
+    clip: CLIP  # the frozen towers
     detector: Detector
     state: TrainingState  # all that changes
     run: RunFolder
     config: dict[str, Any]  # config.json
-    metadata: dict[str, Any]  # what a checkpoint says of itself; no path, no host
+    metadata: dict[str, Any]  # what a checkpoint says of itself: no path, no host
 
 
 def main(options: argparse.Namespace) -> None:
@@ -75,55 +95,50 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     """
     with StopSignals() as signals:
         setup = build(options)
-        run, state, store = setup.run, setup.state, setup.store
-        with run.writing():
-            if stored := run.load():
-                state.load_state_dict(stored)
-            if state.epoch > options.epoch:
-                raise InputError(f"--epoch {options.epoch}: {run.path} has finished {state.epoch} already")
+        run, state = setup.run, setup.state
+        with run.writing(state, options.epoch):
+            run.load_into(state, options.epoch)
             run.check_contents(setup.splits.contents())
             run.write_config(setup.config)  # not before, or a refused --resume would spoil it
-            masks = Masks.of(setup.splits.test, setup.settings, options.num_workers, store.tower.device)
-            setup.splits.warn(setup.training.masks)
-            store.fill()
-            setup.training = setup.training.to(store)
-            try:
-                with start_tracker(options, setup.settings, run, setup.config) as tracker:
-                    train_epochs(setup, masks, tracker, signals)
-                    return finish(setup, masks, tracker)
-            except KeyboardInterrupt:
-                if distributed.is_main():
-                    print(f"stopped after epoch {state.epoch} of {options.epoch}; {run.resume_hint()}", file=sys.stderr)
-                raise
+            setup.store.fill(setup.clip)
+            setup.training = setup.training.to(setup.store)
+            if 0 < state.epoch == state.best_epoch:  # killed between last.pth and best.pth, perhaps
+                save_best(setup)
+            with start_tracker(options, setup.settings, run, setup.config) as tracker:
+                train_epochs(setup, tracker, signals)
+                return finish(setup, tracker)
 
 
 def build(options: argparse.Namespace) -> Setup:
     """Flags -> data -> towers -> detector; of the towers only what is needed is read."""
     set_seed(options.seed)
     warn_of_tracked_key()
-    probe_writable(options.out_json, "--out_json", is_json=True)
-    probe_writable(Path(options.save_path) / f"{options.obj}.pth" if options.save_model else None, "--save_path")
+    check_outputs(options)
     splits = Splits.open(options)
     options.select = splits.select
     splits.describe()
     device = pick_device(options.device)
     weights = find_weights(options.model_name, options.pretrain, options.weights, options.seed)
-    settings = make_settings(options, splits.dataset, weights)
+    print_weights_info(weights)
+    settings = new_settings(options, splits.dataset, weights)
     training = TrainingSet.build(splits.shots, settings, options.seed)
+    splits.warn(training.masks)
+    lists = {"test": splits.test, "valid": splits.valid}
+    masks = {name: Masks.of(samples, settings, options.num_workers, device) for name, samples in lists.items()}
     store = TokenStore(Tower.of(settings, weights, pick_autocast(options.precision, device), device), options)
-    store.plan(training.items, splits.share(settings.eval_batch))
-    clip = create_model(weights, settings.img_size, fidelity=settings.fidelity, device=device, vision=store.needs_tower)
-    store.use(clip)
+    store.plan(training.items, splits.own_batches(settings.eval_batch))
+    size, fidelity = settings.img_size, settings.fidelity
+    clip = create_model(weights, img_size=size, fidelity=fidelity, device=device, vision=store.needs_tower)
     detector = Detector(clip, settings, options.seed).to(device)
     state = TrainingState.start(detector, store.tower.autocast, options.learning_rate, options.seed)
     run, config, metadata = open_run(options, splits, settings, device)
-    return Setup(options, settings, splits, training, store, detector, state, run, config, metadata)
+    return Setup(options, settings, splits, training, masks, store, clip, detector, state, run, config, metadata)
 
 
-def train_epochs(setup: Setup, masks: Masks | None, tracker: Tracker, signals: StopSignals) -> None:
+def train_epochs(setup: Setup, tracker: Tracker, signals: StopSignals) -> None:
     """Train from the last finished epoch on; after each, everything that --resume needs is on disk."""
     options, splits, state, store = setup.options, setup.splits, setup.state, setup.store
-    text = None
+    text, best = None, published_best(state.history)
     for epoch in range(state.epoch + 1, options.epoch + 1):
         start = time.perf_counter()
         order = torch.randperm(len(setup.training), generator=state.shuffle)
@@ -131,7 +146,7 @@ def train_epochs(setup: Setup, masks: Masks | None, tracker: Tracker, signals: S
         for rows, labels, view_masks in setup.training.batches(order, options.batch_size):
             losses.append(state.step(store.get(rows), labels, view_masks, text))  # (3,) on the device
             text = None
-        loss = check_losses(torch.stack(losses), epoch)  # the one place where an epoch waits for the device
+        loss = check_losses(torch.stack(losses), epoch)  # (3,); the one place where an epoch waits for the device
         distributed.align(setup.detector)
 
         last, due = epoch == options.epoch, epoch % options.eval_every == 0
@@ -140,16 +155,14 @@ def train_epochs(setup: Setup, masks: Masks | None, tracker: Tracker, signals: S
         with torch.set_grad_enabled(not last and state.autocast is None):
             text = setup.detector.prompts()  # (D, 2)
         features, text = text.detach(), text if text.requires_grad else None
-        test: Metrics | None = None
-        valid: Metrics | None = None
+        test = valid = None
         if due or last:
             evaluation = evaluate(setup.detector, store, splits.test, features)
-            test = measure(evaluation, masks)
+            test = measure(evaluation, setup.masks["test"])
             if splits.valid:
-                scored = evaluate(setup.detector, store, splits.valid, features)
-                valid = measure(scored, Masks.of(splits.valid, setup.settings, options.num_workers))
-        judged = {"test": test, "valid": valid, "last": None}[options.select]
-        better = state.is_better(judged.selection_score if judged else 0.0, due)
+                valid = measure(evaluate(setup.detector, store, splits.valid, features), setup.masks["valid"])
+        judged = valid if options.select == "valid" else test
+        better = state.is_better(judged.selection_score, options.select != "last" and due) if judged else False
         seconds = time.perf_counter() - start
         record = epoch_record(epoch, loss, text_similarity(features), test, valid, better)
         with signals.held():  # an interrupt waits until the epoch's files are written
@@ -157,9 +170,9 @@ def train_epochs(setup: Setup, masks: Masks | None, tracker: Tracker, signals: S
             setup.run.save(state.state_dict(), state.history)
             if better:
                 save_best(setup)
-            log_epoch(tracker, record, test, valid, seconds, images=len(order) + (due or last) * len(splits.test))
-            if (due or last) and tracker.pictures_due(epoch, last):
-                log_pictures(tracker, epoch, evaluation, masks, test)
+            if test and tracker.pictures_due(epoch - 1, options.log_images_every, last):
+                log_pictures(tracker, epoch - 1, evaluation, setup.masks["test"], test)
+            log_epoch(tracker, record, test, valid, best, seconds, images=len(order) + len(splits.test), last=last)
             print(epoch_line(record, options.epoch, seconds), flush=True)
         if epoch == -(-options.epoch // 4) and (note := stuck_note(setup.settings, record["det"])):
             warn(note)
@@ -177,17 +190,18 @@ def save_best(setup: Setup) -> None:
             copy(setup.run.best, path)
 
 
-def finish(setup: Setup, masks: Masks | None, tracker: Tracker) -> dict[str, Any]:
+def finish(setup: Setup, tracker: Tracker) -> dict[str, Any]:
     """Measure the last and the selected epoch in full, set the threshold, write and print the result."""
     options, settings, splits, state, run = setup.options, setup.settings, setup.splits, setup.state, setup.run
+    masks = setup.masks["test"]
     evaluation = evaluate(setup.detector, setup.store, splits.test)
     last = measure(evaluation, masks, full=True)
     if state.selected_epoch < state.epoch:
-        Checkpoint.load(run.best).restore(setup.detector, run.best)
+        Checkpoint.load(run.best).restore(setup.detector, setup.clip, run.best)
         evaluation = evaluate(setup.detector, setup.store, splits.test)
     threshold = calibrate_run(setup.detector, setup.store, splits, setup.training, options.threshold_at)
     best = measure(evaluation, masks, full=True, pixel_threshold=(threshold or {}).get("pixel_value"))
-    best.values |= measure_without(evaluation, masks, splits.shot_patients())
+    best.values.update(measure_without(evaluation, masks, splits.shot_patients()))
     setup.metadata["threshold"] = threshold
     save_best(setup)
     selected = f"epoch {state.selected_epoch} of {state.epoch}, {SELECTS[options.select]} (--select {options.select})"
@@ -208,7 +222,10 @@ def finish(setup: Setup, masks: Masks | None, tracker: Tracker) -> dict[str, Any
         write_page(run.path, evaluation, masks, best, settings, metadata, state.history)
         if options.out_json:
             write_json(options.out_json, result, "--out_json")
-    log_result(tracker, evaluation, best, state.selected_epoch, run.best if options.log_model else None)
+    log_result(
+        tracker, evaluation, best, state.selected_epoch - 1, run.best if options.log_model else None,
+        bool(options.log_images_every),
+    )  # fmt: skip
     print(f"last epoch: {last.line()}   [epoch {state.epoch} of {state.epoch}]")
     print(f"selected:   {best.line()}   [{selected}]")
     print(describe_threshold(threshold), *run.files(options), published_lines(settings, best), sep="\n")

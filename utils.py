@@ -273,7 +273,7 @@ def _typed(value: Any, kind: Any, where: str) -> Any:  # noqa: ANN401, PLR0911 -
         return {key: _typed(item, arguments[1], where) for key, item in value.items()}
     elif kind is float and type(value) in (int, float) and abs(value) < 1e300:  # neither NaN nor infinite
         return float(value)
-    elif origin is None and type(value) is kind:
+    elif origin is None and kind is not float and type(value) is kind:
         return value
     raise InputError(f"{where} is {value!r:.80}")
 

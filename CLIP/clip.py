@@ -11,7 +11,7 @@ from torch import Tensor
 from .config import ModelConfig
 from .model import CLIP, resize_positional_embedding
 from .openai import check_state, read_weights, round_to_half
-from .weights import find_weights
+from .weights import Weights, find_weights
 
 
 def uses_quick_gelu(config: ModelConfig, pretrained: str, img_size: int, fidelity: str) -> bool:
@@ -83,7 +83,7 @@ def load_state(model: CLIP, state: dict[str, Tensor], source: str) -> None:
 
 
 def create_model(
-    model_name: str | ModelConfig = "ViT-L-14-336",
+    model_name: str | ModelConfig | Weights = "ViT-L-14-336",
     pretrained: str = "openai",
     img_size: int | None = None,
     *,
@@ -96,7 +96,8 @@ def create_model(
     """Build a frozen CLIP.
 
     Args:
-        model_name: a name of model_configs/, a JSON file, a folder, `hf-hub:owner/name`, or a config.
+        model_name: a name of model_configs/, a JSON file, a folder, `hf-hub:owner/name`, a config;
+            or what `find_weights` gave, which says `pretrained`, `weights` and `seed` too.
         pretrained: `openai`, `laion400m`, `laion2b` or `random` (seeded, nothing pre-trained).
         img_size: pixels a side; None is the weights' own size.
         weights: a weight file, or a folder that holds one, instead of the one under CLIP/ckpt.
@@ -108,14 +109,14 @@ def create_model(
     Raises:
         InputError: unknown model, missing or unfitting weight file, image smaller than a patch.
     """
-    source = find_weights(model_name, pretrained, weights, seed)
+    source = model_name if isinstance(model_name, Weights) else find_weights(model_name, pretrained, weights, seed)
     config = source.config
     img_size = config.image_size if img_size is None else img_size
     config.grid(img_size)  # raises where it is smaller than a patch
-    quick_gelu = uses_quick_gelu(config, pretrained, img_size, fidelity)
+    quick_gelu = uses_quick_gelu(config, source.pretrain, img_size, fidelity)
     with torch.device("meta"):
         model = CLIP(config, img_size, quick_gelu, normalize_pixels=fidelity == "corrected", vision=vision)
-    state = random_state(config, seed, vision) if source.path is None else read_weights(source.path, vision)
+    state = random_state(config, source.seed, vision) if source.path is None else read_weights(source.path, vision)
     if fidelity == "released":
         state = round_to_half(state)
     load_state(model, state, str(source.path or source.source))

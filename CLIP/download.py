@@ -91,7 +91,8 @@ def _side(part: Path) -> Path:
 def _fetch(url: str, part: Path) -> Path:
     """Bring `part`, or the file beside it, to its end, in a few attempts that go on where the one before stopped."""
     import requests  # noqa: PLC0415
-    from requests.adapters import HTTPAdapter, Retry  # noqa: PLC0415
+    from requests.adapters import HTTPAdapter  # noqa: PLC0415
+    from urllib3.util import Retry  # noqa: PLC0415
 
     retries = Retry(
         total=ATTEMPTS - 1, backoff_factor=FIRST_PAUSE, status_forcelist=BUSY, raise_on_status=False, redirect=20,

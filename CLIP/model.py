@@ -52,7 +52,9 @@ class VisionTower(nn.Module):
             images = normalize(images, self.pixel_mean, self.pixel_std)
         patches = self.conv1(images).flatten(2).transpose(1, 2)  # (B, N, C)
         class_token = self.class_embedding.expand(len(images), 1, -1)
-        return self.ln_pre(torch.cat([class_token.to(patches.dtype), patches], dim=1) + self.positional_embedding)
+        x = torch.cat([class_token.to(patches.dtype), patches], dim=1) + self.positional_embedding
+        tokens: Tensor = self.ln_pre(x)
+        return tokens
 
     def forward_intermediates(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """Tokens after the given blocks, in one pass that stops at the deepest.
@@ -66,7 +68,7 @@ class VisionTower(nn.Module):
         """
         x = self.embed(images)
         kept = {}
-        for number, block in enumerate(self.transformer.resblocks[: max(layers)], start=1):
+        for number, block in enumerate(self.transformer.blocks[: max(layers)], start=1):
             x = block(x)
             if number in layers:
                 kept[number] = x
@@ -74,8 +76,9 @@ class VisionTower(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [0, 1] -> image embeddings (B, D), not normalised."""
-        tokens = self.forward_intermediates(images, [len(self.transformer.resblocks)])[0]
-        return self.ln_post(tokens[:, 0]) @ self.proj
+        tokens = self.forward_intermediates(images, [len(self.transformer.blocks)])[0]
+        embeddings: Tensor = self.ln_post(tokens[:, 0]) @ self.proj
+        return embeddings
 
 
 class TextTower(nn.Module):
@@ -97,7 +100,8 @@ class TextTower(nn.Module):
 
     def pool(self, x: Tensor, eot: Tensor, causal: bool) -> Tensor:
         """Input of the last block (B, T, W), end-of-text positions (B,) -> (B, D), through that position alone."""
-        return self.ln_final(self.transformer.resblocks[-1].forward_at(x, eot, causal)) @ self.text_projection
+        pooled: Tensor = self.ln_final(self.transformer.blocks[-1].forward_at(x, eot, causal)) @ self.text_projection
+        return pooled
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) -> text embeddings (B, D), not normalised; causal mask, pooled at the highest id.
@@ -106,7 +110,7 @@ class TextTower(nn.Module):
         """
         eot = ids.argmax(dim=-1)
         x = self.add_positions(self.token_embedding(ids[:, : int(eot.max()) + 1]))
-        for block in self.transformer.resblocks[:-1]:
+        for block in self.transformer.blocks[:-1]:
             x = block(x, causal=True)
         return self.pool(x, eot, causal=True)
 
@@ -151,7 +155,8 @@ class CLIP(nn.Module):
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [0, 1] -> (B, D), not normalised."""
-        return self._image_tower().forward(images)
+        embeddings: Tensor = self._image_tower()(images)
+        return embeddings
 
     @torch.no_grad()
     def image_tokens(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
@@ -161,7 +166,8 @@ class CLIP(nn.Module):
     @torch.no_grad()
     def encode_text(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) -> (B, D), not normalised."""
-        return self.text.forward(ids)
+        embeddings: Tensor = self.text(ids)
+        return embeddings
 
     def _image_tower(self) -> VisionTower:
         if self.visual is None:

@@ -5,6 +5,8 @@ Parameter names are OpenAI's, so that a weight file loads without a table of nam
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,7 +35,8 @@ class Attention(nn.Module):
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, L, C) -> (B, heads, L, C / heads)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (self.heads, -1))
+        return heads.transpose(1, 2)
 
     def qkv(self, x: Tensor) -> Tensor:
         """Queries, keys and values side by side: (..., C) -> (..., 3C)."""
@@ -46,10 +49,10 @@ class Attention(nn.Module):
         """
         q, k, v = (self.split_heads(part) for part in qkv.chunk(3, dim=-1))
         if not causal and qkv.device.type == "cpu" and qkv.shape[1] in PLAIN_LENGTHS:
-            mixed = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1) @ v  # (B, heads, L, C / heads)
+            mixed: Tensor = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1) @ v
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return mixed.transpose(1, 2).flatten(2)
+        return mixed.transpose(1, 2).flatten(2)  # from (B, heads, L, C / heads)
 
     def attend_at(self, x: Tensor, position: Tensor, causal: bool) -> Tensor:
         """`attend(qkv(x))` at one position per sequence only: x (B, L, C), position (B,) -> (B, C).
@@ -93,7 +96,8 @@ class ResidualAttentionBlock(nn.Module):
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """The block's output from its input and the attention heads' outputs: (..., C) twice -> (..., C)."""
         x = x + self.attn.out_proj(mixed)
-        return x + self.mlp(self.ln_2(x))
+        result: Tensor = x + self.mlp(self.ln_2(x))
+        return result
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         """(B, L, C) -> (B, L, C)."""
@@ -116,3 +120,8 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(
             ResidualAttentionBlock(width, heads, quick_gelu, mlp_ratio) for _ in range(layers)
         )
+
+    @property
+    def blocks(self) -> list[ResidualAttentionBlock]:
+        """The blocks from first to last."""
+        return [cast(ResidualAttentionBlock, block) for block in self.resblocks]

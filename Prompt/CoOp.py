@@ -29,6 +29,11 @@ class PromptLearner(nn.Module):
         generator: draws the contexts, on the CPU; None is torch's global one.
     """
 
+    eot: Tensor
+    start: Tensor
+    rest: Tensor
+    context_positions: Tensor  # (3 S, 8)
+
     def __init__(
         self, text: TextTower, kind: str, states: Sequence[str], generator: torch.Generator | None = None
     ) -> None:

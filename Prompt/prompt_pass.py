@@ -28,11 +28,11 @@ class PromptPass:
     @torch.no_grad()
     def __init__(self, text: TextTower, embeddings: Tensor, changing: Tensor, eot: Tensor, causal: bool) -> None:
         self.text, self.eot, self.causal = text, eot, causal
-        *blocks, _ = text.transformer.resblocks
+        *blocks, _ = text.transformer.blocks
         if not causal:
             self.length = embeddings.shape[1]
             every = torch.arange(len(embeddings), device=changing.device)[:, None].expand_as(changing)
-            self.rows = (every.flatten(), changing.flatten())  # R = B V pairs
+            self.rows: tuple[Tensor, ...] = (every.flatten(), changing.flatten())  # R = B V pairs
             x = text.add_positions(embeddings)
             self.known = [block.qkv(x) for block in blocks[:1]]  # (B, T, 3W)
             return
@@ -52,7 +52,7 @@ class PromptPass:
     def __call__(self, embeddings: Tensor) -> Tensor:
         """Text embeddings (B, D), not normalised, of `embeddings` (B, T, W)."""
         x = self.text.add_positions(embeddings[:, : self.length])
-        *blocks, _ = self.text.transformer.resblocks
+        *blocks, _ = self.text.transformer.blocks
         if not self.causal:
             for block, known in zip(blocks, self.known, strict=False):  # the first block alone
                 qkv = self._insert(known, block.qkv(x[self.rows]))

@@ -46,7 +46,7 @@ def read_prompts(path: str) -> dict[str, list[str]]:
         raise InputError(f"--prompts {path}: cannot be read as JSON ({error})") from error
     if fault := states_fault(states):
         raise InputError(f"--prompts {path}: {fault}")
-    return states
+    return dict(states)
 
 
 def states_fault(states: object) -> str | None:

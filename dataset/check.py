@@ -232,7 +232,8 @@ class Check:
         for path in sorted(self.without_mask):
             self.warnings.add("valid mask", path)
         self.counts(dataset)
-        self.notes.append(dataset.patients_note())
+        if not self.errors.counts["layout"]:
+            self.notes.append(dataset.patients_note())
 
     def find(self, dataset: MedicalDataset, split: str, kind: str) -> list[ImageFile]:
         """The images of a class; none, and an error noted, where the folder is missing or empty."""
@@ -296,7 +297,8 @@ class Check:
 
     def lists(self, dataset: MedicalDataset) -> None:
         """Every line of every few-shot list that a training could use."""
-        names = {kind: _known_shots(dataset, kind) for kind in KINDS}
+        shots = {kind: _known_shots(dataset, kind) for kind in KINDS}
+        names = set().union(*(known or () for known in shots.values()))
         used = {path.name: path for path in reversed(dataset.shot_lists())}  # the first of a name wins
         for path in sorted(used.values()):
             try:
@@ -304,14 +306,16 @@ class Check:
             except InputError as error:
                 self.errors.add("list", str(error))
                 continue
-            if SEEDS in path.parents and set().union(*names.values()).isdisjoint(chain.from_iterable(lines.values())):
+            if SEEDS in path.parents and names.isdisjoint(chain.from_iterable(lines.values())):
                 self.notes.append(f"{path.name} of the project names none of these images: shots would be sampled")
                 continue
-            shots = int(path.name.removeprefix("my").removesuffix("-shot.txt"))
+            count = int(path.name.removeprefix("my").removesuffix("-shot.txt"))
             for (letter, index), line in lines.items():
-                known = names[{"n": "normal", "a": "abnormal"}[letter]]
+                known = shots[{"n": "normal", "a": "abnormal"}[letter]]
+                if known is None:
+                    continue
                 try:
-                    warnings += check_shot_names(line, known, shots, f"{path}, {letter}-{index}", dataset.root)
+                    warnings += check_shot_names(line, known, count, f"{path}, {letter}-{index}", dataset.root)
                 except InputError as error:
                     self.errors.add("list", str(error))
                 for path_of_shot in {str(known[name].path) for name in line if name in known} & self.without_mask:
@@ -336,11 +340,11 @@ class Check:
         self.notes.append(f"{words}: {'; '.join(parts)} (normal + abnormal)")
 
 
-def _known_shots(dataset: MedicalDataset, kind: str) -> dict[str, Sample]:
+def _known_shots(dataset: MedicalDataset, kind: str) -> dict[str, Sample] | None:
     try:
         return {name: sample for name, (_, sample) in dataset.known_shots(kind).items()}
     except InputError:
-        return {}  # it is among the errors already
+        return None  # it is among the errors already
 
 
 def inspect_file(dataset: MedicalDataset, file: ImageFile, kind: str) -> list[Inspection]:

@@ -91,8 +91,8 @@ def check_shot_names(names: Sequence[str], known: Collection[str], count: int, s
         if name.startswith(("/", "\\")) or ".." in PurePosixPath(name).parts:
             raise InputError(f"{source}: {name!r} is not a plain file name")
         if name not in known:
-            none = "none of its names is there" if not set(names) & set(known) else "valid has no such image"
-            raise InputError(f"{source}: names {name}, but {none} of that class in {root}")
+            reason = "has no such image" if set(names) & set(known) else "has none of the images on this list"
+            raise InputError(f"{source}: names {name}, but that class of valid {reason} in {root}")
     if len(names) < count:
         raise InputError(f"{source}: names {len(names)} images where {count} shots are meant: {preview(names)}")
     if len(names) > count:

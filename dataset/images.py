@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import IO, TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from utils import InputError, warn
 
@@ -92,7 +93,9 @@ ABNORMAL_ABOVE = 127  # of 255, in a mask
 FULL_MASK = 0.9  # the part of an image above which a mask is said
 DARK = 8192  # of 65535: the largest value, below which a 16-bit picture is all but black
 Result = TypeVar("Result")
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_pixel_limit` refuses them
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_open` refuses such pictures
+for _package in ("PIL", "pydicom"):  # remarks on damaged tags, of which an error follows where it matters
+    warnings.filterwarnings("ignore", category=UserWarning, module=_package)
 
 
 class Source(Protocol):
@@ -222,7 +225,8 @@ def _count(path: Path, plane: str) -> int:
     if kind == "nifti":
         return count_nifti(path, plane)
     if path.name.lower().endswith(PAGED):
-        return _open(read_bytes(path), path, lambda image: int(image.n_frames))
+        with path.open("rb") as file:
+            return _open(file, path, lambda image: int(getattr(image, "n_frames", 1)))
     return 1
 
 
@@ -304,10 +308,10 @@ def parse_window(words: Sequence[str]) -> tuple[float, float] | str | None:
 # --- Pillow's formats ---
 
 
-def _open(data: bytes, path: object, use: Callable[[Image.Image], Result]) -> Result:
-    """What `use` makes of the picture in these bytes; `InputError` naming `path` for whatever goes wrong."""
+def _open(file: IO[bytes], path: object, use: Callable[[Image.Image], Result]) -> Result:
+    """What `use` makes of the picture in a file; `InputError` naming `path` for whatever goes wrong."""
     try:
-        with Image.open(BytesIO(data), formats=PILLOW_FORMATS) as image:
+        with Image.open(file, formats=PILLOW_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise InputError(f"{path}: more than {MAX_PIXELS:,} pixels; scale it down or cut it into tiles")
             return use(image)
@@ -316,7 +320,7 @@ def _open(data: bytes, path: object, use: Callable[[Image.Image], Result]) -> Re
     except Image.DecompressionBombError as error:
         raise InputError(f"{path}: more than {MAX_PIXELS:,} pixels; scale it down or cut it into tiles") from error
     except Exception as error:  # damaged files make Pillow's decoders raise almost anything
-        reason = " ".join(str(error).replace("<_io.BytesIO", "<bytes").split())[:200] or type(error).__name__
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{path}: not a readable image, or cut short ({reason})") from error
 
 
@@ -329,7 +333,7 @@ def _decode(data: bytes, frame: Frame, digest: str) -> Picture:
         # EXIF last: in a PNG it may follow the pixels. A TIFF has lost its own by then.
         return Picture(rgb, digest, mode, orientation or image.getexif().get(0x0112, 1), notes)
 
-    return _open(data, frame, use)
+    return _open(BytesIO(data), frame, use)
 
 
 # What undoes the turn that Pillow makes of a TIFF's orientation.
@@ -348,9 +352,9 @@ def _as_stored(image: Image.Image, frame: Frame) -> tuple[Image.Image, int]:
     """
     if frame.index is not None:
         image.seek(frame.index)
-    elif getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-        raise InputError(f"{frame.path}: holds {image.n_frames} pictures; save the one that is meant as its own file")
-    if image.format != "TIFF":
+    elif (count := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
+        raise InputError(f"{frame.path}: holds {count} pictures; save the one that is meant as its own file")
+    if not isinstance(image, TiffImageFile):
         image.load()
         return image, 0
     orientation = image.tag_v2.get(0x0112, 1)
@@ -373,7 +377,7 @@ def _page_range(data: bytes, _digest: str) -> Range:
             parts.append(np.asarray(image))
         return Range.of(parts, "image")
 
-    return _open(data, "image", use)
+    return _open(BytesIO(data), "image", use)
 
 
 def to_mode(
@@ -441,9 +445,10 @@ def picture_size(source: Source | str | Path) -> tuple[int, int]:
             return read(frame).image.size
 
         def use(image: Image.Image) -> tuple[int, int]:
-            return (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
+            return (image.tag_v2[256], image.tag_v2[257]) if isinstance(image, TiffImageFile) else image.size
 
-        return _open(read_bytes(frame.path), frame, use)
+        with frame.path.open("rb") as file:
+            return _open(file, frame, use)
     except Exception as error:
         raise _input_error(frame, error) from error
 
@@ -477,7 +482,7 @@ def read_mask(source: MaskedSource) -> tuple[Image.Image | None, Notes]:
                     return alpha, {**notes, "alpha": "the mask lies in the alpha channel"}
             return grey, notes
 
-        return _open(read_bytes(source.mask), source.mask, use)
+        return _open(BytesIO(read_bytes(source.mask)), source.mask, use)
     except Exception as error:
         raise _input_error(source.mask, error) from error
 

@@ -24,7 +24,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -101,7 +101,7 @@ class Layout:
 
     def folders(self, split: str, kind: str) -> list[str]:
         """The folders of a class in a split, relative to the data set's."""
-        return getattr(self, split)[kind]
+        return (self.valid if split == "valid" else self.test)[kind]
 
     def shared(self, kind: str) -> list[str]:
         """The folders of a class that both splits name."""
@@ -149,14 +149,14 @@ def named_after(folder: str | Path) -> str:
 def read_config(path: Path) -> dict[str, Any]:
     """The checked content of a JSON file, folders as lists; `InputError` that names the file and the key."""
     try:
-        config = json.loads(read_text(path))
+        config: Any = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error
     known = Layout.__dataclass_fields__
     unknown = sorted(set(config) - set(known)) if isinstance(config, dict) else ["not an object"]
     if unknown:
         raise InputError(f"{path}: unknown {unknown[0]!r:.80}; it may hold {', '.join(known)}")
-    tests = {
+    tests: dict[str, Callable[[Any], Any]] = {
         "prompt_name": lambda value: isinstance(value, str) and value.strip() and len(value) <= 200,
         "pixel_metrics": lambda value: isinstance(value, bool),
         "valid_share": lambda value: isinstance(value, int | float) and 0 < value < 1,
@@ -174,7 +174,7 @@ def read_config(path: Path) -> dict[str, Any]:
             config[split] = _read_folders(config[split], f"{path}: {split}")
     if isinstance(config.get("window"), list):
         config["window"] = tuple(map(float, config["window"]))
-    return config
+    return dict(config)
 
 
 def _is_window(value: object) -> bool:
@@ -333,16 +333,14 @@ def _entry(folder: Path, name: str) -> Path | None:
 def _classes(folder: Path) -> Classes:
     """The folder with each class's images, as far as there are such folders."""
     for holder in (folder, _entry(folder, "img"), _entry(folder, folder.name.lower())):
-        inside = {path.name.lower(): path for path in holder.iterdir() if path.is_dir()} if _is_dir(holder) else {}
+        if holder is None or not holder.is_dir():
+            continue
+        inside = {path.name.lower(): path for path in holder.iterdir() if path.is_dir()}
         for names in CLASS_NAMES:
             result = {kind: [_images_folder(inside[n])] for kind, n in zip(KINDS, names, strict=True) if n in inside}
             if result:
                 return result
     return {}
-
-
-def _is_dir(path: Path | None) -> bool:
-    return path is not None and path.is_dir()
 
 
 def _images_folder(path: Path) -> Path:

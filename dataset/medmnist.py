@@ -150,7 +150,7 @@ def draw(labels: dict[str, np.ndarray], most: int, rng: random.Random) -> dict[s
 
 
 def convert(archive: Archive, name: str, folder: Path, most_valid: int, seed: int) -> dict[str, dict[str, int]]:
-    """Write images, shot lists, dataset.json and LICENSE.txt below `folder`.
+    """Write images, shot lists, NAME.json and LICENSE.txt below `folder`.
 
     Args:
         archive: MedMNIST's file.
@@ -177,7 +177,7 @@ def convert(archive: Archive, name: str, folder: Path, most_valid: int, seed: in
                 names[split][kind].append(f"{part}{number:06d}.png")
     write_shots(folder / "fewshot_seed", names["valid"], rng)
     config = {"prompt_name": source.prompt_name, "pixel_metrics": False}
-    (folder / "dataset.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "LICENSE.txt").write_text(licence_text(name), encoding="utf-8")
     return {split: {kind: len(of) for kind, of in kinds.items()} for split, kinds in names.items()}
 

@@ -13,6 +13,7 @@ import stat
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 from threading import RLock
@@ -126,7 +127,8 @@ def apply_window(values: Array, center: float, width: float, function: str = "LI
         return 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700)))
     if function == "LINEAR":
         center, width = center - 0.5, max(width - 1, 1e-6)
-    return np.nan_to_num(((values - center) / width + 0.5).clip(0, 1))
+    windowed: Array = np.nan_to_num(((values - center) / width + 0.5).clip(0, 1))
+    return windowed
 
 
 def stretch(values: Array, low: float, high: float) -> Array:
@@ -181,6 +183,15 @@ class Range:
         return f"shown from {low:g} to {high:g}, {'the robust' if robust else 'the whole'} range of {of}"
 
 
+def _package(name: str, path: object) -> Any:  # noqa: ANN401 - a module, which may not be installed
+    try:
+        return import_module(name)
+    except ImportError as error:
+        package = name.split(".", maxsplit=1)[0]
+        kind, advice = ("DICOM", "'pydicom>=3'") if package == "pydicom" else ("NIfTI", package)
+        raise MissingPackageError(f"{path}: {kind} needs {package}: pip install {advice}") from error
+
+
 # --- DICOM ---
 
 
@@ -204,10 +215,8 @@ def count_dicom(path: Path) -> int:
     if syntax.is_deflated:
         most = count  # `parse_dicom` has unpacked it; a frame that is missing shows when it is read
     elif syntax.is_compressed and 1 <= count <= most:
-        from pydicom.encaps import parse_fragments  # noqa: PLC0415 (optional)
-
         with path.open("rb") as file:
-            most = parse_fragments(parse_dicom(file, path).PixelData)[0]
+            most = _package("pydicom.encaps", path).parse_fragments(parse_dicom(file, path).PixelData)[0]
     if not 1 <= count <= most:
         raise InputError(f"{path}: NumberOfFrames is {count}, but the file holds at most {most}")
     return count
@@ -215,13 +224,9 @@ def count_dicom(path: Path) -> int:
 
 def parse_dicom(file: BinaryIO, path: Path, header_only: bool = False) -> Dataset:
     """The data set in an open file; `NoImageError` where it holds no picture."""
-    try:
-        from pydicom import dcmread  # noqa: PLC0415 (optional)
-        from pydicom.filereader import _read_file_meta_info, read_preamble  # noqa: PLC0415
-    except ImportError as error:
-        raise MissingPackageError(f"{path}: DICOM needs pydicom: pip install 'pydicom>=3'") from error
-    read_preamble(file, force=False)
-    syntax = _read_file_meta_info(file).get("TransferSyntaxUID")
+    reader = _package("pydicom.filereader", path)
+    reader.read_preamble(file, force=False)
+    syntax = reader._read_file_meta_info(file).get("TransferSyntaxUID")
     if syntax is not None and syntax.is_deflated:  # which `dcmread` unpacks whole, however large
         unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
         size = 0
@@ -232,7 +237,7 @@ def parse_dicom(file: BinaryIO, path: Path, header_only: bool = False) -> Datase
                 if size > MAX_BYTES:
                     raise InputError(f"{path}: unpacks to more than {MAX_BYTES:,} bytes")
     file.seek(0)
-    header = dcmread(file, stop_before_pixels=header_only)
+    header: Dataset = reader.dcmread(file, stop_before_pixels=header_only)
     modality = str(header.get("Modality") or "")
     if modality in NO_PICTURE or "Rows" not in header or "Columns" not in header:
         kind = header.get("SOPClassUID")
@@ -246,9 +251,7 @@ def read_dicom(data: bytes, path: Path, index: int, options: ReadOptions) -> tup
     values = _pixels(header, path, index)
     photometric, bits = header.PhotometricInterpretation, int(header.BitsStored)
     if photometric == "PALETTE COLOR":
-        from pydicom.pixels import apply_color_lut  # noqa: PLC0415 (optional)
-
-        return to_rgb(apply_color_lut(values, header)), {}
+        return to_rgb(_package("pydicom.pixels", path).apply_color_lut(values, header)), {}
     if values.ndim == 3:
         return to_rgb(values if values.dtype == np.uint8 and bits == 8 else (values / (2.0**bits - 1)).clip(0, 1)), {}
     rescaled, is_stored = _rescale(values, header, index)
@@ -260,9 +263,8 @@ def read_dicom(data: bytes, path: Path, index: int, options: ReadOptions) -> tup
     elif options.window is None and window:
         gray = apply_window(rescaled, *window, display.get("VOILUTFunction") or "LINEAR")
     elif options.window is None and display.get("VOILUTSequence"):
-        from pydicom.pixels import apply_voi_lut  # noqa: PLC0415 (optional)
-
-        gray = apply_voi_lut(rescaled, display) / (2.0 ** display.VOILUTSequence[0].LUTDescriptor[2] - 1)
+        voi_lut = _package("pydicom.pixels", path).apply_voi_lut
+        gray = voi_lut(rescaled, display) / (2.0 ** display.VOILUTSequence[0].LUTDescriptor[2] - 1)
     elif options.window is None and bits <= 8 and is_stored:
         least = -(2 ** (bits - 1)) if header.get("PixelRepresentation") else 0
         gray = stretch(values, least, least + 2**bits - 1)
@@ -274,16 +276,16 @@ def read_dicom(data: bytes, path: Path, index: int, options: ReadOptions) -> tup
 
 
 def _pixels(header: Dataset, path: Path, index: int) -> Array:
-    from pydicom.pixels import pixel_array  # noqa: PLC0415 (optional)
-
     try:
-        return pixel_array(header, index=index)
+        values: Array = _package("pydicom.pixels", path).pixel_array(header, index=index)
     except RuntimeError as error:
         if "missing dependencies" not in str(error):
             raise
         decoders = "pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
         name = header.file_meta.TransferSyntaxUID.name
         raise InputError(f"{path}: no decoder for {name}: pip install {decoders}") from error
+    else:
+        return values
 
 
 def _number(value: Any) -> float | None:  # noqa: ANN401 - whatever an element holds
@@ -310,9 +312,7 @@ def _rescale(values: Array, header: Dataset, index: int) -> tuple[Array, bool]:
     """Stored values in the modality's units, and whether these are the stored values themselves."""
     group = _frame_values(header, index, "PixelValueTransformationSequence")
     if group.get("ModalityLUTSequence"):
-        from pydicom.pixels import apply_modality_lut  # noqa: PLC0415 (optional)
-
-        return apply_modality_lut(values, group), False
+        return _package("pydicom.pixels", "DICOM").apply_modality_lut(values, group), False
     slope, intercept = _number(group.get("RescaleSlope")), _number(group.get("RescaleIntercept"))
     if (slope, intercept) in ((None, None), (1.0, 0.0)):
         return values, True
@@ -324,7 +324,8 @@ def _frame_values(header: Dataset, index: int, sequence: str) -> Dataset:
     per_frame, shared = (header.get(f"{name}FunctionalGroupsSequence") or [] for name in ("PerFrame", "Shared"))
     for group in (*per_frame[index : index + 1], *shared):
         if group.get(sequence):
-            return group[sequence][0]
+            values: Dataset = group[sequence][0]
+            return values
     return header
 
 
@@ -417,10 +418,7 @@ def _state(path: Path) -> tuple[int, int]:
 
 
 def _nifti_class(head: bytes, path: Path) -> Any:  # noqa: ANN401 - nibabel may not be installed
-    try:
-        import nibabel  # noqa: PLC0415 (optional)
-    except ImportError as error:
-        raise MissingPackageError(f"{path}: NIfTI needs nibabel: pip install nibabel") from error
+    nibabel = _package("nibabel", path)
     is_second = 540 in (int.from_bytes(head[:4], order) for order in ("little", "big"))
     return nibabel.Nifti2Image if is_second else nibabel.Nifti1Image
 
@@ -455,9 +453,8 @@ def _nifti_shape(path: Path, _state: tuple[int, int]) -> tuple[tuple[int, ...], 
             size += len(piece)
     if size < needed:
         raise InputError(f"{path}: its header claims {needed:,} bytes, but it holds {size:,}: cut short")
-    from nibabel import io_orientation  # noqa: PLC0415 (optional)
-
-    return tuple(header.get_data_shape()), [int(axis) for axis in io_orientation(header.get_best_affine())[:, 0]]
+    orientation = _package("nibabel", path).io_orientation
+    return tuple(header.get_data_shape()), [int(axis) for axis in orientation(header.get_best_affine())[:, 0]]
 
 
 def read_volume(path: Path) -> Volume:
@@ -484,8 +481,7 @@ def _volume(path: Path, _state: tuple[int, int]) -> Volume:
         needed = _nifti_header(data[:1024], path)[1]
     if len(data) < needed:
         raise InputError(f"{path}: its header claims {needed:,} bytes, but it holds {len(data):,}: cut short")
-    import nibabel  # noqa: PLC0415 (optional)
-
+    nibabel = _package("nibabel", path)
     image = nibabel.as_closest_canonical(nibabel.squeeze_image(_nifti_class(data, path).from_bytes(data)))
     values = image.get_fdata(dtype=np.float32, caching="unchanged")
     span = Range.of([values], path)

@@ -6,21 +6,34 @@ all. An image-level method gives every patch of an image the same score.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .features import Item, TokenStore
+from CLIP import find_weights
+from CLIP.clip import create_model
+from dataset.medical_few import Sample
+from Prompt.promptChooser import fixed_feature
+from utils import set_seed
+
+from .config import pick_autocast, pick_device
+from .detector import seeded
+from .evaluation import Evaluation, Masks, eval_batches
+from .features import TokenStore, Tower
+from .metrics import measure, measure_without
+from .run import make_settings
+from .training import Splits, TrainingSet
 
 BATCH = 32  # test images at a time
 MAX_BANK = 10_000  # patches in a memory bank; a larger one is thinned out, as PatchCore's
 MAX_PATCHES = 20_000  # patches that the logistic regression is fitted to
 SKETCH = 128  # width of the random projection in which the bank is thinned out, as in PatchCore
+NAMES = ("zero-shot CLIP", "nearest normal patch", "class prototypes", "logistic regression")
 Batches = Callable[[], Iterator[list[Tensor]]]  # the test images' K tensors (B, N, C), batch by batch, in order
 
 
@@ -179,25 +192,72 @@ def features(layers: Sequence[Tensor], patches: bool) -> Tensor:
 
 
 def run_baselines(
-    store: TokenStore, training: Training, test: Sequence[Item], project: Callable[[Tensor], Tensor],
+    store: TokenStore, training: Training, test: Sequence[Sample], project: Callable[[Tensor], Tensor] | None,
     text_features: Tensor,
 ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
-    """Each baseline's name and its scores (M, K or 1, N) of the test images; what lacks abnormal shots is left out.
+    """Each baseline's name and its scores (M, K or 1, N) of the test images.
 
     Args:
         store: holds the tokens of `test`, layers in ascending order.
-        training: the shots.
+        training: the shots; without abnormal ones the logistic regression is left out.
         test: M images.
-        project: see `zero_shot`.
+        project: see `zero_shot`, which is left out where the tower's last layer is not read (None).
         text_features: see `zero_shot`.
     """
+    patches = training.tokens[0].shape[1]
 
     def batches() -> Iterator[list[Tensor]]:
-        for start in range(0, len(test), BATCH):
-            yield [layer.float() for layer in store.get(store.rows(test[start : start + BATCH]))]
+        for batch in eval_batches(test, BATCH):
+            yield [layer[:, -patches:].float() for layer in store.get(store.rows(batch))]  # without class token
 
-    yield "zero-shot CLIP", zero_shot(batches, project, text_features)
-    yield "nearest normal patch", nearest_normal_patch(training, batches)
-    yield "class prototypes", prototypes(training, batches)
+    if project is not None:
+        yield NAMES[0], zero_shot(batches, project, text_features)
+    yield NAMES[1], nearest_normal_patch(training, batches)
+    yield NAMES[2], prototypes(training, batches)
     if training.abnormal_patches.any() and training.normal_patches.any():
-        yield "logistic regression", logistic_regression(training, batches)
+        yield NAMES[3], logistic_regression(training, batches)
+
+
+@torch.no_grad()
+def measure_baselines(options: argparse.Namespace) -> dict[str, Any]:
+    """train.py's options -> the metrics of every baseline on the data, shots and tokens that train.py would use.
+
+    Images are scored as MadCLIP's are: by the highest pixel of the map where there are masks, else by their patches,
+    which --dec_type summarises; but the nearest normal patch, as PatchCore, by the farthest patch.
+
+    Returns:
+        {"obj": ..., "shots": ..., "baselines": {name: metrics}}.
+    """
+    set_seed(options.seed)
+    splits = Splits.open(options)
+    device = pick_device(options.device)
+    weights = find_weights(options.model_name, options.pretrain, options.weights, options.seed)
+    settings = make_settings(options, splits.dataset, weights)
+    shots = TrainingSet.build(splits.shots, settings, options.seed)
+    tower = Tower.of(settings, weights, pick_autocast(options.precision, device), device)
+    store = TokenStore(tower, options)
+    store.plan(shots.items, eval_batches(splits.test, BATCH))
+    clip = create_model(weights, settings.img_size, fidelity=settings.fidelity, device=device)
+    assert clip.visual is not None
+    norm, projection = clip.visual.ln_post, clip.visual.proj  # `fill` frees the tower
+    reads_last = max(tower.layers) == weights.config.layers
+    kinds = ("normal", "abnormal")
+    text = torch.stack([fixed_feature(clip, kind, settings.prompt_name) for kind in kinds], dim=1)
+    store.fill(clip)
+    patches = tower.tokens - 1
+    rows = store.rows(shots.items).split(BATCH)
+    tokens = [torch.cat(layers)[:, -patches:].float() for layers in zip(*map(store.get, rows), strict=True)]
+    pooled = None if shots.masks is None else pool_masks(shots.masks, patches).to(device)
+    training = Training(tokens, shots.labels.bool().to(device), pooled, seeded(options.seed, "baselines"))
+    masks = Masks.of(splits.test, settings, options.num_workers, device)
+    head = "seg" if settings.pixel_metrics else "det"
+    results = {}
+    project = (lambda x: norm(x) @ projection) if reads_last else None
+    for name, scores in run_baselines(store, training, splits.test, project, text):
+        dec_type = "max" if name == NAMES[1] else settings.dec_type
+        evaluation = Evaluation(splits.test, scores, head, settings.img_size, dec_type)
+        image_level = name == NAMES[3] and training.masks is None  # nothing is localised
+        metrics = measure(evaluation, None if image_level else masks, full=True)
+        results[name] = {**metrics.values, **measure_without(evaluation, masks, splits.shot_patients())}
+        print(f"{name}: {metrics.line()}", flush=True)
+    return {"obj": options.obj, "shots": splits.shots.names(), "baselines": results}

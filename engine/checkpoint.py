@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from CLIP.config import ModelConfig
 from CLIP.openai import check_archive, is_plain, one_line, refused_global
-from Prompt.promptChooser import states_fault
+from CLIP.weights import find_weights
+from Prompt.states import states_fault
 from utils import InputError, Parser, atomic_path, checked, printable, run_cli, warn
 
 from .config import VERSION, Settings
@@ -29,8 +31,8 @@ from .config import VERSION, Settings
 if TYPE_CHECKING:
     import argparse
 
-    from CLIP.clip import Weights
     from CLIP.model import CLIP
+    from CLIP.weights import Weights
 
     from .detector import Detector
     from .published import Described
@@ -297,16 +299,21 @@ def find_trained_weights(checkpoint: Checkpoint, options: argparse.Namespace) ->
     Raises:
         InputError: none, or others than it was trained on.
     """
-    from CLIP.clip import find_weights, print_weights_info  # noqa: PLC0415 - `show` needs no towers
-
     settings = checkpoint.settings
     seed = checkpoint.seed if not checkpoint.published else options.seed
-    weights = find_weights(
-        settings.model_name, settings.pretrain, options.weights, seed=seed, config=settings.model_config
-    )
+    known = ModelConfig.from_dict(settings.model_config) if settings.model_config else settings.model_name
+    model = options.model_name or known  # a folder or a JSON file given anew says where its weights are
+    weights = find_weights(model, settings.pretrain, options.weights, seed)
     print_weights_info(weights)
     check_weights(checkpoint, weights, options.ckpt, options.allow_other_weights)
     return weights
+
+
+def print_weights_info(weights: Weights) -> None:
+    """Print where the weights come from, and a warning where nothing is pre-trained."""
+    print(f"weights: {weights.source}, SHA-256 {weights.sha256[:16]}...", flush=True)
+    if weights.pretrain == "random":
+        print("weights: RANDOM, nothing is pre-trained: scores show that the program runs, not what MadCLIP can do")
 
 
 def default_checkpoint(save_path: str, obj: str) -> Path:

@@ -16,7 +16,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from CLIP.config import ADAPTER_KINDS, FIDELITIES, PRETRAINS, ModelConfig
 from dataset.layout import described, named_after, object_name
+from Prompt.states import TEXT_MOODS, read_prompts, states_fault
 from utils import InputError, Parser, checked, integer, printable
 
 if TYPE_CHECKING:
@@ -28,10 +30,6 @@ if TYPE_CHECKING:
 VERSION = "0.2.0"
 
 # Choices, in words: what they name lives in modules that import torch, and a test compares the two.
-PRETRAINS = ("openai", "laion400m", "random")
-FIDELITIES = ("released", "corrected")
-ADAPTERS = ("MFCFC", "MCNNFC", "MViTFC")
-TEXT_MOODS = ("fix", "learnable_all", "learnable_abnormal")
 DEC_TYPES = ("mean", "max", "both")
 LOSS_TYPES = ("sigmoid", "softmax")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -99,10 +97,7 @@ def threshold_rule(text: str) -> str:
 
 def prompts_file(path: str) -> dict[str, list[str]]:
     """An argparse type: the state phrases in a JSON file, see `Prompt.read_prompts`."""
-    from Prompt import read_prompts  # noqa: PLC0415 - imports torch
-
-    states: dict[str, list[str]] = read_prompts(path)
-    return states
+    return read_prompts(path)
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -175,7 +170,7 @@ MODEL_FLAGS: dict[str, dict[str, Any]] = {
     "contrast_mood": {"default": "yes", "choices": ("yes", "no"), "help": "subtract the other branch's text cosine"},
     "dec_type": {"default": "mean", "choices": DEC_TYPES, "help": "how patches are summarised for an image"},
     "loss_type": {"default": "sigmoid", "choices": LOSS_TYPES, "help": "detection loss"},
-    "visionA": {"default": "MFCFC", "choices": ADAPTERS, "help": "kind of adapter"},
+    "visionA": {"default": "MFCFC", "choices": ADAPTER_KINDS, "help": "kind of adapter"},
     "fidelity": {
         "default": "released",
         "choices": FIDELITIES,
@@ -253,8 +248,9 @@ class Settings:
 def new_settings(options: argparse.Namespace, dataset: MedicalDataset, weights: Weights) -> Settings:
     """The settings of a new checkpoint."""
     config = weights.config
-    names = [name for name in MODEL_FLAGS if name != "features_list"]
+    names = [name for name in MODEL_FLAGS if name not in ("features_list", "model_name")]
     return Settings(
+        model_name=config.name,  # not the flag, which may be a path of this machine
         **{name: getattr(options, name) for name in names},
         obj=dataset.obj,
         features_list=check_layers(options.features_list, config.layers, config.name),
@@ -393,6 +389,8 @@ def resumed_options(folder: str, arguments: Sequence[str]) -> argparse.Namespace
     stored = RunFolder.open(folder).read_config()["options"]
     parser = train_parser()
     prompts = stored.pop("prompts", None)
+    if prompts is not None and (fault := states_fault(prompts)):
+        raise InputError(f"--resume {folder}: its config.json is damaged (prompts: {fault})")
     try:
         words = [word for name, value in stored.items() for word in as_flag(parser, name, value)]
         before = parser.parse_args(words)
@@ -497,6 +495,8 @@ def check_against(settings: Settings, shots: dict[str, list[str]] | None, option
     """`InputError` where a flag contradicts the checkpoint; `shots` are its shots' names by class, None if unknown."""
     for name in MODEL_FLAGS:
         given, stored = getattr(options, name), getattr(settings, name)
+        if name == "model_name" and given is not None:
+            given = ModelConfig.load(given).name
         if given is not None and given != (list(stored) if name == "features_list" else stored):
             raise contradiction(name, given, stored)
     if shots is None:

@@ -1,4 +1,4 @@
-"""Patch scores are the result: detector + tokens -> `Evaluation`; all numbers, maps and pictures are functions of it."""
+"""Patch scores are the result: detector + tokens -> `Evaluation`; numbers, maps and pictures are functions of it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from dataset.images import load_mask
 from torch import Tensor
 
+from dataset.images import load_mask
 from dataset.medical_few import Sample
 from loss import anomaly_map, image_score
 from utils import InputError, atomic_path, prefetch, preview

@@ -25,13 +25,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from dataset.images import load_image_with_hash
 from torch import Tensor
 from tqdm import tqdm
 
 from CLIP.adapter_shared import reads_class_token
-from CLIP.clip import Weights, uses_quick_gelu
+from CLIP.clip import uses_quick_gelu
 from CLIP.model import CLIP
+from CLIP.weights import Weights
+from dataset.images import load_image_with_hash
 from dataset.medical_few import Sample
 from utils import JITTER_VIEW, InputError, Parser, augment_view, prefetch, run_cli, write_json
 
@@ -96,7 +97,7 @@ class Tower:
         """The tower that a checkpoint's settings ask for."""
         return cls(
             weights, settings.img_size, settings.fidelity, tuple(sorted(settings.features_list)),
-            reads_class_token(settings.visionA, settings.fidelity), autocast, device,
+            reads_class_token(settings.visionA, settings.fidelity == "corrected"), autocast, device,
         )  # fmt: skip
 
     @property
@@ -114,6 +115,7 @@ class Tower:
         config, pretrain = self.weights.config, self.weights.pretrain
         return {
             "model": config.name,
+            "architecture": config.architecture(),
             "weights_sha256": self.weights.sha256,
             "fidelity": self.fidelity,  # weights rounded to half or not, pixels normalised or not
             "quick_gelu": uses_quick_gelu(config, pretrain, self.img_size, self.fidelity),

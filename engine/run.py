@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock, Timeout
 
-from utils import InputError, atomic_path, preview, read_text, remove_stale, write_json
+from utils import InputError, atomic_path, preview, probe_writable, read_text, remove_stale, write_json
 
 from . import checkpoint, distributed
 from .config import Settings, shareable, shots_label
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from .evaluation import Evaluation
     from .metrics import Metrics
-    from .training import Splits
+    from .training import Splits, TrainingState
 
 PROJECT = Path(__file__).parents[1]
 STATE = "madclip-run-2"
@@ -87,8 +87,8 @@ class RunFolder:
         return run
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """Be the one process that writes here, until the block ends or the process dies.
+    def writing(self, state: TrainingState, epochs: int) -> Iterator[None]:
+        """Be the one process that writes here, until the block ends or the process dies; an interrupt says how to go on.
 
         Raises:
             InputError: another process writes here; names its pid and host.
@@ -107,12 +107,12 @@ class RunFolder:
         try:
             remove_stale(self.path.glob(".*.tmp"), seconds=0)  # of a killed process: this one is alone here
             yield
+        except KeyboardInterrupt:
+            hint = f"to go on: python train.py --resume {shlex.quote(str(self.path))}"
+            print(f"stopped after epoch {state.epoch} of {epochs}; {hint}", file=sys.stderr)
+            raise
         finally:
             self._lock.release()
-
-    def resume_hint(self) -> str:
-        """How to go on, as a shell takes it."""
-        return f"to go on: python train.py --resume {shlex.quote(str(self.path))}"
 
     def files(self, options: argparse.Namespace) -> list[str]:
         """Lines that say where the results are."""
@@ -178,6 +178,23 @@ class RunFolder:
                 f"{self.metrics}: cannot be written ({error.strerror}); last.pth beside it is intact"
             ) from error
 
+    def load_into(self, state: TrainingState, epochs: int) -> None:
+        """Put back what an interrupted run had reached; nothing in a new run.
+
+        Raises:
+            InputError: what `load` refuses, more than `epochs` finished epochs, a best.pth that is gone.
+        """
+        stored = self.load()
+        if stored is not None:
+            state.load_state_dict(stored)
+        if state.epoch > epochs:
+            raise InputError(f"--epoch {epochs}: {self.path} has finished {state.epoch} already")
+        if 0 < state.best_epoch < state.epoch and not self.best.is_file():
+            raise InputError(
+                f"--resume {self.path}: best.pth is missing, the only copy of the selected epoch {state.best_epoch}: put "
+                f"it back, or start a new run"
+            )
+
     def load(self) -> dict[str, Any] | None:
         """The state in last.pth, or None before the first epoch's end; metrics.jsonl is made to agree.
 
@@ -240,7 +257,11 @@ def open_run(
         config |= {**kept, "resumed": stored.get("resumed", 0) + 1}
     shared = ("shots", "shots_from", "started", *checkpoint.versions())
     metadata = {name: config[name] for name in shared}
-    metadata |= {"options": shareable(options), "select": options.select, "run": run.path.name}
+    metadata |= {
+        "options": {**shareable(options), "model_name": settings.model_name},
+        "select": options.select,
+        "run": run.path.name,
+    }
     metadata |= {"shot_patients": sorted(splits.shot_patients())}
     return run, config, metadata
 
@@ -285,6 +306,13 @@ def masks_note(settings: Settings, dataset: MedicalDataset) -> str | None:
         f"{settings.obj} has no masks, so the checkpoint's segmentation heads are untrained: no pixel metrics; images "
         f"score as trained, by the detection heads"
     )
+
+
+def check_outputs(options: argparse.Namespace) -> None:
+    """Make sure that a training's results can be written, before hours are spent on them."""
+    probe_writable(options.out_json, "--out_json", is_json=True)
+    if options.save_model:
+        probe_writable(Path(options.save_path) / f"{options.obj}.pth", "--save_path")
 
 
 def _line(values: Mapping[str, Any]) -> str:

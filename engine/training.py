@@ -10,13 +10,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from dataset.fewshot import Shots
-from dataset.images import check_mask, load_grey_mask, load_mask
 from torch import Tensor
 
-from dataset.medical_few import MedicalDataset, Sample, leaks
+from dataset.images import check_mask, load_grey_mask, load_mask
+from dataset.medical_few import MedicalDataset, Sample, Shots, leaks
 from loss import training_loss
-from utils import VIEWS, InputError, augment, checked, preview, printable, sha256_file, warn
+from utils import JITTER_VIEW, VIEWS, InputError, augment, checked, preview, printable, sha256_file, warn
 
 from . import distributed
 from .calibration import Rule, calibrate, calibration_samples
@@ -51,7 +50,8 @@ class TrainingSet:
         items: list[Item] = []
         labels, masks = [], []
         for samples, label, draws in zip((shots.abnormal, shots.normal), (1, 0), jitter, strict=True):
-            items += [Item(sample, view, (draws[0], draws[1])) for view in range(VIEWS) for sample in samples]
+            jitters = [(draws[0], draws[1]) if view == JITTER_VIEW else None for view in range(VIEWS)]
+            items += [Item(sample, view, jitters[view]) for view in range(VIEWS) for sample in samples]
             labels += [float(label)] * VIEWS * len(samples)
             if settings.pixel_metrics and samples:
                 masks.append(view_masks(samples, settings))

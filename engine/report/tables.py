@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from dataset import PUBLISHED
+from dataset.layout import PUBLISHED
 from utils import InputError, atomic_path, read_text
 
 METRICS = {"auc": "image AUC", "pauc": "pixel AUC"}

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dataset import MedicalDataset, medmnist
-from dataset.medical_few import read_shot_list
+from dataset.fewshot import read_shot_list
 from utils import InputError
 
 COUNTS = {"train": 24, "val": 8, "test": 12}
@@ -52,7 +52,8 @@ def test_a_binary_set(tmp_path, monkeypatch, name, normal):
         split, number = sample.path.stem[:-6], int(sample.path.stem[-6:])
         assert sample.label == (arrays[f"{split}_labels"][number, 0] != normal)
         assert (np.array(Image.open(sample.path)) == arrays[f"{split}_images"][number]).all()
-    config = json.loads((dataset.root / "dataset.json").read_text())
+    config = json.loads((dataset.root / f"{name}.json").read_text())
+    assert dataset.prompt_name == config["prompt_name"]
     assert config == {"prompt_name": medmnist.SOURCES[name].prompt_name, "pixel_metrics": False}
     licence = (dataset.root / "LICENSE.txt").read_text()
     assert "CC BY 4.0" in licence

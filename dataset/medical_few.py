@@ -18,7 +18,7 @@ import numpy as np
 
 from utils import InputError, anonymous_name, preview, sha256_file, warn
 
-from .fewshot import SEEDS, check_shot_names, list_name, named, parse_shot_list, shot_lists
+from .fewshot import SEEDS, check_shot_names, list_name, parse_shot_list, pick_lines, shot_lists
 from .fewshot import read_shot_list as read_shot_list  # noqa: PLC0414 - for callers that are not rewritten yet
 from .images import (  # noqa: F401 - the last three as well
     AS_STORED,
@@ -403,7 +403,7 @@ class MedicalDataset:
         if path is None:
             return None
         lines, remarks = parse_shot_list(path)
-        names = named(lines, path, iterate)[0 if kind == "abnormal" else 1]
+        names = pick_lines(lines, remarks, path, iterate)[0 if kind == "abnormal" else 1]
         source = str(path)
         if SEEDS in path.parents:
             if not set(names) & set(known):

@@ -33,7 +33,7 @@ COARSE = 511  # most points of the bootstrap's grid: 1,023 bins, at, between and
 DRAWS = 1000  # of a bootstrap
 LEVEL = 0.95  # of its intervals
 
-Value = float | list[float]
+Value = float | int | list[float] | None  # None: not measurable
 Source = Callable[[slice], Tensor]  # images of a slice -> (B, S, S)
 
 
@@ -96,7 +96,7 @@ class Metrics:
         return f"AUC {self.auc:.6f}" + ("" if self.pauc is None else f"  pAUC {self.pauc:.6f}")
 
 
-def readable_value(value: Value | None) -> str:
+def readable_value(value: Value) -> str:
     """A value for people: 0.1234, an interval, a count; `not measurable` where there is none."""
     if value is None:
         return "not measurable"
@@ -148,7 +148,7 @@ def maps_at_a_time(evaluation: Evaluation) -> int:
     return max(1, BATCH_PIXELS // evaluation.img_size**2)
 
 
-def measure_without(evaluation: Evaluation, masks: Masks | None, patients: set[str]) -> dict[str, float | int | None]:
+def measure_without(evaluation: Evaluation, masks: Masks | None, patients: set[str]) -> dict[str, Value]:
     """AUC and pAUC of the images that are not of the given patients, those of the shots: not in the paper.
 
     Returns:
@@ -160,7 +160,7 @@ def measure_without(evaluation: Evaluation, masks: Masks | None, patients: set[s
     keep = [i for i, sample in enumerate(evaluation.samples) if sample.patient not in patients]
     labels = evaluation.labels[keep]
     n_abnormal = int(labels.sum())
-    result: dict[str, float | int | None] = {
+    result: dict[str, Value] = {
         "auc_without_shot_patients": None,
         "pauc_without_shot_patients": None,
         "n_normal_without_shot_patients": len(keep) - n_abnormal,

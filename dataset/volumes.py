@@ -526,3 +526,36 @@ def square(image: Image.Image, spacing: tuple[float, float], how: Image.Resampli
         for side, step in zip(image.size, reversed(spacing), strict=True)
     )
     return image.resize((width, height), how)
+
+
+# --- what a slice is ---
+
+SIDES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}  # left, right, top and bottom of a picture
+
+
+def describe(path: Path, index: int | None, plane: str) -> dict[str, Any]:
+    """What a table says of a DICOM or NIfTI picture; errors are those of reading it.
+
+    DICOM: patient_id, study_uid, series_uid (these three name a person: hash them before they are shared),
+    instance_number, position (millimetres along the slices' normal; None where the file does not say). NIfTI: plane,
+    slice and time (counted from 0), position (millimetres along the plane's axis), and the sides `left`, `right`,
+    `top`, `bottom` of the picture as letters (R, L, A, P, S, I).
+    """
+    if path.name.lower().endswith((".nii", ".nii.gz")):
+        volume, axis = read_volume(path), PLANES.index(plane)
+        time, place = divmod(index or 0, volume.values.shape[axis])
+        along = round(float(volume.affine[axis, axis] * place + volume.affine[axis, 3]), 3)
+        sides = dict(zip(("left", "right", "top", "bottom"), SIDES[plane], strict=True))
+        return {"plane": plane, "slice": place, "time": time, "position": along, **sides}
+    with path.open("rb") as file:
+        header = parse_dicom(file, path, header_only=True)
+    names = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID")
+    patient_id, study, series = (str(header[name].value) if header.get(name) else None for name in names)
+    number, where = _number(header.get("InstanceNumber")), header.get("ImagePositionPatient")
+    turn = header.get("ImageOrientationPatient")
+    position: float | None = None
+    if where and turn and len(where) == 3 and len(turn) == 6:
+        normal = np.cross(np.asarray(turn[:3], float), np.asarray(turn[3:], float))
+        position = round(float(normal @ np.asarray(where, float)), 3)
+    return {"patient_id": patient_id, "study_uid": study, "series_uid": series,
+            "instance_number": None if number is None else int(number), "position": position}  # fmt: skip

@@ -246,19 +246,28 @@ def parse_dicom(file: BinaryIO, path: Path, header_only: bool = False) -> Datase
     return header
 
 
-def read_dicom(data: bytes, path: Path, index: int, options: ReadOptions) -> tuple[Image.Image, Notes]:
-    """A frame, rescaled and windowed by `options`, else by the header's first window or LUT, else over the series."""
+def read_dicom(data: bytes, path: Path, index: int, options: ReadOptions) -> tuple[Image.Image, Notes, str]:
+    """A frame, rescaled and windowed by `options`, else by the header's first window or LUT, else over the series.
+
+    Returns:
+        The picture, what is to be said of it, and the range of grey where other files of the series shaped it.
+    """
     header = parse_dicom(BytesIO(data), path)
     values = _pixels(header, path, index)
     photometric, bits = header.PhotometricInterpretation, int(header.BitsStored)
     if photometric == "PALETTE COLOR":
-        return to_rgb(_package("pydicom.pixels", path).apply_color_lut(values, header)), {}
+        return to_rgb(_package("pydicom.pixels", path).apply_color_lut(values, header)), {}, ""
     if values.ndim == 3:
-        return to_rgb(values if values.dtype == np.uint8 and bits == 8 else (values / (2.0**bits - 1)).clip(0, 1)), {}
+        return (
+            to_rgb(values if values.dtype == np.uint8 and bits == 8 else (values / (2.0**bits - 1)).clip(0, 1)),
+            {},
+            "",
+        )
     rescaled, is_stored = _rescale(values, header, index)
     display = _frame_values(header, index, "FrameVOILUTSequence")
     window, fault = _header_window(display)
     notes: Notes = {}
+    series = ""
     if isinstance(options.window, tuple):
         gray = apply_window(rescaled, *options.window)
     elif options.window is None and window:
@@ -271,9 +280,10 @@ def read_dicom(data: bytes, path: Path, index: int, options: ReadOptions) -> tup
         gray = stretch(values, least, least + 2**bits - 1)
     else:
         span, of = _series_range(header, path, rescaled)
+        series = str(span) if "series" in of else ""
         gray = span.apply(rescaled, options.window == "auto")
         notes["window"] = f"{fault}{span.note(options.window == 'auto', of)}"
-    return to_rgb(np.nan_to_num(1 - gray if photometric == "MONOCHROME1" else gray).clip(0, 1)), notes
+    return to_rgb(np.nan_to_num(1 - gray if photometric == "MONOCHROME1" else gray).clip(0, 1)), notes, series
 
 
 def _pixels(header: Dataset, path: Path, index: int) -> Array:

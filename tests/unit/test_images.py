@@ -561,6 +561,13 @@ def test_a_series_has_one_range(tmp_path):
     assert np.asarray(first.image).max() < 50
     assert np.asarray(last.image).max() == 255
     assert "the whole range of its series (4 files)" in last.notes["window"]
+    # Other files have a part in this picture, so they have one in its hash.
+    volumes._ranges.clear()
+    volumes._series_in.cache_clear()
+    (tmp_path / "0.dcm").unlink()
+    again = read(tmp_path / "3.dcm")
+    assert again.sha256 != last.sha256
+    assert np.asarray(again.image).mean() != np.asarray(last.image).mean()
 
 
 def test_a_deflated_bomb_is_not_unpacked(monkeypatch):

@@ -1,24 +1,36 @@
-"""Data sets: layouts (layout), images, masks and few-shot lists (medical_few), a made-up data set (phantom).
+"""Data sets: where they lie (layout), samples and shots (medical_few, fewshot), the one reader of pictures (images).
 
-`python -m dataset.check` examines one before any training.
+`python -m dataset.check` examines one before any training, `python -m dataset.phantom` draws one, `python -m
+dataset.convert` makes one from DICOM and NIfTI files. Nothing is imported before it is used, torch least of all.
 """
 
-from .layout import PUBLISHED, described, named_after, object_name
-from .medical_few import MedicalDataset, Sample, Shots, check_mask, leaks, load_image, load_mask, some
+from __future__ import annotations
 
-OBJECTS = described()
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "OBJECTS",
-    "PUBLISHED",
-    "MedicalDataset",
-    "Sample",
-    "Shots",
-    "check_mask",
-    "leaks",
-    "load_image",
-    "load_mask",
-    "named_after",
-    "object_name",
-    "some",
-]
+_HOMES = {
+    "images": (
+        "Frame NoImageError Picture ReadOptions check_mask frames list_files load_grey_mask load_image "
+        "load_image_with_hash load_mask parse_window picture_notes read read_bytes to_tensor"
+    ),
+    "layout": "BENCHMARKS PUBLISHED described named_after object_name",
+    "medical_few": "MedicalDataset Sample Shots leaks",
+}
+_WHERE = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+__all__ = ["OBJECTS", *sorted(_WHERE)]  # noqa: PLE0604 (strings, all of them)
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 (whatever the name stands for)
+    if name == "OBJECTS":
+        from .layout import described  # noqa: PLC0415
+
+        return described()
+    if name == "some":  # what `preview` was called, for callers that are not rewritten yet
+        from utils import preview  # noqa: PLC0415
+
+        return preview
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_WHERE[name]}", __name__), name)

@@ -3,42 +3,56 @@
     python -m dataset.check --obj Brain --data_path data
     python -m dataset.check --data_root /path/bottle          any folder; proposes a dataset/bottle.json
 
-Errors stop a training or make its numbers false: exit code 1. Warnings are for a look and leave it 0. A bad argument
-is code 2. Every image is decoded once; what is kept of it is a hash of its pixels.
+Errors stop a training or make its numbers false: exit code 1. Warnings are for a look and leave it 0, and so does what
+the paper's own six data sets are known for. A bad argument is code 2. Every image is decoded once; what is kept of it
+is a hash of its pixels.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
-from utils import InputError, Parser, integer, prefetch, run_cli
+from utils import InputError, Parser, integer, prefetch, printable, run_cli
 
-from .layout import EXTENSIONS, KINDS, SPLITS, config_path, mask_folder, named_after, object_name, patient
-from .medical_few import (
+from .fewshot import SEEDS, check_shot_names, parse_shot_list
+from .images import (
     ABNORMAL_ABOVE,
-    Found,
-    Header,
-    MedicalDataset,
-    check_shot_names,
-    data_folder,
-    decode,
-    examine,
-    parse_shot_list,
+    NoImageError,
+    Picture,
+    file_kind,
+    frames,
+    mask_notes,
+    parse_window,
+    picture_notes,
+    read,
+    read_mask,
 )
+from .layout import KINDS, SPLITS, config_path, list_images, mask_folder, named_after, object_name
+from .medical_few import ImageFile, MedicalDataset, Sample, data_folder
+from .patients import compile_rule
+from .volumes import PLANES
 
 SHOWN = 3  # examples of a finding
-NAMED = "no mask"  # the finding of which every example is shown: one cannot see what is not there
+NAMED = ("no mask", "valid mask")  # of these every example is shown: one cannot see what is not there
 SMALL = 32  # pixels a side
-SIXTEEN_BITS_AT_LEAST = 8192  # the largest value, below which a 16-bit image is all but black
+# Images of the paper's data sets, (normal, abnormal) or all of them; where sources disagree, each.
+PUBLISHED_COUNTS: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
+    "Brain": {"valid": ((39, 44),), "test": ((640, 3075),)},
+    "Liver": {"valid": ((93, 73),), "test": ((833, 660),)},
+    "Retina_RESC": {"valid": ((45, 70),), "test": ((1041, 764),)},
+    "Retina_OCT2017": {"test": ((242, 726),)},
+    "Chest": {"valid": ((1490,),), "test": ((17194,),)},
+    "Histopathology": {"test": ((1028, 1008), (1003, 994))},
+}
 
 # What a finding is called, and whether it is an error.
 ERRORS = {
@@ -47,23 +61,36 @@ ERRORS = {
     "no mask": "abnormal images without a mask",
     "ambiguous": "names that make masks ambiguous",
     "mask size": "masks of another size than their image",
-    "mask range": "masks with no pixel above half of the grey range, though not empty: they count as empty",
+    "mask range": "masks with no pixel above --mask_above, though not empty: they count as empty",
     "leak": "the same picture in valid and in test",
-    "patient": "patients, by the number in the names, in valid and in test",
+    "patient": "patients, by the names, in valid and in test",
     "two labels": "the same picture among the normal and the abnormal",
     "list": "few-shot lists",
 }
 WARNINGS = {
     "duplicate": "the same picture twice in a class",
     "same name": "names that differ in the extension only",
-    "empty mask": "abnormal images with an empty mask",
-    "grey mask": "masks with greys: above half of the range counts as abnormal",
+    "valid mask": "abnormal images of valid without a mask: no shots, and left out of the calibration",
+    "any size": "masks of another size than their image: resized, as the published loader does",
+    "empty": "abnormal images with an empty mask",
+    "full": "masks that cover more than 90% of their image",
+    "grey": "masks with greys: above --mask_above counts as abnormal",
+    "alpha": "masks that lie in the alpha channel",
+    "wide": "8-bit values in 16- or 32-bit files, read as 8 bits, as the published program reads them",
     "dark": "16-bit images with small values: scaled, they are all but black",
+    "window": "grey levels without a window of their own",
+    "pixels": "slices resampled to square pixels, more than 3 times",
+    "constant": "pictures that are nearly constant",
+    "clipped": "pictures that are clipped",
     "small": f"images under {SMALL} pixels a side",
-    "orientation": "images with an EXIF rotation, which is ignored, as published: do their masks lie the same way?",
+    "orientation": "images or masks with an orientation tag, which is ignored, whatever the format: do they fit?",
+    "no image": "DICOM objects without a picture, left out",
     "ignored": "files that are no image by their extension, left out",
     "unused": "masks that are not used: their names fit no image, or pixel_metrics is false",
+    "list": "few-shot lists",
 }
+# What the paper's own files are known for: listed, but no error.
+KNOWN = {kind: f"published: {ERRORS[kind]}" for kind in ("leak", "patient", "two labels")}
 
 
 @dataclass
@@ -77,65 +104,71 @@ class Findings:
     def add(self, kind: str, example: str, count: int = 1) -> None:
         """Note one finding, or `count` that share an example."""
         self.counts[kind] += count
-        if kind == NAMED or len(self.examples[kind]) < SHOWN:
+        if kind in NAMED or len(self.examples[kind]) < SHOWN:
             self.examples[kind].append(example)
 
-    def lines(self, word: str) -> Iterator[str]:
+    def lines(self, word: str = "") -> Iterator[str]:
         """A line for each kind, and one for each of its examples."""
         for kind, title in self.titles.items():
             if self.counts[kind]:
-                yield f"{word}: {title}: {self.counts[kind]}"
+                yield f"{word}{title}: {self.counts[kind]}"
                 yield from (f"    {example}" for example in self.examples[kind])
                 if self.counts[kind] > len(self.examples[kind]) == SHOWN:
                     yield "    ..."
 
 
 @dataclass
-class Look:
+class Inspection:
     """What one image and its mask showed."""
 
-    header: Header | None = None
+    name: str
+    mode: str = ""
+    size: tuple[int, int] | None = None  # width, height
     digest: bytes = b""  # of the pixels: a picture saved anew without loss is the same
     errors: dict[str, str] = field(default_factory=dict)
     warnings: dict[str, str] = field(default_factory=dict)
 
 
-def look(found: Found) -> Look:
-    """Decode an image, and its mask where it has one of its own."""
-    path, masks = found
-    seen = Look()
+def inspect_image(sample: Sample, above: int, alone: bool = True) -> Inspection:
+    """Decode an image, and its mask where it has one of its own.
+
+    `alone` is False for slices, of which some may be black.
+    """
+    result = Inspection(sample.name)
     try:
-        seen.header, image = examine(path)
-        content = hashlib.sha256(f"{image.size}".encode())
-        content.update(image.tobytes())
-        seen.digest = content.digest()
-        if seen.header.mode.startswith("I"):
-            brightest = image.getextrema()[0][1] * 257
-            if brightest < SIXTEEN_BITS_AT_LEAST:
-                seen.warnings["dark"] = f"{path}: largest value about {brightest} of 65535"
-        if min(image.size) < SMALL:
-            seen.warnings["small"] = f"{path}: {_size(image.size)}"
-        if seen.header.orientation != 1:
-            seen.warnings["orientation"] = f"{path}: orientation {seen.header.orientation}"
-        if len(masks) == 1:
-            look_at_mask(masks[0], seen)
+        picture = read(sample)
+        result.mode, result.size = picture.mode, picture.image.size
+        content = hashlib.sha256(f"{picture.image.size}".encode())
+        content.update(picture.image.tobytes())
+        result.digest = content.digest()
+        notes = picture.notes
+        if alone and min(picture.image.size) >= SMALL and "dark" not in notes:
+            notes = {**notes, **picture_notes(picture.image)}
+        result.warnings |= {kind: f"{sample.path}: {text}" for kind, text in notes.items()}
+        if min(picture.image.size) < SMALL:
+            result.warnings["small"] = f"{sample.path}: {_size(picture.image.size)}"
+        if picture.orientation != 1:
+            result.warnings["orientation"] = f"{sample.path}: orientation {picture.orientation}"
+        inspect_mask(sample, picture, above, result)
     except InputError as error:
-        seen.errors["unusable"] = str(error)
-    return seen
+        result.errors["unusable"] = str(error)
+    return result
 
 
-def look_at_mask(path: Path, seen: Look) -> None:
+def inspect_mask(sample: Sample, picture: Picture, above: int, result: Inspection) -> None:
     """Compare a mask with its image and note what it holds."""
-    mask = decode(path, "L")
-    if mask.size != seen.header.size:
-        seen.errors["mask size"] = f"{path}: {_size(mask.size)}, its image {_size(seen.header.size)}"
-    greys = np.flatnonzero(mask.histogram())
-    if greys[-1] == 0:
-        seen.warnings["empty mask"] = str(path)
-    elif greys[-1] <= ABNORMAL_ABOVE:
-        seen.errors["mask range"] = f"{path}: largest value {greys[-1]} of 255"
-    elif not {0, 255}.issuperset(greys.tolist()):
-        seen.warnings["grey mask"] = f"{path}: {len(greys)} greys"
+    mask, notes = read_mask(sample)
+    if mask is None:
+        return
+    notes |= mask_notes(mask, above)
+    if "labels" in notes:
+        result.errors["mask range"] = f"{sample.mask}: {notes.pop('labels')}"
+        notes.pop("wide", None)
+    result.warnings |= {kind: f"{sample.mask}: {text}" for kind, text in notes.items()}
+    if mask.size != picture.image.size:
+        words = f"{sample.mask}: {_size(mask.size)}, its image {_size(picture.image.size)}"
+        findings = result.warnings if sample.any_mask_size else result.errors
+        findings["any size" if sample.any_mask_size else "mask size"] = words
 
 
 @dataclass
@@ -156,38 +189,53 @@ class ClassSummary:
 
 
 class Check:
-    """Goes through a data set; `rows`, `errors`, `warnings` and `notes` are what it found."""
+    """Goes through a data set; `rows`, `errors`, `warnings`, `known` and `notes` are what it found."""
 
     def __init__(self, workers: int = 2) -> None:
         self.workers = workers
-        self.errors, self.warnings = Findings(ERRORS), Findings(WARNINGS)
+        self.errors, self.warnings, self.known = Findings(ERRORS), Findings(WARNINGS), Findings(KNOWN)
         self.rows: list[ClassSummary] = []
         self.notes: list[str] = []
         self.first: dict[bytes, tuple[str, str, str]] = {}  # digest -> split, class, name of the first such picture
         self.patients: dict[str, set[str]] = {split: set() for split in SPLITS}
+        self.without_mask: set[str] = set()  # abnormal images of valid
 
     def run(self, dataset: MedicalDataset) -> None:
         """Examine every class of every split, then the few-shot lists."""
-        known = {
+        files = {
             (split, kind): self.find(dataset, split, kind)
             for split in SPLITS
             for kind in KINDS
             if dataset.layout.folders(split, kind)
         }
-        with tqdm(total=sum(map(len, known.values())), desc="check", unit="image", mininterval=0.5) as bar:
-            for (split, kind), found in known.items():
+        leak = self.known if dataset.is_benchmark else self.errors
+        with tqdm(total=sum(map(len, files.values())), desc="check", unit="file", mininterval=0.5) as bar:
+            for (split, kind), found in files.items():
                 self.names(dataset, split, kind, found)
-                row = ClassSummary(split, kind, len(found), sum(bool(masks) for _, masks in found))
+                row = ClassSummary(split, kind)
                 self.rows.append(row)
-                for (path, _), seen in zip(found, prefetch(look, found, self.workers), strict=True):
-                    self.image(dataset.name(path), row, seen)
+
+                def examine(file: ImageFile, kind: str = kind) -> list[Inspection]:
+                    return inspect_file(dataset, file, kind)
+
+                for file, results in zip(found, prefetch(examine, found, self.workers), strict=True):
+                    row.masks += bool(file.masks)
+                    for result in results:
+                        self.image(row, result, leak)
+                    if number := dataset.patient(file.path, file.folder):
+                        self.patients[split].add(number)
                     bar.update()
         for number in sorted(self.patients["valid"] & self.patients["test"]):
-            self.errors.add("patient", number)
+            leak.add("patient", number)
         self.folders(dataset)
-        self.lists(dataset, known)
+        self.lists(dataset)
+        for path in sorted(self.without_mask):
+            self.warnings.add("valid mask", path)
+        self.counts(dataset)
+        if not self.errors.counts["layout"]:
+            self.notes.append(dataset.patients_note())
 
-    def find(self, dataset: MedicalDataset, split: str, kind: str) -> list[Found]:
+    def find(self, dataset: MedicalDataset, split: str, kind: str) -> list[ImageFile]:
         """The images of a class; none, and an error noted, where the folder is missing or empty."""
         try:
             return dataset.find(split, kind)
@@ -195,37 +243,40 @@ class Check:
             self.errors.add("layout", str(error))
             return []
 
-    def image(self, name: str, row: ClassSummary, seen: Look) -> None:
+    def image(self, row: ClassSummary, result: Inspection, leak: Findings) -> None:
         """Add one image to its row and to the findings."""
-        for kind, words in seen.errors.items():
+        row.images += "no image" not in result.warnings
+        for kind, words in result.errors.items():
             self.errors.add(kind, words)
-        for kind, words in seen.warnings.items():
+        for kind, words in result.warnings.items():
             self.warnings.add(kind, words)
-        if seen.header:
-            row.sizes[seen.header.size] += 1
-            row.modes[seen.header.mode] += 1
-        if number := patient(name):
-            self.patients[row.split].add(number)
-        if not seen.digest:
+        if result.size:
+            row.sizes[result.size] += 1
+            row.modes[result.mode] += 1
+        if not result.digest:
             return
-        split, kind, other = self.first.setdefault(seen.digest, (row.split, row.kind, name))
+        name = result.name
+        split, kind, other = self.first.setdefault(result.digest, (row.split, row.kind, name))
         if kind != row.kind:
-            self.errors.add("two labels", f"{other} = {name}")
+            leak.add("two labels", f"{other} = {name}")
         if split != row.split:
-            self.errors.add("leak", f"{other} = {name}")
+            leak.add("leak", f"{other} = {name}")
         elif kind == row.kind and other != name:
             self.warnings.add("duplicate", f"{other} = {name}")
 
-    def names(self, dataset: MedicalDataset, split: str, kind: str, found: list[Found]) -> None:
+    def names(self, dataset: MedicalDataset, split: str, kind: str, found: list[ImageFile]) -> None:
         """Names that are alike, and masks that are missing or ambiguous."""
         if kind == "abnormal" and dataset.pixel_metrics:
             missing, ambiguous = dataset.mask_problems(found)
             for path in missing:
-                self.errors.add("no mask", path)
+                if split == "valid":
+                    self.without_mask.add(path)  # an error only where it is a shot
+                else:
+                    self.errors.add("no mask", path)
             for words in ambiguous:
                 self.errors.add("ambiguous", words)
             return
-        for (folder, stem), count in Counter((path.parent, path.stem) for path, _ in found).items():
+        for (folder, stem), count in Counter((file.path.parent, file.path.stem) for file in found).items():
             if count > 1:
                 self.warnings.add("same name", f"{folder / stem}.*: {count} images ({split})")
 
@@ -236,41 +287,80 @@ class Check:
             others = Counter(
                 path.suffix.lower() or "no extension"
                 for path in (dataset.root / folder).glob("[!.]*")
-                if path.is_file() and path.suffix.lower() not in EXTENSIONS
+                if path.is_file() and file_kind(path) is None
             )
             for suffix, count in others.items():
                 self.warnings.add("ignored", f"{dataset.root / folder}: {count} x {suffix}", count)
             masks = mask_folder(dataset.root, folder, dataset.layout.masks)
-            if masks.is_dir() and not dataset.pixel_metrics:
+            if masks.is_dir() and not dataset.pixel_metrics and masks != dataset.root / folder:
                 self.warnings.add("unused", str(masks))
 
-    def lists(self, dataset: MedicalDataset, known: dict[tuple[str, str], list[Found]]) -> None:
+    def lists(self, dataset: MedicalDataset) -> None:
         """Every line of every few-shot list that a training could use."""
-        names = {kind: {dataset.shot_name(path, kind) for path, _ in known.get(("valid", kind), ())} for kind in KINDS}
+        shots = {kind: _known_shots(dataset, kind) for kind in KINDS}
+        names = set().union(*(known or () for known in shots.values()))
         used = {path.name: path for path in reversed(dataset.shot_lists())}  # the first of a name wins
         for path in sorted(used.values()):
             try:
-                lines = parse_shot_list(path)
+                lines, warnings = parse_shot_list(path)
             except InputError as error:
                 self.errors.add("list", str(error))
                 continue
-            published = dataset.root not in path.parents
-            if published and set().union(*names.values()).isdisjoint(chain.from_iterable(lines.values())):
+            if SEEDS in path.parents and names.isdisjoint(chain.from_iterable(lines.values())):
                 self.notes.append(f"{path.name} of the project names none of these images: shots would be sampled")
-            else:
-                self.lines(path, lines, names, dataset.root)
+                continue
+            count = int(path.name.removeprefix("my").removesuffix("-shot.txt"))
+            for (letter, index), line in lines.items():
+                known = shots[{"n": "normal", "a": "abnormal"}[letter]]
+                if known is None:
+                    continue
+                try:
+                    warnings += check_shot_names(line, known, count, f"{path}, {letter}-{index}", dataset.root)
+                except InputError as error:
+                    self.errors.add("list", str(error))
+                for path_of_shot in {str(known[name].path) for name in line if name in known} & self.without_mask:
+                    self.without_mask.remove(path_of_shot)
+                    self.errors.add("no mask", path_of_shot)
+            for text in warnings:
+                self.warnings.add("list", text)
 
-    def lines(
-        self, path: Path, lines: dict[tuple[str, int], list[str]], names: dict[str, set[str]], root: Path
-    ) -> None:
-        """Every line of one few-shot list."""
-        shots = int(path.name.removeprefix("my").removesuffix("-shot.txt"))
-        for (letter, index), line in lines.items():
-            kind = {"n": "normal", "a": "abnormal"}[letter]
-            try:
-                check_shot_names(line, names[kind], shots, f"{path}, {letter}-{index}", root)
-            except InputError as error:
-                self.errors.add("list", str(error))
+    def counts(self, dataset: MedicalDataset) -> None:
+        """A line that compares the numbers of images with the published ones, for the paper's six."""
+        expected = PUBLISHED_COUNTS.get(dataset.obj)
+        if expected is None or not dataset.is_benchmark:
+            return
+        parts, complete = [], True
+        for split, accepted in expected.items():
+            images = tuple(row.images for row in self.rows if row.split == split)
+            match = any((sum(images),) == counts if len(counts) == 1 else images == counts for counts in accepted)
+            complete &= match
+            published = " or ".join(" + ".join(map(str, counts)) for counts in accepted)
+            parts.append(f"{split} {' + '.join(map(str, images))}" + ("" if match else f" (published: {published})"))
+        words = "counts as published" if complete else "warning: counts: other than published: is the copy whole?"
+        self.notes.append(f"{words}: {'; '.join(parts)} (normal + abnormal)")
+
+
+def _known_shots(dataset: MedicalDataset, kind: str) -> dict[str, Sample] | None:
+    try:
+        return {name: sample for name, (_, sample) in dataset.known_shots(kind).items()}
+    except InputError:
+        return None  # it is among the errors already
+
+
+def inspect_file(dataset: MedicalDataset, file: ImageFile, kind: str) -> list[Inspection]:
+    """Every image in a file."""
+    name = dataset.name(file.path)
+    masks = file.masks if len(file.masks) == 1 else []
+    try:
+        frames(file.path, dataset.options)
+        samples = dataset.expand(file._replace(masks=masks), kind)
+    except NoImageError as error:
+        return [Inspection(name, warnings={"no image": str(error)})]
+    except InputError as error:
+        return [Inspection(name, errors={"unusable": str(error)})]
+    if not samples:
+        return [Inspection(name, warnings={"empty": f"{masks[0]}: no slice is marked"})]
+    return [inspect_image(sample, dataset.mask_above, alone=len(samples) == 1) for sample in samples]
 
 
 def _size(size: tuple[int, int]) -> str:
@@ -293,52 +383,84 @@ def table(rows: list[tuple[str, ...]]) -> str:
 
 def beginning(root: Path, config: Path) -> str:
     """What a JSON file for an unknown layout may look like, for the user to fill in."""
-    images = (path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS)
-    counts = Counter(path.parent.relative_to(root).as_posix() for path in images)
+    counts = Counter(path.parent.relative_to(root).as_posix() for path in list_images(root))
     folders = [f"    {folder}: {count}" for folder, count in sorted(counts.items())]
     classes = dict.fromkeys(KINDS, "FOLDER")
     values = {"prompt_name": config.stem, "pixel_metrics": False, **dict.fromkeys(SPLITS, classes)}
     return "\n".join([
         "folders with images, and how many:", *(folders or ["    none"]),
-        f"to say which is which, put this into dataset/{config.name}, with these for FOLDER; a class may have the same "
-        f"in valid and in test, which is then divided:",
+        f"to say which is which, put this into dataset/{config.name} (or into the data set's own folder), with these "
+        f"for FOLDER; a class may have the same in valid and in test, which is then divided:",
         json.dumps(values, indent=2),
     ])  # fmt: skip
 
 
-def main() -> int:
-    """Command line; returns the exit code."""
-    parser = Parser(prog="python -m dataset.check", description=__doc__.split("\n\n")[0])
+def parse() -> argparse.Namespace:
+    """Command line."""
+    parser = Parser(prog="python -m dataset.check", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--obj", type=object_name, help="data set (default: the name of --data_root)")
     parser.add_argument("--data_path", default="./data/", help="folder that holds <obj>_AD (default: ./data/)")
     parser.add_argument("--data_root", help="the data set's own folder, instead of <data_path>/<obj>_AD")
+    parser.add_argument("--patient", metavar="REGEX", help="finds the patient in an image's path below that folder")
+    parser.add_argument("--mask_above", type=integer(0, 254), help="grey of a mask above which it is abnormal (127)")
+    parser.add_argument("--window", nargs="+", default=[], metavar="W", help="CENTER WIDTH, auto or full, of grey "
+                        "values beyond 8 bits (default: the file's)")  # fmt: skip
+    parser.add_argument("--plane", choices=PLANES, help="in which NIfTI volumes are cut (axial)")
     parser.add_argument("--num_workers", type=integer(1, 256), default=2, help="threads that decode (default: 2)")
     options = parser.parse_args()
     if options.obj is None:
         if options.data_root is None:
             raise InputError("give --obj NAME, or --data_root DIR")
         options.obj = named_after(options.data_root)
+        try:
+            object_name(options.obj)
+        except InputError as error:
+            raise InputError(
+                f"--data_root {options.data_root}: its name cannot be a data set's; give --obj NAME"
+            ) from error
+    return options
+
+
+def open_dataset(options: argparse.Namespace) -> MedicalDataset:
+    """The data set that the command line names; errors are those of `MedicalDataset.open`."""
+    dataset = MedicalDataset.open(
+        options.obj, options.data_path, options.data_root, options.patient, options.mask_above
+    )
+    window = parse_window(options.window) if options.window else dataset.layout.window
+    return replace(dataset, layout=replace(dataset.layout, window=window, plane=options.plane or dataset.layout.plane))
+
+
+def main() -> int:
+    """Check a data set and print what was found; returns the exit code."""
+    options = parse()
     root = data_folder(options.obj, options.data_path, options.data_root)
+    if options.patient is not None:
+        compile_rule(options.patient, "--patient")
+    parse_window(options.window)
     check = Check(options.num_workers)
     try:
-        dataset = MedicalDataset.open(options.obj, options.data_path, options.data_root)
+        dataset = open_dataset(options)
     except InputError as error:
         check.errors.add("layout", str(error))
-        print(f"{options.obj}: {root}")
+        print(printable(f"{options.obj}: {root}"))
     else:
         check.run(dataset)
         metrics = "images and pixels are measured" if dataset.pixel_metrics else "images are measured, no masks"
-        print(f'{options.obj}: {root}; prompts say "{dataset.prompt_name}"; {metrics}')
+        if dataset.pixel_metrics and dataset.mask_above != ABNORMAL_ABOVE:
+            metrics += f", a mask's grey above {dataset.mask_above} is abnormal"
+        print(printable(f'{options.obj}: {root}; prompts say "{dataset.prompt_name}"; {metrics}'))
         if not check.errors.counts["layout"] and (note := dataset.split_note()):
-            print(note)
+            print(printable(note))
         print(
             table([("split", "class", "images", "masks", "width x height", "modes"), *(r.cells() for r in check.rows)])
         )
-    for line in (*check.errors.lines("error"), *check.warnings.lines("warning"), *check.notes):
-        print(line)
-    errors, warnings = check.errors.counts.total(), check.warnings.counts.total()
+    found = (check.errors.lines("error: "), check.warnings.lines("warning: "), check.known.lines(), check.notes)
+    for line in chain(*found):
+        print(printable(line))
+    errors = check.errors.counts.total()
+    warnings = check.warnings.counts.total() + sum(note.startswith("warning: ") for note in check.notes)
     print(f"errors: {errors}, warnings: {warnings}" if errors or warnings else "fine")
-    config = config_path(options.obj)
+    config = config_path(options.obj, root)
     if not config.is_file() and not check.rows:
         print(beginning(root, config))
     elif not config.is_file() and not check.errors.counts["layout"]:

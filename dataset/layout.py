@@ -1,45 +1,61 @@
-"""Where a data set's images and masks lie: as dataset/<NAME>.json says, or as the folder itself shows.
+"""Where a data set's images and masks lie: as its JSON file says, or as the folder itself shows.
 
-Every key of the JSON file has a default:
+The file is <NAME>.json in the data set's own folder, or else in dataset/. Every key has a default:
 
     prompt_name      what the prompts call the object; NAME with blanks for underscores
     pixel_metrics    whether masks are used; true where there are any
     valid, test      {"normal": FOLDER, "abnormal": FOLDER}, each a folder or a list of folders below the data set's,
-                     with the images directly in them; the MVFA layout, <split>/{good,Ungood}/img. A folder that both
-                     splits name is divided between them
+                     with the images in them, or in folders below (one for each patient); what the folder itself shows,
+                     see `detect`. A folder that both splits name is divided between them
     valid_share      the part of such a folder that is valid; 0.3
     masks            where an image's mask lies, without its extension; "{parent}/anomaly_mask/{stem}", where {stem} is
-                     the image's name, {folder} its folder's name and {parent} the path of the folder above that
+                     the image's name, {folder} its folder's name, {parent} the path of the folder above that, {beside}
+                     that one's name and {above} the path of the folder above it
+    patient          a regular expression whose first group is the patient in an image's path below the data set's
+                     folder; what dataset/patients.py knows
+    mask_above       the grey of a mask (0 to 254 of 255) above which a pixel is abnormal; 127
+    window, plane    how DICOM, NIfTI and 16-bit files are read, as --window ([CENTER, WIDTH], "auto" or "full") and
+                     --plane of predict.py; the window in the file, and axial
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from utils import InputError, read_text
 
+from .images import ABNORMAL_ABOVE, PLANES, ReadOptions, file_kind, parse_window, stem
+from .patients import compile_rule
+
 FOLDER = Path(__file__).parent
 PUBLISHED = FOLDER / "published_results.json"  # figures to compare with, the one JSON file that is no data set
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 SPLITS = ("valid", "test")
 KINDS = ("normal", "abnormal")  # label 0, label 1
 VALID_SHARE = 0.3
 MVFA = {split: {"normal": [f"{split}/good/img"], "abnormal": [f"{split}/Ungood/img"]} for split in SPLITS}
 MVFA_MASKS = "{parent}/anomaly_mask/{stem}"
-# What `detect` knows, each in the order of preference.
+PLACEHOLDERS = ("parent", "folder", "above", "beside")
+# The paper's data sets: trees of other papers are accepted under their names, and their known leaks are no error.
+BENCHMARKS = ("Brain", "Chest", "Histopathology", "Liver", "Retina_OCT2017", "Retina_RESC")
+MADE_UP = "PHANTOM.txt"  # marks what dataset.phantom has drawn
+# What `detect` knows, each in the order of preference; upper and lower case are the same.
 CLASS_NAMES = (("good", "ungood"), ("normal", "abnormal"), ("0", "1"))
 SUPPORT_NAMES = ("valid", "val", "train")
+MASK_FOLDERS = ("anomaly_mask", "label", "labels", "mask", "masks", "ground_truth")
 MASK_PLACES = (
     MVFA_MASKS,
     *(f"{{parent}}/{name}/{{stem}}" for name in ("label", "mask", "masks")),
+    *(f"{{parent}}/{{folder}}/{name}/{{stem}}" for name in ("anomaly_mask", "label", "mask", "masks")),
+    *(f"{{parent}}/{name}/{{folder}}/{{stem}}" for name in ("anomaly_mask", "label", "mask", "masks")),
+    "{above}/label/{folder}/{stem}",  # BMAD's older Liver: valid/img/Ungood, valid/label/Ungood
+    "{above}/{beside}_label/{folder}/{stem}",  # its older RESC: Val/val/Ungood, Val/val_label/Ungood
     "ground_truth/{folder}/{stem}_mask",
     "ground_truth/{folder}/{stem}",
 )
@@ -55,21 +71,37 @@ class Layout:
     test: dict[str, list[str]]
     masks: str = MVFA_MASKS
     valid_share: float = VALID_SHARE
+    patient: str | None = None  # a regular expression; None: the known names
+    mask_above: int = ABNORMAL_ABOVE
+    window: tuple[float, float] | str | None = None
+    plane: str = "axial"
 
     @classmethod
     def load(cls, name: str, root: Path) -> Layout:
-        """dataset/<name>.json, or without one what lies in `root`; `InputError` for what cannot be understood."""
-        path = config_path(name)
-        given = {**MVFA, **read_config(path)} if path.is_file() else detect(root)
+        """What the data set's JSON file says, or without one what lies in `root`; `InputError` for faults."""
+        path = config_path(name, root)
+        given = read_config(path) if path.is_file() else {}
+        if not (given.keys() & set(SPLITS)) and not (path.is_file() and _is_mvfa(root)):
+            try:
+                given = {**detect(root), **given}
+            except InputError:
+                if not path.is_file():
+                    raise
+        given = {**MVFA, **given}
         given.setdefault("prompt_name", re.sub(r"[_-]+", " ", name).strip() or name)
         if "pixel_metrics" not in given:
             abnormal = {folder for split in SPLITS for folder in given[split]["abnormal"]}
             given["pixel_metrics"] = has_masks(root, abnormal, given.get("masks", MVFA_MASKS))
         return cls(**given)
 
+    @property
+    def options(self) -> ReadOptions:
+        """How files with more than 8 bits or more than one slice are read."""
+        return ReadOptions(self.window, self.plane)
+
     def folders(self, split: str, kind: str) -> list[str]:
         """The folders of a class in a split, relative to the data set's."""
-        return getattr(self, split)[kind]
+        return (self.valid if split == "valid" else self.test)[kind]
 
     def shared(self, kind: str) -> list[str]:
         """The folders of a class that both splits name."""
@@ -77,22 +109,27 @@ class Layout:
 
     def to_json(self) -> str:
         """The text of a JSON file that means this layout."""
-        values = asdict(self)
-        if not any(map(self.shared, KINDS)):
-            del values["valid_share"]
+        values: dict[str, Any] = {
+            entry.name: getattr(self, entry.name)
+            for entry in fields(self)
+            if entry.name == "masks" or entry.default is MISSING or getattr(self, entry.name) != entry.default
+        }
+        if any(map(self.shared, KINDS)):
+            values["valid_share"] = self.valid_share
         for split in SPLITS:
             values[split] = {k: folders[0] if len(folders) == 1 else folders for k, folders in values[split].items()}
         return json.dumps(values, indent=2)
 
 
 def described() -> tuple[str, ...]:
-    """The names of the data sets that have a JSON file, sorted."""
+    """The names of the data sets that have a JSON file in dataset/, sorted."""
     return tuple(sorted(path.stem for path in FOLDER.glob("*.json") if path != PUBLISHED))
 
 
-def config_path(name: str) -> Path:
-    """dataset/<name>.json, whether it is there or not."""
-    return FOLDER / f"{name}.json"
+def config_path(name: str, root: Path | None = None) -> Path:
+    """<root>/<name>.json where it is there, else dataset/<name>.json, whether that is there or not."""
+    own = root / f"{name}.json" if root else None
+    return own if own and own.is_file() else FOLDER / f"{name}.json"
 
 
 def object_name(text: str) -> str:
@@ -112,18 +149,22 @@ def named_after(folder: str | Path) -> str:
 def read_config(path: Path) -> dict[str, Any]:
     """The checked content of a JSON file, folders as lists; `InputError` that names the file and the key."""
     try:
-        config = json.loads(read_text(path))
+        config: Any = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error
     known = Layout.__dataclass_fields__
     unknown = sorted(set(config) - set(known)) if isinstance(config, dict) else ["not an object"]
     if unknown:
         raise InputError(f"{path}: unknown {unknown[0]!r:.80}; it may hold {', '.join(known)}")
-    tests = {
+    tests: dict[str, Callable[[Any], Any]] = {
         "prompt_name": lambda value: isinstance(value, str) and value.strip() and len(value) <= 200,
         "pixel_metrics": lambda value: isinstance(value, bool),
         "valid_share": lambda value: isinstance(value, int | float) and 0 < value < 1,
         "masks": lambda value: isinstance(value, str) and _is_mask_template(value),
+        "patient": lambda value: isinstance(value, str) and compile_rule(value, f"{path}: patient"),
+        "mask_above": lambda value: type(value) is int and 0 <= value <= 254,
+        "window": _is_window,
+        "plane": lambda value: value in PLANES,
     }
     for key, test in tests.items():
         if key in config and not test(config[key]):
@@ -131,7 +172,16 @@ def read_config(path: Path) -> dict[str, Any]:
     for split in SPLITS:
         if split in config:
             config[split] = _read_folders(config[split], f"{path}: {split}")
-    return config
+    if isinstance(config.get("window"), list):
+        config["window"] = tuple(map(float, config["window"]))
+    return dict(config)
+
+
+def _is_window(value: object) -> bool:
+    try:
+        return parse_window([str(part) for part in value] if isinstance(value, list) else [str(value)]) is not None
+    except InputError:
+        return False
 
 
 def _read_folders(value: object, where: str) -> dict[str, list[str]]:
@@ -152,40 +202,59 @@ def _is_below(folder: str) -> bool:
 
 def _is_mask_template(text: str) -> bool:
     parent, _, name = text.rpartition("/")
-    plain = re.sub(r"\{(parent|folder)\}", "", parent) + name.replace("{stem}", "", 1)
+    plain = re.sub(rf"\{{({'|'.join(PLACEHOLDERS)})\}}", "", parent) + name.replace("{stem}", "", 1)
     return "{stem}" in name and not re.search(r"[{}]", plain) and _is_below(text)
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The image files directly in a folder, sorted by name; none where it is missing. Hidden files are left out.
+    """The image files in a folder and below it (a folder for each patient), sorted; none where it is missing.
 
-    `InputError` for a folder that cannot be read, and for a link to nothing: leaving it out would change the numbers.
+    Hidden files, other formats, and folders of masks are left out. `InputError` for a folder that cannot be read, a
+    link to nothing, a pipe, socket or device: leaving it out would change the numbers.
     """
+    result = []
     try:
-        named = [path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and path.name[0] != "."]
+        entries = list(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
-    images = [path for path in named if path.is_file()]
-    if len(images) < len(named) and (broken := [path for path in named if path.is_symlink() and not path.exists()]):
-        raise InputError(f"{broken[0]}: a link to a file that is not there ({len(broken)} in this folder)")
-    return sorted(images)
+    for path in entries:
+        if path.name[0] == ".":
+            continue
+        if path.is_dir():
+            inside = folder.resolve()
+            is_loop = path.is_symlink() and path.resolve() in (inside, *inside.parents)
+            if path.name.lower() not in MASK_FOLDERS and not is_loop:
+                result += list_images(path)
+        elif file_kind(path):
+            if not path.is_file():
+                reason = "a pipe, a socket or a device" if path.exists() else "a link to a file that is not there"
+                raise InputError(f"{path}: {reason}, no image")
+            result.append(path)
+    return sorted(result)
 
 
 def mask_folder(root: Path, folder: str, template: str) -> Path:
     """Where the masks of the images in `folder` lie."""
     path = PurePosixPath(folder)
-    return root / template.rpartition("/")[0].format(parent=path.parent, folder=path.name)
+    places = {"parent": path.parent, "folder": path.name, "above": path.parent.parent, "beside": path.parent.name}
+    return root / template.rpartition("/")[0].format(**places)
 
 
 def find_masks(root: Path, folder: str, template: str, images: Iterable[Path]) -> list[list[Path]]:
-    """For each image of `folder` the files that fit as its mask: one, unless something is wrong."""
-    by_stem = defaultdict(list)
-    for path in list_images(mask_folder(root, folder, template)):
-        by_stem[path.stem].append(path)
+    """For each image of `folder` the files that fit as its mask: one, unless something is wrong.
+
+    The mask of an image in a folder below lies in a folder of that name, too.
+    """
+    masks, by_name = mask_folder(root, folder, template), defaultdict(list)
+    for path in list_images(masks):
+        by_name[path.parent.relative_to(masks), stem(path)].append(path)
     name = template.rpartition("/")[2]
-    return [by_stem.get(name.format(stem=image.stem), []) for image in images]
+    return [
+        by_name.get((image.parent.relative_to(root / folder), name.replace("{stem}", stem(image), 1)), [])
+        for image in images
+    ]
 
 
 def has_masks(root: Path, folders: Iterable[str], template: str) -> bool:
@@ -193,71 +262,87 @@ def has_masks(root: Path, folders: Iterable[str], template: str) -> bool:
     return any(any(find_masks(root, folder, template, list_images(root / folder))) for folder in folders)
 
 
+def _is_mvfa(root: Path) -> bool:
+    """Whether the published layout is meant, complete or not: some of its folders, and none that only BMAD's has."""
+    folders = [root / folder for split in SPLITS for kind in KINDS for folder in MVFA[split][kind]]
+    expected = {folder.parent for folder in folders} | {root / split for split in SPLITS}
+    other_names = [_entry(path.parent, path.name.lower()) not in (path, None) for path in expected]
+    labels = [(folder.parent / "label").is_dir() for folder in folders]
+    return any(folder.is_dir() for folder in folders) and not any(other_names) and not any(labels)
+
+
 def detect(root: Path) -> dict[str, Any]:
     """What a JSON file for this folder would say; `InputError` where no known layout is found.
 
     Known are <valid|val|train>/ and test/ with a folder for each class; the same with normal images alone beside test/,
     as in MVTec's train/good, test/good and test/<defect>; and the two classes alone. Classes are called good and
-    Ungood, normal and abnormal, or 0 and 1. Where there are no abnormal images beside the test's, or no splits, folders
-    are shared between the splits.
+    Ungood, normal and abnormal, or 0 and 1, and hold their images directly, in img/, or in folders below. So do the
+    trees of BMAD: masks in label/, classes in valid/img/ or Val/val/, all of it in a single folder below the root.
+    Where there are no abnormal images beside the test's, or no splits, folders are shared between the splits.
     """
-    test = _classes(root / "test")
-    found_support = [_classes(root / name) for name in SUPPORT_NAMES]
-    support = next((found for found in found_support if len(found) == 2), {})
-    normal = next((found["normal"] for found in found_support if "normal" in found), None)
-    if len(support) == len(test) == 2:
-        splits = {"valid": support, "test": test}
-    elif "normal" in test and normal:
-        inside = map(_images_folder, sorted((root / "test").iterdir()))
-        defects = [path.relative_to(root).as_posix() for path in inside if path != test["normal"] and list_images(path)]
-        splits = {"valid": {"normal": normal, "abnormal": defects}, "test": {**test, "abnormal": defects}}
-    else:
-        splits = dict.fromkeys(SPLITS, _classes(root))
-    if not all(splits[split].get(kind) for split in SPLITS for kind in KINDS):
+    splits = _splits(root)
+    if splits is None and root.is_dir():
+        known = {"test", *SUPPORT_NAMES, *(name for names in CLASS_NAMES for name in names)}
+        inside = [path for path in sorted(root.iterdir()) if path.is_dir() and path.name.lower() not in known]
+        below = [found for path in inside if (found := _splits(path))]
+        splits = below[0] if len(below) == 1 else None
+    if splits is None:
         raise InputError(
             f"{root}: no known layout; expected valid/ and test/ with good/ and Ungood/, normal/ and abnormal/ or 0/ "
             f"and 1/ in each, those two alone, or MVTec's train/good and test/<defect>; or describe it in a JSON file, "
             f"which `python -m dataset.check` begins and dataset/layout.py explains"
         )
-    found: dict[str, Any] = {
-        split: {kind: _relative(root, folders) for kind, folders in classes.items()}
+    result: dict[str, Any] = {
+        split: {kind: [path.relative_to(root).as_posix() for path in folders] for kind, folders in classes.items()}
         for split, classes in splits.items()
     }
-    abnormal = {folder for split in SPLITS for folder in found[split]["abnormal"]}
+    abnormal = {folder for split in SPLITS for folder in result[split]["abnormal"]}
     masks = next((place for place in MASK_PLACES if has_masks(root, abnormal, place)), None)
-    return {**found, "pixel_metrics": masks is not None, **({"masks": masks} if masks else {})}
+    return {**result, "pixel_metrics": masks is not None, **({"masks": masks} if masks else {})}
 
 
-def _classes(folder: Path) -> dict[str, Path]:
-    """`KINDS` -> the folder with that class's images, as far as there are such folders."""
-    inside = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else {}
-    for names in CLASS_NAMES:
-        found = {kind: inside[name] for kind, name in zip(KINDS, names, strict=True) if name in inside}
-        if found:
-            return {kind: _images_folder(path) for kind, path in found.items()}
+Classes = dict[str, list[Path]]  # `KINDS` -> folders
+
+
+def _splits(root: Path) -> dict[str, Classes] | None:
+    """The folders of each class of each split; None where they are not all found."""
+    test_folder = _entry(root, "test") or root / "test"
+    test = _classes(test_folder)
+    supports = [_classes(folder) for name in SUPPORT_NAMES if (folder := _entry(root, name))]
+    support = next((classes for classes in supports if len(classes) == 2), None)
+    normal = next((classes["normal"] for classes in supports if "normal" in classes), None)
+    if support and len(test) == 2:
+        return {"valid": support, "test": test}
+    if "normal" in test and normal:
+        inside = [_images_folder(path) for path in sorted(test_folder.iterdir()) if path.is_dir()]
+        defects = [path for path in inside if [path] != test["normal"] and list_images(path)]
+        splits = {"valid": {"normal": normal, "abnormal": defects}, "test": {**test, "abnormal": defects}}
+    else:
+        splits = dict.fromkeys(SPLITS, _classes(root))
+    complete = all(splits[split].get(kind) for split in SPLITS for kind in KINDS)
+    return splits if complete else None
+
+
+def _entry(folder: Path, name: str) -> Path | None:
+    """The folder of that name in another one, whatever its letters' case."""
+    if not folder.is_dir():
+        return None
+    return next((path for path in sorted(folder.iterdir()) if path.name.lower() == name and path.is_dir()), None)
+
+
+def _classes(folder: Path) -> Classes:
+    """The folder with each class's images, as far as there are such folders."""
+    for holder in (folder, _entry(folder, "img"), _entry(folder, folder.name.lower())):
+        if holder is None or not holder.is_dir():
+            continue
+        inside = {path.name.lower(): path for path in holder.iterdir() if path.is_dir()}
+        for names in CLASS_NAMES:
+            result = {kind: [_images_folder(inside[n])] for kind, n in zip(KINDS, names, strict=True) if n in inside}
+            if result:
+                return result
     return {}
 
 
 def _images_folder(path: Path) -> Path:
-    """Where a class's images lie: in img/ as in MVFA's layout, or directly in its folder."""
+    """Where a class's images lie: in img/ as in MVFA's layout, or in its folder."""
     return path / "img" if (path / "img").is_dir() else path
-
-
-def _relative(root: Path, folders: Path | list[str]) -> list[str]:
-    return folders if isinstance(folders, list) else [folders.relative_to(root).as_posix()]
-
-
-def patient(name: str) -> str | None:
-    """The patient's number in names that end in `<patient>_<image>`, like 00124_80.png or CNV-6294785-2.jpeg."""
-    match = re.search(r"(?:^|[_-])(\d+)[_-]\d{1,6}$", PurePosixPath(name).stem)
-    return match[1] if match else None
-
-
-def falls_in_valid(name: str, share: float) -> bool:
-    """Whether an image of a folder that both splits name is in valid, by a hash of its patient or else of its name.
-
-    So nothing moves when files are added, whatever the seed and the machine, and a patient is in one split (the rule
-    of the Speech Commands data set, Warden 2018).
-    """
-    digest = hashlib.sha256(os.fsencode(patient(name) or name)).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64

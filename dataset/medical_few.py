@@ -1,64 +1,88 @@
-"""A data set on disk: its images, masks and few-shot lists. Where they lie is dataset/layout.py's matter.
+"""A data set on disk: its samples, its splits and its few shots. Where they lie is dataset/layout.py's matter.
 
 The six published data sets lie as <data_path>/<obj>_AD/{valid,test}/{good,Ungood}/{img,anomaly_mask}/NAME
 """
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
 
-from utils import InputError, read_text
+from utils import InputError, anonymous_name, preview, sha256_file, warn
 
-from .layout import (
+from .fewshot import SEEDS, check_shot_names, list_name, parse_shot_list, pick_lines, shot_lists
+from .fewshot import read_shot_list as read_shot_list  # noqa: PLC0414 - for callers that are not rewritten yet
+from .images import (  # noqa: F401 - the last three as well
+    AS_STORED,
     EXTENSIONS,
+    NoImageError,
+    ReadOptions,
+    content_hash,
+    file_kind,
+    frames,
+    load_image,
+    load_mask,
+    read_mask,
+    stem,
+    to_tensor,
+    warn_once,
+)
+from .layout import (
+    BENCHMARKS,
     FOLDER,
     KINDS,
+    MADE_UP,
     SPLITS,
     Layout,
     described,
-    falls_in_valid,
     find_masks,
     list_images,
     mask_folder,
     object_name,
 )
-
-# Pillow only warns of images above Image.MAX_IMAGE_PIXELS (89,478,485, so 9,459 x 9,459); here that is the limit, as
-# several are decoded at a time. This is the way that its manual gives.
-warnings.simplefilter("error", Image.DecompressionBombWarning)
-ABNORMAL_ABOVE = 127  # of 255, in a mask
-Result = TypeVar("Result")
-Found = tuple[Path, list[Path]]  # an image, and the files that fit as its mask
+from .patients import compile_rule, falls_in_valid, patient
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image on disk."""
+    """One image on disk: a file, or a frame or slice of one."""
 
     path: Path
     label: int  # 1 = abnormal
     mask: Path | None  # of abnormal images, where the data set has masks
-    name: str  # the path below the data set's folder: what reports and JSON files call it
+    name: str  # the path below the data set's folder, `#INDEX` behind it: what reports and JSON files call it
+    patient: str | None = None  # as far as the name tells
+    index: int | None = None  # the frame of a series or slice of a volume, counted from 0
+    options: ReadOptions = field(default=AS_STORED, compare=False)
+    any_mask_size: bool = field(default=False, compare=False)  # a mask of another size than the image is resized
 
     def content_hash(self) -> str:
-        """SHA-256 of the file's bytes: a changed file is another image."""
+        """What `load_image_with_hash` gives for the file as it is now: a changed file is another image."""
         try:
-            return hashlib.sha256(self.path.read_bytes()).hexdigest()
+            return content_hash(sha256_file(self.path), self)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read ({error.strerror})") from error
+
+
+def anonymous(samples: Iterable[Sample]) -> list[Sample]:
+    """Samples with hashes for names and patients, which may be people's: what is shared shows these."""
+    return [replace(s, name=anonymous_name(s.name), patient=s.patient and anonymous_name(s.patient)) for s in samples]
+
+
+class ImageFile(NamedTuple):
+    """An image file of a class."""
+
+    path: Path
+    masks: list[Path]  # the files that fit as its mask: one, unless something is wrong
+    folder: str  # the class's, relative to the data set's: the file lies in it or below
 
 
 def leaks(
@@ -68,7 +92,8 @@ def leaks(
 ) -> list[tuple[Sample, Sample]]:
     """Pairs of samples whose files are equal, byte for byte, one of each list.
 
-    `content_hash` lets a caller that has the hashes already (a feature store) save the reading.
+    `content_hash` lets a caller that has the hashes already (a token store) save the reading; by default they are
+    remembered by path, size and time (`utils.sha256_file`).
     """
     by_hash = defaultdict(list)
     for sample in samples_a:
@@ -87,7 +112,7 @@ def data_folder(obj: str, data_path: str | Path, data_root: str | Path | None = 
 
 
 def _hint(obj: str, data_path: str | Path) -> str:
-    if (FOLDER / "fewshot_seed" / obj).is_dir():  # one of the published six
+    if obj in BENCHMARKS:
         return (
             f"the README says where to get {obj}, and `python -m dataset.phantom --obj {obj} --out {data_path}` "
             f"draws a made-up one"
@@ -107,8 +132,25 @@ class MedicalDataset:
     layout: Layout
 
     @classmethod
-    def open(cls, obj: str, data_path: str | Path, data_root: str | Path | None = None) -> MedicalDataset:
-        """Find `data_root` or <data_path>/<obj>_AD; `InputError` where it or a part of it is missing."""
+    def open(
+        cls,
+        obj: str,
+        data_path: str | Path,
+        data_root: str | Path | None = None,
+        patient: str | None = None,
+        mask_above: int | None = None,
+        options: ReadOptions | None = None,
+    ) -> MedicalDataset:
+        """Find `data_root` or <data_path>/<obj>_AD; `InputError` where it or a part of it is missing.
+
+        Args:
+            obj: its name; <obj>.json in the folder itself or in dataset/ may describe it.
+            data_path: folder that holds <obj>_AD.
+            data_root: the data set's own folder.
+            patient: regular expression for the patient in a name, instead of the JSON file's or the known ones.
+            mask_above: the grey of a mask (0 to 254) above which a pixel is abnormal, instead of the JSON file's.
+            options: how DICOM, NIfTI and 16-bit files are read, instead of what the JSON file says.
+        """
         root = data_folder(obj, data_path, data_root)
         layout = Layout.load(obj, root)
         for folder in (folder for split in SPLITS for kind in KINDS for folder in layout.folders(split, kind)):
@@ -116,6 +158,15 @@ class MedicalDataset:
             if not top.is_dir():
                 other = f"dataset/{obj}.json names it; under a new --obj the folder's own layout would be found"
                 raise InputError(f"{top} not found; {_hint(obj, data_path) if data_root is None else other}")
+        if patient is not None:
+            compile_rule(patient, "--patient")
+            layout = replace(layout, patient=patient)
+        if mask_above is not None:
+            if not 0 <= mask_above <= 254:
+                raise InputError(f"--mask_above {mask_above}: from 0 to 254, of 255")
+            layout = replace(layout, mask_above=mask_above)
+        if options is not None:
+            layout = replace(layout, window=options.window, plane=options.plane)
         return cls(obj, root, layout)
 
     @property
@@ -128,22 +179,46 @@ class MedicalDataset:
         """Whether the data set has masks that are used."""
         return self.layout.pixel_metrics
 
+    @property
+    def mask_above(self) -> int:
+        """The grey of a mask above which a pixel is abnormal, of 255."""
+        return self.layout.mask_above
+
+    @property
+    def options(self) -> ReadOptions:
+        """How files with more than 8 bits or more than one slice are read."""
+        return self.layout.options
+
+    @property
+    def is_benchmark(self) -> bool:
+        """Whether this is one of the paper's six: what others measured on its very files is accepted as it is."""
+        return self.obj in BENCHMARKS and not (self.root / MADE_UP).is_file()
+
+    @cached_property
+    def _patient_rule(self) -> re.Pattern[str] | None:
+        return compile_rule(self.layout.patient, "--patient") if self.layout.patient else None
+
     def samples(self, split: str) -> list[Sample]:
         """The images of `valid` or `test`, normal first, each class sorted by name; `valid` may lack abnormal ones.
 
+        In `valid` an abnormal image without a mask has mask None although the data set has masks: it may be no shot,
+        and cannot be calibrated on.
+
         Raises:
-            InputError: a class without images, or with pixel metrics abnormal images without a mask of their own.
+            InputError: a class without images, or with pixel metrics a test image without a mask of its own.
         """
         found = {kind: self.find(split, kind, (split, kind) != ("valid", "abnormal")) for kind in KINDS}
-        return [sample for kind in KINDS for sample in self._samples(found[kind], kind)]
+        for kind in KINDS:
+            self._check_masks(found[kind], kind, may_lack_mask=split == "valid")
+        return [sample for kind in KINDS for file in found[kind] for sample in self.expand(file, kind)]
 
-    def find(self, split: str, kind: str, required: bool = True) -> list[Found]:
-        """The images of a class (`normal`, `abnormal`) in a split, folder by folder and sorted, with their masks.
+    def find(self, split: str, kind: str, required: bool = True) -> list[ImageFile]:
+        """The image files of a class (`normal`, `abnormal`) in a split, folder by folder and sorted, with their masks.
 
         Raises:
             InputError: a folder is missing or there are no images; not where none are `required`.
         """
-        found: list[Found] = []
+        found: list[ImageFile] = []
         folders = self.layout.folders(split, kind)
         divided = 0  # images in folders that both splits share
         for folder in folders:
@@ -153,12 +228,11 @@ class MedicalDataset:
                 raise InputError(f"{self.root / folder} not found; the README shows the layout of a data set")
             images = list_images(self.root / folder)
             if folder in self.layout.shared(kind):
-                share = self.layout.valid_share
                 divided += len(images)
-                images = [path for path in images if falls_in_valid(self.name(path), share) == (split == "valid")]
+                images = [path for path in images if self._in_valid(path, folder) == (split == "valid")]
             with_masks = kind == "abnormal" and self.pixel_metrics
             masks = find_masks(self.root, folder, self.layout.masks, images) if with_masks else [[]] * len(images)
-            found += zip(images, masks, strict=True)
+            found += [ImageFile(path, fitting, folder) for path, fitting in zip(images, masks, strict=True)]
         if required and not found:
             where = ", ".join(str(self.root / folder) for folder in folders) or "its JSON file names no folder"
             if divided:
@@ -170,36 +244,76 @@ class MedicalDataset:
             raise InputError(f"{where}: no images ({', '.join(EXTENSIONS)}) for {split}, {kind}")
         return found
 
+    def _in_valid(self, path: Path, folder: str) -> bool:
+        return falls_in_valid(self.name(path), self.layout.valid_share, self.patient(path, folder))
+
     def name(self, path: Path) -> str:
         """The path below the data set's folder."""
         return path.relative_to(self.root).as_posix()
 
-    def mask_problems(self, found: Sequence[Found]) -> tuple[list[str], list[str]]:
+    def patient(self, path: Path, folder: str) -> str | None:
+        """The patient of an image in a class's folder, or below it, as far as the name tells."""
+        return patient(self.name(path), self._patient_rule, path.relative_to(self.root / folder).as_posix())
+
+    def mask_problems(self, found: Sequence[ImageFile]) -> tuple[list[str], list[str]]:
         """The images that have no mask, and those whose mask is ambiguous, in words."""
-        stems = Counter((path.parent, path.stem) for path, _ in found)
-        missing = [str(path) for path, masks in found if not masks]
+        stems = Counter((file.path.parent, stem(file.path)) for file in found)
+        missing = [str(file.path) for file in found if not file.masks]
         ambiguous = [
-            f"{path} ({len(masks)} masks fit {stems[path.parent, path.stem]} images of that name)"
-            for path, masks in found
-            if masks and (len(masks) > 1 or stems[path.parent, path.stem] > 1)
+            f"{file.path} ({len(file.masks)} masks fit {stems[file.path.parent, stem(file.path)]} images of that name)"
+            for file in found
+            if file.masks and (len(file.masks) > 1 or stems[file.path.parent, stem(file.path)] > 1)
         ]
         return missing, ambiguous
 
-    def _samples(self, found: Sequence[Found], kind: str) -> list[Sample]:
-        label = KINDS.index(kind)
-        if label and self.pixel_metrics:
-            missing, ambiguous = self.mask_problems(found)
-            if missing:
-                image = Path(missing[0])
-                place = mask_folder(self.root, self.name(image.parent), self.layout.masks)
-                raise InputError(
-                    f"{some(missing)}: no mask ({len(missing)} of {len(found)} abnormal images); they are sought in "
-                    f'{place}; `python -m dataset.check` names them all; add them, or set "pixel_metrics": false in '
-                    f"dataset/{self.obj}.json"
-                )
-            if ambiguous:
-                raise InputError(f"{some(ambiguous)}: give each image a name of its own, and its mask the same")
-        return [Sample(path, label, masks[0] if masks else None, self.name(path)) for path, masks in found]
+    def _check_masks(self, found: Sequence[ImageFile], kind: str, may_lack_mask: bool = False) -> None:
+        """`InputError` where an abnormal image has no mask of its own."""
+        if kind == "normal" or not self.pixel_metrics:
+            return
+        missing, ambiguous = self.mask_problems(found)
+        if missing and not may_lack_mask:
+            image = next(file for file in found if not file.masks)
+            place = mask_folder(self.root, image.folder, self.layout.masks)
+            raise InputError(
+                f"{preview(missing)}: no mask ({len(missing)} of {len(found)} abnormal images); they are sought in "
+                f'{place}; `python -m dataset.check` names them all; add them, or set "pixel_metrics": false in '
+                f"dataset/{self.obj}.json"
+            )
+        if ambiguous:
+            raise InputError(f"{preview(ambiguous)}: give each image a name of its own, and its mask the same")
+
+    def expand(self, file: ImageFile, kind: str) -> list[Sample]:
+        """The samples in a file: one, or of a DICOM series and a NIfTI volume one for each frame and slice.
+
+        Of an abnormal volume whose mask is a volume, only the slices that the mask marks are abnormal; the others are
+        left out, as nobody has said that they are normal. DICOM objects without a picture give none, with a warning.
+        """
+        sample = Sample(
+            file.path,
+            KINDS.index(kind),
+            file.masks[0] if file.masks else None,
+            self.name(file.path),
+            self.patient(file.path, file.folder),
+            None,
+            self.options,
+            self.is_benchmark,
+        )
+        if file_kind(file.path) == "pillow":
+            return [sample]
+        try:
+            inside = frames(file.path, self.options)
+        except NoImageError as error:
+            warn_once(f"{error}; left out")
+            return []
+        slices = [
+            replace(sample, index=frame.index, name=f"{sample.name}#{frame.index}")
+            if frame.index is not None
+            else sample
+            for frame in inside
+        ]
+        if sample.mask is None or file_kind(sample.mask) != "nifti" or len(slices) == 1:
+            return slices
+        return [entry for entry in slices if np.asarray(read_mask(entry)[0]).any()]
 
     def split_note(self) -> str | None:
         """A line on the folders that are divided between the splits; None where none is."""
@@ -208,26 +322,44 @@ class MedicalDataset:
         if not shared:
             return None
         valid, test = (
-            sum(self.name(path.parent) in shared for kind in kinds for path, _ in self.find(split, kind))
-            for split in SPLITS
+            sum(file.folder in shared for kind in kinds for file in self.find(split, kind)) for split in SPLITS
         )
         return (
-            f"{self.obj}: in both splits: {some(shared)}; of the {valid + test} images there {valid} are valid, for "
+            f"{self.obj}: in both splits: {preview(shared)}; of the {valid + test} images there {valid} are valid, for "
             f"shots, and {test} test, by a hash of the name (of the patient, where names have one)"
         )
 
+    def patients_note(self) -> str:
+        """A line on how many patients were recognised in the names, with examples; `warning: ...` where none was."""
+        files = [file for split in SPLITS for kind in KINDS for file in self.find(split, kind, required=False)]
+        unique = {file.path: self.patient(file.path, file.folder) for file in files}
+        patients = sorted({number for number in unique.values() if number})
+        if (self.root / MADE_UP).is_file():
+            return "patients: none, as the images are made up"
+        if not patients:
+            example = f" (such as {self.name(files[0].path)})" if files else ""
+            return (
+                f"warning: patients: none recognised in the names{example}, so that one may be in both splits without "
+                f"a word; say how to find them with --patient REGEX, or `patient` in {self.obj}.json"
+            )
+        some = "" if all(unique.values()) else f" ({sum(v is None for v in unique.values())} images without)"
+        return f"patients: {len(patients)} recognised in {len(unique)} names{some}: {preview(patients)}"
+
     def shots(self, shot_normal: int, shot_abnormal: int, iterate: int, seed: int) -> Shots:
-        """The few-shot images; a class's list is the one for its own number of shots. See `Shots`."""
+        """The few-shot images; a class's list is the one for its own number of shots. See `Shots`.
+
+        Raises:
+            InputError: a list that names other images or too few, fewer images than shots, a shot without a mask.
+        """
         counts = {"abnormal": shot_abnormal, "normal": shot_normal}
         draw = random.Random(seed)
         chosen: dict[str, list[Sample]] = {}
         names: dict[str, list[str]] = {}
         sources: dict[str, None] = {}  # an ordered set
+        warnings: dict[str, None] = {}
         for kind, count in counts.items():
-            known = (
-                {self.shot_name(path, kind): (path, masks) for path, masks in self.find("valid", kind)} if count else {}
-            )
-            listed = self._listed(kind, count, iterate, known) if count and iterate >= 0 else None
+            known = self.known_shots(kind) if count else {}
+            listed = self._listed(kind, count, iterate, known, warnings) if count and iterate >= 0 else None
             if listed is None:
                 if len(known) < count:
                     flag = "--shot" if shot_normal == shot_abnormal else f"--shot_{kind}"
@@ -238,42 +370,52 @@ class MedicalDataset:
                 names[kind], source = listed
             if count:
                 sources[source] = None
-            chosen[kind] = self._samples([known[name] for name in names[kind]], kind)
+            files = {known[name][0].path: known[name][0] for name in names[kind]}
+            self._check_masks(list(files.values()), kind)
+            chosen[kind] = [known[name][1] for name in names[kind]]
+        for text in warnings:
+            warn(text)
         return Shots(chosen["abnormal"], chosen["normal"], ", ".join(sources), names)
 
-    def shot_name(self, path: Path, kind: str) -> str:
-        """How lists call an image: by its name, or where a class has several folders by its path below the root."""
-        return path.name if len(self.layout.valid[kind]) == 1 else self.name(path)
+    def known_shots(self, kind: str) -> dict[str, tuple[ImageFile, Sample]]:
+        """The images of a class in valid by what lists call them: the name, or the path below the root.
 
-    def _listed(self, kind: str, count: int, iterate: int, known: dict[str, Found]) -> tuple[list[str], str] | None:
+        The path where a class has several folders or folders below, and `#INDEX` behind it for a slice.
+        """
+        files = self.find("valid", kind)
+        flat = len(self.layout.valid[kind]) == 1 and all(file.path.parent == self.root / file.folder for file in files)
+        return {
+            PurePosixPath(sample.name).name if flat else sample.name: (file, sample)
+            for file in files
+            for sample in self.expand(file, kind)
+        }
+
+    def _listed(
+        self,
+        kind: str,
+        count: int,
+        iterate: int,
+        known: dict[str, tuple[ImageFile, Sample]],
+        warnings: dict[str, None],
+    ) -> tuple[list[str], str] | None:
         """The names on the list for `count` shots and that list's name; None where there is none for these images."""
-        path = next((path for path in self.shot_lists() if path.name == f"my{count}-shot.txt"), None)
+        path = next((path for path in self.shot_lists() if path.name == list_name(count)), None)
         if path is None:
             return None
-        names = read_shot_list(path, iterate)[0 if kind == "abnormal" else 1]
-        if FOLDER in path.parents:
+        lines, remarks = parse_shot_list(path)
+        names = pick_lines(lines, remarks, path, iterate)[0 if kind == "abnormal" else 1]
+        source = str(path)
+        if SEEDS in path.parents:
             if not set(names) & set(known):
                 return None  # a list for other images under the same name, as with the phantom
-            source = f"dataset/fewshot_seed/{self.obj}/{path.name}"
-        else:
-            source = str(path)
-        check_shot_names(names, known, count, source, self.root)
+            source = path.relative_to(FOLDER.parent).as_posix()
+        remarks += check_shot_names(names, known, count, source, self.root)
+        warnings.update(dict.fromkeys(remarks))
         return names, source
 
     def shot_lists(self) -> list[Path]:
         """The few-shot lists, the data set's own first: they win over the project's of the same name."""
-        folders = (self.root / "fewshot_seed", FOLDER / "fewshot_seed" / self.obj)
-        return [
-            path
-            for folder in folders
-            for path in sorted(folder.glob("*"))
-            if re.fullmatch(r"my\d+-shot\.txt", path.name)
-        ]
-
-
-def some(words: Sequence[str], most: int = 3) -> str:
-    """The first few of many, for a message."""
-    return ", ".join(words[:most]) + (f", and {len(words) - most} more" if len(words) > most else "")
+        return shot_lists(self.root, self.obj)
 
 
 @dataclass(frozen=True)
@@ -285,161 +427,11 @@ class Shots:
     source: str  # the list file, or how they were sampled
     listed: dict[str, list[str]]
 
+    def anonymous(self) -> Shots:
+        """The same with hashes for names."""
+        listed = {kind: [anonymous_name(name) for name in names] for kind, names in self.listed.items()}
+        return Shots(anonymous(self.abnormal), anonymous(self.normal), self.source, listed)
+
     def names(self) -> dict[str, list[str]]:
         """What is printed, logged and stored in the checkpoint: the names as a list would give them."""
         return self.listed
-
-
-def check_shot_names(names: Sequence[str], known: Iterable[str], count: int, source: str, root: Path) -> None:
-    """`InputError` for names on a list that are no image of that class in valid, or that are too few or too many."""
-    for name in names:
-        if name.startswith(("/", "\\")) or ".." in PurePosixPath(name).parts:
-            raise InputError(f"{source}: {name!r} is not a plain file name")
-        if name not in known:
-            raise InputError(f"{source}: names {name}, but valid has no such image of that class in {root}")
-    if len(names) != count:
-        raise InputError(f"{source}: names {len(names)} images where {count} shots are meant: {some(names)}")
-
-
-def read_shot_list(path: Path, iterate: int) -> tuple[list[str], list[str]]:
-    """The names of the abnormal and of the normal shots in lines `a-<iterate>:` and `n-<iterate>:`, in their order.
-
-    Raises:
-        InputError: what `parse_shot_list` refuses, or no line for `iterate`.
-    """
-    lines = parse_shot_list(path)
-    for kind in "an":
-        if not lines.get((kind, iterate)):
-            known = ", ".join(sorted({str(index) for _, index in lines})) or "none"
-            raise InputError(f"--iterate {iterate}: {path} has no line `{kind}-{iterate}:` with names (it has {known})")
-    return lines["a", iterate], lines["n", iterate]
-
-
-def parse_shot_list(path: Path) -> dict[tuple[str, int], list[str]]:
-    """Read lines `a-K: name name ...` and `n-K: name name ...` of a few-shot list: (`a` or `n`, K) -> names.
-
-    Raises:
-        InputError: unreadable file, a line of another form, a second line of a kind, a name twice.
-    """
-    try:
-        text = read_text(path)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{path}: cannot be read as a few-shot list ({reason})") from error
-    lines: dict[tuple[str, int], list[str]] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        match = re.fullmatch(r"\s*([an])-(\d{1,9})\s*:(.*)", line)
-        if match is None:
-            raise InputError(f"{path}, line {number}: expected `a-K: name ...` or `n-K: name ...`, found {line[:60]!r}")
-        key = (match[1], int(match[2]))
-        if key in lines:
-            raise InputError(f"{path}, line {number}: a second line for {key[0]}-{key[1]}")
-        lines[key] = match[3].split()
-        if len(set(lines[key])) < len(lines[key]):
-            raise InputError(f"{path}, line {number}: a name stands there twice")
-    return lines
-
-
-def load_image(path: Path, size: int) -> Tensor:
-    """Read an image as RGB, resized bicubically (antialiased): (3, size, size) float32 in [0, 1]."""
-    return to_tensor(decode(path), size)
-
-
-def to_tensor(image: Image.Image, size: int) -> Tensor:
-    """An RGB image resized as `load_image` does: (3, size, size) float32 in [0, 1]."""
-    resized = image.resize((size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
-
-
-def load_mask(sample: Sample, size: int) -> Tensor:
-    """The mask of a sample, resized by nearest neighbour: (size, size) bool, all False where there is none."""
-    if sample.mask is None:
-        return torch.zeros(size, size, dtype=torch.bool)
-    mask = decode(sample.mask, "L")
-    image_size = read_picture(sample.path, lambda image: image.size)
-    if image_size != mask.size:
-        raise InputError(f"{sample.mask}: {mask.size} pixels, but its image has {image_size}")
-    return torch.from_numpy(np.array(mask.resize((size, size), Image.Resampling.NEAREST))) > ABNORMAL_ABOVE
-
-
-def check_mask(sample: Sample) -> None:
-    """`InputError` for a mask that marks something, but nothing as abnormal: labels 0 and 1 where 0 and 255 are meant.
-
-    For shots; a test mask like that counts as empty, as published, and `dataset.check` reports it.
-    """
-    peak = decode(sample.mask, "L").getextrema()[1] if sample.mask else 0
-    if 0 < peak <= ABNORMAL_ABOVE:
-        raise InputError(
-            f"{sample.mask}: its largest value is {peak} of 255, and abnormal is above {ABNORMAL_ABOVE}: save 0 and 255"
-        )
-
-
-@dataclass(frozen=True)
-class Header:
-    """What an image file says of itself."""
-
-    size: tuple[int, int]  # width, height
-    mode: str  # Pillow's: L, RGB, I;16, ...
-    orientation: int  # EXIF; 1 is upright. It is ignored, as published, so that an image fits its mask
-
-
-def decode(path: Path, mode: str = "RGB") -> Image.Image:
-    """The pixels of an image file in 8 bits, `RGB` or `L`.
-
-    16 bits are scaled, where Pillow would saturate to white; transparency is dropped, as published. A file with several
-    pictures is refused, as the first slice of a volume would be a guess; the previews that cameras add (MPO) are not
-    meant by that.
-
-    Raises:
-        InputError: unreadable or cut short, too many pixels, several pictures, pixels without a known range.
-    """
-    return read_picture(path, lambda image: _convert(image, mode, path))
-
-
-def examine(path: Path) -> tuple[Header, Image.Image]:
-    """What `decode` gives as `RGB`, with the file's header."""
-
-    def use(image: Image.Image) -> tuple[Header, Image.Image]:
-        size, mode, pixels = image.size, image.mode, _convert(image, "RGB", path)
-        return Header(
-            size, mode, image.getexif().get(0x0112, 1)
-        ), pixels  # EXIF last: in a PNG it may follow the pixels
-
-    return read_picture(path, use)
-
-
-def _convert(image: Image.Image, mode: str, path: Path) -> Image.Image:
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-        raise InputError(f"{path}: holds {image.n_frames} pictures; save the one that is meant as a file of its own")
-    return to_mode(image, mode, path)
-
-
-def to_mode(image: Image.Image, mode: str, path: object) -> Image.Image:
-    """A picture in 8 bits, `RGB` or `L`, as `decode` says; `InputError` that names `path`."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise InputError(f"{path}: 32 bits a pixel have no known range; save it with 8 or 16 bits")
-        return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert(mode)
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # the same colours, without Pillow's advice on stderr to do so
-    return image.convert(mode)
-
-
-def read_picture(path: Path, use: Callable[[Image.Image], Result]) -> Result:
-    """What `use` makes of the image file that Pillow opens; `InputError` naming it for whatever goes wrong."""
-    try:
-        with Image.open(path) as image:
-            return use(image)
-    except InputError:
-        raise
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: not found") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        limit = f"{Image.MAX_IMAGE_PIXELS:,}"
-        raise InputError(f"{path}: more than {limit} pixels; scale it down or cut it into tiles") from error
-    except Exception as error:  # damaged files make Pillow's decoders raise almost anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{path}: not a readable image, or cut short ({reason})") from error

@@ -36,6 +36,7 @@ NOTICE = "synthetic: drawn by dataset/phantom.py, it says nothing about medicine
 
 Array = np.ndarray
 Rng = np.random.Generator
+Line = tuple[list[tuple[float, float]], float]  # points, width
 Painter = Callable[[int, Rng, "Rng | None"], "tuple[Array, Array]"]  # (size, anatomy, lesions or None) -> image, mask
 
 
@@ -49,7 +50,7 @@ def plane(size: int) -> tuple[Array, Array]:
     return x, y
 
 
-def turn(x: Array, y: Array, angle: float) -> tuple[Array, Array]:
+def rotate(x: Array, y: Array, angle: float) -> tuple[Array, Array]:
     """Return the coordinates seen from a frame turned by `angle` radians."""
     cos, sin = math.cos(angle), math.sin(angle)
     return cos * x + sin * y, cos * y - sin * x
@@ -59,7 +60,7 @@ def ellipse(
     x: Array, y: Array, cx: float, cy: float, rx: float, ry: float, angle: float = 0.0, power: float = 2.0
 ) -> Array:
     """Distance to an ellipse's centre in units of its radius, 1 on its border; `power` above 2 makes it squarer."""
-    u, v = turn(x - cx, y - cy, angle)
+    u, v = rotate(x - cx, y - cy, angle)
     return (np.abs(u / rx) ** power + np.abs(v / ry) ** power) ** (1 / power)
 
 
@@ -78,7 +79,7 @@ def smooth(rng: Rng, size: int, cells: int) -> Array:
 def blob(rng: Rng, x: Array, y: Array, cx: float, cy: float, radius: float, rough: float = 0.3) -> Array:
     """Distance (as `ellipse`, less 1) to a stretched, irregular round border of about `radius`."""
     stretch = rng.uniform(1.0, 1.4)
-    u, v = turn(x - cx, y - cy, rng.uniform(0, math.pi))
+    u, v = rotate(x - cx, y - cy, rng.uniform(0, math.pi))
     u, v = u / stretch, v * stretch
     angle = np.arctan2(v, u)
     border = sum(rough / k * rng.uniform(-1, 1) * np.cos(k * angle + rng.uniform(0, 6.3)) for k in range(2, 7))
@@ -91,7 +92,7 @@ def shrink(canvas: Image.Image, size: int, blur: float) -> Array:
     return np.asarray(canvas.resize((size, size), Image.Resampling.BOX), dtype=np.float64) / 255
 
 
-def strokes(size: int, lines: Sequence[tuple[Sequence[tuple[float, float]], float]], blur: float) -> Array:
+def strokes(size: int, lines: Sequence[Line], blur: float) -> Array:
     """Coverage (size, size) in [0, 1] of polylines, each (points, width), blurred; widths and blur in plane units."""
     canvas = Image.new("L", (2 * size, 2 * size))
     pen = ImageDraw.Draw(canvas)
@@ -100,7 +101,7 @@ def strokes(size: int, lines: Sequence[tuple[Sequence[tuple[float, float]], floa
     return shrink(canvas, size, blur)
 
 
-def branch(rng: Rng, start: tuple[float, float], angle: float, length: float, width: float) -> Iterator[tuple]:
+def branch(rng: Rng, start: tuple[float, float], angle: float, length: float, width: float) -> Iterator[Line]:
     """Polylines of a vessel that leaves `start` towards `angle`, bends and forks into thinner ones."""
     points = [start]
     for _ in range(4):
@@ -113,16 +114,16 @@ def branch(rng: Rng, start: tuple[float, float], angle: float, length: float, wi
             yield from branch(rng, points[-1], angle + side * rng.uniform(0.3, 0.8), length * 0.7, width * 0.6)
 
 
-def lay(image: Array, cover: Array, value: float | Array) -> Array:
+def alpha_blend(image: Array, cover: Array, value: float | Array) -> Array:
     """Mix `value` into the image, in the part that `cover` in [0, 1] says."""
     return image + cover * (value - image)
 
 
 def add_lesion(image: Array, mask: Array, cover: Array, value: float | Array) -> tuple[Array, Array]:
-    """`lay` for a lesion: nothing happens where `cover` (size, size) < FAINT, and everything else joins the mask."""
+    """`alpha_blend` a lesion: nothing where `cover` (size, size) < FAINT; everything else joins the mask."""
     seen = cover >= FAINT
     cover = np.where(seen, cover, 0.0)
-    return lay(image, cover if image.ndim == 2 else cover[..., None], value), mask | seen
+    return alpha_blend(image, cover if image.ndim == 2 else cover[..., None], value), mask | seen
 
 
 def spot_in(rng: Rng, cover: Array) -> tuple[float, float]:
@@ -135,79 +136,88 @@ def spot_in(rng: Rng, cover: Array) -> tuple[float, float]:
 # --- the modalities; each returns the image, (size, size) or (size, size, 3) in [0, 1], and its lesion mask ---
 
 
-def brain(size: int, rng: Rng, sick: Rng | None) -> tuple[Array, Array]:
+def brain(size: int, rng: Rng, lesion_rng: Rng | None) -> tuple[Array, Array]:
     """Draw an axial MRI slice; the lesion is an irregular tumour, bright or ring-shaped, some with oedema."""
     x, y = plane(size)
-    u, v = turn(x - rng.uniform(-0.05, 0.05), y - rng.uniform(-0.05, 0.05), rng.uniform(-0.2, 0.2))
+    u, v = rotate(x - rng.uniform(-0.05, 0.05), y - rng.uniform(-0.05, 0.05), rng.uniform(-0.2, 0.2))
     r = ellipse(u, v, 0, 0, rng.uniform(0.68, 0.78), rng.uniform(0.82, 0.92)) + 0.012 * smooth(rng, size, 6)
-    image = 0.02 + lay(inside(r - 1) * 0.36, inside(r - 0.95), 0.06)  # scalp, then the dark bone
+    image = 0.02 + alpha_blend(inside(r - 1) * 0.36, inside(r - 0.95), 0.06)  # scalp, then the dark bone
     tissue = inside(r - 0.88)
     white = inside(r + 0.14 * np.abs(smooth(rng, size, 16)) - rng.uniform(0.76, 0.8), 0.05)
-    matter = lay(np.full_like(r, 0.36), white, 0.46)
+    matter = alpha_blend(np.full_like(r, 0.36), white, 0.46)
     folds = np.exp(-((smooth(rng, size, 18) / 0.16) ** 2)) * np.clip((r - 0.5) / 0.25, 0, 1)
     cleft = inside(np.abs(u + 0.015 * smooth(rng, size, 8)) - 0.012) * inside(0.3 - np.abs(v))
-    matter = lay(lay(matter, 0.8 * folds, 0.18), cleft, 0.15)
+    matter = alpha_blend(alpha_blend(matter, 0.8 * folds, 0.18), cleft, 0.15)
     width, length = rng.uniform(0.04, 0.08), rng.uniform(0.13, 0.22)
     for side in (-1, 1):
-        matter = lay(matter, inside(ellipse(u, v, side * 0.2, 0.08, 0.1, 0.17, -side * 0.3) - 1, 0.2), 0.4)
+        matter = alpha_blend(matter, inside(ellipse(u, v, side * 0.2, 0.08, 0.1, 0.17, -side * 0.3) - 1, 0.2), 0.4)
         for cy, out, lean in ((-0.14, 0.04, 0.3), (0.18, 0.14, -0.5)):  # front and back horn of a ventricle
             horn = ellipse(u, v, side * (width + out), cy, width, length, side * lean)
-            matter = lay(matter, inside(horn - 1, 0.12), 0.1)
-    image = lay(image, tissue, matter * (1 + 0.03 * smooth(rng, size, 3)))
+            matter = alpha_blend(matter, inside(horn - 1, 0.12), 0.1)
+    image = alpha_blend(image, tissue, matter * (1 + 0.03 * smooth(rng, size, 3)))
     mask = np.zeros(r.shape, bool)
-    if sick is not None:
-        contrast = sick.uniform(*CONTRAST)
-        distance = blob(sick, x, y, *spot_in(sick, inside(r - 0.66)), sick.uniform(0.15, 0.34))
-        texture = 0.06 * smooth(sick, size, 20)
-        if sick.random() < 0.5:
-            oedema = inside(distance - sick.uniform(0.2, 0.5) + 0.12 * smooth(sick, size, 12), 0.25)
+    if lesion_rng is not None:
+        contrast = lesion_rng.uniform(*CONTRAST)
+        distance = blob(lesion_rng, x, y, *spot_in(lesion_rng, inside(r - 0.66)), lesion_rng.uniform(0.15, 0.34))
+        texture = 0.06 * smooth(lesion_rng, size, 20)
+        if lesion_rng.random() < 0.5:
+            oedema = inside(distance - lesion_rng.uniform(0.2, 0.5) + 0.12 * smooth(lesion_rng, size, 12), 0.25)
             image, mask = add_lesion(image, mask, oedema * tissue, 0.45 + 0.5 * contrast + texture)
-        hollow = sick.random() < 0.2
+        hollow = lesion_rng.random() < 0.2
         core = 0.4 - 0.7 * contrast if hollow else 0.47 + contrast
         image, mask = add_lesion(image, mask, inside(distance, 0.12) * tissue, core + texture)
         if hollow:
-            rim = np.abs(distance + 0.15 + 0.08 * smooth(sick, size, 10)) - sick.uniform(0.1, 0.2)
+            rim = np.abs(distance + 0.15 + 0.08 * smooth(lesion_rng, size, 10)) - lesion_rng.uniform(0.1, 0.2)
             image, mask = add_lesion(image, mask, inside(rim, 0.12) * tissue, 0.47 + contrast + texture)
     return image + 0.025 * rng.standard_normal(r.shape), mask
 
 
-def liver(size: int, rng: Rng, sick: Rng | None) -> tuple[Array, Array]:
+def liver(size: int, rng: Rng, lesion_rng: Rng | None) -> tuple[Array, Array]:
     """Draw an axial CT slice of the upper abdomen; the lesions are one to four dark nodules in the liver."""
     x, y = plane(size)
-    u, v = turn(x - rng.uniform(-0.03, 0.03), y - rng.uniform(-0.03, 0.03), rng.uniform(-0.08, 0.08))
+    u, v = rotate(x - rng.uniform(-0.03, 0.03), y - rng.uniform(-0.03, 0.03), rng.uniform(-0.08, 0.08))
     r = ellipse(u, v, 0, 0, rng.uniform(0.88, 0.95), rng.uniform(0.7, 0.78), power=2.3)
     wall = r - rng.uniform(0.86, 0.92)
-    image = lay(0.02 + inside(r - 1) * 0.2, inside(wall), 0.45)  # skin and fat, then muscle
+    image = alpha_blend(0.02 + inside(r - 1) * 0.2, inside(wall), 0.45)  # skin and fat, then muscle
     cavity = inside(wall + 0.07)
-    image = lay(image, cavity, 0.22 + 0.04 * smooth(rng, size, 10))
+    image = alpha_blend(image, cavity, 0.22 + 0.04 * smooth(rng, size, 10))
     beads = np.cos(np.arctan2(v, u) * rng.integers(8, 12) + rng.uniform(0, 6.3)) + 0.3 * smooth(rng, size, 4)
-    image = lay(image, inside(np.abs(wall + 0.035) - 0.025) * inside(0.5 - beads, 0.15), 0.85)  # ribs
+    image = alpha_blend(image, inside(np.abs(wall + 0.035) - 0.025) * inside(0.5 - beads, 0.15), 0.85)  # ribs
     stomach = inside(blob(rng, u, v, 0.38, -0.28, 0.24, 0.15), 0.05) * cavity
-    image = lay(lay(image, stomach, 0.42), stomach * inside(v + rng.uniform(0.3, 0.4)), 0.03)  # its air lies above
-    image = lay(image, inside(blob(rng, u, v, 0.62, 0.18, 0.17, 0.2), 0.08) * cavity, 0.58)  # spleen
+    image = alpha_blend(
+        alpha_blend(image, stomach, 0.42), stomach * inside(v + rng.uniform(0.3, 0.4)), 0.03
+    )  # its air lies above
+    image = alpha_blend(image, inside(blob(rng, u, v, 0.62, 0.18, 0.17, 0.2), 0.08) * cavity, 0.58)  # spleen
     for side in (-1, 1):
         kidney = ellipse(u, v, side * 0.36, 0.38, 0.1, 0.13, side * 0.4)
-        image = lay(lay(image, inside(kidney - 1, 0.1), 0.66), inside(kidney - 0.45, 0.2), 0.4)
+        image = alpha_blend(alpha_blend(image, inside(kidney - 1, 0.1), 0.66), inside(kidney - 0.45, 0.2), 0.4)
     right, left = blob(rng, u, v, -0.4, -0.05, rng.uniform(0.42, 0.48), 0.2), blob(rng, u, v, -0.05, -0.32, 0.25, 0.2)
     lobe = inside(np.minimum(right, left), 0.04) * inside(wall + 0.09)
-    image = lay(image, lobe, rng.uniform(0.56, 0.62) + 0.015 * smooth(rng, size, 30))
+    image = alpha_blend(image, lobe, rng.uniform(0.56, 0.62) + 0.015 * smooth(rng, size, 30))
     vessels = [*branch(rng, (-0.15, 0.02), 3.3, 0.3, 0.035), *branch(rng, (-0.2, -0.15), 4.0, 0.28, 0.03)]
-    image = lay(image, 0.8 * strokes(size, vessels, 0.008) * lobe, 0.74)
-    spine = [([(0, 0.42), (0, 0.62)], 0.05), ([(-0.18, 0.5), (0, 0.46), (0.18, 0.5)], 0.05)]
-    image = lay(image, strokes(size, spine, 0.008), 0.9)
+    image = alpha_blend(image, 0.8 * strokes(size, vessels, 0.008) * lobe, 0.74)
+    spine: list[Line] = [([(0, 0.42), (0, 0.62)], 0.05), ([(-0.18, 0.5), (0, 0.46), (0.18, 0.5)], 0.05)]
+    image = alpha_blend(image, strokes(size, spine, 0.008), 0.9)
     # Vertebra with its core and canal, then the two large vessels before it.
     for cx, cy, rx, ry, value in (
         *((0, 0.34, 0.13, 0.11, 0.95), (0, 0.34, 0.1, 0.08, 0.75), (0, 0.48, 0.06, 0.045, 0.4)),
         *((0.1, 0.16, 0.055, 0.055, 0.74), (-0.12, 0.16, 0.05, 0.05, 0.74)),
     ):
-        image = lay(image, inside(ellipse(u, v, cx, cy, rx, ry) - 1, 0.1), value)
+        image = alpha_blend(image, inside(ellipse(u, v, cx, cy, rx, ry) - 1, 0.1), value)
     mask = np.zeros(r.shape, bool)
-    if sick is not None:
-        contrast = sick.uniform(*CONTRAST)
-        for _ in range(sick.integers(1, 5)):
-            distance = blob(sick, x, y, *spot_in(sick, lobe), sick.uniform(0.07, 0.2), sick.choice([0.05, 0.35]))
-            value = 0.58 - contrast * sick.uniform(0.85, 1.1) + 0.03 * smooth(sick, size, 24)
-            image, mask = add_lesion(image, mask, inside(distance, 0.15) * lobe, value)
+    if lesion_rng is not None:
+        contrast = lesion_rng.uniform(*CONTRAST)
+        for _ in range(lesion_rng.integers(1, 5)):
+            distance = blob(
+                lesion_rng,
+                x,
+                y,
+                *spot_in(lesion_rng, lobe),
+                lesion_rng.uniform(0.07, 0.2),
+                lesion_rng.choice([0.05, 0.35]),
+            )
+            tone = 0.58 - contrast * lesion_rng.uniform(0.85, 1.1) + 0.03 * smooth(lesion_rng, size, 24)
+            image, mask = add_lesion(image, mask, inside(distance, 0.15) * lobe, tone)
     return image + 0.035 * rng.standard_normal(r.shape), mask
 
 
@@ -239,7 +249,7 @@ LAYER_GREYS = (
 )
 
 
-def retina(size: int, rng: Rng, sick: Rng | None, kinds: Sequence[str]) -> tuple[Array, Array]:
+def retina(size: int, rng: Rng, lesion_rng: Rng | None, kinds: Sequence[str]) -> tuple[Array, Array]:
     """Draw an OCT B-scan of the macula; the lesions are one or two of `kinds`: "pockets", "detachment", "drusen"."""
     x, y = plane(size)
     column = x[0]
@@ -252,33 +262,33 @@ def retina(size: int, rng: Rng, sick: Rng | None, kinds: Sequence[str]) -> tuple
     image = np.interp(depth, LAYER_DEPTHS, LAYER_GREYS)
     image *= 1 + 0.35 * choroid * np.clip(smooth(rng, size, 22), -1, 1) + 0.06 * smooth(rng, size, 6)
     mask = np.zeros(x.shape, bool)
-    if sick is not None:
-        contrast = sick.uniform(*CONTRAST)
+    if lesion_rng is not None:
+        contrast = lesion_rng.uniform(*CONTRAST)
         dark = max(0.3 - 0.55 * contrast, 0.02)
-        chosen = sick.choice(kinds, sick.integers(1, 3), replace=False)
+        chosen = lesion_rng.choice(kinds, lesion_rng.integers(1, 3), replace=False)
         room = inside(np.abs(depth - 0.5) - 0.36, 0.04)
-        for _ in range(sick.integers(2, 6) * ("pockets" in chosen)):
-            spot = spot_in(sick, room * (np.abs(x) < 0.8))
-            cover = inside(blob(sick, x, y, *spot, sick.uniform(0.08, 0.18), 0.2), 0.12) * room
+        for _ in range(lesion_rng.integers(2, 6) * ("pockets" in chosen)):
+            spot = spot_in(lesion_rng, room * (np.abs(x) < 0.8))
+            cover = inside(blob(lesion_rng, x, y, *spot, lesion_rng.uniform(0.08, 0.18), 0.2), 0.12) * room
             image, mask = add_lesion(image, mask, cover, dark)
-        mounds = [(sick.uniform(0.3, 0.7), sick.uniform(0.2, 0.36), dark)] * ("detachment" in chosen)
-        for _ in range(sick.integers(3, 7) * ("drusen" in chosen)):
-            half = sick.uniform(0.14, 0.3)
-            mounds.append((half, half * sick.uniform(0.6, 0.9), 0.3 + contrast))
+        mounds = [(lesion_rng.uniform(0.3, 0.7), lesion_rng.uniform(0.2, 0.36), dark)] * ("detachment" in chosen)
+        for _ in range(lesion_rng.integers(3, 7) * ("drusen" in chosen)):
+            half = lesion_rng.uniform(0.14, 0.3)
+            mounds.append((half, half * lesion_rng.uniform(0.6, 0.9), 0.3 + contrast))
         for half, height, value in mounds:
-            bump = height * np.clip(1 - ((column - sick.uniform(-0.7, 0.7)) / half) ** 2, 0, None) ** 0.8
+            bump = height * np.clip(1 - ((column - lesion_rng.uniform(-0.7, 0.7)) / half) ** 2, 0, None) ** 0.8
             roof = base - 0.03 - np.minimum(bump, 0.6 * thick)
             cap = np.exp(-(((y - roof - 0.02) / 0.02) ** 2))
             cover = inside(np.maximum(roof - y, y - base), 0.015) * (bump > 0.01)
-            image, mask = add_lesion(image, mask, cover, lay(np.full_like(y, value), cap, 0.95))
+            image, mask = add_lesion(image, mask, cover, alpha_blend(np.full_like(y, value), cap, 0.95))
     speckle = rng.gamma(6.0, 1 / 6.0, x.shape)
     return image * (0.4 + 0.6 * speckle) + 0.02 * rng.random(x.shape), mask
 
 
-def chest(size: int, rng: Rng, sick: Rng | None) -> tuple[Array, Array]:
+def chest(size: int, rng: Rng, lesion_rng: Rng | None) -> tuple[Array, Array]:
     """Draw a frontal chest film; the lesions are fluffy opacities in the lungs or fluid at a lung's base."""
     x, y = plane(size)
-    u, v = turn(x - rng.uniform(-0.04, 0.04), y - rng.uniform(-0.04, 0.04), rng.uniform(-0.05, 0.05))
+    u, v = rotate(x - rng.uniform(-0.04, 0.04), y - rng.uniform(-0.04, 0.04), rng.uniform(-0.05, 0.05))
     shoulder = 0.24 + 0.72 * np.clip((v + rng.uniform(0.86, 0.95)) / 0.3, 0, 1) ** 0.5
     image = 0.03 + inside(np.abs(u) - shoulder, 0.03) * (rng.uniform(0.53, 0.57) + 0.1 * v)
     lung = np.zeros_like(u)
@@ -290,9 +300,11 @@ def chest(size: int, rng: Rng, sick: Rng | None) -> tuple[Array, Array]:
     heart = ellipse(u, v, rng.uniform(0.1, 0.16), 0.32, rng.uniform(0.3, 0.38), rng.uniform(0.24, 0.3), 0.6)
     middle = np.maximum(inside(heart - 1, 0.12), inside(np.abs(u) - 0.13 - 0.03 * np.cos(6 * v), 0.06))
     lung = lung * (1 - middle)
-    image = lay(image, lung, rng.uniform(0.14, 0.18))
+    image = alpha_blend(image, lung, rng.uniform(0.14, 0.18))
     image += 0.08 * middle * inside(v - 0.6, 0.3) + 0.04 * inside(np.abs(u) - 0.06, 0.02)
-    twigs, ribs, collar = [], [], []
+    twigs: list[Line] = []
+    ribs: list[Line] = []
+    collar: list[Line] = []
     gap, t = rng.uniform(0.15, 0.18), np.linspace(0, math.pi * 0.62, 12)
     for side in (-1, 1):
         for angle in (-1.0, -0.3, 0.4, 1.1):
@@ -305,17 +317,17 @@ def chest(size: int, rng: Rng, sick: Rng | None) -> tuple[Array, Array]:
     image += 0.08 * strokes(size, ribs, 0.014) * inside(v - 0.6, 0.2) * (1 - 0.7 * middle)
     image *= 1 + 0.02 * smooth(rng, size, 4)
     mask = np.zeros(u.shape, bool)
-    if sick is not None:
-        value = image + 0.05 + 0.8 * sick.uniform(*CONTRAST)  # added, so that ribs and vessels show through
-        if sick.random() < 0.2:
-            level = sick.uniform(-0.2, 0.2) - 0.5 * np.clip(np.abs(u) - 0.35, 0, None) ** 1.5
+    if lesion_rng is not None:
+        value = image + 0.05 + 0.8 * lesion_rng.uniform(*CONTRAST)  # added, so that ribs and vessels show through
+        if lesion_rng.random() < 0.2:
+            level = lesion_rng.uniform(-0.2, 0.2) - 0.5 * np.clip(np.abs(u) - 0.35, 0, None) ** 1.5
             image, mask = add_lesion(
-                image, mask, inside(level - v, 0.05) * lung * (u * sick.choice([-1, 1]) > 0), value
+                image, mask, inside(level - v, 0.05) * lung * (u * lesion_rng.choice([-1, 1]) > 0), value
             )
-        for _ in range(0 if mask.any() else sick.integers(2, 6)):
-            distance = blob(sick, x, y, *spot_in(sick, lung), sick.uniform(0.18, 0.42))
-            fluff = inside(distance + 0.25 * smooth(sick, size, 14), 0.35)
-            image, mask = add_lesion(image, mask, 0.9 * fluff * lung, value + 0.05 * smooth(sick, size, 24))
+        for _ in range(0 if mask.any() else lesion_rng.integers(2, 6)):
+            distance = blob(lesion_rng, x, y, *spot_in(lesion_rng, lung), lesion_rng.uniform(0.18, 0.42))
+            fluff = inside(distance + 0.25 * smooth(lesion_rng, size, 14), 0.35)
+            image, mask = add_lesion(image, mask, 0.9 * fluff * lung, value + 0.05 * smooth(lesion_rng, size, 24))
     return image + 0.02 * rng.standard_normal(u.shape), mask
 
 
@@ -326,31 +338,32 @@ def nuclei(rng: Rng, size: int, count: int, radius: tuple[float, float]) -> Arra
     circle = np.linspace(0, 2 * math.pi, 14)
     for _ in range(count):
         long, flat = rng.uniform(*radius), rng.uniform(0.55, 1)
-        ex, ey = turn(long * np.cos(circle), long * flat * np.sin(circle), rng.uniform(0, math.pi))
+        ex, ey = rotate(long * np.cos(circle), long * flat * np.sin(circle), rng.uniform(0, math.pi))
         outline = (np.stack([ex, ey], axis=1) + rng.uniform(-1.02, 1.02, 2) + 1) * size
         pen.polygon(outline.ravel().tolist(), int(rng.integers(150, 256)))
     return shrink(canvas, size, 0.006)
 
 
-def histology(size: int, rng: Rng, sick: Rng | None) -> tuple[Array, Array]:
+def histology(size: int, rng: Rng, lesion_rng: Rng | None) -> tuple[Array, Array]:
     """Draw a stained tissue tile in colour; the lesion is a nest of crowded, large, dark nuclei."""
     x, y = plane(size)
-    u, _ = turn(x, y, rng.uniform(0, math.pi))
+    u, _ = rotate(x, y, rng.uniform(0, math.pi))
     fibre = np.sin(rng.uniform(14, 22) * u + 3.0 * smooth(rng, size, 5)) + 0.8 * smooth(rng, size, 40)
     gap = inside(0.75 - smooth(rng, size, 7), 0.12)
     pink, purple = np.array([[0.88, 0.66, 0.78], [0.42, 0.26, 0.55]]) + rng.uniform(-0.03, 0.03, (2, 3))
     image = pink + 0.05 * fibre[..., None] * np.array([0.5, 1.0, 0.6])
-    image = lay(image, gap[..., None], np.array([0.95, 0.92, 0.94]))
-    cells = nuclei(rng, size, rng.integers(90, 200), (0.025, 0.04)) * (1 - gap)
-    image = lay(image, 0.85 * cells[..., None], purple)
+    image = alpha_blend(image, gap[..., None], np.array([0.95, 0.92, 0.94]))
+    cells = nuclei(rng, size, int(rng.integers(90, 200)), (0.025, 0.04)) * (1 - gap)
+    image = alpha_blend(image, 0.85 * cells[..., None], purple)
     mask = np.zeros(x.shape, bool)
-    if sick is not None:
-        contrast = sick.uniform(*CONTRAST)
-        nest = blob(sick, x, y, *sick.uniform(-0.5, 0.5, 2), sick.uniform(0.2, 0.75))
-        cover = inside(nest + 0.15 * smooth(sick, size, 12), 0.08)
-        tumour = np.array([0.76, 0.54, 0.75]) - 0.15 * contrast + 0.04 * smooth(sick, size, 40)[..., None]
-        crowd = nuclei(sick, size, sick.integers(300, 500), (0.04, 0.065))
-        tumour = lay(tumour, crowd[..., None], purple - 0.3 * contrast)
+    if lesion_rng is not None:
+        contrast = lesion_rng.uniform(*CONTRAST)
+        cx, cy = lesion_rng.uniform(-0.5, 0.5, 2)
+        nest = blob(lesion_rng, x, y, cx, cy, lesion_rng.uniform(0.2, 0.75))
+        cover = inside(nest + 0.15 * smooth(lesion_rng, size, 12), 0.08)
+        tumour = np.array([0.76, 0.54, 0.75]) - 0.15 * contrast + 0.04 * smooth(lesion_rng, size, 40)[..., None]
+        crowd = nuclei(lesion_rng, size, int(lesion_rng.integers(300, 500)), (0.04, 0.065))
+        tumour = alpha_blend(tumour, crowd[..., None], purple - 0.3 * contrast)
         image, mask = add_lesion(image, mask, (0.5 + contrast) * cover, tumour)
     return image + 0.02 * rng.standard_normal(image.shape), mask
 
@@ -365,10 +378,10 @@ PAINTERS: dict[str, Painter] = {
 }
 
 
-def paint(key: Sequence[int], obj: str, size: int, sick: bool) -> tuple[Array, Array]:
-    """Paint what `key` seeds, with (`sick`) or without its lesions: uint8 image and bool mask (size, size)."""
+def paint(key: Sequence[int], obj: str, size: int, abnormal: bool) -> tuple[Array, Array]:
+    """Paint what `key` seeds, with (`abnormal`) or without its lesions: uint8 image and bool mask (size, size)."""
     anatomy, lesions = np.random.default_rng([*key, 0]), np.random.default_rng([*key, 1])
-    image, mask = PAINTERS[obj](size, anatomy, lesions if sick else None)
+    image, mask = PAINTERS[obj](size, anatomy, lesions if abnormal else None)
     return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8), mask
 
 
@@ -380,7 +393,7 @@ def draw(obj: str, split: str, label: str, index: int, seed: int, size: int) -> 
         that a lesion has changed, all False for label "good".
     """
     key = (seed, list(PAINTERS).index(obj), SPLITS.index(split), LABELS.index(label), index)
-    return paint(key, obj, size, sick=label == "Ungood")
+    return paint(key, obj, size, abnormal=label == "Ungood")
 
 
 def check(out: Path, objs: Sequence[str], valid: int, test: int, seed: int, size: int) -> None:

@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from CLIP.config import ADAPTER_KINDS, FIDELITIES, PRETRAINS, ModelConfig
 from dataset.layout import described, named_after, object_name
+from Prompt.states import TEXT_MOODS, read_prompts, states_fault
 from utils import InputError, Parser, checked, integer, printable
+
+if TYPE_CHECKING:
+    import torch
+
+    from CLIP.clip import Weights
+    from dataset.medical_few import MedicalDataset
 
 VERSION = "0.2.0"
 
 # Choices, in words: what they name lives in modules that import torch, and a test compares the two.
-PRETRAINS = ("openai", "laion400m", "random")
-FIDELITIES = ("released", "corrected")
-ADAPTERS = ("MFCFC", "MCNNFC", "MViTFC")
-TEXT_MOODS = ("fix", "learnable_all", "learnable_abnormal")
 DEC_TYPES = ("mean", "max", "both")
 LOSS_TYPES = ("sigmoid", "softmax")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -92,10 +97,7 @@ def threshold_rule(text: str) -> str:
 
 def prompts_file(path: str) -> dict[str, list[str]]:
     """An argparse type: the state phrases in a JSON file, see `Prompt.read_prompts`."""
-    from Prompt import read_prompts  # noqa: PLC0415 - imports torch
-
-    states: dict[str, list[str]] = read_prompts(path)
-    return states
+    return read_prompts(path)
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -168,7 +170,7 @@ MODEL_FLAGS: dict[str, dict[str, Any]] = {
     "contrast_mood": {"default": "yes", "choices": ("yes", "no"), "help": "subtract the other branch's text cosine"},
     "dec_type": {"default": "mean", "choices": DEC_TYPES, "help": "how patches are summarised for an image"},
     "loss_type": {"default": "sigmoid", "choices": LOSS_TYPES, "help": "detection loss"},
-    "visionA": {"default": "MFCFC", "choices": ADAPTERS, "help": "kind of adapter"},
+    "visionA": {"default": "MFCFC", "choices": ADAPTER_KINDS, "help": "kind of adapter"},
     "fidelity": {
         "default": "released",
         "choices": FIDELITIES,
@@ -235,6 +237,32 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, for JSON and for checkpoints read with weights_only=True."""
         return {**asdict(self), "features_list": list(self.features_list)}
+
+    def tested_with(self, options: argparse.Namespace) -> Settings:
+        """The settings of a test, which may say another prompt name and another grey of masks."""
+        prompt_name = options.prompt_name or self.prompt_name
+        mask_above = self.mask_above if options.mask_above is None else options.mask_above
+        return replace(self, prompt_name=prompt_name, mask_above=mask_above)
+
+
+def new_settings(options: argparse.Namespace, dataset: MedicalDataset, weights: Weights) -> Settings:
+    """The settings of a new checkpoint."""
+    config = weights.config
+    names = [name for name in MODEL_FLAGS if name not in ("features_list", "model_name")]
+    return Settings(
+        model_name=config.name,  # not the flag, which may be a path of this machine
+        **{name: getattr(options, name) for name in names},
+        obj=dataset.obj,
+        features_list=check_layers(options.features_list, config.layers, config.name),
+        prompt_name=options.prompt_name or dataset.prompt_name,
+        states=options.prompts,
+        pixel_metrics=dataset.pixel_metrics,
+        weights_sha256=weights.sha256,
+        eval_batch=2 * options.batch_size,
+        mask_above=dataset.mask_above,
+        model_config=config.to_dict(),
+        version=VERSION,
+    )
 
 
 def add_data_flags(parser: argparse.ArgumentParser, obj: str) -> None:
@@ -361,6 +389,8 @@ def resumed_options(folder: str, arguments: Sequence[str]) -> argparse.Namespace
     stored = RunFolder.open(folder).read_config()["options"]
     parser = train_parser()
     prompts = stored.pop("prompts", None)
+    if prompts is not None and (fault := states_fault(prompts)):
+        raise InputError(f"--resume {folder}: its config.json is damaged (prompts: {fault})")
     try:
         words = [word for name, value in stored.items() for word in as_flag(parser, name, value)]
         before = parser.parse_args(words)
@@ -371,7 +401,9 @@ def resumed_options(folder: str, arguments: Sequence[str]) -> argparse.Namespace
     options.prompts = prompts if options.prompts is None else options.prompts
     for name, value in vars(before).items():
         if name not in RESUMABLE and getattr(options, name) != value:
-            raise InputError(f"--{name} {getattr(options, name)} contradicts the run, started with {value}: leave it out")
+            raise InputError(
+                f"--{name} {getattr(options, name)} contradicts the run, started with {value}: leave it out"
+            )
     given = explicit(arguments)
     safe = (Path.cwd().resolve(), Path(folder).resolve())
     for name in WRITTEN_PATHS:
@@ -463,6 +495,8 @@ def check_against(settings: Settings, shots: dict[str, list[str]] | None, option
     """`InputError` where a flag contradicts the checkpoint; `shots` are its shots' names by class, None if unknown."""
     for name in MODEL_FLAGS:
         given, stored = getattr(options, name), getattr(settings, name)
+        if name == "model_name" and given is not None:
+            given = ModelConfig.load(given).name
         if given is not None and given != (list(stored) if name == "features_list" else stored):
             raise contradiction(name, given, stored)
     if shots is None:
@@ -514,3 +548,29 @@ def default_select(obj: str, valid_left: Callable[[], tuple[int, int]]) -> str:
     if obj in PAPER:
         return "test"
     return "valid" if min(valid_left()) > 0 else "last"
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one; `InputError` for a device that is not there."""
+    import torch  # noqa: PLC0415
+
+    if name == "auto":
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # of torchrun: a GPU each
+        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", name, re.ASCII):
+        raise InputError(f"--device {name}: use auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here")
+    return device
+
+
+def pick_autocast(precision: str, device: torch.device) -> torch.dtype | None:
+    """The autocast dtype that --precision means on `device`; None is float32."""
+    import torch  # noqa: PLC0415
+
+    if precision == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

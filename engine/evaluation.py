@@ -1,10 +1,10 @@
-"""Patch scores are the result: detector + tokens -> `Evaluation`, of which every number, map and picture is a function."""
+"""Patch scores are the result: detector + tokens -> `Evaluation`; numbers, maps and pictures are functions of it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,16 @@ from torch import Tensor
 from dataset.images import load_mask
 from dataset.medical_few import Sample
 from loss import anomaly_map, image_score
-from utils import InputError, atomic_path, prefetch
+from utils import InputError, atomic_path, prefetch, preview
 
 from . import distributed
 
 if TYPE_CHECKING:
+    from dataset.medical_few import MedicalDataset
+
+    from .config import Settings
     from .detector import Detector
-    from .features import TokenStore
+    from .features import Item, TokenStore
 
 FORMAT = "madclip-scores-1"
 MAP_BATCH = 32  # maps at a time where only their largest pixel is kept
@@ -80,6 +83,21 @@ class Evaluation:
         index = torch.as_tensor(keep, dtype=torch.long, device=self.patch_scores.device)
         samples = [self.samples[i] for i in keep]
         return Evaluation(samples, self.patch_scores[index], self.head, self.img_size, self.dec_type)
+
+    def with_pictures(self, dataset: MedicalDataset) -> Evaluation:
+        """The same with the files of a data set's test images, found by name.
+
+        Raises:
+            InputError: images that are not there.
+        """
+        by_name = {sample.name: sample for sample in dataset.samples("test")}
+        missing = [name for name in self.names if name not in by_name]
+        if missing:
+            raise InputError(
+                f"{dataset.root}: {len(missing)} of the kept scores' images are not there: {preview(missing)}"
+            )
+        samples = [by_name[name] for name in self.names]
+        return replace(self, samples=samples)
 
     def save(self, path: str | Path, masks: Masks | None, **metadata: Any) -> None:  # noqa: ANN401 - plain values
         """Write all that `load_evaluation` gives back, `metadata` as JSON, atomically: no path, no picture."""
@@ -151,8 +169,28 @@ class Masks:
         self._shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)  # numpy packs the high bit first
 
     @classmethod
+    def of(
+        cls, samples: Sequence[Sample], settings: Settings, workers: int = 2, device: str | torch.device = "cpu"
+    ) -> Masks | None:
+        """`load` with a checkpoint's settings; None where it or the images have no masks: no pixel is measured."""
+        if not settings.pixel_metrics or not any(sample.mask for sample in samples):
+            return None
+        return cls.load(samples, settings.img_size, settings.mask_above, workers, device)
+
+    @classmethod
+    def pack(cls, masks: Tensor) -> Masks:
+        """Of masks (M, S, S) bool."""
+        bits = np.packbits(masks.cpu().flatten(1).numpy(), axis=1)
+        return cls(torch.arange(len(masks)), torch.from_numpy(bits), masks.shape[-1])
+
+    @classmethod
     def load(
-        cls, samples: Sequence[Sample], size: int, above: int = 127, workers: int = 2, device: str | torch.device = "cpu"
+        cls,
+        samples: Sequence[Sample],
+        size: int,
+        above: int = 127,
+        workers: int = 2,
+        device: str | torch.device = "cpu",
     ) -> Masks:
         """Decode the masks of `samples`, resized to (size, size) by nearest neighbour; abnormal is grey > `above`.
 
@@ -189,30 +227,32 @@ class Masks:
 
 @torch.no_grad()
 def evaluate(
-    detector: Detector, store: TokenStore, samples: Sequence[Sample], text_features: Tensor | None = None
+    detector: Detector, store: TokenStore, items: Sequence[Sample] | Sequence[Item], text_features: Tensor | None = None
 ) -> Evaluation:
-    """Score `samples` with the detector as it is now.
+    """Score images with the detector as it is now.
 
     Several processes share the batches out and exchange patch scores: every process returns the whole, bit for bit what
     one process computes.
 
     Args:
         detector: adapters and prompts; its settings name the head and the images that are scored together.
-        store: holds the samples' tokens, as far as they are this process's share.
-        samples: the images.
+        store: holds the tokens of the images, as far as they are this process's share.
+        items: samples, or views of them.
         text_features: (D, 2), where the caller has them already.
 
     Raises:
         InputError: a score that is NaN or infinite, naming the image.
     """
-    settings = detector.settings
-    text = detector.prompts() if text_features is None else text_features
-    batches = eval_batches(samples, settings.eval_batch)
-    mine = [detector.patch_scores(store.get(store.rows(batch)), text) for batch in distributed.share(batches)]
+    settings, tower = detector.settings, store.tower
+    text = detector.prompts() if text_features is None else text_features  # float32, as published
+    batches = eval_batches(items, settings.eval_batch)
+    with torch.autocast(tower.device.type, dtype=tower.autocast, enabled=tower.autocast is not None):
+        mine = [detector.patch_scores(store.get(store.rows(batch)), text) for batch in distributed.share(batches)]
     if distributed.world() > 1:
         shares = distributed.all_gather([scores.cpu() for scores in mine])
         mine = [shares[i % distributed.world()][i // distributed.world()].to(text.device) for i in range(len(batches))]
     scores = torch.cat(mine)
+    samples = [item if isinstance(item, Sample) else item.sample for item in items]
     finite = scores.isfinite().flatten(1).all(dim=1)
     if not bool(finite.all()):
         first = samples[int(finite.to(torch.uint8).argmin())].name
@@ -220,6 +260,11 @@ def evaluate(
     return Evaluation(samples, scores, detector.scoring_head, settings.img_size, settings.dec_type)
 
 
-def eval_batches(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
+def eval_batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     """The images in batches that are scored together."""
-    return [samples[start : start + size] for start in range(0, len(samples), size)]
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def own_batches(samples: Sequence[Sample], size: int) -> Sequence[Sequence[Sample]]:
+    """The batches that this process scores in `evaluate`; all of them where it is the only one."""
+    return distributed.share(eval_batches(samples, size))

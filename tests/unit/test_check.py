@@ -12,13 +12,14 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pydicom.data
 import pytest
 from PIL import Image
 
 from dataset import MedicalDataset, leaks, load_image, load_mask, phantom
 from dataset import check as check_script
-from dataset.layout import falls_in_valid, patient
 from dataset.medical_few import Sample
+from dataset.patients import falls_in_valid, patient
 from utils import InputError, run_cli
 
 ROOT = Path(__file__).parents[2]
@@ -129,6 +130,8 @@ def spoil(brain: Path, fault: str) -> None:
             gray(noise(30, 40) // 255 * 255, mask)
         case "mask range":
             gray(np.eye(40, dtype=np.uint8), mask)
+        case "16-bit mask":
+            gray(np.eye(40, dtype=np.uint16), mask)
         case "two masks":
             gray(np.eye(40, dtype=np.uint8) * 255, mask.with_suffix(".bmp"))
         case "leak":
@@ -143,12 +146,35 @@ def spoil(brain: Path, fault: str) -> None:
             name = {"list missing": "no.png", "list dots": "../x.png", "list short": FIRST, "list absolute": "/x.png"}
             text = f"a-0: {name[fault]}\nn-0: valid_good_00000.png valid_good_00001.png\n"
             (brain / "fewshot_seed/my2-shot.txt").write_text(text)
+        case "alpha mask":
+            lesion = np.eye(40, dtype=np.uint8) * 255
+            gray(np.dstack([*[np.full_like(lesion, 255)] * 3, lesion]), mask)
+        case "full mask":
+            gray(np.full((40, 40), 255, np.uint8), mask)
+        case "mask of no shot":
+            mask.with_name("valid_Ungood_00002.png").unlink()
+        case "8 bits in 16":
+            gray(noise(40, 40).astype(np.uint16), image)
+        case "constant":
+            gray(np.full((40, 40), 77, np.uint8), image)
+        case "tiff orientation":
+            image.unlink()
+            gray(noise(40, 40), image.with_suffix(".tif"), tiffinfo={0x0112: 6})
+            (brain / "fewshot_seed/my1-shot.txt").unlink()
+            (brain / "fewshot_seed/my2-shot.txt").unlink()
+        case "pipe":
+            image.unlink()
+            os.mkfifo(image)
+        case "comment" | "surplus":
+            more = " valid_Ungood_00002.png" if fault == "surplus" else ""
+            text = f"a-0: {FIRST} valid_Ungood_00001.png{more}\nn-0: valid_good_00000.png valid_good_00001.png\n"
+            (brain / "fewshot_seed/my2-shot.txt").write_text(("# mine\n" if not more else "") + text)
         case "grey mask":
             gray(noise(40, 40), mask)
         case "empty mask":
             gray(np.zeros((40, 40), np.uint8), mask)
         case "dark":
-            gray(noise(40, 40, dtype=np.uint16) // 64, image)
+            gray(noise(40, 40, dtype=np.uint16) // 16, image)
         case "one pixel":
             gray(noise(1, 1), image)
             gray(np.full((1, 1), 255, np.uint8), mask)
@@ -160,7 +186,7 @@ def spoil(brain: Path, fault: str) -> None:
                 first.rename(first.with_name(f"00124_{'8' if split == 'valid' else '9'}.png"))
             shutil.rmtree(brain / "fewshot_seed")
         case "ignored":
-            (brain / ABNORMAL / "scan.dcm").write_bytes(b"x")
+            (brain / ABNORMAL / "scan.xml").write_bytes(b"x")
         case "orientation":
             exif = Image.Exif()
             exif[0x0112] = 6
@@ -177,7 +203,8 @@ def spoil(brain: Path, fault: str) -> None:
         ("frames", 1, "holds 3 pictures"),
         ("no mask", 1, "abnormal images without a mask: 1"),
         ("mask size", 1, "40 x 30, its image 40 x 40"),
-        ("mask range", 1, "largest value 1 of 255"),
+        ("mask range", 1, "largest value is 1 of 255"),
+        ("16-bit mask", 1, "largest value is 1 of 255"),
         ("two masks", 1, "2 masks fit 1 images"),
         ("leak", 1, f"{ABNORMAL}/{FIRST} = test/Ungood/img/test_Ungood_00000.png"),
         ("two labels", 1, "among the normal and the abnormal: 1"),
@@ -187,13 +214,22 @@ def spoil(brain: Path, fault: str) -> None:
         ("list dots", 1, "'../x.png' is not a plain file name"),
         ("list absolute", 1, "'/x.png' is not a plain file name"),
         ("list short", 1, "names 1 images where 2 shots are meant"),
+        ("pipe", 1, "a pipe, a socket or a device"),
+        ("alpha mask", 0, "masks that lie in the alpha channel: 1"),
+        ("full mask", 0, "100% of the image is abnormal (a constant mask)"),
+        ("mask of no shot", 0, "no shots, and left out of the calibration: 1"),
+        ("8 bits in 16", 0, "read as 8 bits, as the published program reads them: 1"),
+        ("constant", 0, "nearly constant: 98% of the pixels lie between 77 and 77"),
+        ("tiff orientation", 0, "orientation 6"),
+        ("comment", 0, "left out, as it is no `a-K"),
+        ("surplus", 0, "names 3 images where 2 shots are meant; all of them are used"),
         ("grey mask", 0, "masks with greys"),
         ("empty mask", 0, "empty mask: 1"),
         ("dark", 0, "all but black: 1"),
         ("one pixel", 0, "1 x 1"),
         ("duplicate", 0, "the same picture twice in a class: 1"),
         ("patient", 1, "in valid and in test: 1\n    00124"),
-        ("ignored", 0, "1 x .dcm"),
+        ("ignored", 0, "1 x .xml"),
         ("orientation", 0, "orientation 6"),
         ("same name", 0, "valid_good_00000.*: 2 images"),
     ],
@@ -208,7 +244,114 @@ def test_one_fault(brain, monkeypatch, capsys, fault, code, words):
     assert words in output
     assert ("\nerror: " in output) == bool(code)
     lines = [line for line in output.splitlines() if line.startswith(("error: ", "warning: "))]
-    assert len(lines) == 1, output
+    assert len(lines) == 1 + (fault == "one pixel"), output  # its mask is full, too
+
+
+@pytest.fixture
+def copied(brain) -> Path:
+    """The same as if it were the paper's Brain."""
+    (brain / "PHANTOM.txt").unlink()
+    for split in ("valid", "test"):
+        first = next((brain / split / "good/img").iterdir())
+        shutil.copy(first, first.with_name(f"00124_{'8' if split == 'valid' else '9'}.png"))
+    return brain
+
+
+def test_what_the_papers_files_are_known_for_is_no_error(copied, monkeypatch, capsys):
+    shutil.copy(copied / "valid/good/img/valid_good_00000.png", copied / "test/good/img/test_good_00000.png")
+    code, output = call_check(monkeypatch, capsys, "--data_path", copied.parent, "--obj", "Brain")
+    assert code == 0, output
+    assert "\npublished: the same picture in valid and in test: 1\n" in output
+    assert "\npublished: patients, by the names, in valid and in test: 1\n    00124\n" in output
+    assert "warning: counts: other than published: is the copy whole?: valid 4 + 3 (published: 39 + 44)" in output
+    code, output = call_check(monkeypatch, capsys, "--data_root", copied, "--obj", "knee")
+    assert code == 1
+    assert "error: the same picture in valid and in test: 1" in output
+    assert "error: patients, by the names, in valid and in test: 1" in output
+
+
+def test_counts_as_published(copied, monkeypatch, capsys):
+    counts = {"Brain": {"valid": ((4, 3),), "test": ((9, 9), (4, 3))}}
+    monkeypatch.setattr(check_script, "PUBLISHED_COUNTS", counts)
+    _, output = call_check(monkeypatch, capsys, "--data_path", copied.parent, "--obj", "Brain")
+    assert "counts as published: valid 4 + 3; test 4 + 3 (normal + abnormal)" in output
+    monkeypatch.setattr(check_script, "PUBLISHED_COUNTS", {"Brain": {"test": ((7,),)}})
+    assert "counts as published" in call_check(monkeypatch, capsys, "--data_path", copied.parent, "--obj", "Brain")[1]
+
+
+def test_masks_of_another_size_in_the_papers_data_sets(copied, monkeypatch, capsys):
+    gray(noise(30, 40) // 255 * 255, copied / MASKS / FIRST)
+    code, output = call_check(monkeypatch, capsys, "--data_path", copied.parent, "--obj", "Brain")
+    assert code == 0
+    assert "warning: masks of another size than their image: resized, as the published loader does: 1" in output
+    samples = MedicalDataset.open("Brain", copied.parent).samples("valid")
+    assert load_mask(next(sample for sample in samples if sample.label), 20).shape == (20, 20)
+
+
+@pytest.mark.parametrize(("above", "code"), [(0, 0), (127, 1)])
+def test_the_grey_above_which_a_mask_is_abnormal(brain, monkeypatch, capsys, above, code):
+    spoil(brain, "mask range")
+    arguments = ["--data_path", brain.parent, "--obj", "Brain", "--mask_above", above]
+    found, output = call_check(monkeypatch, capsys, *arguments)
+    assert found == code
+    assert ("a mask's grey above 0 is abnormal" in output) == (above == 0)
+
+
+def test_bids_names_are_no_leak_when_a_folder_is_divided(tmp_path, monkeypatch, capsys):
+    for kind in ("normal", "abnormal"):
+        (tmp_path / kind).mkdir()
+        for subject in range(12):
+            for index in range(3):
+                name = f"sub-{subject:02d}_T1w_slice{index:03d}.png"
+                gray(noise(40, 40) // (subject * 6 + index + 1 + 3 * (kind == "normal")), tmp_path / kind / name)
+    code, output = call_check(monkeypatch, capsys, "--obj", "knee", "--data_root", tmp_path)
+    assert "error: patients" not in output
+    assert "patients: 12 recognised in 72 names: sub-00, sub-01, sub-02, and 9 more" in output
+    # A rule that takes every slice for a patient divides the subjects, and one that knows them says so.
+    _, output = call_check(monkeypatch, capsys, "--obj", "knee", "--data_root", tmp_path, "--patient", r"slice(\d+)")
+    assert "patients: 3 recognised" in output
+    code, output = call_check(monkeypatch, capsys, "--obj", "knee", "--data_root", tmp_path, "--patient", "(")
+    assert (code, len(output.splitlines())) == (2, 1)
+    assert "--patient" in output
+
+
+def test_photographs_of_a_day_are_no_patient(tmp_path, monkeypatch, capsys):
+    for kind in ("normal", "abnormal"):
+        (tmp_path / kind).mkdir()
+        for index in range(40):
+            gray(noise(8, 8), tmp_path / kind / f"IMG_20240105_10{index:02d}30.jpg")
+    _, output = call_check(monkeypatch, capsys, "--obj", "knee", "--data_root", tmp_path)
+    assert "warning: patients: none recognised in the names (such as normal/IMG_20240105_10" in output
+    sizes = [len(MedicalDataset.open("knee", "data", tmp_path).samples(split)) for split in ("valid", "test")]
+    assert sum(sizes) == 80
+    assert min(sizes) > 10
+
+
+def test_dicom_objects_without_a_picture_are_no_error(brain, monkeypatch, capsys):
+    source = Path(pydicom.data.get_testdata_file("rtplan.dcm"))
+    shutil.copy(source, brain / "test/good/img/plan.dcm")
+    code, output = call_check(monkeypatch, capsys, "--data_path", brain.parent, "--obj", "Brain")
+    assert code == 0, output
+    assert "warning: DICOM objects without a picture, left out: 1" in output
+    assert len(MedicalDataset.open("Brain", brain.parent).samples("test")) == 6
+
+
+def test_escape_sequences_in_names_do_not_reach_the_terminal(brain, monkeypatch, capsys):
+    (brain / MASKS / FIRST).unlink()
+    (brain / ABNORMAL / FIRST).rename(brain / ABNORMAL / "a\x1b[31m.png")
+    _, output = call_check(monkeypatch, capsys, "--data_path", brain.parent, "--obj", "Brain")
+    assert "\x1b[31m" not in output
+    assert r"a\x1b[31m.png" in output
+
+
+def test_a_file_in_the_data_sets_own_folder(fine, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "knee"
+    shutil.copytree(fine / "Brain_AD", root)
+    (root / "knee.json").write_text(json.dumps({"prompt_name": "left knee", "mask_above": 25}))
+    code, output = call_check(monkeypatch, capsys, "--data_root", root)
+    assert code == 0
+    assert 'prompts say "left knee"; images and pixels are measured, a mask\'s grey above 25 is abnormal' in output
+    assert "layout found" not in output
 
 
 def test_an_unknown_folder_gets_a_file_that_means_the_same(fine, tmp_path, monkeypatch):
@@ -252,7 +395,7 @@ def test_a_split_that_gets_nothing_of_a_divided_folder_is_explained(tmp_path):
     for kind in ("normal", "abnormal"):
         (tmp_path / kind).mkdir()
         for number in range(9):
-            gray(noise(8, 8), tmp_path / kind / f"IMG_2023_{number}.png")
+            gray(noise(8, 8), tmp_path / kind / f"knee_2023_{number}.png")
     with pytest.raises(InputError, match=r"none of the 9 normal images is valid; .* dataset/knee\.json"):
         MedicalDataset.open("knee", "data", tmp_path).samples("valid")
 
@@ -266,6 +409,12 @@ def test_a_split_that_gets_nothing_of_a_divided_folder_is_explained(tmp_path):
         ('{"prompt_name": ""}', "prompt_name"),
         ('{"pixel_metrics": "yes"}', "pixel_metrics"),
         ('{"valid_share": 1}', "valid_share"),
+        ('{"mask_above": 255}', "mask_above"),
+        ('{"mask_above": true}', "mask_above"),
+        ('{"patient": "("}', "not a regular expression"),
+        ('{"window": [40, 0]}', "window"),
+        ('{"window": "wide"}', "window"),
+        ('{"plane": "oblique"}', "plane"),
         ('{"masks": "masks/{name}"}', "masks"),
         ('{"masks": "../{stem}"}', "masks"),
         ('{"valid": {"normal": "a"}}', "valid"),
@@ -288,6 +437,20 @@ def test_files_that_are_refused(fine, tmp_path, monkeypatch, text, words):
         ("CNV-6294785-2.jpeg", "6294785"),
         ("10_340.png", "10"),
         ("test/good/img/3_1.png", "3"),
+        ("sub-01_T1w_slice003.jpg", "sub-01"),
+        ("sub-01_ses-20240105_T1w.nii.gz", "sub-01"),
+        ("P012_S03.png", "P012"),
+        ("patient12_slice3.png", "patient12"),
+        ("A001-0012.png", "A001"),
+        ("pat_0001_ax_12.png", "pat_0001"),
+        ("BraTS2021_00124_80.png", "BraTS2021_00124"),
+        ("knee_12_3.png", "12"),
+        ("IMG_20240105_101530.jpg", None),
+        ("20240105_101530.jpg", None),
+        ("2024-01-05_3.png", None),
+        ("IMG_2023_4.jpg", None),
+        ("DSC_0012.jpg", None),
+        ("DSC_0012_2.jpg", None),
         ("valid_good_00001.png", None),
         ("1032.png", None),
         ("img_0.png", None),
@@ -298,8 +461,17 @@ def test_the_patient_in_a_name(name, number):
     assert patient(name) == number
 
 
+@pytest.mark.parametrize(
+    ("below", "number"),
+    [("patient01/x.jpg", "patient01"), ("17/x.jpg", "17"), ("sub-02/anat/x.jpg", "sub-02"), ("2024-01-05/x.jpg", None),
+     ("axial/00124_80.png", "00124"), ("axial/x.png", None)],
+)  # fmt: skip
+def test_the_patient_in_a_folder_below_the_class(below, number):
+    assert patient(f"normal/{below}", below=below) == number
+
+
 def test_the_hash_splits_by_patient_and_near_the_share():
-    assert len({falls_in_valid(f"a/00124_{i}.png", 0.3) for i in range(50)}) == 1
+    assert len({falls_in_valid(f"a/00124_{i}.png", 0.3, "00124") for i in range(50)}) == 1
     share = sum(falls_in_valid(f"a/{i}.png", 0.3) for i in range(4000)) / 4000
     assert share == pytest.approx(0.3, abs=0.03)
 

@@ -80,3 +80,27 @@ def test_cosine_has_the_gradients_of_its_formula():
         score = Cosine.apply(vectors.detach().bfloat16().requires_grad_(), direction.float())
     score.float().sum().backward()
     assert direction.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_drawn_from_a_generator_are_those_of_torch_s_layers(kind):
+    """The published draws, bit for bit, in the published order: normal adapters layer by layer, then abnormal ones."""
+    layers = {
+        "MFCFC": lambda: [torch.nn.Linear(32, out, bias=False) for out in (32, 24, 24)],
+        "MCNNFC": lambda: [torch.nn.Conv1d(32, 32, 1), *(torch.nn.Linear(32, 24, bias=False) for _ in range(2))],
+        "MViTFC": lambda: [
+            torch.nn.TransformerEncoderLayer(32, nhead=8, dim_feedforward=32, dropout=0.0),
+            *(torch.nn.Linear(32, 24, bias=False) for _ in range(2)),
+        ],
+    }
+    torch.manual_seed(3)
+    published = [value for _ in range(4) for layer in layers[kind]() for value in layer.state_dict().values()]
+    after_published = torch.get_rng_state()
+    torch.manual_seed(4)
+    before = torch.get_rng_state()
+    generator = torch.Generator().manual_seed(3)
+    model = DualBranchAdapters(kind, 32, 24, [1, 2], generator=generator)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(generator.get_state(), after_published)
+    for (name, value), expected in zip(model.state_dict().items(), published, strict=True):
+        assert torch.equal(value, expected), name

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import OBJECTS, MedicalDataset, check_mask, load_image, load_mask
-from dataset.medical_few import FOLDER, Sample, read_shot_list
+from dataset import OBJECTS, MedicalDataset, ReadOptions, check_mask, leaks, load_image, load_mask, medical_few
+from dataset.fewshot import read_shot_list
+from dataset.layout import FOLDER
+from dataset.medical_few import Sample
 from utils import InputError
 
 
@@ -129,7 +134,6 @@ def test_the_projects_list_is_used_for_the_data_it_names(tmp_path):
         "a-0: ../secret.png img_1.png\nn-0: img_2.png img_3.png",
         "a-0: /etc/x.png img_1.png\nn-0: img_2.png img_3.png",
         "a-0: img_0.png img_9.png\nn-0: img_2.png img_3.png",
-        "a-0: img_0.png img_0.png\nn-0: img_2.png img_3.png",
         "a-0: img_0.png\na-0: img_1.png\nn-0: img_2.png",
         "a-0: img_0.png img_1.png",
         "hello",
@@ -193,12 +197,225 @@ def test_cut_files_and_unequal_masks_are_errors(tmp_path):
         load_mask(Sample(path, 1, mask, "x"), 32)
 
 
-@pytest.mark.parametrize(("dtype", "value"), [(np.uint8, 1), (np.uint16, 255)])
-def test_a_shot_with_a_mask_of_labels_is_refused(tmp_path, dtype, value):
-    image, mask = tmp_path / "x.png", tmp_path / "mask.png"
+@pytest.mark.parametrize(("dtype", "name"), [(np.uint8, "m.png"), (np.uint16, "m.png"), (np.int32, "m.tif")])
+def test_a_shot_with_a_mask_of_labels_is_refused(tmp_path, dtype, name):
+    image, mask = tmp_path / "x.png", tmp_path / name
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(image)
-    Image.fromarray(np.eye(9, dtype=dtype) * dtype(value)).save(mask)
+    Image.fromarray(np.eye(9, dtype=dtype)).save(mask)
     sample = Sample(image, 1, mask, "x")
-    with pytest.raises(InputError, match=r"mask\.png: its largest value is 1 of 255"):
+    with pytest.raises(InputError, match=rf"{name}: its largest value is 1 of 255"):
         check_mask(sample)
     assert not load_mask(sample, 9).any()  # as published
+    assert check_mask(sample, above=0) == []
+    assert load_mask(sample, 9, above=0).sum() == 9
+
+
+def test_only_shots_and_test_images_need_masks(tmp_path):
+    root = make(tmp_path) / "Brain_AD"
+    (root / "fewshot_seed").mkdir()
+    (root / "fewshot_seed/my2-shot.txt").write_text("a-0: img_0.png img_1.png\nn-0: img_0.png img_1.png\n")
+    (root / "valid/Ungood/anomaly_mask/img_3.png").unlink()
+    dataset = MedicalDataset.open("Brain", tmp_path)
+    masks = {sample.path.name: sample.mask for sample in dataset.samples("valid") if sample.label}
+    assert masks.pop("img_3.png") is None
+    assert all(masks.values())
+    assert len(dataset.shots(2, 2, 0, 1).abnormal) == 2
+    (root / "fewshot_seed/my2-shot.txt").write_text("a-0: img_0.png img_3.png\nn-0: img_0.png img_1.png\n")
+    with pytest.raises(InputError, match=r"img_3\.png: no mask"):
+        dataset.shots(2, 2, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "warning"),
+    [
+        ("# mine\na-0: img_0.png img_1.png\nn-0: img_2.png img_3.png", 2, r"line 1: left out, as it is no .*# mine"),
+        ("a-0: img_0.png img_0.png\nn-0: img_2.png img_3.png", 2, r"line 1: names img_0\.png more than once"),
+        ("a-0: img_0.png img_1.png img_2.png\nn-0: img_2.png img_3.png", 3, "names 3 images where 2 shots are meant"),
+        (
+            "a-0: img_0.png img_1.png\na-0: img_3.png\nn-0: img_2.png img_3.png",
+            2,
+            "line 2: left out, as a line for a-0",
+        ),
+    ],
+)
+def test_lists_are_taken_as_the_published_loader_does(tmp_path, capsys, text, names, warning):
+    root = make(tmp_path) / "Brain_AD"
+    (root / "fewshot_seed").mkdir()
+    (root / "fewshot_seed/my2-shot.txt").write_text(text)
+    shots = MedicalDataset.open("Brain", tmp_path).shots(2, 2, 0, 1)
+    assert shots.names()["abnormal"][0] == "img_0.png"
+    assert len(shots.abnormal) == names
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(rf"warning: .*my2-shot\.txt.*{warning}", line)
+
+
+def test_a_list_none_of_whose_names_exist_is_an_error(tmp_path):
+    root = make(tmp_path) / "Brain_AD"
+    (root / "fewshot_seed").mkdir()
+    (root / "fewshot_seed/my2-shot.txt").write_text("a-0: x.png y.png\nn-0: z.png w.png")
+    with pytest.raises(InputError, match=r"my2-shot\.txt: names x\.png, but that class of valid has none of the images on this list"):
+        MedicalDataset.open("Brain", tmp_path).shots(2, 2, 0, 1)
+    (root / "fewshot_seed/my2-shot.txt").unlink()  # the project's own list is for other images
+    assert "sampled" in MedicalDataset.open("Brain", tmp_path).shots(2, 2, 0, 1).source
+
+
+def picture(path: Path, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (12, 10), dtype=np.uint8)).save(path)
+    return path
+
+
+def test_folders_of_patients_below_a_class_are_found(tmp_path):
+    for number in range(12):
+        for kind in ("normal", "abnormal"):
+            for index in range(3):
+                picture(tmp_path / kind / f"patient{number:02d}" / f"{index}.jpg", number)
+    dataset = MedicalDataset.open("knee", "data", tmp_path)
+    valid, test = dataset.samples("valid"), dataset.samples("test")
+    assert len(valid) + len(test) == 72
+    assert valid[0].name == f"normal/{valid[0].patient}/0.jpg"
+    assert not {sample.patient for sample in valid} & {sample.patient for sample in test}
+    assert dataset.patients_note() == "patients: 12 recognised in 72 names: patient00, patient01, patient02, and 9 more"
+    shots = dataset.shots(2, 2, 0, 0)
+    assert all(name.startswith("abnormal/patient") for name in shots.names()["abnormal"])
+
+
+def test_masks_of_patients_folders(tmp_path):
+    for split in ("valid", "test"):
+        for kind in ("good", "Ungood"):
+            for number in range(2):
+                path = picture(tmp_path / split / kind / "img" / f"p{number}" / "0.png")
+                if kind == "Ungood":
+                    picture(Path(str(path).replace("img/", "anomaly_mask/")))
+    samples = MedicalDataset.open("knee", "data", tmp_path).samples("test")
+    assert [sample.name for sample in samples if sample.label] == [
+        "test/Ungood/img/p0/0.png",
+        "test/Ungood/img/p1/0.png",
+    ]
+    assert samples[-1].mask == tmp_path / "test/Ungood/anomaly_mask/p1/0.png"
+
+
+def test_a_rule_of_ones_own_finds_the_patients(tmp_path):
+    for kind in ("normal", "abnormal"):
+        for number in range(20):
+            picture(tmp_path / kind / f"visit{number % 3}of{number}.png")
+    assert (
+        MedicalDataset.open("knee", "data", tmp_path).patients_note().startswith("warning: patients: none recognised")
+    )
+    dataset = MedicalDataset.open("knee", "data", tmp_path, patient=r"of(\d+)\.")
+    assert "20 recognised" in dataset.patients_note()
+    (tmp_path / "knee.json").write_text(json.dumps({"patient": r"visit(\d)", "prompt_name": "left knee"}))
+    dataset = MedicalDataset.open("knee", "data", tmp_path)
+    assert dataset.prompt_name == "left knee"
+    assert {sample.patient for sample in dataset.samples("test")} <= {"0", "1", "2"}
+    with pytest.raises(InputError, match=r"--patient '\(': not a regular expression"):
+        MedicalDataset.open("knee", "data", tmp_path, patient="(")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_what_is_no_file_is_named(tmp_path, kind):
+    make(tmp_path)
+    path = tmp_path / "Brain_AD/test/good/img/zzz.png"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"zzz\.png: a (pipe|link)"):
+        MedicalDataset.open("Brain", tmp_path).samples("test")
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    make(tmp_path)
+    (tmp_path / "Brain_AD/test/good/img/p1").mkdir()
+    real = os.scandir, os.listdir
+
+    def refuse(path: object, then: int) -> object:
+        if str(path).endswith("/p1"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real[then](path)
+
+    monkeypatch.setattr(os, "scandir", lambda path=".": refuse(path, 0))
+    monkeypatch.setattr(os, "listdir", lambda path=".": refuse(path, 1))
+    with pytest.raises(InputError, match=r"p1: cannot be read \(Permission denied\)"):
+        MedicalDataset.open("Brain", tmp_path).samples("test")
+
+
+def test_a_link_to_a_folder_above_does_not_loop(tmp_path):
+    make(tmp_path)
+    (tmp_path / "Brain_AD/test/good/img/again").symlink_to(tmp_path / "Brain_AD/test/good/img")
+    assert len(MedicalDataset.open("Brain", tmp_path).samples("test")) == 8
+
+
+def test_leaks_read_no_file_twice(tmp_path, monkeypatch):
+    make(tmp_path)
+    dataset = MedicalDataset.open("Brain", tmp_path)
+    asked = []
+    monkeypatch.setattr(medical_few, "sha256_file", lambda path: asked.append(path) or path.name)
+    pairs = leaks(dataset.samples("valid"), dataset.samples("test"))
+    assert len(pairs) == 16
+    assert len(asked) == 16
+
+
+# BMAD's own trees, under the paper's names: where images and masks of each split and class lie.
+TREES = {
+    "label": ("{split}/{kind}/img/{name}", "{split}/{kind}/label/{name}"),
+    "lower case": ("{split}/{lower}/img/{name}", "{split}/{lower}/anomaly_mask/{name}"),
+    "val": ("{val}/{kind}/img/{name}", "{val}/{kind}/label/{name}"),
+    "without img": ("{split}/{kind}/{name}", "{split}/{kind}/label/{name}"),
+    "without img, masks beside": ("{split}/{kind}/{name}", "{split}/label/{kind}/{name}"),
+    "deeper": ("BraTS2021_slice/{split}/{kind}/img/{name}", "BraTS2021_slice/{split}/{kind}/label/{name}"),
+    "older Liver": ("{split}/img/{kind}/{name}", "{split}/label/{kind}/{name}"),
+    "older RESC": ("{Val}/{val}/{kind}/{name}", "{Val}/{val}_label/{kind}/{name}"),
+    "older RESC, deeper": ("RESC/{Val}/{val}/{kind}/{name}", "RESC/{Val}/{val}_label/{kind}/{name}"),
+}
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_bmads_trees_under_the_papers_names(tmp_path, tree):
+    for split, val in (("valid", "val"), ("test", "test")):
+        for kind in ("good", "Ungood"):
+            for index in range(3):
+                words = {
+                    "split": split, "val": val, "Val": val.capitalize(), "kind": kind, "lower": kind.lower(),
+                    "name": f"{index}.png",
+                }  # fmt: skip
+                picture(tmp_path / "Brain_AD" / TREES[tree][0].format(**words))
+                picture(tmp_path / "Brain_AD" / TREES[tree][1].format(**words))  # BMAD has masks of good images, too
+    picture(tmp_path / "Brain_AD/train/good/9.png")
+    dataset = MedicalDataset.open("Brain", tmp_path, mask_above=25)
+    assert (dataset.prompt_name, dataset.pixel_metrics, dataset.mask_above) == ("Brain", True, 25)
+    for split in ("valid", "test"):
+        samples = dataset.samples(split)
+        assert [sample.path.name for sample in samples] == ["0.png", "1.png", "2.png"] * 2
+        assert [sample.label for sample in samples] == [0] * 3 + [1] * 3
+        assert all("abel" in str(sample.mask) or "anomaly" in str(sample.mask) for sample in samples[3:])
+        assert all(split[:3] in sample.name.lower() for sample in samples)
+    assert any("fewshot_seed/Brain" in str(path) for path in dataset.shot_lists())
+
+
+def test_volumes_are_samples_slice_by_slice(tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    rng = np.random.default_rng(0)
+    for split in ("valid", "test"):
+        for kind in ("good", "Ungood"):
+            folder = tmp_path / split / kind / "img"
+            folder.mkdir(parents=True)
+            values = rng.integers(0, 99, (6, 7, 5)).astype(np.int16)
+            nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), folder / f"sub-{split}{kind}_T1w.nii.gz")
+    for split in ("valid", "test"):
+        labels = np.zeros((6, 7, 5), np.uint8)
+        labels[1, 1, 3] = 4
+        labels[2, 3, 4] = 1
+        folder = tmp_path / split / "Ungood/anomaly_mask"
+        folder.mkdir()
+        nibabel.save(nibabel.Nifti1Image(labels, np.eye(4)), folder / f"sub-{split}Ungood_T1w.nii.gz")
+    dataset = MedicalDataset.open("knee", "data", tmp_path)
+    samples = dataset.samples("test")
+    assert [(sample.label, sample.index) for sample in samples] == [(0, index) for index in range(5)] + [(1, 3), (1, 4)]
+    assert samples[-1].name == "test/Ungood/img/sub-testUngood_T1w.nii.gz#4"
+    assert samples[-1].patient == "sub-testUngood"
+    mask = load_mask(samples[-1], 42)
+    assert mask.sum() == 42 * 42 / (6 * 7)
+    assert load_image(samples[-1], 42).shape == (3, 42, 42)
+    assert set(dataset.shots(3, 1, 0, 0).names()["abnormal"]) <= {f"sub-validUngood_T1w.nii.gz#{i}" for i in (3, 4)}
+    (tmp_path / "knee.json").write_text(json.dumps({"window": [40, 400], "plane": "coronal"}))
+    coronal = MedicalDataset.open("knee", "data", tmp_path)
+    assert coronal.options == ReadOptions((40.0, 400.0), "coronal")
+    assert [sample.index for sample in coronal.samples("test") if sample.label] == [1, 3]

@@ -81,8 +81,8 @@ def test_pictures_differ(obj: str):
 def test_a_lesion_changes_its_mask_and_nothing_else(obj: str, size: int):
     for index in range(12):
         key = (*KEY[:-1], index)
-        healthy, none = paint(key, obj, size, sick=False)
-        ill, mask = paint(key, obj, size, sick=True)
+        healthy, none = paint(key, obj, size, abnormal=False)
+        ill, mask = paint(key, obj, size, abnormal=True)
         assert not none.any()
         assert mask.dtype == bool
         assert mask.shape == (size, size)
@@ -110,7 +110,7 @@ def test_contrast_is_the_difficulty(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(phantom, "CONTRAST", contrast)
         changes = []
         for index in range(6):
-            healthy, ill = (paint((*KEY, index), "Liver", 48, sick)[0].astype(int) for sick in (False, True))
+            healthy, ill = (paint((*KEY, index), "Liver", 48, abnormal)[0].astype(int) for abnormal in (False, True))
             changes.append(np.abs(ill - healthy).sum())
         return sum(changes)
 

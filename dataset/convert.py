@@ -1,0 +1,181 @@
+"""Write a data set of DICOM and NIfTI files as PNGs, in the layout that everything reads.
+
+    python -m dataset.convert scans data/knee_AD --window 40 400 --plane coronal
+    python -m dataset.convert BraTS2021 data/FLAIR_AD --like Brain
+    python -m dataset.convert LiTS data/CT_AD --like Liver
+
+IN is a data set that dataset.check knows, or a folder with volumes beside their labels: X_flair.nii.gz and
+X_seg.nii.gz (BraTS), volume-X.nii and segmentation-X.nii (LiTS). There a slice is abnormal where its labels say so,
+and each patient's slices go to valid or to test. `--like` prepares slices as BMAD's data sets were, as far as that is
+on record; it was not held against BMAD's own files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from utils import InputError, Parser, atomic_path, run_cli, write_json
+
+from .images import ABNORMAL_ABOVE, ReadOptions, list_files, parse_window, read, read_mask, stem
+from .layout import KINDS, SPLITS, VALID_SHARE, named_after, object_name
+from .medical_few import MedicalDataset
+from .patients import falls_in_valid, patient
+from .volumes import PLANES, Volume, read_nifti, read_volume, square, stretch, to_rgb
+
+FOLDERS = ("good", "Ungood")  # of `KINDS`
+LABELLED = ((r"(.*)_seg(\.nii(?:\.gz)?)", r"\1_flair\2"), (r"segmentation(-.*\.nii(?:\.gz)?)", r"volume\1"))
+SIZE = 240  # pixels a side of BMAD's brain slices
+LIVER_HU = (-200.0, 250.0)
+TUMOUR = 2  # LiTS: 1 is liver
+
+
+class Slice(NamedTuple):
+    """A picture to be written."""
+
+    split: str
+    label: int
+    name: str  # without the extension
+    patient: str | None
+    image: Image.Image
+    mask: Image.Image | None  # 0 and 255
+
+
+def from_samples(dataset: MedicalDataset) -> Iterator[Slice]:
+    """The slices of a data set whose folders say what is abnormal."""
+    for split in SPLITS:
+        for sample in dataset.samples(split):
+            mask = read_mask(sample)[0]
+            if mask is not None:
+                mask = mask.point([255 * (grey > dataset.mask_above) for grey in range(256)])
+            name = stem(sample.path) + ("" if sample.index is None else f"_{sample.index}")
+            yield Slice(split, sample.label, name, sample.patient, read(sample).image, mask)
+
+
+def labelled_volumes(folder: Path) -> list[tuple[Path, Path]]:
+    """Volumes below a folder and the labels beside them."""
+    pairs = []
+    for path, _ in list_files([folder]):
+        for pattern, volume in LABELLED:
+            name = re.sub(f"^{pattern}$", volume, path.name)
+            if name != path.name and (path.parent / name).is_file():
+                pairs.append((path.parent / name, path))
+    return pairs
+
+
+def from_labels(
+    folder: Path, pairs: list[tuple[Path, Path]], options: ReadOptions, like: str | None
+) -> Iterator[Slice]:
+    """The slices of volumes whose labels say what is abnormal; empty slices are left out."""
+    for path, label_path in pairs:
+        volume, labels = read_volume(path), read_volume(label_path)
+        if volume.values.shape != labels.values.shape:
+            raise InputError(f"{label_path}: {labels.values.shape} voxels, its volume has {volume.values.shape}")
+        name = path.relative_to(folder).as_posix()
+        number = patient(name, below=name) or stem(path)
+        split = SPLITS[not falls_in_valid(name, VALID_SHARE, number)]
+        for index in range(volume.values.shape[PLANES.index(options.plane)]):
+            marks, spacing = labels.plane(index, options.plane)
+            picture = prepare(volume, marks, index, options, like)
+            if picture is None:
+                continue
+            abnormal = (marks >= TUMOUR if like == "Liver" else marks != 0).astype(np.uint8) * 255
+            mask = square(Image.fromarray(abnormal), spacing, Image.Resampling.NEAREST)
+            is_abnormal = bool(abnormal.any())
+            yield Slice(split, int(is_abnormal), f"{stem(path)}_{index}", number, picture,
+                        mask.resize(picture.size, Image.Resampling.NEAREST) if is_abnormal else None)  # fmt: skip
+
+
+def prepare(
+    volume: Volume, labels: np.ndarray, index: int, options: ReadOptions, like: str | None
+) -> Image.Image | None:
+    """A slice as the options or a preset say; None where there is nothing to see."""
+    values, spacing = volume.plane(index, options.plane)
+    if like == "Liver":
+        if not labels.any():
+            return None
+        inside = Image.fromarray((labels > 0).astype(np.uint8) * 255)
+        grey = to_rgb(stretch(values, *LIVER_HU)).convert("L")
+        picture = Image.composite(ImageOps.equalize(grey, mask=inside), Image.new("L", grey.size), inside)
+        return square(picture.convert("RGB"), spacing, Image.Resampling.BICUBIC)
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    if not high > low:
+        return None
+    if like == "Brain":
+        from matplotlib import colormaps  # noqa: PLC0415
+
+        colours = colormaps["bone"](stretch(values, low, high))[..., :3]
+        return to_rgb(colours).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    return read_nifti(volume, index, options)[0]
+
+
+def write(slices: Iterator[Slice], out: Path) -> Counter[str]:
+    """Write the pictures and masks; how many of each split and class."""
+    counts: Counter[str] = Counter()
+    names: Counter[Path] = Counter()
+    for entry in tqdm(slices, desc="convert", unit="image", mininterval=0.5):
+        folder = out / entry.split / FOLDERS[entry.label]
+        name = re.sub(r"[^\w.=+-]+", "-", f"{entry.patient}__{entry.name}" if entry.patient else entry.name)[-150:]
+        names[folder / name] += 1
+        if names[folder / name] > 1:
+            name = f"{name}-{names[folder / name]}"
+        for kind, picture in (("img", entry.image), ("anomaly_mask", entry.mask)):
+            if picture is not None:
+                with atomic_path(folder / kind / f"{name}.png", "OUT") as path:
+                    picture.save(path, "PNG")
+        counts[f"{entry.split} {KINDS[entry.label]}"] += 1
+    return counts
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    parser = Parser(prog="python -m dataset.convert", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("source", type=Path, metavar="IN", help="a data set's folder, or volumes beside their labels")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty")
+    parser.add_argument("--obj", type=object_name, help="the data set's name (default: the name of IN)")
+    parser.add_argument("--window", nargs="+", default=[], metavar="W", help="CENTER WIDTH, auto or full")
+    parser.add_argument("--plane", default="axial", choices=PLANES, help="in which NIfTI volumes are cut (axial)")
+    parser.add_argument("--like", choices=("Brain", "Liver"), help="as BMAD prepared FLAIR or CT volumes")
+    parser.add_argument("--patient", metavar="REGEX", help="finds the patient in an image's path below IN")
+    options = parser.parse_args()
+    if not options.source.is_dir():
+        raise InputError(f"IN {options.source}: no folder")
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise InputError(f"OUT {options.out}: it is there and not empty; name a new folder")
+    return options
+
+
+def main() -> None:
+    """Read IN, write OUT."""
+    options = parse()
+    how = ReadOptions(parse_window(options.window), options.plane)
+    pairs = labelled_volumes(options.source)
+    if options.like and not pairs:
+        raise InputError(
+            f"--like {options.like}: {options.source} holds no volumes beside their labels (X_flair.nii.gz and "
+            f"X_seg.nii.gz, or volume-X.nii and segmentation-X.nii)"
+        )
+    if pairs:
+        counts = write(from_labels(options.source, pairs, how, options.like), options.out)
+    else:
+        obj = options.obj or named_after(options.source)
+        dataset = MedicalDataset.open(obj, "", options.source, options.patient, options=how)
+        counts = write(from_samples(dataset), options.out)
+    if not counts:
+        raise InputError(f"{options.source}: no slice to write")
+    name = named_after(options.out)
+    config = {"prompt_name": re.sub(r"[_-]+", " ", name), "patient": r"([^/]+?)__", "mask_above": ABNORMAL_ABOVE}
+    write_json(options.out / f"{name}.json", config, "OUT")
+    print(f"{options.out}: " + ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,97 @@
+"""Patients, from the names of files and folders: so that none is on both sides of a split.
+
+A data set's own rule is a regular expression (`patient` in its JSON file, `--patient`); without one these are known:
+
+    00124_80.png                 BraTS, LiTS, RESC: a number, then the slice's; not where the first is a date
+    CNV-6294785-2.jpeg           OCT2017: a word, the patient's number, the image's; not where the word is a camera's
+    sub-01_T1w_slice003.jpg      BIDS
+    BraTS2021_00124_80.png       BraTS, as it is distributed
+    patient12_slice3.png         also pat_0001_ax_12, subject-3_x, case_7_2
+    P012_S03.png, A001-0012.png  letters and a number, then the image's
+    normal/patient01/x.jpg       a folder below a class's
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import PurePosixPath
+
+from utils import InputError
+
+NUMBER = re.compile(r"(?:([A-Za-z]+)[_-])?(\d+)[_-]\d{1,6}")
+BIDS = re.compile(r"(?:^|[_-])(sub-[A-Za-z0-9]+)")
+RULES = (
+    re.compile(r"(?i:^|[_-])((?i:brats\d*)[_-](?:[A-Za-z]+[_-])*\d+)"),
+    re.compile(r"(?:^|[_-])((?i:patient|pat|patid|subject|subj|sub|case|pid)[_-]?\d+)(?![A-Za-z0-9])"),
+    re.compile(r"^([A-Za-z]{1,3}\d{2,})[_-](?:[A-Za-z]{0,3})\d+$"),
+)
+CAMERAS = {
+    "img",
+    "image",
+    "dsc",
+    "dscn",
+    "dscf",
+    "dcim",
+    "pxl",
+    "pic",
+    "photo",
+    "p",
+    "scan",
+    "screenshot",
+    "vid",
+    "mvimg",
+}
+DATE = re.compile(r"(?:19|20)\d\d[_-]?(?:0[1-9]|1[0-2])[_-]?(?:0[1-9]|[12]\d|3[01])(?!\d)|\d{6}[_-]\d{6}$")
+
+
+def compile_rule(text: str, where: str) -> re.Pattern[str]:
+    """The regular expression of a data set; `InputError` that begins with `where`."""
+    try:
+        if not 0 < len(text) <= 500:
+            raise ValueError("1 to 500 characters")
+        return re.compile(text)
+    except (re.error, ValueError, RecursionError, OverflowError) as error:
+        raise InputError(f"{where} {text!r:.80}: not a regular expression ({error})") from error
+
+
+def patient(name: str, rule: re.Pattern[str] | None = None, below: str | None = None) -> str | None:
+    """The patient whom an image shows, as far as its name tells.
+
+    Args:
+        name: the path below the data set's folder.
+        rule: found anywhere in `name`; the patient is its first group, or without one the whole match.
+        below: the path below the class's folder; the file's name alone if None.
+    """
+    if rule is not None:
+        match = rule.search(name)
+        return (match[1] if rule.groups else match[0]) or None if match else None
+    *folders, file = PurePosixPath(below or PurePosixPath(name).name).parts
+    for part in (*folders, re.sub(r"(?i:\.nii)?\.[^.]*$", "", file)):
+        if result := _known(part):
+            return result
+    # A folder of its own is a patient's even without such a name, unless it is a date or has no number at all.
+    return next((folder for folder in folders if re.search(r"\d", folder) and not DATE.search(folder)), None)
+
+
+def _known(text: str) -> str | None:
+    if match := BIDS.search(text):
+        return match[1]
+    if DATE.search(text):
+        return None
+    for rule in RULES:
+        if (match := rule.search(text)) and re.split(r"[\d_-]", match[1])[0].lower() not in CAMERAS - {"p"}:
+            return match[1]
+    match = NUMBER.fullmatch(text)
+    return None if match is None or (match[1] or "").lower() in CAMERAS else match[2]
+
+
+def falls_in_valid(name: str, share: float, patient_id: str | None = None) -> bool:
+    """Whether an image of a folder that both splits name is in valid, by a hash of its patient or else of its name.
+
+    So nothing moves when files are added, whatever the seed and the machine, and a patient is in one split (the rule
+    of the Speech Commands data set, Warden 2018).
+    """
+    digest = hashlib.sha256(os.fsencode(patient_id or name)).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64

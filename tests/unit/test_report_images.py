@@ -1,618 +1,113 @@
-"""The one reader of pictures: files that are written here, the real DICOM files that pydicom ships, NIfTI volumes."""
+"""Pictures: colours, overlays, outlines and contours, in the aspect of the image's file."""
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import os
-import re
-import socket
-import sys
-import warnings
-from pathlib import Path
+import base64
+import io
 
-import nibabel
 import numpy as np
-import pydicom.data
 import pytest
 from PIL import Image
 
-from dataset import Sample, images, load_grey_mask, load_image, load_image_with_hash, load_mask, volumes
-from dataset.images import (
-    MissingPackageError,
-    NoImageError,
-    ReadOptions,
-    apply_window,
-    check_mask,
-    file_kind,
-    frames,
-    list_files,
-    parse_window,
-    picture_notes,
-    read,
-    to_rgb,
-    to_tensor,
+from dataset.medical_few import Sample
+from engine.report.images import (
+    LONGEST,
+    OUTLINE,
+    alpha_blend,
+    colours,
+    contours,
+    draw_outline,
+    encode,
+    outline,
+    overlay,
+    palette,
+    raw,
+    read_picture,
+    shrink,
 )
-from utils import InputError
 
-DICOM = Path(pydicom.data.__file__).parent / "test_files"
-GRADIENT = np.linspace(0, 255, 48 * 32).reshape(32, 48).astype(np.uint8)
 
-
-def pixels(path: Path, index: int = 0, **options) -> np.ndarray:
-    """(H, W, 3) uint8."""
-    image = frames(path, ReadOptions(**options))[index].read()
-    assert image.mode == "RGB"
-    return np.asarray(image)
-
-
-@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "A.TIFF", "a.jpg", "a.jpeg"])
-def test_pictures_are_what_training_reads(tmp_path, name):
-    Image.fromarray(GRADIENT).save(tmp_path / name)
-    (frame,) = frames(tmp_path / name)
-    assert frame.index is None
-    assert frame.read().size == (48, 32)
-    assert (to_tensor(frame.read(), 28) == load_image(tmp_path / name, 28)).all()
-
-
-def test_sixteen_bits_are_scaled_or_windowed(tmp_path):
-    path = tmp_path / "a.png"
-    values = np.array([[0, 1000, 2000, 65535]], dtype=np.uint16)
-    Image.fromarray(values).save(path)
-    assert pixels(path)[0, :, 0].tolist() == [0, 4, 8, 255]
-    assert pixels(path, window=(1000, 2000))[0, :, 0].tolist() == [0, 128, 255, 255]
-    assert (to_tensor(frames(path)[0].read(), 28) == load_image(path, 28)).all()
-
-
-def test_pages_are_images(tmp_path):
-    pages = [Image.fromarray(GRADIENT + i) for i in range(3)]
-    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
-    found = frames(tmp_path / "a.tif")
-    assert [frame.index for frame in found] == [0, 1, 2]
-    for page, frame in zip(pages, found, strict=True):
-        assert (np.asarray(frame.read())[..., 0] == np.asarray(page)).all()
-    assert str(found[2]).endswith("a.tif, frame 2")
-
-
-def test_arrays():
-    assert np.asarray(to_rgb(GRADIENT))[..., 1].tolist() == GRADIENT.tolist()
-    assert to_rgb(np.zeros((3, 5, 1), np.uint16)).size == (5, 3)
-    assert np.asarray(to_rgb(np.full((2, 2, 3), 0.5))).max() == 128
-    for bad in (np.zeros((2, 2, 4), np.uint8), np.zeros(3, np.uint8), np.zeros((0, 2), np.uint8),
-                np.full((2, 2), 1.5), np.full((2, 2), np.nan), np.zeros((2, 2), np.int64)):  # fmt: skip
-        with pytest.raises(InputError):
-            to_rgb(bad)
-
-
-def test_windows_are_dicoms():
-    # PS3.3 C.11.2.1.2.1: c = 2048, w = 4096 maps 0 to the lowest and 4095 to the highest output.
-    assert apply_window(np.array([0, 4095]), 2048, 4096, "LINEAR").tolist() == [0.0, 1.0]
-    assert apply_window(np.array([-100, 0, 100]), 0, 100, "LINEAR_EXACT").tolist() == [0.0, 0.5, 1.0]
-    assert apply_window(np.array([0]), 0, 100, "SIGMOID").tolist() == [0.5]
-
-
-def test_dicom_window_from_the_header_or_given():
-    path = DICOM / "MR_small.dcm"
-    stored = pydicom.dcmread(path)
-    assert (stored.WindowCenter, stored.WindowWidth) == (600, 1600)
-    expected = ((stored.pixel_array - 599.5) / 1599 + 0.5).clip(0, 1) * 255
-    assert np.abs(pixels(path)[..., 0] - expected).max() <= 0.5 + 1e-6
-    other = pixels(path, window=(300, 100))[..., 0]
-    assert other[stored.pixel_array < 250].max() == 0
-    assert other[stored.pixel_array > 350].min() == 255
-
-
-def test_dicom_rescale_comes_before_the_window():
-    stored = pydicom.dcmread(DICOM / "CT_small.dcm")
-    assert stored.RescaleIntercept == -1024
-    hounsfield = stored.pixel_array - 1024.0
-    shown = pixels(DICOM / "CT_small.dcm", window=(40, 400))[..., 0]
-    assert np.abs(shown - ((hounsfield - 40) / 400 + 0.5).clip(0, 1) * 255).max() <= 0.5 + 1e-6
-
-
-def test_monochrome1_is_inverted(tmp_path):
-    plain = pixels(DICOM / "MR_small.dcm").astype(int)
-    stored = pydicom.dcmread(DICOM / "MR_small.dcm")
-    stored.PhotometricInterpretation = "MONOCHROME1"
-    stored.save_as(tmp_path / "inverted")  # no ending either, as PACS exports have it
-    assert file_kind(tmp_path / "inverted") == "dicom"
-    assert np.abs(pixels(tmp_path / "inverted") + plain - 255).max() <= 1
-    assert pixels(DICOM / "693_J2KI.dcm")[256, 0].tolist() == [0, 0, 0]  # air, as 14-bit MONOCHROME1 stores it as white
-
-
-@pytest.mark.parametrize(
-    ("name", "count", "size"),
-    [
-        ("examples_rgb_color.dcm", 1, (320, 240)),
-        ("examples_palette.dcm", 1, (800, 350)),
-        ("examples_ybr_color.dcm", 30, (320, 240)),
-        ("SC_rgb_rle_16bit_2frame.dcm", 2, (100, 100)),
-        ("MR_small_RLE.dcm", 1, (64, 64)),
-        ("image_dfl.dcm", 1, (512, 512)),
-    ],
-)
-def test_dicom_of_many_kinds(name, count, size):
-    found = frames(DICOM / name)
-    assert len(found) == count
-    pictures = [np.asarray(frame.read()) for frame in found[:: max(count - 1, 1)]]
-    assert pictures[0].shape == (size[1], size[0], 3)
-    assert pictures[0].std() > 5
-
-
-def test_dicom_without_a_decoder():
-    with pytest.raises(InputError, match=r"JPEGLSNearLossless_16\.dcm: no decoder for JPEG-LS.*pip install pylibjpeg"):
-        pixels(DICOM / "JPEGLSNearLossless_16.dcm")
-
-
-@pytest.mark.parametrize("name", ["MR_truncated.dcm", "badVR.dcm", "rtplan.dcm", "no_meta.dcm"])
-def test_dicom_without_pixels_or_cut_short(name):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pydicom's of the same
-        with pytest.raises(InputError, match=name) as caught:
-            pixels(DICOM / name)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.fixture
-def volume(tmp_path) -> Path:
-    """Voxels (x, y, z) that are brighter to the right, to the front and to the top, in another order on disk."""
-    x, y, z = np.indices((5, 7, 9))
-    values = (x + 10 * y + 100 * z).astype(np.int16)
-    stored = values[::-1].transpose(2, 0, 1)  # z, -x, y
-    affine = np.array([[0, -1, 0, 4], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1]], float)
-    nibabel.save(nibabel.Nifti1Image(stored, affine), tmp_path / "v.nii.gz")
-    return tmp_path / "v.nii.gz"
-
-
-def test_nifti_slices_stand_as_radiologists_look_at_them(volume):
-    sizes = {"axial": (9, (5, 7)), "coronal": (7, (5, 9)), "sagittal": (5, (7, 9))}
-    for plane, (count, size) in sizes.items():
-        found = frames(volume, ReadOptions(plane=plane))
-        assert len(found) == count
-        assert found[0].read().size == size
-    axial = pixels(volume, 4, window=(430, 70))[..., 0].astype(int)
-    assert axial[0, 0] > axial[-1, 0]  # anterior at the top
-    assert axial[0, 0] > axial[0, -1]  # the patient's right at the left
-    sagittal = pixels(volume, 2, plane="sagittal")[..., 0].astype(int)
-    assert sagittal[0, 0] > sagittal[-1, 0]  # superior at the top
-    assert sagittal[0, 0] > sagittal[0, -1]  # anterior at the left
-
-
-def test_nifti_volumes_share_one_range_of_gray(volume):
-    assert pixels(volume, 0).min() == 0
-    assert pixels(volume, 8).max() == 255
-    assert pixels(volume, 0).max() < 40
-
-
-def save_nifti(path: Path, values: np.ndarray, affine: np.ndarray | None = None) -> Path:
-    nibabel.save(nibabel.Nifti1Image(values, np.eye(4) if affine is None else affine), path)
-    return path
-
-
-def test_nifti_with_four_axes_is_read_time_by_time(tmp_path):
-    values = np.arange(3 * 3 * 4 * 2, dtype=np.int16).reshape(3, 3, 4, 2)
-    path = save_nifti(tmp_path / "four.nii", values)
-    assert len(frames(path)) == 8
-    first, second = pixels(path, 1, window=(36, 72))[..., 0], pixels(path, 5, window=(36, 72))[..., 0]
-    assert np.abs(first / 255 * 72 - values[::-1, ::-1, 1, 0].T).max() < 0.5
-    assert np.abs(second / 255 * 72 - values[::-1, ::-1, 1, 1].T).max() < 0.5
-
-
-def test_nifti_with_nothing_or_cut_short(tmp_path):
-    with pytest.raises(InputError, match=r"five\.nii: 5 axes"):
-        frames(save_nifti(tmp_path / "five.nii", np.zeros((3, 3, 3, 2, 2), np.int16)))
-    save_nifti(tmp_path / "nan.nii", np.full((3, 3, 3), np.nan, np.float32))
-    with pytest.raises(InputError, match=r"nan\.nii: no pixel holds a finite number"):
-        pixels(tmp_path / "nan.nii")
-    (tmp_path / "cut.nii.gz").write_bytes((tmp_path / "nan.nii").read_bytes()[:300])
-    with pytest.raises(InputError, match=r"cut\.nii\.gz"):
-        frames(tmp_path / "cut.nii.gz")
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_volume_that_claims_more_slices_than_it_holds(tmp_path, packed):
-    header = nibabel.Nifti1Header()
-    header.set_data_shape((9, 9, 32_767))
-    header.set_data_dtype(np.int16)
-    data = header.binaryblock + bytes(500)
-    path = tmp_path / ("v.nii.gz" if packed else "v.nii")
-    path.write_bytes(gzip.compress(data) if packed else data)
-    for call in (frames, load):
-        with pytest.raises(InputError, match=r"claims 5,\d+,\d+ bytes, but it holds 8\d\d: cut short"):
-            call(path)
-
-
-def load(path: Path) -> object:
-    return load_image(path, 8)
-
-
-def test_a_packed_bomb_is_not_unpacked(tmp_path, monkeypatch):
-    path = save_nifti(tmp_path / "v.nii", np.ones((4, 4, 4), np.uint8))
-    bomb = tmp_path / "bomb.nii.gz"
-    bomb.write_bytes(gzip.compress(path.read_bytes() + bytes(2**26)))
-    asked = []
-
-    class Spy(gzip.GzipFile):
-        def read(self, size: int | None = -1) -> bytes:
-            asked.append(size)
-            return super().read(size)
-
-    monkeypatch.setattr(volumes.gzip, "GzipFile", Spy)
-    assert len(frames(bomb)) == 4
-    assert load_image(bomb, 4).shape == (3, 4, 4)
-    assert 0 <= min(asked) <= max(asked) <= 1024
-
-    monkeypatch.setattr(volumes, "MAX_BYTES", 400)
-    with pytest.raises(InputError, match="more than the 400 bytes"):
-        frames(path)
-
-
-def test_nifti_slices_get_square_pixels(tmp_path):
-    affine = np.diag([1.0, 1.0, 5.0, 1.0])
-    values = np.random.default_rng(0).integers(0, 99, (10, 12, 4)).astype(np.int16)
-    path = save_nifti(tmp_path / "thick.nii", values, affine)
-    axial, coronal = (read(frames(path, ReadOptions(plane=plane))[0]) for plane in ("axial", "coronal"))
-    assert axial.image.size == (10, 12)
-    assert coronal.image.size == (10, 20)
-    assert "pixels of 1 x 5 mm" in coronal.notes["pixels"]
-    assert "pixels" not in axial.notes
-    mask = save_nifti(tmp_path / "mask.nii", (values > 50).astype(np.uint8), affine)
-    sample = Sample(path, 1, mask, "x", index=3, options=ReadOptions(plane="coronal"))
-    expected = (values[:, 3] > 50)[::-1, ::-1].T.repeat(5, axis=0)
-    assert (np.asarray(images.read_mask(sample)[0]) == expected * 255).all()
-
-
-def test_large_volumes_in_fortran_order_are_not_copied_into_another(monkeypatch):
-    """A view in the order of memory: ravelling a volume as C would copy it, slice by slice and slowly."""
-    values = np.asfortranarray(np.arange(6000, dtype=np.float32).reshape(10, 20, 30))
-    seen = []
-    monkeypatch.setattr(volumes.np, "isfinite", lambda piece, real=np.isfinite: seen.append(piece) or real(piece))
-    span = volumes.Range.of([values], "x")
-    assert (span.low, span.high) == (0, 5999)
-    assert np.shares_memory(seen[0], values)
-
-
-@pytest.mark.parametrize("window", ["auto", "full", None])
-def test_windows_span_the_whole_volume(tmp_path, window):
-    values = np.random.default_rng(0).normal(100, 10, (20, 20, 9)).astype(np.float32)
-    values[0, 0, 0], values[0, 0, 1] = 10_000, -10_000
-    path = save_nifti(tmp_path / "v.nii", values)
-    picture = read(frames(path, ReadOptions(window=window))[4])
-    low, high = np.percentile(values, (0.5, 99.5)) if window == "auto" else (-10_000, 10_000)
-    expected = ((values[..., 4] - low) / (high - low)).clip(0, 1)[::-1, ::-1].T * 255
-    assert np.abs(np.asarray(picture.image)[..., 0] - expected).max() < 0.51
-    assert f"shown from {low:g} to {high:g}" in picture.notes["window"]
-
-
-@pytest.mark.parametrize(("package", "name"), [("pydicom", "a.dcm"), ("nibabel", "a.nii.gz")])
-def test_a_missing_package_is_named(tmp_path, monkeypatch, package, name):
-    monkeypatch.setitem(sys.modules, package, None)
-    (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(MissingPackageError, match=rf"pip install '?{package}"):
-        frames(tmp_path / name)
-
-
-def test_a_folder_is_walked(tmp_path):
-    for name in ("b.png", "a/c.TIF", "a/DICOMDIR", "a/notes.txt", ".hidden/x.png", "a/.x.png", "out/y.png", "v.nii.gz"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"x")
-    (tmp_path / "a/pacs").write_bytes(bytes(128) + b"DICM")
-    os.mkfifo(tmp_path / "a/pipe")
-    found = list(list_files([tmp_path], skip=tmp_path / "out"))
-    assert [place for _, place in found] == ["b.png", "v.nii.gz", "a/c.TIF", "a/pacs"]
-    assert [path for path, _ in found] == [tmp_path / place for _, place in found]
-    assert list(list_files([tmp_path / "gone.png"])) == [(tmp_path / "gone.png", "gone.png")]
-
-
-@pytest.mark.parametrize("name", ["gone.png", "pipe.png", "notes.txt", "folder.png"])
-def test_what_is_no_image_is_named(tmp_path, name):
-    os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "notes.txt").write_text("x")
-    (tmp_path / "folder.png").mkdir()
-    with pytest.raises(InputError, match=name):
-        frames(tmp_path / name)
-
-
-# --- what is hashed is what was decoded ---
-
-
-def test_a_file_that_changes_while_it_is_read_has_the_hash_of_what_was_decoded(tmp_path, monkeypatch):
-    path, other = tmp_path / "x.png", tmp_path / "other.png"
-    Image.fromarray(GRADIENT).save(path)
-    Image.fromarray(255 - GRADIENT).save(other)
-    before, after = path.read_bytes(), other.read_bytes()
-    real = Path.read_bytes
-
-    def change_behind(self: Path) -> bytes:
-        data = real(self)
-        self.write_bytes(after)
-        return data
-
-    monkeypatch.setattr(Path, "read_bytes", change_behind)
-    digest, image = load_image_with_hash(path, 16)
-    assert path.open("rb").read() == after
-    assert digest == hashlib.sha256(before).hexdigest()
-    assert image.equal(to_tensor(Image.fromarray(GRADIENT).convert("RGB"), 16))
-
-
-def test_slices_and_windows_have_hashes_of_their_own(tmp_path):
-    path = save_nifti(tmp_path / "v.nii", np.random.default_rng(0).integers(0, 9, (5, 5, 5)).astype(np.int16))
-    everything = [
-        Sample(path, 0, None, "x", index=index, options=ReadOptions(window, plane))
-        for index in (0, 1) for window in (None, (3.0, 4.0), "auto") for plane in ("axial", "coronal")
-    ]  # fmt: skip
-    hashes = [load_image_with_hash(sample, 8)[0] for sample in everything]
-    assert len(set(hashes)) == len(everything)
-    assert hashes == [sample.content_hash() for sample in everything]
-
-
-# --- formats ---
-
-
-def test_ghostscript_is_never_started(tmp_path, monkeypatch):
-    from PIL import EpsImagePlugin  # noqa: PLC0415
-
-    started = []
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *arguments, **_: started.append(arguments))
-    Image.fromarray(GRADIENT).save(tmp_path / "x.eps")
-    (tmp_path / "x.eps").rename(tmp_path / "x.png")
-    with pytest.raises(InputError, match=r"x\.png: not a readable image"):
-        load_image(tmp_path / "x.png", 8)
-    assert not started
-
-
-@pytest.mark.parametrize("name", ["x.webp", "x.gif", "x.jfif", "x.jp2", "X.GIF"])
-def test_more_formats(tmp_path, name):
-    kind = {"jfif": "JPEG", "jp2": "JPEG2000"}.get(name.split(".")[1].lower())
-    Image.fromarray(GRADIENT).convert("RGB").save(tmp_path / name, kind, quality=95)
-    assert np.abs(pixels(tmp_path / name)[..., 0].astype(int) - GRADIENT).max() < 30
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "GIF", "WEBP"])
-def test_a_picture_without_an_ending_is_read(tmp_path, kind):
-    Image.fromarray(GRADIENT).convert("RGB").save(tmp_path / "scan", kind)
-    (tmp_path / "notes").write_text("no picture")
-    assert file_kind(tmp_path / "scan") == "pillow"
-    assert file_kind(tmp_path / "notes") is None
-    assert pixels(tmp_path / "scan").shape == (32, 48, 3)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("name", ["x.tif", "x.jpg", "x.png", "x.webp"])
-def test_orientation_is_ignored_in_every_format(tmp_path, name, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    options = {"lossless": True} if name == "x.webp" else {"quality": 100} if name == "x.jpg" else {}
-    Image.fromarray(GRADIENT).save(tmp_path / name, exif=exif, **options)
-    picture = read(tmp_path / name)
-    assert picture.orientation == orientation
-    assert picture.image.size == images.picture_size(tmp_path / name) == (48, 32)
-    assert np.abs(np.asarray(picture.image)[..., 0].astype(int) - GRADIENT).max() <= 2
-    sample = Sample(tmp_path / name, 1, tmp_path / name, "x")
-    assert (images.read_mask(sample)[0].size) == (48, 32)
-
-
-@pytest.mark.parametrize(("kind", "bits"), [(np.uint16, 16), (np.int32, 32), (np.float32, 32)])
-def test_eight_bit_values_in_wider_files_are_read_as_the_published_program_reads_them(tmp_path, kind, bits):
-    path, plain = tmp_path / "x.tif", tmp_path / "plain.png"
-    Image.fromarray(GRADIENT.astype(kind)).save(path)
-    Image.fromarray(GRADIENT).save(plain)
-    with Image.open(path) as image:
-        assert np.array_equal(np.asarray(image.convert("L")), GRADIENT)  # which is what it does
-    assert load_image(path, 16).equal(load_image(plain, 16))
-    assert f"8-bit values in a {bits}-bit file" in read(path).notes["wide"]
-    assert load_mask(Sample(plain, 1, path, "x"), 16).equal(load_mask(Sample(plain, 1, plain, "x"), 16))
-
-
-def test_twelve_bits_in_sixteen_are_said(tmp_path):
-    Image.fromarray(GRADIENT.astype(np.uint16) * 16).save(tmp_path / "x.png")
-    assert "largest value is 4080 of 65535" in read(tmp_path / "x.png").notes["dark"]
-    assert "dark" not in read(frames(tmp_path / "x.png", ReadOptions("full"))[0]).notes
-
-
-def test_pages_share_one_range(tmp_path):
-    pages = [Image.fromarray(GRADIENT.astype(np.uint16) * 10 * (i + 1)) for i in (0, 1)]
-    pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
-    dim, bright = (pixels(tmp_path / "x.tif", i, window="full") for i in (0, 1))
-    assert bright.max() == 255
-    assert dim.max() < 255
-
-
-def test_notes_on_pictures():
-    assert "nearly constant" in picture_notes(Image.new("RGB", (50, 50), (90, 90, 90)))["constant"]
-    clipped = np.where(np.arange(2500).reshape(50, 50) % 5 == 0, 60, 255).astype(np.uint8)
-    assert "80% of the pixels are white" in picture_notes(Image.fromarray(clipped))["clipped"]
-    assert picture_notes(Image.fromarray(GRADIENT)) == {}
-
-
-@pytest.mark.parametrize(
-    ("words", "window"), [([], None), (["auto"], "auto"), (["full"], "full"), (["40", "400"], (40, 400))]
-)
-def test_the_words_of_a_window(words, window):
-    assert parse_window(words) == window
-
-
-@pytest.mark.parametrize(
-    "words", [["40"], ["40", "0"], ["40", "-1"], ["nan", "1"], ["auto", "1"], ["1", "2", "3"], ["x"]]
-)
-def test_words_that_are_no_window(words):
-    with pytest.raises(InputError, match="--window"):
-        parse_window(words)
-
-
-# --- masks ---
-
-
-def test_grey_masks_of_the_published_program(tmp_path, golden):
-    data = golden("grey_masks")
-    for index, values in enumerate(data["raw"]):
-        path = tmp_path / f"{index}.png"
-        Image.fromarray(values).save(path)
-        sample = Sample(path, 1, path, "x")
-        grey = load_grey_mask(sample, 48)
-        assert grey.shape == (1, 48, 48)
-        assert np.array_equal(grey.numpy() > 0.5, data["test_masks"][index])
-        assert np.array_equal(load_mask(sample, 48).numpy(), data["test_masks"][index, 0])
-        for above in (0, 25, 127):
-            assert np.array_equal(
-                load_mask(sample, 75, above).numpy(), np.array(Image.fromarray(values).resize((75, 75), 0)) > above
-            )
-    assert not load_grey_mask(Sample(path, 0, None, "x"), 48).any()
-
-
-@pytest.mark.parametrize("colour", [0, 255])
-def test_masks_in_the_alpha_channel(tmp_path, colour):
-    lesion = (np.add.outer(np.arange(20), np.arange(20)) > 25).astype(np.uint8) * 255
-    rgba = np.dstack([*[np.full_like(lesion, colour)] * 3, lesion])
-    Image.fromarray(rgba).save(tmp_path / "mask.png")
-    sample = Sample(tmp_path / "mask.png", 1, tmp_path / "mask.png", "x")
-    assert np.array_equal(load_mask(sample, 20).numpy(), lesion > 0)
-    assert "alpha channel" in images.read_mask(sample)[1]["alpha"]
-    # Where the colours hold the mask, transparency is dropped as ever.
-    Image.fromarray(np.dstack([*[lesion] * 3, 255 - lesion // 2])).save(tmp_path / "mask.png")
-    assert np.array_equal(load_mask(sample, 20).numpy(), lesion > 0)
-
-
-def test_full_masks_of_shots_are_said(tmp_path):
-    for value, words in ((255, r"100% of the image is abnormal \(a constant mask\)"), (0, "empty")):
-        Image.fromarray(np.full((9, 9), value, np.uint8)).save(tmp_path / "mask.png")
-        (warning,) = check_mask(Sample(tmp_path / "mask.png", 1, tmp_path / "mask.png", "x"))
-        assert re.search(words, warning)
-
-
-def test_a_mask_of_another_size_is_resized_where_the_data_set_may_have_it(tmp_path, capsys):
-    Image.fromarray(GRADIENT).save(tmp_path / "x.png")
-    Image.fromarray(GRADIENT).resize((20, 20)).save(tmp_path / "mask.png")
-    sample = Sample(tmp_path / "x.png", 1, tmp_path / "mask.png", "x", any_mask_size=True)
-    images.warn_once.cache_clear()
-    assert load_mask(sample, 16).any()
-    assert load_mask(sample, 32).any()
-    assert capsys.readouterr().err.count("masks of another size than their images") == 1
-
-
-# --- DICOM ---
-
-
-def dicom(path: Path, values: np.ndarray, **elements: object) -> Path:
-    """A file of the CT that pydicom ships, with other pixels and elements; None removes one."""
-    header = pydicom.dcmread(DICOM / "CT_small.dcm")
-    header.Rows, header.Columns = values.shape[-2:]
-    header.BitsAllocated = header.BitsStored = values.dtype.itemsize * 8
-    header.HighBit = header.BitsStored - 1
-    header.PixelRepresentation = int(values.dtype.kind == "i")
-    header.RescaleSlope, header.RescaleIntercept = 1, 0
-    header.PixelData = values.tobytes() + b"\0" * (values.nbytes % 2)
-    for name, value in elements.items():
-        if value is None:
-            delattr(header, name) if name in header else None
-        else:
-            setattr(header, name, value)
-    header.save_as(path)
-    return path
-
-
-def test_eight_bit_dicom_is_rescaled(tmp_path):
-    plain = pixels(dicom(tmp_path / "a.dcm", GRADIENT))[..., 0]
-    assert np.array_equal(plain, GRADIENT)
-    inverted = dicom(tmp_path / "b.dcm", GRADIENT, RescaleSlope=-1, RescaleIntercept=255)
-    assert np.array_equal(pixels(inverted)[..., 0], 255 - GRADIENT)
-    assert pixels(dicom(tmp_path / "c.dcm", GRADIENT, RescaleSlope=2), window=(0, 2)).min() == 128
-
-
-def test_signed_eight_bit_dicom_is_not_clipped(tmp_path):
-    signed = (GRADIENT.astype(int) - 128).astype(np.int8)
-    assert np.array_equal(pixels(dicom(tmp_path / "a.dcm", signed))[..., 0], GRADIENT)
-
-
-@pytest.mark.parametrize(
-    "elements",
-    [
-        {"WindowCenter": 100, "WindowWidth": 0},
-        {"WindowCenter": 100, "WindowWidth": -5},
-        {"WindowCenter": "", "WindowWidth": ""},
-        {"RescaleSlope": "", "RescaleIntercept": ""},
-        {"WindowCenter": 100},
-    ],
-)
-def test_elements_that_say_nothing_are_left_out(tmp_path, elements):
-    values = GRADIENT.astype(np.uint16) * 7
-    picture = read(dicom(tmp_path / "a.dcm", values, **elements))
-    assert np.abs(np.asarray(picture.image)[..., 0].astype(int) - GRADIENT).max() <= 1
-    assert "shown from 0 to 1785" in picture.notes["window"]
-    if elements.get("WindowWidth") in (0, -5):
-        assert "which is ignored" in picture.notes["window"]
-
-
-@pytest.mark.parametrize("count", [2_147_483_647, -1, 0, 20_000])
-def test_a_number_of_frames_that_the_file_cannot_hold(tmp_path, count):
-    path = dicom(tmp_path / "a.dcm", GRADIENT, NumberOfFrames=count)
-    with pytest.raises(InputError, match=rf"NumberOfFrames is {count}, but the file holds at most \d+$"):
-        frames(path)
-
-
-def test_a_series_has_one_range(tmp_path):
-    rng = np.random.default_rng(0)
-    for index in range(4):
-        values = rng.integers(100 * index, 100 * index + 50, (16, 16)).astype(np.uint16)
-        dicom(tmp_path / f"{index}.dcm", values, SeriesInstanceUID="1.2.3")
-    dicom(tmp_path / "other.dcm", np.full((16, 16), 9999, np.uint16), SeriesInstanceUID="1.2.4")
-    (tmp_path / "damaged.dcm").write_bytes(bytes(128) + b"DICM" + b"x" * 50)
-    first, last = (read(tmp_path / f"{index}.dcm") for index in (0, 3))
-    assert np.asarray(first.image).max() < 50
-    assert np.asarray(last.image).max() == 255
-    assert "the whole range of its series (4 files)" in last.notes["window"]
-
-
-def test_a_deflated_bomb_is_not_unpacked(monkeypatch):
-    data = (DICOM / "image_dfl.dcm").read_bytes()
-    monkeypatch.setattr(volumes, "MAX_BYTES", len(data) + 10)
-    with pytest.raises(InputError, match="unpacks to more than"):
-        load_image(DICOM / "image_dfl.dcm", 8)
-
-
-@pytest.mark.parametrize("name", ["rtdose.dcm", "rtplan.dcm", "reportsi.dcm", "waveform_ecg.dcm"])
-def test_objects_without_a_picture_are_told_apart(name):
-    path = next(iter(DICOM.rglob(name)), None)
-    if path is None:
-        pytest.skip(f"this pydicom ships no {name}")
-    for call in (frames, load):
-        with pytest.raises(NoImageError, match=rf"{name}: no image \("):
-            call(path)
-
-
-# --- files that are none ---
-
-
-def test_an_unreadable_sub_folder_is_not_left_out(tmp_path, monkeypatch):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        Image.fromarray(GRADIENT).save(tmp_path / name / "x.png")
-    real = os.scandir
-
-    def refuse(path: object = ".") -> object:
-        if str(path).endswith("/b"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    found = list(list_files([tmp_path]))
-    assert [place for _, place in found] == ["a/x.png", "b"]
-    with pytest.raises(InputError, match=r"b: cannot be read \(Permission denied\)"):
-        frames(found[1][0])
-
-
-def test_a_long_name_in_another_script(tmp_path):
-    path = tmp_path / ("図" * 83 + ".png")
-    assert len(path.name.encode()) == 253
-    Image.fromarray(GRADIENT).save(path)
-    assert [found for found, _ in list_files([tmp_path])] == [path]
-    assert pixels(path).shape == (32, 48, 3)
-
-
-def test_a_socket_is_named(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # a socket's path is short
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind("s.png")
-        assert [place for _, place in list_files([tmp_path])] == ["s.png"]
-        with pytest.raises(InputError, match=r"s\.png: a pipe, a socket or a device"):
-            frames(tmp_path / "s.png")
+def test_colours_span_the_range_and_stop_at_its_ends():
+    heat = np.array([-5.0, 1.0, 2.0, 3.0, 9.0])
+    assert (colours(heat, (1.0, 3.0))[[0, 1]] == palette()[0]).all()
+    assert (colours(heat, (1.0, 3.0))[[3, 4]] == palette()[255]).all()
+    assert (colours(heat, (1.0, 3.0))[2] == palette()[128]).all()
+    assert colours(np.ones((2, 3)), (1.0, 1.0)).shape == (2, 3, 3)  # an empty range is no division by zero
+    lightness = palette() @ [0.2126, 0.7152, 0.0722]
+    assert (np.diff(lightness) > -0.5).all()  # bright is abnormal, in grey too
+
+
+def test_outline_is_the_edge_inside_the_mask():
+    mask = np.zeros((7, 7), bool)
+    mask[1:6, 1:6] = True
+    edge = outline(mask)
+    assert edge.sum() == 16
+    assert not edge[2:5, 2:5].any()
+    assert outline(mask, 2).sum() == 24
+    assert not outline(np.zeros((7, 7), bool)).any()
+    assert outline(np.ones((5, 5), bool)).sum() == 16  # the picture's border ends a mask
+
+
+def test_an_outline_and_a_heat_map_lie_over_a_picture_that_is_not_square():
+    picture = Image.new("RGB", (40, 20))
+    mask = np.zeros((10, 10), bool)
+    mask[:, :5] = True
+    drawn = np.asarray(draw_outline(picture, mask))
+    assert drawn.shape == (20, 40, 3)
+    assert (drawn[5, 19] == OUTLINE).all()
+    assert not drawn[5, 20:].any()
+    heat = np.zeros((10, 10), np.float32)
+    heat[:, 5:] = 1.0
+    blended = alpha_blend(picture, heat, (0.0, 1.0), 1.0)
+    assert blended.size == (40, 20)
+    assert blended.getpixel((2, 10)) == tuple(palette()[0])
+    assert blended.getpixel((37, 10)) == tuple(palette()[255])
+    assert alpha_blend(picture, heat, (0.0, 1.0), 0.0).getpixel((37, 10)) == (0, 0, 0)
+
+
+def test_overlay_is_bounded_and_draws_regions():
+    picture = Image.new("RGB", (2 * LONGEST, LONGEST))
+    region = {"points": [[200.0, 100.0], [200.0, 900.0], [1800.0, 900.0], [1800.0, 100.0]]}
+    drawn = overlay(picture, np.zeros((4, 4), np.float32), (0.0, 1.0), [region])
+    assert drawn.size == (LONGEST, LONGEST // 2)
+    assert drawn.getpixel((100, 250)) == OUTLINE
+    assert drawn.getpixel((500, 250)) != OUTLINE
+
+
+def test_raw_keeps_the_scores_in_16_bits():
+    heat = np.array([[0.0, 1.0], [2.0, 4.0]])
+    stored = np.asarray(raw(heat, 4.0))
+    assert stored.dtype == np.uint16
+    np.testing.assert_allclose(stored / 65535 * 4, heat, atol=4 / 65535)
+
+
+def test_contours_are_in_the_images_pixels_with_holes():
+    heat = np.zeros((8, 8))
+    heat[1:7, 1:7] = 1.0
+    heat[3:5, 3:5] = 0.0
+    region, hole = contours(heat, 0.5, (16, 8))
+    assert region["peak"] == 1.0
+    assert hole["peak"] is None
+    assert hole["area"] < 0 < region["area"]
+    assert region["area"] == pytest.approx(36 * 2, rel=0.05)
+    x, y = np.array(region["points"]).T
+    assert (x.min(), x.max()) == pytest.approx((2, 14))
+    assert (y.min(), y.max()) == pytest.approx((1, 7))
+    (whole,) = contours(np.ones((4, 4)), 0.5, (4, 4))  # reaches the image's border
+    assert whole["area"] == pytest.approx(16)
+
+
+def test_read_picture_keeps_the_aspect_and_forgives_a_missing_file(tmp_path):
+    Image.new("RGB", (60, 30)).save(tmp_path / "a.png")
+    assert read_picture(Sample(tmp_path / "a.png", 0, None, "a"), 20).size == (20, 10)
+    assert read_picture(Sample(tmp_path / "a.png", 0, None, "a"), 120).size == (120, 60)
+    assert read_picture(Sample(tmp_path / "gone.png", 0, None, "a"), 20) is None
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    assert read_picture(Sample(tmp_path / "broken.png", 0, None, "a"), 20) is None
+    assert shrink(Image.new("RGB", (1000, 1)), 10).size == (10, 1)
+    assert shrink(Image.new("RGB", (6, 3)), 10).size == (6, 3)
+
+
+def test_encode_is_a_picture_file():
+    image = Image.open(io.BytesIO(base64.b64decode(encode(Image.new("L", (3, 2)), "WEBP"))))
+    assert (image.format, image.size) == ("WEBP", (3, 2))

@@ -71,10 +71,10 @@ from utils import (
 
 if TYPE_CHECKING:
     import numpy as np
-    from engine.report.page import Card
     from torch import Tensor
 
     from engine.predictor import Prediction, Predictor
+    from engine.report.page import Card
 
 NOTE = "research use, not a medical device"
 COLUMNS = (
@@ -582,9 +582,8 @@ def main(options: argparse.Namespace) -> None:
 
 def calibrate(model: Predictor, options: argparse.Namespace) -> None:
     """Set the thresholds on labelled images, print and keep them."""
-    from engine.calibration import describe_threshold  # noqa: PLC0415
-
     from dataset.medical_few import MedicalDataset  # noqa: PLC0415
+    from engine.calibration import describe_threshold  # noqa: PLC0415
 
     folder = Path(options.calibrate)
     try:

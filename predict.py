@@ -421,8 +421,9 @@ class Drawer:
 
     def name(self, entry: Entry) -> str:
         """The name of an image's pictures, which no two images share and every file system takes."""
-        folder, _, file = entry.place.rpartition("/")
-        place = f"{folder}/{stem(Path(file))}" if entry.kind == "nifti" else entry.place
+        place = (
+            entry.place if entry.kind != "nifti" else Path(entry.place).with_name(stem(Path(entry.place))).as_posix()
+        )
         clean = re.sub(r"[^\w./-]+", "_", place).replace("/", "__").strip(".")
         if entry.hidden:
             clean = entry.file.rpartition(".")[0] or entry.file

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 MARK = "MadCLIP heat map, research use"  # in the head of every picture that is written, so that none becomes an input
-DERIVATION = "Anomaly heat map (MadCLIP). Research use, not a medical device."
+DERIVATION = "Anomaly heat map (MadCLIP), in thousandths of a score. Research use, not a medical device."
 POSITIVE = {"dicom": "LPS", "nifti": "RAS"}  # where the coordinates x, y, z grow
 OPPOSITE = dict(zip("LRPASI", "RLAPIS", strict=True))
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
@@ -272,7 +272,8 @@ class NiftiHeat:
 class DicomHeat:
     """The heat maps of a series as a DICOM series: secondary captures with new UIDs, in the same study and space.
 
-    Values are unsigned 16 bits with a rescale slope; they lie in [0, layers].
+    Values are unsigned 16 bits with a rescale slope. Rescaled they are thousandths of a score, in [0, 1000 layers], as
+    DICOM's linear windows are at least 1 wide.
 
     Args:
         folder: of the files, one an image; made if need be.
@@ -324,7 +325,7 @@ class DicomHeat:
             for name in names:
                 if holder.get(name) not in (None, ""):
                     result[name] = holder[name]
-        low, high = self.heat_range
+        low, high = (1000 * end for end in self.heat_range)
         values = {
             "SOPClassUID": SECONDARY_CAPTURE, "SOPInstanceUID": generate_uid(), "SeriesInstanceUID": self.uid,
             "ImageType": ["DERIVED", "SECONDARY"], "Modality": "OT", "ConversionType": "WSD",
@@ -334,9 +335,9 @@ class DicomHeat:
             "ContentTime": self.time, "InstanceCreationDate": self.date, "InstanceCreationTime": self.time,
             "BurnedInAnnotation": "NO", "SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2",
             "Rows": source.Rows, "Columns": source.Columns, "BitsAllocated": 16, "BitsStored": 16, "HighBit": 15,
-            "PixelRepresentation": 0, "RescaleIntercept": "0", "RescaleSlope": f"{self.layers / 65535:.10g}",
+            "PixelRepresentation": 0, "RescaleIntercept": "0", "RescaleSlope": f"{1000 * self.layers / 65535:.10g}",
             "RescaleType": "US", "WindowCenter": f"{(low + high) / 2:.8g}",
-            "WindowWidth": f"{max(high - low, 1e-4):.8g}",
+            "WindowWidth": f"{max(high - low, 1.0):.8g}",
         }  # fmt: skip
         for name, value in values.items():
             setattr(result, name, value)

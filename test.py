@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from CLIP.clip import create_model
-from dataset.medical_few import MedicalDataset
+from dataset.medical_few import MedicalDataset, anonymous
 from engine import distributed
 from engine.calibration import describe_threshold, threshold_metrics
 from engine.checkpoint import Checkpoint, default_checkpoint, find_trained_weights
@@ -92,7 +92,7 @@ Scores = tuple[Evaluation, Masks | None, Settings, dict[str, Any], str]
 def compute_scores(options: argparse.Namespace) -> Scores:
     """Data, checkpoint, towers, tokens, patch scores; and in words what was tested."""
     dataset = MedicalDataset.open(
-        options.obj, options.data_path, options.data_root, options.patient, options.mask_above, options.anonymous
+        options.obj, options.data_path, options.data_root, options.patient, options.mask_above
     )
     options.ckpt = options.ckpt or str(default_checkpoint(options.save_path, options.obj))
     checkpoint = Checkpoint.load(options.ckpt, options, dataset)
@@ -100,10 +100,12 @@ def compute_scores(options: argparse.Namespace) -> Scores:
     settings = checkpoint.settings.tested_with(options)
     device = pick_device(options.device)
     weights = find_trained_weights(checkpoint, options)
-    samples = dataset.samples("test")
+    samples = anonymous(dataset.samples("test")) if options.anonymous else dataset.samples("test")
     store = TokenStore(Tower.of(settings, weights, pick_autocast(options.precision, device), device), options)
     store.plan((), own_batches(samples, settings.eval_batch))
-    clip = create_model(weights, img_size=settings.img_size, fidelity=settings.fidelity, device=device, vision=store.needs_tower)
+    clip = create_model(
+        weights, img_size=settings.img_size, fidelity=settings.fidelity, device=device, vision=store.needs_tower
+    )
     detector = Detector(clip, settings).to(device)
     checkpoint.restore(detector, clip, options.ckpt)
     masks = Masks.of(samples, settings, options.num_workers, device) if dataset.pixel_metrics else None

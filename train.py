@@ -104,7 +104,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             setup.training = setup.training.to(setup.store)
             if 0 < state.epoch == state.best_epoch:  # killed between last.pth and best.pth, perhaps
                 save_best(setup)
-            with start_tracker(options, setup.settings, run, setup.config) as tracker:
+            with start_tracker(options, setup.settings, run, setup.config, state.epoch) as tracker:
                 train_epochs(setup, tracker, signals)
                 return finish(setup, tracker)
 
@@ -228,5 +228,5 @@ def finish(setup: Setup, tracker: Tracker) -> dict[str, Any]:
     )  # fmt: skip
     print(f"last epoch: {last.line()}   [epoch {state.epoch} of {state.epoch}]")
     print(f"selected:   {best.line()}   [{selected}]")
-    print(describe_threshold(threshold), *run.files(options), published_lines(settings, best), sep="\n")
+    print(describe_threshold(threshold), *run.files(options), published_lines(settings.obj, best), sep="\n")
     return result

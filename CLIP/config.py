@@ -26,7 +26,7 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 CONFIG_FILES = ("open_clip_config.json", "config.json")  # in a folder or on the hub
 PIXEL_FILE = "preprocessor_config.json"  # beside Hugging Face's config.json: mean and std
 VOCABULARY, PROMPT_LENGTH = 49408, 77  # of CLIP's tokenizer and of the prompts
-MAX_SIZE = 2**17  # of any number in a config: a hostile one must not ask for all memory
+MAX_SIZE, MAX_LAYERS = 2**17, 256  # of the numbers in a config: a hostile one must not ask for all memory
 
 # Defaults of Hugging Face's CLIPConfig, whose files leave out what equals them.
 HF_TEXT = {
@@ -274,8 +274,9 @@ def _check_family(values: Mapping[str, Any], where: str) -> None:
 def _check_sizes(config: ModelConfig, where: str) -> None:
     numbers = {f.name: getattr(config, f.name) for f in fields(config) if f.type == "int"}
     for name, value in numbers.items():
-        if not 1 <= value <= MAX_SIZE:
-            raise InputError(f"{where}: {name} is {value}, not between 1 and {MAX_SIZE}")
+        highest = MAX_LAYERS if "layers" in name else MAX_SIZE
+        if not 1 <= value <= highest:
+            raise InputError(f"{where}: {name} is {value}, not between 1 and {highest}")
     for name, width, heads in (
         ("vision_cfg", config.width, config.heads),
         ("text_cfg", config.text_width, config.text_heads),

@@ -7,6 +7,7 @@ They come from the address that published them or, where that cannot be reached,
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import sys
@@ -100,6 +101,8 @@ def _fetch(url: str, part: Path) -> Path:
     )  # fmt: skip
     reason = _Dropped()
     with requests.Session() as session:
+        session.trust_env = False  # it would read ~/.netrc, which may be a pipe; proxies and certificates as usual
+        session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
         for scheme in ("https://", "http://"):
             session.mount(scheme, HTTPAdapter(max_retries=retries))
         for attempt in range(ATTEMPTS):
@@ -141,7 +144,8 @@ def _open(session: Session, url: str, part: Path, have: int) -> Response:
     shown = hub.redact(url)
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     try:
-        response = session.get(url, headers=headers, stream=True, timeout=TIMEOUT)
+        proxies = requests.utils.get_environ_proxies(url)
+        response = session.get(url, headers=headers, stream=True, timeout=TIMEOUT, proxies=proxies)
     except (requests.ConnectionError, requests.Timeout) as error:
         raise hub.Unreachable(
             f"cannot reach {shown} in {ATTEMPTS} attempts ({_cause(error)}); {_kept(part)}: check the network"

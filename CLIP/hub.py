@@ -5,6 +5,7 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +57,8 @@ def fetch_if_there(repository: str, names: Sequence[str]) -> Path | None:
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError  # noqa: PLC0415
     except ImportError as error:
         raise InputError(f"{PREFIX}{repository}: needs a package: pip install huggingface_hub") from error
+    for handler in logging.getLogger("huggingface_hub").handlers:
+        handler.addFilter(_redacted)
     owner_name, _, revision = repository.partition("@")
     unreachable: Exception | None = None
 
@@ -100,6 +103,12 @@ def cached(repository: str, names: Sequence[str]) -> Path | None:
         if isinstance(path, str):
             return Path(path)
     return None
+
+
+def _redacted(record: logging.LogRecord) -> bool:
+    """Take passwords (of HF_ENDPOINT) out of what huggingface_hub logs."""
+    record.msg, record.args = redact(record.getMessage()), ()
+    return True
 
 
 def _reason(error: Exception) -> str:

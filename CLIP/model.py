@@ -12,11 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.functional import normalize
 
-from .config import ModelConfig
+from .config import ModelConfig, list_models
 from .transformer import Transformer
 from .weights import WeightsInfo
 
-__all__ = ["CLIP", "ModelConfig", "TextTower", "VisionTower", "WeightsInfo", "resize_positional_embedding"]
+__all__ = [
+    "CLIP",
+    "ModelConfig",
+    "TextTower",
+    "VisionTower",
+    "WeightsInfo",
+    "list_models",
+    "resize_positional_embedding",
+]
 
 
 def resize_positional_embedding(embedding: Tensor, grid: int) -> Tensor:

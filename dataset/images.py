@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from utils import InputError, warn
@@ -319,6 +319,8 @@ def _open(file: IO[bytes], path: object, use: Callable[[Image.Image], Result]) -
         raise
     except Image.DecompressionBombError as error:
         raise InputError(f"{path}: more than {MAX_PIXELS:,} pixels; scale it down or cut it into tiles") from error
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path}: not a readable image, or cut short (none of {', '.join(PILLOW_FORMATS)})") from error
     except Exception as error:  # damaged files make Pillow's decoders raise almost anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{path}: not a readable image, or cut short ({reason})") from error

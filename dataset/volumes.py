@@ -184,10 +184,11 @@ class Range:
 
 
 def _package(name: str, path: object) -> Any:  # noqa: ANN401 - a module, which may not be installed
+    package = name.split(".", maxsplit=1)[0]
     try:
+        import_module(package)
         return import_module(name)
     except ImportError as error:
-        package = name.split(".", maxsplit=1)[0]
         kind, advice = ("DICOM", "'pydicom>=3'") if package == "pydicom" else ("NIfTI", package)
         raise MissingPackageError(f"{path}: {kind} needs {package}: pip install {advice}") from error
 

@@ -136,9 +136,20 @@ class Threshold:
 
     value: float
     rule: str
-    figures: dict[str, float | int | None]
+    figures: dict[str, Any]
     pixel_value: float | None = None
     heat_range: list[float] | None = None
+
+
+@dataclass
+class Figures:
+    """`Threshold.figures`, see `calibration.threshold_metrics`."""
+
+    f1: float | None
+    tpr: float | None
+    fpr: float | None
+    n_normal: int
+    n_abnormal: int
 
 
 def read(path: str | Path, flag: str = "--ckpt") -> dict[str, Any]:
@@ -190,13 +201,9 @@ def _check_metadata(payload: dict[str, Any], where: str) -> None:
     checked(SelectedMetrics, metadata.metrics, where)
     if metadata.threshold is not None:
         threshold = checked(Threshold, metadata.threshold, where)
-        counts = [threshold.figures.get(name) for name in ("n_normal", "n_abnormal")]
-        range_ = threshold.heat_range
-        if (
-            not isinstance(metadata.threshold.get("from"), str)
-            or not all(isinstance(count, int) for count in counts)
-            or (range_ is not None and len(range_) != 2)
-        ):
+        checked(Figures, threshold.figures, where)
+        two = threshold.heat_range is None or len(threshold.heat_range) == 2
+        if not two or not isinstance(metadata.threshold.get("from"), str):
             raise InputError(f"{where}: its threshold is incomplete")
     if settings.states is not None and (fault := states_fault(settings.states)):
         raise InputError(f"{where}: states: {one_line(fault)}")

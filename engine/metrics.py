@@ -82,9 +82,27 @@ class Metrics:
         """AUC + pAUC, as published; AUC alone on image-only data sets."""
         return self.auc + (self.pauc or 0.0)
 
+    def table(self) -> str:
+        """AUC and pAUC as `line` has them, and a line for each other value but thresholds that the test set set."""
+        rows = [self.line()]
+        for name, value in self.values.items():
+            if name not in ("auc", "pauc") and not name.endswith("_on_test"):
+                label = METRICS[name][0] if name in METRICS else name.replace("_", " ")
+                rows.append(f"  {label}: {readable_value(value)}")
+        return "\n".join(rows)
+
     def line(self) -> str:
         """AUC and, with masks, pAUC; six decimals, so that two runs can be compared."""
         return f"AUC {self.auc:.6f}" + ("" if self.pauc is None else f"  pAUC {self.pauc:.6f}")
+
+
+def readable_value(value: Value | None) -> str:
+    """A value for people: 0.1234, an interval, a count; `not measurable` where there is none."""
+    if value is None:
+        return "not measurable"
+    if isinstance(value, list):
+        return " to ".join(f"{bound:.4f}" for bound in value)
+    return str(value) if isinstance(value, int) else f"{value:.4f}"
 
 
 def measure(
@@ -135,16 +153,18 @@ def measure_without(evaluation: Evaluation, masks: Masks | None, patients: set[s
 
     Returns:
         `auc_without_shot_patients` and `pauc_without_shot_patients`, None where a class is empty (and pAUC without
-        masks); `n_normal` and `n_abnormal`, the images that are left. Images without a known patient stay.
+        masks); `n_normal_...` and `n_abnormal_...`, the images that are left. Images without a known patient stay.
     """
+    if all(sample.patient is None for sample in evaluation.samples):
+        return {}
     keep = [i for i, sample in enumerate(evaluation.samples) if sample.patient not in patients]
     labels = evaluation.labels[keep]
     n_abnormal = int(labels.sum())
     result: dict[str, float | int | None] = {
         "auc_without_shot_patients": None,
         "pauc_without_shot_patients": None,
-        "n_normal": len(keep) - n_abnormal,
-        "n_abnormal": n_abnormal,
+        "n_normal_without_shot_patients": len(keep) - n_abnormal,
+        "n_abnormal_without_shot_patients": n_abnormal,
     }
     if 0 < n_abnormal < len(keep):
         result["auc_without_shot_patients"] = image_metrics(labels, evaluation.image_scores[keep])["auc"]

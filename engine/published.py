@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from CLIP.adapter_shared import BRANCHES
-from CLIP.model import CLIP, ModelConfig, list_models
+from CLIP.config import ModelConfig, list_models
+from CLIP.model import CLIP
 from CLIP.openai import is_plain, one_line
 from utils import InputError
 

@@ -19,6 +19,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shlex
 import signal
 import socket
@@ -236,7 +237,7 @@ def open_run(
         "options": {name: value for name, value in vars(options).items() if name != "resume"},
         "settings": settings.to_dict(),
         "shots": splits.shots.names(),
-        "shots_from": splits.shots.source,
+        "shots_from": re.sub(r"\S*(?=fewshot_seed/)", "", splits.shots.source),  # without the folder that holds it
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         **checkpoint.versions(),
         **surroundings(device),

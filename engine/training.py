@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dataset.images import check_mask, load_grey_mask, load_mask
-from dataset.medical_few import MedicalDataset, Sample, Shots, leaks
+from dataset.medical_few import MedicalDataset, Sample, Shots, anonymous, leaks
 from loss import training_loss
 from utils import JITTER_VIEW, VIEWS, InputError, augment, checked, preview, printable, sha256_file, warn
 
@@ -301,7 +301,7 @@ class Splits:
             InputError: a data set or a part of it is missing, too few images, --select valid without both classes.
         """
         dataset = MedicalDataset.open(
-            options.obj, options.data_path, options.data_root, options.patient, options.mask_above, options.anonymous
+            options.obj, options.data_path, options.data_root, options.patient, options.mask_above
         )
         shots = dataset.shots(options.shot_normal, options.shot_abnormal, options.iterate, options.seed)
         used = {(sample.path, sample.index) for sample in (*shots.abnormal, *shots.normal)}
@@ -320,7 +320,10 @@ class Splits:
                 f"{len(unused) - len(scored)} images of valid/ have no mask and are no shots: left out of calibration"
             )
         valid = scored if select == "valid" else []
-        return cls(dataset, shots, dataset.samples("test"), valid, calibration_samples(scored), unused, select)
+        lists = [dataset.samples("test"), valid, calibration_samples(scored, dataset.pixel_metrics), unused]
+        if options.anonymous:
+            shots, lists = shots.anonymous(), [anonymous(samples) for samples in lists]
+        return cls(dataset, shots, *lists, select)
 
     def own_batches(self, size: int) -> list[Sequence[Sample]]:
         """What this process scores of all lists, in batches of `size`."""

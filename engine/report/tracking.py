@@ -36,15 +36,21 @@ import numpy as np
 
 from utils import printable
 
-from ..config import Settings
+from .. import distributed
+from ..config import Settings, shareable, shots_label
 
 if TYPE_CHECKING:
+    import argparse
+
     import wandb
 
     from ..evaluation import Evaluation, Masks
     from ..metrics import Metrics
+    from ..run import RunFolder
 
 KEY_SHAPE = re.compile(r"([\w-]+-)?[0-9a-f]{40}|wandb_v1_\w+")
+# Of config.json: the rest names this machine and its folders.
+SHOWN = ("shots", "shots_from", "started", "madclip", "python", "torch", "torchvision", "git_commit", "resumed")
 PLACE_HOLDERS = ("...", "paste-your-key-here")  # of key.json as it is published
 QUIET: dict[str, Any] = {  # bounded in time, and without what could carry secrets: console, source code, git
     "silent": True,
@@ -265,43 +271,70 @@ class Tracker:
 # --- what a run shows ---
 
 
+def start_tracker(
+    options: argparse.Namespace, settings: Settings, run: RunFolder, config: dict[str, Any], epochs: int
+) -> Tracker:
+    """The W&B run of a training, or its continuation; its id goes into config.json.
+
+    Args:
+        options: of train.py.
+        settings: of the checkpoint.
+        run: its folder.
+        config: config.json; what of it names no path and no host is shown in W&B.
+        epochs: that are finished already.
+    """
+    if not distributed.is_main():
+        return Tracker()
+    shown = {**shareable(options), **settings.to_dict()}
+    shown |= {name: value for name, value in config.items() if name in SHOWN}
+    label = shots_label(options)
+    tracker = Tracker.start(
+        run.path.name, shown, run_dir=run.path, tags=(options.obj, label, settings.model_name, options.fidelity),
+        group=f"{options.obj}-{label}", run_id=config.get("wandb_id"), pictures=bool(options.log_images_every),
+    )  # fmt: skip
+    tracker.step = max(epochs - 1, 0)
+    run.write_config({**config, "wandb_id": tracker.id or config.get("wandb_id", "")})
+    return tracker
+
+
+def published_best(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The published ...best values of the epochs so far."""
+    bests = [record for record in history if record["best"] and record["auc"] is not None]
+    return (
+        {f"{key}best": value for key, value in published(bests[-1]["auc"], bests[-1]["pauc"]).items()} if bests else {}
+    )
+
+
 def log_epoch(
     tracker: Tracker,
-    *,
-    epoch: int,
-    losses: Sequence[Any],
-    similarity: float,
-    seconds: float,
-    images: int,
+    record: Mapping[str, Any],
     test: Metrics | None,
     valid: Metrics | None,
     best: dict[str, float],
-    is_best: bool,
+    seconds: float,
+    images: int,
     last: bool,
 ) -> None:
     """Log an epoch; that of a new best one is the summary, with all of its values and no others.
 
     Args:
         tracker: the run. When it is off, only `best` is kept up to date.
-        epoch: from 0, as the published code logs it; pictures of the same epoch are logged before.
-        losses: detection, segmentation, total (`loss.LossParts`).
-        similarity: cosine of the two text features.
-        seconds: that the epoch took.
-        images: that passed through in it: views, and the images that were evaluated.
+        record: the epoch's line of metrics.jsonl; W&B counts epochs from 0, as the published code does.
         test: metrics of the test set, None where it was not evaluated.
         valid: of valid/, likewise.
-        best: the published ...best values, which are updated; they must survive --resume.
-        is_best: the epoch is the selected one so far.
+        best: the published ...best values, which are updated.
+        seconds: that the epoch took.
+        images: that passed through in it: views, and the images that were evaluated.
         last: the row stays open for what `log_result` adds.
     """
-    if test is not None and is_best:
-        best.update({f"{key}best": value for key, value in published(test).items()})
+    if test is not None and record["best"]:
+        best.update({f"{key}best": value for key, value in published(test.auc, test.pauc).items()})
     if not tracker.id:
         return
-    values = scalars(epoch, losses, similarity, seconds, images, test, valid) | best
+    values = scalars(record, seconds, images, test, valid) | best
     tracker.define(values)
-    tracker.log(values, step=epoch, commit=not last)
-    if is_best:
+    tracker.log(values, step=record["epoch"] - 1, commit=not last)
+    if record["best"]:
         tracker.summary(values, whole=True)
 
 
@@ -341,31 +374,24 @@ def log_result(
 
 
 def scalars(
-    epoch: int,
-    losses: Sequence[Any],
-    similarity: float,
-    seconds: float,
-    images: int,
-    test: Metrics | None,
-    valid: Metrics | None,
+    record: Mapping[str, Any], seconds: float, images: int, test: Metrics | None, valid: Metrics | None
 ) -> dict[str, float]:
     """The published keys and ours, but for the ...best; see `log_epoch`."""
-    det, seg, total = (float(part) for part in losses)
+    similarity, total = record["similarity"], record["total"]
     values = {
-        "epoch": epoch, "sim_texts": similarity, "loss": total,
-        "train/det": det, "train/seg": seg, "train/total": total, "train/sim_texts": similarity,
+        "epoch": record["epoch"] - 1, "sim_texts": similarity, "loss": total,
+        "train/det": record["det"], "train/seg": record["seg"], "train/total": total, "train/sim_texts": similarity,
         "time/epoch": seconds, "time/images_per_second": images / max(seconds, 1e-9), **memory(),
     }  # fmt: skip
     for split, metrics in (("test", test), ("valid", valid)):
         if metrics is not None:
             values |= measured(split, metrics)
-    return values | published(test) if test is not None else values
+    return values | published(test.auc, test.pauc) if test is not None else values
 
 
-def published(metrics: Metrics) -> dict[str, float]:
-    """Metrics of the test set under the published keys; on image-only data sets the published pAUC is the AUC again."""
-    pauc = metrics.auc if metrics.pauc is None else metrics.pauc
-    return {"AUC+pAUC": metrics.selection_score, "AUC": metrics.auc, "pAUC": pauc}
+def published(auc: float, pauc: float | None) -> dict[str, float]:
+    """AUCs of the test set under the published keys; on image-only data sets the published pAUC is the AUC again."""
+    return {"AUC+pAUC": auc + (pauc or 0.0), "AUC": auc, "pAUC": auc if pauc is None else pauc}
 
 
 def measured(split: str, metrics: Metrics) -> dict[str, float]:

@@ -410,3 +410,23 @@ def test_a_password_in_an_address_is_not_printed(server: Server, tmp_path: Path,
         assert "secret" not in result.stdout + result.stderr
     assert "***@127.0.0.1" in missing.stderr
     assert "***@127.0.0.1" in fetched.stdout
+
+
+def test_a_netrc_that_is_a_pipe_is_not_read(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    os.mkfifo(tmp_path / "home" / ".netrc")
+    out = tmp_path / "out" / "weights.pt"
+    result = subprocess.run(
+        [sys.executable, "-m", "CLIP.download", "ViT-L-14-336", "--url", server.address(), "--out", out],
+        cwd=ROOT, env=ENVIRONMENT | {"HOME": str(tmp_path / "home")}, capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    succeeds(result, out)
+
+
+def test_a_proxy_of_the_environment_is_used(
+    server: Server, tmp_path: Path, fetch_here: Fetch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.server_port}")
+    succeeds(fetch_here(f"http://nowhere.invalid/{SUM}/weights.pt", tmp_path / "weights.pt"), tmp_path / "weights.pt")
+    assert server.requests == [None]

@@ -136,6 +136,21 @@ def test_offline_without_a_cache_says_so(run: Run) -> None:
     one_line(run("-c", LOAD, "hf-hub:me/tiny", HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set", "not in the cache")
 
 
+def test_a_password_in_the_endpoint_is_not_printed(server: HubServer, run: Run) -> None:
+    """Neither in our lines nor in those that huggingface_hub logs while it tries again."""
+    endpoint = server.address.replace("http://", "http://me:secret@")
+    code = (
+        "import logging\nfrom CLIP import hub\nprint(hub.fetch('me/tiny', ['config.json']))\n"
+        f"logging.getLogger('huggingface_hub.utils._http').warning('%s: retrying', '{endpoint}')"
+    )
+    result = run("-c", code, HF_ENDPOINT=endpoint)
+    assert result.returncode == 0, result.stderr
+    assert "http://***@127.0.0.1" in result.stderr
+    assert "retrying" in result.stderr
+    one_line(run("-c", LOAD, "hf-hub:me/none", HF_ENDPOINT=endpoint), "no such model")
+    assert "secret" not in result.stderr
+
+
 def test_without_the_package(run: Run) -> None:
     code = "import sys; sys.modules['huggingface_hub'] = None\n" + LOAD
     one_line(run("-c", code, "hf-hub:me/tiny"), "pip install huggingface_hub")

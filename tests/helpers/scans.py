@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
+from nibabel import orientations
+from nilearn.datasets import load_mni152_template
+from nilearn.image import resample_img
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 
 def mni(path: Path, zooms: tuple[float, float, float] = (4.0, 4.0, 4.0), axes: str = "RAS") -> Any:
     """Write the template resampled to these zooms, stored with these axes; the nibabel image."""
-    import nibabel
-    from nibabel import orientations
-    from nilearn.datasets import load_mni152_template
-    from nilearn.image import resample_img
-
     template = load_mni152_template(resolution=2)
     image = resample_img(
         template, target_affine=np.diag(zooms), interpolation="linear", force_resample=True, copy_header=True
@@ -30,11 +31,7 @@ def mni(path: Path, zooms: tuple[float, float, float] = (4.0, 4.0, 4.0), axes: s
 
 
 def dicom_series(folder: Path, volume: Any, patient: str = "P1", shuffle: int = 0, window: bool = False) -> list[Path]:
-    """Axial slices of a nibabel image as CT files, named in another order than they lie in; the files from foot to head."""
-    import nibabel
-    from pydicom.dataset import Dataset, FileMetaDataset
-    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
-
+    """Axial slices of a nibabel image as CT files, from foot to head; their names are in another order."""
     volume = nibabel.as_closest_canonical(volume)
     values, affine = volume.get_fdata(), volume.affine
     study, series, space = generate_uid(), generate_uid(), generate_uid()

@@ -12,7 +12,17 @@ import pytest
 
 from engine.metrics import Metrics, measure
 from engine.report import tracking
-from engine.report.tracking import WORST, Tracker, log_epoch, log_pictures, log_result, memory, pictures, scalars
+from engine.report.tracking import (
+    WORST,
+    Tracker,
+    log_epoch,
+    log_pictures,
+    log_result,
+    memory,
+    pictures,
+    published_best,
+    scalars,
+)
 from tests.helpers.evaluations import LAYERS, make_world
 
 ROOT = Path(__file__).parents[2]
@@ -60,14 +70,25 @@ def world(tmp_path):
     return make_world(tmp_path, labels, scores.tolist())
 
 
-def epoch_of(tracker: Tracker, epoch: int, test: Metrics | None, best: dict[str, float], **more: Any) -> None:
-    same: dict[str, Any] = {"losses": (1.0, 2.0, 3.0), "similarity": 0.5, "seconds": 2.0, "images": 32, "valid": None}
-    log_epoch(tracker, epoch=epoch, test=test, best=best, **{**same, "is_best": False, "last": False, **more})
+def record_of(epoch: int, best: bool = False) -> dict[str, Any]:
+    """A line of metrics.jsonl; epochs are counted from 1 there."""
+    return {"epoch": epoch + 1, "det": 1.0, "seg": 2.0, "total": 3.0, "similarity": 0.5, "best": best}
+
+
+def epoch_of(
+    tracker: Tracker,
+    epoch: int,
+    test: Metrics | None,
+    best: dict[str, float],
+    is_best: bool = False,
+    last: bool = False,
+) -> None:
+    log_epoch(tracker, record_of(epoch, is_best), test, None, best, seconds=2.0, images=32, last=last)
 
 
 def test_scalars_have_the_published_names_and_ours(world):
     metrics = measure(*world, aupro=True)
-    logged = scalars(4, (1.0, 2.0, 3.0), 0.5, 2.0, 32, metrics, metrics)
+    logged = scalars(record_of(4), 2.0, 32, metrics, metrics)
     assert set(logged) >= PUBLISHED
     assert (logged["epoch"], logged["loss"], logged["train/det"], logged["train/seg"]) == (4, 3.0, 1.0, 2.0)
     assert logged["AUC+pAUC"] == pytest.approx(metrics.auc + metrics.pauc)
@@ -79,13 +100,13 @@ def test_scalars_have_the_published_names_and_ours(world):
 
 def test_image_only_sets_publish_their_auc_as_pauc(tmp_path):
     evaluation, _ = make_world(tmp_path, [0, 1, 0, 1], [0.1, 0.9, 0.5, 0.4], masks=False)
-    logged = scalars(0, (1.0, 0.0, 1.0), 0.5, 2.0, 4, measure(evaluation), None)
+    logged = scalars(record_of(0), 2.0, 4, measure(evaluation), None)
     assert logged["pAUC"] == logged["AUC"] == logged["AUC+pAUC"] == 0.75
     assert "test/pAUC" not in logged
 
 
 def test_epochs_without_evaluation_have_no_test_keys():
-    logged = scalars(0, (1.0, 2.0, 3.0), 0.5, 2.0, 32, None, None)
+    logged = scalars(record_of(0), 2.0, 32, None, None)
     assert not [name for name in logged if "AUC" in name]
 
 
@@ -146,8 +167,7 @@ def test_off_computes_nothing_but_the_best_values_and_imports_no_wandb():
         "from engine.metrics import Metrics; from engine.report.tracking import *;"
         "off, best = Tracker(), {};"
         "log_pictures(off, 0, None, None, None); log_result(off, None, None, 0, Path('nowhere.pth'), True);"
-        "log_epoch(off, epoch=0, losses=None, similarity=0, seconds=0, images=0, test=Metrics({'auc': 0.5}),"
-        "          valid=None, best=best, is_best=True, last=True);"
+        "log_epoch(off, {'best': True}, Metrics({'auc': 0.5}), None, best, 1.0, 1, True);"
         "print(best, 'wandb' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -187,6 +207,13 @@ def test_best_survives_a_resumption(world):
     run = Run()
     epoch_of(make_tracker(run), 1, Metrics({**metrics.values, "auc": 0.1}), dict(best))
     assert run.rows[0][1]["AUC+pAUCbest"] == metrics.selection_score
+
+
+def test_best_values_come_from_the_history():
+    rows = [{"best": True, "auc": 0.5, "pauc": 0.25}, {"best": False, "auc": 0.9, "pauc": 0.9}]
+    assert published_best(rows) == {"AUC+pAUCbest": 0.75, "AUCbest": 0.5, "pAUCbest": 0.25}
+    assert published_best([{"best": True, "auc": 0.5, "pauc": None}])["pAUCbest"] == 0.5
+    assert published_best([{"best": False, "auc": None, "pauc": None}]) == {}
 
 
 def test_the_full_evaluation_completes_the_summary(world):

@@ -18,11 +18,9 @@ if __name__ == "__main__":  # reads the flags before it imports torch: --help an
     run_script("test", parse)
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from CLIP.clip import create_model
-from dataset.medical_few import MedicalDataset
+from dataset.medical_few import MedicalDataset, anonymous
 from engine import distributed
 from engine.calibration import describe_threshold, threshold_metrics
 from engine.checkpoint import Checkpoint, default_checkpoint, find_trained_weights
@@ -34,8 +32,8 @@ from engine.metrics import measure, measure_without
 from engine.report.figures import save_figures
 from engine.report.history import find_history, read_history
 from engine.report.page import write_page
-from engine.run import masks_note, published_lines, result_json, shot_patients
-from utils import InputError, probe_writable, set_seed, write_json
+from engine.run import check_outputs, describe_test, published_lines, result_json, shot_patients
+from utils import InputError, set_seed, write_json
 
 
 def main(options: argparse.Namespace) -> None:
@@ -51,10 +49,7 @@ def test(options: argparse.Namespace) -> dict[str, Any]:
         InputError: whatever the user can put right.
     """
     set_seed(options.seed)
-    probe_writable(options.out_json, "--out_json", is_json=True)
-    probe_writable(options.save_scores, "--save_scores")
-    probe_writable(Path(options.figures) / f"{options.obj}.png" if options.figures else None, "--figures")
-    probe_writable(Path(options.report) / "index.html" if options.report else None, "--report")
+    check_outputs(options)
     history = read_history(options.history) if options.history else None
     evaluation, masks, settings, metadata, source = (kept_scores if options.scores else compute_scores)(options)
     if options.save_scores and distributed.is_main():
@@ -92,7 +87,7 @@ Scores = tuple[Evaluation, Masks | None, Settings, dict[str, Any], str]
 def compute_scores(options: argparse.Namespace) -> Scores:
     """Data, checkpoint, towers, tokens, patch scores; and in words what was tested."""
     dataset = MedicalDataset.open(
-        options.obj, options.data_path, options.data_root, options.patient, options.mask_above, options.anonymous
+        options.obj, options.data_path, options.data_root, options.patient, options.mask_above
     )
     options.ckpt = options.ckpt or str(default_checkpoint(options.save_path, options.obj))
     checkpoint = Checkpoint.load(options.ckpt, options, dataset)
@@ -100,24 +95,17 @@ def compute_scores(options: argparse.Namespace) -> Scores:
     settings = checkpoint.settings.tested_with(options)
     device = pick_device(options.device)
     weights = find_trained_weights(checkpoint, options)
-    samples = dataset.samples("test")
+    samples = anonymous(dataset.samples("test")) if options.anonymous else dataset.samples("test")
     store = TokenStore(Tower.of(settings, weights, pick_autocast(options.precision, device), device), options)
     store.plan((), own_batches(samples, settings.eval_batch))
-    clip = create_model(weights, img_size=settings.img_size, fidelity=settings.fidelity, device=device, vision=store.needs_tower)
+    clip = store.load_clip()
     detector = Detector(clip, settings).to(device)
     checkpoint.restore(detector, clip, options.ckpt)
     masks = Masks.of(samples, settings, options.num_workers, device) if dataset.pixel_metrics else None
     store.fill(clip)
     evaluation = evaluate(detector, store, samples)
-    metadata = checkpoint.metadata
-    notes = (dataset.split_note(), masks_note(settings, dataset))
-    epoch = metadata.get("metrics", {}).get("epoch", "unknown")
-    source = "\n".join([
-        f"{options.obj}: {len(samples)} test images", *filter(None, notes),
-        f"{Path(options.ckpt).name}: trained on {settings.obj}, tested on {options.obj}, epoch {epoch}, --select "
-        f"{metadata['select']}; the prompts say {settings.prompt_name!r}",
-    ])  # fmt: skip
-    return evaluation, masks, settings, metadata, source
+    source = describe_test(options, dataset, settings, checkpoint.metadata, len(samples))
+    return evaluation, masks, settings, checkpoint.metadata, source
 
 
 def kept_scores(options: argparse.Namespace) -> Scores:

@@ -69,15 +69,16 @@ def read_shot_list(path: Path, iterate: int) -> tuple[list[str], list[str]]:
     Raises:
         InputError: the file cannot be read, or has no line with names for `iterate`.
     """
-    return named(parse_shot_list(path)[0], path, iterate)
+    return pick_lines(*parse_shot_list(path), path, iterate)
 
 
-def named(lines: Lines, path: Path, iterate: int) -> tuple[list[str], list[str]]:
+def pick_lines(lines: Lines, warnings: Sequence[str], path: Path, iterate: int) -> tuple[list[str], list[str]]:
     """The abnormal and normal names for `iterate`; `InputError` where there are none."""
     for kind in "an":
         if not lines.get((kind, iterate)):
             known = ", ".join(sorted({str(index) for _, index in lines})) or "none"
-            raise InputError(f"--iterate {iterate}: {path} has no line `{kind}-{iterate}:` with names (it has {known})")
+            fault = f"--iterate {iterate}: {path} has no line `{kind}-{iterate}:` with names (it has {known})"
+            raise InputError("; ".join([fault, *warnings[:1]]))
     return lines["a", iterate], lines["n", iterate]
 
 

@@ -21,12 +21,11 @@ from dataset.medical_few import Sample
 from Prompt.promptChooser import fixed_feature
 from utils import set_seed
 
-from .config import pick_autocast, pick_device
+from .config import new_settings, pick_autocast, pick_device
 from .detector import seeded
 from .evaluation import Evaluation, Masks, eval_batches
 from .features import TokenStore, Tower
 from .metrics import measure, measure_without
-from .run import make_settings
 from .training import Splits, TrainingSet
 
 BATCH = 32  # test images at a time
@@ -232,12 +231,12 @@ def measure_baselines(options: argparse.Namespace) -> dict[str, Any]:
     splits = Splits.open(options)
     device = pick_device(options.device)
     weights = find_weights(options.model_name, options.pretrain, options.weights, options.seed)
-    settings = make_settings(options, splits.dataset, weights)
+    settings = new_settings(options, splits.dataset, weights)
     shots = TrainingSet.build(splits.shots, settings, options.seed)
     tower = Tower.of(settings, weights, pick_autocast(options.precision, device), device)
     store = TokenStore(tower, options)
     store.plan(shots.items, eval_batches(splits.test, BATCH))
-    clip = create_model(weights, settings.img_size, fidelity=settings.fidelity, device=device)
+    clip = create_model(weights, img_size=settings.img_size, fidelity=settings.fidelity, device=device)
     assert clip.visual is not None
     norm, projection = clip.visual.ln_post, clip.visual.proj  # `fill` frees the tower
     reads_last = max(tower.layers) == weights.config.layers

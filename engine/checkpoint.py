@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from CLIP.config import ModelConfig
-from CLIP.openai import check_archive, is_plain, one_line, refused_global
+from CLIP.hub import one_line
+from CLIP.openai import check_archive, is_plain, refused_global
 from CLIP.weights import find_weights
 from Prompt.states import states_fault
 from utils import InputError, Parser, atomic_path, checked, printable, run_cli, warn
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     import argparse
 
     from CLIP.model import CLIP
-    from CLIP.weights import Weights
+    from CLIP.weights import Weights, WeightsInfo
 
     from .detector import Detector
     from .published import Described
@@ -136,9 +137,20 @@ class Threshold:
 
     value: float
     rule: str
-    figures: dict[str, float | int | None]
+    figures: dict[str, Any]
     pixel_value: float | None = None
     heat_range: list[float] | None = None
+
+
+@dataclass
+class Figures:
+    """`Threshold.figures`, see `calibration.threshold_metrics`."""
+
+    f1: float | None
+    tpr: float | None
+    fpr: float | None
+    n_normal: int
+    n_abnormal: int
 
 
 def read(path: str | Path, flag: str = "--ckpt") -> dict[str, Any]:
@@ -190,13 +202,9 @@ def _check_metadata(payload: dict[str, Any], where: str) -> None:
     checked(SelectedMetrics, metadata.metrics, where)
     if metadata.threshold is not None:
         threshold = checked(Threshold, metadata.threshold, where)
-        counts = [threshold.figures.get(name) for name in ("n_normal", "n_abnormal")]
-        range_ = threshold.heat_range
-        if (
-            not isinstance(metadata.threshold.get("from"), str)
-            or not all(isinstance(count, int) for count in counts)
-            or (range_ is not None and len(range_) != 2)
-        ):
+        checked(Figures, threshold.figures, where)
+        two = threshold.heat_range is None or len(threshold.heat_range) == 2
+        if not two or not isinstance(metadata.threshold.get("from"), str):
             raise InputError(f"{where}: its threshold is incomplete")
     if settings.states is not None and (fault := states_fault(settings.states)):
         raise InputError(f"{where}: states: {one_line(fault)}")
@@ -268,6 +276,7 @@ def export_file(path: str, out: str, weights_file: str | None) -> None:
         settings.model_name, settings.pretrain, settings.img_size, weights=weights_file, fidelity=settings.fidelity,
         seed=checkpoint.seed, vision=False,
     )  # fmt: skip
+    assert clip.info is not None
     check_weights(checkpoint, clip.info, path)
     detector = Detector(clip, settings)
     checkpoint.restore(detector, clip, path)
@@ -282,7 +291,9 @@ def export_file(path: str, out: str, weights_file: str | None) -> None:
         )
 
 
-def check_weights(checkpoint: Checkpoint, weights: Weights, path: str | Path, allow_other: bool = False) -> None:
+def check_weights(
+    checkpoint: Checkpoint, weights: Weights | WeightsInfo, path: str | Path, allow_other: bool = False
+) -> None:
     """Name both hashes where a checkpoint was trained on other CLIP weights: `InputError`, or a warning if allowed."""
     trained_on = checkpoint.settings.weights_sha256
     if not trained_on or weights.sha256 == trained_on:

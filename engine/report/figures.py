@@ -82,10 +82,14 @@ class Plot:
         with _style(name, page=True), _quiet():
             text = _bytes(self._figure(), "svg").decode()
         text = re.sub(r"<(style|metadata)\b.*?</\1>", "", text[text.index("<svg") :], flags=re.DOTALL)
-        text = re.sub(r' id="[A-Za-z]+\d*_\d+"', "", text)  # no reference leads to these, and other figures have them
+        text = text.replace("xlink:href", "href")
+        targets = set(
+            re.findall(r'(?:href="|url\()#([^")]+)', text)
+        )  # other names are in other figures of the page too
+        text = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in targets else "", text)
         for word, colour in COLOURS.items():
             text = text.replace(colour, f"var(--{word})")
-        label = f'role="img" aria-label="{escape(self.title)}" '
+        label = f'xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{escape(self.title)}" '
         return re.sub(r'^<svg .*?(viewBox="[^"]*").*?>', rf"<svg {label}\1>", text, count=1, flags=re.DOTALL)
 
     def save(self, folder: Path, name: str) -> None:
@@ -294,7 +298,9 @@ def _run(axes: Axes, curves: Sequence[Curve], label: str, epoch: float | None) -
     axes.set(xlabel="epoch", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if label == "AUROC":
-        axes.set_ylim(top=min(axes.get_ylim()[1], 1.01))
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, min(high, 1.01))
+        axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= 1])
     if isinstance(epoch, int | float):
         _mark(axes, epoch, f"epoch {epoch}")
 

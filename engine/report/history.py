@@ -51,7 +51,7 @@ def read_history(path: str | Path, flag: str = "--history") -> list[dict[str, An
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: not the JSON of an epoch; is it a run's {FILE}?") from error
         row = asdict(checked(Row, values, where))
-        large = [name for name, value in row.items() if value is not None and abs(value) > MAX_VALUE]
+        large = [name for name, value in row.items() if value is not None and not abs(value) <= MAX_VALUE]  # NaN too
         if large or row["epoch"] < 1:
             raise InputError(f"{where}: {large[0] if large else 'epoch'} is out of range")
         rows.append(row)

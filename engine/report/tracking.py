@@ -36,15 +36,21 @@ import numpy as np
 
 from utils import printable
 
-from ..config import Settings
+from .. import distributed
+from ..config import Settings, shareable, shots_label
 
 if TYPE_CHECKING:
+    import argparse
+
     import wandb
 
     from ..evaluation import Evaluation, Masks
     from ..metrics import Metrics
+    from ..run import RunFolder
 
 KEY_SHAPE = re.compile(r"([\w-]+-)?[0-9a-f]{40}|wandb_v1_\w+")
+# Of config.json: the rest names this machine and its folders.
+SHOWN = ("shots", "shots_from", "started", "madclip", "python", "torch", "torchvision", "git_commit", "resumed")
 PLACE_HOLDERS = ("...", "paste-your-key-here")  # of key.json as it is published
 QUIET: dict[str, Any] = {  # bounded in time, and without what could carry secrets: console, source code, git
     "silent": True,
@@ -76,6 +82,7 @@ class Tracker:
         self._names: set[str] = set()  # every scalar logged so far
         self._pictured = -1  # the last epoch with pictures
         self.step = 0  # the last one that was logged
+        self.best: dict[str, float] = {}  # the published ...best values
 
     @classmethod
     def start(
@@ -178,6 +185,11 @@ class Tracker:
         """Whether `picture` would do anything."""
         return self._run is not None and self._pictures
 
+    def remember_best(self, record: Mapping[str, Any]) -> None:
+        """Keep an epoch's AUCs as the published ...best values, where it was the best so far."""
+        if record["best"] and record["auc"] is not None:
+            self.best = {f"{key}best": value for key, value in published(record["auc"], record["pauc"]).items()}
+
     def pictures_due(self, epoch: int, every: int, last: bool) -> bool:
         """Whether an evaluated epoch, from 0, is to be pictured: each `every` epochs (0: never), and the last one."""
         due = self.takes_pictures and every > 0 and (last or epoch - self._pictured >= every)
@@ -265,43 +277,65 @@ class Tracker:
 # --- what a run shows ---
 
 
+def start_tracker(
+    options: argparse.Namespace,
+    settings: Settings,
+    run: RunFolder,
+    config: dict[str, Any],
+    history: Sequence[Mapping[str, Any]],
+) -> Tracker:
+    """The W&B run of a training, or its continuation; its id goes into config.json.
+
+    Args:
+        options: of train.py.
+        settings: of the checkpoint.
+        run: its folder.
+        config: config.json; what of it names no path and no host is shown in W&B.
+        history: of the epochs that are finished already.
+    """
+    if not distributed.is_main():
+        return Tracker()
+    shown = {**shareable(options), **settings.to_dict()}
+    shown |= {name: value for name, value in config.items() if name in SHOWN}
+    label = shots_label(options)
+    tracker = Tracker.start(
+        run.path.name, shown, run_dir=run.path, tags=(options.obj, label, settings.model_name, options.fidelity),
+        group=f"{options.obj}-{label}", run_id=config.get("wandb_id"), pictures=bool(options.log_images_every),
+    )  # fmt: skip
+    tracker.step = max(len(history) - 1, 0)
+    for record in history:
+        tracker.remember_best(record)
+    run.write_config({**config, "wandb_id": tracker.id or config.get("wandb_id", "")})
+    return tracker
+
+
 def log_epoch(
     tracker: Tracker,
-    *,
-    epoch: int,
-    losses: Sequence[Any],
-    similarity: float,
-    seconds: float,
-    images: int,
+    record: Mapping[str, Any],
     test: Metrics | None,
     valid: Metrics | None,
-    best: dict[str, float],
-    is_best: bool,
+    seconds: float,
+    images: int,
     last: bool,
 ) -> None:
     """Log an epoch; that of a new best one is the summary, with all of its values and no others.
 
     Args:
-        tracker: the run. When it is off, only `best` is kept up to date.
-        epoch: from 0, as the published code logs it; pictures of the same epoch are logged before.
-        losses: detection, segmentation, total (`loss.LossParts`).
-        similarity: cosine of the two text features.
-        seconds: that the epoch took.
-        images: that passed through in it: views, and the images that were evaluated.
+        tracker: the run.
+        record: the epoch's line of metrics.jsonl; W&B counts epochs from 0, as the published code does.
         test: metrics of the test set, None where it was not evaluated.
         valid: of valid/, likewise.
-        best: the published ...best values, which are updated; they must survive --resume.
-        is_best: the epoch is the selected one so far.
+        seconds: that the epoch took.
+        images: that passed through in it: views, and the images that were evaluated.
         last: the row stays open for what `log_result` adds.
     """
-    if test is not None and is_best:
-        best.update({f"{key}best": value for key, value in published(test).items()})
     if not tracker.id:
         return
-    values = scalars(epoch, losses, similarity, seconds, images, test, valid) | best
+    tracker.remember_best(record)
+    values = scalars(record, seconds, images, test, valid) | tracker.best
     tracker.define(values)
-    tracker.log(values, step=epoch, commit=not last)
-    if is_best:
+    tracker.log(values, step=record["epoch"] - 1, commit=not last)
+    if record["best"]:
         tracker.summary(values, whole=True)
 
 
@@ -317,7 +351,6 @@ def log_result(
     metrics: Metrics,
     epoch: int,
     ckpt_path: Path | None,
-    pictures: bool,
 ) -> None:
     """Log the table of the selected epoch's scores, complete the summary, upload the checkpoint where asked for.
 
@@ -327,45 +360,36 @@ def log_result(
         metrics: of `measure(..., full=True)`: AUPRO is not measured in every epoch.
         epoch: the selected one, from 0.
         ckpt_path: the checkpoint with --log_model, else None.
-        pictures: False (--log_images_every 0): no table, as it shows images and names their files.
     """
     if not tracker.id:
         return
     tracker.summary(measured("test", metrics))
-    if pictures:
-        tracker.picture(lambda run: run.log({"scores/table": _table(evaluation, metrics)}, step=tracker.step))
+    tracker.picture(lambda run: run.log({"scores/table": _table(evaluation, metrics)}, step=tracker.step))
     if ckpt_path is not None:
-        if not pictures:
+        if not tracker.takes_pictures:
             _say("warning: --log_model uploads the checkpoint, which names its shots; --anonymous hides their names")
         tracker.upload(ckpt_path, {"epoch": epoch, "auc": metrics.auc, "pauc": metrics.pauc})
 
 
 def scalars(
-    epoch: int,
-    losses: Sequence[Any],
-    similarity: float,
-    seconds: float,
-    images: int,
-    test: Metrics | None,
-    valid: Metrics | None,
+    record: Mapping[str, Any], seconds: float, images: int, test: Metrics | None, valid: Metrics | None
 ) -> dict[str, float]:
     """The published keys and ours, but for the ...best; see `log_epoch`."""
-    det, seg, total = (float(part) for part in losses)
+    similarity, total = record["similarity"], record["total"]
     values = {
-        "epoch": epoch, "sim_texts": similarity, "loss": total,
-        "train/det": det, "train/seg": seg, "train/total": total, "train/sim_texts": similarity,
+        "epoch": record["epoch"] - 1, "sim_texts": similarity, "loss": total,
+        "train/det": record["det"], "train/seg": record["seg"], "train/total": total, "train/sim_texts": similarity,
         "time/epoch": seconds, "time/images_per_second": images / max(seconds, 1e-9), **memory(),
     }  # fmt: skip
     for split, metrics in (("test", test), ("valid", valid)):
         if metrics is not None:
             values |= measured(split, metrics)
-    return values | published(test) if test is not None else values
+    return values | published(test.auc, test.pauc) if test is not None else values
 
 
-def published(metrics: Metrics) -> dict[str, float]:
-    """Metrics of the test set under the published keys; on image-only data sets the published pAUC is the AUC again."""
-    pauc = metrics.auc if metrics.pauc is None else metrics.pauc
-    return {"AUC+pAUC": metrics.selection_score, "AUC": metrics.auc, "pAUC": pauc}
+def published(auc: float, pauc: float | None) -> dict[str, float]:
+    """AUCs of the test set under the published keys; on image-only data sets the published pAUC is the AUC again."""
+    return {"AUC+pAUC": auc + (pauc or 0.0), "AUC": auc, "pAUC": auc if pauc is None else pauc}
 
 
 def measured(split: str, metrics: Metrics) -> dict[str, float]:

@@ -270,6 +270,8 @@ def test_large_volumes_in_fortran_order_are_not_copied_into_another(monkeypatch)
     span = volumes.Range.of([values], "x")
     assert (span.low, span.high) == (0, 5999)
     assert np.shares_memory(seen[0], values)
+    volume = volumes.Volume("", values[..., None], (1, 1, 1), span, np.eye(4))
+    assert all(np.shares_memory(volume.plane(2, plane)[0], values) for plane in volumes.PLANES)
 
 
 @pytest.mark.parametrize("window", ["auto", "full", None])

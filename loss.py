@@ -53,33 +53,41 @@ def detection_loss(scores: Tensor, labels: Tensor, loss_type: str, dec_type: str
     return F.binary_cross_entropy_with_logits(1 - normal, labels) + F.binary_cross_entropy_with_logits(abnormal, labels)
 
 
-def image_score(det_scores: Tensor, dec_type: str) -> Tensor:
-    """Anomaly score of images from the detection heads: (K, B, N, 2) -> (B,) in [0, K], summed over the layers."""
-    probabilities = (det_scores[..., 1] - det_scores[..., 0]).sigmoid()  # = softmax over the branches, abnormal part
-    return torch.stack([decide(layer, dec_type) for layer in probabilities]).sum(dim=0)
+def patch_difference(scores: Tensor) -> Tensor:
+    """What an evaluation keeps of one head: scores (K, B, N, 2) -> abnormal minus normal branch, (B, K, N).
+
+    The softmax over the two branches, which every score and map is made of, is the sigmoid of this difference.
+    """
+    return (scores[..., 1] - scores[..., 0]).transpose(0, 1)
+
+
+def image_score(difference: Tensor, dec_type: str) -> Tensor:
+    """Anomaly score of images from the detection heads: `patch_difference` (B, K, N) -> (B,) in [0, K].
+
+    The probability of `abnormal` is decided over the patches (see `decide`) and summed over the layers.
+    """
+    return torch.stack([decide(layer, dec_type) for layer in difference.sigmoid().unbind(1)]).sum(dim=0)
+
+
+def upsample(difference: Tensor, size: int) -> Tensor:
+    """Patch grids to pixels, bilinearly with aligned corners, as published: (B, K, N) -> (B, K, size, size)."""
+    side = round(difference.shape[-1] ** 0.5)
+    grid = difference.unflatten(-1, (side, side))
+    return F.interpolate(grid, size=(size, size), mode="bilinear", align_corners=True)
 
 
 def pixel_probability(seg_scores: Tensor, size: int) -> Tensor:
-    """Probability of `abnormal` at each pixel, from patch scores: (B, N, 2) -> (B, size, size) in [0, 1].
+    """Probability of `abnormal` at each pixel from a layer's patch scores: (B, N, 2) -> (B, size, size) in [0, 1]."""
+    return upsample(patch_difference(seg_scores[None]), size)[:, 0].sigmoid()
 
-    The patch grid is upsampled bilinearly with aligned corners, then the softmax over the branches is taken. That
-    softmax is a sigmoid of the difference, and upsampling is linear: so one map is upsampled, not two.
+
+def anomaly_map(difference: Tensor, size: int) -> Tensor:
+    """Anomaly score of every pixel: `patch_difference` (B, K, N) -> (B, size, size) in [0, K], summed over the layers.
+
+    Softmax over the branches of two upsampled maps equals the sigmoid of one upsampled difference. The published
+    0.5 * (1 - p_normal) + 0.5 * p_abnormal equals p_abnormal, as the two add up to one.
     """
-    difference = seg_scores[..., 1] - seg_scores[..., 0]
-    side = round(difference.shape[-1] ** 0.5)
-    grid = difference.unflatten(-1, (1, side, side))
-    return F.interpolate(grid, size=(size, size), mode="bilinear", align_corners=True)[:, 0].sigmoid()
-
-
-def anomaly_map(seg_scores: Tensor, size: int) -> Tensor:
-    """Pixel anomaly scores: (K, B, N, 2) -> (B, size, size) in [0, K], the layers' probabilities summed.
-
-    The published 0.5 * (1 - p_normal) + 0.5 * p_abnormal equals p_abnormal, as the two add up to one.
-    """
-    total = pixel_probability(seg_scores[0], size)
-    for layer in seg_scores[1:]:
-        total = total + pixel_probability(layer, size)
-    return total
+    return upsample(difference, size).sigmoid_().sum(dim=1)
 
 
 def focal_loss(probability: Tensor, masks: Tensor) -> Tensor:

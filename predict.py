@@ -1,10 +1,12 @@
 """Score one's own images with a MadCLIP checkpoint. Research use, not a medical device.
 
-    python predict.py --ckpt ckpt/Brain.pth scan.png more_scans/ --out predictions
-    python predict.py --ckpt ckpt/Liver.pth series.dcm --window 40 400 --out predictions
+    python predict.py --ckpt ckpt/Brain.pth scan.png more_scans/ --out predictions --report page
+    python predict.py --ckpt ckpt/Liver.pth series/ --window 40 400 --group_by series --out predictions
     python predict.py --ckpt ckpt/Brain.pth head.nii.gz --plane coronal --out predictions
+    python predict.py --ckpt ckpt/Brain.pth --calibrate labelled --threshold_at tpr=0.95 --save_ckpt Brain-95.pth
 
-For each image: the score, the decision at the checkpoint's threshold, the heat map (overlay and raw) and its contours.
+For each image: the score, the decision at the checkpoint's threshold, the heat map (overlay and raw) and its contours;
+of volumes and DICOM series the heat map in the scan's own space too. docs/predict.md describes the files.
 """
 
 from __future__ import annotations
@@ -12,235 +14,465 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import re
+import os
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
+from dataset.images import PLANES, ReadOptions, parse_window, picture_notes, read, to_tensor
+from dataset.layout import named_after, object_name
+from engine.config import PAPER, Formatter, add_machine_flags, add_model_flags, nonempty_path, positive, threshold_rule
+from engine.scans import Entry, Listing, Opened, list_entries
+from utils import (
+    InputError,
+    Parser,
+    atomic_path,
+    integer,
+    prefetch,
+    printable,
+    probe_writable,
+    run_cli,
+    warn,
+    write_json,
+)
 
-from dataset.medical_few import to_tensor
-from dataset.readers import PLANES, Frame, MissingPackageError, ReadOptions, frames, list_files
-from engine.heat import contours, overlay, raw
-from engine.options import PRECISIONS, Formatter, filled_path, writable
-from engine.predictor import Prediction, Predictor, load
-from utils import InputError, Parser, atomic_path, integer, prefetch, run_cli, write_json
+if TYPE_CHECKING:
+    from engine.config import Settings
+    from engine.predictor import Prediction, Predictor
+    from engine.report.page import Card
+    from engine.report.predictions import Drawer
 
 NOTE = "research use, not a medical device"
 COLUMNS = (
-    "file",
-    "frame",
-    "score",
-    "threshold",
-    "abnormal",
-    "width",
-    "height",
-    "regions",
-    "overlay",
-    "raw",
-    "contours",
+    "file", "frame", "score", "threshold", "abnormal", "width", "height", "PatientID", "StudyInstanceUID",
+    "SeriesInstanceUID", "InstanceNumber", "slice_position", "plane", "orientation", "regions", "overlay", "raw",
+    "contours", "heat_volume", "notes",
+)  # fmt: skip
+GROUP_COLUMNS = ("group", "images", "largest", "mean", "percentile_95", "kth_largest", "k", "deciding_file",
+                 "deciding_frame", "threshold", "abnormal")  # fmt: skip
+GROUP_NOTE = (
+    "a group is abnormal if its largest score is; the threshold was calibrated for single images, so that the more "
+    "images a group has, the more often one exceeds it by chance"
 )
+REMARKS = {
+    "window": "the range of greys", "constant": "nearly constant", "clipped": "mostly white or black",
+    "dark": "all but black", "wide": "8 bits in a wider file", "pixels": "pixels far from square",
+}  # fmt: skip
+NAMES = {"dicom": "DICOM", "nifti": "NIfTI", "pillow": "picture"}
+PRESETS = {"Brain": " --like Brain", "Liver": " --like Liver"}  # of dataset.convert
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Command line."""
-    parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=Formatter)
-    parser.add_argument("images", nargs="+", type=filled_path, metavar="IMAGE_OR_FOLDER",
-                        help="PNG, JPEG, BMP, TIFF; DICOM (with pydicom), NIfTI (with nibabel)")  # fmt: skip
-    parser.add_argument("--ckpt", required=True, help="checkpoint of train.py, or one in the published format")
-    parser.add_argument("--out", required=True, type=filled_path, help="folder of the results")
-    parser.add_argument("--threshold", type=float, help="abnormal is score >= threshold (default: the checkpoint's)")
+    """The command line."""
+    parser = Parser(prog="predict.py", description=__doc__.split("\n\n")[0], formatter_class=Formatter)
     parser.add_argument(
-        "--window", nargs=2, type=float, metavar=("CENTER", "WIDTH"), help="of gray values beyond 8 bits"
+        "images", nargs="*", type=nonempty_path, metavar="IMAGE_OR_FOLDER",
+        help="PNG, JPEG, BMP, TIFF, WebP, GIF, JPEG 2000; DICOM (with pydicom), NIfTI (with nibabel)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ckpt", required=True, type=nonempty_path, help="checkpoint of train.py, or one in the published format"
     )
-    parser.add_argument("--plane", default="axial", choices=PLANES, help="in which NIfTI volumes are cut")
-    parser.add_argument("--pictures", action=argparse.BooleanOptionalAction, default=True,
-                        help="write heat maps and contours")  # fmt: skip
     parser.add_argument("--obj", help="of a published checkpoint: the data set that it was trained on")
-    parser.add_argument("--weights", help="file with CLIP weights, instead of the one under CLIP/ckpt")
+    parser.add_argument("--weights", type=nonempty_path, help="file with CLIP weights, instead of that in CLIP/ckpt")
     parser.add_argument(
         "--allow_other_weights", action="store_true", help="only warn when these are not the trained ones"
     )
     parser.add_argument("--batch_size", type=integer(1, 65536), default=16, help="images through the network at a time")
-    parser.add_argument("--num_workers", type=integer(1, 256), default=2, help="threads that decode images")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--precision", default="auto", choices=PRECISIONS, help="auto: fp32 on a CPU")
-    options = parser.parse_args(arguments)
-    if options.window and not (options.window[1] > 0 and all(map(math.isfinite, options.window))):
-        center, width = options.window
-        raise InputError(f"--window {center:g} {width:g}: two finite numbers, and a width above 0")
+    add_reading_flags(parser)
+    add_result_flags(parser)
+    add_machine_flags(parser)
+    add_model_flags(parser, from_checkpoint=True)  # for published files, which do not say
+    options = parser.parse_intermixed_args(arguments)
+    # --window takes one word or two, and what follows these are images.
+    words = options.window or []
+    taken = 1 if words[:1] in (["auto"], ["full"]) else 2
+    options.images += map(nonempty_path, words[taken:])
+    options.window = parse_window(words[:taken])
+    return check(options)
+
+
+def add_reading_flags(parser: argparse.ArgumentParser) -> None:
+    """How files are read, and where the threshold lies."""
+    reading = parser.add_argument_group("reading")
+    reading.add_argument(
+        "--window", nargs="+", metavar=("C W|auto|full", ""),
+        help="centre and width of grey values beyond 8 bits; auto: robust percentiles of the series or volume; full: "
+        "its whole range (default: as in training, else the file's own window)",
+    )  # fmt: skip
+    reading.add_argument(
+        "--plane", choices=PLANES, help="in which NIfTI volumes are cut (default: as in training, else axial)"
+    )
+    decision = parser.add_argument_group("decisions")
+    decision.add_argument("--threshold", type=float, help="abnormal is score >= threshold (default: the checkpoint's)")
+    decision.add_argument(
+        "--threshold_at", type=threshold_rule, metavar="RULE",
+        help="set it on --calibrate's images: f1 (max., the default there), fpr=0.05, tpr=0.95",
+    )  # fmt: skip
+    decision.add_argument(
+        "--calibrate", type=nonempty_path, metavar="FOLDER",
+        help="labelled images, in any layout that dataset.check knows",
+    )  # fmt: skip
+    decision.add_argument(
+        "--save_ckpt", type=nonempty_path, metavar="FILE",
+        help="a copy of the checkpoint with the thresholds of --calibrate",
+    )  # fmt: skip
+
+
+def add_result_flags(parser: argparse.ArgumentParser) -> None:
+    """What is written."""
+    results = parser.add_argument_group("results")
+    results.add_argument("--out", type=nonempty_path, help="folder of the results")
+    results.add_argument(
+        "--pictures", action=argparse.BooleanOptionalAction, default=True, help="write heat maps and contours"
+    )
+    results.add_argument(
+        "--volumes", action=argparse.BooleanOptionalAction, default=True,
+        help="with --pictures, write heat maps of NIfTI volumes and DICOM series in the scan's own space",
+    )  # fmt: skip
+    results.add_argument("--group_by", choices=("series", "patient", "folder"), help="a row for each, in groups.csv")
+    results.add_argument("--kth", type=positive, default=3, metavar="K", help="which largest score a group lists too")
+    results.add_argument(
+        "--report", type=nonempty_path, metavar="FOLDER",
+        help="a page (index.html) with every image, highest scores first",
+    )  # fmt: skip
+    results.add_argument(
+        "--anonymous", action="store_true", help="hashes instead of file names, patients and UIDs in all results"
+    )
+
+
+def check(options: argparse.Namespace) -> argparse.Namespace:
+    """Flags that belong together; `InputError` for others."""
     if options.threshold is not None and not math.isfinite(options.threshold):
         raise InputError(f"--threshold {options.threshold:g}: not a finite number")
+    if options.threshold_at and not options.calibrate:
+        raise InputError(f"--threshold_at {options.threshold_at}: needs labelled images, --calibrate FOLDER")
+    if options.threshold is not None and options.calibrate:
+        raise InputError("--threshold and --calibrate both set the threshold: give one of them")
+    if options.save_ckpt and not options.calibrate:
+        raise InputError("--save_ckpt: nothing new to keep without --calibrate FOLDER")
+    if options.save_ckpt and os.path.realpath(options.save_ckpt) == os.path.realpath(options.ckpt):
+        raise InputError(f"--save_ckpt {options.save_ckpt}: is the checkpoint itself; give another name")
+    if not options.images and not options.calibrate:
+        raise InputError("name images or folders of images")
+    if options.images and not options.out:
+        raise InputError("name the folder of the results: --out FOLDER")
     return options
 
 
-class Writer:
-    """Writes the results of an image as soon as they are known; predictions.csv grows, predictions.json comes last."""
+# --- reading ---
 
-    def __init__(self, out: Path, model: Predictor, pictures: bool) -> None:
-        self.out, self.model, self.pictures = out, model, pictures and model.settings.pixel_metrics
+
+def open_entry(entry: Entry, size: int, keep: bool) -> Opened | str:
+    """Read an image; what is wrong in words where that fails. `keep` also holds a small picture, for the overlay."""
+    from engine.report.images import LONGEST, shrink  # noqa: PLC0415
+
+    try:
+        picture = read(entry.frame)
+    except InputError as error:
+        return str(error)
+    preview = shrink(picture.image, LONGEST)
+    notes = {**picture.notes, **picture_notes(preview)}
+    return Opened(entry, to_tensor(picture.image, size), preview if keep else None, picture.image.size, notes)
+
+
+def reading_notes(settings: Settings, trained: ReadOptions, reading: ReadOptions, kinds: set[str]) -> list[str]:
+    """Where these images are read in another way than those of the training, in words."""
+    scans = kinds & {"dicom", "nifti"}
+    if scans and settings.obj in PAPER:
+        words = " and ".join(NAMES[kind] for kind in sorted(scans))
+        return [
+            f"the checkpoint was trained on {settings.obj}'s prepared PNG files, and these are {words}: their pixels "
+            f"differ, so scores and threshold may not hold; prepare them with `python -m dataset.convert"
+            f"{PRESETS.get(settings.obj, '')}` first"
+        ]
+    notes = []
+    for name, words in (("window", "--window"), ("plane", "--plane")):
+        given, before = getattr(reading, name), getattr(trained, name)
+        if settings.reading is not None and given != before and (name == "window" or "nifti" in kinds):
+            notes.append(f"{words} {_words(given)}, but the checkpoint was trained with {words} {_words(before)}")
+    known = set((settings.reading or {}).get("formats") or kinds)
+    if kinds - known:
+        before, now = (", ".join(NAMES.get(kind, kind) for kind in sorted(group)) for group in (known, kinds - known))
+        notes.append(f"the checkpoint was trained on {before} files, not on {now}")
+    return notes
+
+
+def _words(value: object) -> str:
+    return " ".join(f"{number:g}" for number in value) if isinstance(value, tuple) else str(value or "as in the file")
+
+
+def row_of(opened: Opened, prediction: Prediction, threshold: float | None) -> dict[str, Any]:
+    """An image's row of the table, without its pictures."""
+    entry, slice_ = opened.entry, opened.entry.slice
+    return dict.fromkeys(COLUMNS) | {
+        "file": entry.file, "frame": entry.frame.index, "score": prediction.score, "threshold": threshold,
+        "abnormal": prediction.abnormal, "width": prediction.size[0], "height": prediction.size[1],
+        "PatientID": entry.word(slice_.patient_id) or None, "StudyInstanceUID": entry.word(slice_.study_uid) or None,
+        "SeriesInstanceUID": entry.word(slice_.series_uid) or None, "InstanceNumber": slice_.instance_number,
+        "slice_position": slice_.position, "plane": slice_.plane or None, "orientation": slice_.orientation or None,
+        "notes": "; ".join(opened.notes.values()) or None,
+    }  # fmt: skip
+
+
+# --- tables ---
+
+
+class Table:
+    """predictions.csv and .json, and groups.csv: written beside the files of an earlier run, which they replace whole.
+
+    While it grows the table is predictions.partial.csv, which a run that is killed leaves behind.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.out, self.options = Path(options.out), options
         self.rows: list[dict[str, Any]] = []
-        self.names: Counter[str] = Counter()
-        self.file = writable(out / "predictions.csv", "--out").open("w", newline="", encoding="utf-8")
+        self.entries: list[Entry] = []
+        self.partial = self.out / "predictions.partial.csv"
+        for name in ("predictions.csv", "predictions.json"):
+            probe_writable(self.out / name, "--out")
+        self.file = self.partial.open("w", newline="", encoding="utf-8", errors="backslashreplace")
         self.table = csv.DictWriter(self.file, COLUMNS)
         self.table.writeheader()
 
-    def add(self, frame: Frame, place: str, image: Image.Image | None, found: Prediction) -> None:
-        """One image; `place` is its path below the input that it came from."""
-        row: dict[str, Any] = dict.fromkeys(COLUMNS) | {
-            "file": str(frame.path), "frame": frame.index, "score": found.score, "threshold": self.model.threshold,
-            "abnormal": found.abnormal, "width": found.size[0], "height": found.size[1],
-        }  # fmt: skip
-        if self.pictures:
-            row |= self.draw(self.stem(frame, place), image, found)
+    def add(self, entry: Entry, row: dict[str, Any]) -> None:
+        """One image."""
         self.rows.append(row)
+        self.entries.append(entry)
         try:
             self.table.writerow(row)
             self.file.flush()
         except OSError as error:
-            raise InputError(f"--out {self.file.name}: cannot be written ({error.strerror}; disk full?)") from error
+            raise InputError(f"--out {self.partial}: cannot be written ({error.strerror}; disk full?)") from error
 
-    def stem(self, frame: Frame, place: str) -> str:
-        """Names of the pictures, which no two images share."""
-        clean = re.sub(r"[^\w./-]+", "_", place).replace("/", "__").strip(".")[-120:]
-        name = clean if frame.index is None else f"{clean}_{frame.index:04d}"
-        self.names[name] += 1
-        return name if self.names[name] == 1 else self.stem(frame, f"{place}-{self.names[name]}")
-
-    def draw(self, stem: str, image: Image.Image, found: Prediction) -> dict[str, Any]:
-        """Overlay, raw heat map and contours as files."""
-        level = self.model.pixel_threshold
-        regions = [] if level is None else contours(found.heat, level, found.size)
-        names = {kind: f"{stem}_{kind}" for kind in ("overlay.png", "raw.png", "contours.json")}
-        pictures = {
-            "overlay.png": overlay(image, found.heat, self.model.heat_range, regions),
-            "raw.png": raw(found.heat, len(self.model.settings.features_list)),
-        }
-        for kind, picture in pictures.items():
-            with atomic_path(self.out / names[kind], "--out") as path:
-                picture.save(path, "PNG")
-        write_json(
-            self.out / names["contours.json"],
-            {"pixel_threshold": level, "width": found.size[0], "height": found.size[1], "regions": regions}, "--out",
-        )  # fmt: skip
-        outer = sum(region["area"] > 0 for region in regions)
-        return {"regions": outer, **{kind.split(".")[0]: name for kind, name in names.items()}}
-
-    def close(self, options: argparse.Namespace) -> None:
-        """Write predictions.json."""
+    def close(self, metadata: dict[str, Any], threshold: float | None) -> None:
+        """Put the finished files in their places: never a table of one run beside a JSON file of another."""
         self.file.close()
-        about = {"note": NOTE, "checkpoint": options.ckpt, "settings": self.model.settings.to_dict(),
-                 "calibration": self.model.calibration, "heat_range": self.model.heat_range}  # fmt: skip
-        write_json(self.out / "predictions.json", {**about, "predictions": self.rows}, "--out")
+        groups = self.groups(threshold) if self.options.group_by else []
+        if groups:
+            with (
+                atomic_path(self.out / "groups.csv", "--out") as path,
+                path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+            ):
+                writer = csv.DictWriter(file, GROUP_COLUMNS)
+                writer.writeheader()
+                writer.writerows(groups)
+        grouped = {"group_by": self.options.group_by, "group_note": GROUP_NOTE, "groups": groups} if groups else {}
+        with atomic_path(self.out / "predictions.json", "--out") as path:
+            write_json(path, {**metadata, **grouped, "predictions": self.rows}, "--out")
+            (self.out / "predictions.json").unlink(missing_ok=True)
+            self.partial.replace(self.out / "predictions.csv")
+
+    def groups(self, threshold: float | None) -> list[dict[str, Any]]:
+        """A row for each group, the highest first."""
+        import numpy as np  # noqa: PLC0415
+
+        members = defaultdict(list)
+        for entry, row in zip(self.entries, self.rows, strict=True):
+            members[entry.group(self.options.group_by)].append(row)
+        result = []
+        for group, rows in members.items():
+            rows.sort(key=lambda row: -row["score"])
+            scores = np.array([row["score"] for row in rows])
+            k = min(self.options.kth, len(rows))
+            result.append({
+                "group": group, "images": len(rows), "largest": rows[0]["score"], "mean": float(scores.mean()),
+                "percentile_95": float(np.percentile(scores, 95)), "kth_largest": rows[k - 1]["score"], "k": k,
+                "deciding_file": rows[0]["file"], "deciding_frame": rows[0]["frame"], "threshold": threshold,
+                "abnormal": None if threshold is None else rows[0]["score"] >= threshold,
+            })  # fmt: skip
+        return sorted(result, key=lambda row: -row["largest"])
 
 
-Opened = tuple[Frame, str, Image.Image | None, Tensor, tuple[int, int]]
+class Remarks:
+    """What is said of single images: the first of a kind at once, the others counted."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.texts: dict[str, set[str]] = defaultdict(set)
+
+    def add(self, entry: Entry, notes: dict[str, str]) -> None:
+        """Say what is new."""
+        for kind, text in notes.items():
+            self.counts[kind] += 1
+            ranges = self.texts[kind]
+            if not ranges or (kind == "window" and text not in ranges and len(ranges) < 5):
+                _say(f"{entry.file}: {text}")
+            ranges.add(text)
+
+    def summary(self) -> list[str]:
+        """A line for each kind that concerns several images."""
+        return [
+            f"{count} images: {REMARKS.get(kind, kind)}, see the column notes"
+            for kind, count in self.counts.items()
+            if count > 1
+        ]
 
 
-def list_frames(options: argparse.Namespace) -> tuple[list[tuple[Frame, str]], list[str]]:
-    """Every image with its path below its input, and what could not be read."""
-    how = ReadOptions(tuple(options.window) if options.window else None, options.plane)
+def _say(text: str) -> None:
+    from tqdm import tqdm  # noqa: PLC0415
 
-    def open_file(path: Path) -> list[Frame] | str:
-        if not path.exists():
-            return f"{path}: not found"
-        try:
-            return frames(path, how)
-        except MissingPackageError:
-            raise
-        except InputError as error:
-            return str(error)
-
-    found, faults = [], []
-    for path, place in list_files(options.images, skip=options.out):
-        inside = open_file(path)
-        if isinstance(inside, str):
-            faults.append(inside)
-        else:
-            found += [(frame, place) for frame in inside]
-    return found, faults
+    tqdm.write(printable(text), file=sys.stderr)
 
 
-def batches(
-    todo: Sequence[tuple[Frame, str]], faults: list[str], options: argparse.Namespace, size: int, keep: bool
-) -> Iterator[list[Opened]]:
-    """Images, read beside the network and a batch at a time; those that cannot be read are added to `faults`.
-
-    `keep` also holds the picture itself, for the overlay.
-    """
-
-    def read(entry: tuple[Frame, str]) -> Opened | str:
-        frame, place = entry
-        try:
-            image = frame.read()
-        except InputError as error:
-            return str(error)
-        return frame, place, image if keep else None, to_tensor(image, size), image.size
-
-    batch: list[Opened] = []
-    for opened in prefetch(read, todo, options.num_workers, ahead=options.batch_size):
-        if isinstance(opened, str):
-            faults.append(opened)
-            tqdm.write(f"skipped: {opened}", file=sys.stderr)
-        else:
-            batch.append(opened)
-        if len(batch) == options.batch_size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+# --- the run ---
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     """Arguments -> checkpoint -> images -> files."""
-    options = parse()
-    todo, faults = list_frames(options)
-    for fault in faults:
-        print(f"skipped: {fault}", file=sys.stderr)
-    if not todo:
-        raise InputError(
-            faults[0] if faults else f"{options.images[0]}: no image in it (PNG, JPEG, TIFF, DICOM, NIfTI)"
-        )
-    model = load(
-        options.ckpt, options.device, weights=options.weights, precision=options.precision, obj=options.obj,
-        threshold=options.threshold, allow_other_weights=options.allow_other_weights,
-    )  # fmt: skip
-    writer = Writer(options.out, model, options.pictures)
-    if model.threshold is None:
-        print("decisions: none, as the checkpoint has no threshold; give one with --threshold")
-    if not model.settings.pixel_metrics:
-        print(f"heat maps: none, as the checkpoint was trained without masks ({model.settings.obj})")
-    if model.detector.adapters.mixes_images:
-        print("scores: MViTFC as published looks across the images of a batch, so they depend on --batch_size")
+    from engine.predictor import build, read_checkpoint, reading_of  # noqa: PLC0415 - imports torch
 
-    start = time.perf_counter()
-    size = model.settings.img_size
-    with tqdm(total=len(todo), desc="predict", unit="image", mininterval=1.0) as bar:
-        for batch in batches(todo, faults, options, size, writer.pictures):
-            images = torch.stack([tensor for *_, tensor, _ in batch])
-            found = model.predict_tensors(images, [sizes for *_, sizes in batch])
-            for (frame, place, image, *_), prediction in zip(batch, found, strict=True):
-                writer.add(frame, place, image, prediction)
-            bar.update(len(batch))
-    writer.close(options)
-    seconds, abnormal = time.perf_counter() - start, sum(bool(row["abnormal"]) for row in writer.rows)
-    count = (
-        f"{abnormal} of {len(writer.rows)} abnormal" if model.threshold is not None else f"{len(writer.rows)} images"
-    )
-    print(
-        f"{count}, {len(writer.rows) / seconds:.1f} images a second; {options.out}/predictions.csv and .json ({NOTE})"
-    )
-    if faults:
+    checkpoint = read_checkpoint(options)
+    trained = reading_of(checkpoint.settings)
+    reading = ReadOptions(options.window or trained.window, options.plane or trained.plane)
+    listing = list_entries(options.images, reading, options.anonymous)
+    for line in (*listing.no_image, *(f"skipped: {fault}" for fault in listing.faults)):
+        _say(line)
+    if listing.own:
+        _say(f"{listing.own} files are results of an earlier run, and left out")
+    if options.images and not listing.entries:
+        if listing.no_image and not listing.faults:
+            print(f"no image in any of {len(listing.no_image)} files, see above")
+            return
+        raise InputError(listing.faults[0] if listing.faults else f"{options.images[0]}: no image in it")
+    table = Table(options) if options.images else None
+    model = build(checkpoint, options)
+    model.reading = reading
+    if options.calibrate:
+        calibrate(model, options)
+    if table is not None:
+        kinds = {entry.kind for entry in listing.entries}
+        for note in reading_notes(model.settings, trained, reading, kinds):
+            warn(note)
+        predict(model, table, listing, options)
+
+
+def calibrate(model: Predictor, options: argparse.Namespace) -> None:
+    """Set the thresholds on labelled images, print and keep them."""
+    from dataset.medical_few import MedicalDataset  # noqa: PLC0415
+    from engine.calibration import describe_threshold  # noqa: PLC0415
+
+    folder = Path(options.calibrate)
+    try:
+        name = object_name(named_after(folder))
+    except InputError:  # its name cannot be a data set's, and none is needed
+        name = "calibration"
+    given = None if (options.window, options.plane, model.settings.reading) == (None, None, None) else model.reading
+    dataset = MedicalDataset.open(name, folder.parent, folder, options=given)
+    model.calibrate(dataset, options.threshold_at or "f1", options.batch_size, options.num_workers)
+    print(describe_threshold(model.calibration))
+    if options.save_ckpt:
+        model.save(options.save_ckpt)
+        print(f"{options.save_ckpt}: the checkpoint with these thresholds")
+
+
+def describe(model: Predictor) -> Iterator[str]:
+    """What is to be known of the results before one looks at them."""
+    if model.threshold is None:
+        yield "decisions: none, as the checkpoint has no threshold; give one with --threshold or --calibrate"
+    if model.weak:
+        yield f"heat maps: weak localisation only, as the checkpoint was trained without masks ({model.settings.obj})"
+    if model.detector.adapters.mixes_images:
+        yield "scores: MViTFC as published looks across the images of a batch, so they depend on --batch_size"
+
+
+def predict(model: Predictor, table: Table, listing: Listing, options: argparse.Namespace) -> None:
+    """Images -> rows, pictures, page."""
+    from tqdm import tqdm  # noqa: PLC0415
+
+    from engine.report.predictions import Drawer, Gallery  # noqa: PLC0415
+
+    for line in describe(model):
+        print(line)
+    drawer, remarks, gallery = Drawer(options, model), Remarks(), Gallery()
+
+    def draw(item: tuple[Opened, Prediction, str]) -> tuple[Opened, dict[str, Any], Card | None]:
+        opened, prediction, name = item
+        row = row_of(opened, prediction, model.threshold) | drawer.files(opened, prediction, name)
+        return opened, row, drawer.card(opened.entry, opened.preview, prediction)
+
+    start, previous = time.perf_counter(), ""
+    try:
+        with tqdm(total=len(listing.entries), desc="predict", unit="image", mininterval=1.0) as bar:
+            predicted = predictions(model, drawer, listing, options)
+            for opened, row, card in prefetch(draw, predicted, options.num_workers, ahead=4):
+                if previous not in ("", opened.entry.series):
+                    drawer.finish(previous)
+                previous = opened.entry.series
+                table.add(opened.entry, row)
+                remarks.add(opened.entry, opened.notes)
+                gallery.add(card)
+                bar.update()
+        drawer.finish(previous)
+    finally:
+        drawer.drop()
+    table.close(describe_run(model, listing, options), model.threshold)
+    seconds = time.perf_counter() - start
+    if options.report:
+        print(f"report: {gallery.write(model, options)}")
+    finish(model, table, listing, remarks, seconds)
+
+
+def predictions(
+    model: Predictor, drawer: Drawer, listing: Listing, options: argparse.Namespace
+) -> Iterator[tuple[Opened, Prediction, str]]:
+    """Images, read beside the network and predicted a batch at a time; what cannot be read is added to the faults."""
+    import torch  # noqa: PLC0415
+
+    size, keep = model.settings.img_size, options.pictures or bool(options.report)
+    batch: list[Opened] = []
+
+    def results() -> Iterator[tuple[Opened, Prediction, str]]:
+        tensors = torch.stack([opened.tensor for opened in batch])
+        pairs = zip(batch, model.predict_tensors(tensors, [opened.size for opened in batch]), strict=True)
+        yield from ((opened, prediction, drawer.name(opened.entry)) for opened, prediction in pairs)
+
+    ahead = min(options.batch_size, 16)
+    for opened in prefetch(lambda e: open_entry(e, size, keep), listing.entries, options.num_workers, ahead):
+        if isinstance(opened, str):
+            listing.faults.append(opened)
+            _say(f"skipped: {opened}")
+            continue
+        batch.append(opened)
+        if len(batch) == options.batch_size:
+            yield from results()
+            batch.clear()
+    if batch:
+        yield from results()
+
+
+def describe_run(model: Predictor, listing: Listing, options: argparse.Namespace) -> dict[str, Any]:
+    """What predictions.json says beside its rows."""
+    from engine.predictor import WEAK  # noqa: PLC0415
+
+    hidden = options.anonymous
+    return {
+        "note": NOTE, "checkpoint": Path(options.ckpt).name if hidden else options.ckpt,
+        "settings": model.settings.to_dict(), "calibration": model.calibration, "heat_range": model.heat_range,
+        "heat": WEAK if model.weak else "segmentation heads", "window": model.reading.window,
+        "plane": model.reading.plane, "no_image": len(listing.no_image) if hidden else listing.no_image,
+        "not_read": len(listing.faults) if hidden else listing.faults,
+    }  # fmt: skip
+
+
+def finish(model: Predictor, table: Table, listing: Listing, remarks: Remarks, seconds: float) -> None:
+    """The last lines; `InputError` where something could not be read."""
+    for line in remarks.summary():
+        _say(line)
+    rows, out = table.rows, table.out
+    abnormal = sum(bool(row["abnormal"]) for row in rows)
+    count = f"{abnormal} of {len(rows)} abnormal" if model.threshold is not None else f"{len(rows)} images"
+    if table.options.group_by:
+        print(f"groups: {out}/groups.csv; {GROUP_NOTE}")
+    without = f"; no image in {len(listing.no_image)} files" if listing.no_image else ""
+    print(f"{count}, {len(rows) / seconds:.1f} images a second; {out}/predictions.csv and .json{without} ({NOTE})")
+    if listing.faults:
         raise InputError(
-            f"{len(faults)} of {len(writer.rows) + len(faults)} files or images could not be read, see above"
+            f"{len(listing.faults)} of {len(rows) + len(listing.faults)} files or images could not be read, see above"
         )
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(lambda: main(parse()))

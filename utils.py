@@ -13,6 +13,7 @@ import dataclasses
 import errno
 import glob
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -50,7 +51,7 @@ class InputError(Exception):
     """Something the user can put right: one line that names the file or flag and says what to do."""
 
 
-def run_cli(main: Callable[[], int | None]) -> None:
+def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and leave with its exit code.
 
     An `InputError` becomes one line on stderr and code 2, and so does a file that the system refuses (permissions, a
@@ -59,7 +60,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
     """
     tune_allocator()
     with contextlib.suppress(AttributeError):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # file names may hold what the terminal's encoding lacks
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -77,6 +78,16 @@ def run_cli(main: Callable[[], int | None]) -> None:
             print("interrupted", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def run_script(module: str, parse: Callable[[], argparse.Namespace]) -> NoReturn:
+    """Read a script's flags, then import its module, which takes long, and call its `main`."""
+
+    def main() -> None:
+        options = parse()
+        importlib.import_module(module).main(options)
+
+    run_cli(main)
 
 
 def _refuse(message: object) -> int:
@@ -237,7 +248,7 @@ def checked(cls: type[Out], values: object, where: str) -> Out:
     if not isinstance(values, dict):
         raise InputError(f"{where}: not an object but {type(values).__name__}")
     types, result = get_type_hints(cls), {}
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type] - a dataclass
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         if field.name in values:
             result[field.name] = _typed(values[field.name], types[field.name], f"{where}: {field.name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
@@ -245,7 +256,7 @@ def checked(cls: type[Out], values: object, where: str) -> Out:
     return cls(**result)
 
 
-def _typed(value: Any, kind: Any, where: str) -> Any:  # noqa: ANN401 - whatever a file holds
+def _typed(value: Any, kind: Any, where: str) -> Any:  # noqa: ANN401, PLR0911 - whatever a file holds
     """`value`, a list as a tuple where `kind` is one; `InputError` where it is of another type."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
@@ -262,7 +273,7 @@ def _typed(value: Any, kind: Any, where: str) -> Any:  # noqa: ANN401 - whatever
         return {key: _typed(item, arguments[1], where) for key, item in value.items()}
     elif kind is float and type(value) in (int, float) and abs(value) < 1e300:  # neither NaN nor infinite
         return float(value)
-    elif origin is None and type(value) is kind:
+    elif origin is None and kind is not float and type(value) is kind:
         return value
     raise InputError(f"{where} is {value!r:.80}")
 
@@ -273,6 +284,23 @@ def remove_stale(paths: Iterable[Path], seconds: float = STALE_SECONDS) -> None:
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > seconds:
                 path.unlink()
+
+
+def probe_writable(path: str | Path | None, flag: str, is_json: bool = False) -> None:
+    """Make sure that `atomic_path` can write a file there before hours are spent on what it will hold; None is fine.
+
+    Raises:
+        InputError: it cannot; or, with `is_json`, a file that is no JSON stands there and would be lost.
+    """
+    if path is None:
+        return
+    with temporary_path(path, flag) as probe:
+        probe.touch()
+    if is_json and Path(path).is_file() and Path(path).stat().st_size:
+        try:
+            json.loads(read_text(path))
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{flag} {path}: a file that is no JSON is there; give another name") from error
 
 
 def write_json(path: str | Path, value: Any, flag: str = "") -> None:  # noqa: ANN401 - whatever JSON takes
@@ -316,6 +344,11 @@ def prefetch(function: Callable[[In], Out], inputs: Iterable[In], workers: int =
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def anonymous_name(name: str) -> str:
+    """A hash instead of a file's name, with its ending: names may be patients'."""
+    return hashlib.sha256(os.fsencode(name)).hexdigest()[:16] + Path(name).suffix.lower()
 
 
 def augment_view(images: Tensor, view: int, jitter: tuple[float, float] | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Adapters and the dual branch: tokens of the frozen tower -> detection and segmentation scores (paper, section 2).
+"""Adapters and the dual branch: tokens of the frozen tower -> detection and segmentation scores (MadCLIP section 2).
 
 An adapter maps every token (width C) to two vectors in the joint embedding (width D), one for detection and one for
 segmentation. There are two branches (normal, abnormal) of one adapter a layer. A patch's score in a branch is the
@@ -10,12 +10,13 @@ both branches of a layer, one more serves all heads asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 BRANCHES = ("normal", "abnormal")
 HEADS = ("det", "seg")
@@ -37,8 +38,9 @@ class Adapter(nn.Module):
 
     def project(self, trunk: Tensor, heads: Sequence[str]) -> Tensor:
         """The asked heads in one product: (B, T, C) -> (B, T, heads, D), not normalised."""
-        weight = torch.cat([getattr(self, self.head_names[head])[0].weight for head in heads])
-        return F.leaky_relu(F.linear(trunk, weight), inplace=True).unflatten(-1, (len(heads), -1))
+        weight = torch.cat([self.get_parameter(f"{self.head_names[head]}.0.weight") for head in heads])
+        vectors: Tensor = F.leaky_relu(F.linear(trunk, weight), inplace=True).unflatten(-1, (len(heads), -1))
+        return vectors
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, T, C) -> detection and segmentation vectors, (B, T, D) each."""
@@ -60,7 +62,7 @@ class MFCFC(Adapter):
     @staticmethod
     def trunks(adapters: Sequence[Adapter], tokens: Tensor) -> list[Tensor]:
         """See `Adapter.trunks`."""
-        hidden = F.linear(tokens, torch.cat([adapter.fc1[0].weight for adapter in adapters]))
+        hidden = F.linear(tokens, torch.cat([adapter.get_parameter("fc1.0.weight") for adapter in adapters]))
         hidden = F.leaky_relu(hidden, inplace=True)
         return [F.layer_norm(part, part.shape[-1:]) for part in hidden.chunk(len(adapters), dim=-1)]
 
@@ -79,8 +81,8 @@ class MCNNFC(Adapter):
     @staticmethod
     def trunks(adapters: Sequence[Adapter], tokens: Tensor) -> list[Tensor]:
         """See `Adapter.trunks`."""
-        weight = torch.cat([adapter.cnn[0].weight[..., 0] for adapter in adapters])
-        bias = torch.cat([adapter.cnn[0].bias for adapter in adapters])
+        weight = torch.cat([adapter.get_parameter("cnn.0.weight")[..., 0] for adapter in adapters])
+        bias = torch.cat([adapter.get_parameter("cnn.0.bias") for adapter in adapters])
         hidden = F.linear(tokens, weight, bias).chunk(len(adapters), dim=-1)
         return [F.leaky_relu(F.layer_norm(part, part.shape[-1:])) for part in hidden]
 
@@ -106,10 +108,15 @@ class MViTFC(Adapter):
     @staticmethod
     def trunks(adapters: Sequence[Adapter], tokens: Tensor) -> list[Tensor]:
         """See `Adapter.trunks`; here all tokens of the batch take part together."""
-        return [adapter.transformer_encoder(tokens) for adapter in adapters]
+        return [adapter.get_submodule("transformer_encoder")(tokens) for adapter in adapters]
 
 
 ADAPTERS: dict[str, type[Adapter]] = {"MFCFC": MFCFC, "MCNNFC": MCNNFC, "MViTFC": MViTFC}
+
+
+def reads_class_token(kind: str, across_tokens: bool) -> bool:
+    """Whether adapters read the class token, which is dropped before the scores: only where tokens attend to others."""
+    return kind == "MViTFC" and across_tokens
 
 
 class Cosine(torch.autograd.Function):
@@ -120,15 +127,15 @@ class Cosine(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, vectors: Tensor, direction: Tensor) -> Tensor:
+    def forward(ctx: Any, vectors: Tensor, direction: Tensor) -> Tensor:  # noqa: ANN401 - torch's class lacks fields
         """Scores (...)."""
         norms = vectors.norm(dim=-1)
-        scores = (vectors @ direction) / norms
+        scores: Tensor = (vectors @ direction) / norms
         ctx.save_for_backward(vectors, direction, scores, norms)
         return scores
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401
         """With s = v.d / |v|: ds/dv = d / |v| - s v / |v|^2, ds/dd = v / |v|."""
         vectors, direction, scores, norms = ctx.saved_tensors
         along_direction = (gradient / norms).to(vectors.dtype)
@@ -139,6 +146,21 @@ class Cosine(torch.autograd.Function):
         return of_vectors, along_direction.flatten() @ vectors.flatten(0, -2) if learnt else None
 
 
+@contextmanager
+def global_draws_from(generator: torch.Generator | None) -> Iterator[None]:
+    """Let torch's global draws on the CPU come from `generator`, and leave the global state as it was.
+
+    PyTorch's layers take no generator, and their own initialisation is the published one.
+    """
+    if generator is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(generator.get_state())
+        yield
+        generator.set_state(torch.get_rng_state())
+
+
 class DualBranchAdapters(nn.Module):
     """Two branches of adapters over K layers, and the scores that they give.
 
@@ -147,8 +169,9 @@ class DualBranchAdapters(nn.Module):
         width: C of the image tower.
         embed_dim: D of the joint embedding.
         features_list: layers, counted from 1; adapter k belongs to the k-th of them.
-        contrast: subtract the cosine with the other branch's text feature (paper, dual objective).
+        contrast: subtract the cosine with the other branch's text feature (MadCLIP section 2, dual objective).
         across_tokens: for MViTFC, attend within an image (`corrected` fidelity).
+        generator: draws the initial weights, on the CPU; None is torch's global one.
     """
 
     def __init__(
@@ -159,15 +182,16 @@ class DualBranchAdapters(nn.Module):
         features_list: Sequence[int],
         contrast: bool = True,
         across_tokens: bool = False,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         build = ADAPTERS[kind]
-        self.normal_det_adapters = nn.ModuleList(build(width, embed_dim, across_tokens) for _ in features_list)
-        self.abnormal_det_adapters = nn.ModuleList(build(width, embed_dim, across_tokens) for _ in features_list)
+        with global_draws_from(generator):
+            self.normal_det_adapters = nn.ModuleList(build(width, embed_dim, across_tokens) for _ in features_list)
+            self.abnormal_det_adapters = nn.ModuleList(build(width, embed_dim, across_tokens) for _ in features_list)
         self.adapter_of_layer = [list(features_list).index(layer) for layer in sorted(features_list)]
         self.contrast = contrast
-        # The class token is dropped before the scores, so it is read only where tokens look at each other.
-        self.reads_class_token = kind == "MViTFC" and across_tokens
+        self.reads_class_token = reads_class_token(kind, across_tokens)
         self.mixes_images = kind == "MViTFC" and not across_tokens  # an image's scores depend on the batch's others
 
     def forward(self, tokens: Sequence[Tensor], text_features: Tensor, heads: Sequence[str] = HEADS) -> list[Tensor]:
@@ -192,7 +216,7 @@ class DualBranchAdapters(nn.Module):
     def _layer_scores(
         self, k: int, tokens: Tensor, directions: tuple[Tensor, Tensor], heads: Sequence[str]
     ) -> tuple[Tensor, ...]:
-        pair = (self.normal_det_adapters[k], self.abnormal_det_adapters[k])
+        pair = [cast(Adapter, branch[k]) for branch in (self.normal_det_adapters, self.abnormal_det_adapters)]
         scores = []
         for adapter, trunk, direction in zip(pair, pair[0].trunks(pair, tokens), directions, strict=True):
             vectors = adapter.project(trunk[:, 1:] if self.reads_class_token else trunk, heads)  # (B, N, heads, D)

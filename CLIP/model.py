@@ -1,85 +1,30 @@
-"""CLIP's two towers, frozen: images -> tokens after chosen layers, token embeddings -> text embeddings."""
+"""CLIP's two towers, frozen: images -> tokens after chosen layers, token embeddings -> text embeddings.
+
+Radford et al. 2021, section 2.4; MadCLIP section 2 reads the image tower's tokens after four of its layers.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.functional import normalize
 
-from utils import InputError
-
+from .config import ModelConfig, list_models
 from .transformer import Transformer
+from .weights import WeightsInfo
 
-# What OpenAI's CLIP was trained with (`corrected` fidelity); the published MadCLIP code leaves images in [0, 1].
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-CONFIG_FOLDER = Path(__file__).parent / "model_configs"
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Every size of a CLIP model, read from model_configs/NAME.json."""
-
-    name: str
-    embed_dim: int  # D
-    quick_gelu: bool  # the activation that the OpenAI-style weights of this model were trained with
-    image_size: int
-    patch_size: int
-    width: int  # C
-    layers: int
-    heads: int
-    context_length: int
-    vocab_size: int
-    text_width: int
-    text_layers: int
-    text_heads: int
-    weights: dict[str, str]  # pretrain -> file name under CLIP/ckpt
-
-    @classmethod
-    def load(cls, name: str) -> ModelConfig:
-        """Read model_configs/NAME.json; `InputError` for an unknown name."""
-        path = CONFIG_FOLDER / f"{name}.json"
-        if name not in list_models():
-            raise InputError(f"--model_name {name}: unknown; there are {', '.join(list_models())}")
-        data = json.loads(path.read_text())
-        vision, text = data["vision_cfg"], data["text_cfg"]
-        return cls(
-            name=name,
-            embed_dim=data["embed_dim"],
-            quick_gelu=data["quick_gelu"],
-            image_size=vision["image_size"],
-            patch_size=vision["patch_size"],
-            width=vision["width"],
-            layers=vision["layers"],
-            heads=vision["width"] // vision["head_width"],
-            context_length=text["context_length"],
-            vocab_size=text["vocab_size"],
-            text_width=text["width"],
-            text_layers=text["layers"],
-            text_heads=text["heads"],
-            weights=data["weights"],
-        )
-
-    def grid(self, img_size: int) -> int:
-        """Patches along a side at `img_size` pixels; a rest smaller than a patch is dropped, as published."""
-        if img_size < self.patch_size:
-            raise InputError(f"--img_size {img_size} is smaller than a patch of {self.name} ({self.patch_size} pixels)")
-        return img_size // self.patch_size
-
-    def default_features(self) -> list[int]:
-        """The layers at the four quarters of the depth: 6 12 18 24 of 24, 3 6 9 12 of 12."""
-        return [self.layers * quarter // 4 for quarter in (1, 2, 3, 4)]
-
-
-def list_models() -> list[str]:
-    """Names that `create_model` knows."""
-    return sorted(path.stem for path in CONFIG_FOLDER.glob("*.json"))
+__all__ = [
+    "CLIP",
+    "ModelConfig",
+    "TextTower",
+    "VisionTower",
+    "WeightsInfo",
+    "list_models",
+    "resize_positional_embedding",
+]
 
 
 def resize_positional_embedding(embedding: Tensor, grid: int) -> Tensor:
@@ -100,21 +45,24 @@ class VisionTower(nn.Module):
         super().__init__()
         width, patch = config.width, config.patch_size
         self.normalize_pixels = normalize_pixels
+        self.pixel_mean, self.pixel_std = list(config.pixel_mean), list(config.pixel_std)
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(config.grid(img_size) ** 2 + 1, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, config.layers, config.heads, quick_gelu)
+        self.transformer = Transformer(width, config.layers, config.heads, quick_gelu, config.mlp_ratio)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.empty(width, config.embed_dim))
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [0, 1] -> tokens before the first block (B, L, C), class token first."""
         if self.normalize_pixels:
-            images = normalize(images, PIXEL_MEAN, PIXEL_STD)
+            images = normalize(images, self.pixel_mean, self.pixel_std)
         patches = self.conv1(images).flatten(2).transpose(1, 2)  # (B, N, C)
         class_token = self.class_embedding.expand(len(images), 1, -1)
-        return self.ln_pre(torch.cat([class_token.to(patches.dtype), patches], dim=1) + self.positional_embedding)
+        x = torch.cat([class_token.to(patches.dtype), patches], dim=1) + self.positional_embedding
+        tokens: Tensor = self.ln_pre(x)
+        return tokens
 
     def forward_intermediates(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """Tokens after the given blocks, in one pass that stops at the deepest.
@@ -128,7 +76,7 @@ class VisionTower(nn.Module):
         """
         x = self.embed(images)
         kept = {}
-        for number, block in enumerate(self.transformer.resblocks[: max(layers)], start=1):
+        for number, block in enumerate(self.transformer.blocks[: max(layers)], start=1):
             x = block(x)
             if number in layers:
                 kept[number] = x
@@ -136,8 +84,9 @@ class VisionTower(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [0, 1] -> image embeddings (B, D), not normalised."""
-        tokens = self.forward_intermediates(images, [len(self.transformer.resblocks)])[0]
-        return self.ln_post(tokens[:, 0]) @ self.proj
+        tokens = self.forward_intermediates(images, [len(self.transformer.blocks)])[0]
+        embeddings: Tensor = self.ln_post(tokens[:, 0]) @ self.proj
+        return embeddings
 
 
 class TextTower(nn.Module):
@@ -147,17 +96,20 @@ class TextTower(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.text_width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.text_width))
-        self.transformer = Transformer(config.text_width, config.text_layers, config.text_heads, quick_gelu)
+        self.transformer = Transformer(
+            config.text_width, config.text_layers, config.text_heads, quick_gelu, config.text_mlp_ratio
+        )
         self.ln_final = nn.LayerNorm(config.text_width)
         self.text_projection = nn.Parameter(torch.empty(config.text_width, config.embed_dim))
 
-    def place(self, embeddings: Tensor) -> Tensor:
+    def add_positions(self, embeddings: Tensor) -> Tensor:
         """Token embeddings (B, T, W) with their positional embedding."""
         return embeddings + self.positional_embedding[: embeddings.shape[1]]
 
     def pool(self, x: Tensor, eot: Tensor, causal: bool) -> Tensor:
         """Input of the last block (B, T, W), end-of-text positions (B,) -> (B, D), through that position alone."""
-        return self.ln_final(self.transformer.resblocks[-1].forward_at(x, eot, causal)) @ self.text_projection
+        pooled: Tensor = self.ln_final(self.transformer.blocks[-1].forward_at(x, eot, causal)) @ self.text_projection
+        return pooled
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) -> text embeddings (B, D), not normalised; causal mask, pooled at the highest id.
@@ -165,93 +117,39 @@ class TextTower(nn.Module):
         No position after the last end of text of the batch is computed: nothing before can see it.
         """
         eot = ids.argmax(dim=-1)
-        x = self.place(self.token_embedding(ids[:, : int(eot.max()) + 1]))
-        for block in self.transformer.resblocks[:-1]:
+        x = self.add_positions(self.token_embedding(ids[:, : int(eot.max()) + 1]))
+        for block in self.transformer.blocks[:-1]:
             x = block(x, causal=True)
         return self.pool(x, eot, causal=True)
 
 
-class PromptPass:
-    """The text tower for prompts that change at a few positions only; what these cannot reach is computed once, here.
-
-    Exact, as the tower is frozen. Under the causal mask no position sees a later one: the rows before a prompt's first
-    changing position keep their queries, keys and values in every block, and the rows after its end of text are left
-    out. Without a mask the fixed rows keep theirs in the first block, and its output changes everywhere.
+class CLIP(nn.Module):
+    """A frozen CLIP: two towers, no gradients in any weight, evaluation mode for good.
 
     Args:
-        text: the frozen tower.
-        embeddings: (B, T, W) without positional embedding, right at the fixed positions.
-        changing: (B, V) the positions that change from call to call.
-        eot: (B,) position of the end-of-text token.
-        causal: CLIP's own mask; the published code passes learnable prompts without one.
+        config: the sizes.
+        img_size: pixels a side, S.
+        quick_gelu: the activation, see `clip.uses_quick_gelu`.
+        normalize_pixels: subtract the config's mean and divide by its std (`corrected` fidelity).
+        vision: False leaves the image tower out (`visual` is None), for a run that has all tokens already.
     """
 
-    @torch.no_grad()
-    def __init__(self, text: TextTower, embeddings: Tensor, changing: Tensor, eot: Tensor, causal: bool) -> None:
-        self.text, self.eot, self.causal = text, eot, causal
-        *blocks, _ = text.transformer.resblocks
-        if not causal:
-            self.length = embeddings.shape[1]
-            every = torch.arange(len(embeddings), device=changing.device)[:, None].expand_as(changing)
-            self.rows = (every.flatten(), changing.flatten())  # R = B V pairs
-            x = text.place(embeddings)
-            self.known = [block.qkv(x) for block in blocks[:1]]  # (B, T, 3W)
-            return
-        self.length = int(eot.max()) + 1
-        first, columns = changing.amin(dim=1), torch.arange(self.length, device=eot.device)
-        live = (columns >= first[:, None]) & (columns <= eot[:, None])
-        self.rows = live.nonzero(as_tuple=True)  # R pairs, prompt by prompt
-        prefix = int(first.max())
-        x = text.place(embeddings[:, :prefix])
-        known = []
-        for block in blocks:
-            known.append(block.qkv(x))
-            x = block.finish(x, block.attn.mix(known[-1], causal))
-        # One (B, length, 3W) a block but the last, whose input (B, length, W) it is.
-        self.known = [F.pad(part, (0, 0, 0, self.length - prefix)) for part in (*known, x)]
-
-    def __call__(self, embeddings: Tensor) -> Tensor:
-        """Text embeddings (B, D), not normalised, of `embeddings` (B, T, W)."""
-        x = self.text.place(embeddings[:, : self.length])
-        *blocks, _ = self.text.transformer.resblocks
-        if not self.causal:
-            for block, known in zip(blocks, self.known, strict=False):  # the first block alone
-                qkv = self._insert(known, block.qkv(x[self.rows]))
-                x = block.finish(x, block.attn.mix(qkv, self.causal))
-            for block in blocks[1:]:
-                x = block(x)
-            return self.text.pool(x, self.eot, self.causal)
-        x = x[self.rows]  # (R, W)
-        for block, known in zip(blocks, self.known[:-1], strict=True):
-            qkv = self._insert(known, block.qkv(x))  # (B, length, 3W)
-            x = block.finish(x, block.attn.mix(qkv, self.causal)[self.rows])
-        return self.text.pool(self._insert(self.known[-1], x), self.eot, self.causal)
-
-    def _insert(self, known: Tensor, rows: Tensor) -> Tensor:
-        """`known` (B, length, ...) with the R changing rows put in."""
-        return known.to(rows.dtype).index_put(self.rows, rows)
-
-
-@dataclass(frozen=True)
-class WeightsInfo:
-    """Where the weights came from: goes into every checkpoint and into the key of every stored feature."""
-
-    pretrain: str  # openai | laion400m | random
-    source: str  # file name, or the seed of random weights
-    sha256: str  # of the file; for random weights, of the words that make them
-
-
-class CLIP(nn.Module):
-    """A frozen CLIP: two towers, no gradients in any weight, evaluation mode for good."""
-
-    def __init__(self, config: ModelConfig, img_size: int, quick_gelu: bool, normalize_pixels: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        img_size: int,
+        quick_gelu: bool,
+        normalize_pixels: bool = False,
+        vision: bool = True,
+    ) -> None:
         super().__init__()
         self.config = config
         self.img_size = img_size
         self.quick_gelu = quick_gelu
+        self.normalize_pixels = normalize_pixels
         self.info: WeightsInfo | None = None
         self.half_rounded = False  # weights went through float16, as published
-        self.visual = VisionTower(config, img_size, quick_gelu, normalize_pixels)
+        self.visual = VisionTower(config, img_size, quick_gelu, normalize_pixels) if vision else None
         self.text = TextTower(config, quick_gelu)
         self.logit_scale = nn.Parameter(torch.empty(()))  # part of every weight file; the method does not use it
         self.requires_grad_(False)
@@ -265,14 +163,21 @@ class CLIP(nn.Module):
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [0, 1] -> (B, D), not normalised."""
-        return self.visual(images)
+        embeddings: Tensor = self._image_tower()(images)
+        return embeddings
 
     @torch.no_grad()
     def image_tokens(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """`VisionTower.forward_intermediates` without a graph."""
-        return self.visual.forward_intermediates(images, layers)
+        return self._image_tower().forward_intermediates(images, layers)
 
     @torch.no_grad()
     def encode_text(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) -> (B, D), not normalised."""
-        return self.text(ids)
+        embeddings: Tensor = self.text(ids)
+        return embeddings
+
+    def _image_tower(self) -> VisionTower:
+        if self.visual is None:
+            raise RuntimeError("this CLIP was made without its image tower (vision=False)")
+        return self.visual

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from utils import InputError
 
-# OpenAI keeps three integers among the weights.
-NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
+from .hub import one_line
+from .names import Loader, openai_names
+from .weights import check_file
+
+Reader = Callable[[Path, ExitStack], Any]
+
 # What OpenAI's files hold in float16: convolution, attention, MLP and both projections.
 HALF = re.compile(
     r"visual\.(conv1\.(weight|bias)|proj)|text_projection|(visual\.)?transformer\.resblocks\.\d+\.(attn|mlp)\..+"
@@ -36,17 +41,23 @@ STORAGES = {
 }
 
 
-def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+def read_weights(path: str | Path, vision: bool = True) -> dict[str, torch.Tensor]:
     """Weights of a CLIP model on the CPU, under OpenAI's key names, in the precision of the file.
 
     The content decides how the file is read, not its name: a TorchScript archive as OpenAI publishes it, a state dict
-    written by torch.save (also under 'state_dict', also with 'module.' before the keys) or safetensors. open_clip's
-    'text.transformer...' names become OpenAI's. Raises an InputError for everything that holds no CLIP weights.
+    written by torch.save (also under 'state_dict') or safetensors; open_clip's and Hugging Face's names become
+    OpenAI's, see `names.openai_names`. Without `vision` the image tower's bytes stay unread (a pickle of torch before
+    1.6 apart, which is read as a whole).
+
+    Raises:
+        InputError: for everything that holds no CLIP weights; a tower of another family is named.
     """
     path = Path(path)
-    head = _head(path)
+    check_file(path)
     try:
-        content = _reader(path, head)(path)
+        with ExitStack() as files:
+            loaders = openai_names(_tensors(_reader(path)(path, files)), path)
+            return {key: load().detach() for key, load in loaders.items() if vision or not key.startswith("visual.")}
     except InputError:
         raise
     except pickle.UnpicklingError as error:
@@ -58,7 +69,6 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path} is damaged or no weight file: fetch it again") from error
     except Exception as error:  # whatever a damaged or hostile file provokes in a parser
         raise InputError(f"{path} is damaged or no weight file ({one_line(error)}): fetch it again") from error
-    return _clip_keys(content, path)
 
 
 def check_state(state: dict[str, torch.Tensor], expected: dict[str, torch.Size], source: str) -> None:
@@ -74,19 +84,13 @@ def check_state(state: dict[str, torch.Tensor], expected: dict[str, torch.Size],
         )
 
 
-def one_line(words: object) -> str:
-    """A text, or what an exception says, in at most 150 printable characters: it may quote a damaged file."""
-    text = f"{type(words).__name__} {words}" if isinstance(words, Exception) else str(words)
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text[:1000]).split())[:150]
-
-
 def refused_global(error: pickle.UnpicklingError) -> str:
     """What a file wanted to import when torch.load(weights_only=True) stopped, "" where it stopped for another reason.
 
     Releases of torch differ in what they let through: 2.15 no longer knows nested tensors.
     """
-    found = re.search(r"GLOBAL (\S+)", str(error))
-    return one_line(found[1]) if found else ""
+    match = re.search(r"GLOBAL (\S+)", str(error))
+    return one_line(match[1]) if match else ""
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
@@ -120,36 +124,10 @@ def round_to_half(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: (value.half() if stored_as_half(key) else value).float() for key, value in state.items()}
 
 
-def sha256_file(path: str | Path) -> str:
-    """SHA-256 of a file in hexadecimal, read in pieces of 1 MiB."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def _head(path: Path) -> bytes:
-    """Read the first nine bytes; an InputError when there is no file or nothing in it."""
-    try:
-        if path.exists() and not path.is_file():  # reading a pipe or a device may never end
-            raise InputError(f"the weight file {path} is a folder or a device, not a file")
-        with path.open("rb") as file:
-            head = file.read(9)
-    except FileNotFoundError as error:
-        raise InputError(
-            f"there is no weight file {path}: fetch it with `python -m CLIP.download ViT-L-14-336`, "
-            "pass another with --weights, or try the program without any: --pretrain random"
-        ) from error
-    except OSError as error:
-        raise InputError(f"cannot read the weight file {path}: {error.strerror}") from error
-    if not head:
-        raise InputError(f"the weight file {path} is empty: fetch it again")
-    return head
-
-
-def _reader(path: Path, head: bytes) -> Callable[[Path], Any]:
+def _reader(path: Path) -> Reader:
     """Choose the function that reads `path`, by its content."""
+    with path.open("rb") as file:
+        head = file.read(9)
     if head.startswith(b"PK"):
         if not zipfile.is_zipfile(path):
             raise InputError(f"{path} ends too early (a copy or download that stopped?): fetch it again")
@@ -158,22 +136,41 @@ def _reader(path: Path, head: bytes) -> Callable[[Path], Any]:
             scripted = any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
         return _read_torchscript if scripted else _read_archive
     if head[8:] == b"{" and int.from_bytes(head[:8], "little") < 10**8:  # the length of a JSON header
-        return load_file
+        return _read_safetensors
     return _read_old_pickle
 
 
-def _read_archive(path: Path) -> Any:  # noqa: ANN401 (whatever the file holds)
+def _tensors(content: object) -> dict[str, Loader]:
+    """The tensors of what a file holds, also under 'state_dict', as functions that read them."""
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    entries = content.items() if isinstance(content, dict) else ()
+    loaders: dict[str, Loader] = {}
+    for key, value in entries:
+        if isinstance(key, str) and isinstance(value, torch.Tensor):
+            loaders[key] = value.detach
+        elif isinstance(key, str) and callable(value):
+            loaders[key] = value
+    return loaders
+
+
+def _read_safetensors(path: Path, files: ExitStack) -> dict[str, Loader]:
+    file = files.enter_context(safe_open(path, framework="pt", device="cpu"))
+    return {key: partial(file.get_tensor, key) for key in file.keys()}  # noqa: SIM118 - no mapping
+
+
+def _read_archive(path: Path, _: ExitStack) -> Any:  # noqa: ANN401 (whatever the file holds)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
-def _read_old_pickle(path: Path) -> Any:  # noqa: ANN401 (whatever the file holds)
+def _read_old_pickle(path: Path, _: ExitStack) -> Any:  # noqa: ANN401 (whatever the file holds)
     return torch.load(path, map_location="cpu", weights_only=True)  # older than 2020: cannot be mapped
 
 
-def _read_torchscript(path: Path) -> dict[str, torch.Tensor]:
+def _read_torchscript(path: Path, files: ExitStack) -> dict[str, Loader]:
     """Every tensor of a TorchScript module tree under its dotted name, without loading or running the script."""
-    with zipfile.ZipFile(path) as archive:
-        return dict(_walk(_TorchScriptUnpickler(archive).load(), set()))
+    archive = files.enter_context(zipfile.ZipFile(path))
+    return dict(_walk(_TorchScriptUnpickler(archive).load(), set()))
 
 
 class _Inert:
@@ -202,50 +199,42 @@ class _TorchScriptUnpickler(pickle._Unpickler):  # the one in Python: the one in
 
     def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401 (a class, a function or a dtype)
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild
+            return _Stored
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
         return _Inert
 
-    def persistent_load(self, pid: tuple[str, torch.dtype, str, str, int]) -> torch.Tensor:
+    def persistent_load(self, pid: tuple[str, torch.dtype, str, str, int]) -> Loader:
         _, dtype, key, _, _ = pid
+        return partial(self.read_storage, key, dtype)
+
+    def read_storage(self, key: str, dtype: torch.dtype) -> torch.Tensor:
+        """The numbers stored under `key`, read once."""
         if key not in self.storages:
             data = bytearray(self.archive.read(f"{self.folder}/{key}"))  # checks the CRC
             self.storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
         return self.storages[key]
 
 
-def _rebuild(
-    storage: torch.Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
-) -> torch.Tensor:
-    return storage.as_strided(size, stride, offset)
+class _Stored:
+    """A tensor of an archive that reads its storage when it is called."""
+
+    def __init__(
+        self, storage: Loader, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
+    ) -> None:
+        self.storage, self.layout = storage, (size, stride, offset)
+
+    def __call__(self) -> torch.Tensor:
+        return self.storage().as_strided(*self.layout)
 
 
-def _walk(module: _Inert, seen: set[int], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+def _walk(module: _Inert, seen: set[int], prefix: str = "") -> Iterator[tuple[str, Loader]]:
     seen.add(id(module))  # a hostile tree of shared modules has more paths than time
     for name, member in module.members.items():
-        if isinstance(member, torch.Tensor):
+        if isinstance(member, _Stored):
             yield prefix + name, member
         elif isinstance(member, _Inert) and id(member) not in seen:
             yield from _walk(member, seen, f"{prefix}{name}.")
-
-
-def _clip_keys(content: object, path: Path) -> dict[str, torch.Tensor]:
-    """Keep the tensors of a state dict, under OpenAI's names; an InputError when they are not CLIP's."""
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    entries = content.items() if isinstance(content, dict) else ()
-    state = {
-        key.removeprefix("module.").removeprefix("text."): value.detach()
-        for key, value in entries
-        if isinstance(key, str) and isinstance(value, torch.Tensor)
-    }
-    if "visual.conv1.weight" not in state:
-        raise InputError(
-            f"{path} holds no CLIP weights (no visual.conv1.weight among its {len(state)} tensors): "
-            "pass OpenAI's or open_clip's file of the whole model"
-        )
-    return {key: value for key, value in state.items() if key not in NOT_WEIGHTS}
 
 
 def _fault(value: torch.Tensor | None, shape: torch.Size) -> str:

@@ -1,9 +1,11 @@
-"""The blocks of both towers: pre-norm residual attention (Radford et al. 2021), written for a frozen network.
+"""The blocks of both towers: pre-norm residual attention (Radford et al. 2021, section 2.4), for a frozen network.
 
 Parameter names are OpenAI's, so that a weight file loads without a table of names.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -33,26 +35,27 @@ class Attention(nn.Module):
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, L, C) -> (B, heads, L, C / heads)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (self.heads, -1))
+        return heads.transpose(1, 2)
 
     def qkv(self, x: Tensor) -> Tensor:
         """Queries, keys and values side by side: (..., C) -> (..., 3C)."""
         return F.linear(x, self.in_proj_weight, self.in_proj_bias)
 
-    def mix(self, qkv: Tensor, causal: bool) -> Tensor:
+    def attend(self, qkv: Tensor, causal: bool) -> Tensor:
         """The heads' outputs, before `out_proj`: (B, L, 3C) -> (B, L, C).
 
         With `causal` a position sees itself and those before it.
         """
         q, k, v = (self.split_heads(part) for part in qkv.chunk(3, dim=-1))
         if not causal and qkv.device.type == "cpu" and qkv.shape[1] in PLAIN_LENGTHS:
-            mixed = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1) @ v  # (B, heads, L, C / heads)
+            mixed: Tensor = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1) @ v
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return mixed.transpose(1, 2).flatten(2)
+        return mixed.transpose(1, 2).flatten(2)  # from (B, heads, L, C / heads)
 
-    def mix_at(self, x: Tensor, position: Tensor, causal: bool) -> Tensor:
-        """`mix(qkv(x))` at one position per sequence only: x (B, L, C), position (B,) -> (B, C).
+    def attend_at(self, x: Tensor, position: Tensor, causal: bool) -> Tensor:
+        """`attend(qkv(x))` at one position per sequence only: x (B, L, C), position (B,) -> (B, C).
 
         No key or value is formed. A head's scores are q.(Wk x + bk) = (Wk' q).x + q.bk, of which softmax ignores the
         last term, and its output is sum p (Wv x + bv) = Wv (sum p x) + bv: both products see one vector a head
@@ -75,15 +78,16 @@ class Attention(nn.Module):
 class ResidualAttentionBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, width: int, heads: int, quick_gelu: bool) -> None:
+    def __init__(self, width: int, heads: int, quick_gelu: bool, mlp_ratio: float = 4.0) -> None:
         super().__init__()
+        hidden = round(width * mlp_ratio)
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
+        self.mlp.add_module("c_fc", nn.Linear(width, hidden))
         self.mlp.add_module("gelu", QuickGELU() if quick_gelu else nn.GELU())
-        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+        self.mlp.add_module("c_proj", nn.Linear(hidden, width))
 
     def qkv(self, x: Tensor) -> Tensor:
         """What the attention reads of the block's input: (..., C) -> (..., 3C)."""
@@ -92,24 +96,32 @@ class ResidualAttentionBlock(nn.Module):
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """The block's output from its input and the attention heads' outputs: (..., C) twice -> (..., C)."""
         x = x + self.attn.out_proj(mixed)
-        return x + self.mlp(self.ln_2(x))
+        result: Tensor = x + self.mlp(self.ln_2(x))
+        return result
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         """(B, L, C) -> (B, L, C)."""
-        return self.finish(x, self.attn.mix(self.qkv(x), causal))
+        return self.finish(x, self.attn.attend(self.qkv(x), causal))
 
     def forward_at(self, x: Tensor, position: Tensor, causal: bool = False) -> Tensor:
         """The block's output at one position per sequence: x (B, L, C), position (B,) -> (B, C).
 
-        Equal to `forward(x, causal)[range(B), position]`, at the cost of that one position.
+        Equal to `forward(x, causal)[range(B), position]`, at the cost of that one position (not in the paper).
         """
         rows = torch.arange(len(x), device=x.device)
-        return self.finish(x[rows, position], self.attn.mix_at(self.ln_1(x), position, causal))
+        return self.finish(x[rows, position], self.attn.attend_at(self.ln_1(x), position, causal))
 
 
 class Transformer(nn.Module):
     """A stack of residual attention blocks."""
 
-    def __init__(self, width: int, layers: int, heads: int, quick_gelu: bool) -> None:
+    def __init__(self, width: int, layers: int, heads: int, quick_gelu: bool, mlp_ratio: float = 4.0) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads, quick_gelu) for _ in range(layers))
+        self.resblocks = nn.ModuleList(
+            ResidualAttentionBlock(width, heads, quick_gelu, mlp_ratio) for _ in range(layers)
+        )
+
+    @property
+    def blocks(self) -> list[ResidualAttentionBlock]:
+        """The blocks from first to last."""
+        return [cast(ResidualAttentionBlock, block) for block in self.resblocks]

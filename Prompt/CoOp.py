@@ -1,4 +1,4 @@
-"""Learnable prompt contexts (CoOp, Zhou et al. 2022), in three positions around a state phrase."""
+"""Learnable prompt contexts (CoOp, Zhou et al. 2022, section 3.2), in three positions around a state phrase."""
 
 from __future__ import annotations
 
@@ -26,16 +26,25 @@ class PromptLearner(nn.Module):
         text: the frozen text tower, read for its token embeddings at construction only.
         kind: `normal` or `abnormal`, part of the published parameter names.
         states: S state phrases with the object's name in them.
+        generator: draws the contexts, on the CPU; None is torch's global one.
     """
 
-    def __init__(self, text: TextTower, kind: str, states: Sequence[str]) -> None:
+    eot: Tensor
+    start: Tensor
+    rest: Tensor
+    context_positions: Tensor  # (3 S, 8)
+
+    def __init__(
+        self, text: TextTower, kind: str, states: Sequence[str], generator: torch.Generator | None = None
+    ) -> None:
         super().__init__()
         self.kind = kind
         width, device = text.positional_embedding.shape[-1], text.positional_embedding.device
         # Drawn on the CPU, so that a seed means the same contexts on every device.
+        shape = (len(states), CONTEXTS, width)
         self.ctx = nn.ParameterDict(
             {
-                f"{kind}_{position}": torch.empty(len(states), CONTEXTS, width).normal_(0, INIT_STD).to(device)
+                f"{kind}_{position}": torch.empty(shape).normal_(0, INIT_STD, generator=generator).to(device)
                 for position in POSITIONS
             }
         )

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils import InputError, preview, sha256_file, warn
+from utils import InputError, anonymous_name, preview, sha256_file, warn
 
 from .fewshot import SEEDS, check_shot_names, list_name, parse_shot_list, pick_lines, shot_lists
 from .fewshot import read_shot_list as read_shot_list  # noqa: PLC0414 - for callers that are not rewritten yet
@@ -70,6 +70,11 @@ class Sample:
             return content_hash(sha256_file(self.path), self)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read ({error.strerror})") from error
+
+
+def anonymous(samples: Iterable[Sample]) -> list[Sample]:
+    """Samples with hashes for names and patients, which may be people's: what is shared shows these."""
+    return [replace(s, name=anonymous_name(s.name), patient=s.patient and anonymous_name(s.patient)) for s in samples]
 
 
 class ImageFile(NamedTuple):
@@ -421,6 +426,11 @@ class Shots:
     normal: list[Sample]
     source: str  # the list file, or how they were sampled
     listed: dict[str, list[str]]
+
+    def anonymous(self) -> Shots:
+        """The same with hashes for names."""
+        listed = {kind: [anonymous_name(name) for name in names] for kind, names in self.listed.items()}
+        return Shots(anonymous(self.abnormal), anonymous(self.normal), self.source, listed)
 
     def names(self) -> dict[str, list[str]]:
         """What is printed, logged and stored in the checkpoint: the names as a list would give them."""

@@ -6,35 +6,41 @@ python -m engine.checkpoint export CKPT OUT           the published format, with
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 import pickle
 import platform
 import shutil
-import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torchvision
 
-from CLIP import create_model
-from CLIP.openai import check_archive, is_plain, one_line, refused_global
-from Prompt import states_fault
-from utils import InputError, Parser, atomic_path, run_cli
+from CLIP.config import ModelConfig
+from CLIP.hub import one_line
+from CLIP.openai import check_archive, is_plain, refused_global
+from CLIP.weights import find_weights
+from Prompt.states import states_fault
+from utils import InputError, Parser, atomic_path, checked, printable, run_cli, warn
 
-from .detector import Detector, Settings
-from .options import MAX_IMG_SIZE, MODEL_FLAGS
-from .published import ENCODER_PREFIX, export, looks_published
+from .config import VERSION, Settings
+
+if TYPE_CHECKING:
+    import argparse
+
+    from CLIP.model import CLIP
+    from CLIP.weights import Weights, WeightsInfo
+
+    from .detector import Detector
+    from .published import Described
 
 FORMAT = "madclip-1"
 PARTS = ("normal_det_adapters", "abnormal_det_adapters", "prompt_maker_normal", "prompt_maker_abnormal")
-# Of settings: an object's name in prompts has a few words, and the tokenizer takes long over long ones.
-LIMITS = {str: lambda value: len(value) <= 200, int: lambda value: value > 0, bool: lambda _: True}
+METADATA = "about"  # its name in files, since the first version
 
 
 @dataclass
@@ -43,37 +49,108 @@ class Checkpoint:
 
     settings: Settings
     parts: dict[str, Any]  # see `Detector.parts`
-    about: dict[str, Any] = field(default_factory=dict)  # shots, metrics, how the epoch was selected, versions
+    metadata: dict[str, Any] = field(default_factory=dict)  # shots, metrics, how the epoch was selected, versions
+    published: bool = False  # read from a file in the published format
 
     def save(self, path: str | Path) -> None:
         """Write to a temporary name and rename; `InputError` where that is impossible."""
-        write({"format": FORMAT, "settings": self.settings.to_dict(), "about": self.about, **self.parts}, path)
+        write({"format": FORMAT, "settings": self.settings.to_dict(), METADATA: self.metadata, **self.parts}, path)
 
     @classmethod
-    def load(cls, path: str | Path, published: Callable[[dict[str, Any]], Settings] | None = None) -> Checkpoint:
-        """Read a file that `save` wrote; nothing in it can run code.
+    def load(
+        cls, path: str | Path, options: argparse.Namespace | None = None, dataset: Described | None = None
+    ) -> Checkpoint:
+        """Read a file of either format; nothing in it can run code.
 
-        `published` makes settings for a file in the published format; without it such a file is refused.
+        Args:
+            path: the file.
+            options: for a published file, what no tensor tells (see `published.infer_settings`).
+            dataset: for a published file, the data set that it was trained on; without it such a file is refused.
+
+        Raises:
+            InputError: no such file, a damaged one, or another kind of file.
         """
+        from .published import infer_settings, looks_published  # noqa: PLC0415 - which imports this module's names
+
         payload = read(path)
         if payload.get("format") == FORMAT:
-            try:
-                settings = Settings.from_dict(payload["settings"])
-            except (KeyError, TypeError) as error:
-                raise InputError(f"--ckpt {path}: its settings are incomplete ({error})") from error
-            parts = {name: part for name, part in payload.items() if name not in ("format", "settings", "about")}
-            return cls(settings, parts, payload["about"])
-        if published is None or not looks_published(payload):
+            settings = Settings.from_dict(payload["settings"], f"--ckpt {path}: settings")
+            parts = {name: part for name, part in payload.items() if name not in ("format", "settings", METADATA)}
+            return cls(settings, parts, payload[METADATA])
+        if options is None or dataset is None or not looks_published(payload):
             raise InputError(f"--ckpt {path}: not a checkpoint of this project (no format {FORMAT!r} in it)")
-        return cls(published(payload), payload, {"select": "unknown (published checkpoint)"})
+        settings, line = infer_settings(payload, path, dataset, options)
+        print(f"{path}: {line}")
+        return cls(settings, payload, {"select": "unknown (published checkpoint)"}, published=True)
 
-    def restore(self, detector: Detector, path: str | Path) -> None:
-        """Put the tensors into `detector`; `InputError` where they do not fit."""
+    @property
+    def seed(self) -> int:
+        """Of the run that made it: random weights are drawn from it."""
+        return int(self.metadata.get("options", {}).get("seed", 0))
+
+    def restore(self, detector: Detector, clip: CLIP, path: str | Path) -> None:
+        """Put the tensors into `detector`, and print where a published file's frozen tensors are not those of `clip`.
+
+        Raises:
+            InputError: tensors that do not fit.
+        """
+        from .published import encoder_difference, features_difference  # noqa: PLC0415 - see `load`
+
         try:
             detector.load_parts(self.parts)
         except (KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"--ckpt {path}: its tensors do not fit its settings ({reason})") from error
+        differences = {
+            "text encoder differs": encoder_difference(self.parts, clip),
+            "text features differ": features_difference(self.parts, detector),
+        }
+        for what, difference in differences.items():
+            if difference:
+                print(f"{path}: its {what} by up to {difference:.3g} from the CLIP weights, which are used")
+
+
+@dataclass
+class Metadata:
+    """What is read of a checkpoint's metadata; more may stand there."""
+
+    select: str
+    options: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    shots: dict[str, list[str]] | None = None
+    threshold: dict[str, Any] | None = None
+    run: str | None = None
+
+
+@dataclass
+class SelectedMetrics:
+    """`Metadata.metrics`."""
+
+    epoch: int | None = None
+    auc: float | None = None
+    pauc: float | None = None
+
+
+@dataclass
+class Threshold:
+    """`Metadata.threshold`, but for its `from`, a string."""
+
+    value: float
+    rule: str
+    figures: dict[str, Any]
+    pixel_value: float | None = None
+    heat_range: list[float] | None = None
+
+
+@dataclass
+class Figures:
+    """`Threshold.figures`, see `calibration.threshold_metrics`."""
+
+    f1: float | None
+    tpr: float | None
+    fpr: float | None
+    n_normal: int
+    n_abnormal: int
 
 
 def read(path: str | Path, flag: str = "--ckpt") -> dict[str, Any]:
@@ -97,10 +174,11 @@ def read(path: str | Path, flag: str = "--ckpt") -> dict[str, Any]:
         raise InputError(f"{flag} {path}: not a checkpoint, or damaged ({one_line(error)})") from error
     if not isinstance(payload, dict):
         raise InputError(f"{flag} {path}: not a checkpoint (it holds a {type(payload).__name__})")
-    ours = payload.get("format") == FORMAT
-    fault = next(_part_faults(payload), None) or (next(_settings_faults(payload), None) if ours else None)
+    fault = next(_part_faults(payload), None)
     if fault:
         raise InputError(f"{flag} {path}: damaged, or not a checkpoint of this project ({one_line(fault)})")
+    if payload.get("format") == FORMAT:
+        _check_metadata(payload, f"{flag} {path}: damaged, or not a checkpoint of this project")
     return payload
 
 
@@ -113,58 +191,32 @@ def _part_faults(payload: dict[str, Any]) -> Iterator[str]:
         for key, tensor in part.items():
             if not isinstance(key, str) or not isinstance(tensor, torch.Tensor) or not is_plain(tensor):
                 yield f"{name}: {key!r:.80} is no plain tensor"
-            if not key.startswith(ENCODER_PREFIX) and not torch.isfinite(tensor).all():
+            if not key.startswith("text_encoder.") and not torch.isfinite(tensor).all():
                 yield f"{name}: {key!r:.80} holds NaN or infinite numbers"
 
 
-def _settings_faults(payload: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the types and values of settings and notes; `Settings.from_dict` sees what is missing."""
-    settings, about = payload.get("settings"), payload.get("about")
-    if not isinstance(settings, dict) or not isinstance(about, dict):
-        yield "no settings"
-    for name, kind in get_type_hints(Settings).items():
-        value, choices = settings.get(name), MODEL_FLAGS.get(name, {}).get("choices")
-        fits = kind not in LIMITS or (isinstance(value, kind) and LIMITS[kind](value))
-        if name in settings and (not fits or (choices and value not in choices)):
-            yield f"{name} is {value!r:.80}"
-    if settings.get("img_size", 1) > MAX_IMG_SIZE:
-        yield f"img_size is {settings['img_size']!r:.80}, above {MAX_IMG_SIZE}"
-    layers = settings.get("features_list", [1])
-    if not isinstance(layers, list) or not layers or not all(isinstance(layer, int) for layer in layers):
-        yield f"features_list is {layers!r:.80}"
-    states = settings.get("states")
-    if states is not None and (fault := states_fault(states)):
-        yield f"states: {fault}"
-    options, metrics = about.get("options", {}), about.get("metrics", {})
-    if not isinstance(about.get("select"), str) or not isinstance(options, dict) or not isinstance(metrics, dict):
-        yield "its notes are incomplete"
-    if not _is_threshold(about.get("threshold")):
-        yield f"its threshold is {about['threshold']!r:.80}"
-    seed = options.get("seed", 0)
+def _check_metadata(payload: dict[str, Any], where: str) -> None:
+    """`InputError` where settings or metadata of a file of ours are not what `Checkpoint.save` writes."""
+    settings = Settings.from_dict(payload.get("settings", {}), where)
+    metadata = checked(Metadata, payload.get(METADATA), where)
+    checked(SelectedMetrics, metadata.metrics, where)
+    if metadata.threshold is not None:
+        threshold = checked(Threshold, metadata.threshold, where)
+        checked(Figures, threshold.figures, where)
+        two = threshold.heat_range is None or len(threshold.heat_range) == 2
+        if not two or not isinstance(metadata.threshold.get("from"), str):
+            raise InputError(f"{where}: its threshold is incomplete")
+    if settings.states is not None and (fault := states_fault(settings.states)):
+        raise InputError(f"{where}: states: {one_line(fault)}")
+    seed = metadata.options.get("seed", 0)
     if type(seed) is not int or not -(2**63) <= seed < 2**64:
-        yield f"seed is {seed!r:.80}"
+        raise InputError(f"{where}: seed is {seed!r:.80}")
+    if metadata.run is not None and not printable(metadata.run) == metadata.run:
+        raise InputError(f"{where}: run is {metadata.run!r:.80}")
     try:
-        json.dumps([settings, about])
+        json.dumps([payload["settings"], payload[METADATA]])
     except (TypeError, ValueError, RecursionError) as error:
-        yield f"its settings are no plain values: {error!s:.80}"
-
-
-def _is_threshold(value: Any) -> bool:  # noqa: ANN401
-    """Whether it is what `calibrate` gives."""
-    if value is None:
-        return True
-    if not isinstance(value, dict):
-        return False
-    figures, heat_range = value.get("figures"), value.get("heat_range", [0.0, 1.0])
-    numbers = [value.get("value"), value.get("pixel_value", 0.0)]
-    numbers += heat_range if isinstance(heat_range, list) and len(heat_range) == 2 else [None]
-    rates = [figures.get(name, 0) for name in ("f1", "tpr", "fpr")] if isinstance(figures, dict) else [""]
-    return (
-        all(type(number) is float and math.isfinite(number) for number in numbers)
-        and all(rate is None or type(rate) in (int, float) for rate in rates)
-        and all(isinstance(figures.get(name), int) for name in ("n_normal", "n_abnormal"))
-        and all(isinstance(value.get(name), str) for name in ("rule", "from"))
-    )
+        raise InputError(f"{where}: its settings are no plain values ({error!s:.80})") from error
 
 
 def write(payload: dict[str, Any], path: str | Path) -> None:
@@ -184,7 +236,10 @@ def copy(source: str | Path, path: str | Path) -> None:
 
 def versions() -> dict[str, str]:
     """What made the file."""
+    import torchvision  # noqa: PLC0415
+
     return {
+        "madclip": VERSION,
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # a str subclass, which weights_only=True refuses
         "torchvision": torchvision.__version__,
@@ -195,47 +250,107 @@ def versions() -> dict[str, str]:
 def show(path: str) -> None:
     """Print what a checkpoint holds."""
     payload = read(path)
-    for name in ("settings", "about"):
+    for name, label in (("settings", "settings"), (METADATA, "metadata")):
         if name in payload:
-            print(f"{name}: {json.dumps(payload[name], indent=2)}")
+            print(f"{label}: {json.dumps(payload[name], indent=2)}")
     for name, part in payload.items():
-        if isinstance(part, dict) and name not in ("settings", "about"):
+        if isinstance(part, dict) and name not in ("settings", METADATA):
             tensors = [tensor for tensor in part.values() if isinstance(tensor, torch.Tensor)]
-            print(f"{name}: {len(tensors)} tensors, {sum(tensor.numel() for tensor in tensors):,} numbers")
+            print(f"{printable(name)}: {len(tensors)} tensors, {sum(tensor.numel() for tensor in tensors):,} numbers")
         elif isinstance(part, torch.Tensor):
-            print(f"{name}: {tuple(part.shape)}")
+            print(f"{printable(name)}: {tuple(part.shape)}")
 
 
-def export_file(path: str, out: str, weights: str | None) -> None:
+def export_file(path: str, out: str, weights_file: str | None) -> None:
     """Write a checkpoint of ours in the published format."""
+    from CLIP.clip import create_model  # noqa: PLC0415 - only this needs the towers
+
+    from .detector import Detector  # noqa: PLC0415
+    from .published import export  # noqa: PLC0415
+
     if Path(out).exists() and Path(out).samefile(path):
         raise InputError(f"{out}: is the checkpoint itself, whose settings the published format cannot hold")
     checkpoint = Checkpoint.load(path)
     settings = checkpoint.settings
     clip = create_model(
-        settings.model_name, settings.pretrain, settings.img_size, weights=weights, fidelity=settings.fidelity,
-        seed=checkpoint.about.get("options", {}).get("seed", 0),
+        settings.model_name, settings.pretrain, settings.img_size, weights=weights_file, fidelity=settings.fidelity,
+        seed=checkpoint.seed, vision=False,
     )  # fmt: skip
-    check_weights(checkpoint, clip.info.sha256, clip.info.source, path)
+    assert clip.info is not None
+    check_weights(checkpoint, clip.info, path)
     detector = Detector(clip, settings)
-    checkpoint.restore(detector, path)
+    checkpoint.restore(detector, clip, path)
     write(export(detector, clip), out)
     print(f"{out}: written in the published format")
     if settings.fidelity != "released" or settings.states:
         print(f"{out}: its script gives other numbers, as it knows neither --fidelity corrected nor --prompts")
+    elif settings.visionA == "MViTFC":
+        print(
+            f"{out}: MViTFC attends across the images of a batch: the published test program gives the numbers of this "
+            f"checkpoint at --batch_size {settings.eval_batch}, and others at any other"
+        )
 
 
 def check_weights(
-    checkpoint: Checkpoint, sha256: str, source: str, path: str | Path, allow_other: bool = False
+    checkpoint: Checkpoint, weights: Weights | WeightsInfo, path: str | Path, allow_other: bool = False
 ) -> None:
     """Name both hashes where a checkpoint was trained on other CLIP weights: `InputError`, or a warning if allowed."""
     trained_on = checkpoint.settings.weights_sha256
-    if not trained_on or sha256 == trained_on:
+    if not trained_on or weights.sha256 == trained_on:
         return
-    words = f"--ckpt {path} was trained on CLIP weights {trained_on}, but {source} is {sha256}"
+    message = f"--ckpt {path} was trained on CLIP weights {trained_on}, but {weights.source} is {weights.sha256}"
     if not allow_other:
-        raise InputError(f"{words}; give the right file with --weights")
-    print(f"warning: {words}; used all the same (--allow_other_weights)", file=sys.stderr)
+        raise InputError(f"{message}; give the right file with --weights")
+    warn(f"{message}; used all the same (--allow_other_weights)")
+
+
+def find_trained_weights(checkpoint: Checkpoint, options: argparse.Namespace) -> Weights:
+    """The CLIP weights that a checkpoint stands on, found under CLIP/ckpt or --weights; prints what they are.
+
+    Raises:
+        InputError: none, or others than it was trained on.
+    """
+    settings = checkpoint.settings
+    seed = checkpoint.seed if not checkpoint.published else options.seed
+    known = ModelConfig.from_dict(settings.model_config) if settings.model_config else settings.model_name
+    model = options.model_name or known  # a folder or a JSON file given anew says where its weights are
+    weights = find_weights(model, settings.pretrain, options.weights, seed)
+    print_weights_info(weights)
+    check_weights(checkpoint, weights, options.ckpt, options.allow_other_weights)
+    return weights
+
+
+def print_weights_info(weights: Weights) -> None:
+    """Print where the weights come from, and a warning where nothing is pre-trained."""
+    print(f"weights: {weights.source}, SHA-256 {weights.sha256[:16]}...", flush=True)
+    if weights.pretrain == "random":
+        print("weights: RANDOM, nothing is pre-trained: scores show that the program runs, not what MadCLIP can do")
+
+
+def default_checkpoint(save_path: str, obj: str) -> Path:
+    """<save_path>/<obj>.pth, or <obj>.tar.pth, as one of the released checkpoints is called."""
+    path = Path(save_path) / f"{obj}.pth"
+    released = path.with_suffix(".tar.pth")
+    return released if released.is_file() and not path.is_file() else path
+
+
+def set_aside(path: Path, run: str, started: str) -> None:
+    """Rename a checkpoint that another run or the published program wrote, before this run writes under its name.
+
+    It may be the only copy of what its owner has downloaded or trained.
+    """
+    if not path.is_file():
+        return
+    with contextlib.suppress(InputError):
+        metadata = read(path).get(METADATA, {})
+        if (metadata.get("run"), metadata.get("started")) == (run, started):
+            return
+    stem = f"{path.stem}.before-{time.strftime('%Y%m%d-%H%M')}"
+    kept = next(
+        p for n in range(1, 1000) if not (p := path.with_name(f"{stem}{f'-{n}' * (n > 1)}{path.suffix}")).exists()
+    )
+    path.rename(kept)
+    print(f"{path} was there already, of another run: it is now {kept}", flush=True)
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
 """Several processes as one run, on torch.distributed: `torchrun --nproc_per_node=N train.py ...`.
 
-Without torchrun there is one process, and every function here returns its argument. What is exchanged are Python
-objects (over gloo) and gradients (over NCCL between GPUs, gloo else). One process, rank 0, prints and writes.
+Without torchrun there is one process, and every function here returns its argument. The processes share out the tower's
+pass and the scoring of images; a training step, small as it is, runs whole in each of them from the same start, so any
+number of processes gives the numbers of one. What is exchanged are tokens and patch scores, as Python objects over
+gloo, and once an epoch, on CUDA, rank 0's parameters. One process, rank 0, prints and writes.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from utils import InputError
 
@@ -70,16 +72,6 @@ def from_main(value: T) -> T:
     return box[0]
 
 
-def gather(value: T) -> list[T]:
-    """The values of all processes in order of rank, on rank 0; an empty list elsewhere."""
-    if world() == 1:
-        return [value]
-    values: list[T] | None = [value] * world() if is_main() else None
-    with _peers():
-        dist.gather_object(value, values)
-    return values or []
-
-
 def all_gather(value: T) -> list[T]:
     """The values of all processes in order of rank."""
     if world() == 1:
@@ -95,22 +87,12 @@ def barrier() -> None:
     all_gather(None)
 
 
-def sum_tensor(tensor: Tensor) -> Tensor:
-    """The sum over all processes, in place."""
-    if world() > 1:
-        with _peers():
-            dist.all_reduce(tensor)
-    return tensor
-
-
-def sum_gradients(module: nn.Module) -> None:
-    """Add up the gradients over all processes, in one message."""
-    found = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    if world() == 1 or not found:
-        return
-    flat = sum_tensor(torch.cat([gradient.flatten() for gradient in found]))
-    for gradient, summed in zip(found, flat.split([gradient.numel() for gradient in found]), strict=True):
-        gradient.copy_(summed.view_as(gradient))
+def align(module: nn.Module) -> None:
+    """Give every process rank 0's parameters. On a CPU they are the same bits already, as every step runs whole."""
+    if world() > 1 and next(module.parameters()).is_cuda:
+        with _peers(), torch.no_grad():
+            for parameter in module.parameters():
+                dist.broadcast(parameter, 0)
 
 
 @contextlib.contextmanager

@@ -1,22 +1,24 @@
-"""The feature store: every image passes the frozen tower once, its tokens are kept and shared by every later run.
+"""The token store: every image passes the frozen tower once; its tokens are kept, on the GPU, in memory or in files.
 
 python -m engine.features --info          what is stored, and how large
 python -m engine.features --prune         free it
+
+In files, the tokens of an image and a layer are one: <cache_dir>/<what shaped them>/<layer>/<image>.tokens, raw numbers
+and their CRC-32. A file appears under its name whole or not at all, and its name says its content, so any number of
+processes may read and write at once, on a network file system too.
 """
 
 from __future__ import annotations
 
-import fcntl
+import argparse
+import contextlib
 import hashlib
-import itertools
 import json
 import os
 import re
 import shutil
-import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,16 +28,26 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from CLIP import CLIP
-from dataset import Sample, load_image
-from utils import JITTER_VIEW, InputError, Parser, augment_view, locked, prefetch, run_cli, write_json
+from CLIP.adapter_shared import reads_class_token
+from CLIP.clip import create_model, uses_quick_gelu
+from CLIP.model import CLIP
+from CLIP.weights import Weights
+from dataset.images import load_image_with_hash
+from dataset.medical_few import Sample
+from utils import JITTER_VIEW, InputError, Parser, augment_view, prefetch, run_cli, write_json
 
 from . import distributed
+from .config import Settings, nonempty_path
 
-MODES = ("auto", "ram", "disk", "off")
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
-RECORD = struct.Struct("<32sQI")  # of the index: item key, row number, CRC-32 of the row; then the record's own CRC-32
-RECORD_BYTES = RECORD.size + 4
+GPU_SHARE = 0.6  # of the GPU's free memory that tokens may take: steps and evaluation need the rest
+RAM_SHARE = 0.5
+CUDA_PASS_BATCH = 64  # images through the tower at a time: 18,560 tokens at ViT-L-14, 240 px; no gradients to keep
+CRC_BYTES = 4
+# Of memory control groups, version 2 and 1: the folder below /sys/fs/cgroup, and the files of limit and usage.
+CONTROL_GROUP_FILES = {
+    "": ("", "memory.max", "memory.current"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,322 +58,381 @@ class Item:
     view: int = 0
     jitter: tuple[float, float] | None = None  # the draws of the colour-jitter view
 
-    def image(self, size: int) -> Tensor:
-        """(3, size, size) in [0, 1]."""
-        return augment_view(load_image(self.sample.path, size)[None], self.view, self.jitter)[0]
+    def load(self, size: int) -> tuple[str, Tensor]:
+        """The hash of the very bytes that were decoded, and the view (3, size, size) in [0, 1]."""
+        content, image = load_image_with_hash(self.sample, size)
+        return content, augment_view(image[None], self.view, self.jitter)[0]
 
-    def key(self, content_hash: str) -> bytes:
-        """32 bytes that stand for the pixels: the file's content, the view and, where it matters, the draws."""
-        words = f"{content_hash} {self.view} {self.jitter if self.view == JITTER_VIEW else ''}"
-        return hashlib.sha256(words.encode()).digest()
+    def key(self, content: str) -> str:
+        """What stands for the pixels, in hexadecimal: the content's hash, the view and, where it matters, its draws."""
+        draws = self.jitter if self.view == JITTER_VIEW else None
+        text = f"{content} {self.view} {draws}"
+        return hashlib.sha256(text.encode()).hexdigest()[:40]
 
 
-class Backbone:
-    """The frozen image tower as a function: images -> the tokens that adapters read.
+@dataclass(frozen=True)
+class Tower:
+    """All that shapes tokens beside the image; known before any tensor of the tower is read.
 
-    Args:
-        clip: the frozen towers.
-        features_list: layers, counted from 1; tokens come in ascending order of layer.
-        class_token: keep the class token (T = L), else only the patches (T = N).
+    Attributes:
+        weights: of `find_weights`.
+        img_size: pixels a side.
+        fidelity: `released` or `corrected`.
+        layers: counted from 1, ascending.
+        class_token: whether adapters read it; else T = N tokens an image are kept, without it.
         autocast: dtype of mixed precision, or None for float32.
+        device: where the tower runs and the tokens are used.
     """
 
-    def __init__(
-        self, clip: CLIP, features_list: Sequence[int], class_token: bool, autocast: torch.dtype | None = None
-    ) -> None:
-        self.clip = clip
-        self.layers = sorted(features_list)
-        self.class_token = class_token
-        self.autocast = autocast
-        count = clip.config.grid(clip.img_size) ** 2 + class_token
-        self.shape = (len(self.layers), count, clip.config.width)  # K, T, C of one image
+    weights: Weights
+    img_size: int
+    fidelity: str
+    layers: tuple[int, ...]
+    class_token: bool
+    autocast: torch.dtype | None
+    device: torch.device
+
+    @classmethod
+    def of(cls, settings: Settings, weights: Weights, autocast: torch.dtype | None, device: torch.device) -> Tower:
+        """The tower that a checkpoint's settings ask for."""
+        return cls(
+            weights, settings.img_size, settings.fidelity, tuple(sorted(settings.features_list)),
+            reads_class_token(settings.visionA, settings.fidelity == "corrected"), autocast, device,
+        )  # fmt: skip
 
     @property
-    def description(self) -> dict[str, object]:
-        """All that shapes the numbers, beside the image and the dtype they are kept in."""
-        clip = self.clip
+    def tokens(self) -> int:
+        """L, tokens an image with the class token."""
+        return int(self.weights.config.grid(self.img_size) ** 2 + 1)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """K, T, C of one image."""
+        return len(self.layers), self.tokens - (not self.class_token), self.weights.config.width
+
+    def description(self, dtype: torch.dtype) -> dict[str, object]:
+        """What names a folder of files. The layers are folders in it, so runs that read others share the rest."""
+        config, pretrain = self.weights.config, self.weights.pretrain
         return {
-            "model": clip.config.name,
-            "weights_sha256": clip.info.sha256 if clip.info else None,
-            "half_rounded_weights": clip.half_rounded,
-            "img_size": clip.img_size,
-            "layers": self.layers,
-            "quick_gelu": clip.quick_gelu,
-            "normalize_pixels": clip.visual.normalize_pixels,
-            "class_token": self.class_token,
+            "model": config.name,
+            "architecture": config.architecture(),
+            "weights_sha256": self.weights.sha256,
+            "fidelity": self.fidelity,  # weights rounded to half or not, pixels normalised or not
+            "quick_gelu": uses_quick_gelu(config, pretrain, self.img_size, self.fidelity),
+            "img_size": self.img_size,
             "precision": str(self.autocast or torch.float32),
+            "dtype": str(dtype),
+            "device": self.device.type,
         }
 
-    def tokens(self, images: Tensor) -> list[Tensor]:
-        """Images (B, 3, S, S) on the CPU -> K tensors (B, T, C) on the tower's device."""
-        device = self.clip.device
-        images = images.to(device, non_blocking=True)
-        with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            tokens = self.clip.image_tokens(images, self.layers)
-        return tokens if self.class_token else [layer[:, 1:] for layer in tokens]
 
+class TokenStore:
+    """Items -> tokens. Call `plan`, then `fill` with the towers (without an image tower where nothing is missing).
 
-class RamRows:
-    """Rows kept in memory for this run."""
-
-    def __init__(self) -> None:
-        self.rows: dict[bytes, Tensor] = {}
-
-    def __contains__(self, key: bytes) -> bool:
-        return key in self.rows
-
-    def __getitem__(self, key: bytes) -> Tensor:
-        return self.rows[key]
-
-    def add(self, keys: Sequence[bytes], rows: Tensor) -> None:
-        """Keep rows (B, K, T, C)."""
-        self.rows.update(zip(keys, rows.unbind(), strict=True))
-
-    @contextmanager
-    def filling(self) -> Iterator[None]:
-        """Nothing to guard."""
-        yield
-
-    def refresh(self) -> None:
-        """Nothing to read."""
-
-
-class DiskRows:
-    """Rows of fixed size in one file, and an append-only index of them.
-
-    A row is written and flushed before its index record, and both carry a CRC-32: a process killed at any moment
-    leaves rows without a record (they are overwritten) or a torn record (it is cut off), never a record that lies.
-    One process fills at a time (a lock on the folder), any number read.
+    Args:
+        tower: makes the tokens.
+        options: of the command line: `cache` (auto, gpu, ram, disk or off; `plan` decides what auto means, and prints
+            it), `cache_dir`, `cache_dtype` (auto: the precision in which tokens are computed), `batch_size` (images a
+            pass), `num_workers` (threads that decode images beside the pass).
     """
 
-    def __init__(self, folder: Path, shape: Sequence[int], dtype: torch.dtype, description: dict[str, object]) -> None:
-        self.folder = folder
-        self.shape, self.dtype = tuple(shape), np.dtype(str(dtype).removeprefix("torch."))
-        self.row_bytes = int(np.prod(self.shape)) * self.dtype.itemsize
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "meta.json").exists():
-            write_json(folder / "meta.json", {**description, "row_bytes": self.row_bytes}, "--cache_dir")
-        (folder / "rows.bin").touch()
-        (folder / "index.bin").touch()
-        self.records: dict[bytes, tuple[int, int]] = {}  # key -> row number, CRC-32
-        self.checked: set[bytes] = set()
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Read the records that other processes have added since."""
-        self.records, self.good_bytes = read_index(self.folder / "index.bin", self.rows_on_disk)
-        self.__dict__.pop("data", None)
+    def __init__(self, tower: Tower, options: argparse.Namespace) -> None:
+        self.tower, self.cache, self.workers = tower, options.cache, options.num_workers
+        named = None if options.cache_dtype == "auto" else getattr(torch, options.cache_dtype)
+        self.dtype: torch.dtype = named or tower.autocast or torch.float32
+        # A CPU is busy with 16 images; a GPU wants more at a time.
+        self.batch_size = max(options.batch_size, CUDA_PASS_BATCH if tower.device.type == "cuda" else 1)
+        description = json.dumps(tower.description(self.dtype), sort_keys=True)
+        self.folder = Path(options.cache_dir) / hashlib.sha256(description.encode()).hexdigest()[:16]
+        self.items: list[Item] = []
+        self.missing: list[int] = []  # rows that `fill` has to compute
+        self._rows: dict[Item, int] = {}
+        # Rows in the batches in which they pass the tower: those that every process needs, and this one's own.
+        self._common: list[list[int]] = []
+        self._own: list[list[int]] = []
+        self._resident: Tensor | None = None  # (items, K, T, C), on the GPU or in memory
+        self._clip: CLIP | None = None
 
     @property
-    def rows_on_disk(self) -> int:
-        """Whole rows that the file holds."""
-        return (self.folder / "rows.bin").stat().st_size // self.row_bytes
+    def image_bytes(self) -> int:
+        """Bytes that one image takes."""
+        return int(np.prod(self.tower.shape)) * self.dtype.itemsize
+
+    @property
+    def writes_files(self) -> bool:
+        """Whether new tokens go into files: where asked for, and where this store has files already."""
+        return self.cache == "disk" or (self.cache != "off" and (self.folder / "meta.json").is_file())
 
     @cached_property
-    def data(self) -> np.ndarray:
-        """All rows, memory-mapped (copy-on-write, so that torch may wrap them)."""
-        return np.memmap(self.folder / "rows.bin", self.dtype, "c", shape=(self.rows_on_disk, *self.shape))
+    def keys(self) -> list[str]:
+        """The name of each item's files; an image's bytes are hashed once (see `utils.sha256_file`)."""
+        return [item.key(item.sample.content_hash()) for item in self.items]
 
-    def __contains__(self, key: bytes) -> bool:
-        return key in self.records
+    @property
+    def needs_tower(self) -> bool:
+        """Whether the image tower has to run at all; known after `plan`."""
+        return bool(self.missing) or self.cache == "off"
 
-    def __getitem__(self, key: bytes) -> Tensor:
-        """A row (K, T, C); its bytes are compared with their CRC-32 the first time in a run."""
-        row, crc = self.records[key]
-        if key not in self.checked:
-            if zlib.crc32(self.data[row]) != crc:
-                raise InputError(f"{self.folder}: row {row} is damaged; `rm -r {self.folder}` and start again")
-            self.checked.add(key)
-        return torch.from_numpy(self.data[row])
+    def plan(self, common: Sequence[Item], own: Iterable[Sequence[Sample]] = ()) -> None:
+        """Decide where the tokens are kept, print it, and read what files hold already.
 
-    def add(self, keys: Sequence[bytes], rows: Tensor) -> None:
-        """Append rows (B, K, T, C) and make them durable, then their records; only inside `filling`."""
-        first = 1 + max((row for row, _ in self.records.values()), default=-1)
-        blocks = [row.numpy().tobytes() for row in rows]
-        records = {key: (first + i, zlib.crc32(block)) for i, (key, block) in enumerate(zip(keys, blocks, strict=True))}
+        Args:
+            common: items that every process needs.
+            own: batches of samples whose plain view this process alone needs: its share of evaluations.
+
+        Raises:
+            InputError: a file that cannot be read, a folder that cannot be used.
+        """
+        self._common = self._add(common)
+        self._own = [rows for batch in own for rows in self._add([Item(sample) for sample in batch])]
+        self.missing = list(range(len(self.items)))
+        total = len(self.items) * self.image_bytes
+        self.cache = choose_cache(self.cache, total, self.folder, self.tower.device)
+        if self.cache == "disk":
+            self._make_folder()
+        while self.cache in ("gpu", "ram"):
+            try:
+                self._resident = self._allocate()
+                break
+            except (torch.OutOfMemoryError, RuntimeError, MemoryError):
+                smaller = "ram" if self.cache == "gpu" else "disk"
+                print(f"tokens: no room for {readable(total)} ({self.cache}), so {smaller}", flush=True)
+                self.cache = smaller
+                if smaller == "disk":
+                    self._make_folder()
+        if self.cache != "off" and (self.folder / "meta.json").is_file():
+            loaded = prefetch(self._load, range(len(self.items)), self.workers)
+            self.missing = [row for row, there in enumerate(loaded) if not there]
+        kept = len(self.items) - len(self.missing)
+        print(
+            f"tokens: {len(self.items)} images x {readable(self.image_bytes)} = {readable(total)}, "
+            f"{describe_cache(self.cache, self.folder, self.tower.device)}; {kept} of them computed before",
+            flush=True,
+        )
+        distributed.barrier()
+
+    def load_clip(self) -> CLIP:
+        """The frozen towers, after `plan`; without the image tower where all tokens are there."""
+        tower = self.tower
+        return create_model(
+            tower.weights,
+            img_size=tower.img_size,
+            fidelity=tower.fidelity,
+            device=tower.device,
+            vision=self.needs_tower,
+        )
+
+    def fill(self, clip: CLIP) -> None:
+        """Pass through the tower what is missing, then free it; `off` keeps it and computes on every use instead.
+
+        Several processes share out the common items. The images that pass together are the same for any number of
+        processes, so their tokens are the same bits.
+
+        Raises:
+            InputError: an image that cannot be read or has changed meanwhile, tokens beyond the dtype's range.
+        """
+        self._clip = clip
+        if self.cache == "off":
+            return
+        missing = set(self.missing)
+        common, own = ([rows for rows in batches if missing & set(rows)] for batches in (self._common, self._own))
+        total = len(missing)
+        with tqdm(total=total, desc="tokens", unit="image", mininterval=1.0, disable=not distributed.is_main()) as bar:
+            mine = self._pass(distributed.share(common), missing)
+            for _ in range(0, len(common), distributed.world()):
+                for rows, tokens in filter(None, distributed.all_gather(next(mine, None))):
+                    self._keep(rows, tokens)
+                    bar.update(len(rows))
+            for rows, tokens in self._pass(own, missing):
+                self._keep(rows, tokens)
+                bar.update(len(rows))
+        self.missing = []
+        if self.cache != "off":  # else it is still needed
+            clip.visual = None
+
+    def rows(self, items: Sequence[Item] | Sequence[Sample]) -> Tensor:
+        """Where planned items (or the plain view of samples) stand: (B,) int64, for `get`."""
+        wanted = [item if isinstance(item, Item) else Item(item) for item in items]
+        return torch.tensor([self._rows[item] for item in wanted], dtype=torch.long, device=self._index_device)
+
+    def get(self, rows: Tensor) -> list[Tensor]:
+        """Tokens of B items: K tensors (B, T, C) in ascending order of layer, on the tower's device.
+
+        Float32, or the autocast type where mixed precision would make that of them anyway.
+        """
+        device = self.tower.device
+        if self.cache == "off":
+            assert self._clip is not None
+            images = [self.items[row].load(self.tower.img_size)[1] for row in rows.tolist()]
+            tokens = self._tokens(torch.stack(images))
+        elif self._resident is not None:
+            tokens = self._resident[rows].to(device, non_blocking=True)
+        else:
+            tokens = torch.stack([self._read(row) for row in rows.tolist()]).to(device, non_blocking=True)
+        tokens = tokens if tokens.dtype == self.tower.autocast else tokens.float()
+        return [layer.contiguous() for layer in tokens.unbind(1)]
+
+    @property
+    def _index_device(self) -> torch.device:
+        return self.tower.device if self.cache == "gpu" else torch.device("cpu")
+
+    def _allocate(self) -> Tensor:
+        """Room for all items, on the GPU or in memory (pinned where a GPU reads it)."""
+        pinned = self.cache == "ram" and self.tower.device.type == "cuda"
+        shape = (len(self.items), *self.tower.shape)
+        return torch.empty(shape, dtype=self.dtype, device=self._index_device, pin_memory=pinned)
+
+    def _add(self, items: Sequence[Item]) -> list[list[int]]:
+        """Give new items a row; their rows, in batches of those that pass the tower together."""
+        new = [item for item in dict.fromkeys(items) if item not in self._rows]
+        rows = list(range(len(self.items), len(self.items) + len(new)))
+        self._rows |= dict(zip(new, rows, strict=True))
+        self.items += new
+        return [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) on the CPU -> (B, K, T, C) on the tower's device."""
+        tower = self.tower
+        if tower.device.type == "cuda":
+            images = images.pin_memory()
+        images = images.to(tower.device, non_blocking=True)
+        assert self._clip is not None
+        with torch.autocast(tower.device.type, dtype=tower.autocast, enabled=tower.autocast is not None):
+            tokens = self._clip.image_tokens(images, tower.layers)
+        return torch.stack(tokens, dim=1)[:, :, 0 if tower.class_token else 1 :]
+
+    def _pass(self, batches: Sequence[list[int]], missing: set[int]) -> Iterator[tuple[list[int], Tensor]]:
+        """Rows and their tokens (B, K, T, C) in the store's dtype, batch by batch."""
+        batches = [[row for row in rows if row in missing] for rows in batches]
+        for rows, images in zip(batches, prefetch(self._images, batches, self.workers), strict=True):
+            tokens = self._tokens(images).to(self.dtype)
+            if not bool(tokens.isfinite().all()):
+                bad = rows[int(tokens.flatten(1).isfinite().all(dim=1).to(torch.uint8).argmin())]
+                raise InputError(
+                    f"{self.items[bad].sample.path}: its tokens are not finite in {self.dtype}".replace("torch.", "")
+                    + ("; use --cache_dtype float32" if self.dtype != torch.float32 else ", a damaged tower?")
+                )
+            yield rows, tokens if self.cache == "gpu" else tokens.cpu()
+
+    def _images(self, rows: list[int]) -> Tensor:
+        """The images of a batch (B, 3, S, S), decoded from the very bytes whose hash names the files."""
+        images = []
+        for row in rows:
+            content, image = self.items[row].load(self.tower.img_size)
+            if self.writes_files and self.items[row].key(content) != self.keys[row]:
+                raise InputError(f"{self.items[row].sample.path}: changed while it was read; start again")
+            images.append(image)
+        return torch.stack(images)
+
+    def _keep(self, rows: list[int], tokens: Tensor) -> None:
+        """Put tokens (B, K, T, C) where they are kept."""
+        if self._resident is not None:
+            self._resident[torch.tensor(rows, device=self._index_device)] = tokens.to(self._index_device)
+        if self.writes_files:
+            for row, image in zip(rows, tokens.cpu(), strict=True):
+                for layer, values in zip(self.tower.layers, image, strict=True):
+                    self._write(self._path(row, layer), values)
+
+    def _path(self, row: int, layer: int) -> Path:
+        kind = "" if self.tower.class_token else "-patches"
+        key = self.keys[row]
+        return self.folder / f"layer{layer}{kind}" / key[:2] / f"{key}.tokens"
+
+    def _make_folder(self) -> None:
+        """The folder of the files; one that is complete may be read-only."""
+        if not (self.folder / "meta.json").is_file():
+            write_json(
+                self.folder / "meta.json", self.tower.description(self.dtype), f"--cache_dir {self.folder.parent}:"
+            )
+
+    def _write(self, path: Path, values: Tensor) -> None:
+        data = values.contiguous().view(torch.uint8).numpy().tobytes()
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with (self.folder / "rows.bin").open("r+b") as file:
-                file.seek(first * self.row_bytes)
-                file.write(b"".join(blocks))
-                file.flush()
-                os.fsync(file.fileno())
-            with (self.folder / "index.bin").open("r+b") as file:
-                file.truncate(self.good_bytes)
-                file.seek(self.good_bytes)
-                file.write(b"".join(pack_record(key, *record) for key, record in records.items()))
-                file.flush()
-                os.fsync(file.fileno())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(data + zlib.crc32(data).to_bytes(CRC_BYTES, "little"))
+            temporary.replace(path)
         except OSError as error:
+            temporary.unlink(missing_ok=True)
             raise InputError(
                 f"--cache_dir {self.folder.parent}: cannot write ({error.strerror}); what is stored stays usable, "
                 f"free some room or use --cache ram"
             ) from error
-        self.good_bytes += RECORD_BYTES * len(records)
-        self.records.update(records)
-        self.checked.update(records)
-        self.__dict__.pop("data", None)
 
-    @contextmanager
-    def filling(self) -> Iterator[None]:
-        """Hold the store's lock: wait for another process that fills it, and see what it has added."""
-        with locked(self.folder / "lock", f"features: another process is filling {self.folder}; waiting for it"):
-            self.refresh()
-            yield
+    def _bytes(self, row: int, layer: int) -> bytes | None:
+        """An item's stored numbers; None where there is no file, or a damaged one."""
+        try:
+            data = self._path(row, layer).read_bytes()
+        except OSError:
+            return None
+        values, crc = data[:-CRC_BYTES], data[-CRC_BYTES:]
+        whole = len(values) == self.image_bytes // len(self.tower.layers)
+        return values if whole and zlib.crc32(values).to_bytes(CRC_BYTES, "little") == crc else None
+
+    def _load(self, row: int) -> bool:
+        """Whether files hold all layers of an item, undamaged; they are read into memory where tokens live there."""
+        for k, layer in enumerate(self.tower.layers):
+            values = self._bytes(row, layer)
+            if values is None:
+                return False
+            if self._resident is not None:
+                self._resident[row, k] = self._as_tensor(values)
+        return True
+
+    def _read(self, row: int) -> Tensor:
+        """(K, T, C) of an item from its files."""
+        layers = [self._bytes(row, layer) for layer in self.tower.layers]
+        held = [self._as_tensor(values) for values in layers if values is not None]
+        if len(held) < len(layers):
+            raise InputError(
+                f"{self.folder}: tokens of {self.items[row].sample.name} are gone or damaged, though they were there "
+                f"at the start (pruned by another command?); start again"
+            )
+        return torch.stack(held)
+
+    def _as_tensor(self, values: bytes) -> Tensor:
+        return torch.frombuffer(bytearray(values), dtype=self.dtype).view(self.tower.shape[1:])
 
 
-def pack_record(key: bytes, row: int, crc: int) -> bytes:
-    """One index record, with its own CRC-32."""
-    record = RECORD.pack(key, row, crc)
-    return record + zlib.crc32(record).to_bytes(4, "little")
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may still use: the machine's, its control groups' (v1 and v2) and Slurm's limit.
 
-
-def read_index(path: Path, rows: int) -> tuple[dict[bytes, tuple[int, int]], int]:
-    """Records up to the first torn one, and how many bytes of the file they fill; rows beyond the data are left out."""
-    data = path.read_bytes()
-    records, good = {}, 0
-    for start in range(0, len(data) - RECORD_BYTES + 1, RECORD_BYTES):
-        record = data[start : start + RECORD.size]
-        if zlib.crc32(record).to_bytes(4, "little") != data[start + RECORD.size : start + RECORD_BYTES]:
-            break
-        key, row, crc = RECORD.unpack(record)
-        good = start + RECORD_BYTES
-        if row < rows:
-            records[key] = (row, crc)
-    return records, good
-
-
-class FeatureStore:
-    """Items -> tokens, from the store where they are kept and from the tower where they are not.
-
-    Args:
-        backbone: makes the tokens.
-        mode: `ram`, `disk`, `off`, or `auto` (see `choose_mode`).
-        cache_dir: where `disk` keeps its folders, one for each `Backbone.description` and dtype.
-        dtype: of the kept tokens.
-        batch_size: images a pass.
-        workers: threads that decode images beside the pass.
+    `root` is where /proc and /sys are, for tests.
     """
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        mode: str = "ram",
-        cache_dir: str | Path = ".cache/features",
-        dtype: str = "float16",
-        batch_size: int = 16,
-        workers: int = 1,
-    ) -> None:
-        self.backbone, self.mode, self.dtype = backbone, mode, dtype
-        self.batch_size, self.workers = batch_size, workers
-        self.description = {**backbone.description, "dtype": dtype}
-        name = hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()[:16]
-        self.cache_dir, self.folder = Path(cache_dir), Path(cache_dir) / name
-        self.rows: RamRows | DiskRows | None = None
-        self.hashes: dict[Path, str] = {}
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes that one image takes."""
-        return int(np.prod(self.backbone.shape)) * DTYPES[self.dtype].itemsize
-
-    def key(self, item: Item) -> bytes:
-        """The item's key; each file is read once a run, so that a changed one is noticed."""
-        path = item.sample.path
-        if path not in self.hashes:
-            self.hashes[path] = item.sample.content_hash()
-        return item.key(self.hashes[path])
-
-    def open(self, count: int) -> None:
-        """Decide where `count` images are kept, and say so."""
-        if self.mode == "auto":  # in memory, every process keeps all of it
-            room = choose_mode(count * self.row_bytes * distributed.world(), self.folder)
-            self.mode = distributed.from_main(room)
-        print(f"features: {count} images x {readable(self.row_bytes)} = {readable(count * self.row_bytes)}, "
-              f"kept {describe_mode(self.mode, self.folder)}", flush=True)  # fmt: skip
-        if self.mode == "ram":
-            self.rows = RamRows()
-        elif self.mode == "disk":
-            try:
-                self.rows = DiskRows(self.folder, self.backbone.shape, DTYPES[self.dtype], self.description)
-            except OSError as error:
-                raise InputError(f"--cache_dir {self.cache_dir}: cannot be used ({error.strerror})") from error
-
-    def prepare(self, items: Iterable[Item]) -> int:
-        """Pass through the tower what is not kept yet.
-
-        Returns:
-            How many images passed; 0 with `off`, which computes on every use instead.
-        """
-        items = {self.key(item): item for item in items}
-        if self.rows is None:
-            self.open(len(items))
-        if self.rows is None or distributed.from_main(all(key in self.rows for key in items)):
-            return 0
-        with self.rows.filling() if distributed.is_main() else nullcontext():
-            missing = distributed.from_main([key for key in items if key not in self.rows])
-            batches = [missing[i : i + self.batch_size] for i in range(0, len(missing), self.batch_size)]
-            mine = distributed.share(batches)
-            images = prefetch(lambda keys: self._images([items[key] for key in keys]), mine, self.workers)
-            loaded = zip(mine, images, strict=True)
-            quiet = not distributed.is_main()
-            with tqdm(total=len(missing), desc="features", unit="image", mininterval=1.0, disable=quiet) as bar:
-                for _ in range(0, len(batches), distributed.world()):
-                    for keys, rows in self._exchange(list(itertools.islice(loaded, 1))):
-                        self.rows.add(keys, rows)
-                        bar.update(len(keys))
-        distributed.barrier()
-        if distributed.world() > 1:
-            self.rows.refresh()
-        return len(missing)
-
-    def _exchange(self, loaded: list[tuple[list[bytes], Tensor]]) -> Iterator[tuple[list[bytes], Tensor]]:
-        """Keys and rows (B, K, T, C) of one batch, and with several processes of the others' as far as they are kept.
-
-        In memory every process keeps all rows; on disk rank 0 writes them.
-        """
-        found = []
-        for keys, images in loaded:  # one, or none in the last round of several processes
-            tokens = torch.stack(self.backbone.tokens(images), dim=1)  # (B, K, T, C)
-            found.append((keys, tokens.to("cpu", DTYPES[self.dtype])))
-        exchange = distributed.all_gather if self.mode == "ram" else distributed.gather
-        return itertools.chain(*exchange(found))
-
-    def release_tower(self) -> None:
-        """Free the image tower once everything is prepared; with `off` it is still needed and stays."""
-        if self.rows is not None:
-            self.backbone.clip.visual = None
-
-    def get(self, items: Sequence[Item], places: Sequence[int] | None = None) -> list[Tensor]:
-        """Tokens of B prepared items: K tensors (B, T, C), float32, on the tower's device, in ascending layer order.
-
-        `places` picks some of the K layers.
-        """
-        places = range(self.backbone.shape[0]) if places is None else places
-        if self.rows is None:
-            layers = self.backbone.tokens(self._images(items))
-            return [layers[k].float() for k in places]
-        rows = [self.rows[self.key(item)] for item in items]
-        device = self.backbone.clip.device
-        layers = []
-        for k in places:
-            layer = torch.stack([row[k] for row in rows])
-            if device.type == "cuda":
-                layer = layer.pin_memory()
-            layers.append(layer.to(device, non_blocking=True).float())
-        return layers
-
-    def _images(self, items: Sequence[Item]) -> Tensor:
-        images = torch.stack([item.image(self.backbone.clip.img_size) for item in items])
-        return images.pin_memory() if self.backbone.clip.device.type == "cuda" else images
-
-
-def free_memory() -> int:
-    """Bytes of memory that can still be used without swapping."""
+    rooms = []
     try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):  # not Linux
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        lines = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
+        rooms.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    except (OSError, KeyError, ValueError):  # not Linux
+        rooms.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if hasattr(os, "sysconf") else 2**32)
+    for folder, limit, used in _control_groups(root):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            rooms.append(int((folder / limit).read_text()) - int((folder / used).read_text()))
+    megabytes = os.environ.get("SLURM_MEM_PER_NODE") or _slurm_memory_of_cpus()
+    if megabytes and megabytes.isdigit() and int(megabytes):
+        rooms.append(int(megabytes) * 2**20)
+    return max(min(rooms), 0)
+
+
+def _control_groups(root: Path) -> Iterator[tuple[Path, str, str]]:
+    """Folder, limit file and usage file of every memory control group above this process."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in ["0::/", "0:memory:/", *lines]:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in CONTROL_GROUP_FILES:
+            continue
+        mount, limit, used = CONTROL_GROUP_FILES[controllers]
+        group = Path(path.lstrip("/"))
+        for part in (group, *group.parents):
+            yield root / "sys/fs/cgroup" / mount / part, limit, used
+
+
+def _slurm_memory_of_cpus() -> str:
+    per_cpu, cpus = os.environ.get("SLURM_MEM_PER_CPU", ""), os.environ.get("SLURM_CPUS_ON_NODE", "")
+    return str(int(per_cpu) * int(cpus)) if per_cpu.isdigit() and cpus.isdigit() else ""
 
 
 def free_disk(folder: Path) -> int:
@@ -371,26 +442,36 @@ def free_disk(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def choose_mode(need: int, folder: Path) -> str:
-    """`auto`: disk where this store is there already, else ram up to half of the free memory, else disk, else off."""
-    if (folder / "meta.json").exists() and need < free_disk(folder):
-        return "disk"
-    if need <= free_memory() / 2:
+def choose_cache(cache: str, need: int, folder: Path, device: torch.device) -> str:
+    """What `auto` means: the GPU up to 60% of its free memory, else memory up to half of what is free, else files.
+
+    `gpu` without one is refused.
+    """
+    if cache == "gpu" and device.type != "cuda":
+        raise InputError("--cache gpu: no CUDA device is used; choose ram, disk or auto")
+    if cache != "auto":
+        return cache
+    if device.type == "cuda" and need <= torch.cuda.mem_get_info(device)[0] * GPU_SHARE:
+        return "gpu"
+    if need * distributed.world() <= free_memory() * RAM_SHARE:  # the processes of a machine share its memory
         return "ram"
     return "disk" if need < free_disk(folder) else "off"
 
 
-def describe_mode(mode: str, folder: Path) -> str:
-    """The mode in words, with the room that there is."""
-    return {
-        "ram": f"in memory ({readable(free_memory())} free)",
-        "disk": f"in {folder} ({readable(free_disk(folder))} free)",
-        "off": "nowhere: computed on every use (--cache off)",
-    }[mode]
+def describe_cache(cache: str, folder: Path, device: torch.device) -> str:
+    """Where tokens are kept, with the room that is left."""
+    files = f", files in {folder}" if (folder / "meta.json").is_file() else ""
+    if cache == "gpu":
+        return f"kept on {device} ({readable(torch.cuda.mem_get_info(device)[0])} free){files}"
+    if cache == "ram":
+        return f"kept in memory ({readable(free_memory())} free){files}"
+    if cache == "disk":
+        return f"kept in {folder} ({readable(free_disk(folder))} free)"
+    return "kept nowhere: computed on every use (--cache off)"
 
 
 def readable(size: float) -> str:
-    """Bytes in words: 2.4 MB."""
+    """Bytes with a unit: 2.4 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"
@@ -399,57 +480,43 @@ def readable(size: float) -> str:
 
 
 def stores(cache_dir: Path) -> list[Path]:
-    """Folders of `cache_dir` that are stores, by their names too: `prune` deletes them."""
+    """Folders of `cache_dir` that are stores, by their names too: `prune` deletes them. Links are not followed."""
     folders = (path.parent for path in cache_dir.glob("*/meta.json"))
-    return sorted(folder for folder in folders if re.fullmatch("[0-9a-f]{16}", folder.name))
+    return sorted(f for f in folders if re.fullmatch("[0-9a-f]{16}", f.name) and not f.is_symlink())
 
 
 def describe(folder: Path) -> str:
-    """What a store holds, in words."""
-    size = (folder / "rows.bin").stat().st_size
-    meta = json.loads((folder / "meta.json").read_text())
-    records, _ = read_index(folder / "index.bin", size // meta["row_bytes"])
-    return (
-        f"{len(records)} images  {readable(size)}  {meta['model']} {meta['img_size']} px  layers {meta['layers']}  "
-        f"{meta['dtype']}  weights {str(meta['weights_sha256'])[:12]}"
-    )
-
-
-def info(cache_dir: Path) -> None:
-    """Print a line for every store."""
-    for folder in stores(cache_dir):
-        try:
-            words = describe(folder)
-        except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
-            words = "damaged; --prune removes it"
-        print(f"{folder}  {words}")
-    if not stores(cache_dir):
-        print(f"{cache_dir}: no stores")
-
-
-def prune(cache_dir: Path) -> None:
-    """Delete every store that no process is filling."""
-    for folder in stores(cache_dir):
-        with (folder / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"{folder}  in use, kept")
-                continue
-            size = sum(path.stat().st_size for path in folder.iterdir())
-            shutil.rmtree(folder)
-            print(f"{folder}  {readable(size)} freed")
+    """What a store holds."""
+    files = list(folder.glob("layer*/*/*.tokens"))
+    size = sum(path.stat().st_size for path in files)
+    images = len({path.name for path in files})
+    layers = sorted({path.parts[-3].removeprefix("layer") for path in files})
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        words = f"{meta['model']} {meta['img_size']} px  {meta['fidelity']}  {meta['dtype'].removeprefix('torch.')}"
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, AttributeError):
+        return "of an older version, or damaged; --prune removes it"
+    return f"{images} images  {readable(size)}  {words}  layers {' '.join(layers)}"
 
 
 def main() -> None:
     """Command line."""
-    parser = Parser(prog="python -m engine.features", description="List or free stored features.")
-    parser.add_argument("--cache_dir", type=Path, default=Path(".cache/features"))
+    parser = Parser(prog="python -m engine.features", description="List or free stored tokens.")
+    parser.add_argument("--cache_dir", type=nonempty_path, default=".cache/features")
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--info", action="store_true", help="list the stores")
-    action.add_argument("--prune", action="store_true", help="delete them")
+    action.add_argument("--prune", action="store_true", help="delete them; a run that reads one stops with a message")
     options = parser.parse_args()
-    (info if options.info else prune)(options.cache_dir)
+    folders = stores(Path(options.cache_dir))
+    for folder in folders:
+        if options.info:
+            print(f"{folder}  {describe(folder)}")
+        else:
+            size = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+            shutil.rmtree(folder)
+            print(f"{folder}  {readable(size)} freed")
+    if not folders:
+        print(f"{options.cache_dir}: no stores")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,8 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-import torch
-
-from CLIP.openai import one_line
 from utils import InputError
 
 if TYPE_CHECKING:
@@ -23,7 +20,7 @@ POLL_SECONDS = 1.0
 Task = TypeVar("Task")
 
 
-class Resumable:
+class Resumable(Generic[Task]):
     """A function that goes on from its own files: when its job is pre-empted, submitit requeues the same call.
 
     `gpu` is the one that the job sees; None leaves that to the executor.
@@ -66,12 +63,16 @@ def open_executor(name: str, folder: Path, parameters: Sequence[str]) -> AutoExe
 def visible_gpus() -> list[str]:
     """The GPUs of this machine, as CUDA_VISIBLE_DEVICES calls them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [name for name in named.split(",") if name] if named else list(map(str, range(torch.cuda.device_count())))
+    if named:
+        return [name for name in named.split(",") if name]
+    import torch  # noqa: PLC0415 - `--help` is to be quick
+
+    return list(map(str, range(torch.cuda.device_count())))
 
 
 def run_jobs(
     function: Callable[[Task], str | None], tasks: Sequence[Task], executor: str, folder: Path, most: int,
-    parameters: Sequence[str] = (),
+    parameters: Sequence[str] = (), on_poll: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[Task, str | None]]:  # fmt: skip
     """Run `function` on each task, at most `most` jobs at once; leaving the loop cancels the jobs that still run.
 
@@ -82,13 +83,15 @@ def run_jobs(
         folder: of submitit's files.
         most: jobs at once.
         parameters: submitit's, as KEY=VALUE.
+        on_poll: called whenever the jobs have been looked at.
 
     Yields:
         Each task as its job ends, with None or what went wrong.
     """
     pool = open_executor(executor, folder, parameters)
     gpus = visible_gpus() if executor == "local" else []
-    waiting, running = list(tasks), {}
+    waiting = list(tasks)
+    running: dict[Task, tuple[Job[str | None], str | None]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < most:
@@ -100,13 +103,22 @@ def run_jobs(
                 if job.done():
                     del running[task]
                     yield task, outcome(job)
+            on_poll()
             time.sleep(POLL_SECONDS)
     finally:
         for job, _ in running.values():
             job.cancel()
 
 
-def outcome(job: Job) -> str | None:
+def outcome(job: Job[str | None]) -> str | None:
     """What a finished job returned, or in one line how it broke."""
     error = job.exception()
-    return job.result() if error is None else f"{str(error).strip().splitlines()[-1]} (job {job.job_id})"
+    if error is None:
+        result: str | None = job.result()
+        return result
+    return f"{(str(error).strip() or type(error).__name__).splitlines()[-1]} (job {job.job_id})"
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks, or where it has none its type."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -9,23 +9,40 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from CLIP import CLIP, ModelConfig, list_models
 from CLIP.adapter_shared import BRANCHES
-from CLIP.openai import is_plain, one_line
-from dataset import MedicalDataset
+from CLIP.config import ModelConfig, list_models
+from CLIP.hub import one_line
+from CLIP.model import CLIP
+from CLIP.openai import is_plain
 from utils import InputError
 
-from .detector import Detector, Settings
-from .options import check_layers
+from .config import MODEL_FLAGS, VERSION, Settings, check_layers
+from .detector import Detector
 
 ENCODER_PREFIX = "text_encoder."
 # What no tensor tells, as the published test program has it by default.
 DEFAULTS = {"img_size": 240, "contrast_mood": "yes", "dec_type": "mean", "loss_type": "sigmoid", "fidelity": "released"}
+
+
+class Described(Protocol):
+    """What a published checkpoint does not say and a data set does."""
+
+    @property
+    def obj(self) -> str:
+        """The data set's name."""
+
+    @property
+    def prompt_name(self) -> str:
+        """What the prompts call the object."""
+
+    @property
+    def pixel_metrics(self) -> bool:
+        """Whether it has masks."""
 
 
 def looks_published(payload: dict[str, Any]) -> bool:
@@ -34,7 +51,7 @@ def looks_published(payload: dict[str, Any]) -> bool:
 
 
 def infer_settings(
-    parts: dict[str, Any], path: object, dataset: MedicalDataset, flags: argparse.Namespace
+    parts: dict[str, Any], path: object, dataset: Described, flags: argparse.Namespace
 ) -> tuple[Settings, str]:
     """Settings from names and shapes, the rest from `flags` or the published defaults.
 
@@ -50,9 +67,7 @@ def infer_settings(
         raise InputError(f"--ckpt {path}: not a published checkpoint after all ({one_line(error)})") from error
 
 
-def _infer(
-    parts: dict[str, Any], path: object, dataset: MedicalDataset, flags: argparse.Namespace
-) -> tuple[Settings, str]:
+def _infer(parts: dict[str, Any], path: object, dataset: Described, flags: argparse.Namespace) -> tuple[Settings, str]:
     adapters = parts["normal_det_adapters"]
     names = {name.split(".", 1)[1] for name in adapters}
     kinds = {"MViTFC": "transformer_encoder.linear1.weight", "MFCFC": "fc3.0.weight", "MCNNFC": "cnn.0.weight"}
@@ -66,19 +81,21 @@ def _infer(
         raise InputError(
             f"--ckpt {path}: made for width {width} and embedding {embed_dim}; no such model is configured"
         )
-    config = fitting[0]
+    wanted = flags.model_name or MODEL_FLAGS["model_name"]["default"]  # ViT-L-14 has the sizes of ViT-L-14-336 too
+    config = next((config for config in fitting if config.name == wanted), fitting[0])
     count = 1 + max(int(name.split(".")[0]) for name in adapters)
-    layers = check_layers(flags.features_list, config)
+    layers = check_layers(flags.features_list, config.layers, config.name)
     if len(layers) != count:
         raise InputError(f"--ckpt {path} holds adapters for {count} layers: name them with --features_list")
-    makers = [branch for branch in BRANCHES if f"prompt_maker_{branch}" in parts]
-    mood = {2: "learnable_all", 1: "learnable_abnormal", 0: "fix"}[len(makers)]
+    learners = [branch for branch in BRANCHES if f"prompt_maker_{branch}" in parts]
+    mood = {2: "learnable_all", 1: "learnable_abnormal", 0: "fix"}[len(learners)]
     if mood == "fix" and "text_features_fix" not in parts:
         raise InputError(f"--ckpt {path}: holds neither prompt makers nor text_features_fix")
     features = parts.get("text_features_fix", torch.empty(embed_dim, 2))
     if not isinstance(features, Tensor) or not is_plain(features) or features.shape != (embed_dim, 2):
         raise InputError(f"--ckpt {path}: text_features_fix is no tensor of shape ({embed_dim}, 2)")
-    assumed = {name: getattr(flags, name) or default for name, default in DEFAULTS.items()}
+    assumed: dict[str, Any] = {name: getattr(flags, name) or default for name, default in DEFAULTS.items()}
+    given = getattr(flags, "mask_above", None)
     settings = Settings(
         obj=dataset.obj,
         model_name=config.name,
@@ -90,12 +107,14 @@ def _infer(
         pixel_metrics=dataset.pixel_metrics,
         weights_sha256="",
         eval_batch=flags.batch_size,  # the published test program scores single batches
+        mask_above=getattr(dataset, "mask_above", 127) if given is None else given,
+        version=VERSION,
         **assumed,
     )
-    words = ", ".join(f"{name} {value}" for name, value in assumed.items())
+    line = ", ".join(f"{name} {value}" for name, value in assumed.items())
     return settings, (
         f"published format, so inferred: {config.name}, {kind}, {count} layers, {mood}; "
-        f"assumed: layers {' '.join(map(str, layers))}, {words}"
+        f"assumed: layers {' '.join(map(str, layers))}, {line}"
     )
 
 
@@ -119,12 +138,12 @@ def encoder_difference(parts: dict[str, Any], clip: CLIP) -> float | None:
             return math.inf
         return float((stored.float() - own[name].cpu()).abs().nan_to_num(nan=math.inf).max())
 
-    makers = [parts.get(f"prompt_maker_{branch}", {}) for branch in BRANCHES]
+    learners = [parts.get(f"prompt_maker_{branch}", {}) for branch in BRANCHES]
     return max(
         (
             difference(name, stored)
-            for maker in makers
-            for name, stored in maker.items()
+            for learner in learners
+            for name, stored in learner.items()
             if name.startswith(ENCODER_PREFIX)
         ),
         default=None,

@@ -1,134 +1,92 @@
-"""The training loop: views of the shots -> steps -> epochs -> evaluation, and all the state that changes meanwhile."""
+"""What training needs beside its loop, which stands in train.py: the training set, one step, and all that changes."""
 
 from __future__ import annotations
 
+import argparse
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dataset import Sample, Shots, check_mask, load_mask
-from loss import LossParts, training_loss
-from Prompt import text_similarity
-from utils import VIEWS, InputError, augment
+from dataset.images import check_mask, load_grey_mask, load_mask
+from dataset.medical_few import MedicalDataset, Sample, Shots, anonymous, leaks
+from loss import training_loss
+from utils import JITTER_VIEW, VIEWS, InputError, augment, checked, preview, printable, sha256_file, warn
 
 from . import distributed
-from .dashboard import Collector
-from .detector import Detector, make_optimizers
-from .evaluate import Evaluation, evaluate
-from .features import FeatureStore, Item
+from .calibration import Rule, calibrate, calibration_samples
+from .config import Settings, default_select
+from .detector import Detector, make_optimizers, seeded
+from .evaluation import Masks, evaluate, own_batches
+from .features import Item, TokenStore
+from .metrics import Metrics
 
 
 @dataclass
 class TrainingSet:
-    """16 views of every shot, abnormal first; features come from the store."""
+    """16 views of every shot, abnormal first; `rows` say where their tokens stand in the store."""
 
     items: list[Item]
-    labels: Tensor  # (M,), 1 = abnormal
+    labels: Tensor  # (M,) float32, 1 = abnormal
     masks: Tensor | None  # (M, S, S) bool, None on image-only data sets
+    rows: Tensor | None = None  # (M,) int64, once the store has planned the items
 
     @classmethod
-    def build(cls, shots: Shots, img_size: int, pixel_metrics: bool, jitter: Tensor) -> TrainingSet:
-        """`jitter` (2, 2): the draws for the abnormal call (row 0) and the normal call (row 1)."""
-        items, labels, masks = [], [], []
-        for samples, label, draws in zip((shots.abnormal, shots.normal), (1, 0), jitter.tolist(), strict=True):
-            items += [Item(sample, view, tuple(draws)) for view in range(VIEWS) for sample in samples]
-            labels += [label] * VIEWS * len(samples)
-            if pixel_metrics and samples:
-                for sample in samples:
-                    check_mask(sample)
-                soft = torch.stack([load_mask(sample, img_size) for sample in samples])[:, None].float()
-                masks.append(augment(soft)[:, 0] > 0.5)
+    def build(cls, shots: Shots, settings: Settings, seed: int) -> TrainingSet:
+        """The views of the shots, on the CPU.
+
+        The published program augments a shot's grey mask and thresholds afterwards; `corrected` thresholds first.
+
+        Args:
+            shots: the labelled images.
+            settings: img_size, pixel_metrics, fidelity and mask_above are read.
+            seed: of the colour jitter's draws, one pair for the abnormal shots and one for the normal ones.
+        """
+        jitter = torch.rand(2, 2, generator=seeded(seed, "jitter")).tolist()
+        items: list[Item] = []
+        labels, masks = [], []
+        for samples, label, draws in zip((shots.abnormal, shots.normal), (1, 0), jitter, strict=True):
+            jitters = [(draws[0], draws[1]) if view == JITTER_VIEW else None for view in range(VIEWS)]
+            items += [Item(sample, view, jitters[view]) for view in range(VIEWS) for sample in samples]
+            labels += [float(label)] * VIEWS * len(samples)
+            if settings.pixel_metrics and samples:
+                masks.append(view_masks(samples, settings))
         return cls(items, torch.tensor(labels), torch.cat(masks) if masks else None)
 
+    def __len__(self) -> int:
+        return len(self.items)
 
-def fit_epoch(
-    detector: Detector,
-    store: FeatureStore,
-    data: TrainingSet,
-    optimizers: Sequence[torch.optim.Optimizer],
-    order: Tensor,
-    batch_size: int,
-    text_features: Tensor | None = None,
-    scaler: torch.amp.GradScaler | None = None,
-) -> LossParts:
-    """One pass over the views in the given order; the mean of each loss over the batches, as published.
+    def to(self, store: TokenStore) -> TrainingSet:
+        """The same with labels and masks on the device, and its rows in the store."""
+        device = store.tower.device
+        masks = None if self.masks is None else self.masks.to(device)
+        return TrainingSet(self.items, self.labels.to(device), masks, store.rows(self.items))
 
-    Several processes share each batch out and add their gradients up.
+    def batches(self, order: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Rows, labels and masks of each batch, in the given order: (B,), (B,), (B, S, S) or None.
 
-    `text_features` (D, 2), with their graph, save the first step's pass through the text tower.
-    """
-    settings, device, autocast = detector.settings, store.backbone.clip.device, store.backbone.autocast
-    whole = detector.adapters.mixes_images  # then no process can work on a part of a batch
-    heads = ("det", "seg") if data.masks is not None else ("det",)
-    sums = torch.zeros(3, dtype=torch.float64)
-    batches = order.split(batch_size)
-    for step, whole_batch in enumerate(batches):
-        batch = whole_batch if whole else distributed.share(whole_batch)
-        # Of the loss, a mean over the whole batch; a process without images takes one that does not count.
-        weight = len(batch) / len(whole_batch) / (distributed.world() if whole else 1)
-        batch = batch if len(batch) else whole_batch[:1]
-        tokens = store.get([data.items[i] for i in batch])
-        masks = None if data.masks is None else data.masks[batch].to(device, torch.float32)
-        with torch.autocast(device.type, dtype=autocast) if autocast else nullcontext():
-            text = detector.prompts() if text_features is None else text_features
-            det, *seg = detector(tokens, text, heads)
-        text_features = None
-        parts = training_loss(
-            det.float(), seg[0].float() if seg else None, data.labels[batch].to(device), masks,
-            settings.loss_type, settings.dec_type,
-        )  # fmt: skip
-        found = distributed.sum_tensor(torch.stack([part.detach() * weight for part in parts]))
-        if not math.isfinite(found[-1].item()):
-            raise InputError(f"the loss became {found[-1].item()} at step {step + 1}; lower --learning_rate")
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss = parts.total * weight
-        (scaler.scale(loss) if scaler else loss).backward()
-        distributed.sum_gradients(detector)
-        for optimizer in optimizers:
-            scaler.step(optimizer) if scaler else optimizer.step()
-        if scaler:
-            scaler.update()
-        sums += found.double().cpu()
-    return LossParts(*(sums / len(batches)))
+        The order goes to the device once; each batch is gathered there.
+        """
+        assert self.rows is not None
+        rows = self.rows[order.to(self.rows.device)].split(size)
+        for part, index in zip(rows, order.to(self.labels.device).split(size), strict=True):
+            yield part, self.labels[index], None if self.masks is None else self.masks[index]
 
 
-@dataclass(frozen=True)
-class EpochReport:
-    """What an epoch gave."""
-
-    epoch: int  # from 0
-    loss: LossParts
-    similarity: float  # cosine of the two text features
-    test: Evaluation | None  # None where --eval_every skips it
-    valid: Evaluation | None
-    seconds: float
-
-    def line(self, epochs: int) -> str:
-        """The epoch in one line."""
-        det, seg, total = (float(part) for part in self.loss)
-        words = [f"epoch {self.epoch + 1:>{len(str(epochs))}}/{epochs}", f"det {det:.4f}", f"seg {seg:.4f}",
-                 f"total {total:.4f}"]  # fmt: skip
-        for name, found in (("", self.test), ("valid ", self.valid)):
-            if found:
-                words.append(f"{name}AUC {found.auc:.4f}")
-                if found.pauc is not None:
-                    words.append(f"{name}pAUC {found.pauc:.4f}")
-        return "  ".join([*words, f"cos(text) {self.similarity:.4f}", f"{self.seconds:.1f} s"])
-
-    def record(self, best: bool) -> dict[str, float | int | bool | None]:
-        """The line of metrics.jsonl: epochs count from 1; null for what was not measured."""
-        det, seg, total = (float(part) for part in self.loss)
-        values = {"epoch": self.epoch + 1, "det": det, "seg": seg, "total": total, "similarity": self.similarity}
-        for name, found in (("", self.test), ("valid_", self.valid)):
-            values |= {f"{name}auc": found and found.auc, f"{name}pauc": found and found.pauc}
-        return {**values, "best": best}
+def view_masks(samples: Sequence[Sample], settings: Settings) -> Tensor:
+    """The masks of all views of some shots: (16 B, S, S) bool, view by view."""
+    for sample in samples:
+        check_mask(sample, settings.mask_above)
+    size, above = settings.img_size, settings.mask_above
+    if settings.fidelity == "released":
+        grey = torch.stack([load_grey_mask(sample, size) for sample in samples])  # (B, 1, S, S) in [0, 1]
+        return augment(grey)[:, 0] > (above + 0.5) / 255  # exactly 0.5 where abnormal is above 127
+    binary = torch.stack([load_mask(sample, size, above) for sample in samples])[:, None].float()
+    return augment(binary)[:, 0] > 0.5
 
 
 @dataclass
@@ -138,20 +96,120 @@ class TrainingState:
     detector: Detector
     optimizers: list[torch.optim.Adam]
     scaler: torch.amp.GradScaler | None
+    autocast: torch.dtype | None
     shuffle: torch.Generator
-    epoch: int = 0  # finished ones
-    best_epoch: int = -1  # from 0; -1 before the first best
+    select: str = "test"  # the metrics that choose: `test`, `valid`; `last` chooses nothing
+    best_epoch: int = 0  # counted from 1; 0 before the first best
     best_score: float = 0.0  # a new best must be strictly better, starting from 0, as published
+    history: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl, one an epoch
     seconds: float = 0.0  # spent on the finished epochs
 
     @classmethod
-    def start(cls, detector: Detector, autocast: torch.dtype | None, learning_rate: float, seed: int) -> TrainingState:
+    def start(
+        cls, detector: Detector, autocast: torch.dtype | None, learning_rate: float, seed: int, select: str = "test"
+    ) -> TrainingState:
         """Before the first step."""
         device = next(detector.adapters.parameters()).device.type
         # bfloat16 has float32's range; float16 gradients need scaling, which the published code left out.
         scaler = torch.amp.GradScaler(device) if autocast is torch.float16 else None
         optimizers = make_optimizers(detector.adapters, detector.prompts, learning_rate)
-        return cls(detector, optimizers, scaler, torch.Generator().manual_seed(seed))
+        return cls(detector, optimizers, scaler, autocast, seeded(seed, "shuffle"), select)
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs are finished."""
+        return len(self.history)
+
+    def step(self, tokens: Sequence[Tensor], labels: Tensor, masks: Tensor | None, text: Tensor | None) -> Tensor:
+        """One step of Adam on a batch. It does not wait for the device.
+
+        Args:
+            tokens: K tensors (B, T, C).
+            labels: (B,) float32, 1 = abnormal.
+            masks: (B, S, S) bool, or None on image-only data sets.
+            text: (D, 2) text features with their graph, where the caller has them for these very contexts.
+
+        Returns:
+            (3,) float32 on the device: detection, segmentation and total loss.
+        """
+        settings, device = self.detector.settings, labels.device.type
+        heads = ("det", "seg") if masks is not None else ("det",)
+        with torch.autocast(device, dtype=self.autocast) if self.autocast else nullcontext():
+            features = self.detector.prompts() if text is None else text
+            det, *seg = self.detector(tokens, features, heads)
+        parts = training_loss(
+            det.float(), seg[0].float() if seg else None, labels, None if masks is None else masks.float(),
+            settings.loss_type, settings.dec_type,
+        )  # fmt: skip
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        if self.scaler:
+            self.scaler.scale(parts.total).backward()
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
+            self.scaler.update()
+        else:
+            parts.total.backward()
+            for optimizer in self.optimizers:
+                optimizer.step()
+        return torch.stack([part.detach() for part in parts])
+
+    @property
+    def selected_epoch(self) -> int:
+        """The epoch that is reported, counted from 1: the last where none was better than another."""
+        return self.best_epoch or self.epoch
+
+    def finish_epoch(
+        self, losses: Tensor, similarity: float, test: Metrics | None, valid: Metrics | None, due: bool, seconds: float
+    ) -> dict[str, Any]:
+        """Close an epoch: choose, and add its line to the history.
+
+        Args:
+            losses: (steps, 3), on the device.
+            similarity: cosine of the two text features.
+            test: of the test set; None where it was not measured.
+            valid: of valid/, likewise.
+            due: --eval_every names the epoch; others, such as an uneven last one, are measured but never chosen, so
+                that a run which is extended chooses what a longer one would.
+            seconds: that it took.
+
+        Returns:
+            The line of metrics.jsonl, see `EpochRecord`.
+
+        Raises:
+            InputError: a loss that is not finite.
+        """
+        epoch = self.epoch + 1
+        det, seg, total = check_losses(losses, epoch).tolist()
+        judged = {"test": test, "valid": valid}.get(self.select)
+        better = due and judged is not None and judged.selection_score > self.best_score
+        if better and judged is not None:
+            self.best_epoch, self.best_score = epoch, judged.selection_score
+        measured = {
+            f"{prefix}{name}": getattr(metrics, name) if metrics else None
+            for prefix, metrics in (("", test), ("valid_", valid))
+            for name in ("auc", "pauc")
+        }
+        record = asdict(EpochRecord(epoch, det, seg, total, similarity, **measured, best=better))
+        self.history.append(record)
+        self.seconds += seconds
+        return record
+
+    def warn_if_stuck(self, epochs: int) -> None:
+        """Print a warning after a quarter of the epochs where the detection loss is still where it starts.
+
+        Scores of 0 give 2 ln 2 a layer (sigmoid loss, mean decision).
+        """
+        settings, det = self.detector.settings, self.history[-1]["det"]
+        start = len(settings.features_list) * 2 * math.log(2)
+        plain = settings.loss_type == "sigmoid" and settings.dec_type == "mean"
+        if plain and self.epoch == -(-epochs // 4) and det > 0.99 * start and distributed.is_main():
+            other = "corrected" if settings.fidelity == "released" else "released"
+            warn(
+                f"the detection loss ({det:.4f}) has not left its start (K 2 ln 2 = {start:.4f}) after a quarter of "
+                f"the epochs: the text features may not tell the classes apart, or learn too slowly; try --fidelity "
+                f"{other} (docs/results.md)"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only."""
@@ -160,12 +218,16 @@ class TrainingState:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "shuffle": self.shuffle.get_state(),
-            "torch_random": torch.get_rng_state(),
-            **{name: getattr(self, name) for name in ("epoch", "best_epoch", "best_score", "seconds")},
+            **{name: getattr(self, name) for name in ("best_epoch", "best_score", "history", "seconds")},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`; `InputError` where it does not fit."""
+        where = "--resume: last.pth"
+        progress = checked(Progress, state, where)
+        history = [checked(EpochRecord, row, f"{where}, history") for row in progress.history]
+        if [row.epoch for row in history] != list(range(1, len(history) + 1)) or progress.best_epoch > len(history):
+            raise InputError(f"{where}: its history is not that of {len(history)} epochs")
         try:
             self.detector.load_parts(state["parts"])
             for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
@@ -173,59 +235,186 @@ class TrainingState:
             if self.scaler and state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
             self.shuffle.set_state(state["shuffle"])
-            torch.set_rng_state(state["torch_random"])
-            for name in ("epoch", "best_epoch", "best_score", "seconds"):
-                setattr(self, name, state[name])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"--resume: last.pth does not fit this run ({error})") from error
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            reason = " ".join(str(error).split())[:150]
+            raise InputError(f"{where} does not fit this run ({reason})") from error
+        self.history, self.seconds = progress.history, progress.seconds
+        self.best_epoch, self.best_score = progress.best_epoch, progress.best_score
 
 
-def fit(
-    state: TrainingState,
-    store: FeatureStore,
-    data: TrainingSet,
-    test: Sequence[Sample],
-    *,
-    epochs: int,
-    batch_size: int,
-    select: str = "test",
-    valid: Sequence[Sample] = (),
-    eval_every: int = 1,
-    on_epoch: Callable[[EpochReport, bool], None] = lambda report, best: None,
-    collector: Callable[[int, bool], Collector | None] = lambda epoch, last: None,
-) -> None:
-    """Train from `state.epoch` on; call `on_epoch(report, is_new_best)` after each epoch, when `state` includes it."""
-    detector, autocast = state.detector, store.backbone.autocast
-    text = None
-    for epoch in range(state.epoch, epochs):
-        start = time.perf_counter()
-        order = torch.randperm(len(data.items), generator=state.shuffle)
-        last = epoch == epochs - 1
-        due = last or (epoch + 1) % eval_every == 0
-        try:
-            loss = fit_epoch(detector, store, data, state.optimizers, order, batch_size, text, state.scaler)
-            # One pass through the text tower serves this evaluation (in float32) and the next step, which has the
-            # same contexts; under autocast that step makes its own.
-            with torch.set_grad_enabled(not last and autocast is None):
-                text = detector.prompts()
-            frozen_text = text.detach()
-            text = None if autocast else text
-            shown = collector(epoch, last) if due else None
-            found, found_valid = None, None
-            if due:
-                found = evaluate(
-                    detector, store, test, text_features=frozen_text, aupro=shown is not None, on_batch=shown
+@dataclass
+class Progress:
+    """The plain values of `TrainingState.state_dict`."""
+
+    best_epoch: int
+    best_score: float
+    history: list[dict[str, Any]]
+    seconds: float
+
+
+@dataclass
+class EpochRecord:
+    """A line of metrics.jsonl: None for what was not measured. No times, so that equal numbers are equal bytes."""
+
+    epoch: int  # from 1
+    det: float
+    seg: float
+    total: float
+    similarity: float  # cosine of the two text features
+    auc: float | None
+    pauc: float | None
+    valid_auc: float | None
+    valid_pauc: float | None
+    best: bool
+
+
+def check_losses(losses: Tensor, epoch: int) -> Tensor:
+    """The mean of each loss over an epoch's steps: (steps, 3) -> (3,) float64 on the CPU.
+
+    Raises:
+        InputError: naming the epoch and its first step with a loss that is not finite.
+    """
+    values = losses.double().cpu()
+    bad = (~values.isfinite().all(dim=1)).nonzero()
+    if len(bad):
+        step = int(bad[0])
+        raise InputError(
+            f"epoch {epoch}: the loss became {float(values[step, -1])} at step {step + 1}; lower --learning_rate"
+        )
+    return values.mean(dim=0)
+
+
+def epoch_line(record: dict[str, Any], epochs: int, seconds: float) -> str:
+    """The epoch in one line."""
+    words = [f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}", f"det {record['det']:.4f}"]
+    words += [f"seg {record['seg']:.4f}"] * bool(record["seg"]) + [f"total {record['total']:.4f}"]
+    for name, key in (("AUC", "auc"), ("pAUC", "pauc"), ("valid AUC", "valid_auc"), ("valid pAUC", "valid_pauc")):
+        if record[key] is not None:
+            words.append(f"{name} {record[key]:.4f}")
+    return "  ".join([*words, f"cos(text) {record['similarity']:.4f}", f"{seconds:.1f} s"])
+
+
+def calibrate_run(
+    detector: Detector, store: TokenStore, splits: Splits, training: TrainingSet, rule: str
+) -> dict[str, Any] | None:
+    """The decision's threshold: on images of valid/ that are no shots, or where there are none on the shots' views."""
+    settings = detector.settings
+    if splits.calibration:
+        evaluation = evaluate(detector, store, splits.calibration)
+        masks = Masks.of(splits.calibration, settings, store.workers)
+        source = "images of valid/ that are no shots"
+        source += ", which chose the epoch too" if splits.select == "valid" else ""
+    else:
+        evaluation = evaluate(detector, store, training.items)
+        masks = None if training.masks is None else Masks.pack(training.masks)
+        source = "the shots' augmented views, which were trained on: optimistic"
+    return calibrate(evaluation, masks, Rule.parse(rule), source)
+
+
+@dataclass
+class Splits:
+    """What a run trains on, chooses by, and is measured on."""
+
+    dataset: MedicalDataset
+    shots: Shots
+    test: list[Sample]
+    valid: list[Sample]  # what is left of valid/ after the shots, with --select valid
+    calibration: list[Sample]  # some of what is left, for the decision threshold
+    unused: list[Sample]  # all that is left of valid/ after the shots
+    select: str  # the rule by which the epoch is chosen
+
+    @classmethod
+    def open(cls, options: argparse.Namespace) -> Splits:
+        """Read the lists; no picture is opened.
+
+        Raises:
+            InputError: a data set or a part of it is missing, too few images, --select valid without both classes.
+        """
+        dataset = MedicalDataset.open(
+            options.obj, options.data_path, options.data_root, options.patient, options.mask_above
+        )
+        shots = dataset.shots(options.shot_normal, options.shot_abnormal, options.iterate, options.seed)
+        used = {(sample.path, sample.index) for sample in (*shots.abnormal, *shots.normal)}
+        unused = [sample for sample in dataset.samples("valid") if (sample.path, sample.index) not in used]
+        scored = [sample for sample in unused if sample.mask or not (sample.label and dataset.pixel_metrics)]
+        abnormal = sum(sample.label for sample in scored)
+        counts = (len(scored) - abnormal, abnormal)
+        select = options.select or default_select(options.obj, lambda: counts)
+        if select == "valid" and not min(counts):
+            raise InputError(
+                f"--select valid: beside the shots valid/ holds {counts[0]} normal and {counts[1]} abnormal images, "
+                f"and needs some of both; take fewer shots, or --select last"
+            )
+        if len(scored) < len(unused):
+            print(
+                f"{len(unused) - len(scored)} images of valid/ have no mask and are no shots: left out of calibration"
+            )
+        valid = scored if select == "valid" else []
+        test, calibration = dataset.samples("test"), calibration_samples(scored, dataset.pixel_metrics)
+        if options.anonymous:
+            shots = shots.anonymous()
+            test, valid, calibration, unused = map(anonymous, (test, valid, calibration, unused))
+        return cls(dataset, shots, test, valid, calibration, unused, select)
+
+    def own_batches(self, size: int) -> list[Sequence[Sample]]:
+        """What this process scores of all lists, in batches of `size`."""
+        return [batch for group in (self.test, self.valid, self.calibration) for batch in own_batches(group, size)]
+
+    def shot_patients(self) -> set[str]:
+        """The patients of the shots, as far as names tell."""
+        return {s.patient for s in (*self.shots.abnormal, *self.shots.normal) if s.patient is not None}
+
+    def contents(self) -> dict[str, str]:
+        """Hashes of all images and masks that shape the numbers, by name."""
+        result = {}
+        for sample in (*self.shots.abnormal, *self.shots.normal, *self.test, *self.valid, *self.calibration):
+            result[sample.name] = sample.content_hash()[:16]
+            if sample.mask is not None:
+                result[f"{sample.name} (mask)"] = sha256_file(sample.mask)[:16]
+        return result
+
+    def describe(self) -> None:
+        """Print what is trained on and what is measured."""
+        abnormal = sum(sample.label for sample in self.test)
+        print(f"{self.dataset.obj}: {len(self.test)} test images ({abnormal} abnormal); shots from {self.shots.source}")
+        for kind, names in self.shots.names().items():
+            print(f"  {kind} shots: {' '.join(map(printable, names)) or 'none'}")
+        notes = (self.dataset.split_note(), self.dataset.patients_note(), losses_note(self.shots))
+        for note in filter(None, notes):
+            print(note)
+
+    def warn(self, masks: Tensor | None) -> None:
+        """Print warnings for images in valid and in test, and for shots whose mask (of the first view) is empty."""
+        if not distributed.is_main():
+            return
+        shots = (*self.shots.normal, *self.shots.abnormal)
+        for samples, what in ((shots, "a shot, which flatters every number"), (self.unused, "another image of valid/")):
+            if pairs := leaks(samples, self.test):
+                sample, twin = pairs[0]
+                warn(
+                    f"{len(pairs)} test images equal {what}: {twin.name} is {sample.name}; "
+                    f"`python -m dataset.check` shows them all"
                 )
-            if due and select == "valid":
-                found_valid = evaluate(detector, store, valid, text_features=frozen_text)
-        except InputError as error:
-            raise InputError(f"epoch {epoch + 1}: {error}") from error
-        seconds = time.perf_counter() - start
-        report = EpochReport(epoch, loss, text_similarity(frozen_text), found, found_valid, seconds)
+        if masks is not None:  # view by view, so the plain view of the abnormal shots comes first
+            pairs_of = zip(self.shots.abnormal, masks, strict=False)
+            if empty := [sample.name for sample, mask in pairs_of if not mask.any()]:
+                warn(
+                    f"{len(empty)} abnormal shots have an empty mask at this size, so all their pixels count as "
+                    f"normal: {preview(empty)}"
+                )
 
-        judged = found_valid if select == "valid" else found
-        better = last if select == "last" else due and judged.selection_score > state.best_score
-        if better or (last and state.best_epoch < 0):
-            state.best_epoch, state.best_score, better = epoch, judged.selection_score, True
-        state.epoch, state.seconds = epoch + 1, state.seconds + seconds
-        on_epoch(report, better)
+
+def losses_note(shots: Shots) -> str | None:
+    """What the paper's losses mean with unequal shots, in a line; None for equal ones."""
+    normal, abnormal = len(shots.normal), len(shots.abnormal)
+    if not abnormal:
+        return (
+            "losses: no abnormal shots, so they only draw normal images and pixels towards the normal prompt and away "
+            "from the abnormal one; nothing shows what abnormal looks like, the frozen CLIP alone has to tell"
+        )
+    if normal != abnormal:
+        return (
+            f"losses: means over all images, as published, without weights: the {normal} normal shots together count "
+            f"{normal / abnormal:.3g} times as much as the {abnormal} abnormal ones"
+        )
+    return None

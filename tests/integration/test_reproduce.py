@@ -99,36 +99,70 @@ def test_main_table(command, small, tmp_path):
         "--out",
         tmp_path,
     ]
-    result = command("reproduce.py", *grid)
+    compare = tmp_path / "mine.json"
+    mine = {"method": "Mine", "source": "here", "shots": 2, "auc": {"Brain": 99.5}}
+    compare.write_text(json.dumps({"results": [mine]}))
+    result = command("reproduce.py", *grid, "--compare", compare, "--verdict")
     assert result.returncode == 0, result.stderr
     results = [json.loads((tmp_path / f"runs/Brain-2shot-seed{seed}/result.json").read_text()) for seed in (1, 2)]
-    found = {(row["data set"], row["metric"], row["column"]): row for row in rows(tmp_path / "main.csv")}
-    for column, values in (("selected on test", results), ("last epoch", [result["last"] for result in results])):
+    found = {(row["data set"], row["metric"], row["method"]): row for row in rows(tmp_path / "main.csv")}
+    for epoch, values in (("selected on test", results), ("last epoch", [result["last"] for result in results])):
         for metric, key in (("image AUC", "auc"), ("pixel AUC", "pauc")):
-            row = found["Brain", metric, column]
+            row = found["Brain", metric, f"ours, {epoch}"]
             assert float(row["mean"]) == pytest.approx(50 * sum(value[key] for value in values), abs=1e-5)
-            assert float(row["ci95_low"]) == pytest.approx(
-                50 * sum(value[f"{key}_ci95"][0] for value in values), abs=1e-5
-            )
+            low = 50 * sum(value[f"{key}_ci95"][0] for value in values)
+            assert float(row["ci95_low"]) == pytest.approx(low, abs=1e-5)
             assert row["seeds"] == "2"
-    assert ("Chest", "pixel AUC", "last epoch") not in found  # it has no masks
-    assert found["Brain", "image AUC", "MVFA (1)"]["mean"] == ""  # on record for 4 shots only
+    assert ("Chest", "pixel AUC", "ours, last epoch") not in found  # it has no masks
+    assert not any("MVFA" in method for _, _, method in found)  # on record for 4 shots only
+    assert float(found["Brain", "image AUC", "Mine (1)"]["mean"]) == 99.5
+    difference = float(found["Brain", "image AUC", "ours, selected on test"]["mean"]) - 99.5
+    assert f"{difference:+.2f}" in (tmp_path / "main-verdict.md").read_text()
     text = (tmp_path / "main.md").read_text()
     assert "random weights" in text
     assert "Made-up images (Brain, Chest)" in text
     assert "4 of 4 cells are done" in text
+    assert text in result.stdout
 
     # Done is done: nothing is computed again.
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*")}
     assert command("reproduce.py", *grid).returncode == 0
     assert stamps == {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*")}
-    # A cell that fails is said, and the others go on.
+    # A cell that fails is named, and the others go on.
     failing = command("reproduce.py", *grid, "--shots", "3")  # valid/ has two images a class
     assert failing.returncode == 2
     assert "--shot 3: valid holds only 2" in failing.stderr
     assert "4 of 4 cells failed" in failing.stderr
     assert "Traceback" not in failing.stderr
-    assert rows(tmp_path / "main.csv")[0]["mean"] == ""
+    assert rows(tmp_path / "main.csv")[0]["note"] == "failed"
+    assert "Failed: Brain-3shot-seed1 (--shot 3" in (tmp_path / "main.md").read_text()
+
+
+def test_leave_one_out_table(command, small, tmp_path):
+    grid = ["--table", "leave_one_out", "--obj", "Brain", "Liver", "Chest", "--seeds", "1", "--shots", "1", *small]
+    result = command("reproduce.py", *grid, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    found = {(r["tested on"], r["metric"]): r for r in rows(tmp_path / "leave_one_out.csv")}
+    assert set(found) == {("Brain", "image AUC"), ("Brain", "pixel AUC"), ("Liver", "image AUC"),
+                          ("Liver", "pixel AUC"), ("Chest", "image AUC")}  # fmt: skip
+    run = json.loads((tmp_path / "runs/Chest-from-Brain-Liver-1shot-seed1/result.json").read_text())
+    assert (run["select"], len(run["shots"]["normal"]), run["n_normal"]) == ("last", 2, 4)
+    assert float(found["Chest", "image AUC"]["mean"]) == pytest.approx(100 * run["auc"], abs=1e-5)
+    assert "equal a shot" not in (tmp_path / "logs/Brain-from-Liver-1shot-seed1.txt").read_text()  # it is held out
+
+
+def test_a_dry_run_without_data(command, tmp_path):
+    result = command(
+        "reproduce.py", "--table", "main", "--dry_run", "--data_path", tmp_path / "none", "--out", tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("to do  ") == 18
+    assert "cells:  18 of 18 to do" in result.stdout
+    assert "2.37 MB an image" in result.stdout
+    assert "PREDICTIONS from data-sheet rates, not measured: RTX 4090" in result.stdout
+    assert not list(tmp_path.iterdir())
+    missing = command("reproduce.py", "--table", "main", "--data_path", tmp_path / "none", "--out", tmp_path)
+    assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
 
 
 def test_cross_table(command, small, tmp_path):
@@ -136,7 +170,8 @@ def test_cross_table(command, small, tmp_path):
     grid = ["--table", "cross", "--obj", "Brain", "Liver", "Chest", "--seeds", "1", "--shots", "1", *small]
     result = command("reproduce.py", *grid, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
-    found = {(r["trained on"], r["tested on"], r["metric"]): r for r in rows(tmp_path / "cross.csv")}
+    last = [row for row in rows(tmp_path / "cross.csv") if row["epoch"] == "last epoch"]
+    found = {(r["trained on"], r["tested on"], r["metric"]): r for r in last}
     assert {(a, b) for a, b, metric in found if metric == "pixel AUC"} == {
         ("Brain", "Brain"), ("Brain", "Liver"), ("Liver", "Liver"), ("Liver", "Brain")
     }  # fmt: skip

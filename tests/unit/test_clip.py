@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import open_clip
 import pytest
 import torch
 
@@ -10,36 +9,11 @@ from CLIP import create_model, list_models, tokenize
 from CLIP.clip import load_state, random_state, uses_quick_gelu
 from CLIP.model import CLIP, ModelConfig
 from tests.conftest import tiny_state
-from tests.helpers.weights import save_torchscript
+from tests.helpers.weights import open_clip_model, save_torchscript
 from utils import InputError
 
-
-def oracle(config: ModelConfig, state: dict[str, torch.Tensor], quick_gelu: bool, size: int) -> torch.nn.Module:
-    """open_clip's model with the same weights."""
-    model = open_clip.model.CLIP(
-        config.embed_dim,
-        {
-            "image_size": size,
-            "patch_size": config.patch_size,
-            "width": config.width,
-            "layers": config.layers,
-            "head_width": config.width // config.heads,
-        },
-        {
-            "context_length": config.context_length,
-            "vocab_size": config.vocab_size,
-            "width": config.text_width,
-            "heads": config.text_heads,
-            "layers": config.text_layers,
-        },
-        quick_gelu=quick_gelu,
-    )
-    state = {
-        key: value for key, value in state.items() if key not in ("input_resolution", "context_length", "vocab_size")
-    }
-    open_clip.model.resize_pos_embed(state, model)
-    model.load_state_dict(state)
-    return model.eval()
+# The first two numbers of `text_projection` and of `visual.proj` for seed 7.
+PINNED = ([-0.0204647332, -0.1173628494], [-0.0586080588, 0.0273839403])
 
 
 @pytest.mark.parametrize("quick_gelu", [False, True])
@@ -49,7 +23,7 @@ def test_towers_equal_open_clip(name, size, quick_gelu):
     state = dict(tiny_state()) if name == "ViT-tiny-14-56" else random_state(config, 3)
     mine = CLIP(config, size, quick_gelu)
     load_state(mine, state, "test")
-    theirs = oracle(config, state, quick_gelu, size)
+    theirs = open_clip_model(config, state, size, quick_gelu)
     torch.manual_seed(0)
     images = torch.rand(2, 3, size, size)
     ids = tokenize(["a photo of a brain.", "a very long sentence about a retinal OCT with flaw"])
@@ -119,11 +93,39 @@ def test_random_weights_are_seeded_and_do_not_depend_on_the_size():
     )
 
 
+def test_random_tensors_are_drawn_one_by_one():
+    """Pinned: a change of what a seed means must also change the words that are hashed ("random 2")."""
+    state = random_state(ModelConfig.load("ViT-tiny-14-56"), 7)
+    text = random_state(ModelConfig.load("ViT-tiny-14-56"), 7, vision=False)
+    assert text.keys() == {key for key in state if not key.startswith("visual.")}
+    assert all(torch.equal(value, state[key]) for key, value in text.items())
+    drawn = [state[key].flatten()[:2].tolist() for key in ("text_projection", "visual.proj")]
+    assert drawn[0] == pytest.approx(PINNED[0], abs=1e-6)
+    assert drawn[1] == pytest.approx(PINNED[1], abs=1e-6)
+    stds = {key: float(value.std()) for key, value in state.items() if value.numel() > 1000 and value.std() > 0}
+    assert stds["visual.conv1.weight"] == pytest.approx((3 * 14**2) ** -0.5, rel=0.05)
+    assert stds["transformer.resblocks.1.mlp.c_proj.weight"] == pytest.approx((2 * 2 * 128) ** -0.5, rel=0.05)
+    assert stds["token_embedding.weight"] == pytest.approx(0.02, rel=0.05)
+
+
+def test_the_text_tower_alone():
+    """vision=False: the same text embeddings, and no image tower to hold or to run."""
+    whole = create_model("ViT-tiny-14-56", "random", 42, seed=1)
+    text = create_model("ViT-tiny-14-56", "random", 42, seed=1, vision=False)
+    ids = tokenize(["a photo of a brain."])
+    assert torch.equal(text.encode_text(ids), whole.encode_text(ids))
+    assert text.info == whole.info
+    assert text.visual is None
+    assert not any(name.startswith("visual.") for name in text.state_dict())
+    with pytest.raises(RuntimeError, match="without its image tower"):
+        text.image_tokens(torch.zeros(1, 3, 42, 42), [1])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ({"model_name": "ViT-X"}, "unknown"),
-        ({"model_name": "ViT-B-16-plus-240", "pretrained": "openai"}, "laion400m"),
+        ({"model_name": "ViT-B-16-plus-240", "pretrained": "openai"}, "choose --pretrain laion400m or random"),
         ({"model_name": "ViT-tiny-14-56", "pretrained": "random", "img_size": 13}, "smaller than a patch"),
         ({"model_name": "ViT-tiny-14-56", "pretrained": "random", "weights": "x.pt"}, "contradicts"),
         ({"model_name": "ViT-L-14-336", "weights": "nowhere.pt"}, "nowhere.pt"),

@@ -1,42 +1,32 @@
-"""The dashboard without W&B: when pictures are due, what is kept for them, and that no failure stops training."""
+"""What a W&B run shows, without W&B: scalars, pictures, table and summary, and that no failure stops training."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
-from dataset import Sample
-from engine import dashboard
-from engine.dashboard import WORST, Dashboard, Gallery, scalars
-from engine.evaluate import Evaluation
-from engine.tracking import Tracker
-from loss import LossParts
+from engine.metrics import Metrics, measure
+from engine.report import tracking
+from engine.report.tracking import (
+    WORST,
+    Tracker,
+    log_epoch,
+    log_pictures,
+    log_result,
+    memory,
+    pictures,
+    published_best,
+    scalars,
+)
+from tests.helpers.evaluations import LAYERS, make_world
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = SimpleNamespace(img_size=8, obj="Brain", to_dict=dict)
-MORE = {"ap": 0.5, "f1_max": 0.6, "threshold": 0.5, "pixel_ap": 0.3, "pixel_f1_max": 0.4, "pixel_threshold": 0.5}
-LOSS = LossParts(torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0))
-
-
-@dataclass
-class Report:
-    """What train.py gives."""
-
-    epoch: int
-    test: Evaluation | None
-    valid: Evaluation | None = None
-    similarity: float = 0.5
-    seconds: float = 2.0
-    loss: LossParts = LOSS
+PUBLISHED = {"epoch", "sim_texts", "loss", "AUC", "pAUC", "AUC+pAUC"}
 
 
 class Run:
@@ -45,7 +35,9 @@ class Run:
     id = "run"
 
     def __init__(self, broken: str = "nothing") -> None:
-        self.broken, self.rows, self.summary, self.defined = broken, [], {}, {}
+        self.broken, self.rows, self.defined, self.artifacts = broken, [], {}, []
+        self.summary: dict[str, Any] = {}
+        self.config = {"obj": "Brain", "img_size": 28, "lr": 0.1}
 
     def log(self, values: dict[str, Any], step: int | None = None, commit: bool | None = None) -> None:
         """Keep the row, or fail."""
@@ -57,150 +49,211 @@ class Run:
         """Keep the definition."""
         self.defined[name] = how
 
+    def log_artifact(self, artifact: Any) -> None:
+        """Keep it, or fail."""
+        if self.broken == "artifact":
+            raise OSError("disk full")
+        self.artifacts.append(artifact)
 
-def tracker(run: Run) -> Tracker:
-    made = Tracker()
-    made._run = run
-    return made
+
+def make_tracker(run: Run) -> Tracker:
+    tracker = Tracker()
+    tracker._run = run
+    return tracker
 
 
 @pytest.fixture
-def samples(tmp_path) -> list[Sample]:
-    made = []
-    for i in range(30):
-        path = tmp_path / f"{i}.png"
-        Image.new("L", (8, 8), i).save(path)
-        made.append(Sample(path, i % 2, path if i % 2 else None, f"test/{i}.png"))
-    return made
+def world(tmp_path):
+    """30 images, half of them abnormal, whose scores overlap."""
+    labels = [i % 2 for i in range(30)]
+    scores = np.random.default_rng(0).random(30) * 0.9 + 0.05 + 0.3 * np.array(labels)
+    return make_world(tmp_path, labels, scores.tolist())
 
 
-def evaluation(samples: list[Sample], scores: np.ndarray, **more: float) -> Evaluation:
-    labels = np.array([sample.label for sample in samples])
-    return Evaluation(0.7, 0.8, [sample.name for sample in samples], labels, scores, {**MORE, **more})
+def record_of(epoch: int, best: bool = False) -> dict[str, Any]:
+    """A line of metrics.jsonl; epochs are counted from 1 there."""
+    return {"epoch": epoch + 1, "det": 1.0, "seg": 2.0, "total": 3.0, "similarity": 0.5, "best": best}
 
 
-def collect(gallery: Any, samples: list[Sample], scores: np.ndarray) -> None:
-    maps = torch.from_numpy(scores).float()[:, None, None].expand(-1, 8, 8)
-    for i in range(0, len(samples), 7):
-        gallery(samples[i : i + 7], torch.from_numpy(scores[i : i + 7]), maps[i : i + 7])
+def epoch_of(
+    tracker: Tracker,
+    epoch: int,
+    test: Metrics | None,
+    best: dict[str, float],
+    is_best: bool = False,
+    last: bool = False,
+) -> None:
+    log_epoch(tracker, record_of(epoch, is_best), test, None, best, seconds=2.0, images=32, last=last)
 
 
-def test_gallery_keeps_the_worst_of_each_class_and_no_more(samples):
-    scores = np.random.default_rng(0).random(len(samples))
-    gallery = Gallery(samples, 8)
-    collect(gallery, samples, scores)
-    labels = np.array([sample.label for sample in samples])
-    for label, sign in ((0, -1), (1, 1)):
-        kept = [row for _, _, row in sorted(gallery.worst[label], reverse=True)]
-        expected = np.flatnonzero(labels == label)[np.argsort(sign * scores[labels == label])][:WORST]
-        assert [sample.name for sample, _, _ in kept] == [samples[i].name for i in expected]
-        for _, score, heat in kept:
-            assert heat.shape == (8, 8)
-            assert heat.base is None, "a view would keep the whole batch's maps"
-            assert heat[0, 0] == pytest.approx(score)
-    shown = gallery.pictures(evaluation(samples, scores))
-    assert [len(shown[f"pictures/{name}"]) for name in ("test", "false_positives", "false_negatives")] == [6, 4, 4]
-    assert "abnormal, score 0." in shown["pictures/false_negatives"][0]._caption
-    assert float(shown["pictures/false_negatives"][0]._caption.split("score ")[1][:6]) < 0.5
+def test_scalars_have_the_published_names_and_ours(world):
+    metrics = measure(*world, aupro=True)
+    logged = scalars(record_of(4), 2.0, 32, metrics, metrics)
+    assert set(logged) >= PUBLISHED
+    assert (logged["epoch"], logged["loss"], logged["train/det"], logged["train/seg"]) == (4, 3.0, 1.0, 2.0)
+    assert logged["AUC+pAUC"] == pytest.approx(metrics.auc + metrics.pauc)
+    assert logged["test/AUC"] == logged["valid/AUC"] == metrics.auc
+    names = {"AUC", "pAUC", "AP", "F1-max", "pixel_AP", "pixel_F1-max", "AUPRO"}
+    assert {name.removeprefix("test/") for name in logged if name.startswith("test/")} == names
+    assert logged["time/images_per_second"] == 16
 
 
-def test_no_errors_no_pictures_of_errors(samples):
-    scores = np.array([0.4 + 0.2 * sample.label for sample in samples])
-    gallery = Gallery(samples, 8)
-    collect(gallery, samples, scores)
-    assert set(gallery.pictures(evaluation(samples, scores))) == {"pictures/test"}
+def test_image_only_sets_publish_their_auc_as_pauc(tmp_path):
+    evaluation, _ = make_world(tmp_path, [0, 1, 0, 1], [0.1, 0.9, 0.5, 0.4], masks=False)
+    logged = scalars(record_of(0), 2.0, 4, measure(evaluation), None)
+    assert logged["pAUC"] == logged["AUC"] == logged["AUC+pAUC"] == 0.75
+    assert "test/pAUC" not in logged
+
+
+def test_epochs_without_evaluation_have_no_test_keys():
+    logged = scalars(record_of(0), 2.0, 32, None, None)
+    assert not [name for name in logged if "AUC" in name]
+
+
+def test_memory_is_in_gib_and_left_out_where_the_system_has_none(monkeypatch):
+    assert 0.05 < memory()["sys/memory_GiB"] < 50
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    assert "sys/memory_GiB" not in memory()
+
+
+def test_pictures_are_the_examples_and_the_worst_of_each_class(world):
+    evaluation, masks = world
+    metrics = measure(evaluation, masks)
+    at, scores = 0.6, evaluation.image_scores
+    metrics.values["f1_max_threshold_on_test"] = at
+    shown = pictures(evaluation, masks, metrics)
+    assert len(shown["pictures/test"]) == 6
+    for label, sign, key in ((0, -1, "pictures/false_positives"), (1, 1, "pictures/false_negatives")):
+        wrong = [i for i in range(30) if evaluation.labels[i] == label and (scores[i] >= at) != label]
+        expected = sorted(wrong, key=lambda i: sign * scores[i])[:WORST]
+        assert expected
+        captions = [picture._caption for picture in shown[key]]
+        assert len(captions) == len(expected)
+        for caption, i in zip(captions, expected, strict=True):
+            assert caption.startswith(f"{i:05}.png: {'abnormal' if label else 'normal'}, score {scores[i]:.4f} ")
+            assert "F1-max threshold on the test set" in caption
+            assert "not measured" not in caption
+    picture = shown["pictures/test"][0]
+    assert picture.image.size == (2 * 28, 14)  # the image, and its heat map beside it, in the aspect of the file
+    assert set(picture._masks) == {"truth", "prediction"}
+
+
+def test_no_errors_no_pictures_of_errors(tmp_path):
+    evaluation, masks = make_world(tmp_path, [0, 1, 0, 1], [0.1, 0.9, 0.2, 0.8])
+    assert set(pictures(evaluation, masks, measure(evaluation, masks))) == {"pictures/test"}
+
+
+def test_a_map_of_an_image_only_set_is_called_weak(tmp_path):
+    evaluation, _ = make_world(tmp_path, [0, 1], [0.1, 0.9], masks=False)
+    picture = pictures(evaluation, None, measure(evaluation))["pictures/test"][0]
+    assert picture._caption.endswith("heat map: weak localisation, not measured")
+    assert picture.image.size == (2 * 28, 14)
+    assert not picture._masks
 
 
 @pytest.mark.parametrize(
     ("every", "evaluated", "shown"),
     [(3, range(8), [2, 5, 7]), (10, range(8), [7]), (0, range(8), []), (3, [1, 3, 5, 7], [3, 7]), (1, [0, 1], [0, 1])],
 )
-def test_when_pictures_are_due(samples, every, evaluated, shown):
-    board = Dashboard(tracker(Run()), samples, SETTINGS, 32, every)
-    last = max(evaluated)
-    assert [epoch for epoch in evaluated if board.collector(epoch, epoch == last)] == shown
+def test_when_pictures_are_due(every, evaluated, shown):
+    tracker = make_tracker(Run())
+    assert [epoch for epoch in evaluated if tracker.pictures_due(epoch, every, epoch == max(evaluated))] == shown
+    assert not Tracker().pictures_due(9, 1, True)
 
 
-def test_off_computes_and_imports_nothing():
+def test_off_computes_nothing_but_the_best_values_and_imports_no_wandb():
     code = (
-        "import sys; from engine.dashboard import Dashboard; from engine.tracking import Tracker;"
-        "board = Dashboard(Tracker(), [], None, 1); assert board.collector(9, True) is None;"
-        "from tests.unit.test_dashboard import Report; report = Report(9, None);"
-        "board.epoch(report, True); board.finish(None, 0, 'nowhere.pth'); print('wandb' in sys.modules)"
+        "import sys; from pathlib import Path;"
+        "from engine.metrics import Metrics; from engine.report.tracking import *;"
+        "off, best = Tracker(), {};"
+        "log_pictures(off, 0, None, None, None); log_result(off, None, None, 0, Path('nowhere.pth'), True);"
+        "log_epoch(off, {'best': True}, Metrics({'auc': 0.5}), None, best, 1.0, 1, True);"
+        "print(best, 'wandb' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("False\n", "")
+    assert (done.stdout, done.stderr) == ("{'AUC+pAUCbest': 0.5, 'AUCbest': 0.5, 'pAUCbest': 0.5} False\n", "")
 
 
 @pytest.mark.parametrize("broken", ["pictures/", "curves/", "scores/"])
-def test_a_failure_in_a_picture_costs_one_line_and_the_numbers_go_on(samples, capsys, broken):
-    run = Run(broken)
-    board = Dashboard(tracker(run), samples, SETTINGS, 32, every=1)
-    scores = np.linspace(0, 1, len(samples))
+def test_a_failure_in_a_picture_costs_one_line_and_the_numbers_go_on(world, capsys, broken):
+    run, best = Run(broken), {}
+    tracker, metrics = make_tracker(run), measure(*world, full=True)
     for epoch in range(3):
-        collector = board.collector(epoch, epoch == 2)
-        if collector:
-            collect(collector, samples, scores)
-        board.epoch(Report(epoch, evaluation(samples, scores)), True)
-    board.finish(evaluation(samples, scores), 2)
+        log_pictures(tracker, epoch, *world, metrics)
+        epoch_of(tracker, epoch, metrics, best, is_best=True, last=epoch == 2)
+    log_result(tracker, world[0], metrics, 2, None, True)
     assert [step for step, values, _ in run.rows if "test/AUC" in values] == [0, 1, 2]
     (line,) = capsys.readouterr().err.splitlines()
     assert "no pictures from here on (OSError: disk full second line)" in line
 
 
-def test_a_failure_while_collecting_does_not_reach_the_evaluation(samples, capsys):
-    board = Dashboard(tracker(Run()), samples, SETTINGS, 32, every=1)
-    collector = board.collector(0, False)
-    collector(samples[:2], torch.zeros(2), torch.zeros(0, 8, 8))  # maps are missing
-    collector(samples[:2], torch.zeros(2), torch.zeros(0, 8, 8))
-    assert len(capsys.readouterr().err.splitlines()) == 1
-    assert board.collector(1, False) is None
-
-
-def test_summary_is_the_best_epochs_and_leaves_nothing_of_an_earlier_one(samples):
-    run = Run()
-    board = Dashboard(tracker(run), samples, SETTINGS, 32, every=0)
-    scores = np.linspace(0, 1, len(samples))
-    board.epoch(Report(0, evaluation(samples, scores, aupro=0.9)), True)
-    board.epoch(Report(1, evaluation(samples, scores)), True)
-    board.epoch(Report(2, evaluation(samples, scores, aupro=0.8)), False)
-    assert (run.summary["epoch"], run.summary["test/AUPRO"], run.summary["AUCbest"]) == (1, None, 0.7)
+def test_summary_is_the_best_epochs_and_leaves_nothing_of_an_earlier_one(world):
+    run, best = Run(), {}
+    tracker, metrics = make_tracker(run), measure(*world)
+    epoch_of(tracker, 0, Metrics({**metrics.values, "aupro": 0.9}), best, is_best=True)
+    epoch_of(tracker, 1, metrics, best, is_best=True)
+    epoch_of(tracker, 2, Metrics({**metrics.values, "auc": 0.1, "aupro": 0.8}), best, last=True)
+    assert (run.summary["epoch"], run.summary["test/AUPRO"]) == (1, None)
+    assert run.summary["AUCbest"] == best["AUCbest"] == metrics.auc
+    assert run.rows[2][1]["AUCbest"] == metrics.auc
     assert run.defined["test/AUPRO"] == {"step_metric": "epoch", "summary": "none"}
-    assert [commit for _, _, commit in run.rows] == [True, True, True]
+    assert run.defined["epoch"]["step_metric"] is None
+    assert [commit for _, _, commit in run.rows] == [True, True, False]  # the last row waits for the table
 
 
-def test_best_survives_a_resumption(samples):
-    board = Dashboard(tracker(Run()), samples, SETTINGS, 32)
-    scores = np.linspace(0, 1, len(samples))
-    board.epoch(Report(0, evaluation(samples, scores)), True)
+def test_best_survives_a_resumption(world):
+    metrics, best = measure(*world), {}
+    epoch_of(make_tracker(Run()), 0, metrics, best, is_best=True)
     run = Run()
-    Dashboard(tracker(run), samples, SETTINGS, 32, best=board.best).epoch(Report(1, evaluation(samples, scores)), False)
-    assert run.rows[0][1]["AUC+pAUCbest"] == pytest.approx(1.5)
+    epoch_of(make_tracker(run), 1, Metrics({**metrics.values, "auc": 0.1}), dict(best))
+    assert run.rows[0][1]["AUC+pAUCbest"] == metrics.selection_score
 
 
-def test_the_full_evaluation_completes_the_summary(samples):
-    run, scores = Run(), np.linspace(0, 1, len(samples))
-    board = Dashboard(tracker(run), samples, SETTINGS, 32, every=0)
-    board.epoch(Report(0, evaluation(samples, scores)), True)
+def test_best_values_come_from_the_history():
+    rows = [{"best": True, "auc": 0.5, "pauc": 0.25}, {"best": False, "auc": 0.9, "pauc": 0.9}]
+    assert published_best(rows) == {"AUC+pAUCbest": 0.75, "AUCbest": 0.5, "pAUCbest": 0.25}
+    assert published_best([{"best": True, "auc": 0.5, "pauc": None}])["pAUCbest"] == 0.5
+    assert published_best([{"best": False, "auc": None, "pauc": None}]) == {}
+
+
+def test_the_full_evaluation_completes_the_summary(world):
+    run, best = Run(), {}
+    tracker, metrics = make_tracker(run), measure(*world)
+    epoch_of(tracker, 0, metrics, best, is_best=True)
     assert "test/AUPRO" not in run.summary
-    board.finish(evaluation(samples, scores, aupro=0.25), 0)
-    assert run.summary["test/AUPRO"] == 0.25
+    log_result(tracker, world[0], measure(*world, full=True), 0, None, False)
+    assert 0 <= run.summary["test/AUPRO"] <= 1
     assert not [name for name in run.summary if "threshold" in name]
+    assert not [values for _, values, _ in run.rows if "scores/table" in values]  # without pictures
 
 
-def test_table_is_bounded_and_says_so(samples, monkeypatch, capsys):
-    monkeypatch.setattr(dashboard, "ROWS", 5)
-    scores = np.linspace(0, 1, len(samples))
+def test_table_is_bounded_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "ROWS", 5)
+    scores = np.linspace(0.02, LAYERS - 0.02, 30)
+    evaluation, masks = make_world(tmp_path, [i % 2 for i in range(30)], scores.tolist())
     run = Run()
-    board = Dashboard(tracker(run), samples, SETTINGS, 32)
-    board.finish(evaluation(samples, scores), 0)
-    table = run.rows[0][1]["scores/table"]
-    assert [row[1] for row in table.data] == ["test/1.png", "test/28.png", "test/3.png", "test/26.png", "test/5.png"]
-    assert table.data[0][0].image.size == (96, 96)
+    tracker, metrics = make_tracker(run), measure(evaluation, masks, full=True)
+    metrics.values["f1_max_threshold_on_test"] = float(scores[15])
+    tracker.step = 7
+    log_result(tracker, evaluation, metrics, 0, None, True)
+    step, values, _ = run.rows[0]
+    assert step == 7
+    table = values["scores/table"]
+    assert [row[1] for row in table.data] == [f"test/{i:05}.png" for i in (1, 28, 3, 26, 5)]
+    assert table.data[0][0].image.size == (96, 48)
+    assert table.data[0][2:5] == ["abnormal", pytest.approx(scores[1]), "normal"]
     assert "holds the 5 most wrong of 30 images" in capsys.readouterr().err
 
 
-def test_epochs_without_evaluation_have_no_test_keys():
-    logged = scalars(Report(0, None), 32, {}, False)
-    assert not [name for name in logged if "AUC" in name]
-    assert logged["time/images_per_second"] == 16
+def test_the_checkpoint_is_an_artifact_that_says_what_shaped_it(world, tmp_path, capsys):
+    (tmp_path / "best.pth").write_bytes(b"checkpoint")
+    run, metrics = Run(), measure(*world, full=True)
+    log_result(make_tracker(run), world[0], metrics, 4, tmp_path / "best.pth", True)
+    (artifact,) = run.artifacts
+    assert (artifact.name, artifact.type) == ("Brain-run", "model")
+    assert artifact.metadata == {"obj": "Brain", "img_size": 28, "epoch": 4, "auc": metrics.auc, "pauc": metrics.pauc}
+    assert capsys.readouterr().err == ""
+    log_result(make_tracker(run), world[0], metrics, 4, tmp_path / "best.pth", False)
+    assert "--anonymous" in capsys.readouterr().err  # the checkpoint names its shots
+    log_result(make_tracker(Run("artifact")), world[0], metrics, 4, tmp_path / "best.pth", True)
+    assert "the checkpoint was not uploaded (OSError: disk full)" in capsys.readouterr().err

@@ -1,20 +1,212 @@
-"""The README's pictures are there, and small."""
+"""README and docs: small, linked, in step with the code; each command is run by a test or says what it needs."""
 
 from __future__ import annotations
 
+import ast
+import json
+import os
 import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from functools import cache
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.docs import ROOT, DocCommand, doc_commands, pages
+
+# Commands without a mark, and the test that runs them. test_docs_commands.py runs them as they stand, in order.
+LITERALLY = "tests/integration/test_docs_commands.py"
+RUN_BY = {
+    r"make \w+": "tests/unit/test_docs.py",
+    r"python3 -m venv \.venv && \. \.venv/bin/activate": "Makefile",
+    r"mkdir -p data": LITERALLY,
+    r"python -m dataset\.phantom .*": LITERALLY,
+    r"python -m dataset\.check .*": LITERALLY,
+    r"python -m dataset\.convert .*": "tests/integration/test_convert.py",
+    r"python -m engine\.(features|checkpoint) .*": LITERALLY,
+    r"python train\.py .*(--pretrain random|--resume).*": LITERALLY,
+    r"python test\.py .*--data_path demo/data.*": LITERALLY,
+    r"python predict\.py --ckpt demo/.*": LITERALLY,
+    r"python reproduce\.py .*--dry_run": LITERALLY,
+}
+# Flags of other programs, and of commands that flags.md does not hold.
+OTHER_FLAGS = {"--check", "--epochs", "--fuzzy", "--help", "--nproc_per_node", "--skip-worktree", "--version"}
+# What the docs describe ahead of the merge of the branches that bring it: a test asks to strike out what has arrived.
+PENDING_FLAGS = {
+    *("--anonymous", "--calibrate", "--clean", "--compare", "--group_by", "--like", "--mask_above", "--patient"),
+    *("--save_scores", "--scores", "--verdict"),
+}
+PENDING_FILES = {"tests/integration/test_convert.py"}
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "open_clip": "open_clip_torch", "yaml": "pyyaml"}
+COMPARED_IF_THERE = {"adeval"}  # benchmarks.auc leaves its row out without it
 
 
-def test_pictures_of_the_readme():
-    shown = re.findall(r"!\[[^]]+]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert len(shown) >= 4
-    assert {Path(name) for name in shown} == {path.relative_to(ROOT) for path in (ROOT / "docs").iterdir()}
-    for name in shown:
-        assert (ROOT / name).stat().st_size < 400_000
-        with Image.open(ROOT / name) as picture:
-            picture.load()
+@cache
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def tracked(*patterns: str) -> list[Path]:
+    """Files that git knows; those of a copy without git, all that lie there."""
+    listed = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True, check=False)
+    names = listed.stdout.splitlines() if listed.returncode == 0 else []
+    return [ROOT / name for name in names if (ROOT / name).is_file()]
+
+
+def prose(path: Path) -> str:
+    """A page without its comments."""
+    return re.sub(r"<!--.*?-->", "", text_of(path), flags=re.DOTALL)
+
+
+def slug(heading: str) -> str:
+    """The anchor that a heading gets."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def test_readme_is_short():
+    assert (ROOT / "README.md").stat().st_size <= 9000
+
+
+def test_pictures():
+    shown = set()
+    for page in pages():
+        shown |= {(page.parent / name).resolve() for name in re.findall(r"!\[[^]]+]\(([^)]+)\)", prose(page))}
+    there = {path for path in (ROOT / "docs").iterdir() if path.suffix in {".png", ".jpg", ".svg"}}
+    assert shown == there  # none is missing, none lies about
+    for path in there:
+        assert path.stat().st_size < 400_000
+        if path.suffix == ".svg":
+            assert ET.parse(path).getroot().tag.endswith("svg")
+        else:
+            with Image.open(path) as picture:
+                picture.load()
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links(page):
+    for target in re.findall(r"(?<!!)\[[^]]+]\(([^)\s]+)\)", prose(page)):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.is_file(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", text_of(file), re.MULTILINE)
+            assert anchor in {slug(heading) for heading in headings}, target
+
+
+def test_generated_pages_are_up_to_date():
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "docs.generate", "--check"]
+    checked = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, f"{checked.stdout}{checked.stderr}: run `make docs`"
+
+
+@pytest.mark.parametrize("shown", list(doc_commands()), ids=lambda shown: f"{shown.page}: {shown.text}")
+def test_each_command_is_run_or_marked(shown: DocCommand):
+    if shown.mark:
+        return
+    files = [file for pattern, file in RUN_BY.items() if re.fullmatch(pattern, shown.text)]
+    assert files, "run it in a test and list it in RUN_BY, or say behind it what it needs"
+    for name in files:
+        assert name in PENDING_FILES or (ROOT / name).is_file(), name
+
+
+def test_no_pattern_is_left_over():
+    unmarked = [shown.text for shown in doc_commands() if not shown.mark]
+    assert [pattern for pattern in RUN_BY if not any(re.fullmatch(pattern, text) for text in unmarked)] == []
+
+
+def test_targets_of_make():
+    targets = {name for page in pages() for name in re.findall(r"^    make (\w+)|`make (\w+)`", text_of(page), re.M)}
+    for target in sorted(filter(None, (name for pair in targets for name in pair))):
+        tried = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert tried.returncode == 0, tried.stderr
+
+
+def known_flags() -> set[str]:
+    """The flags in the first column of flags.md."""
+    rows = re.findall(r"^\| (`--[^|]+) \|", text_of(ROOT / "docs" / "flags.md"), re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"--[\w-]+", row)}
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_flags_exist(page):
+    if page.name == "flags.md":
+        return
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", prose(page)))
+    assert named - known_flags() - OTHER_FLAGS - PENDING_FLAGS == set()
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_files_of_code_exist(page):
+    named = set(
+        re.findall(
+            r"\b(?:CLIP|Prompt|dataset|engine|tests|benchmarks|docs)/[\w/]+\.(?:py|json|txt)\b(?!\.\w)", prose(page)
+        )
+    )
+    assert {name for name in named - PENDING_FILES if not (ROOT / name).is_file()} == set()
+
+
+def test_nothing_pending_has_arrived():
+    """Strike it out of the two lists above: from then on the checks hold it."""
+    assert {name for name in PENDING_FILES if (ROOT / name).is_file()} == set()
+    assert PENDING_FLAGS & known_flags() == set()
+
+
+def test_one_version():
+    versions = {
+        "pyproject.toml": re.search(r'^version = "([^"]+)"', text_of(ROOT / "pyproject.toml"), re.MULTILINE)[1],
+        "CITATION.cff": re.search(r"^version: (\S+)", text_of(ROOT / "CITATION.cff"), re.MULTILINE)[1],
+        "CHANGELOG.md": re.search(r"^## (\d\S+)", text_of(ROOT / "CHANGELOG.md"), re.MULTILINE)[1],
+    }
+    config = ROOT / "engine" / "config.py"
+    if config.is_file():  # without importing it: what stands in the file
+        versions["engine/config.py"] = re.search(r'^VERSION(?:: \w+)? = "([^"]+)"', text_of(config), re.MULTILINE)[1]
+    assert len(set(versions.values())) == 1, versions
+
+
+def test_key_file_has_the_published_form():
+    assert list(json.loads(text_of(ROOT / "key.json"))) == ["api_key"]  # its value may be the user's key
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level names of the modules that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(text_of(path))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def test_requirements_name_all_that_is_imported():
+    files = tracked("*.py")
+    own = {path.name.removesuffix(".py") for path in ROOT.iterdir()}
+    for name, part in (("requirements.txt", "product"), ("requirements-dev.txt", "tests")):
+        text = text_of(ROOT / "requirements.txt") + (text_of(ROOT / name) if part == "tests" else "")
+        listed = {match.lower().replace("-", "_") for match in re.findall(r"(?:^|[ ,])([A-Za-z][\w-]+)>=", text, re.M)}
+        for path in files:
+            if (part == "tests") != (path.relative_to(ROOT).parts[0] in {"tests", "benchmarks"}):
+                continue
+            foreign = imported(path) - set(sys.stdlib_module_names) - own
+            needed = {DISTRIBUTIONS.get(module, module).lower().replace("-", "_") for module in foreign}
+            assert needed - listed - COMPARED_IF_THERE == set(), path
+
+
+def test_no_address_of_a_package_index():
+    """Plain pip with its user's settings: ranges alone, so that a PyTorch build that is there is kept."""
+    for name in ("requirements.txt", "requirements-dev.txt", "Makefile", "pyproject.toml", ".pre-commit-config.yaml"):
+        assert "://" not in text_of(ROOT / name), name
+        assert not re.search(r"(^|\s)(-i|-f|--[a-z-]*index[a-z-]*|--find-links)\b", text_of(ROOT / name), re.M), name
+
+
+def test_habits_are_called_by_make_test():
+    recipe = text_of(ROOT / "Makefile").split("\ntest:")[1].split("\n\n")[0]
+    assert all(tool in recipe for tool in ("ruff check", "ruff format --check", "mypy", "pytest"))
+    assert "run: make test" in text_of(ROOT / ".github" / "workflows" / "test.yml")
+    assert "make test" in text_of(ROOT / ".ci" / "run")

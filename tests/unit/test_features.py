@@ -1,259 +1,254 @@
-"""The feature store: what it keeps, what it reuses, and that it never lies."""
+"""The token store: what names its files, what it notices, where it keeps tokens, and how often the tower runs."""
 
 from __future__ import annotations
 
-import hashlib
-import subprocess
-import sys
-from pathlib import Path
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from CLIP import create_model
-from dataset import Sample
+from CLIP.clip import create_model
+from CLIP.weights import find_weights
 from engine import features
-from engine.features import RECORD_BYTES, Backbone, DiskRows, FeatureStore, Item, choose_mode, read_index
-from utils import InputError
+from engine.features import Item, TokenStore, Tower, choose_cache, free_memory
+from tests.helpers.data import draw_samples, small_settings, store_options
+from utils import JITTER_VIEW, VIEWS, InputError
 
-ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def clip():
-    return create_model("ViT-tiny-14-56", "random", 42)
+def make_tower(**changes):
+    settings = small_settings(**{k: v for k, v in changes.items() if k not in ("autocast", "seed")})
+    weights = find_weights(settings.model_name, settings.pretrain, None, changes.get("seed", 1))
+    return Tower.of(settings, weights, changes.get("autocast"), CPU)
+
+
+def load(tower):
+    return create_model(tower.weights, img_size=tower.img_size, fidelity=tower.fidelity)
+
+
+def filled(tower, items, folder, samples=(), **options):
+    """A store with tokens, and how many images passed the tower."""
+    store = TokenStore(tower, store_options(folder, **options))
+    store.plan(items, [samples] if samples else ())
+    passed = len(store.missing)
+    store.fill(load(tower))
+    return store, passed
 
 
 @pytest.fixture
-def items(tmp_path):
-    rng = np.random.default_rng(0)
-    found = []
-    for i in range(7):
-        path = tmp_path / f"{i}.png"
-        Image.fromarray(rng.integers(0, 255, (42, 42, 3), dtype=np.uint8)).save(path)
-        found.append(Item(Sample(path, 0, None, path.name)))
-    return found
+def samples(tmp_path):
+    (tmp_path / "data").mkdir()
+    return draw_samples(tmp_path / "data")
 
 
-def make(clip, tmp_path, mode="disk", **options):
-    backbone = Backbone(clip, options.pop("layers", [2, 4]), options.pop("class_token", False))
-    return FeatureStore(backbone, mode, tmp_path / "store", **{"batch_size": 3, **options})
+def views(samples):
+    return [Item(s, view, (0.2, 0.7) if view == JITTER_VIEW else None) for view in range(VIEWS) for s in samples]
 
 
-@pytest.mark.parametrize("mode", ["ram", "disk", "off"])
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_tokens_come_back(clip, items, tmp_path, mode, dtype):
-    store = make(clip, tmp_path, mode, dtype=dtype)
-    assert store.prepare(items) == (0 if mode == "off" else 7)
-    expected = clip.image_tokens(torch.stack([item.image(42) for item in items]), [2, 4])
-    got = store.get(items)
-    for mine, tokens in zip(got, expected, strict=True):
-        assert mine.shape == (7, 9, 128)  # patches only: no adapter reads the class token
-        assert mine.dtype == torch.float32
-        tolerance = 1e-5 if dtype == "float32" or mode == "off" else 2e-3
-        torch.testing.assert_close(mine, tokens[:, 1:], atol=tolerance, rtol=tolerance)
+@pytest.mark.parametrize("cache", ["ram", "disk", "off"])
+def test_tokens_are_those_of_the_tower(samples, tmp_path, cache):
+    tower = make_tower()
+    store, _ = filled(tower, views(samples[:2]), tmp_path / "cache", samples, cache=cache)
+    clip = load(tower)
+    for items in (views(samples[:2])[5:9], samples[1:4]):
+        tokens = store.get(store.rows(items))
+        images = torch.stack([(i if isinstance(i, Item) else Item(i)).load(42)[1] for i in items])
+        expected = [layer[:, 1:] for layer in clip.image_tokens(images, (2, 4))]
+        assert [t.dtype for t in tokens] == [torch.float32] * 2
+        torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=0)
 
 
-def test_class_token_is_kept_where_it_is_read(clip, items, tmp_path):
-    store = make(clip, tmp_path, "ram", class_token=True)
-    store.prepare(items)
-    assert store.get(items)[0].shape == (7, 10, 128)
+def test_a_second_run_passes_nothing_and_reads_no_tower(samples, tmp_path):
+    tower = make_tower()
+    first, passed = filled(tower, views(samples[:1]), tmp_path, samples, cache="disk")
+    assert passed == VIEWS + len(samples) - 1  # the plain view of the shot is one of its 16
+    for cache in ("disk", "auto", "ram"):
+        store = TokenStore(tower, store_options(tmp_path, cache=cache))
+        store.plan(views(samples[:1]), [samples])
+        assert not store.missing and not store.needs_tower
+        rows = store.rows(samples)
+        torch.testing.assert_close(store.get(rows), first.get(first.rows(samples)), atol=0, rtol=0)
 
 
-def test_second_run_computes_only_what_is_missing(clip, items, tmp_path):
-    assert make(clip, tmp_path).prepare(items[:5]) == 5
-    assert make(clip, tmp_path).prepare(items) == 2
-    store = make(clip, tmp_path)
-    assert store.prepare(items) == 0
-    fresh = make(clip, tmp_path / "other")
-    fresh.prepare(items)
-    for mine, tokens in zip(store.get(items), fresh.get(items), strict=True):
-        torch.testing.assert_close(mine, tokens, atol=1e-3, rtol=1e-3)
+def test_runs_that_read_other_layers_share_files(samples, tmp_path):
+    filled(make_tower(), [], tmp_path, samples, cache="disk")
+    store = TokenStore(make_tower(features_list=(4,)), store_options(tmp_path, cache="disk"))
+    store.plan([], [samples])
+    assert not store.missing
 
 
-def test_a_changed_file_is_another_image(clip, items, tmp_path):
-    make(clip, tmp_path).prepare(items)
-    Image.fromarray(np.full((42, 42), 7, dtype=np.uint8)).save(items[0].sample.path)
-    store = make(clip, tmp_path)
-    assert store.prepare(items) == 1
-    expected = clip.image_tokens(items[0].image(42)[None], [2])[0][:, 1:]
-    torch.testing.assert_close(store.get(items[:1])[0], expected, atol=2e-3, rtol=2e-3)
+KEY_CHANGES = {
+    "weights": {"seed": 2},
+    "fidelity": {"fidelity": "corrected"},
+    "img_size": {"img_size": 56},
+    "precision": {"autocast": torch.bfloat16},
+    "model": {"model_name": "ViT-B-32"},
+}
 
 
-def test_views_have_their_own_rows_and_only_the_jitter_depends_on_the_draws(clip, items, tmp_path):
-    views = [Item(items[0].sample, view, (0.2, 0.3)) for view in range(16)]
-    assert make(clip, tmp_path).prepare(views) == 16
-    assert make(clip, tmp_path).prepare([Item(items[0].sample, view, (0.8, 0.1)) for view in range(16)]) == 1
-    assert make(clip, tmp_path).prepare(items[:1]) == 0  # view 0 is the image itself
+@pytest.mark.parametrize("change", KEY_CHANGES.values(), ids=KEY_CHANGES)
+def test_what_shapes_tokens_is_in_the_folders_name(tmp_path, change):
+    folders = {TokenStore(tower, store_options(tmp_path)).folder for tower in (make_tower(), make_tower(**change))}
+    assert len(folders) == 2
 
 
-def test_whatever_shapes_the_numbers_is_in_the_key(clip, tmp_path):
-    other = create_model("ViT-tiny-14-56", "random", 42, seed=1)
-    corrected = create_model("ViT-tiny-14-56", "random", 42, fidelity="corrected")
-    larger = create_model("ViT-tiny-14-56", "random", 56)
-    folders = {make(model, tmp_path).folder for model in (clip, other, corrected, larger)}
-    folders |= {make(clip, tmp_path, **change).folder for change in (
-        {"layers": [1, 4]}, {"class_token": True}, {"dtype": "float32"},
-    )}  # fmt: skip
-    assert len(folders) == 7
-    assert make(clip, tmp_path, layers=[4, 2]).folder == make(clip, tmp_path).folder
+FIELDS = [
+    "weights_sha256",
+    "fidelity",
+    "quick_gelu",
+    "img_size",
+    "precision",
+    "dtype",
+    "device",
+    "model",
+    "architecture",
+]
 
 
-def rows_on(folder, count=0):
-    rows = DiskRows(folder, (1, 2, 3), torch.float16, {})
-    for i in range(count):
-        with rows.filling():
-            rows.add([bytes([i]) * 32], torch.full((1, 1, 2, 3), float(i), dtype=torch.float16))
-    return rows
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_field_of_the_description_counts(tmp_path, monkeypatch, field):
+    """A description that differs in one field alone names another folder."""
+    tower = make_tower()
+    before = TokenStore(tower, store_options(tmp_path)).folder
+    whole = Tower.description
+    monkeypatch.setattr(Tower, "description", lambda self, dtype: {**whole(self, dtype), field: "other"})
+    assert field in whole(tower, torch.float32)
+    assert TokenStore(tower, store_options(tmp_path)).folder != before
 
 
-def test_torn_index_records_and_missing_rows_are_dropped(tmp_path):
-    rows_on(tmp_path, 4)
-    index, data = tmp_path / "index.bin", tmp_path / "rows.bin"
-    whole = index.read_bytes()
-    for cut in (1, RECORD_BYTES - 1, RECORD_BYTES + 5):
-        index.write_bytes(whole[:-cut])
-        assert len(rows_on(tmp_path).records) == 4 - 1 - cut // RECORD_BYTES
-    index.write_bytes(whole[:50] + b"\xff" + whole[51:])  # inside the second record
-    assert len(rows_on(tmp_path).records) == 1
-    index.write_bytes(whole)
-    data.write_bytes(data.read_bytes()[:-5])
-    rows = rows_on(tmp_path)
-    assert len(rows.records) == 3
-    with rows.filling():
-        rows.add([b"z" * 32], torch.full((1, 1, 2, 3), 9.0, dtype=torch.float16))
-    again = rows_on(tmp_path)
-    assert again[b"z" * 32].unique().tolist() == [9.0]
-    assert again[bytes([2]) * 32].unique().tolist() == [2.0]
+def test_quick_gelu_is_in_the_key_where_the_size_decides_it():
+    """At its own size a model with OpenAI's weights runs another activation."""
+    weights = replace(make_tower().weights, pretrain="openai")
+    at = [replace(make_tower(), weights=weights, img_size=size).description(torch.float32) for size in (42, 56)]
+    assert [entry["quick_gelu"] for entry in at] == [False, True]
 
 
-def test_a_damaged_row_is_an_error_not_a_number(tmp_path):
-    rows_on(tmp_path, 2)
-    data = bytearray((tmp_path / "rows.bin").read_bytes())
-    data[-1] ^= 1
-    (tmp_path / "rows.bin").write_bytes(data)
-    rows = rows_on(tmp_path)
-    assert rows[bytes([0]) * 32].unique().tolist() == [0.0]
-    with pytest.raises(InputError, match="damaged"):
-        rows[bytes([1]) * 32]
+def test_dtype_is_that_of_the_computation_unless_given(tmp_path):
+    for options, autocast, expected in (
+        ({}, None, torch.float32), ({}, torch.bfloat16, torch.bfloat16),
+        ({"cache_dtype": "float16"}, None, torch.float16),
+    ):  # fmt: skip
+        assert TokenStore(make_tower(autocast=autocast), store_options(tmp_path, **options)).dtype == expected
 
 
-FILL = """
-import sys; sys.path.insert(0, {root!r})
-import torch; torch.set_num_threads(1)
-from pathlib import Path
-from CLIP import create_model
-from dataset import Sample
-from engine.features import Backbone, FeatureStore, Item
-clip = create_model("ViT-tiny-14-56", "random", 42)
-paths = sorted(Path({folder!r}).glob("*.png"))
-items = [Item(Sample(path, 0, None, path.name), view, (0.1, 0.2)) for path in paths for view in range(16)]
-FeatureStore(Backbone(clip, [2, 4], False), "disk", {store!r}, batch_size=3).prepare(items)
-"""
+def test_item_keys_tell_contents_views_and_draws_apart(samples):
+    item = Item(samples[0], 13, (0.1, 0.2))
+    others = [replace(item, view=14), replace(item, jitter=(0.1, 0.3))]
+    assert len({item.key("a"), item.key("b"), *(other.key("a") for other in others)}) == 4
+    assert replace(item, view=3).key("a") == replace(item, view=3, jitter=(0.1, 0.3)).key(
+        "a"
+    )  # draws of the jitter alone
 
 
-KILLED_FILLS = """
-import os, random, signal, sys, time
-from pathlib import Path
-import torch  # once: a child is forked from here, before anything has run
-from engine.features import RECORD_BYTES
-script, store, kept, moments = sys.argv[1], Path(sys.argv[2]), 0, random.Random(3)
-while_it_runs = lambda pid: os.waitpid(pid, os.WNOHANG) == (0, 0)
-for _ in range(10):
-    pid = os.fork()
-    if pid == 0:
-        exec(script)
-        os._exit(0)
-    enough = kept + moments.randint(1, 6)
-    while kept < enough and while_it_runs(pid):
-        kept = sum(path.stat().st_size for path in store.glob("*/index.bin")) // RECORD_BYTES
-    time.sleep(moments.uniform(0, 0.005))
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    print(sum(path.stat().st_size for path in store.glob("*/index.bin")) // RECORD_BYTES)
-"""
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "remove"])
+def test_damaged_files_are_computed_again(samples, tmp_path, damage):
+    tower = make_tower()
+    first, _ = filled(tower, [], tmp_path, samples, cache="disk")
+    path = sorted(tmp_path.glob("*/layer4-patches/*/*.tokens"))[0]
+    data = bytearray(path.read_bytes())
+    if damage == "remove":
+        path.unlink()
+    else:
+        data[100] ^= 1
+        path.write_bytes({"truncate": bytes(data[:-9]), "flip": bytes(data), "empty": b""}[damage])
+    store, passed = filled(tower, [], tmp_path, samples, cache="disk")
+    assert passed == 1
+    torch.testing.assert_close(store.get(store.rows(samples)), first.get(first.rows(samples)), atol=1e-6, rtol=0)
 
 
-def test_a_fill_killed_ten_times_resumes(clip, items, tmp_path):
-    fill = FILL.format(root=str(ROOT), folder=str(tmp_path), store=str(tmp_path / "store"))
-    command = [sys.executable, "-c", KILLED_FILLS, fill, str(tmp_path / "store")]
-    output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True, timeout=120).stdout
-    kept = [int(line) for line in output.splitlines() if line.isdigit()]
-    assert len(kept) == 10
-    assert kept == sorted(kept)
-    assert 0 < kept[-1] < 7 * 16  # the last one was killed in the middle too
-    views = [Item(item.sample, view, (0.1, 0.2)) for item in items for view in range(16)]
-    store = make(clip, tmp_path)
-    assert store.prepare(views) == 7 * 16 - kept[-1]
-    fresh = make(clip, tmp_path / "other")
-    fresh.prepare(views)
-    for mine, tokens in zip(store.get(views), fresh.get(views), strict=True):
-        torch.testing.assert_close(mine, tokens, atol=1e-3, rtol=1e-3)
+def test_a_reader_notices_files_that_are_pruned_meanwhile(samples, tmp_path):
+    store, _ = filled(make_tower(), [], tmp_path, samples, cache="disk")
+    next(tmp_path.glob("*/layer2-patches/*/*.tokens")).unlink()
+    with pytest.raises(InputError, match=r"gone or damaged.*start again"):
+        store.get(store.rows(samples))
 
 
-def test_two_processes_fill_one_store(clip, items, tmp_path):
-    script = FILL.format(root=str(ROOT), folder=str(tmp_path), store=str(tmp_path / "store"))
-    runs = [subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL) for _ in range(2)]
-    assert [run.wait() for run in runs] == [0, 0]
-    store = make(clip, tmp_path)
-    records, _ = read_index(store.folder / "index.bin", 10**6)
-    assert len(records) == 7 * 16
-    assert (store.folder / "rows.bin").stat().st_size == 7 * 16 * store.row_bytes
-    assert store.prepare([Item(item.sample) for item in items]) == 0
+def test_a_file_that_changes_between_hash_and_decoding_is_refused(samples, tmp_path):
+    """Its tokens would lie under another picture's name for good."""
+    tower = make_tower()
+    store = TokenStore(tower, store_options(tmp_path, cache="disk"))
+    store.plan([], [samples])
+    samples[2].path.write_bytes(samples[3].path.read_bytes())
+    with pytest.raises(InputError, match=r"2\.png: changed while it was read"):
+        store.fill(load(tower))
 
 
-def test_auto(monkeypatch, tmp_path):
+def test_a_complete_store_may_be_read_only(samples, tmp_path):
+    tower = make_tower()
+    filled(tower, [], tmp_path, samples, cache="disk")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if "data" not in path.parts}
+    store, passed = filled(tower, [], tmp_path, samples, cache="disk")
+    assert not passed and len(store.get(store.rows(samples))) == 2
+    assert before == {path: path.stat().st_mtime_ns for path in before}  # nothing is written, not even a lock
+
+
+def test_overflow_is_noticed_at_the_pass(samples, tmp_path):
+    tower = make_tower()
+    clip = load(tower)
+    clip.visual.transformer.resblocks[0].mlp.c_proj.bias.data += 1e6
+    store = TokenStore(tower, store_options(tmp_path, cache_dtype="float16"))
+    store.plan([], [samples])
+    with pytest.raises(InputError, match=r"0\.png: its tokens are not finite in float16; use --cache_dtype float32"):
+        store.fill(clip)
+
+
+def test_no_room_on_the_gpu_falls_back_to_memory(samples, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def no_room(self):
+        calls.append(self.cache)
+        if len(calls) < 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.empty((len(self.items), *self.tower.shape), dtype=self.dtype)
+
+    monkeypatch.setattr(TokenStore, "_allocate", no_room)
+    monkeypatch.setattr(features, "choose_cache", lambda *_: "gpu")
+    store, _ = filled(make_tower(), [], tmp_path, samples)
+    assert calls == ["gpu", "ram"] and store.cache == "ram"
+    assert "no room for" in capsys.readouterr().out
+    assert len(store.get(store.rows(samples))) == 2
+
+
+def test_the_gpu_is_refused_where_there_is_none(tmp_path):
+    with pytest.raises(InputError, match="--cache gpu: no CUDA device"):
+        choose_cache("gpu", 1, tmp_path, CPU)
+
+
+def fake_root(folder, available_mb, version, limit_mb, used_mb):
+    (folder / "proc/self").mkdir(parents=True)
+    (folder / "proc/meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable:   {available_mb * 1024} kB\n")
+    if version == 2:
+        (folder / "proc/self/cgroup").write_text("0::/user/job\n")
+        group, names = folder / "sys/fs/cgroup/user/job", ("memory.max", "memory.current")
+    else:
+        (folder / "proc/self/cgroup").write_text("5:cpu:/\n4:memory:/user/job\n")
+        group = folder / "sys/fs/cgroup/memory/user/job"
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    group.mkdir(parents=True)
+    for name, value in zip(names, (limit_mb, used_mb), strict=True):
+        (group / name).write_text("max\n" if value is None else f"{value * 2**20}\n")
+    return folder
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_respects_control_groups(tmp_path, version):
+    assert free_memory(fake_root(tmp_path, 8000, version, 3000, 1000)) == 2000 * 2**20
+
+
+def test_free_memory_without_a_limit(tmp_path):
+    assert free_memory(fake_root(tmp_path, 8000, 2, None, 1000)) == 8000 * 2**20
+
+
+@pytest.mark.parametrize("variables", [{"SLURM_MEM_PER_NODE": "500"},
+                                       {"SLURM_MEM_PER_CPU": "250", "SLURM_CPUS_ON_NODE": "2"}])  # fmt: skip
+def test_free_memory_respects_slurm(tmp_path, monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert free_memory(fake_root(tmp_path, 8000, 2, None, 1000)) == 500 * 2**20
+
+
+def test_auto_prefers_memory_then_files_then_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(features, "free_memory", lambda: 1000)
     monkeypatch.setattr(features, "free_disk", lambda folder: 5000)
-    assert [choose_mode(need, tmp_path / "x") for need in (500, 501, 6000)] == ["ram", "disk", "off"]
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x/meta.json").touch()
-    assert choose_mode(500, tmp_path / "x") == "disk"
-
-
-def test_a_full_disk_is_one_line_and_keeps_what_is_there(clip, items, tmp_path, monkeypatch):
-    store = make(clip, tmp_path)
-    store.prepare(items[:3])
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(features.os, "fsync", full)
-    with pytest.raises(InputError, match="No space left"):
-        store.prepare(items)
-    monkeypatch.undo()
-    assert make(clip, tmp_path).prepare(items) == 4
-
-
-def test_info_and_prune(clip, items, tmp_path):
-    store = make(clip, tmp_path)
-    store.prepare(items)
-
-    def run(action):
-        command = [sys.executable, "-m", "engine.features", action, "--cache_dir", str(tmp_path / "store")]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-
-    assert f"{store.folder}  7 images" in run("--info")
-    broken = {
-        "0" * 16: "{", "1" * 16: "[]", "2" * 16: '{"row_bytes": 0}', "3" * 16: "\xff", "4" * 16: '{"row_bytes": "x"}',
-    }  # fmt: skip
-    for name, text in broken.items():
-        (tmp_path / "store" / name).mkdir()
-        (tmp_path / "store" / name / "meta.json").write_text(text, encoding="latin-1")
-        if name[0] != "4":
-            (tmp_path / "store" / name / "rows.bin").touch()
-    (tmp_path / "store" / "project").mkdir()
-    (tmp_path / "store" / "project" / "meta.json").write_text("{}")  # no store: nothing to be deleted
-    lines = run("--info").splitlines()
-    assert [line.split("  ")[1] for line in lines] == ["damaged; --prune removes it"] * 5 + ["7 images"]
-    assert run("--prune").count("freed") == 6
-    assert [path.name for path in (tmp_path / "store").iterdir()] == ["project"]
-    assert not store.folder.exists()
-    assert "no stores" in run("--info")
-
-
-def test_item_keys_are_stable(items):
-    digest = hashlib.sha256(items[0].sample.path.read_bytes()).hexdigest()
-    assert items[0].key(digest) == hashlib.sha256(f"{digest} 0 ".encode()).digest()
+    assert [choose_cache("auto", need, tmp_path, CPU) for need in (500, 501, 5000)] == ["ram", "disk", "off"]

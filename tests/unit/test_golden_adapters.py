@@ -69,6 +69,17 @@ def test_mvitfc_across_tokens_does_not_depend_on_the_batch():
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
+def test_mvitfc_across_tokens_drops_the_class_token():
+    """Attention without positions: two patches exchanged exchange their scores, and the first token has none."""
+    torch.manual_seed(0)
+    model = DualBranchAdapters("MViTFC", 128, 96, [1], across_tokens=True)
+    tokens, text = torch.randn(2, 10, 128), torch.nn.functional.normalize(torch.randn(96, 2), dim=0)
+    order = [0, 1, 2, 5, 4, 3, 6, 7, 8, 9]  # of tokens: patches 2 and 4
+    with torch.no_grad():
+        scores, exchanged = model([tokens], text)[0], model([tokens[:, order]], text)[0]
+    torch.testing.assert_close(exchanged[:, :, [0, 1, 4, 3, 2, 5, 6, 7, 8]], scores, atol=1e-5, rtol=0)
+
+
 def test_cosine_has_the_gradients_of_its_formula():
     torch.manual_seed(0)
     vectors = torch.randn(2, 3, 2, 7, dtype=torch.float64, requires_grad=True)
@@ -80,3 +91,27 @@ def test_cosine_has_the_gradients_of_its_formula():
         score = Cosine.apply(vectors.detach().bfloat16().requires_grad_(), direction.float())
     score.float().sum().backward()
     assert direction.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_drawn_from_a_generator_are_those_of_torch_s_layers(kind):
+    """The published draws, bit for bit, in the published order: normal adapters layer by layer, then abnormal ones."""
+    layers = {
+        "MFCFC": lambda: [torch.nn.Linear(32, out, bias=False) for out in (32, 24, 24)],
+        "MCNNFC": lambda: [torch.nn.Conv1d(32, 32, 1), *(torch.nn.Linear(32, 24, bias=False) for _ in range(2))],
+        "MViTFC": lambda: [
+            torch.nn.TransformerEncoderLayer(32, nhead=8, dim_feedforward=32, dropout=0.0),
+            *(torch.nn.Linear(32, 24, bias=False) for _ in range(2)),
+        ],
+    }
+    torch.manual_seed(3)
+    published = [value for _ in range(4) for layer in layers[kind]() for value in layer.state_dict().values()]
+    after_published = torch.get_rng_state()
+    torch.manual_seed(4)
+    before = torch.get_rng_state()
+    generator = torch.Generator().manual_seed(3)
+    model = DualBranchAdapters(kind, 32, 24, [1, 2], generator=generator)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(generator.get_state(), after_published)
+    for (name, value), expected in zip(model.state_dict().items(), published, strict=True):
+        assert torch.equal(value, expected), name

@@ -10,8 +10,9 @@ import torch
 
 from CLIP import tokenize
 from CLIP.clip import load_state, random_state
-from CLIP.model import CLIP, ModelConfig, PromptPass, TextTower
-from Prompt.promptChooser import PromptChooser, fixed_sentences, state_phrases
+from CLIP.model import CLIP, ModelConfig, TextTower
+from Prompt import PromptChooser, PromptPass
+from Prompt.states import fixed_sentences, state_phrases
 from tests.conftest import VARIANTS, load_golden
 from tests.unit.test_golden_backbone import close
 
@@ -21,8 +22,8 @@ def chooser_with_golden_contexts(clip, obj: str, mood: str, causal: bool) -> Pro
     chooser = PromptChooser(clip, {"Brain": "Brain", "Chest": "Chest X-ray film"}[obj], mood, causal)
     stored = load_golden("prompts")
     with torch.no_grad():
-        for maker in chooser.makers.values():
-            for name, parameter in maker.ctx.items():
+        for learner in chooser.prompt_learners.values():
+            for name, parameter in learner.ctx.items():
                 parameter.copy_(torch.from_numpy(stored[f"ctx/prompt_learner.ctx.{name}"]))
     return chooser
 
@@ -48,7 +49,7 @@ def test_sentences_and_ids(golden, tiny_clip, obj, kind):
     assert learnable == data[f"{obj}/learnable/{kind}/sentences"].tolist()
     stored_ids = data[f"{obj}/learnable/{kind}/token_ids"]
     assert np.array_equal(tokenize(learnable).numpy(), stored_ids)
-    learner = PromptChooser(tiny_clip(False), name, "learnable_all").makers[kind]
+    learner = PromptChooser(tiny_clip(False), name, "learnable_all").prompt_learners[kind]
     assert learner.name_lengths == data[f"{obj}/learnable/{kind}/name_lengths"].tolist()
     assert learner.eot.tolist() == stored_ids.argmax(axis=1).tolist() * 3
 
@@ -75,8 +76,8 @@ def test_context_gradients(golden, tiny_clip, variant):
         clip_of(variant, tiny_clip), "Brain", "learnable_all", variant.endswith("causal")
     )
     (chooser() * torch.from_numpy(data["grad_vector"])).sum().backward()
-    for maker in chooser.makers.values():
-        for name, parameter in maker.ctx.items():
+    for learner in chooser.prompt_learners.values():
+        for name, parameter in learner.ctx.items():
             key = f"prompt_learner.ctx.{name}"
             if variant.startswith("quickgelu"):
                 norm = float(data[f"Brain/learnable_all/{variant}/grad_norm/{key}"])
@@ -89,10 +90,25 @@ def test_context_gradients(golden, tiny_clip, variant):
 
 def test_context_initialisation_is_seeded_and_abnormal_first(tiny_clip):
     torch.manual_seed(5)
-    expected = torch.empty(7, 8, 128).normal_(0, 0.02)
+    expected = [torch.empty(7, 8, 128).normal_(0, 0.02) for _ in range(6)]
     torch.manual_seed(5)
-    chooser = PromptChooser(tiny_clip(False), "Brain", "learnable_all")
-    assert torch.equal(chooser.makers["abnormal"].ctx["abnormal_end"], expected)
+    from_global = PromptChooser(tiny_clip(False), "Brain", "learnable_all")
+    from_own = PromptChooser(tiny_clip(False), "Brain", "learnable_all", generator=torch.Generator().manual_seed(5))
+    for chooser in (from_global, from_own):
+        drawn = {name: value for learner in chooser.prompt_learners.values() for name, value in learner.ctx.items()}
+        names = [f"{kind}_{position}" for kind in ("abnormal", "normal") for position in ("end", "front", "middle")]
+        for name, values in zip(names, expected, strict=True):
+            assert torch.equal(drawn[name], values), name
+
+
+def test_contexts_with_a_generator_leave_the_global_one_alone(tiny_clip):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    generator = torch.Generator().manual_seed(5)
+    one, other = (PromptChooser(tiny_clip(False), "Brain", "learnable_all", generator=generator) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    pair = [chooser.prompt_learners["normal"].ctx["normal_end"] for chooser in (one, other)]
+    assert not torch.equal(*pair)  # the generator moves on
 
 
 def every_position(text: TextTower, embeddings: torch.Tensor, eot: torch.Tensor, causal: bool) -> torch.Tensor:
@@ -121,7 +137,7 @@ def test_prompts_computed_in_part_equal_the_whole(causal):
     found, gradients = [], []
     for whole in (False, True):
         if whole:
-            parts = [every_position(clip.text, *maker(), causal) for maker in chooser.makers.values()]
+            parts = [every_position(clip.text, *learner(), causal) for learner in chooser.prompt_learners.values()]
         else:
             parts = list(chooser.prompt_embeddings().values())
         found.append(torch.cat(parts))
@@ -139,14 +155,14 @@ def test_fixed_positions_are_computed_once(tiny_clip, causal):
     """Other embeddings at the fixed positions change nothing, at the changing ones they do."""
     text = tiny_clip(False).text
     chooser = PromptChooser(tiny_clip(False), "Brain", "learnable_abnormal", causal)
-    maker = chooser.makers["abnormal"]
+    learner = chooser.prompt_learners["abnormal"]
     with torch.no_grad():
-        embeddings, eot = maker()
-        encode = PromptPass(text, embeddings, maker.context_positions, eot, causal)
+        embeddings, eot = learner()
+        encode = PromptPass(text, embeddings, learner.context_positions, eot, causal)
         before = encode(embeddings)
         start_moved, context_moved = embeddings.clone(), embeddings.clone()
         start_moved[:, 0] *= -5
-        context_moved[torch.arange(len(eot)), maker.context_positions[:, -1]] *= -5
+        context_moved[torch.arange(len(eot)), learner.context_positions[:, -1]] *= -5
         assert torch.equal(encode(start_moved), before) is causal  # without a mask its residual still counts
         assert not torch.isclose(encode(context_moved), before).all(dim=-1).any()
 

@@ -1,11 +1,12 @@
-"""engine/metrics.py against scikit-learn, torchmetrics, an exact AUPRO and the figures of the published evaluation."""
+"""engine/metrics.py against scikit-learn, torchmetrics, MVTec's AUPRO and the figures of the published evaluation."""
 
 from __future__ import annotations
 
 import json
-import pickle
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +14,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
-from torchmetrics.classification import BinaryAUROC
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
+from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision
 
-from engine.metrics import PerRegionOverlap, PixelBootstrap, ScoreHistogram, bootstrap_auroc, image_metrics
+from engine import metrics
+from engine.evaluation import Evaluation, Masks
+from engine.metrics import (
+    METRICS,
+    Metrics,
+    PixelCounts,
+    bootstrap_auroc,
+    count_pixels,
+    image_curves,
+    image_metrics,
+    measure,
+    measure_without,
+    per_image_metrics,
+    score_grid,
+)
 from utils import InputError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -35,7 +50,6 @@ SHAPES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "saturated layers": lambda z: sum(sigmoid(12 * (z + 0.3 * k)) for k in range(LAYERS)),
     "narrow among wide": lambda z: np.where(np.arange(len(z)) % 10 == 0, LAYERS * sigmoid(z), 2 + 0.003 * z),
     "near zero": lambda z: np.exp(-30 - 10 * np.abs(z + 3)),
-    "narrow near K": lambda z: LAYERS - 1e-5 * np.exp(z),
     "heavy ties": lambda z: np.round(20 * sigmoid(z)) / 5,
     "all equal": lambda z: np.full_like(z, 1.7),
 }
@@ -48,11 +62,28 @@ def draw(shape: str, pixels: int, share: float, seed: int = 0) -> tuple[np.ndarr
     return np.clip(scores, 0, LAYERS).astype(np.float32), labels
 
 
-def histogram(scores: np.ndarray, labels: np.ndarray, batch: int) -> ScoreHistogram:
-    result = ScoreHistogram(0, LAYERS)
-    for start in range(0, len(scores), batch):
-        result.update(scores[start : start + batch], labels[start : start + batch])
-    return result
+def sources(maps: np.ndarray, masks: np.ndarray) -> tuple[Callable[[slice], torch.Tensor], ...]:
+    """What `count_pixels` takes, of scores and labels with one row an image."""
+    return lambda part: torch.from_numpy(maps[part]), lambda part: torch.from_numpy(masks[part])
+
+
+def count(scores: np.ndarray, labels: np.ndarray, batch: int = 3, images: int = 10, **options: object) -> PixelCounts:
+    """Count pixels (pixels,) as if they were some images'."""
+    maps, masks = scores.reshape(images, -1), labels.reshape(images, -1)
+    return count_pixels(*sources(maps, masks), images, batch, **options)
+
+
+def exact(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float, float]:
+    """AUROC, AP and F1-max by scikit-learn."""
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    f1 = (2 * precision * recall / np.maximum(precision + recall, 1e-300)).max()
+    return roc_auc_score(labels, scores), average_precision_score(labels, scores), f1
+
+
+def assert_equal(found: dict[str, metrics.Value], expected: dict[str, metrics.Value]) -> None:
+    assert list(found) == list(expected)
+    for name, value in found.items():
+        assert value == pytest.approx(expected[name], abs=1e-12), name
 
 
 @pytest.fixture(scope="module")
@@ -63,201 +94,277 @@ def golden() -> tuple[dict[str, np.ndarray], dict]:
 
 def test_golden_segmentation(golden: tuple[dict[str, np.ndarray], dict]) -> None:
     arrays, figures = golden
-    maps, masks = arrays["layer_maps"].sum(1), arrays["masks"]
-    result = ScoreHistogram(0, arrays["layer_maps"].shape[1])
-    for start in range(0, 8, 3):
-        result.update(maps[start : start + 3], masks[start : start + 3])
-    assert result.auroc() == pytest.approx(figures["segmentation"]["pixel_auc"], abs=1e-9)
-    metrics = image_metrics(arrays["labels"], maps.reshape(8, -1).max(1))
-    assert metrics["auroc"] == pytest.approx(figures["segmentation"]["image_auc"], abs=1e-12)
+    maps, masks = arrays["layer_maps"].sum(1), arrays["masks"].astype(bool)
+    auroc = count_pixels(*sources(maps, masks), 8, 3).auroc()
+    assert auroc == pytest.approx(figures["segmentation"]["pixel_auc"], abs=1e-9)
+    auc = image_metrics(arrays["labels"], maps.reshape(8, -1).max(1))["auc"]
+    assert auc == pytest.approx(figures["segmentation"]["image_auc"], abs=1e-12)
 
 
 def test_golden_detection_only(golden: tuple[dict[str, np.ndarray], dict]) -> None:
     arrays, figures = golden
-    metrics = image_metrics(torch.from_numpy(arrays["labels"]), torch.from_numpy(arrays["det_scores"]))
-    assert metrics["auroc"] == pytest.approx(figures["detection_only"]["image_auc"], abs=1e-12)
+    auc = image_metrics(arrays["labels"], arrays["det_scores"])["auc"]
+    assert auc == pytest.approx(figures["detection_only"]["image_auc"], abs=1e-12)
 
 
-@pytest.mark.parametrize("order", ["mixed", "normal first", "ascending"])
+# --- pixels ---
+
+
 @pytest.mark.parametrize("share", [0.03, 0.001])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_pixel_metrics_agree_with_sklearn(shape: str, share: float, order: str) -> None:
-    scores, labels = draw(shape, 200_000, share)
-    if order != "mixed":
-        places = np.argsort(labels if order == "normal first" else scores, kind="stable")
-        scores, labels = scores[places], labels[places]
-    result = histogram(scores, labels, 20_000)
-    assert result.auroc() == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)
-    assert result.average_precision() == pytest.approx(average_precision_score(labels, scores), abs=1e-4)
-    precision, recall, _ = precision_recall_curve(labels, scores)
-    f1, threshold = result.f1_max()
-    best = (2 * precision * recall / np.maximum(precision + recall, 1e-300)).max()
-    assert f1 == pytest.approx(best, abs=1e-3 if share < 0.01 else 1e-4)
+def test_pixel_metrics_are_exact(shape: str, share: float) -> None:
+    scores, labels = draw(shape, 100_000, share)
+    counts = count(scores, labels)
+    assert (int(counts.normal.sum()), int(counts.abnormal.sum())) == ((~labels).sum(), labels.sum())
+    f1, threshold = counts.f1_max()
+    assert (counts.auroc(), counts.average_precision(), f1) == pytest.approx(exact(scores, labels), abs=1e-12)
     called = scores >= threshold  # the threshold gives the F1 that is reported with it
     assert f1 == pytest.approx(2 * (called & labels).sum() / (called.sum() + labels.sum()), abs=1e-12)
 
 
-@pytest.mark.parametrize("shape", ["wide", "early in training"])
-def test_pixel_auroc_agrees_with_torchmetrics(shape: str) -> None:
-    scores, labels = draw(shape, 100_000, 0.03)
-    other = BinaryAUROC()(torch.from_numpy(scores).double() / LAYERS, torch.from_numpy(labels).long())
-    assert histogram(scores, labels, 10_000).auroc() == pytest.approx(float(other), abs=1e-5)  # it adds in float32
+@pytest.mark.parametrize("shape", ["wide", "early in training", "saturated layers"])
+def test_a_thinned_grid_is_within_1e_6(shape: str) -> None:
+    scores, labels = draw(shape, 1_800_000, 0.4)
+    assert labels.sum() > 1.2 * metrics.GRID
+    counts = count(scores, labels)
+    assert len(counts.grid) <= metrics.GRID
+    found = counts.auroc(), counts.average_precision(), counts.f1_max()[0]
+    assert found == pytest.approx(exact(scores, labels), abs=1e-6)
+    assert (counts.grid[0], counts.grid[-1]) == (scores[labels].min(), scores[labels].max())
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from([-1.0, -0.5, -0.0, 0.0, 1e-30, 0.1, 0.1000001, 1.0]), st.booleans())))
-def test_auroc_of_small_sets_with_ties_is_exact(pixels: list[tuple[float, bool]]) -> None:
-    scores = np.array([score for score, _ in pixels] + [0.0, 0.1], dtype=np.float32)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_coarse_grid_keeps_the_bound(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 256 points the errors are large enough to see: the AUROC's bound, and AP far below a cell's share."""
+    monkeypatch.setattr(metrics, "GRID", 256)
+    scores, labels = draw(shape, 100_000, 0.1)
+    counts = count(scores, labels)
+    assert 1 <= len(counts.grid) <= 256
+    auroc, ap, f1 = exact(scores, labels)
+    assert counts.auroc() == pytest.approx(auroc, abs=1 / 512)
+    assert counts.average_precision() == pytest.approx(ap, abs=6e-4)
+    assert f1 - 2e-3 < counts.f1_max()[0] <= f1 + 1e-12
+
+
+def test_the_bound_holds_where_all_errors_have_one_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "GRID", 101)
+    abnormal = np.arange(1001, dtype=np.float32)  # every tenth is a grid point
+    normal = np.arange(0, 1000, 10, dtype=np.float32) + 0.5  # below the nine others
+    scores, labels = np.concatenate([abnormal, normal]), np.arange(1101) < 1001
+    counts = count(scores, labels, images=1)
+    error = roc_auc_score(labels, scores) - counts.auroc()
+    assert 0.004 < error < 1 / 202
+
+
+@pytest.mark.parametrize("shape", ["wide", "early in training", "heavy ties"])
+def test_pixel_metrics_agree_with_torchmetrics(shape: str) -> None:
+    scores, labels = draw(shape, 50_000, 0.03)
+    counts, truth = count(scores, labels), torch.from_numpy(labels).long()
+    probability = torch.from_numpy(scores).double() / LAYERS
+    assert counts.auroc() == pytest.approx(float(BinaryAUROC()(probability, truth)), abs=1e-5)  # it adds in float32
+    assert counts.average_precision() == pytest.approx(float(BinaryAveragePrecision()(probability, truth)), abs=1e-5)
+
+
+pixel_sets = st.lists(
+    st.tuples(st.sampled_from([0.0, -0.0, 1e-30, 0.1, 0.10000001, 0.5, 3.9999998, 4.0]), st.booleans()), max_size=30
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(pixel_sets, st.floats(0, 4, width=32), st.floats(0, 4, width=32), st.integers(1, 40))
+def test_small_sets_with_ties_are_exact(pixels: list[tuple[float, bool]], a: float, b: float, batch: int) -> None:
+    scores = np.array([score for score, _ in pixels] + [a, b], dtype=np.float32)
     labels = np.array([label for _, label in pixels] + [False, True])
-    result = ScoreHistogram(-1, 1)
-    result.update(scores[: len(pixels)], labels[: len(pixels)])
-    result.update(scores[len(pixels) :], labels[len(pixels) :])
-    assert result.auroc() == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+    counts = count(scores, labels, batch, images=len(scores))
+    f1, threshold = counts.f1_max()
+    assert (counts.auroc(), counts.average_precision(), f1) == pytest.approx(exact(scores, labels), abs=1e-12)
+    called = scores >= threshold
+    assert f1 == pytest.approx(2 * (called & labels).sum() / (called.sum() + labels.sum()), abs=1e-12)
+    at = {float(g): k for k, g in enumerate(counts.grid)}
+    assert list(at) == sorted({float(score) for score in scores[labels]})
+    for point, k in at.items():
+        assert counts.normal[2 * k + 1] == (scores[~labels] == point).sum()
+        assert counts.abnormal[2 * k + 1] == (scores[labels] == point).sum()
+        assert counts.normal[: 2 * k + 1].sum() == (scores[~labels] < point).sum()
 
 
-@pytest.mark.parametrize("shape", ["wide", "early in training", "saturated", "heavy ties"])
-def test_merge_equals_one_pass_and_batches_do_not_matter(shape: str) -> None:
-    scores, labels = draw(shape, 200_000, 0.01)
-    labels[:120_000] &= scores[:120_000] > 1  # the two processes see different distributions
-    whole = histogram(scores, labels, 25_000)
-    first, second = (
-        histogram(scores[:120_000], labels[:120_000], 50_000),
-        histogram(scores[120_000:], labels[120_000:], 900),
-    )
-    second = pickle.loads(pickle.dumps(second))  # as it comes from another process
-    first += second
-    assert first.totals.sum(0).tolist() == whole.totals.sum(0).tolist() == [(~labels).sum(), labels.sum()]
-    exact = roc_auc_score(labels, scores)
-    assert first.auroc() == pytest.approx(exact, abs=1e-6)
-    assert whole.auroc() == pytest.approx(exact, abs=1e-6)
-    if shape == "heavy ties":
-        assert first.auroc() == whole.auroc()
+@settings(max_examples=100, deadline=None)
+@given(pixel_sets, st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.95, 1.0]))
+def test_thresholds_by_brute_force(pixels: list[tuple[float, bool]], rate: float) -> None:
+    scores = np.array([score for score, _ in pixels] + [0.3, 0.2], dtype=np.float32)
+    labels = np.array([label for _, label in pixels] + [False, True])
+    counts = count(scores, labels, 7, images=len(scores))
+    candidates = [*np.unique(scores), np.float32(5)]
+
+    def rates(threshold: float) -> tuple[float, float]:
+        return (scores[~labels] >= threshold).mean(), (scores[labels] >= threshold).mean()
+
+    fpr, tpr = rates(np.float32(counts.threshold_at_fpr(rate)))
+    assert fpr <= rate
+    assert tpr == max(rates(t)[1] for t in candidates if rates(t)[0] <= rate)
+    threshold = counts.threshold_at_tpr(rate)
+    assert rates(threshold)[1] >= rate
+    assert threshold == max(t for t in scores[labels] if rates(t)[1] >= rate)
+
+
+def test_batches_do_not_matter_and_processes_add_up() -> None:
+    scores, labels = draw("heavy ties", 60_000, 0.05)
+    other, theirs = draw("wide", 60_000, 0.01, seed=1)
+    theirs[:30_000] = False
+    both = np.concatenate([scores, other]), np.concatenate([labels, theirs])
+    whole = count(*both, batch=4, images=20)
+    again = count(*both, batch=7, images=20)
+    grid = score_grid(torch.from_numpy(np.sort(both[0][both[1]])))
+    parts = count(scores, labels, grid=grid) + count(other, theirs, batch=10, grid=grid)
+    for result in (again, parts):
+        assert np.array_equal(result.grid, whole.grid)
+        assert np.array_equal(result.normal, whole.normal)
+        assert np.array_equal(result.abnormal, whole.abnormal)
+        assert result.highest == whole.highest == both[0].max()
+    assert parts.auroc() == whole.auroc() == pytest.approx(roc_auc_score(both[1], both[0]), abs=1e-12)
+    with pytest.raises(ValueError, match="same grid"):
+        count(scores, labels) + count(other, theirs)
 
 
 def test_counts_beyond_int32() -> None:
     scores, labels = draw("wide", 50_000, 0.03)
-    expected = histogram(scores, labels, 50_000)
-    large, other = (
-        histogram(scores[:20_000], labels[:20_000], 20_000),
-        histogram(scores[20_000:], labels[20_000:], 9_000),
-    )
-    large.pixels += 2**31  # as if it had seen that many
-    large += other
-    assert (large.totals.dtype, expected.totals.dtype) == (torch.int64, torch.int32)
-    assert large.auroc() == pytest.approx(expected.auroc(), abs=1e-6)
-    large.totals *= 2**40
-    assert large.auroc() == pytest.approx(expected.auroc(), abs=1e-6)
-    large.update(scores, labels)
-    other += large
-    assert other.totals.sum() == 50_000 * 2**40 + 50_000 + 30_000
+    counts = count(scores, labels)
+    values = counts.auroc(), counts.average_precision(), counts.f1_max()
+    for _ in range(31):
+        counts = counts + counts
+    assert counts.normal.sum() == (~labels).sum() << 31
+    assert counts.auroc() == pytest.approx(values[0], abs=1e-12)
+    assert counts.f1_max() == pytest.approx(values[2], abs=1e-12)
 
 
-def test_same_input_gives_the_same_bits_and_memory_stays_constant() -> None:
-    scores, labels = draw("wide", 400_000, 0.03)
-    first, second = histogram(scores, labels, 40_000), histogram(scores, labels, 40_000)
-    assert first.auroc() == second.auroc()
-    assert torch.equal(first.totals, second.totals)
-    size = len(pickle.dumps(first))
-    for _ in range(3):
-        first.update(scores, labels)
-    assert len(pickle.dumps(first)) < 1.5 * size < 40e6
+def test_other_devices_count_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs on a GPU, on the CPU."""
+    maps, masks = image_set("saturated layers", 10, 0)
+    arguments = *sources(maps, masks), 10, 3
+    first = count_pixels(*arguments, regions=True)
+    expected = per_image_metrics(*arguments, first, 2.0, draws=50)
+    monkeypatch.setattr(metrics, "_use_numpy", lambda scores: False)
+    second = count_pixels(*arguments, regions=True)
+    assert np.array_equal(first.grid, second.grid)
+    assert np.array_equal(first.normal, second.normal)
+    assert np.array_equal(first.abnormal, second.abnormal)
+    assert second.aupro() == pytest.approx(first.aupro(), abs=1e-12)
+    assert_equal(per_image_metrics(*arguments, second, 2.0, draws=50), expected)
 
 
-def test_shapes_types_clipping_and_read_only_arrays() -> None:
-    scores, labels = draw("wide", 2 * 60 * 50, 0.1)
-    expected = histogram(scores, labels, len(scores)).auroc()
-    scores, labels = scores.reshape(2, 1, 60, 50), labels.reshape(2, 1, 60, 50)
-    result = ScoreHistogram(0, LAYERS)
-    result.update(torch.from_numpy(scores).requires_grad_(), torch.from_numpy(labels.astype(np.uint8)))
-    assert result.auroc() == expected
-    frozen = scores.copy()
-    frozen.flags.writeable = False
-    result = ScoreHistogram(0, LAYERS)
-    result.update(frozen.swapaxes(2, 3), labels.swapaxes(2, 3))
-    assert result.auroc() == expected
-    result = ScoreHistogram(0, 1)
-    result.update(np.array([-0.1, -0.0, 1.0, 1.1]), np.array([False, True, False, True]))
-    assert result.auroc() == 0.5  # clipped: one tie at each end
-    with pytest.raises(ValueError, match="differ in shape"):
-        result.update(np.zeros(3), np.zeros(2))
-    with pytest.raises(ValueError, match="same kind and score range"):
-        result.merge(ScoreHistogram(0, 2))
-    with pytest.raises(ValueError, match="empty score range"):
-        ScoreHistogram(1, 1)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_counts_the_same() -> None:
+    maps, masks = image_set("wide", 10, 0)
+    on_gpu = [lambda part, source=source: source(part).cuda() for source in sources(maps, masks)]
+    first, second = count_pixels(*sources(maps, masks), 10, 3), count_pixels(*on_gpu, 10, 3)
+    assert np.array_equal(first.normal, second.normal)
+    assert np.array_equal(first.abnormal, second.abnormal)
 
 
-@pytest.mark.parametrize("make", [lambda: ScoreHistogram(0, 4), lambda: PerRegionOverlap(0, 4), PixelBootstrap])
-def test_nan_names_the_first_image(make: Callable[[], ScoreHistogram]) -> None:
-    maps = np.ones((3, 8, 8), dtype=np.float32)
-    maps[1, 2, 3] = maps[2, 0, 0] = np.nan
-    masks = np.zeros((3, 8, 8), dtype=bool)
-    with pytest.raises(InputError, match=r"score of b\.png is NaN: "):
-        make().update(maps, masks, ["a.png", "b.png", "c.png"])
-    target = make()
-    target.update(maps[:1], masks[:1])
-    with pytest.raises(InputError, match=r"score of image 2 \(counted from 0\) is inf"):
-        target.update(np.where(np.isnan(maps), np.inf, maps), masks)
+def test_memory_does_not_grow_with_normal_pixels() -> None:
+    scores, _ = draw("wide", 8 * 10_000, 0)
+    maps, lesion = torch.from_numpy(scores).view(8, 100, 100), torch.zeros(8, 100, 100, dtype=torch.bool)
+    lesion[0, 10:60, 10:40] = True
+
+    def peak(batches: int) -> int:
+        tracemalloc.start()
+        count_pixels(lambda part: maps, lambda part: lesion if part.start == 0 else lesion & False, 8 * batches, 8)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    peak(2)  # what is allocated once
+    assert peak(60) < 1.1 * peak(4)
+
+
+def test_maps_without_an_abnormal_pixel_are_made_once() -> None:
+    maps, masks = image_set("wide", 8, 0)
+    masks[4:] = False
+    asked = []
+
+    def source(part: slice) -> torch.Tensor:
+        asked.append(part.start)
+        return torch.from_numpy(maps[part])
+
+    count_pixels(source, sources(maps, masks)[1], 8, 2)
+    assert asked == [0, 2, 0, 2, 4, 6]
 
 
 def test_a_missing_class_is_named() -> None:
-    for label, missing in ((0, "abnormal"), (1, "normal")):
-        masks = np.full((2, 5, 5), bool(label))
-        scores = np.zeros((2, 5, 5), dtype=np.float32)
-        pixels, regions, bootstrap = ScoreHistogram(0, 1), PerRegionOverlap(0, 1), PixelBootstrap()
-        for target in (pixels, regions, bootstrap):
-            target.update(scores, masks)
+    for label, missing in ((False, "abnormal"), (True, "normal")):
+        masks = np.full((2, 5, 5), label)
+        counts = count_pixels(*sources(np.zeros((2, 5, 5), np.float32), masks), 2, 1, regions=True)
         message = f"no {missing} pixels among the 50 pixels: "
-        for call in (pixels.auroc, bootstrap.auroc, bootstrap.interval):
-            with pytest.raises(InputError, match=message + "pixel AUC is undefined"):
+        for call, metric in (
+            (counts.auroc, "pixel AUC is undefined"), (counts.average_precision, "pixel average precision"),
+            (counts.f1_max, "pixel F1"), (counts.aupro, "AUPRO is undefined"), (counts.roc, "the pixel ROC curve"),
+            (counts.pr, "the pixel precision-recall curve"), (counts.coarse_grid, "pixel AUC"),
+            (lambda c=counts: c.threshold_at_fpr(0.1), "a threshold"),
+        ):  # fmt: skip
+            with pytest.raises(InputError, match=message + metric):
                 call()
-        with pytest.raises(InputError, match=message + "pixel average precision"):
-            pixels.average_precision()
-        with pytest.raises(InputError, match=message + "pixel F1"):
-            pixels.f1_max()
-        with pytest.raises(InputError, match=message + "AUPRO is undefined"):
-            regions.value()
-        with pytest.raises(InputError, match=f"no {missing} images among the 3 images: image AUC is undefined"):
-            image_metrics([label] * 3, [0.1, 0.2, 0.3])
-        with pytest.raises(InputError, match=f"no {missing} images"):
-            bootstrap_auroc([label] * 3, [0.1, 0.2, 0.3])
-    with pytest.raises(InputError, match="no abnormal pixels among the 0 pixels"):
-        ScoreHistogram(0, 1).auroc()
+        labels = np.full(3, int(label))
+        for call in (image_metrics, bootstrap_auroc):
+            with pytest.raises(InputError, match=f"no {missing} images among the 3 images: image AUC is undefined"):
+                call(labels, np.arange(3.0))
 
 
-def test_curves_are_thinned_and_keep_their_area() -> None:
+def test_pixel_curves() -> None:
     scores, labels = draw("wide", 100_000, 0.03)
-    result = histogram(scores, labels, 10_000)
-    fpr, tpr, threshold = result.roc_curve(500)
-    assert len(fpr) <= 500
-    assert (fpr[0], tpr[0], threshold[0], fpr[-1], tpr[-1]) == (0, 0, np.inf, 1, 1)
-    assert (np.diff(fpr) >= 0).all() and (np.diff(tpr) >= 0).all() and (np.diff(threshold) < 0).all()
-    assert (np.diff(fpr) * (tpr[1:] + tpr[:-1]) / 2).sum() == pytest.approx(result.auroc(), abs=1e-4)
-    at = len(threshold) // 2
-    assert tpr[at] == pytest.approx((scores[labels] >= threshold[at]).mean(), abs=1e-12)
-    precision, recall, threshold = result.pr_curve(500)
-    assert len(precision) <= 500
+    counts = count(scores, labels)
+    fpr, tpr = counts.roc(500)
+    assert 400 < len(fpr) <= 500
+    assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0, 0, 1, 1)
+    assert (np.diff(fpr) >= 0).all() and (np.diff(tpr) >= 0).all()
+    assert np.trapezoid(tpr, fpr) == pytest.approx(counts.auroc(), abs=2e-4)
+    recall, precision = counts.pr(500)
+    assert 200 < len(precision) <= 500
     assert recall[-1] == 1
-    assert (np.diff(recall, prepend=0) * precision).sum() == pytest.approx(result.average_precision(), abs=5e-3)
-    at = len(threshold) // 2
-    assert precision[at] == pytest.approx(labels[scores >= threshold[at]].mean(), abs=1e-12)
+    assert (np.diff(recall, prepend=0) * precision).sum() == pytest.approx(counts.average_precision(), abs=5e-3)
+    assert precision[-1] == pytest.approx(labels[scores >= scores[labels].min()].mean(), abs=1e-12)
+
+
+def test_whole_curves_are_those_of_scikit_learn() -> None:
+    scores, labels = draw("heavy ties", 300, 0.3)
+    fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    expected = {*zip(fpr.tolist(), tpr.tolist(), strict=True)}
+    found = count(scores, labels).roc(100_000)  # without the corners below the lowest abnormal score
+    assert {*zip(*found.tolist(), strict=True)} == {point for point in expected if point[1] < 1} | {
+        (fpr[tpr == 1][0], 1.0), (1.0, 1.0)
+    }  # fmt: skip
+    curves = image_curves(labels.astype(int), scores.astype(float), 100_000)
+    assert expected == {*zip(*curves["image_roc"].tolist(), strict=True)}
+    expected = {*zip(recall[:-1].tolist(), precision[:-1].tolist(), strict=True)}
+    assert {*zip(*curves["image_pr"].tolist(), strict=True)} == expected
+    assert {*zip(*count(scores, labels).pr(100_000).tolist(), strict=True)} <= expected
 
 
 # --- AUPRO ---
 
 
-def exact_aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float:
-    """By definition: at every distinct score the mean overlap of the regions and the false positive rate."""
-    regions = []
-    for image, mask in zip(maps, masks, strict=True):
-        found, count = ndimage.label(mask, structure=np.ones((3, 3)))
-        regions += [image[found == k] for k in range(1, count + 1)]
-    thresholds = np.unique(maps)[::-1]
-    at_least = lambda values: 1 - np.searchsorted(np.sort(values), thresholds) / len(values)  # noqa: E731
-    rate = np.append(0, at_least(maps[~masks]))
-    overlap = np.append(0, np.mean([at_least(region) for region in regions], 0))
-    inside = rate < limit
-    x, y = np.append(rate[inside], limit), np.append(overlap[inside], np.interp(limit, rate, overlap))
-    return float((np.diff(x) * (y[1:] + y[:-1]) / 2).sum() / limit)
+def mvtec_aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float:
+    """As in MVTec's evaluation code: a change of both curves at each pixel, ties together, trapezoids up to a limit."""
+    fp_changes, pro_changes, regions = np.zeros(masks.shape), np.zeros(masks.shape), 0
+    fp_changes[~masks] = 1
+    for k, mask in enumerate(masks):
+        labelled, found = ndimage.label(mask, structure=np.ones((3, 3), int))
+        regions += found
+        for region in range(1, found + 1):
+            pro_changes[k][labelled == region] = 1 / (labelled == region).sum()
+    order = np.argsort(maps.ravel())[::-1]
+    ordered = maps.ravel()[order]
+    keep = np.append(np.diff(ordered) != 0, True)
+    x = np.append(0, (np.cumsum(fp_changes.ravel()[order]) / (~masks).sum())[keep])
+    y = np.append(0, (np.cumsum(pro_changes.ravel()[order]) / regions)[keep])
+    area = 0.0
+    for x0, x1, y0, y1 in zip(x[:-1], x[1:], y[:-1], y[1:], strict=True):
+        if x1 <= limit:
+            area += (x1 - x0) * (y0 + y1) / 2
+        elif x0 < limit:
+            at = y0 + (y1 - y0) * (limit - x0) / (x1 - x0)
+            area += (limit - x0) * (y0 + at) / 2
+    return area / limit
 
 
 def blobs(shape: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -271,78 +378,103 @@ def blobs(shape: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_aupro_agrees_with_the_definition(shape: str) -> None:
+def test_aupro_is_mvtecs(shape: str) -> None:
     maps, masks = blobs(shape)
-    whole, first, second = (PerRegionOverlap(0, LAYERS) for _ in range(3))
-    whole.update(maps, masks)
-    assert whole.value() == pytest.approx(exact_aupro(maps, masks), abs=1e-5)
-    assert whole.value(0.05) == pytest.approx(exact_aupro(maps, masks, 0.05), abs=5e-5)
-    assert whole.value(1.0) == pytest.approx(exact_aupro(maps, masks, 1.0), abs=1e-5)
-    for image in range(4):
-        first.update(maps[image : image + 1, None], masks[image : image + 1, None])  # (B, 1, H, W)
-    second.update(torch.from_numpy(maps[4:]), torch.from_numpy(masks[4:]))
-    first.merge(second)
-    assert first.value() == pytest.approx(whole.value(), abs=1e-5)
+    counts = count_pixels(*sources(maps, masks), 6, 4, regions=True)
+    for limit in (0.3, 0.05, 1.0):
+        assert counts.aupro(limit) == pytest.approx(mvtec_aupro(maps, masks, limit), abs=1e-9)
+    assert counts.aupro() == counts.aupro(0.3)
+    grid = torch.from_numpy(counts.grid)
+    first, second = (
+        count_pixels(*sources(maps[part], masks[part]), 3, 3, regions=True, grid=grid)
+        for part in (slice(3), slice(3, 6))
+    )
+    assert (first + second).aupro() == pytest.approx(counts.aupro(), abs=1e-12)
 
 
-def test_aupro_regions_are_8_connected_and_end_at_the_image() -> None:
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=40, max_size=40))
+def test_aupro_of_small_images_with_ties(pixels: list[tuple[int, bool]]) -> None:
+    """Limits that fall on a point of the curve, regions of one pixel, whole images of one class."""
+    maps = np.array([score for score, _ in pixels], np.float32).reshape(2, 4, 5)
+    masks = np.array([label for _, label in pixels]).reshape(2, 4, 5)
+    masks[0, 0, :2] = True, False
+    counts = count_pixels(*sources(maps, masks), 2, 1, regions=True)
+    for limit in (0.3, 0.5, 2 / (~masks).sum()):
+        assert counts.aupro(limit) == pytest.approx(mvtec_aupro(maps, masks, limit), abs=1e-12)
+
+
+def test_aupro_of_a_thinned_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "GRID", 300)
+    maps, masks = blobs("wide")
+    counts = count_pixels(*sources(maps, masks), 6, 6, regions=True)
+    assert masks.sum() > 800
+    assert len(counts.grid) == 300
+    assert counts.aupro() == pytest.approx(mvtec_aupro(maps, masks), abs=1e-4)
+
+
+def test_regions_are_8_connected_and_end_at_the_image() -> None:
     masks = np.zeros((2, 4, 4), dtype=bool)
     masks[0, 0, 0] = masks[0, 1, 1] = True  # diagonal: one region
     masks[1, 1, 1] = True  # the same place in the next image: another one
-    result = PerRegionOverlap(0, 1)
-    result.update(masks.astype(np.float32), masks)
-    assert result.totals[:, 1].sum() == pytest.approx(2)
-    assert result.value() == pytest.approx(1)
+    counts = count_pixels(*sources(masks.astype(np.float32), masks), 2, 2, regions=True)
+    assert counts.regions == 2
+    assert counts.overlap.sum() == pytest.approx(2)
+    assert counts.aupro() == pytest.approx(1)
+    with pytest.raises(ValueError, match="without regions"):
+        count_pixels(*sources(masks.astype(np.float32), masks), 2, 2).aupro()
 
 
-# --- image level and bootstrap ---
+# --- images and bootstrap ---
 
 
 def test_image_metrics_agree_with_sklearn() -> None:
     scores, labels = draw("heavy ties", 300, 0.3)
-    metrics = image_metrics(labels.astype(int), scores)
-    assert metrics["auroc"] == roc_auc_score(labels, scores)
-    assert metrics["ap"] == average_precision_score(labels, scores)
+    result = image_metrics(labels.astype(int), scores)
     f1 = [2 * (labels & (scores >= t)).sum() / ((scores >= t).sum() + labels.sum()) for t in np.unique(scores)]
-    assert metrics["f1_max"] == pytest.approx(max(f1), abs=1e-12)
-    assert metrics["threshold"] == pytest.approx(np.unique(scores)[int(np.argmax(f1))], abs=1e-12)
-    with pytest.raises(InputError, match=r"score of x/b\.png is NaN"):
-        image_metrics([0, 1, 1], [0.1, np.nan, np.nan], ["a", "x/b.png", "c"])
-    with pytest.raises(ValueError, match="one value an image"):
-        image_metrics([0, 1], [0.1])
+    assert result == {
+        "auc": roc_auc_score(labels, scores),
+        "ap": average_precision_score(labels, scores),
+        "f1_max": pytest.approx(max(f1), abs=1e-12),
+        "f1_max_threshold_on_test": np.unique(scores)[int(np.argmax(f1))],
+    }
 
 
 def test_bootstrap_auroc_agrees_with_a_loop_over_sklearn() -> None:
     scores, labels = draw("heavy ties", 60, 0.2, seed=1)
-    rng = np.random.default_rng(5)
+    labels = labels.astype(int)
+    rng = np.random.default_rng(0)  # the same draws
     values = []
-    while len(values) < 600:
+    while len(values) < 300:
         drawn = rng.integers(0, 60, 60)
         if 0 < labels[drawn].sum() < 60:
             values.append(roc_auc_score(labels[drawn], scores[drawn]))
-    low, high = bootstrap_auroc(labels, scores, samples=4000)
-    assert (low, high) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])), abs=0.04)
-    assert low < roc_auc_score(labels, scores) < high
-    assert (low, high) == bootstrap_auroc(labels, scores, samples=4000)
-    assert (low, high) != bootstrap_auroc(labels, scores, samples=4000, seed=1)
-    narrow = bootstrap_auroc(labels, scores, samples=4000, level=0.5)
-    assert low < narrow[0] < narrow[1] < high
+    interval = bootstrap_auroc(labels, scores, draws=300)
+    assert interval == pytest.approx(np.quantile(values, [0.025, 0.975]), abs=1e-12)
+    assert interval == bootstrap_auroc(labels, scores, draws=300)
+    assert interval != bootstrap_auroc(labels, scores, draws=300, seed=1)
 
 
-def test_bootstrap_auroc_redraws_what_holds_one_class() -> None:
-    low, high = bootstrap_auroc([0, 0, 0, 0, 0, 0, 1], [0.0, 1, 2, 3, 4, 5, 3.5], samples=500)
+def test_draws_of_one_class_are_drawn_again() -> None:
+    low, high = bootstrap_auroc(np.array([0, 0, 0, 0, 0, 0, 1]), np.array([0.0, 1, 2, 3, 4, 5, 3.5]), draws=500)
     assert 0 <= low < 4 / 6 < high <= 1
+    maps, masks = image_set("wide", 5, 0)
+    masks[1:] = False
+    masks[0] = True  # pixels of each class come from some of the images only
+    counts = count_pixels(*sources(maps, masks), 5, 5)
+    low, high = per_image_metrics(*sources(maps, masks), 5, 5, counts, draws=100)["pauc_ci95"]
+    assert 0 < low < counts.auroc() < high < 1
 
 
 def test_bootstrap_auroc_covers() -> None:
-    """The 90% interval of normal(0) against normal(1) covers the true AUROC, Phi(1 / sqrt 2), nearly as often."""
+    """The 95% interval of normal(0) against normal(1) covers the true AUROC, Phi(1 / sqrt 2), nearly as often."""
     rng = np.random.default_rng(0)
     hits = 0
     for seed in range(60):
         labels = np.arange(80) % 2
-        low, high = bootstrap_auroc(labels, rng.standard_normal(80) + labels, samples=300, seed=seed, level=0.9)
+        low, high = bootstrap_auroc(labels, rng.standard_normal(80) + labels, draws=200, seed=seed)
         hits += low < 0.76025 < high
-    assert 45 <= hits <= 60  # 54 expected, 2.3 standard deviation
+    assert 51 <= hits <= 60  # 57 expected
 
 
 def image_set(shape: str, images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -355,57 +487,155 @@ def image_set(shape: str, images: int, seed: int) -> tuple[np.ndarray, np.ndarra
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_pixel_bootstrap_table_is_close_to_the_exact_auroc(shape: str) -> None:
-    maps, masks = image_set(shape, 20, 0)
-    whole, first, second = PixelBootstrap(), PixelBootstrap(), PixelBootstrap()
-    whole.update(maps, masks)
-    assert whole.auroc() == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-3)
-    first.update(maps[:7], masks[:7])
-    second.update(torch.from_numpy(maps[7:]), torch.from_numpy(masks[7:]))
-    first.merge(second)
-    assert first.auroc() == whole.auroc()
-    assert first.interval(100) == whole.interval(100)
+def test_pixel_bootstrap_agrees_with_a_loop_over_sklearn(shape: str) -> None:
+    maps, masks = image_set(shape, 12, 1)
+    rng, values = np.random.default_rng(0), []  # the same draws
+    while len(values) < 40:
+        drawn = rng.integers(0, 12, 12)
+        if masks[drawn].any():
+            values.append(roc_auc_score(masks[drawn].ravel(), maps[drawn].ravel()))
+    counts = count_pixels(*sources(maps, masks), 12, 5)
+    assert len(counts.coarse_grid()) <= metrics.COARSE
+    found = per_image_metrics(*sources(maps, masks), 12, 5, counts, draws=40)
+    assert found["pauc_ci95"] == pytest.approx(np.quantile(values, [0.025, 0.975]), abs=5e-4)
+    assert found == per_image_metrics(*sources(maps, masks), 12, 7, counts, draws=40)
 
 
-def test_pixel_bootstrap_keeps_a_bounded_number_of_points_for_any_number_of_images() -> None:
-    maps, masks = image_set("early in training", 400, 0)
-    free, bounded, part = PixelBootstrap(), PixelBootstrap(most_points=2**13), PixelBootstrap()
-    free.update(maps, masks)
-    for start in range(0, 200, 20):
-        bounded.update(maps[start : start + 20], masks[start : start + 20])
-    part.update(maps[200:], masks[200:])
-    bounded.merge(part)
-    for column in bounded._points:
-        assert len(column) == 400
-        assert sum(map(len, column)) <= 2**13
-    # 16 to 32 points of each image's 1,600 pixels: the images together still show the distribution.
-    assert bounded.auroc() == pytest.approx(free.auroc(), abs=2e-3)
-    assert bounded.interval(300) == pytest.approx(free.interval(300), abs=4e-3)
-
-
-def test_pixel_bootstrap_agrees_with_a_loop_over_sklearn_and_is_wider_than_pixels_suggest() -> None:
+def test_pixel_bootstrap_with_few_bins_and_wider_than_pixels_suggest() -> None:
     maps, masks = image_set("early in training", 20, 1)
-    rng = np.random.default_rng(5)
-    values = []
-    for _ in range(150):
-        drawn = rng.integers(0, 20, 20)
-        values.append(roc_auc_score(masks[drawn].ravel(), maps[drawn].ravel()))
-    bootstrap = PixelBootstrap()
-    bootstrap.update(maps, masks)
-    low, high = bootstrap.interval(1000)
-    assert (low, high) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])), abs=0.03)
-    assert low < roc_auc_score(masks.ravel(), maps.ravel()) < high
+    counts = count_pixels(*sources(maps, masks), 20, 20)
+    low, high = per_image_metrics(*sources(maps, masks), 20, 20, counts)["pauc_ci95"]
+    assert low < counts.auroc() < high
     assert high - low > 0.03  # 32,000 independent pixels would give 0.02
 
 
-def test_pixel_bootstrap_covers() -> None:
-    """The AUROC of a large sample of the same population lies in the 90% interval nearly as often as it should."""
-    truth = PixelBootstrap()
-    truth.update(*image_set("early in training", 1000, 99))
-    hits = 0
-    for seed in range(30):
-        bootstrap = PixelBootstrap()
-        bootstrap.update(*image_set("early in training", 40, seed))
-        low, high = bootstrap.interval(200, seed=seed, level=0.9)
-        hits += low < truth.auroc() < high
-    assert 21 <= hits <= 30  # 27 expected, 1.6 standard deviation
+def test_dice_is_the_mean_over_abnormal_images() -> None:
+    maps, masks = image_set("wide", 7, 2)
+    counts = count_pixels(*sources(maps, masks), 7, 3)
+    threshold = float(maps[0, 7, 7])  # a pixel's own score: at it is abnormal
+    dices = []
+    for scores, mask in zip(maps[::2], masks[::2], strict=True):
+        called = scores >= threshold
+        dices.append(2 * (called & mask).sum() / (called.sum() + mask.sum()))
+    result = per_image_metrics(*sources(maps, masks), 7, 3, counts, threshold, draws=3)
+    assert result["dice"] == pytest.approx(np.mean(dices), abs=1e-12)
+    assert "dice" not in per_image_metrics(*sources(maps, masks), 7, 3, counts, draws=3)
+
+
+# --- evaluations ---
+
+
+def make_evaluation(head: str = "seg", images: int = 10) -> tuple[Evaluation, Masks]:
+    """Hand-made: patches of the lower half are higher in abnormal images, whose masks hold the lower half."""
+    generator = torch.Generator().manual_seed(0)
+    samples = [SimpleNamespace(name=f"{i}.png", label=i % 2, patient=f"p{i // 2}" if i < 8 else None, mask=None)
+               for i in range(images)]  # fmt: skip
+    scores = torch.randn(images, 3, 16, generator=generator)
+    scores[1::2, :, 8:] += 1.0
+    rows = torch.full((images,), -1)
+    rows[1::2] = 0
+    mask = np.zeros((20, 20), dtype=bool)
+    mask[10:] = True
+    bits = torch.from_numpy(np.packbits(mask.ravel())[None])
+    return Evaluation(samples, scores, head, 20, "mean"), Masks(rows, bits, 20)
+
+
+def test_measure() -> None:
+    evaluation, masks = make_evaluation()
+    everything, labels = slice(0, 10), evaluation.labels
+    maps, truth = evaluation.maps(everything).numpy().ravel(), masks.get(everything).numpy().ravel()
+    auroc, ap, f1 = exact(maps, truth)
+    result = measure(evaluation, masks)
+    assert result.values == {
+        **image_metrics(labels, evaluation.image_scores),
+        "pauc": pytest.approx(auroc, abs=1e-12), "pixel_ap": pytest.approx(ap, abs=1e-12),
+        "pixel_f1_max": pytest.approx(f1, abs=1e-12),
+        "pixel_f1_max_threshold_on_test": result.values["pixel_f1_max_threshold_on_test"],
+    }  # fmt: skip
+    assert result.curves == {}
+    assert (result.auc, result.pauc) == (result.values["auc"], result.values["pauc"])
+    assert result.selection_score == result.auc + result.pauc
+    assert result.line() == f"AUC {result.auc:.6f}  pAUC {result.pauc:.6f}"
+    assert measure(evaluation, masks, aupro=True).values == {**result.values, "aupro": pytest.approx(
+        mvtec_aupro(maps.reshape(10, 20, 20), truth.reshape(10, 20, 20)), abs=1e-9)}  # fmt: skip
+
+
+def test_measure_in_full() -> None:
+    evaluation, masks = make_evaluation()
+    result = measure(evaluation, masks, full=True, pixel_threshold=1.5)
+    assert list(result.values) == list(METRICS)
+    assert all(isinstance(value, float) or list(map(type, value)) == [float] * 2 for value in result.values.values())
+    for name in ("auc", "pauc"):
+        low, high = result.values[f"{name}_ci95"]
+        assert low <= result.values[name] <= high
+    assert set(result.curves) == {"roc", "pr", "image_roc", "image_pr"}
+    assert all(curve.shape[0] == 2 and curve.shape[1] <= metrics.CURVE_POINTS for curve in result.curves.values())
+    assert "dice" not in measure(evaluation, masks, full=True).values
+    json.dumps(result.values)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_detection_heads_maps_are_not_measured(full: bool) -> None:
+    evaluation, masks = make_evaluation("det")
+    for result in (measure(evaluation, masks, full, pixel_threshold=1.0), measure(evaluation, None, full)):
+        assert not {name for name in result.values if "p" in name.split("_")[0] and name not in ("ap",)}
+        assert result.pauc is None
+        assert result.selection_score == result.auc
+        assert result.line() == f"AUC {result.auc:.6f}"
+        assert set(result.curves) == ({"image_roc", "image_pr"} if full else set())
+
+
+def test_masks_that_are_all_empty_are_an_error() -> None:
+    evaluation, masks = make_evaluation()
+    with pytest.raises(InputError, match="no abnormal pixels among the 4,000 pixels: pixel AUC"):
+        measure(evaluation, Masks(masks.rows * 0 - 1, masks.bits, masks.size))
+
+
+def test_maps_are_made_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluation, masks = make_evaluation()
+    whole = measure(evaluation, masks, full=True, pixel_threshold=1.0).values
+    monkeypatch.setattr(metrics, "BATCH_PIXELS", 3 * 400 + 1)
+    sizes = []
+    maps = Evaluation.maps
+
+    def spy(self: Evaluation, part: slice) -> torch.Tensor:
+        result = maps(self, part)
+        sizes.append(len(result))
+        return result
+
+    monkeypatch.setattr(Evaluation, "maps", spy)
+    assert_equal(measure(evaluation, masks, full=True, pixel_threshold=1.0).values, whole)
+    assert set(sizes) == {3, 1}
+
+
+def test_without_the_shots_patients() -> None:
+    evaluation, masks = make_evaluation()
+    result = measure_without(evaluation, masks, {"p0", "p2", "p9"})
+    keep = [2, 3, 6, 7, 8, 9]  # an image without a known patient stays
+    rest = measure(evaluation.select(keep), masks.select(keep))
+    assert result == {
+        "auc_without_shot_patients": rest.auc, "pauc_without_shot_patients": rest.pauc, "n_normal": 3, "n_abnormal": 3,
+    }  # fmt: skip
+    assert measure_without(evaluation, None, set())["pauc_without_shot_patients"] is None
+    assert measure_without(evaluation, None, set())["auc_without_shot_patients"] == measure(evaluation).auc
+    assert measure_without(make_evaluation("det")[0], masks, set())["pauc_without_shot_patients"] is None
+
+
+@pytest.mark.parametrize(("label", "counts"), [(0, (5, 0)), (1, (0, 5))])
+def test_a_class_without_patients_left_is_not_measurable(label: int, counts: tuple[int, int]) -> None:
+    evaluation, masks = make_evaluation()
+    for i, sample in enumerate(evaluation.samples):
+        sample.patient = "kept" if i % 2 == label else "shot"
+    result = measure_without(evaluation, masks, {"shot"})
+    assert (result["n_normal"], result["n_abnormal"]) == counts
+    assert result["auc_without_shot_patients"] is None
+    assert (result["pauc_without_shot_patients"] is None) == (label == 0)  # abnormal images hold normal pixels
+    assert measure_without(evaluation, masks, {"shot", "kept"}) == {
+        "auc_without_shot_patients": None, "pauc_without_shot_patients": None, "n_normal": 0, "n_abnormal": 0,
+    }  # fmt: skip
+
+
+def test_names_stand_once() -> None:
+    logged = [key for _, key in METRICS.values() if key]
+    assert len(set(logged)) == len(logged)
+    assert Metrics({"auc": 0.5}).values.keys() < METRICS.keys()

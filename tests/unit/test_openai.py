@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -15,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from CLIP.openai import NOT_WEIGHTS, check_state, read_weights, round_to_half, sha256_file, stored_as_half
+from CLIP.names import NOT_WEIGHTS
+from CLIP.openai import check_state, read_weights, round_to_half, stored_as_half
 from tests.conftest import tiny_state
 from tests.helpers.weights import save_torchscript
 from utils import InputError
@@ -235,9 +235,3 @@ def test_round_to_half(state: State) -> None:
         assert torch.equal(rounded[key], fine[key].half().float()), key
     same(round_to_half(state), state)  # exact in float16 already, as OpenAI's are
     same(round_to_half({key: value.half() for key, value in state.items()}), state)
-
-
-def test_sha256_file(tmp_path: Path) -> None:
-    content = random.Random(0).randbytes(3 * 2**20 + 17)
-    (tmp_path / "file").write_bytes(content)
-    assert sha256_file(tmp_path / "file") == hashlib.sha256(content).hexdigest()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import re
+import shutil
 import statistics
+import subprocess
 
 import pytest
 
 from dataset import OBJECTS, object_name
-from engine.tables import Figure, Table, latex, read_published
+from engine.report.tables import METRICS, Figure, Table, latex, read_published
 from utils import InputError
 
 
@@ -18,71 +22,174 @@ def test_a_figure_over_seeds():
     assert figure.mean == pytest.approx(85)
     assert figure.std == pytest.approx(statistics.stdev([90, 80, 85]))
     assert figure.interval == pytest.approx((70, 95))
-    assert str(figure) == "85.00 ± 5.00 [70.00, 95.00]"
+    assert str(figure) == "85.00 ± 5.00"
     assert str(Figure.over([0.9, 0.8], [[0.8, 1.0], [0.6, 0.9]], planned=3)).endswith("(2 of 3 seeds)")
-    assert str(Figure.over([0.9], [[0.8, 1.0]], planned=1)) == "90.00 [80.00, 100.00]"  # one seed has no deviation
+    assert str(Figure.over([0.9], [[0.8, 1.0]], planned=1)) == "90.00"  # one seed has no deviation
+    assert Figure.over([0.9, 0.8], [], planned=2).interval is None
     assert Figure.over([], [], planned=3) is None
     assert str(Figure(92.4)) == "92.40"
 
 
 @pytest.fixture
 def table():
-    found = Table("AUC of 50% & more.", ["data set"], ["ours", "theirs"], ["Note_1."])
-    found.rows.append((["a|b"], [Figure.over([0.5, 0.7], [[0.4, 0.6], [0.6, 0.8]], planned=2), Figure(92.0)]))
-    found.rows.append((["Retina_RESC"], [None, "not on record"]))
-    return found
+    result = Table("main", "AUC of 50% & more (--select test).", ["method"], notes=["Note_1."])
+    result.add("image AUC", ["a|b"], "Brain", Figure.over([0.5, 0.7], [[0.4, 0.6], [0.6, 0.8]], planned=2))
+    result.add("image AUC", ["a|b"], "Retina_RESC", "to do")
+    result.add("image AUC", ["theirs"], "Brain", Figure(92.0))
+    result.add("image AUC", ["theirs"], "Retina_RESC", None)
+    result.add("image AUC", ["nobody's"], "Brain", None)
+    result.add("image AUC", ["a|b"], "Chest", None)
+    result.add("pixel AUC", ["a|b"], "Brain", Figure.over([0.99], [[0.98, 1.0]], planned=1))
+    return result
 
 
-def test_markdown(table):
+def test_markdown_shows_no_empty_row_or_column(table):
     lines = table.markdown().splitlines()
-    assert lines[0] == "AUC of 50% & more."
-    assert lines[2:6] == [
-        "| data set | ours | theirs |",
+    assert lines[0] == "AUC of 50% & more (--select test)."
+    assert lines[2:8] == [
+        "**image AUC**",
+        "",
+        "| method | Brain | Retina_RESC |",
         "| --- | ---: | ---: |",
-        r"| a\|b | 60.00 ± 14.14 [50.00, 70.00] | 92.00 |",
-        "| Retina_RESC |  | not on record |",
+        r"| a\|b | 60.00 ± 14.14 | to do |",
+        "| theirs | 92.00 |  |",
     ]
+    assert lines[9:14] == ["**pixel AUC**", "", "| method | Brain |", "| --- | ---: |", r"| a\|b | 99.00 |"]
+    assert lines[15] == "**image AUC, 95% intervals**"
+    assert lines[19] == r"| a\|b | [50.00, 70.00] |"
     assert lines[-1] == "Note_1."
+    assert "Chest" not in table.markdown()
+    assert "nobody" not in table.markdown()
 
 
 def test_latex(table):
     text = table.latex()
-    assert r"\caption{AUC of 50\% \& more. Note\_1.}" in text
-    assert r"a|b & 60.00 $\pm$ 14.14 [50.00, 70.00] & 92.00 \\" in text
-    assert r"Retina\_RESC &  & not on record \\" in text
-    assert latex("a\\b~c^d{}#$") == r"a\textbackslash{}b\textasciitilde{}c\textasciicircum{}d\{\}\#\$"
-    body = text[text.index(r"\midrule") : text.index(r"\bottomrule")]
-    assert all(line.count("&") - line.count(r"\&") == 2 for line in body.splitlines()[1:])
+    assert r"\caption{AUC of 50\% \& more (-{}-select test).}" in text
+    assert r"a$|$b & 60.00 $\pm$ 14.14 & to do \\" in text
+    assert r"theirs & 92.00 &  \\" in text
+    assert r"a$|$b & [50.00, 70.00] \\" in text
+    assert r"{Note\_1.}" in text
+    assert latex("a\\b~c^d{}#$<") == r"a\textbackslash{}b\textasciitilde{}c\textasciicircum{}d\{\}\#\$$<$"
+    assert text.count(r"\begin{table*}") == text.count(r"\end{table*}") == 2  # figures and intervals
+    assert r"Table~\ref{tab:main}" in text
+
+
+def test_a_label_that_stands_above_is_not_repeated_in_latex():
+    result = Table("shots", "Caption.", ["shots", "method"])
+    for shots in ("2", "4"):
+        for method in ("a", "b"):
+            result.add("image AUC", [shots, method], "Brain", Figure(50))
+    assert [line for line in result.latex().splitlines() if "50.00" in line] == [
+        r"2 & a & 50.00 \\", r" & b & 50.00 \\", r"4 & a & 50.00 \\", r" & b & 50.00 \\"
+    ]  # fmt: skip
 
 
 def test_csv_has_a_line_for_each_figure(table):
     rows = list(csv.DictReader(io.StringIO(table.csv())))
-    assert [(row["data set"], row["column"]) for row in rows] == [
-        ("a|b", "ours"), ("a|b", "theirs"), ("Retina_RESC", "ours"), ("Retina_RESC", "theirs")
-    ]  # fmt: skip
+    assert [(row["method"], row["data set"], row["metric"]) for row in rows] == [
+        ("a|b", "Brain", "image AUC"),
+        ("a|b", "Retina_RESC", "image AUC"),
+        ("theirs", "Brain", "image AUC"),
+        ("a|b", "Brain", "pixel AUC"),
+    ]
     assert float(rows[0]["std"]) == pytest.approx(14.142136)
     assert (rows[0]["ci95_low"], rows[0]["ci95_high"], rows[0]["seeds"]) == ("50.000000", "70.000000", "2")
-    assert (rows[1]["mean"], rows[1]["seeds"]) == ("92.000000", "")
-    assert {rows[2][name] for name in ("mean", "std", "ci95_low", "seeds", "note")} == {""}
-    assert (rows[3]["mean"], rows[3]["note"]) == ("", "not on record")
+    assert {rows[1][name] for name in ("mean", "std", "ci95_low", "seeds")} == {""}
+    assert rows[1]["note"] == "to do"
+    assert (rows[2]["mean"], rows[2]["seeds"]) == ("92.000000", "")
+
+
+def six_by(rows: int, caption_words: int = 35) -> Table:
+    """A table as wide as the paper's, with the longest names and figures."""
+    text = " ".join(["MadCLIP --select"] + ["words"] * caption_words)
+    notes = [f"({i}) MadCLIP: third-party rerun, README of SGGP, 4 shots, best on the test set." for i in range(8)]
+    result = Table("main", text, ["component", "method"], notes=notes)
+    for metric in METRICS.values():
+        for i in range(rows):
+            for obj in OBJECTS:
+                figure = Figure(99.99, 12.34, (88.88, 99.99), 3, 3)
+                result.add(metric, ["dual objective", f"selected on test, clean {i}"], obj, figure)
+    return result
+
+
+def compile_latex(table: Table, folder) -> tuple[str, str]:
+    """The log of pdflatex in a two-column article, and the PDF's text."""
+    preamble = r"\documentclass[twocolumn]{article}\usepackage{booktabs,graphicx}\begin{document}\sloppy"
+    prose = "Much is written around tables in articles. " * 20 + "\n\n"
+    (folder / "paper.tex").write_text(f"{preamble}\n{prose}\n{table.latex()}\n{20 * prose}" + r"\end{document}")
+    for _ in range(2):  # twice, for the reference
+        command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
+        assert done.returncode == 0, done.stdout[-2000:]
+    text = subprocess.run(
+        ["pdftotext", "-layout", "paper.pdf", "-"], cwd=folder, capture_output=True, check=True
+    ).stdout
+    return (folder / "paper.log").read_text(errors="replace"), text.decode()
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex") or not shutil.which("pdftotext"), reason="no TeX here")
+@pytest.mark.parametrize("rows", [8, 30])
+def test_the_latex_compiles_and_fits_a_two_column_article(tmp_path, rows):
+    log, text = compile_latex(six_by(rows), tmp_path)
+    assert "Overfull" not in log
+    assert "too large" not in log  # no float is higher than its page
+    assert "undefined" not in log
+    assert "--select" in text  # no dash
+    assert len(re.findall(r"99\.99 ± 12\.34", text)) == 2 * 6 * rows
+    assert text.count("[88.88, 99.99]") == 2 * 6 * rows
+    before_header = text[text.index("Table 1:") : text.index("component")]
+    assert len([line for line in before_header.splitlines() if line.strip()]) <= 3  # the caption
 
 
 def test_what_is_on_record():
-    found = {(column.method, column.source): column for column in read_published()}
-    readme = found["MVFA", "README of MVFA"]
+    published = {(column.method, column.source): column for column in read_published()}
+    readme = published["MVFA", "README of MVFA"]
     assert [readme.figure("Brain", 4, metric).mean for metric in ("auc", "pauc")] == [92.44, 97.30]
     assert readme.figure("Retina_OCT2017", 4, "auc").mean == 99.38
     assert readme.figure("Brain", 16, "auc") is None  # it has no figure for 16 shots
     assert readme.figure("Mine", 4, "auc") is None
-    rerun = found["MadCLIP", "third-party rerun, README of SGGP"]
+    rerun = published["MadCLIP", "third-party rerun, README of SGGP"]
     assert [rerun.figure("Liver", 4, metric).mean for metric in ("auc", "pauc")] == [83.42, 99.55]
-    paper = found["MadCLIP", "its paper (MICCAI 2025)"]
-    assert paper.figure("Brain", 4, "auc") == paper.figure("Liver", 16, "pauc") == "not on record"
-    assert len(found) == 5
-    for column in found.values():
+    sggp = published["MadCLIP+SGGP", "README of SGGP"]
+    assert [sggp.figure("Brain", 4, metric).mean for metric in ("auc", "pauc")] == [92.85, 97.33]
+    assert published["MVFA+SGGP", "README of SGGP"].figure("Retina_RESC", 4, "pauc").mean == 99.03
+    mpr = next(column for column in published.values() if column.method == "MPR")
+    assert mpr.figure("Brain", 4, "auc").mean == 96.46
+    assert mpr.figure("Brain", 4, "pauc") is None
+    paper = published["MadCLIP", "its paper (MICCAI 2025)"]
+    assert paper.figures == {}
+    assert len(published) == 8
+    for column in published.values():
+        assert (column.selection is None) == (column.method == "IQE-CLIP")
         if column.figures:
             assert set(column.figures["auc"]) == set(OBJECTS)
-            assert set(column.figures["pauc"]) == {"Brain", "Liver", "Retina_RESC"}
+            assert set(column.figures.get("pauc", {})) in ({"Brain", "Liver", "Retina_RESC"}, set())
+
+
+def test_a_users_own_figures(tmp_path):
+    path = tmp_path / "mine.json"
+    entry = {"method": "Mine", "source": "paper", "shots": 16, "auc": {"Brain": 95.5}}
+    path.write_text(json.dumps({"results": [entry]}))
+    mine = read_published([path])[-1]
+    assert (mine.method, mine.figure("Brain", 16, "auc").mean, mine.figure("Brain", 4, "auc")) == ("Mine", 95.5, None)
+    assert mine.note() == "Mine: paper, 16 shots, selection not stated"
+    for change, words in (
+        ({"auc": {"Brain": 0.955}}, "not a percentage"),
+        ({"auc": {"Brain": True}}, "not a percentage"),
+        ({"auc": [95]}, "must be"),
+        ({"shots": None}, "number of `shots`"),
+        ({"shots": "4"}, "from 1 on"),
+        ({"method": 1}, "`method`"),
+        ({"AUC": {}}, "unknown 'AUC'"),
+    ):
+        path.write_text(json.dumps({"results": [entry, {**entry, **change}]}))
+        with pytest.raises(InputError, match=f"mine.json, entry 2: .*{words}"):
+            read_published([path])
+    path.write_text("{")
+    with pytest.raises(InputError, match="expected JSON"):
+        read_published([path])
+    with pytest.raises(InputError, match="cannot be read"):
+        read_published([tmp_path / "none.json"])
 
 
 def test_the_record_is_no_data_set():

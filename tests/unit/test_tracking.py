@@ -1,4 +1,4 @@
-"""W&B tracking: real wandb runs in subprocesses with their own home folder, read back from the run files."""
+"""W&B tracking: real wandb runs in subprocesses with a home folder of their own, read back by wandb's own command."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from wandb.proto import wandb_internal_pb2 as pb
 
-from engine import tracking
-from engine.tracking import Tracker
+from engine.report import tracking
+from engine.report.tracking import Tracker
+from tests.helpers.wandb_runs import WANDB, config, history, of_type, records, summary
 
 ROOT = Path(__file__).parents[2]
 KEY = "0123456789abcdef" * 2 + "deadbeef"  # the shape of a key, of nobody
@@ -48,7 +47,7 @@ def run(tmp_path: Path, body: str = THREE_EPOCHS, *, terminal: int | None = None
     script = f"""
 import sys
 from pathlib import Path
-from engine import tracking
+from engine.report import tracking
 PUBLISHED = {PUBLISHED!r}
 tracking.QUIET["init_timeout"] = 3.0
 tracking.QUIET["finish_timeout"] = 5.0
@@ -69,32 +68,6 @@ tracker = tracking.Tracker.start("exp", {{"lr": 0.1, "shots": [4, 16], "root": P
         timeout=120,
         check=True,
     )
-
-
-def records(tmp_path: Path) -> list[pb.Record]:
-    """Parse the one offline run file."""
-    (path,) = tmp_path.glob("run/wandb/offline-run-*/run-*.wandb")
-    return read_records(path)
-
-
-def read_records(path: Path) -> list[pb.Record]:
-    """Parse a run file: LevelDB log framing (32 KiB blocks, 7-byte heads) around wandb's protobufs."""
-    data, at, found, parts = path.read_bytes(), 7, [], b""  # the file starts with a 7-byte mark
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:  # too little room for a head: the block is padded
-            at += 32768 - at % 32768
-            continue
-        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        parts += data[at + 7 : at + 7 + size]
-        at += 7 + size
-        if kind in (1, 4):  # a whole record, or the last part of one
-            found.append(pb.Record.FromString(parts))
-            parts = b""
-    return found
-
-
-def items(update: Any) -> dict[str, Any]:
-    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in update}
 
 
 @contextlib.contextmanager
@@ -170,37 +143,31 @@ def test_no_key_gives_an_offline_run_and_one_line(tmp_path: Path) -> None:
     assert f"`wandb leet {folder}`" in line
     assert f"`wandb sync {folder}`" in line
 
-    found = records(tmp_path)
-    (started,) = [record.run for record in found if record.HasField("run")]
-    assert (started.project, started.display_name, started.run_group) == ("MadCLIP", "exp", "sweep")
-    assert list(started.tags) == ["few-shot"]
-    config = items(started.config.update)
-    assert {name: config[name] for name in ("lr", "shots", "root")} == {"lr": 0.1, "shots": [4, 16], "root": "data"}
+    rows = records(tmp_path)
+    (started,) = of_type(rows, "run")
+    assert (started["project"], started["display_name"], started["run_group"]) == ("MadCLIP", "exp", "sweep")
+    assert started["tags"] == ["few-shot"]
+    shown = config(rows)
+    assert {name: shown[name] for name in ("lr", "shots", "root")} == {"lr": 0.1, "shots": [4, 16], "root": "data"}
 
-    history = [items(record.history.item) for record in found if record.HasField("history")]
-    assert [row["_step"] for row in history] == [row["epoch"] for row in history] == [0, 1, 2]
-    assert all({*PUBLISHED, "train/lr"} <= set(row) for row in history)
-    assert history[2]["AUC+pAUC"] == pytest.approx(2.2)
-    summary: dict[str, Any] = {}
-    for record in found:
-        summary |= items(record.summary.update)
-    assert summary["test/AUC"] == 0.75
-    assert summary["pAUCbest"] == pytest.approx(2.8)
+    steps = history(rows)
+    assert [row["_step"] for row in steps] == [row["epoch"] for row in steps] == [0, 1, 2]
+    assert all({*PUBLISHED, "train/lr"} <= set(row) for row in steps)
+    assert steps[2]["AUC+pAUC"] == pytest.approx(2.2)
+    assert summary(rows)["test/AUC"] == 0.75
+    assert summary(rows)["pAUCbest"] == pytest.approx(2.8)
 
-    metrics = {record.metric.name or record.metric.glob_name: record.metric for record in found}
-    assert metrics["*"].step_metric == "epoch"
+    metrics = {metric.get("name") or metric.get("glob_name"): metric for metric in of_type(rows, "metric")}
+    assert metrics["*"]["step_metric"] == "epoch"
     assert "epoch" in metrics
-    assert found[-1].exit.exit_code == 0
+    assert of_type(rows, "exit")[0].get("exit_code", 0) == 0
 
 
 def test_offline_run_can_be_read_by_the_command_that_the_line_names(tmp_path: Path) -> None:
     command = re.search(r"`wandb leet (.+?)`", run(tmp_path).stderr)
     assert command
-    wandb = Path(sys.executable).with_name("wandb")
-    if not wandb.exists():
-        pytest.skip("no wandb command beside this Python")
     shown = subprocess.run(
-        [str(wandb), "leet", "inspect", "--summary", "--json", command[1]],
+        [WANDB, "leet", "inspect", "--summary", "--json", command[1]],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -222,13 +189,11 @@ def test_a_run_goes_on_under_the_same_id(tmp_path: Path) -> None:
     more.finish()
     """
     assert run(tmp_path, again).stdout == "True True\n"
-    (path,) = tmp_path.glob("again/wandb/offline-run-*/run-*.wandb")
-    before, after = records(tmp_path), read_records(path)
-    (first,), (second,) = ([record.run for record in found if record.HasField("run")] for found in (before, after))
-    assert first.run_id == second.run_id
-    assert second.resume  # `wandb sync` reads this: it appends to what the server has, and does not overwrite it
-    steps = [items(record.history.item)["_step"] for record in (*before, *after) if record.HasField("history")]
-    assert steps == [0, 1]
+    before, after = records(tmp_path / "run"), records(tmp_path / "again")
+    (first,), (second,) = (of_type(rows, "run") for rows in (before, after))
+    assert first["run_id"] == second["run_id"]
+    assert second["resume"]  # `wandb sync` appends to what the server has, then
+    assert [row["_step"] for row in (*history(before), *history(after))] == [0, 1]
 
 
 def test_what_is_defined_enters_the_summary_by_hand_only(tmp_path: Path) -> None:
@@ -241,10 +206,8 @@ def test_what_is_defined_enters_the_summary_by_hand_only(tmp_path: Path) -> None
     tracker.finish()
     """
     run(tmp_path, body)
-    summary: dict[str, Any] = {}
-    for record in records(tmp_path):
-        summary |= items(record.summary.update)
-    assert (summary["epoch"], summary["test/AUC"]) == (1, 0.1)
+    shown = summary(records(tmp_path))
+    assert (shown["epoch"], shown["test/AUC"]) == (1, 0.1)
 
 
 def test_an_exception_passes_through_and_marks_the_run_as_failed(tmp_path: Path) -> None:
@@ -256,7 +219,7 @@ def test_an_exception_passes_through_and_marks_the_run_as_failed(tmp_path: Path)
         print("interrupted")
     """
     assert run(tmp_path, body).stdout == "interrupted\n"
-    assert records(tmp_path)[-1].exit.exit_code == 1
+    assert of_type(records(tmp_path), "exit")[0]["exit_code"] == 1
 
 
 def test_disabled_does_nothing_and_imports_nothing(tmp_path: Path) -> None:
@@ -280,15 +243,16 @@ def test_online_with_the_key_from_each_place_and_the_key_is_written_nowhere(tmp_
     with server("ok") as (url, seen):
         env = {"WANDB_BASE_URL": url}
         # Where two places hold a key, the earlier of environment, netrc, key.json wins.
-        key_file.write_text(json.dumps({"wandb_api_key": KEY if source == "key.json" else OTHER_KEY}))
+        key_file.write_text(json.dumps({"api_key": KEY if source == "key.json" else OTHER_KEY}))
         if source == "netrc":
             netrc.write_text(f"machine {url.removeprefix('http://')}\n  login user\n  password {KEY}\n")
         if source == "environment":
             env["WANDB_API_KEY"] = KEY
         done = run(tmp_path, **env)
     assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
+    line, warning = done.stderr.splitlines()
     assert line.startswith(f"W&B: online at {url}/someone/MadCLIP/runs/")
+    assert "--log_images_every 0 prevents" in warning
     assert {auth for path, auth, _ in seen if path == "/graphql"} == {
         "Basic " + base64.b64encode(f"api:{KEY}".encode()).decode()
     }
@@ -301,26 +265,23 @@ def test_online_with_the_key_from_each_place_and_the_key_is_written_nowhere(tmp_
     assert not shown & {"diff.patch", "output.log", "code"}
 
 
-def test_unreachable_server_gives_an_offline_run_quickly(tmp_path: Path) -> None:
-    started = time.monotonic()
-    done = run(tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=f"http://127.0.0.1:{closed_port()}")
-    assert time.monotonic() - started < 60
+def test_unreachable_server_gives_an_offline_run(tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{closed_port()}"
+    done = run(tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=url)
     (line,) = done.stderr.splitlines()
-    assert "offline (no connection to http://127.0.0.1" in line
-    assert len([record for record in records(tmp_path) if record.HasField("history")]) == 3
+    assert f"offline ({url} did not take the run: " in line
+    assert len(history(records(tmp_path))) == 3
     assert_no_key(tmp_path, done)
 
 
 @pytest.mark.parametrize("answer", ["401", "silent"])
 def test_refused_or_silent_server_gives_an_offline_run_in_bounded_time(tmp_path: Path, answer: str) -> None:
-    started = time.monotonic()
     with server(answer) as (url, seen):
         done = run(tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=url)
-    assert time.monotonic() - started < 60
     assert seen
     (line,) = done.stderr.splitlines()
     assert f"offline ({url} did not take the run: " in line
-    assert len([record for record in records(tmp_path) if record.HasField("history")]) == 3
+    assert len(history(records(tmp_path))) == 3
     assert_no_key(tmp_path, done)
 
 
@@ -342,25 +303,22 @@ def test_never_asks_even_at_a_terminal(tmp_path: Path, key: str) -> None:
 
 def test_wandb_dying_in_mid_run_costs_one_line_and_no_wait(tmp_path: Path) -> None:
     body = """
-    import os, signal, subprocess, time
+    import os, signal, subprocess
     tracker.log({"loss": 1.0}, step=0)
     listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,comm="], capture_output=True, text=True).stdout
     rows = [line.split() for line in listed.splitlines()]
     (core,) = [int(pid) for pid, parent, *name in rows if int(parent) == os.getpid() and "wandb" in name[0]]
     os.kill(core, signal.SIGKILL)
-    time.sleep(0.5)
-    for epoch in range(1, 5):
-        tracker.log({"loss": 1.0}, step=epoch)
-        time.sleep(0.1)
+    os.waitid(os.P_PID, core, os.WEXITED | os.WNOWAIT)
+    while tracker.id:  # the connection's end reaches this process a little later
+        tracker.log({"loss": 1.0}, step=1)
     tracker.summary({"a": 1})
     tracker.finish()
     print("trained")
     """
     if not shutil.which("ps"):
         pytest.skip("no ps command")
-    started = time.monotonic()
     done = run(tmp_path, body)
-    assert time.monotonic() - started < 60
     assert done.stdout == "trained\n"
     offline, warning = done.stderr.splitlines()
     assert offline.startswith("W&B: offline")
@@ -410,18 +368,21 @@ def test_an_interrupt_passes_through() -> None:
 
 
 def test_key_file_has_only_the_field_that_is_read() -> None:
-    assert list(json.loads((ROOT / "key.json").read_text())) == ["wandb_api_key"]  # its value may be the user's key
+    assert list(json.loads((ROOT / "key.json").read_text())) == ["api_key"]  # its value may be the user's key
 
 
 @pytest.mark.parametrize(
     ("text", "key", "warned"),
     [
+        (json.dumps({"api_key": "..."}), "", False),
+        (json.dumps({"api_key": KEY}), KEY, False),
         (json.dumps({"wandb_api_key": "paste-your-key-here"}), "", False),
         (json.dumps({"wandb_api_key": " "}), "", False),
         (json.dumps({"wandb_api_key": f" {KEY}\n"}), KEY, False),
         (json.dumps({"wandb_api_key": 12}), "", True),
         (json.dumps({"other": KEY}), "", True),
         (json.dumps([KEY]), "", True),
+        ("[" * 100_000, "", True),
         (f'{{"wandb_api_key": {KEY}}}', "", True),  # no quotes: not JSON
     ],
 )
@@ -470,24 +431,38 @@ def test_a_real_key_that_git_tracks_is_warned_of_once(
     assert warnings() == []
 
 
-def test_the_probe_goes_through_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    away = f"http://127.0.0.1:{closed_port()}"
-    with server("ok") as (url, _):
-        assert tracking._reachable(url)
-        assert not tracking._reachable(away)
-        monkeypatch.setenv("http_proxy", url)
-        assert tracking._reachable(away)
-        monkeypatch.setenv("no_proxy", "127.0.0.1")
-        assert not tracking._reachable(away)
+@pytest.mark.parametrize("name", ["key.json", "home/.netrc"])
+def test_a_pipe_in_place_of_a_file_with_a_key_is_ignored(tmp_path: Path, name: str) -> None:
+    (tmp_path / "home").mkdir()
+    os.mkfifo(tmp_path / name)
+    warning, line = run(tmp_path).stderr.splitlines()  # a hang would end it after two minutes
+    assert Path(name).name in warning
+    assert "so it is ignored" in warning
+    assert "offline (no API key)" in line
 
 
-def test_the_probe_is_bounded_when_the_name_look_up_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    leave = threading.Event()
-    monkeypatch.setattr(tracking, "PROBE_SECONDS", 0.2)
-    monkeypatch.setattr(tracking.socket, "create_connection", lambda *_, **__: contextlib.nullcontext(leave.wait(30)))
-    monkeypatch.setattr(tracking.urllib.request, "getproxies", dict)
-    started = time.monotonic()
-    assert not tracking._reachable("http://127.0.0.1:1")
-    assert time.monotonic() - started < 5
+def test_a_pipe_is_not_searched_for_a_tracked_key(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "key.json")
+    tracking.warn_of_tracked_key(tmp_path / "key.json")
+
+
+def test_user_and_password_of_an_address_are_not_printed(tmp_path: Path) -> None:
+    url = f"http://somebody:pass-word@127.0.0.1:{closed_port()}"
+    done = run(tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=url)
+    assert "offline (http://***@127.0.0.1:" in done.stderr
+    assert "pass-word" not in done.stderr
+    assert "somebody" not in done.stderr
+    assert tracking.redact("at https://a:b@host/x and //c:d@e", "x") == "at https://***@host/*** and //***@e"
+
+
+def test_without_pictures_no_name_of_a_shot_is_shown(tmp_path: Path) -> None:
+    body = """
+    tracker.finish()
+    with tracking.Tracker.start("exp", {"shots": {"normal": ["patient.png"]}, "shot": 1}, run_dir=Path("bare"),
+                                pictures=False) as bare:
+        print(bare.takes_pictures, bool(bare.id))
+    """
+    assert run(tmp_path, body).stdout == "False True\n"
+    (path,) = tmp_path.glob("bare/wandb/offline-run-*/run-*.wandb")
+    assert b"patient.png" not in path.read_bytes()
+    assert config(records(tmp_path / "bare"))["shot"] == 1

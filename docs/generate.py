@@ -1,0 +1,165 @@
+"""Write the pages that follow from the code: flags.md from the parsers, robustness.md from the names of tests.
+
+python -m docs.generate             write both pages
+python -m docs.generate --check     write nothing; exit code 1 where a page differs from what would be written
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.util
+import runpy
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+from unittest import mock
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = (
+    *("train.py", "test.py", "predict.py", "reproduce.py"),
+    *("dataset.check", "dataset.phantom", "dataset.convert", "dataset.medmnist"),
+    *("CLIP.download", "engine.features", "engine.checkpoint"),
+)
+# Tests that start real commands with hostile input, or damage what they read and write.
+ATTACKS = (
+    *("integration/test_attacks*.py", "integration/test_bad_input.py", "integration/test_resume.py"),
+    *("integration/test_secrets.py", "integration/test_download.py", "unit/test_fuzz.py"),
+)
+FLAGS_HEAD = """# Every flag
+
+Written by `python -m docs.generate` from the parsers; a test compares. `--help` of each command says the same.
+The published flags keep their names and, unless [method.md](method.md) or [reproduce.md](reproduce.md) says otherwise,
+their published defaults.
+"""
+ROBUSTNESS_HEAD = """# What was tried, and is tested
+
+Written by `python -m docs.generate` from the names of the tests and what they say of themselves; a test compares. Each
+line is a test; most start the real commands. *Refused* means one line that names the file or flag and says what to do,
+and exit code 2.
+"""
+
+
+class Captured(BaseException):
+    """Carries the parser of a command out of it, before it parses anything."""
+
+
+def is_there(command: str) -> bool:
+    """Whether a script or module exists."""
+    return (ROOT / command).is_file() if command.endswith(".py") else importlib.util.find_spec(command) is not None
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """The parser that a script (`train.py`) or module (`dataset.check`) uses: it is started up to the parsing."""
+
+    def capture(parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
+        raise Captured(parser)
+
+    arguments = mock.patch.object(sys, "argv", [command])
+    with warnings.catch_warnings(), arguments, mock.patch.object(argparse.ArgumentParser, "parse_known_args", capture):
+        warnings.simplefilter("ignore")  # runpy's, of modules that their package imports
+        try:
+            if command.endswith(".py"):
+                runpy.run_path(str(ROOT / command), run_name="__main__")
+            else:
+                runpy.run_module(command, run_name="__main__", alter_sys=True)
+        except Captured as captured:
+            parser: argparse.ArgumentParser = captured.args[0]
+            return parser
+    raise RuntimeError(f"{command} parses no command line")
+
+
+def flags() -> str:
+    """The text of flags.md: a section for each command, a table for each group of flags."""
+    lines = [FLAGS_HEAD]
+    for command in filter(is_there, COMMANDS):
+        start = f"python {command}" if command.endswith(".py") else f"python -m {command}"
+        lines += [f"## {start}\n", *_sections(parser_of(command))]
+    return "\n".join(lines)
+
+
+def _sections(parser: argparse.ArgumentParser) -> Iterator[str]:
+    if parser.description:
+        yield f"{_cell(parser.description)}\n"
+    for group in parser._action_groups:
+        shown = [a for a in group._group_actions if a.help != argparse.SUPPRESS and a.dest != "help"]
+        parts = [action for action in shown if isinstance(action, argparse._SubParsersAction)]
+        rows = [_row(action, parser.prog) for action in shown if action not in parts]
+        if rows:
+            title = f"{group.title}: {group.description}" if group.description else f"{group.title}"
+            yield f"**{_cell(title)}**\n\n| flag | default | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+        for name, part in (item for action in parts for item in action.choices.items()):
+            yield f"### {name}\n"
+            yield from _sections(part)
+
+
+def _row(action: argparse.Action, prog: str) -> str:
+    names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.metavar or action.dest}`"
+    meaning = (action.help or "") % {**vars(action), "prog": prog}
+    if action.choices and not all(str(choice) in meaning for choice in action.choices):
+        meaning = f"{', '.join(map(str, action.choices))}: {meaning}".removesuffix(": ")
+    return f"| {names} | {_cell(_default(action.default))} | {_cell(meaning)} |"
+
+
+def _default(value: Any) -> str:  # noqa: ANN401 - argparse takes anything
+    if value is None or value in ("\0", argparse.SUPPRESS):
+        return ""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def robustness() -> str:
+    """The text of robustness.md: a section for each file of tests, a line for each test."""
+    lines = [ROBUSTNESS_HEAD]
+    for path in (path for pattern in ATTACKS for path in sorted((ROOT / "tests").glob(pattern))):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        title = _sentence(ast.get_docstring(tree) or path.stem)
+        lines.append(f"## {title}\n\n`{path.relative_to(ROOT)}`\n")
+        tests = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+        lines += [f"- {_test_line(node)}" for node in sorted(tests, key=lambda node: node.lineno)]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _test_line(node: ast.FunctionDef) -> str:
+    """What a test shows: its name, and its docstring's first paragraph where it has one."""
+    name = _sentence(node.name.removeprefix("test_").replace("_", " "))
+    said = ast.get_docstring(node)
+    return f"{name}: {_sentence(said)}" if said else name
+
+
+def _sentence(text: str) -> str:
+    first = " ".join(text.split("\n\n", maxsplit=1)[0].split()).rstrip(".:")
+    return _cell(first[:1].upper() + first[1:])
+
+
+PAGES = {"flags.md": flags, "robustness.md": robustness}
+
+
+def main() -> int:
+    """Write or compare the pages."""
+    options = argparse.ArgumentParser(prog="python -m docs.generate", description=__doc__)
+    options.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a page is out of date")
+    check = options.parse_args().check
+    stale = []
+    for name, make in PAGES.items():
+        path, text = ROOT / "docs" / name, make()
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            stale.append(name)
+            if not check:
+                path.write_text(text, encoding="utf-8")
+    if stale:
+        print(f"{'out of date' if check else 'written'}: {', '.join(stale)}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    sys.exit(main())

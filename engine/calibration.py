@@ -1,0 +1,186 @@
+"""The decision threshold of a checkpoint, from labelled images that are not the test set.
+
+They are what is left of valid/ beside the shots where that holds both classes, else the shots' own augmented views,
+which the adapters have seen: a threshold from these is optimistic, and what was used is said. Not in the paper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from utils import preview, warn
+
+from .metrics import PixelCounts, count_pixels, maps_at_a_time
+
+if TYPE_CHECKING:
+    from dataset.medical_few import Sample
+
+    from .evaluation import Evaluation, Masks
+
+MAX_IMAGES = 100  # of a class: enough for a threshold, and each passes the tower once
+HEAT_QUANTILES = (0.02, 0.9995)  # of the pixels: the range of colours in pictures
+HEAT_PIXELS = 2**20  # at most, evenly spaced, for the quantiles
+VALID_SOURCE = "images of valid/ that are no shots"
+CHOSEN_SOURCE = f"{VALID_SOURCE}, which chose the epoch too: optimistic"
+VIEWS_SOURCE = "the shots' augmented views, which were trained on: optimistic"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a threshold is chosen.
+
+    The largest F1; with `fpr` the largest sensitivity at a false positive rate of at most that; with `tpr` the highest
+    threshold with a sensitivity of at least that.
+    """
+
+    fpr: float | None = None
+    tpr: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Rule:
+        """From `f1`, `fpr=0.05` (0 to below 1) or `tpr=0.95` (0 to 1); ValueError for anything else."""
+        if text == "f1":
+            return cls()
+        name, _, value = text.partition("=")
+        if name == "fpr" and 0 <= float(value) < 1:
+            return cls(fpr=float(value))
+        if name == "tpr" and 0 <= float(value) <= 1:
+            return cls(tpr=float(value))
+        raise ValueError(text)
+
+    def __str__(self) -> str:
+        if self.fpr is not None:
+            return f"a false positive rate of at most {self.fpr:g}"
+        return "the largest F1" if self.tpr is None else f"a sensitivity of at least {self.tpr:g}"
+
+    def can_use(self, normal: bool, abnormal: bool) -> bool:
+        """Whether the classes that there are suffice."""
+        return (normal or self.tpr is not None) and (abnormal or self.fpr is not None)
+
+
+def calibration_samples(samples: Sequence[Sample], pixel_metrics: bool) -> list[Sample]:
+    """At most `MAX_IMAGES` images of each class, evenly spaced; none unless there are some of both.
+
+    Where the data set has masks (`pixel_metrics`), abnormal images without one are left out, with a warning.
+    """
+    without = [sample.name for sample in samples if pixel_metrics and sample.label == 1 and sample.mask is None]
+    if without:
+        warn(f"abnormal images of valid/ that have no mask are left out of the threshold: {preview(without)}")
+    kept: list[Sample] = []
+    for label in (0, 1):
+        members = [s for s in samples if s.label == label and not (pixel_metrics and label == 1 and s.mask is None)]
+        if not members:
+            return []
+        places = np.linspace(0, len(members) - 1, min(MAX_IMAGES, len(members))).round().astype(int)
+        kept += [members[i] for i in places]
+    return kept
+
+
+def calibrate(evaluation: Evaluation, masks: Masks | None, rule: Rule, source: str) -> dict[str, Any] | None:
+    """A threshold for images, one for pixels, and the range of colours.
+
+    Args:
+        evaluation: of the selected epoch, on what `calibration_samples` gave, or on the shots' augmented views, whose
+            samples are the shots' again and again.
+        masks: of the same images or views; None on image-only data sets.
+        rule: for images and pixels alike.
+        source: which images these are, one of the *_SOURCE.
+
+    Returns:
+        `value` (abnormal is score >= value), `pixel_value` where there are masks with pixels of the classes that the
+        rule needs, `heat_range`, `rule`, `from` and `figures` (see `threshold_metrics`), plain values for a checkpoint.
+        None where a class that the rule needs has no image.
+    """
+    labels, scores = evaluation.labels, evaluation.image_scores
+    if not rule.can_use(bool((labels == 0).any()), bool((labels == 1).any())):
+        return None
+    value = select_threshold(labels, scores, rule)
+    result = {
+        "value": value,
+        "rule": str(rule),
+        "from": source,
+        "figures": threshold_metrics(labels, scores, value),
+        "heat_range": heat_range(evaluation),
+    }
+    if masks is not None and evaluation.head == "seg":
+        counts = count_pixels(evaluation.maps, masks.get, len(labels), maps_at_a_time(evaluation))
+        if counts.normal.any() and counts.abnormal.any():
+            result["pixel_value"] = pixel_threshold(counts, rule)
+    return result
+
+
+def describe_threshold(threshold: dict[str, Any] | None) -> str:
+    """What `calibrate` gave, in a line."""
+    if threshold is None:
+        return (
+            "threshold:  none, as a class that the rule needs has no image; --threshold_at fpr=0.05 needs normal "
+            "images only, tpr=0.95 abnormal ones"
+        )
+    figures = threshold["figures"]
+    rates = [
+        f"{words} {figures[name]:.3f}"
+        for name, words in (("tpr", "sensitivity"), ("fpr", "false positive rate"))
+        if figures[name] is not None
+    ]
+    return (
+        f"threshold:  {threshold['value']:.4f} for {threshold['rule']} on {figures['n_normal']} + "
+        f"{figures['n_abnormal']} {threshold['from']}; there {', '.join(rates)}"
+    )
+
+
+def select_threshold(labels: np.ndarray, scores: np.ndarray, rule: Rule) -> float:
+    """The threshold by the rule, half way down to the next score against rounding: labels, scores (M,)."""
+    values = np.unique(scores)[::-1]  # candidates, highest first
+    rows = [threshold_metrics(labels, scores, value) for value in values]
+    if rule.fpr is not None:
+        best = sum(row["fpr"] is None or row["fpr"] <= rule.fpr for row in rows) - 1
+    elif rule.tpr is not None:
+        best = next(i for i, row in enumerate(rows) if row["tpr"] is not None and row["tpr"] >= rule.tpr)
+    else:
+        best = int(np.argmax([row["f1"] or 0.0 for row in rows]))
+    if best < 0:  # even the highest score is a normal image's
+        return float(np.nextafter(values[0], np.inf))
+    return float((values[best] + values[min(best + 1, len(values) - 1)]) / 2)
+
+
+def threshold_metrics(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict[str, Any]:
+    """What score >= threshold does to labels, scores (M,).
+
+    Returns:
+        `f1`, `tpr` (sensitivity) and `fpr` (false positive rate), None for a missing class; `n_normal`, `n_abnormal`.
+    """
+    called, abnormal = scores >= threshold, labels == 1
+    true, false = int((called & abnormal).sum()), int((called & ~abnormal).sum())
+    n_abnormal, n_normal = int(abnormal.sum()), int((~abnormal).sum())
+    return {
+        "f1": 2 * true / (true + false + n_abnormal) if n_abnormal else None,
+        "tpr": true / n_abnormal if n_abnormal else None,
+        "fpr": false / n_normal if n_normal else None,
+        "n_normal": n_normal,
+        "n_abnormal": n_abnormal,
+    }
+
+
+def pixel_threshold(counts: PixelCounts, rule: Rule) -> float:
+    """The same rule over pixels; InputError where a class is missing."""
+    if rule.fpr is not None:
+        return counts.threshold_at_fpr(rule.fpr)
+    return counts.f1_max()[1] if rule.tpr is None else counts.threshold_at_tpr(rule.tpr)
+
+
+def heat_range(evaluation: Evaluation) -> list[float]:
+    """The range of most pixels' scores, [low, high], from at most HEAT_PIXELS of them, evenly spaced."""
+    side, images, batch = evaluation.img_size, len(evaluation.samples), maps_at_a_time(evaluation)
+    step = -(-images * side * side // HEAT_PIXELS)
+    while math.gcd(step, side) > 1:  # else some columns would never be seen
+        step += 1
+    chosen = []
+    for start in range(0, images, batch):
+        pixels = evaluation.maps(slice(start, start + batch)).flatten()
+        chosen.append(pixels[-start * side * side % step :: step].cpu().numpy())
+    return [float(value) for value in np.quantile(np.concatenate(chosen).astype(np.float64), HEAT_QUANTILES)]

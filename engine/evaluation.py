@@ -1,0 +1,270 @@
+"""Patch scores are the result: detector + tokens -> `Evaluation`; numbers, maps and pictures are functions of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataset.images import load_mask
+from dataset.medical_few import Sample
+from loss import anomaly_map, image_score
+from utils import InputError, atomic_path, prefetch, preview
+
+from . import distributed
+
+if TYPE_CHECKING:
+    from dataset.medical_few import MedicalDataset
+
+    from .config import Settings
+    from .detector import Detector
+    from .features import Item, TokenStore
+
+FORMAT = "madclip-scores-1"
+MAP_BATCH = 32  # maps at a time where only their largest pixel is kept
+Part = slice | Sequence[int]
+
+
+@dataclass
+class Evaluation:
+    """The scores of M images, layer by layer and patch by patch.
+
+    Attributes:
+        samples: the images, in the order of the scores.
+        patch_scores: (M, K, N) float32, abnormal minus normal branch: cosines' differences, in [-4, 4].
+        head: `seg` (images are scored by the highest pixel of their map) or `det` (by their patches, see dec_type).
+        img_size: S, pixels a side of the maps.
+        dec_type: how the patches of the `det` head are summarised.
+    """
+
+    samples: Sequence[Sample]
+    patch_scores: Tensor
+    head: str
+    img_size: int
+    dec_type: str
+
+    @property
+    def names(self) -> list[str]:
+        """What reports call the images."""
+        return [sample.name for sample in self.samples]
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """(M,) int, 1 = abnormal."""
+        return np.array([sample.label for sample in self.samples], dtype=np.int64)
+
+    @cached_property
+    def image_scores(self) -> np.ndarray:
+        """(M,) float64 in [0, K], as published: the highest pixel with masks, the detection heads' patches without."""
+        batches = self.patch_scores.split(MAP_BATCH)
+        if self.head == "seg":
+            scores = [anomaly_map(batch, self.img_size).flatten(1).amax(dim=1) for batch in batches]
+        else:
+            scores = [image_score(batch, self.dec_type) for batch in batches]
+        return torch.cat(scores).double().cpu().numpy()
+
+    def maps(self, part: Part) -> Tensor:
+        """Anomaly maps (B, S, S) float32 in [0, K] of a slice or of a list of images, on the scores' device.
+
+        From detection heads they are a weak localisation, for the eye: no metric counts them.
+        """
+        index = part if isinstance(part, slice) else torch.as_tensor(part, device=self.patch_scores.device)
+        return anomaly_map(self.patch_scores[index], self.img_size)
+
+    def select(self, keep: Sequence[int]) -> Evaluation:
+        """The evaluation of some of the images."""
+        index = torch.as_tensor(keep, dtype=torch.long, device=self.patch_scores.device)
+        samples = [self.samples[i] for i in keep]
+        return Evaluation(samples, self.patch_scores[index], self.head, self.img_size, self.dec_type)
+
+    def with_pictures(self, dataset: MedicalDataset) -> Evaluation:
+        """The same with the files of a data set's test images, found by name.
+
+        Raises:
+            InputError: images that are not there.
+        """
+        by_name = {sample.name: sample for sample in dataset.samples("test")}
+        missing = [name for name in self.names if name not in by_name]
+        if missing:
+            raise InputError(
+                f"{dataset.root}: {len(missing)} of the kept scores' images are not there: {preview(missing)}"
+            )
+        samples = [by_name[name] for name in self.names]
+        return replace(self, samples=samples)
+
+    def save(self, path: str | Path, masks: Masks | None, **metadata: Any) -> None:  # noqa: ANN401 - plain values
+        """Write all that `load_evaluation` gives back, `metadata` as JSON, atomically: no path, no picture."""
+        description = {"format": FORMAT, "head": self.head, "img_size": self.img_size, "dec_type": self.dec_type}
+        arrays = {
+            "patch_scores": self.patch_scores.cpu().numpy(),
+            "labels": self.labels,
+            "names": np.array(self.names),
+            "patients": np.array([sample.patient or "" for sample in self.samples]),
+            "description": np.array(json.dumps({**description, **metadata})),
+        }
+        if masks is not None:
+            arrays |= {"mask_rows": masks.rows.cpu().numpy(), "mask_bits": masks.bits.cpu().numpy()}
+        with atomic_path(path, "--save_scores") as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def load_evaluation(path: str | Path) -> tuple[Evaluation, Masks | None, dict[str, Any]]:
+    """What `Evaluation.save` wrote: the evaluation, the masks, the metadata.
+
+    The samples have no pictures: their paths are their names. Nothing in the file can run code.
+
+    Raises:
+        InputError: another file, or a damaged one.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        metadata = json.loads(str(arrays["description"]))
+        if metadata["format"] != FORMAT:
+            raise ValueError(f"format {metadata['format']!r:.40}")
+        names, labels, patients = (arrays[name].tolist() for name in ("names", "labels", "patients"))
+        scores = torch.from_numpy(arrays["patch_scores"])
+        side = round(scores.shape[2] ** 0.5)
+        if scores.dtype != torch.float32 or side * side != scores.shape[2] or not set(labels) <= {0, 1}:
+            raise ValueError("its scores or labels are of another kind")
+        samples = [
+            Sample(Path(name), label, None, name, patient or None)
+            for name, label, patient in zip(names, labels, patients, strict=True)
+        ]
+        if len(samples) != len(scores) or metadata["head"] not in ("seg", "det"):
+            raise ValueError("its parts do not belong together")
+        evaluation = Evaluation(samples, scores, metadata["head"], int(metadata["img_size"]), metadata["dec_type"])
+        masks = None
+        if "mask_bits" in arrays:
+            rows, bits = torch.from_numpy(arrays["mask_rows"]), torch.from_numpy(arrays["mask_bits"])
+            masks = Masks(rows, bits, evaluation.img_size)
+            if len(rows) != len(samples) or int(rows.max()) >= len(bits):
+                raise ValueError("its masks do not belong to its images")
+    except FileNotFoundError as error:
+        raise InputError(f"--scores {path}: not found") from error
+    except Exception as error:  # whatever a damaged or hostile file provokes in a parser
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise InputError(f"--scores {path}: not an evaluation of --save_scores, or damaged ({reason})") from error
+    return evaluation, masks, metadata
+
+
+class Masks:
+    """Masks of M images as packed bits, decoded once a run; images without a mask take no room.
+
+    Attributes:
+        rows: (M,) int64, the row of `bits` that holds an image's mask, or -1.
+        bits: (R, ceil(S * S / 8)) uint8, on the device where they are used.
+        size: S, pixels a side.
+    """
+
+    def __init__(self, rows: Tensor, bits: Tensor, size: int) -> None:
+        self.rows, self.bits, self.size = rows, bits, size
+        self._shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)  # numpy packs the high bit first
+
+    @classmethod
+    def of(
+        cls, samples: Sequence[Sample], settings: Settings, workers: int = 2, device: str | torch.device = "cpu"
+    ) -> Masks | None:
+        """`load` with a checkpoint's settings; None where it or the images have no masks: no pixel is measured."""
+        if not settings.pixel_metrics or not any(sample.mask for sample in samples):
+            return None
+        return cls.load(samples, settings.img_size, settings.mask_above, workers, device)
+
+    @classmethod
+    def pack(cls, masks: Tensor) -> Masks:
+        """Of masks (M, S, S) bool."""
+        bits = np.packbits(masks.cpu().flatten(1).numpy(), axis=1)
+        return cls(torch.arange(len(masks)), torch.from_numpy(bits), masks.shape[-1])
+
+    @classmethod
+    def load(
+        cls,
+        samples: Sequence[Sample],
+        size: int,
+        above: int = 127,
+        workers: int = 2,
+        device: str | torch.device = "cpu",
+    ) -> Masks:
+        """Decode the masks of `samples`, resized to (size, size) by nearest neighbour; abnormal is grey > `above`.
+
+        Raises:
+            InputError: a mask that cannot be read or does not fit its image.
+        """
+        masked = [sample for sample in samples if sample.mask is not None]
+        packed = [
+            np.packbits(mask.numpy().ravel())
+            for mask in prefetch(lambda sample: load_mask(sample, size, above), masked, workers)
+        ]
+        bits = np.stack(packed) if packed else np.zeros((0, (size * size + 7) // 8), np.uint8)
+        rows = torch.full((len(samples),), -1)
+        rows[[sample.mask is not None for sample in samples]] = torch.arange(len(masked))
+        return cls(rows, torch.from_numpy(bits).to(device), size)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def get(self, part: Part) -> Tensor:
+        """(B, S, S) bool, on the device of the bits; all False where an image has no mask."""
+        rows = self.rows[part if isinstance(part, slice) else torch.as_tensor(part)]
+        result = torch.zeros(len(rows), self.size, self.size, dtype=torch.bool, device=self.bits.device)
+        held = (rows >= 0).nonzero()[:, 0].to(self.bits.device)
+        if len(held):
+            bits = self.bits[rows[rows >= 0].to(self.bits.device), :, None] >> self._shifts & 1
+            result[held] = bits.flatten(1)[:, : self.size**2].unflatten(1, (self.size, self.size)).bool()
+        return result
+
+    def select(self, keep: Sequence[int]) -> Masks:
+        """The masks of some of the images."""
+        return Masks(self.rows[torch.as_tensor(keep, dtype=torch.long)], self.bits, self.size)
+
+
+@torch.no_grad()
+def evaluate(
+    detector: Detector, store: TokenStore, items: Sequence[Sample] | Sequence[Item], text_features: Tensor | None = None
+) -> Evaluation:
+    """Score images with the detector as it is now.
+
+    Several processes share the batches out and exchange patch scores: every process returns the whole, bit for bit what
+    one process computes.
+
+    Args:
+        detector: adapters and prompts; its settings name the head and the images that are scored together.
+        store: holds the tokens of the images, as far as they are this process's share.
+        items: samples, or views of them.
+        text_features: (D, 2), where the caller has them already.
+
+    Raises:
+        InputError: a score that is NaN or infinite, naming the image.
+    """
+    settings, tower = detector.settings, store.tower
+    text = detector.prompts() if text_features is None else text_features  # float32, as published
+    batches = eval_batches(items, settings.eval_batch)
+    with torch.autocast(tower.device.type, dtype=tower.autocast, enabled=tower.autocast is not None):
+        mine = [detector.patch_scores(store.get(store.rows(batch)), text) for batch in distributed.share(batches)]
+    if distributed.world() > 1:
+        shares = distributed.all_gather([scores.cpu() for scores in mine])
+        mine = [shares[i % distributed.world()][i // distributed.world()].to(text.device) for i in range(len(batches))]
+    scores = torch.cat(mine)
+    samples = [item if isinstance(item, Sample) else item.sample for item in items]
+    finite = scores.isfinite().flatten(1).all(dim=1)
+    if not bool(finite.all()):
+        first = samples[int(finite.to(torch.uint8).argmin())].name
+        raise InputError(f"the score of {first} is not finite: diverged (lower --learning_rate), or a damaged image")
+    return Evaluation(samples, scores, detector.scoring_head, settings.img_size, settings.dec_type)
+
+
+def eval_batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """The images in batches that are scored together."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def own_batches(samples: Sequence[Sample], size: int) -> Sequence[Sequence[Sample]]:
+    """The batches that this process scores in `evaluate`; all of them where it is the only one."""
+    return distributed.share(eval_batches(samples, size))

@@ -1,0 +1,145 @@
+"""Every picture of a report: thumbnails, colours of heat maps, overlays, outlines and contours.
+
+Pictures are Pillow images, RGB, with the aspect of their file. Heat maps (S, S) belong to the image squeezed to a
+square, and are stretched back over it.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from dataset.images import read
+from utils import InputError
+
+if TYPE_CHECKING:
+    from dataset.medical_few import Sample
+
+COLOUR_MAP = "inferno"  # bright is abnormal, also in grey and for every kind of colour vision
+OUTLINE = (0, 229, 200)
+HEAT_OPACITY = 0.55
+LONGEST = 1024  # pixels of an overlay's longer side
+
+
+def read_picture(sample: Sample, longest: int) -> Image.Image | None:
+    """A test image, its longer side `longest` pixels; None where its file is missing or cannot be read.
+
+    An evaluation that was loaded with --scores may be looked at where its data set is not.
+    """
+    try:
+        return shrink(read(sample).image, longest, enlarge=True)
+    except (InputError, OSError):
+        return None
+
+
+def shrink(image: Image.Image, longest: int, enlarge: bool = False) -> Image.Image:
+    """The image with at most `longest` pixels on its longer side (exactly, with `enlarge`), in its aspect."""
+    scale = longest / max(image.size)
+    if scale >= 1 and not enlarge:
+        return image
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+@cache
+def palette() -> np.ndarray:
+    """(256, 3) uint8: the colours of a heat map, from low to high."""
+    from matplotlib import colormaps  # noqa: PLC0415
+
+    return np.asarray(colormaps[COLOUR_MAP](np.arange(256), bytes=True))[:, :3]
+
+
+def colours(heat: np.ndarray, heat_range: tuple[float, float]) -> np.ndarray:
+    """Heat (...) -> RGB (..., 3) uint8; what lies outside `heat_range` has the colour of its end."""
+    low, high = heat_range
+    steps = (heat.astype(np.float64) - low) / max(high - low, 1e-12) * 255
+    coloured: np.ndarray = palette()[steps.round().clip(0, 255).astype(np.uint8)]
+    return coloured
+
+
+def alpha_blend(
+    image: Image.Image, heat: np.ndarray, heat_range: tuple[float, float], opacity: float = HEAT_OPACITY
+) -> Image.Image:
+    """The image under its heat map (S, S), coloured over `heat_range`."""
+    stretched = Image.fromarray(heat.astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
+    return Image.blend(image, Image.fromarray(colours(np.asarray(stretched), heat_range)), opacity)
+
+
+def outline(mask: np.ndarray, width: int = 1) -> np.ndarray:
+    """The pixels of a mask (H, W) bool that are within `width` of one outside it, or of the border."""
+    from scipy import ndimage  # noqa: PLC0415
+
+    return mask & ~ndimage.binary_erosion(mask, iterations=width) if mask.any() else mask
+
+
+def fit_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A mask (S, S) bool stretched over a picture of `size` (W, H): (H, W) bool."""
+    return np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+
+
+def draw_outline(image: Image.Image, mask: np.ndarray, width: int = 1) -> Image.Image:
+    """A copy of the image with the outline of its mask (S, S) bool."""
+    pixels = np.array(image)
+    pixels[outline(fit_mask(mask, image.size), width)] = OUTLINE
+    return Image.fromarray(pixels)
+
+
+def overlay(
+    image: Image.Image, heat: np.ndarray, heat_range: tuple[float, float], regions: Sequence[dict[str, Any]]
+) -> Image.Image:
+    """The image, at most LONGEST pixels a side, under its heat map (S, S) and the outlines of `contours`."""
+    picture = alpha_blend(shrink(image, LONGEST), heat, heat_range, 0.5)
+    scale_x, scale_y = (after / before for after, before in zip(picture.size, image.size, strict=True))
+    draw = ImageDraw.Draw(picture)
+    for region in regions:
+        points = [(x * scale_x, y * scale_y) for x, y in region["points"]]
+        draw.line([*points, points[0]], fill=OUTLINE, width=max(1, round(max(picture.size) / 300)))
+    return picture
+
+
+def raw(heat: np.ndarray, high: float) -> Image.Image:
+    """A heat map (S, S) in [0, high] as 16-bit grey: score = value / 65535 * high."""
+    return Image.fromarray((heat / high * 65535).round().clip(0, 65535).astype(np.uint16))
+
+
+def contours(heat: np.ndarray, level: float, size: tuple[int, int]) -> list[dict[str, Any]]:
+    """The regions where a heat map is at least `level`, largest first.
+
+    Args:
+        heat: (S, S).
+        level: the threshold.
+        size: W, H of the image that the map belongs to.
+
+    Returns:
+        For each closed polygon `points` [[x, y], ...] in the image's pixels, (0, 0) being the upper left corner of the
+        upper left pixel, its `area` in pixels, negative for a hole, and for a region the `peak` of its heat.
+    """
+    import contourpy  # noqa: PLC0415
+
+    # Padded twice: once so that a region reaches the image's border, once to close it there.
+    padded = np.pad(np.pad(heat.astype(np.float64), 1, "edge"), 1, constant_values=min(float(heat.min()), level) - 1e6)
+    factors = np.divide(size, heat.shape[::-1])
+    regions = []
+    for line in contourpy.contour_generator(z=padded).lines(level):
+        inside = (np.asarray(line)[:-1] - 1.5).clip(0, heat.shape[::-1])  # two of padding, half a pixel to the corner
+        points = inside * factors
+        x, y = points.T
+        area = float((x * np.roll(y, -1) - np.roll(x, -1) * y).sum() / 2)
+        if area:
+            columns, rows = inside.min(0).astype(int), np.ceil(inside.max(0)).astype(int)
+            peak = float(heat[columns[1] : rows[1], columns[0] : rows[0]].max()) if area > 0 else None
+            regions.append({"area": round(area, 2), "peak": peak, "points": points.round(2).tolist()})
+    return sorted(regions, key=lambda region: -abs(region["area"]))
+
+
+def encode(image: Image.Image, kind: str, **options: Any) -> str:  # noqa: ANN401 - Pillow's options
+    """The bytes of a picture file as base64, for a data URI; without any metadata of the original."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return base64.b64encode(buffer.getvalue()).decode()

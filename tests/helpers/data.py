@@ -1,0 +1,47 @@
+"""Small models and options for unit tests of the engine."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dataset.medical_few import Sample
+from engine.config import Settings
+
+# Flags of a small model that needs no weights: seconds on one core.
+SMALL = ["--model_name", "ViT-tiny-14-56", "--pretrain", "random", "--img_size", "42", "--device", "cpu"]
+
+
+def small_settings(**changes: object) -> Settings:
+    """Settings of the tiny tower at 42 pixels."""
+    values = {
+        "obj": "Brain", "model_name": "ViT-tiny-14-56", "pretrain": "random", "fidelity": "released", "img_size": 42,
+        "features_list": (2, 4), "visionA": "MFCFC", "text_mood": "learnable_all", "contrast_mood": "yes",
+        "dec_type": "mean", "loss_type": "sigmoid", "prompt_name": "Brain", "pixel_metrics": True,
+        "weights_sha256": "", "eval_batch": 4,
+    }  # fmt: skip
+    return Settings(**{**values, **changes})
+
+
+def store_options(cache_dir: Path, **changes: object) -> Namespace:
+    """What a token store reads of a command line."""
+    values = {"cache": "ram", "cache_dir": str(cache_dir), "cache_dtype": "auto", "batch_size": 4, "num_workers": 1}
+    return Namespace(**{**values, **changes})
+
+
+def draw_samples(folder: Path, count: int = 6, size: int = 50, masks: bool = True) -> list[Sample]:
+    """PNG files of noise, every second abnormal, with a square as mask."""
+    rng = np.random.default_rng(0)
+    samples = []
+    for i in range(count):
+        path, mask = folder / f"{i}.png", folder / f"{i}-mask.png"
+        Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(path)
+        if i % 2 and masks:
+            marked = np.zeros((size, size), np.uint8)
+            marked[5 : 15 + i, 10:30] = 255
+            Image.fromarray(marked).save(mask)
+        samples.append(Sample(path, i % 2, mask if i % 2 and masks else None, path.name))
+    return samples

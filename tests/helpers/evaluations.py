@@ -1,0 +1,66 @@
+"""Evaluations that nobody measured: small pictures on disk and patch scores that give the image scores asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dataset.medical_few import Sample
+from engine.config import Settings
+from engine.evaluation import Evaluation, Masks
+
+SIZE = 28  # pixels a side of the maps: 2 x 2 patches
+LAYERS = 2
+PICTURE = (48, 24)  # W, H of the files: not square
+METADATA: dict[str, Any] = {
+    "select": "last", "run": "a-run", "metrics": {"epoch": 3, "auc": 0.8},
+    "threshold": {"value": 0.4, "pixel_value": 0.35, "heat_range": [0.25, 1.75], "rule": "the largest F1",
+                  "from": "images of valid/"},
+}  # fmt: skip
+
+
+def make_samples(folder: Path, labels: Sequence[int], masks: bool = True) -> list[Sample]:
+    """Pictures test/I.png, and for the abnormal ones masks of which the left half is abnormal."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mask = np.zeros(PICTURE[::-1], np.uint8)
+    mask[:, : PICTURE[0] // 2] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    samples = []
+    for i, label in enumerate(labels):
+        Image.new("RGB", PICTURE, (40 + i, 90, 90)).save(folder / f"{i}.png")
+        has_mask = bool(label) and masks
+        samples.append(
+            Sample(folder / f"{i}.png", label, folder / "mask.png" if has_mask else None, f"test/{i:05}.png")
+        )
+    return samples
+
+
+def make_evaluation(samples: Sequence[Sample], scores: Sequence[float], head: str = "seg") -> Evaluation:
+    """An evaluation with these image scores, between 0 and LAYERS: a map is as high all over."""
+    share = torch.tensor(scores, dtype=torch.float64) / LAYERS
+    patches = share.logit()[:, None, None].expand(-1, LAYERS, 4).float().contiguous()
+    return Evaluation(samples, patches, head, SIZE, "mean")
+
+
+def make_world(
+    folder: Path, labels: Sequence[int], scores: Sequence[float], masks: bool = True
+) -> tuple[Evaluation, Masks | None]:
+    """Samples, evaluation and masks in one; without masks the scores are of the detection heads."""
+    samples = make_samples(folder, labels, masks)
+    evaluation = make_evaluation(samples, scores, "seg" if masks else "det")
+    return evaluation, Masks.load(samples, SIZE) if masks else None
+
+
+def make_settings(**changes: Any) -> Settings:
+    """Settings of a small checkpoint."""
+    values: dict[str, Any] = {
+        "obj": "Brain", "model_name": "ViT-tiny-14-56", "pretrain": "openai", "fidelity": "released", "img_size": SIZE,
+        "features_list": (1, 2), "visionA": "MFCFC", "text_mood": "fix", "contrast_mood": "yes", "dec_type": "mean",
+        "loss_type": "sigmoid", "prompt_name": "Brain", "pixel_metrics": True, "weights_sha256": "", "eval_batch": 32,
+    }  # fmt: skip
+    return Settings(**{**values, **changes})

@@ -1,0 +1,156 @@
+"""Baselines on made-up tokens, where the right answer is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+
+from engine import baselines
+from engine.baselines import Training
+
+K, N, C = 2, 9, 16  # a 3 x 3 grid
+
+
+def make(images: int, seed: int, masks: bool = True) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Tokens of images whose every other is abnormal, in its first three patches: these point another way."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(images) % 2 == 1
+    abnormal = torch.zeros(images, N)
+    abnormal[labels, :3] = 1
+    tokens = []
+    for layer in range(K):
+        x = 0.3 * torch.randn(images, N, C, generator=generator)
+        x[..., layer] += 1  # what is normal differs between the layers
+        x[..., layer + 4] += 1.5 * abnormal
+        tokens.append(x)
+    return tokens, labels, abnormal
+
+
+def training(masks: bool = True) -> Training:
+    tokens, labels, abnormal = make(12, 0)
+    return Training(tokens, labels, abnormal if masks else None, torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def test_set():
+    tokens, labels, abnormal = make(20, 1)
+
+    def batches():
+        for start in range(0, 20, 8):
+            yield [layer[start : start + 8] for layer in tokens]
+
+    return batches, labels, abnormal
+
+
+def auc(targets: torch.Tensor, scores: torch.Tensor) -> float:
+    return roc_auc_score(targets.flatten().numpy(), scores.flatten().numpy())
+
+
+@pytest.mark.parametrize("method", [baselines.nearest_normal_patch, baselines.prototypes])
+@pytest.mark.parametrize("masks", [True, False])
+def test_patches_are_told_apart(test_set, method, masks):
+    batches, labels, abnormal = test_set
+    scores = method(training(masks), batches)
+    assert scores.shape == (20, K, N)
+    assert scores.dtype == torch.float32
+    assert auc(abnormal, scores.sum(dim=1)) > 0.9  # in the right order of images
+    assert auc(labels, scores.sum(dim=1).amax(dim=1)) > 0.9
+
+
+def test_logistic_regression(test_set):
+    batches, labels, abnormal = test_set
+    scores = baselines.logistic_regression(training(), batches)
+    assert scores.shape == (20, 1, N)
+    assert auc(abnormal, scores) > 0.97
+    scores = baselines.logistic_regression(training(masks=False), batches)  # of images
+    assert scores.shape == (20, 1, N)
+    assert (scores == scores[..., :1]).all()
+    assert auc(labels, scores[:, 0, 0]) > 0.9
+
+
+def test_the_nearest_patch_is_exact_and_sees_no_abnormal_shot():
+    shots = training()
+    normal = [layer[~shots.labels] for layer in shots.tokens]
+    assert baselines.nearest_normal_patch(shots, lambda: iter([normal])).abs().max() < 1e-6  # they are in the bank
+    tokens, *_ = make(3, 2)
+    scores = baselines.nearest_normal_patch(shots, lambda: iter([tokens]))
+    for k in range(K):
+        bank = baselines.neighbourhoods(normal[k]).reshape(-1, C)
+        patches = baselines.neighbourhoods(tokens[k]).reshape(-1, C)
+        expected = 1 - F.cosine_similarity(patches[:, None], bank[None], dim=-1).max(dim=1).values
+        assert torch.allclose(scores[:, k].flatten(), expected, atol=1e-6)
+
+
+def test_neighbourhoods_average_what_there_is():
+    tokens = torch.zeros(1, N, 2)
+    tokens[0, :, 0] = torch.arange(9.0)
+    tokens[0, :, 1] = 1
+    mean = baselines.neighbourhoods(tokens)
+    assert mean[0, 4, 0] / mean[0, 4, 1] == pytest.approx(4)  # the middle: all nine
+    assert mean[0, 0, 0] / mean[0, 0, 1] == pytest.approx((0 + 1 + 3 + 4) / 4)  # a corner: four
+    assert torch.allclose(mean.norm(dim=-1), torch.ones(1, N))
+
+
+def test_a_coreset_covers_the_bank():
+    generator = torch.Generator().manual_seed(0)
+    centres = 10 * torch.randn(5, 32, generator=generator)
+    bank = centres.repeat_interleave(40, dim=0) + 0.01 * torch.randn(200, 32, generator=generator)
+    chosen = baselines.coreset(bank, 5, generator)
+    assert sorted((chosen // 40).tolist()) == [0, 1, 2, 3, 4]  # one of each heap
+    assert baselines.coreset(bank, 300, generator).tolist() == list(range(200))
+
+
+def test_prototypes_without_abnormal_shots(test_set):
+    batches, _, abnormal = test_set
+    tokens, labels, _ = make(12, 0)
+    normal = Training([x[~labels] for x in tokens], labels[~labels], None, torch.Generator())
+    scores = baselines.prototypes(normal, batches)
+    assert auc(abnormal, scores.sum(dim=1)) > 0.8
+    names = [
+        name for name, _ in baselines.run_baselines(FakeStore(), normal, range(5), lambda x: x, torch.eye(C)[:, :2])
+    ]
+    assert names == ["zero-shot CLIP", "nearest normal patch", "class prototypes"]
+
+
+def test_zero_shot_reads_the_last_layer(test_set):
+    batches, _, _ = test_set
+    last = torch.cat([layers[-1] for layers in batches()])
+    text = F.normalize(torch.randn(8, 2, generator=torch.Generator().manual_seed(3)), dim=0)
+    scores = baselines.zero_shot(batches, lambda x: 3 * x[..., :8], text)
+    cosines = F.normalize(last[..., :8], dim=-1) @ text
+    assert torch.allclose(scores[:, 0], 100 * (cosines[..., 1] - cosines[..., 0]), atol=1e-4)
+
+
+def test_masks_become_parts_of_patches():
+    masks = torch.zeros(1, 6, 6, dtype=torch.bool)
+    masks[0, :2, :2] = True  # the first patch
+    masks[0, 2, 2] = True  # a quarter of the middle one
+    pooled = baselines.pool_masks(masks, 9)
+    assert pooled.tolist() == [[1, 0, 0, 0, 0.25, 0, 0, 0, 0]]
+    shots = Training([torch.zeros(1, N, C)], torch.tensor([True]), pooled, torch.Generator())
+    assert shots.abnormal_patches[0].nonzero().flatten().tolist() == [0]
+    assert shots.normal_patches[0].sum() == 7  # neither the first nor the mixed one
+
+
+class FakeStore:
+    """40 images' tokens."""
+
+    tokens, labels, abnormal = make(40, 4)
+
+    def rows(self, items):
+        return torch.tensor(list(items))
+
+    def get(self, rows):
+        return [layer[rows].half() for layer in self.tokens]
+
+
+def test_all_of_them_from_a_store():
+    text = F.normalize(torch.eye(C)[:, [1, 5]], dim=0)
+    results = dict(baselines.run_baselines(FakeStore(), training(), range(40), lambda x: x, text))
+    assert list(results) == ["zero-shot CLIP", "nearest normal patch", "class prototypes", "logistic regression"]
+    for name, scores in results.items():
+        assert scores.shape[0] == 40
+        assert scores.shape[2] == N
+        assert auc(FakeStore.abnormal, scores.sum(dim=1)) > 0.9, name

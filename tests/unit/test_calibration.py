@@ -1,0 +1,230 @@
+"""engine/calibration.py: thresholds by each rule, for images and pixels, against brute force."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import f1_score
+
+from engine import calibration
+from engine.calibration import (
+    HEAT_QUANTILES,
+    MAX_IMAGES,
+    Rule,
+    calibrate,
+    calibration_samples,
+    describe_threshold,
+    heat_range,
+    pixel_threshold,
+    select_threshold,
+    threshold_metrics,
+)
+from engine.evaluation import Evaluation, Masks
+from engine.metrics import count_pixels
+
+
+def test_the_largest_f1_by_hand() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 60)
+    scores = (labels + rng.normal(0, 1, 60)).round(1)  # with ties
+    threshold = select_threshold(labels, scores, Rule())
+    best = max(f1_score(labels, scores >= value) for value in np.unique(scores))
+    assert f1_score(labels, scores >= threshold) == pytest.approx(best)
+    assert threshold_metrics(labels, scores, threshold)["f1"] == pytest.approx(best)
+    assert threshold not in scores
+
+
+@pytest.mark.parametrize(("rate", "allowed"), [(0.0, 0), (0.05, 1), (0.1, 2), (0.99, 19)])
+def test_a_false_positive_rate(rate: float, allowed: int) -> None:
+    scores = np.arange(40.0)
+    labels = np.tile([0, 1], 20)  # normal at 0, 2, ..., 38
+    threshold = select_threshold(labels, scores, Rule.parse(f"fpr={rate}"))
+    assert (scores[labels == 0] >= threshold).sum() == allowed
+    # No lower threshold keeps the rate.
+    lower = scores[scores < threshold].max()
+    assert (scores[labels == 0] >= lower).mean() > rate or lower not in scores[labels == 0]
+
+
+@pytest.mark.parametrize(("rate", "needed"), [(0.05, 1), (0.5, 10), (0.95, 19), (0.951, 20), (1.0, 20)])
+def test_a_sensitivity(rate: float, needed: int) -> None:
+    scores = np.arange(40.0)
+    labels = np.tile([0, 1], 20)
+    threshold = select_threshold(labels, scores, Rule.parse(f"tpr={rate}"))
+    assert (scores[labels == 1] >= threshold).sum() == needed
+    assert scores[scores >= threshold].min() in scores[labels == 1]  # the highest threshold: a normal one below is out
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.integers(0, 1)), max_size=15),
+    st.sampled_from(["f1", "fpr=0", "fpr=0.1", "fpr=0.5", "tpr=0", "tpr=0.3", "tpr=0.9", "tpr=1"]),
+)
+def test_rules_by_brute_force(images: list[tuple[int, int]], text: str) -> None:
+    scores = np.array([score for score, _ in images] + [2.0, 3.0])
+    labels = np.array([label for _, label in images] + [1, 0])
+    rule = Rule.parse(text)
+    everything = [threshold_metrics(labels, scores, t) for t in [*np.unique(scores), 9.0]]
+    result = threshold_metrics(labels, scores, select_threshold(labels, scores, rule))
+    if rule.fpr is not None:
+        assert result["fpr"] <= rule.fpr
+        assert result["tpr"] == max(row["tpr"] for row in everything if row["fpr"] <= rule.fpr)
+    elif rule.tpr is not None:
+        assert result["tpr"] >= rule.tpr
+        assert result["fpr"] == min(row["fpr"] for row in everything[:-1] if row["tpr"] >= rule.tpr)
+    else:
+        assert result["f1"] == max(row["f1"] for row in everything)
+
+
+def test_the_highest_score_is_normal() -> None:
+    assert select_threshold(np.array([1, 0]), np.array([1.0, 2.0]), Rule(0.0)) > 2.0
+
+
+def test_one_class_alone() -> None:
+    result = threshold_metrics(np.zeros(4), np.arange(4.0), 2.5)
+    assert result == {"f1": None, "tpr": None, "fpr": 0.25, "n_normal": 4, "n_abnormal": 0}
+    result = threshold_metrics(np.ones(4), np.arange(4.0), 3.0)
+    assert result == {"f1": 0.4, "tpr": 0.25, "fpr": None, "n_normal": 0, "n_abnormal": 4}
+
+
+@pytest.mark.parametrize("text", ["f2", "fpr", "fpr=1", "fpr=-0.1", "fpr=x", "fpr=nan", "tpr=1.1", "tpr", "tpr=-1", ""])
+def test_rules_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError):
+        Rule.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "both", "normal", "abnormal"),
+    [
+        ("f1", "the largest F1", True, False, False),
+        ("fpr=0.05", "a false positive rate of at most 0.05", True, True, False),
+        ("tpr=0.95", "a sensitivity of at least 0.95", True, False, True),
+    ],
+)
+def test_rules_in_words_and_what_they_need(text: str, words: str, both: bool, normal: bool, abnormal: bool) -> None:
+    rule = Rule.parse(text)
+    assert str(rule) == words
+    assert (rule.can_use(True, True), rule.can_use(True, False), rule.can_use(False, True)) == (both, normal, abnormal)
+
+
+# --- samples ---
+
+
+def sample(name: str, label: int, mask: str | None = None) -> SimpleNamespace:
+    return SimpleNamespace(name=name, label=label, mask=mask, patient=None)
+
+
+def test_samples_are_spread_evenly_and_of_both_classes() -> None:
+    normal = [sample(f"n{i}", 0) for i in range(1000)]
+    abnormal = [sample(f"a{i}", 1) for i in range(7)]
+    kept = calibration_samples([*normal, *abnormal], pixel_metrics=False)
+    assert [s.label for s in kept] == [0] * MAX_IMAGES + [1] * 7
+    assert kept[0] is normal[0]
+    assert kept[MAX_IMAGES - 1] is normal[-1]
+    assert len({s.name for s in kept}) == MAX_IMAGES + 7
+    assert calibration_samples(normal, pixel_metrics=False) == []
+    assert calibration_samples(abnormal, pixel_metrics=False) == []
+
+
+def test_abnormal_images_without_a_mask_are_left_out_and_named(capsys: pytest.CaptureFixture[str]) -> None:
+    samples = [sample("n", 0), sample("with", 1, "m.png"), sample("without", 1)]
+    assert [s.name for s in calibration_samples(samples, pixel_metrics=True)] == ["n", "with"]
+    assert "warning: " in (message := capsys.readouterr().err)
+    assert message.rstrip().endswith("no mask are left out of the threshold: without")
+    assert len(calibration_samples(samples, pixel_metrics=False)) == 3
+    assert calibration_samples([samples[0], samples[2]], pixel_metrics=True) == []
+    capsys.readouterr()
+    calibration_samples(samples[:2], pixel_metrics=True)
+    assert capsys.readouterr().err == ""
+
+
+# --- evaluations ---
+
+
+def make_evaluation(head: str = "seg", labels: tuple[int, ...] = (0, 1, 0, 1, 1, 0)) -> tuple[Evaluation, Masks]:
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.randn(len(labels), 2, 9, generator=generator)
+    abnormal = torch.tensor(labels) == 1
+    scores[abnormal, :, 6:] += 1.5
+    mask = np.zeros((12, 12), dtype=bool)
+    mask[8:] = True
+    rows = torch.where(abnormal, 0, -1)
+    samples = [sample(f"{i}", label) for i, label in enumerate(labels)]
+    return Evaluation(samples, scores, head, 12, "mean"), Masks(rows, torch.from_numpy(np.packbits(mask)[None]), 12)
+
+
+@pytest.mark.parametrize("text", ["f1", "fpr=0.1", "tpr=0.8"])
+def test_calibrate(text: str) -> None:
+    evaluation, masks = make_evaluation()
+    rule = Rule.parse(text)
+    result = calibrate(evaluation, masks, rule, "images that are made up")
+    maps, truth = evaluation.maps(slice(None)), masks.get(slice(None))
+    value = select_threshold(evaluation.labels, evaluation.image_scores, rule)
+    assert result == {
+        "value": value, "rule": str(rule), "from": "images that are made up",
+        "figures": threshold_metrics(evaluation.labels, evaluation.image_scores, value),
+        "heat_range": pytest.approx(np.quantile(maps.numpy().astype(float), HEAT_QUANTILES), abs=1e-6),
+        "pixel_value": pixel_threshold(count_pixels(lambda p: maps[p], lambda p: truth[p], 6, 6), rule),
+    }  # fmt: skip
+    assert {type(result[name]) for name in ("value", "pixel_value")} == {float}
+    called = maps.numpy() >= result["pixel_value"]  # float32 against a Python float, as predict.py compares
+    fpr, tpr = called[~truth.numpy()].mean(), called[truth.numpy()].mean()
+    if rule.fpr is not None:
+        assert 0.08 < fpr <= 0.1
+    elif rule.tpr is not None:
+        assert 0.8 <= tpr < 0.82
+    line = describe_threshold(result)
+    assert line.startswith(f"threshold:  {value:.4f} for {rule} on 3 + 3 images that are made up; there sensitivity ")
+
+
+def test_calibrate_without_masks() -> None:
+    evaluation, masks = make_evaluation("det")
+    for given_masks in (None, masks):  # the maps of detection heads set no threshold
+        result = calibrate(evaluation, given_masks, Rule(), "here")
+        assert set(result) == {"value", "rule", "from", "figures", "heat_range"}
+    evaluation, masks = make_evaluation()
+    empty = Masks(torch.full((6,), -1), masks.bits, 12)
+    assert "pixel_value" not in calibrate(evaluation, empty, Rule(), "here")
+
+
+def test_calibrate_with_one_class() -> None:
+    normal, masks = make_evaluation(labels=(0, 0, 0))
+    assert calibrate(normal, masks, Rule(), "here") is None
+    assert calibrate(normal, masks, Rule(tpr=0.9), "here") is None
+    result = calibrate(normal, masks, Rule(fpr=0.4), "here")
+    assert result["figures"]["fpr"] == pytest.approx(1 / 3)
+    assert "pixel_value" not in result
+    assert "sensitivity" not in describe_threshold(result)
+    abnormal, masks = make_evaluation(labels=(1, 1, 1))
+    assert calibrate(abnormal, masks, Rule(fpr=0.1), "here") is None
+    assert calibrate(abnormal, masks, Rule(tpr=0.6), "here")["figures"]["tpr"] == pytest.approx(2 / 3)
+    assert describe_threshold(None).startswith("threshold:  none, ")
+
+
+def test_the_shots_views_as_samples_again_and_again() -> None:
+    evaluation, masks = make_evaluation(labels=(0, 1) * 4)
+    evaluation.samples = list(evaluation.samples[:2]) * 4
+    result = calibrate(evaluation, masks, Rule(), calibration.VIEWS_SOURCE)
+    assert (result["figures"]["n_normal"], result["figures"]["n_abnormal"]) == (4, 4)
+    assert "augmented views" in describe_threshold(result)
+    assert "optimistic" in calibration.VIEWS_SOURCE
+    assert "optimistic" in calibration.CHOSEN_SOURCE
+
+
+def test_the_range_of_colours_from_some_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    maps = torch.from_numpy(rng.random((50, 24, 24)).astype(np.float32) ** 2)
+    maps[:, :, 5] += 3.0  # a column that a step of 24, or 12, would always or never meet
+    fake = SimpleNamespace(img_size=24, samples=[None] * 50, maps=lambda part: maps[part])
+    assert heat_range(fake) == pytest.approx(np.quantile(maps.numpy(), HEAT_QUANTILES), abs=1e-6)
+    monkeypatch.setattr(calibration, "HEAT_PIXELS", 1200)
+    monkeypatch.setattr(calibration, "HEAT_QUANTILES", (0.02, 0.9))
+    expected = np.quantile(maps.flatten()[::25].double().numpy(), (0.02, 0.9))  # 24 and 25 share no divisor
+    assert expected == pytest.approx(np.quantile(maps.numpy(), (0.02, 0.9)), abs=0.1)
+    for at_a_time in (50, 7, 1):  # batches do not matter
+        monkeypatch.setattr(calibration, "maps_at_a_time", lambda _, most=at_a_time: most)
+        assert heat_range(fake) == expected.tolist()

@@ -1,0 +1,134 @@
+"""Patch scores, what follows from them, masks as packed bits, and evaluations kept in a file."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dataset.images import load_mask
+from engine.evaluation import Evaluation, Masks, eval_batches, evaluate, load_evaluation
+from loss import decide
+from tests.helpers.data import draw_samples, small_settings
+from utils import InputError
+
+SIZE = 42
+
+
+@pytest.fixture
+def samples(tmp_path):
+    return draw_samples(tmp_path)
+
+
+def make_evaluation(samples, head="seg", dec_type="mean"):
+    scores = torch.randn(len(samples), 2, 9, generator=torch.Generator().manual_seed(1))
+    return Evaluation(samples, scores, head, SIZE, dec_type)
+
+
+def test_an_images_score_is_the_highest_pixel_of_its_map(samples):
+    evaluation = make_evaluation(samples)
+    maps = evaluation.maps(slice(None))
+    assert maps.shape == (6, SIZE, SIZE) and float(maps.min()) >= 0 and float(maps.max()) <= 2
+    np.testing.assert_allclose(evaluation.image_scores, maps.flatten(1).amax(1).double().numpy())
+    torch.testing.assert_close(evaluation.maps([4, 1]), maps[[4, 1]])
+
+
+@pytest.mark.parametrize("dec_type", ["mean", "max", "both"])
+def test_detection_heads_score_by_their_patches(samples, dec_type):
+    evaluation = make_evaluation(samples, "det", dec_type)
+    layers = evaluation.patch_scores.sigmoid().unbind(1)
+    expected = sum(decide(layer, dec_type) for layer in layers).double().numpy()
+    np.testing.assert_allclose(evaluation.image_scores, expected, atol=1e-6)
+    assert evaluation.maps([0]).shape == (1, SIZE, SIZE)  # weak localisation
+
+
+def test_masks_are_those_of_the_reader(samples):
+    masks = Masks.load(samples, SIZE)
+    expected = torch.stack([load_mask(sample, SIZE) for sample in samples])
+    assert len(masks.bits) == 3  # images without a mask take no room
+    for part in (slice(None), slice(1, 4), [5, 0, 3]):
+        torch.testing.assert_close(masks.get(part), expected[part], atol=0, rtol=0)
+    torch.testing.assert_close(masks.select([3, 2]).get(slice(None)), expected[[3, 2]], atol=0, rtol=0)
+    torch.testing.assert_close(Masks.pack(expected).get(slice(None)), expected, atol=0, rtol=0)
+
+
+def test_no_masks_without_pixel_metrics(samples):
+    assert Masks.of(samples, small_settings(pixel_metrics=False)) is None
+    assert Masks.of(samples[::2], small_settings()) is None
+    assert len(Masks.of(samples, small_settings())) == 6
+
+
+def test_a_kept_evaluation_gives_the_same_scores_maps_and_masks(samples, tmp_path):
+    evaluation, masks = make_evaluation(samples), Masks.load(samples, SIZE)
+    evaluation.save(tmp_path / "scores.npz", masks, settings={"obj": "Brain"}, note="x")
+    kept, kept_masks, metadata = load_evaluation(tmp_path / "scores.npz")
+    assert torch.equal(kept.patch_scores, evaluation.patch_scores) and kept.names == evaluation.names
+    np.testing.assert_array_equal(kept.image_scores, evaluation.image_scores)
+    assert torch.equal(kept_masks.get(slice(None)), masks.get(slice(None)))
+    assert (metadata["settings"], metadata["note"]) == ({"obj": "Brain"}, "x")
+    assert str(tmp_path).encode() not in (tmp_path / "scores.npz").read_bytes()
+
+
+@pytest.mark.parametrize("damage", [b"", b"no npz", b"PK\x03\x04 cut", None])
+def test_another_file_is_refused_in_one_line(tmp_path, damage):
+    path = tmp_path / "scores.npz"
+    if damage is not None:
+        path.write_bytes(damage)
+    with pytest.raises(InputError, match=r"--scores .*scores\.npz"):
+        load_evaluation(path)
+
+
+def test_an_archive_of_objects_runs_nothing(tmp_path):
+    np.savez(tmp_path / "x.npz", description=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(InputError, match="not an evaluation"):
+        load_evaluation(tmp_path / "x.npz")
+
+
+class FakeStore:
+    """Serves the index of an image as its token; counts what is asked for."""
+
+    def __init__(self, samples):
+        self.samples, self.asked = list(samples), []
+        self.tower = type("Tower", (), {"device": torch.device("cpu"), "autocast": None})
+
+    def rows(self, items):
+        return torch.tensor([self.samples.index(item) for item in items])
+
+    def get(self, rows):
+        self.asked.append(rows.tolist())
+        return [rows.float()[:, None, None]] * 2
+
+
+class FakeDetector:
+    """Returns the tokens as scores, NaN for one of them."""
+
+    scoring_head = "seg"
+    settings = small_settings(eval_batch=4)
+
+    def __init__(self, bad=None):
+        self.bad = bad
+
+    def prompts(self):
+        return torch.zeros(3, 2)
+
+    def patch_scores(self, tokens, text):
+        scores = torch.stack(tokens, dim=1)[..., 0].expand(-1, -1, 9).clone()
+        scores[scores == self.bad] = torch.nan
+        return scores
+
+
+def test_images_are_scored_in_their_order_and_in_the_checkpoints_batches(samples):
+    store = FakeStore(samples)
+    evaluation = evaluate(FakeDetector(), store, samples)
+    assert store.asked == [[0, 1, 2, 3], [4, 5]]
+    assert evaluation.patch_scores[:, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert evaluation.labels.tolist() == [0, 1, 0, 1, 0, 1]
+
+
+def test_a_score_that_is_not_finite_names_the_image(samples):
+    with pytest.raises(InputError, match=r"the score of 3\.png is not finite"):
+        evaluate(FakeDetector(bad=3.0), FakeStore(samples), samples)
+
+
+def test_batches():
+    assert [list(batch) for batch in eval_batches([1, 2, 3], 2)] == [[1, 2], [3]]

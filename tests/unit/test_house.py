@@ -1,0 +1,87 @@
+"""The house of the project: which folder may import which, and how long files and functions may be."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PRODUCT = sorted(
+    path for path in ROOT.rglob("*.py")
+    if not set(path.relative_to(ROOT).parts) & {"tests", "benchmarks", ".venv", "demo", "runs", "build"}
+)  # fmt: skip
+SCRIPTS = ("train", "test", "predict", "reproduce")
+# An arrow: what a layer may import beside itself. `loss` and the packages of arithmetic know nothing of `engine`.
+ALLOWED = {
+    "utils": set(),
+    "loss": set(),
+    "dataset": {"utils"},
+    "CLIP": {"utils"},
+    "Prompt": {"CLIP", "utils"},
+    "engine": {"CLIP", "Prompt", "dataset", "loss", "utils"},
+    "engine.report": {"engine", "CLIP", "Prompt", "dataset", "loss", "utils"},
+}
+LAYERS = {*ALLOWED, *SCRIPTS}
+
+
+def layer(parts: tuple[str, ...]) -> str:
+    return "engine.report" if parts[:2] == ("engine", "report") else parts[0]
+
+
+def imported(path: Path) -> set[str]:
+    """The layers of this project that a file imports, anywhere in it."""
+    package = path.relative_to(ROOT).with_suffix("").parts
+    result = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [tuple(alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level] if node.level else ()
+            module = (*base, *(node.module or "").split(".")) if node.module else base
+            names = [(*module, alias.name) for alias in node.names]
+        else:
+            continue
+        result |= {layer(name) for name in names if name and name[0] in {entry.split(".")[0] for entry in LAYERS}}
+    return result
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_arrows_point_one_way(path):
+    own = layer(path.relative_to(ROOT).with_suffix("").parts)
+    if own in ALLOWED:
+        assert imported(path) <= ALLOWED[own] | {own}
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_function_is_longer_than_a_screen(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= 60, f"{node.name}: {length} lines"
+
+
+@pytest.mark.parametrize(("name", "most"), [("train.py", 200), ("test.py", 120)])
+def test_scripts_are_short(name, most):
+    assert len((ROOT / name).read_text().splitlines()) <= most
+
+
+@pytest.mark.parametrize(
+    "words", [["train.py"], ["test.py"], ["predict.py"], ["reproduce.py"], ["-m", "dataset.check"]]
+)
+def test_help_imports_nothing_heavy(words):
+    """What takes seconds to import is imported after the flags are read."""
+    script = f"import runpy, sys; sys.argv = {[words[-1], '--help']!r}\ntry:\n  " + (
+        f"runpy.run_module({words[1]!r}, run_name='__main__')" if words[0] == "-m"
+        else f"runpy.run_path({words[0]!r}, run_name='__main__')"
+    ) + (
+        "\nexcept SystemExit as end:\n  assert not end.code\n"
+        "heavy = {'torch', 'sklearn', 'wandb', 'matplotlib', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout

@@ -1,0 +1,113 @@
+"""Pictures: colours, overlays, outlines and contours, in the aspect of the image's file."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset.medical_few import Sample
+from engine.report.images import (
+    LONGEST,
+    OUTLINE,
+    alpha_blend,
+    colours,
+    contours,
+    draw_outline,
+    encode,
+    outline,
+    overlay,
+    palette,
+    raw,
+    read_picture,
+    shrink,
+)
+
+
+def test_colours_span_the_range_and_stop_at_its_ends():
+    heat = np.array([-5.0, 1.0, 2.0, 3.0, 9.0])
+    assert (colours(heat, (1.0, 3.0))[[0, 1]] == palette()[0]).all()
+    assert (colours(heat, (1.0, 3.0))[[3, 4]] == palette()[255]).all()
+    assert (colours(heat, (1.0, 3.0))[2] == palette()[128]).all()
+    assert colours(np.ones((2, 3)), (1.0, 1.0)).shape == (2, 3, 3)  # an empty range is no division by zero
+    lightness = palette() @ [0.2126, 0.7152, 0.0722]
+    assert (np.diff(lightness) > -0.5).all()  # bright is abnormal, in grey too
+
+
+def test_outline_is_the_edge_inside_the_mask():
+    mask = np.zeros((7, 7), bool)
+    mask[1:6, 1:6] = True
+    edge = outline(mask)
+    assert edge.sum() == 16
+    assert not edge[2:5, 2:5].any()
+    assert outline(mask, 2).sum() == 24
+    assert not outline(np.zeros((7, 7), bool)).any()
+    assert outline(np.ones((5, 5), bool)).sum() == 16  # the picture's border ends a mask
+
+
+def test_an_outline_and_a_heat_map_lie_over_a_picture_that_is_not_square():
+    picture = Image.new("RGB", (40, 20))
+    mask = np.zeros((10, 10), bool)
+    mask[:, :5] = True
+    drawn = np.asarray(draw_outline(picture, mask))
+    assert drawn.shape == (20, 40, 3)
+    assert (drawn[5, 19] == OUTLINE).all()
+    assert not drawn[5, 20:].any()
+    heat = np.zeros((10, 10), np.float32)
+    heat[:, 5:] = 1.0
+    blended = alpha_blend(picture, heat, (0.0, 1.0), 1.0)
+    assert blended.size == (40, 20)
+    assert blended.getpixel((2, 10)) == tuple(palette()[0])
+    assert blended.getpixel((37, 10)) == tuple(palette()[255])
+    assert alpha_blend(picture, heat, (0.0, 1.0), 0.0).getpixel((37, 10)) == (0, 0, 0)
+
+
+def test_overlay_is_bounded_and_draws_regions():
+    picture = Image.new("RGB", (2 * LONGEST, LONGEST))
+    region = {"points": [[200.0, 100.0], [200.0, 900.0], [1800.0, 900.0], [1800.0, 100.0]]}
+    drawn = overlay(picture, np.zeros((4, 4), np.float32), (0.0, 1.0), [region])
+    assert drawn.size == (LONGEST, LONGEST // 2)
+    assert drawn.getpixel((100, 250)) == OUTLINE
+    assert drawn.getpixel((500, 250)) != OUTLINE
+
+
+def test_raw_keeps_the_scores_in_16_bits():
+    heat = np.array([[0.0, 1.0], [2.0, 4.0]])
+    stored = np.asarray(raw(heat, 4.0))
+    assert stored.dtype == np.uint16
+    np.testing.assert_allclose(stored / 65535 * 4, heat, atol=4 / 65535)
+
+
+def test_contours_are_in_the_images_pixels_with_holes():
+    heat = np.zeros((8, 8))
+    heat[1:7, 1:7] = 1.0
+    heat[3:5, 3:5] = 0.0
+    region, hole = contours(heat, 0.5, (16, 8))
+    assert region["peak"] == 1.0
+    assert hole["peak"] is None
+    assert hole["area"] < 0 < region["area"]
+    assert region["area"] == pytest.approx(36 * 2, rel=0.05)
+    x, y = np.array(region["points"]).T
+    assert (x.min(), x.max()) == pytest.approx((2, 14))
+    assert (y.min(), y.max()) == pytest.approx((1, 7))
+    (whole,) = contours(np.ones((4, 4)), 0.5, (4, 4))  # reaches the image's border
+    assert whole["area"] == pytest.approx(16)
+
+
+def test_read_picture_keeps_the_aspect_and_forgives_a_missing_file(tmp_path):
+    Image.new("RGB", (60, 30)).save(tmp_path / "a.png")
+    assert read_picture(Sample(tmp_path / "a.png", 0, None, "a"), 20).size == (20, 10)
+    assert read_picture(Sample(tmp_path / "a.png", 0, None, "a"), 120).size == (120, 60)
+    assert read_picture(Sample(tmp_path / "gone.png", 0, None, "a"), 20) is None
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    assert read_picture(Sample(tmp_path / "broken.png", 0, None, "a"), 20) is None
+    assert shrink(Image.new("RGB", (1000, 1)), 10).size == (10, 1)
+    assert shrink(Image.new("RGB", (6, 3)), 10).size == (6, 3)
+
+
+def test_encode_is_a_picture_file():
+    image = Image.open(io.BytesIO(base64.b64decode(encode(Image.new("L", (3, 2)), "WEBP"))))
+    assert (image.format, image.size) == ("WEBP", (3, 2))

@@ -1,0 +1,204 @@
+"""The training set, a step, the state that --resume puts back, and what each seed draws."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from CLIP.clip import create_model
+from dataset.images import load_mask
+from dataset.medical_few import Shots
+from engine.detector import Detector, seeded
+from engine.training import TrainingSet, TrainingState, check_losses, stuck_note, view_masks
+from tests.helpers.data import draw_samples, small_settings
+from utils import VIEWS, InputError, augment
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return create_model("ViT-tiny-14-56", "random", 42, seed=1)
+
+
+@pytest.fixture
+def shots(tmp_path):
+    samples = draw_samples(tmp_path)
+    return Shots([samples[1], samples[3]], [samples[0]], "drawn", {})
+
+
+def batch(count=4):
+    generator = torch.Generator().manual_seed(3)
+    tokens = [torch.randn(count, 9, 128, generator=generator) for _ in range(2)]
+    masks = torch.rand(count, 42, 42, generator=generator) > 0.7
+    return tokens, torch.tensor([1.0, 0.0] * (count // 2)), masks
+
+
+def start(clip, seed=5, **changes):
+    return TrainingState.start(Detector(clip, small_settings(**changes), seed), None, 0.001, seed)
+
+
+def parameters(state):
+    return {name: value.detach().clone() for name, value in state.detector.named_parameters()}
+
+
+def test_views_come_abnormal_first_and_view_by_view(shots):
+    training = TrainingSet.build(shots, small_settings(), 5)
+    assert len(training) == VIEWS * 3 and training.labels.tolist() == [1.0] * 32 + [0.0] * 16
+    assert [(item.sample.name, item.view) for item in training.items[:3]] == [("1.png", 0), ("3.png", 0), ("1.png", 1)]
+    assert torch.equal(training.masks[0], load_mask(shots.abnormal[0], 42)) and not training.masks[32:].any()
+    assert [item.jitter is not None for item in training.items[:32:2]] == [view == 13 for view in range(VIEWS)]
+
+
+def test_image_only_data_sets_read_no_mask(shots):
+    assert TrainingSet.build(shots, small_settings(pixel_metrics=False), 5).masks is None
+
+
+def test_released_thresholds_after_the_views_and_corrected_before(golden, tmp_path):
+    """Grey masks as BMAD has them: the published figures, and the binary masks' own views."""
+    from PIL import Image  # noqa: PLC0415
+
+    from dataset.medical_few import Sample  # noqa: PLC0415
+
+    grey = golden("grey_masks")
+    samples = []
+    for i, raw in enumerate(grey["raw"][:3]):  # the fourth is refused: labels 0 and 1
+        Image.fromarray(raw).save(tmp_path / f"{i}.png")
+        samples.append(Sample(tmp_path / f"{i}.png", 1, tmp_path / f"{i}.png", f"{i}.png"))
+    expected = grey["train_masks"].reshape(VIEWS, 4, 48, 48)[:, :3].reshape(-1, 48, 48)
+    released = view_masks(samples, small_settings(img_size=48))
+    assert torch.equal(released, torch.from_numpy(expected))
+    corrected = view_masks(samples, small_settings(img_size=48, fidelity="corrected"))
+    binary = torch.from_numpy(grey["test_masks"][:3]).float()
+    assert torch.equal(corrected, augment(binary)[:, 0] > 0.5)
+    assert not torch.equal(released, corrected)
+
+
+def test_grey_above_another_value_is_abnormal(shots, tmp_path):
+    from PIL import Image  # noqa: PLC0415
+
+    Image.new("L", (50, 50), 58).save(shots.abnormal[0].mask)
+    assert view_masks(shots.abnormal[:1], small_settings(mask_above=25)).all()
+
+
+def test_two_runs_with_a_seed_take_the_same_steps(clip):
+    states = [start(clip) for _ in range(2)]
+    losses = [[state.step(*batch(), None).tolist() for _ in range(3)] for state in states]
+    assert losses[0] == losses[1] and losses[0][0] != losses[0][2]
+    for name, value in parameters(states[0]).items():
+        assert torch.equal(value, parameters(states[1])[name])
+
+
+def test_a_step_trains_adapters_and_contexts_alone(clip):
+    weights = {name: value.clone() for name, value in clip.state_dict().items()}
+    state = start(clip)
+    before = parameters(state)
+    state.step(*batch(), None)
+    assert all(not torch.equal(value, before[name]) for name, value in parameters(state).items())
+    assert all(torch.equal(value, weights[name]) for name, value in clip.state_dict().items())
+
+
+def test_text_features_given_are_used_and_give_the_same_step(clip):
+    one, other = start(clip), start(clip)
+    assert torch.equal(one.step(*batch(), None), other.step(*batch(), other.detector.prompts()))
+    assert all(torch.equal(value, parameters(other)[name]) for name, value in parameters(one).items())
+
+
+ABLATIONS = [
+    {"visionA": "MCNNFC"},
+    {"text_mood": "learnable_abnormal"},
+    {"contrast_mood": "no"},
+    {"loss_type": "softmax"},
+    {"dec_type": "max"},
+    {"features_list": (4,)},
+    {"fidelity": "corrected"},
+]
+
+
+@pytest.mark.parametrize("change", ABLATIONS, ids=lambda change: next(iter(change)))
+def test_one_component_changed_draws_nothing_else_anew(clip, shots, change):
+    """Adapters, contexts, shuffling and jitter have generators of their own."""
+    one, other = start(clip), start(clip, **change)
+    before, after = parameters(one), parameters(other)
+    own = "adapters" if {"visionA", "features_list"} & set(change) else "prompts" if "text_mood" in change else None
+    for name in before.keys() & after.keys():
+        if own is None or not name.startswith(own):
+            assert torch.equal(before[name], after[name]), name
+    assert torch.equal(torch.randperm(99, generator=one.shuffle), torch.randperm(99, generator=other.shuffle))
+    items = [TrainingSet.build(shots, small_settings(**c), 5).items for c in ({}, change)]
+    assert items[0] == items[1]
+
+
+def test_another_seed_draws_all_anew(clip, shots):
+    one, other = start(clip, seed=5), start(clip, seed=6)
+    before, after = parameters(one), parameters(other)
+    assert not any(torch.equal(value, after[name]) for name, value in before.items())
+    jitters = [TrainingSet.build(shots, small_settings(), seed).items[26].jitter for seed in (5, 6)]
+    assert jitters[0] != jitters[1]
+    assert seeded(5, "a").initial_seed() != seeded(5, "b").initial_seed()
+
+
+def record(epoch, **changes):
+    return {"epoch": epoch, "det": 1.0, "seg": 0.5, "total": 1.5, "similarity": 0.9, "auc": 0.5, "pauc": None,
+            "valid_auc": None, "valid_pauc": None, "best": False, **changes}  # fmt: skip
+
+
+def test_the_state_comes_back_whole(clip):
+    state = start(clip)
+    state.step(*batch(), None)
+    torch.randperm(5, generator=state.shuffle)
+    assert state.is_better(0.7, due=True)
+    state.finish_epoch(record(1, best=True), 2.5)
+    stored = copy.deepcopy(state.state_dict())
+    again = start(clip)
+    again.load_state_dict(stored)
+    assert (again.epoch, again.best_epoch, again.best_score, again.seconds) == (1, 1, 0.7, 2.5)
+    for other in (state, again):
+        other.step(*batch(), None)
+    assert all(torch.equal(value, parameters(again)[name]) for name, value in parameters(state).items())
+    assert torch.equal(torch.randperm(9, generator=state.shuffle), torch.randperm(9, generator=again.shuffle))
+
+
+DAMAGE = {
+    "text": {"history": "x"}, "row": {"history": [5]}, "short": {"best_epoch": 3}, "gap": {"history": [record(2)]},
+    "nan": {"best_score": float("nan")}, "parts": {"parts": {}}, "optimizers": {"optimizers": [1]},
+    "shuffle": {"shuffle": torch.zeros(3)}, "huge": {"history": [record(1, auc=1e308)]}, "seconds": {"seconds": "1"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_state_is_one_line(clip, change):
+    state = start(clip)
+    state.finish_epoch(record(1), 1.0)
+    with pytest.raises(InputError, match=r"--resume: last\.pth"):
+        start(clip).load_state_dict({**state.state_dict(), **change})
+
+
+def test_only_epochs_that_eval_every_names_are_selected(clip):
+    """So a run that is extended selects what a direct run does."""
+    state = start(clip)
+    for epoch, (score, due) in enumerate([(0.9, False), (0.5, True), (0.9, False), (0.5, True)], start=1):
+        better = state.is_better(score, due)
+        state.finish_epoch(record(epoch, best=better), 1.0)
+    assert (state.best_epoch, state.selected_epoch) == (2, 2)
+
+
+def test_without_a_best_the_last_epoch_is_selected(clip):
+    state = start(clip)
+    state.finish_epoch(record(1), 1.0)
+    state.finish_epoch(record(2), 1.0)
+    assert state.selected_epoch == 2
+
+
+def test_losses_are_averaged_and_a_bad_one_is_named():
+    losses = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 5.0]])
+    assert check_losses(losses, 4).tolist() == [2.0, 2.0, 4.0]
+    losses[1, 2] = torch.nan
+    with pytest.raises(InputError, match="epoch 4: the loss became nan at step 2; lower --learning_rate"):
+        check_losses(losses, 4)
+
+
+def test_a_run_that_stays_at_its_start_is_noticed():
+    assert stuck_note(small_settings(), 2.77) is not None  # two layers: 4 ln 2 = 2.7726
+    assert stuck_note(small_settings(), 2.5) is None
+    assert stuck_note(small_settings(loss_type="softmax"), 2.77) is None

@@ -563,6 +563,7 @@ def test_a_series_has_one_range(tmp_path):
     assert np.asarray(first.image).max() < 50
     assert np.asarray(last.image).max() == 255
     assert "the whole range of its series (4 files)" in last.notes["window"]
+    assert Sample(tmp_path / "3.dcm", 0, None, "x").content_hash() == last.sha256
     # Other files have a part in this picture, so they have one in its hash.
     volumes._ranges.clear()
     volumes._series_in.cache_clear()

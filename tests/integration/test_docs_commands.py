@@ -17,9 +17,6 @@ PREDICT_PAGE = ROOT / "docs" / "predict.md"
 SHORTENED = {r"python train\.py (?!--resume)": "--epoch 1", r"python train\.py --resume": "--epoch 2"}
 # Commands that work as they stand only when another branch is merged; strike out what does.
 PENDING = {"python reproduce.py --table main --dry_run"}
-    "python reproduce.py --table main --dry_run",
-    "python -m dataset.convert IN OUT --window 40 400 --plane axial",
-}
 
 
 def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:

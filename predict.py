@@ -13,52 +13,22 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import math
 import os
-import re
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
-
-from dataset.images import (
-    PLANES,
-    Frame,
-    MissingPackageError,
-    NoImageError,
-    ReadOptions,
-    file_kind,
-    frames,
-    list_files,
-    parse_window,
-    picture_notes,
-    read,
-    stem,
-    to_tensor,
-)  # fmt: skip
+from dataset.images import PLANES, ReadOptions, parse_window, picture_notes, read, to_tensor
 from dataset.layout import named_after, object_name
-from dataset.patients import patient
-from engine.config import (
-    PAPER,
-    Formatter,
-    add_machine_flags,
-    add_model_flags,
-    nonempty_path,
-    positive,
-    threshold_rule,
-)  # fmt: skip
-from engine.scans import MARK, DicomHeat, NiftiHeat, Slice, in_order, is_own_result, slices_of
+from engine.config import PAPER, Formatter, add_machine_flags, add_model_flags, nonempty_path, positive, threshold_rule
+from engine.scans import Entry, Listing, Opened, list_entries
 from utils import (
     InputError,
     Parser,
-    anonymous_name,
     atomic_path,
     integer,
     prefetch,
@@ -67,14 +37,13 @@ from utils import (
     run_cli,
     warn,
     write_json,
-)  # fmt: skip
+)
 
 if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
-
+    from engine.config import Settings
     from engine.predictor import Prediction, Predictor
     from engine.report.page import Card
+    from engine.report.predictions import Drawer
 
 NOTE = "research use, not a medical device"
 COLUMNS = (
@@ -94,8 +63,6 @@ REMARKS = {
 }  # fmt: skip
 NAMES = {"dicom": "DICOM", "nifti": "NIfTI", "pillow": "picture"}
 PRESETS = {"Brain": " --like Brain", "Liver": " --like Liver"}  # of dataset.convert
-NAME_BYTES = 150  # of a picture's name, without what is added; a file system takes 255, and many a cloud fewer
-LETTERS = 256  # pixels of an overlay's longer side from which letters can be read
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -195,92 +162,7 @@ def check(options: argparse.Namespace) -> argparse.Namespace:
     return options
 
 
-# --- what there is to do ---
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One image to predict."""
-
-    frame: Frame
-    place: str  # the file's path below the input that it came from
-    slice: Slice
-    series: str  # names the volume, series or single file that it belongs to
-    number: int  # of the image in that, counted from 1
-    count: int  # how many images that has
-    hidden: bool = False  # --anonymous
-
-    @property
-    def file(self) -> str:
-        """The file as the results name it."""
-        path = str(self.frame.path)
-        return anonymous_name(path) if self.hidden else printable(path)
-
-    @property
-    def kind(self) -> str:
-        """`pillow`, `dicom` or `nifti`."""
-        return file_kind(self.frame.path) or ""
-
-    def word(self, text: str) -> str:
-        """A name or number of the scan as the results give it."""
-        return hashlib.sha256(text.encode()).hexdigest()[:16] if self.hidden and text else printable(text)
-
-    def group(self, by: str) -> str:
-        """What it is counted with in groups.csv."""
-        if by == "folder":
-            return self.word(str(self.frame.path.parent))
-        if by == "patient" and (name := self.slice.patient_id or patient(self.place, None, self.place)):
-            return self.word(name)
-        return self.word(self.slice.series_uid) or self.file
-
-
-@dataclass
-class Listing:
-    """Every image, and what is none."""
-
-    entries: list[Entry] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)  # could not be read
-    no_image: list[str] = field(default_factory=list)  # sound, but without a picture
-    own: int = 0  # results of an earlier run
-
-
-def list_entries(options: argparse.Namespace, reading: ReadOptions) -> Listing:
-    """Walk the inputs; the slices of a series follow each other in the order of their position."""
-    result, files = Listing(), []
-    for path, place in list_files(map(Path, options.images)):
-        if is_own_result(path):
-            result.own += 1
-            continue
-        try:
-            inside = frames(path, reading)
-        except MissingPackageError:
-            raise
-        except NoImageError as error:
-            result.no_image.append(str(error))
-        except InputError as error:
-            result.faults.append(str(error))
-        else:
-            files.append((place, inside, slices_of(inside)))
-    series: defaultdict[str, list[tuple[Frame, str, Slice]]] = defaultdict(list)
-    for number, (place, inside, slices) in enumerate(files):
-        for frame, slice_ in zip(inside, slices, strict=True):
-            series[slice_.series_uid or str(number)].append((frame, place, slice_))
-    for key, members in series.items():
-        for number, i in enumerate(in_order([slice_ for *_, slice_ in members]), 1):
-            frame, place, slice_ = members[i]
-            result.entries.append(Entry(frame, place, slice_, key, number, len(members), options.anonymous))
-    return result
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A decoded image: what the network and the pictures need of it, not its own pixels."""
-
-    entry: Entry
-    tensor: Tensor
-    preview: Image.Image | None  # at most as large as an overlay
-    size: tuple[int, int]
-    notes: dict[str, str]
+# --- reading ---
 
 
 def open_entry(entry: Entry, size: int, keep: bool) -> Opened | str:
@@ -296,9 +178,9 @@ def open_entry(entry: Entry, size: int, keep: bool) -> Opened | str:
     return Opened(entry, to_tensor(picture.image, size), preview if keep else None, picture.image.size, notes)
 
 
-def reading_notes(model: Predictor, options: argparse.Namespace, reading: ReadOptions, kinds: set[str]) -> list[str]:
-    """Where these images are read in another way than the checkpoint's were, in words."""
-    settings, scans = model.settings, kinds & {"dicom", "nifti"}
+def reading_notes(settings: Settings, trained: ReadOptions, reading: ReadOptions, kinds: set[str]) -> list[str]:
+    """Where these images are read in another way than those of the training, in words."""
+    scans = kinds & {"dicom", "nifti"}
     if scans and settings.obj in PAPER:
         words = " and ".join(NAMES[kind] for kind in sorted(scans))
         return [
@@ -306,7 +188,7 @@ def reading_notes(model: Predictor, options: argparse.Namespace, reading: ReadOp
             f"differ, so scores and threshold may not hold; prepare them with `python -m dataset.convert"
             f"{PRESETS.get(settings.obj, '')}` first"
         ]
-    notes, trained = [], model.reading
+    notes = []
     for name, words in (("window", "--window"), ("plane", "--plane")):
         given, before = getattr(reading, name), getattr(trained, name)
         if settings.reading is not None and given != before and (name == "window" or "nifti" in kinds):
@@ -322,131 +204,17 @@ def _words(value: object) -> str:
     return " ".join(f"{number:g}" for number in value) if isinstance(value, tuple) else str(value or "as in the file")
 
 
-# --- pictures of an image ---
-
-
-class Drawer:
-    """Writes the pictures of an image; `row` is called by threads."""
-
-    def __init__(self, options: argparse.Namespace, model: Predictor) -> None:
-        self.out, self.model, self.options = Path(options.out), model, options
-        self.names: Counter[str] = Counter()
-        self.volumes: dict[str, NiftiHeat | DicomHeat] = {}
-        self._lock = Lock()
-
-    def row(self, item: tuple[Opened, Prediction, str]) -> tuple[Entry, dict[str, Any], dict[str, str], Card | None]:
-        """An image's row of the table, what is to be said of it, and its card of the page."""
-        opened, prediction, name = item
-        entry, slice_ = opened.entry, opened.entry.slice
-        row: dict[str, Any] = dict.fromkeys(COLUMNS) | {
-            "file": entry.file, "frame": entry.frame.index, "score": prediction.score,
-            "threshold": self.model.threshold, "abnormal": prediction.abnormal, "width": prediction.size[0],
-            "height": prediction.size[1], "PatientID": entry.word(slice_.patient_id) or None,
-            "StudyInstanceUID": entry.word(slice_.study_uid) or None,
-            "SeriesInstanceUID": entry.word(slice_.series_uid) or None, "InstanceNumber": slice_.instance_number,
-            "slice_position": slice_.position, "plane": slice_.plane or None,
-            "orientation": slice_.orientation or None, "notes": "; ".join(opened.notes.values()) or None,
-        }  # fmt: skip
-        if self.options.pictures and opened.preview is not None:
-            row |= self.draw(name, opened.preview, prediction, slice_.edges)
-            if self.options.volumes:
-                row["heat_volume"] = self.add_to_volume(entry, name, prediction.heat)
-        return entry, row, opened.notes, self.card(entry, opened.preview, prediction)
-
-    def card(self, entry: Entry, preview: Image.Image | None, prediction: Prediction) -> Card | None:
-        """The image's part of the page."""
-        if not self.options.report:
-            return None
-        from engine.report.page import prediction_row  # noqa: PLC0415
-
-        index = "" if entry.frame.index is None else f"#{entry.frame.index}"
-        place = entry.file if entry.hidden else printable(entry.place)
-        folder = Path(place).parent.as_posix() if entry.slice.series_uid and not entry.hidden else ""
-        group = place if folder in ("", ".") else f"{folder} (series {entry.slice.series_uid[-8:]})"
-        return prediction_row(
-            place + index, prediction.score, preview, prediction.heat, group if entry.count > 1 else None
-        )
-
-    def draw(self, name: str, preview: Image.Image, prediction: Prediction, edges: str) -> dict[str, Any]:
-        """Overlay, raw heat map and contours as files."""
-        from engine.report.images import contours, overlay, raw, shrink  # noqa: PLC0415
-
-        model, heat, size = self.model, prediction.heat, prediction.size
-        regions = [] if model.pixel_threshold is None else contours(heat, model.pixel_threshold, size)
-        if (edges or model.weak) and max(preview.size) < LETTERS:
-            preview = shrink(preview, LETTERS, enlarge=True)
-        scale = [after / before for after, before in zip(preview.size, size, strict=True)]
-        outlines = [{**r, "points": [[x * scale[0], y * scale[1]] for x, y in r["points"]]} for r in regions]
-        pictures = {
-            "overlay.png": label(overlay(preview, heat, model.heat_range, outlines), edges, model.weak),
-            "raw.png": raw(heat, model.layers),
-        }
-        mark = PngImagePlugin.PngInfo()
-        mark.add_text("Software", MARK)
-        for kind, picture in pictures.items():
-            with atomic_path(self.out / f"{name}_{kind}", "--out") as path:
-                picture.save(path, "PNG", pnginfo=mark)
-        shape = {"pixel_threshold": model.pixel_threshold, "width": size[0], "height": size[1], "regions": regions}
-        write_json(self.out / f"{name}_contours.json", shape, "--out")
-        kinds = (*pictures, "contours.json")
-        return {"regions": sum(r["area"] > 0 for r in regions), **{k.split(".")[0]: f"{name}_{k}" for k in kinds}}
-
-    def add_to_volume(self, entry: Entry, name: str, heat: np.ndarray) -> str | None:
-        """Put the heat map into that of its volume or series, where it is a slice of one; the file's name."""
-        if entry.kind == "pillow" or (entry.kind == "dicom" and entry.count == 1):
-            return None
-        with self._lock:
-            volume = self.volumes.get(entry.series)
-            if volume is None:
-                volume = self.volumes[entry.series] = self.volume(entry, name)
-        if isinstance(volume, NiftiHeat):
-            volume.add(entry.frame.index or 0, heat)
-            return volume.path.name
-        volume.add(entry.frame, entry.number, heat)
-        return f"{volume.folder.name}/{entry.number:05d}.dcm"
-
-    def volume(self, entry: Entry, name: str) -> NiftiHeat | DicomHeat:
-        """Begin the heat map of a volume or series, under the name of its first image."""
-        model, name = self.model, re.sub(r"_\d{4,}$", "", name) if entry.frame.index is not None else name
-        if entry.kind == "nifti":
-            path, plane = self.out / f"{name}_heat.nii.gz", entry.frame.options.plane
-            return NiftiHeat(path, entry.frame.path, plane, model.layers, model.heat_range)
-        return DicomHeat(self.out / f"{name}_heat", model.layers, model.heat_range, self.options.anonymous)
-
-    def finish(self, series: str, keep: bool = True) -> None:
-        """Write the file of a volume that is complete."""
-        volume = self.volumes.pop(series, None)
-        if isinstance(volume, NiftiHeat):
-            volume.close(keep)
-
-    def name(self, entry: Entry) -> str:
-        """The name of an image's pictures, which no two images share and every file system takes."""
-        folder, _, file = entry.place.rpartition("/")
-        place = f"{folder}/{stem(Path(file))}" if entry.kind == "nifti" else entry.place
-        clean = re.sub(r"[^\w./-]+", "_", place).replace("/", "__").strip(".")
-        if entry.hidden:
-            clean = entry.file.rpartition(".")[0] or entry.file
-        if len(os.fsencode(clean)) > NAME_BYTES:
-            kept = os.fsencode(clean)[-NAME_BYTES:].decode("utf-8", "ignore")
-            clean = f"{hashlib.sha256(clean.encode()).hexdigest()[:8]}_{kept}"
-        name = clean if entry.frame.index is None else f"{clean}_{entry.frame.index:04d}"
-        self.names[name] += 1
-        return name if self.names[name] == 1 else self.name(replace(entry, place=f"{entry.place}-{self.names[name]}"))
-
-
-def label(picture: Image.Image, edges: str, weak: bool) -> Image.Image:
-    """Write the patient's sides at the picture's edges, and where it is so that the heat map is weak."""
-    width, height = picture.size
-    draw = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(max(12, min(width, height) // 16))
-    places = (((3, height / 2), "lm"), ((width - 3, height / 2), "rm"), ((width / 2, 3), "ma"),
-              ((width / 2, height - 3), "md"))  # fmt: skip
-    words = [(side, *place) for side, place in zip(edges, places, strict=False)]
-    if weak:
-        words.append(("weak localisation", (3, 3), "la"))
-    for text, place, anchor in words:
-        draw.text(place, text, "white", font, anchor, stroke_width=2, stroke_fill="black")
-    return picture
+def row_of(opened: Opened, prediction: Prediction, threshold: float | None) -> dict[str, Any]:
+    """An image's row of the table, without its pictures."""
+    entry, slice_ = opened.entry, opened.entry.slice
+    return dict.fromkeys(COLUMNS) | {
+        "file": entry.file, "frame": entry.frame.index, "score": prediction.score, "threshold": threshold,
+        "abnormal": prediction.abnormal, "width": prediction.size[0], "height": prediction.size[1],
+        "PatientID": entry.word(slice_.patient_id) or None, "StudyInstanceUID": entry.word(slice_.study_uid) or None,
+        "SeriesInstanceUID": entry.word(slice_.series_uid) or None, "InstanceNumber": slice_.instance_number,
+        "slice_position": slice_.position, "plane": slice_.plane or None, "orientation": slice_.orientation or None,
+        "notes": "; ".join(opened.notes.values()) or None,
+    }  # fmt: skip
 
 
 # --- tables ---
@@ -559,7 +327,7 @@ def main(options: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(options)
     trained = reading_of(checkpoint.settings)
     reading = ReadOptions(options.window or trained.window, options.plane or trained.plane)
-    listing = list_entries(options, reading)
+    listing = list_entries(options.images, reading, options.anonymous)
     for line in (*listing.no_image, *(f"skipped: {fault}" for fault in listing.faults)):
         _say(line)
     if listing.own:
@@ -575,7 +343,8 @@ def main(options: argparse.Namespace) -> None:
     if options.calibrate:
         calibrate(model, options)
     if table is not None:
-        for note in reading_notes(model, options, reading, {entry.kind for entry in listing.entries}):
+        kinds = {entry.kind for entry in listing.entries}
+        for note in reading_notes(model.settings, trained, reading, kinds):
             warn(note)
         predict(model, table, listing, options)
 
@@ -613,25 +382,32 @@ def predict(model: Predictor, table: Table, listing: Listing, options: argparse.
     """Images -> rows, pictures, page."""
     from tqdm import tqdm  # noqa: PLC0415
 
+    from engine.report.predictions import Drawer, Gallery  # noqa: PLC0415
+
     for line in describe(model):
         print(line)
     drawer, remarks, gallery = Drawer(options, model), Remarks(), Gallery()
+
+    def draw(item: tuple[Opened, Prediction, str]) -> tuple[Opened, dict[str, Any], Card | None]:
+        opened, prediction, name = item
+        row = row_of(opened, prediction, model.threshold) | drawer.files(opened, prediction, name)
+        return opened, row, drawer.card(opened.entry, opened.preview, prediction)
+
     start, previous = time.perf_counter(), ""
     try:
         with tqdm(total=len(listing.entries), desc="predict", unit="image", mininterval=1.0) as bar:
             predicted = predictions(model, drawer, listing, options)
-            for entry, row, notes, card in prefetch(drawer.row, predicted, options.num_workers, ahead=4):
-                if previous not in ("", entry.series):
+            for opened, row, card in prefetch(draw, predicted, options.num_workers, ahead=4):
+                if previous not in ("", opened.entry.series):
                     drawer.finish(previous)
-                previous = entry.series
-                table.add(entry, row)
-                remarks.add(entry, notes)
+                previous = opened.entry.series
+                table.add(opened.entry, row)
+                remarks.add(opened.entry, opened.notes)
                 gallery.add(card)
                 bar.update()
         drawer.finish(previous)
     finally:
-        for series in list(drawer.volumes):
-            drawer.finish(series, keep=False)
+        drawer.drop()
     table.close(describe_run(model, listing, options), model.threshold)
     seconds = time.perf_counter() - start
     if options.report:
@@ -665,35 +441,6 @@ def predictions(
             batch.clear()
     if batch:
         yield from results()
-
-
-class Gallery:
-    """The cards of the page, with pictures of the highest scores alone, so that any number of images fits."""
-
-    def __init__(self) -> None:
-        self.cards: list[Card] = []
-
-    def add(self, card: Card | None) -> None:
-        """One image."""
-        from engine.report.page import KEPT  # noqa: PLC0415
-
-        if card is None:
-            return
-        self.cards.append(card)
-        if len(self.cards) % KEPT == 0:
-            highest = {id(kept) for kept in sorted(self.cards, key=lambda card: -card.score)[:KEPT]}
-            self.cards = [c if id(c) in highest else replace(c, image=None, heat=None) for c in self.cards]
-
-    def write(self, model: Predictor, options: argparse.Namespace) -> Path:
-        """Write the page."""
-        from engine.report.page import write_prediction_page  # noqa: PLC0415
-
-        source = model.calibration.get("from")
-        origin = "given with --threshold" if options.threshold is not None else f"{source}" if source else "none"
-        return write_prediction_page(
-            options.report, self.cards, title=model.settings.obj, threshold=model.threshold, origin=origin,
-            heat_range=model.heat_range, weak=model.weak, metadata=model.settings.to_dict(),
-        )  # fmt: skip
 
 
 def describe_run(model: Predictor, listing: Listing, options: argparse.Namespace) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def images(items: Sequence[Item], clip: CLIP) -> Tensor:
 def text_features(detector: Detector, clip: CLIP) -> Tensor:
     """(D, 2): every position of every prompt through every block."""
     columns = {}
-    for kind, maker in detector.prompts.makers.items():
+    for kind, maker in detector.prompts.prompt_learners.items():
         embeddings, eot = maker()
         x = embeddings + clip.text.positional_embedding
         for block in clip.text.transformer.resblocks:

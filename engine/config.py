@@ -24,7 +24,7 @@ from utils import InputError, Parser, checked, integer, printable
 if TYPE_CHECKING:
     import torch
 
-    from CLIP.clip import Weights
+    from CLIP.weights import Weights
     from dataset.medical_few import MedicalDataset
 
 VERSION = "0.2.0"
@@ -455,7 +455,7 @@ def test_parser() -> Parser:
     add_shot_flags(parser.add_argument_group("shots", "checked against the checkpoint, where it says"), None)
     published = parser.add_argument_group("published flags without effect in a test")
     for name, kind in (("exp_name", str), ("epoch", positive), ("learning_rate", positive_float), ("iterate", int)):
-        published.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)  # type: ignore[arg-type]
+        published.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     published.add_argument("--save_model", action=Switch, default=None, help="all of: " + " ".join(NO_EFFECT_IN_TEST))
     parser.add_argument(
         "--batch_size", type=integer(1, 65536), default=16,

@@ -11,7 +11,7 @@ Research use, not a medical device.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -112,8 +112,11 @@ class Predictor:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} is not at least 1")
-        single = isinstance(images, str) or (isinstance(images, np.ndarray) and images.ndim < 4)
-        remaining = iter([images] if single or not isinstance(images, Iterable) else images)
+        remaining: Iterator[ImageLike]
+        if isinstance(images, str | Path | Image.Image | Frame) or (isinstance(images, np.ndarray) and images.ndim < 4):
+            remaining = iter([images])
+        else:
+            remaining = iter(images)
         predictions: list[Prediction] = []
         while batch := list(islice(remaining, batch_size)):
             pictures = [open_image(image, self.reading) for image in batch]
@@ -212,8 +215,7 @@ def open_image(image: ImageLike, reading: ReadOptions = AS_STORED) -> Image.Imag
     if isinstance(image, Frame):
         return read(image).image
     if isinstance(image, Image.Image):
-        window = reading.window
-        return pillow_to_rgb(image, window)
+        return pillow_to_rgb(image, reading.window)
     if isinstance(image, np.ndarray):
         return to_rgb(image)
     raise InputError(f"{type(image).__name__} is no image: give a path, a Pillow image or an array")

@@ -1,4 +1,4 @@
-"""DICOM series and NIfTI volumes around a prediction: what a slice is, and heat maps in the scan's own space.
+"""The images that are to be predicted, and what their files say of them: patient, series, position, orientation.
 
 Pictures without a patient's coordinate system (PNG, TIFF, ...) have empty answers. Positions are in millimetres.
 """
@@ -6,42 +6,31 @@ Pictures without a patient's coordinate system (PNG, TIFF, ...) have empty answe
 from __future__ import annotations
 
 import gzip
-import shutil
-import time
+import hashlib
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
-from dataset.images import PLANES, Frame, file_kind
+from dataset.images import PLANES, Frame, MissingPackageError, NoImageError, ReadOptions, file_kind, frames, list_files
+from dataset.patients import patient
 from dataset.volumes import parse_dicom
-from utils import InputError, atomic_path
+from utils import InputError, anonymous_name, printable
 
 if TYPE_CHECKING:
+    from PIL import Image
     from pydicom import Dataset
+    from torch import Tensor
 
 MARK = "MadCLIP heat map, research use"  # in the head of every picture that is written, so that none becomes an input
-DERIVATION = "Anomaly heat map (MadCLIP). Research use, not a medical device."
 POSITIVE = {"dicom": "LPS", "nifti": "RAS"}  # where the coordinates x, y, z grow
 OPPOSITE = dict(zip("LRPASI", "RLAPIS", strict=True))
-SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-EXPLICIT_LITTLE_ENDIAN = "1.2.840.10008.1.2.1"
-# Of the source's modules patient, study and frame of reference: what makes viewers file the heat map beside it.
-COPIED = (
-    "SpecificCharacterSet", "PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex",
-    "PatientAge", "StudyInstanceUID", "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName", "StudyID",
-    "StudyDescription", "FrameOfReferenceUID", "PositionReferenceIndicator", "Laterality", "SliceThickness",
-    "SpacingBetweenSlices",
-)  # fmt: skip
-IDENTIFYING = (
-    "PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex", "PatientAge", "AccessionNumber",
-    "ReferringPhysicianName", "StudyID", "StudyDescription", "StudyDate", "StudyTime",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -127,7 +116,9 @@ def _dicom_slice(header: Dataset, index: int | None, count: int) -> Slice:
     with suppress(TypeError, ValueError):
         number = int(header.get("InstanceNumber")) if index is None else index + 1
     return Slice(
-        *(str(header.get(name) or "") for name in ("PatientID", "StudyInstanceUID", "SeriesInstanceUID")),
+        str(header.get("PatientID") or ""),
+        str(header.get("StudyInstanceUID") or ""),
+        str(header.get("SeriesInstanceUID") or ""),
         number,
         None if place is None or normal is None else round(float(np.dot(place, normal)), 3),
         plane,
@@ -141,7 +132,8 @@ def frame_values(header: Dataset, index: int, sequence: str) -> Dataset:
     per_frame, shared = (header.get(f"{name}FunctionalGroupsSequence") or [] for name in ("PerFrame", "Shared"))
     for group in (*per_frame[index : index + 1], *shared):
         if group.get(sequence):
-            return group[sequence][0]  # type: ignore[no-any-return] - pydicom's values are Any
+            values: Dataset = group[sequence][0]
+            return values
     return header
 
 
@@ -164,7 +156,7 @@ def _side(direction: np.ndarray, kind: str) -> str:
 @lru_cache(maxsize=64)
 def nifti_header(path: Path) -> Any:  # noqa: ANN401 - nibabel has no types
     """The header as it is in the file, unpacked where need be."""
-    import nibabel  # noqa: PLC0415 (optional)
+    nibabel: Any = import_module("nibabel")  # optional, and without types
 
     with path.open("rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
@@ -184,8 +176,7 @@ def nifti_shape(header: Any) -> tuple[int, ...]:  # noqa: ANN401
 
 
 def _nifti_slices(frames: Sequence[Frame]) -> list[Slice]:
-    from nibabel import orientations  # noqa: PLC0415 (optional)
-
+    orientations: Any = import_module("nibabel.orientations")
     header, plane = nifti_header(frames[0].path), frames[0].options.plane
     shape, axis = nifti_shape(header), PLANES.index(plane)
     affine = header.get_best_affine()
@@ -203,155 +194,93 @@ def _nifti_slices(frames: Sequence[Frame]) -> list[Slice]:
     return slices
 
 
-# --- heat maps in the scan's own space ---
+# --- what there is to predict ---
 
 
-def fit(heat: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A heat map (S, S) stretched over a slice: (height, width) float32."""
-    return np.asarray(Image.fromarray(heat.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR))
+@dataclass(frozen=True)
+class Entry:
+    """One image to predict."""
+
+    frame: Frame
+    place: str  # the file's path below the input that it came from
+    slice: Slice
+    series: str  # tells the volume, series or single file that it belongs to from others
+    title: str  # what that is called
+    number: int  # of the image in that, counted from 1
+    count: int  # how many images that has
+    hidden: bool = False  # --anonymous
+
+    @property
+    def file(self) -> str:
+        """The file as the results name it."""
+        path = str(self.frame.path)
+        return anonymous_name(path) if self.hidden else printable(path)
+
+    @property
+    def kind(self) -> str:
+        """`pillow`, `dicom` or `nifti`."""
+        return file_kind(self.frame.path) or ""
+
+    def word(self, text: str) -> str:
+        """A name or number of the scan as the results give it."""
+        return hashlib.sha256(text.encode()).hexdigest()[:16] if self.hidden and text else printable(text)
+
+    def group(self, by: str) -> str:
+        """What it is counted with in groups.csv."""
+        if by == "folder":
+            return self.word(str(self.frame.path.parent))
+        if by == "patient" and (name := self.slice.patient_id or patient(self.place, None, self.place)):
+            return self.word(name)
+        return self.word(self.slice.series_uid) or self.file
 
 
-class NiftiHeat:
-    """The heat maps of a volume as a NIfTI file with its shape, affine and zooms: it opens over the scan in viewers.
+@dataclass
+class Listing:
+    """Every image, and what is none."""
 
-    Values are int16 with the header's slope; they lie in [0, layers]. Slices are collected in a file, not in memory.
+    entries: list[Entry] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)  # could not be read
+    no_image: list[str] = field(default_factory=list)  # sound, but without a picture
+    own: int = 0  # results of an earlier run
 
-    Args:
-        path: of the result, .nii.gz.
-        source: the volume.
-        plane: in which it was cut.
-        layers: K.
-        heat_range: what viewers show as black and white.
-    """
 
-    def __init__(self, path: Path, source: Path, plane: str, layers: int, heat_range: tuple[float, float]) -> None:
-        from nibabel import orientations  # noqa: PLC0415 (optional)
-
-        self.path, self.layers, self.axis = path, layers, PLANES.index(plane)
-        original = nifti_header(source)
-        self.header, shape = original.copy(), nifti_shape(original)
-        self.header.set_data_shape(shape)
-        self.header.set_data_dtype(np.int16)
-        self.header.set_slope_inter(layers / 32767, 0)
-        self.header.set_data_offset(self.header.single_vox_offset)
-        self.header["magic"] = self.header.single_magic
-        self.header["descrip"] = f"{MARK}, {plane}"
-        self.header["cal_min"], self.header["cal_max"] = heat_range
-        self.collected = path.with_name(f".{path.name}.tmp")
+def list_entries(inputs: Sequence[str], reading: ReadOptions, hidden: bool) -> Listing:
+    """Walk the inputs; the slices of a series follow each other in the order of their position."""
+    result, files = Listing(), []
+    for path, place in list_files(map(Path, inputs)):
+        if is_own_result(path):
+            result.own += 1
+            continue
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.voxels = np.memmap(self.collected, self.header.get_data_dtype(), "w+", shape=shape, order="F")
-        except OSError as error:
-            raise InputError(f"--out {path}: cannot be written ({error.strerror or error})") from error
-        turn = orientations.io_orientation(original.get_best_affine())
-        view = orientations.apply_orientation(self.voxels, turn)  # a view, not a copy
-        self.turned = view if view.ndim == 4 else view[..., None]
-
-    def add(self, index: int, heat: np.ndarray) -> None:
-        """Put in the heat map (S, S) of the slice with this index."""
-        time_point, place = divmod(index, self.turned.shape[self.axis])
-        where: list[Any] = [slice(None)] * 3
-        where[self.axis] = place
-        target = self.turned[(*where, time_point)][::-1, ::-1].T  # as the reader shows it
-        target[...] = (fit(heat, *target.shape) / self.layers * 32767).round()
-
-    def close(self, keep: bool = True) -> None:
-        """Write the file; without `keep` drop what was collected."""
-        try:
-            if keep:
-                self.voxels.flush()
-                with atomic_path(self.path, "--out") as path, gzip.open(path, "wb", compresslevel=4) as file:
-                    file.write(self.header.binaryblock)
-                    file.write(bytes(int(self.header.single_vox_offset) - len(self.header.binaryblock)))
-                    with self.collected.open("rb") as voxels:
-                        shutil.copyfileobj(voxels, file, 2**20)
-        finally:
-            self.collected.unlink(missing_ok=True)
+            inside = frames(path, reading)
+        except MissingPackageError:
+            raise
+        except NoImageError as error:
+            result.no_image.append(str(error))
+        except InputError as error:
+            result.faults.append(str(error))
+        else:
+            files.append((place, inside, slices_of(inside)))
+    series: defaultdict[str, list[tuple[Frame, str, Slice]]] = defaultdict(list)
+    for number, (place, inside, slices) in enumerate(files):
+        for frame, slice_ in zip(inside, slices, strict=True):
+            series[slice_.series_uid or str(number)].append((frame, place, slice_))
+    for key, members in series.items():
+        _, place, first = members[0]
+        folder = place.rpartition("/")[0]
+        title = f"{folder or 'series'} {first.series_uid[-8:]}" if first.series_uid else place
+        for number, i in enumerate(in_order([slice_ for *_, slice_ in members]), 1):
+            frame, place, slice_ = members[i]
+            result.entries.append(Entry(frame, place, slice_, key, title, number, len(members), hidden))
+    return result
 
 
-class DicomHeat:
-    """The heat maps of a series as a DICOM series: secondary captures with new UIDs, in the same study and space.
+@dataclass(frozen=True)
+class Opened:
+    """A decoded image: what the network and the pictures need of it, not its own pixels."""
 
-    Values are unsigned 16 bits with a rescale slope; they lie in [0, layers].
-
-    Args:
-        folder: of the files, one an image; made if need be.
-        layers: K.
-        heat_range: the window in the header.
-        anonymous: leave out who the patient is; the UIDs of study and space are hashes of the true ones.
-    """
-
-    def __init__(self, folder: Path, layers: int, heat_range: tuple[float, float], anonymous: bool) -> None:
-        from pydicom.uid import generate_uid  # noqa: PLC0415 (optional)
-
-        self.folder, self.layers, self.heat_range, self.anonymous = folder, layers, heat_range, anonymous
-        self.uid, self.date, self.time = generate_uid(), time.strftime("%Y%m%d"), time.strftime("%H%M%S")
-
-    def add(self, frame: Frame, number: int, heat: np.ndarray) -> None:
-        """Write the heat map (S, S) of an image as file `number` of the series."""
-        with frame.path.open("rb") as file:
-            source = parse_dicom(file, frame.path, header_only=True)
-        result = self._dataset(source, frame.index or 0, number)
-        values = fit(heat, source.Rows, source.Columns) / self.layers * 65535
-        result.PixelData = values.round().clip(0, 65535).astype("<u2").tobytes()
-        with atomic_path(self.folder / f"{number:05d}.dcm", "--out") as path:
-            result.save_as(path, enforce_file_format=True)
-
-    def _dataset(self, source: Dataset, index: int, number: int) -> Dataset:
-        """All but the pixels."""
-        from pydicom.dataset import Dataset, FileMetaDataset  # noqa: PLC0415 (optional)
-        from pydicom.uid import UID, generate_uid  # noqa: PLC0415 (optional)
-
-        result = Dataset()
-        for name in COPIED:
-            if name in source and not (self.anonymous and name in IDENTIFYING):
-                result[name] = source[name]
-        for name in ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
-                     "AccessionNumber", "ReferringPhysicianName", "StudyInstanceUID"):  # fmt: skip
-            if name not in result:
-                setattr(result, name, "")
-        if self.anonymous:
-            result.PatientIdentityRemoved = "YES"
-            for name in ("StudyInstanceUID", "FrameOfReferenceUID"):
-                if result.get(name):
-                    setattr(result, name, generate_uid(entropy_srcs=[str(result[name].value)]))
-        for sequence, names in (
-            ("PlanePositionSequence", ("ImagePositionPatient",)),
-            ("PlaneOrientationSequence", ("ImageOrientationPatient",)),
-            ("PixelMeasuresSequence", ("PixelSpacing", "SliceThickness")),
-        ):
-            holder = frame_values(source, index, sequence)
-            for name in names:
-                if holder.get(name) not in (None, ""):
-                    result[name] = holder[name]
-        low, high = self.heat_range
-        values = {
-            "SOPClassUID": SECONDARY_CAPTURE, "SOPInstanceUID": generate_uid(), "SeriesInstanceUID": self.uid,
-            "ImageType": ["DERIVED", "SECONDARY"], "Modality": "OT", "ConversionType": "WSD",
-            "Manufacturer": "MadCLIP", "SeriesDescription": MARK, "DerivationDescription": DERIVATION,
-            "SeriesNumber": (_integer(source.get("SeriesNumber")) or 0) % 100_000 * 1000 + 777,
-            "InstanceNumber": number, "SeriesDate": self.date, "SeriesTime": self.time, "ContentDate": self.date,
-            "ContentTime": self.time, "InstanceCreationDate": self.date, "InstanceCreationTime": self.time,
-            "BurnedInAnnotation": "NO", "SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2",
-            "Rows": source.Rows, "Columns": source.Columns, "BitsAllocated": 16, "BitsStored": 16, "HighBit": 15,
-            "PixelRepresentation": 0, "RescaleIntercept": "0", "RescaleSlope": f"{self.layers / 65535:.10g}",
-            "RescaleType": "US", "WindowCenter": f"{(low + high) / 2:.8g}",
-            "WindowWidth": f"{max(high - low, 1e-4):.8g}",
-        }  # fmt: skip
-        for name, value in values.items():
-            setattr(result, name, value)
-        if source.get("SOPClassUID") and source.get("SOPInstanceUID") and not self.anonymous:
-            reference = Dataset()
-            reference.ReferencedSOPClassUID = source.SOPClassUID
-            reference.ReferencedSOPInstanceUID = source.SOPInstanceUID
-            result.SourceImageSequence = [reference]
-        result.file_meta = FileMetaDataset()
-        result.file_meta.TransferSyntaxUID = UID(EXPLICIT_LITTLE_ENDIAN)
-        return result
-
-
-def _integer(value: Any) -> int | None:  # noqa: ANN401 - whatever an element holds
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        return None
+    entry: Entry
+    tensor: Tensor  # (3, S, S)
+    preview: Image.Image | None  # at most as large as an overlay
+    size: tuple[int, int]  # W, H
+    notes: dict[str, str]

@@ -350,10 +350,11 @@ class Splits:
                 f"{len(unused) - len(scored)} images of valid/ have no mask and are no shots: left out of calibration"
             )
         valid = scored if select == "valid" else []
-        lists = [dataset.samples("test"), valid, calibration_samples(scored, dataset.pixel_metrics), unused]
+        test, calibration = dataset.samples("test"), calibration_samples(scored, dataset.pixel_metrics)
         if options.anonymous:
-            shots, lists = shots.anonymous(), [anonymous(samples) for samples in lists]
-        return cls(dataset, shots, *lists, select)
+            shots = shots.anonymous()
+            test, valid, calibration, unused = map(anonymous, (test, valid, calibration, unused))
+        return cls(dataset, shots, test, valid, calibration, unused, select)
 
     def own_batches(self, size: int) -> list[Sequence[Sample]]:
         """What this process scores of all lists, in batches of `size`."""

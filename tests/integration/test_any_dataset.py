@@ -118,6 +118,32 @@ def test_bare_folders(brain, call, tmp_path, names):
     assert first == second
 
 
+@pytest.mark.parametrize(
+    ("obj", "images", "masks"),
+    [
+        ("Brain", "BraTS2021_slice/{split}/{kind}/img", "BraTS2021_slice/{split}/{kind}/label"),
+        ("Liver", "{split}/img/{kind}", "{split}/label/{kind}"),
+        ("Retina_RESC", "{Val}/{val}/{kind}", "{Val}/{val}_label/{kind}"),
+    ],
+)
+def test_bmads_trees_train_and_test_under_the_papers_names(brain, call, tmp_path, obj, images, masks):
+    root = tmp_path / "data" / f"{obj}_AD"
+    for split, val in (("valid", "val"), ("test", "test")):
+        for kind in ("good", "Ungood"):
+            words = {"split": split, "kind": kind, "val": val, "Val": val.capitalize()}
+            shutil.copytree(brain / split / kind / "img", root / images.format(**words))
+            if kind == "Ungood":
+                shutil.copytree(brain / split / kind / "anomaly_mask", root / masks.format(**words))
+    paths = ["--obj", obj, "--data_path", tmp_path / "data", "--save_path", tmp_path / "ckpt"]
+    trained = call("train.py", *SMALL, *paths, "--shot", 2)
+    assert len(last_lines(trained)) == 2  # AUC and pAUC
+    assert last_lines(trained) == last_lines(call("test.py", *paths))
+    settings = torch.load(tmp_path / f"ckpt/{obj}.pth", weights_only=True)["settings"]
+    assert settings["prompt_name"] == ("retinal OCT" if obj == "Retina_RESC" else obj)
+    checked = call("dataset.check", *paths[:4])
+    assert "warning: counts: other than published: is the copy whole?: valid 16 + 16" in checked
+
+
 def test_an_unknown_name_in_the_known_layout(brain, call, tmp_path):
     shutil.copytree(brain, tmp_path / "My_Knee_AD")
     output = call("train.py", *SMALL, "--obj", "My_Knee", "--data_path", tmp_path, "--save_path", tmp_path, "--shot", 2)

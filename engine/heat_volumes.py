@@ -1,0 +1,189 @@
+"""Heat maps in the scan's own space: of a NIfTI volume as NIfTI, of a DICOM series as a DICOM series."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from dataset.images import PLANES, Frame
+from dataset.volumes import parse_dicom
+from utils import InputError, atomic_path
+
+from .scans import MARK, frame_values, nifti_header, nifti_shape
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+DERIVATION = "Anomaly heat map (MadCLIP), in thousandths of a score. Research use, not a medical device."
+SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+EXPLICIT_LITTLE_ENDIAN = "1.2.840.10008.1.2.1"
+# Of the source's modules patient, study and frame of reference: what makes viewers file the heat map beside it.
+COPIED = (
+    "SpecificCharacterSet", "PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex",
+    "PatientAge", "StudyInstanceUID", "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName", "StudyID",
+    "StudyDescription", "FrameOfReferenceUID", "PositionReferenceIndicator", "Laterality", "SliceThickness",
+    "SpacingBetweenSlices",
+)  # fmt: skip
+IDENTIFYING = (
+    "PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex", "PatientAge", "AccessionNumber",
+    "ReferringPhysicianName", "StudyID", "StudyDescription", "StudyDate", "StudyTime",
+)  # fmt: skip
+
+
+def fit(heat: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A heat map (S, S) stretched over a slice: (height, width) float32."""
+    return np.asarray(Image.fromarray(heat.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR))
+
+
+class NiftiHeat:
+    """The heat maps of a volume as a NIfTI file with its shape, affine and zooms: it opens over the scan in viewers.
+
+    Values are int16 with the header's slope; they lie in [0, layers]. Slices are collected in a file, not in memory.
+
+    Args:
+        path: of the result, .nii.gz.
+        source: the volume.
+        plane: in which it was cut.
+        layers: K.
+        heat_range: what viewers show as black and white.
+    """
+
+    def __init__(self, path: Path, source: Path, plane: str, layers: int, heat_range: tuple[float, float]) -> None:
+        orientations: Any = import_module("nibabel.orientations")  # optional, and without types
+        self.path, self.layers, self.axis = path, layers, PLANES.index(plane)
+        original = nifti_header(source)
+        self.header, shape = original.copy(), nifti_shape(original)
+        self.header.set_data_shape(shape)
+        self.header.set_data_dtype(np.int16)
+        self.header.set_slope_inter(layers / 32767, 0)
+        self.header.set_data_offset(self.header.single_vox_offset)
+        self.header["magic"] = self.header.single_magic
+        self.header["descrip"] = f"{MARK}, {plane}"
+        self.header["aux_file"] = self.header["db_name"] = ""  # may name a patient
+        self.header["cal_min"], self.header["cal_max"] = heat_range
+        self.collected = path.with_name(f".{path.name}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.voxels = np.memmap(self.collected, self.header.get_data_dtype(), "w+", shape=shape, order="F")
+        except OSError as error:
+            raise InputError(f"--out {path}: cannot be written ({error.strerror or error})") from error
+        turn = orientations.io_orientation(original.get_best_affine())
+        view = orientations.apply_orientation(self.voxels, turn)  # a view, not a copy
+        self.turned = view if view.ndim == 4 else view[..., None]
+
+    def add(self, index: int, heat: np.ndarray) -> None:
+        """Put in the heat map (S, S) of the slice with this index."""
+        time_point, place = divmod(index, self.turned.shape[self.axis])
+        fixed = {3: time_point, self.axis: place}
+        where = tuple(fixed.get(axis, slice(None)) for axis in range(4))
+        target = self.turned[where][::-1, ::-1].T  # as the reader shows it
+        target[...] = (fit(heat, *target.shape) / self.layers * 32767).round()
+
+    def close(self, keep: bool = True) -> None:
+        """Write the file; without `keep` drop what was collected."""
+        try:
+            if keep:
+                self.voxels.flush()
+                with atomic_path(self.path, "--out") as path, gzip.open(path, "wb", compresslevel=4) as file:
+                    file.write(self.header.binaryblock)
+                    file.write(bytes(int(self.header.single_vox_offset) - len(self.header.binaryblock)))
+                    with self.collected.open("rb") as voxels:
+                        shutil.copyfileobj(voxels, file, 2**20)
+        finally:
+            self.collected.unlink(missing_ok=True)
+
+
+class DicomHeat:
+    """The heat maps of a series as a DICOM series: secondary captures with new UIDs, in the same study and space.
+
+    Values are unsigned 16 bits with a rescale slope. Rescaled they are thousandths of a score, in [0, 1000 layers], as
+    DICOM's linear windows are at least 1 wide.
+
+    Args:
+        folder: of the files, one an image; made if need be.
+        layers: K.
+        heat_range: the window in the header.
+        anonymous: leave out who the patient is; the UIDs of study and space are hashes of the true ones.
+    """
+
+    def __init__(self, folder: Path, layers: int, heat_range: tuple[float, float], anonymous: bool) -> None:
+        from pydicom.uid import generate_uid  # noqa: PLC0415 (optional)
+
+        self.folder, self.layers, self.heat_range, self.anonymous = folder, layers, heat_range, anonymous
+        self.uid, self.date, self.time = generate_uid(), time.strftime("%Y%m%d"), time.strftime("%H%M%S")
+
+    def add(self, frame: Frame, number: int, heat: np.ndarray) -> None:
+        """Write the heat map (S, S) of an image as file `number` of the series."""
+        with frame.path.open("rb") as file:
+            source = parse_dicom(file, frame.path, header_only=True)
+        result = self._dataset(source, frame.index or 0, number)
+        values = fit(heat, source.Rows, source.Columns) / self.layers * 65535
+        result.PixelData = values.round().clip(0, 65535).astype("<u2").tobytes()
+        with atomic_path(self.folder / f"{number:05d}.dcm", "--out") as path:
+            result.save_as(path, enforce_file_format=True)
+
+    def _dataset(self, source: Dataset, index: int, number: int) -> Dataset:
+        """All but the pixels."""
+        from pydicom.dataset import Dataset, FileMetaDataset  # noqa: PLC0415 (optional)
+        from pydicom.uid import UID, generate_uid  # noqa: PLC0415 (optional)
+
+        result = Dataset()
+        for name in COPIED:
+            if name in source and not (self.anonymous and name in IDENTIFYING):
+                result[name] = source[name]
+        for name in ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
+                     "AccessionNumber", "ReferringPhysicianName", "StudyInstanceUID"):  # fmt: skip
+            if name not in result:
+                setattr(result, name, "")
+        if self.anonymous:
+            result.PatientIdentityRemoved = "YES"
+            for name in ("StudyInstanceUID", "FrameOfReferenceUID"):
+                if result.get(name):
+                    setattr(result, name, generate_uid(entropy_srcs=[str(result[name].value)]))
+        for sequence, names in (
+            ("PlanePositionSequence", ("ImagePositionPatient",)),
+            ("PlaneOrientationSequence", ("ImageOrientationPatient",)),
+            ("PixelMeasuresSequence", ("PixelSpacing", "SliceThickness")),
+        ):
+            holder = frame_values(source, index, sequence)
+            for name in names:
+                if holder.get(name) not in (None, ""):
+                    result[name] = holder[name]
+        low, high = (1000 * end for end in self.heat_range)
+        values = {
+            "SOPClassUID": SECONDARY_CAPTURE, "SOPInstanceUID": generate_uid(), "SeriesInstanceUID": self.uid,
+            "ImageType": ["DERIVED", "SECONDARY"], "Modality": "OT", "ConversionType": "WSD",
+            "Manufacturer": "MadCLIP", "SeriesDescription": MARK, "DerivationDescription": DERIVATION,
+            "SeriesNumber": (_integer(source.get("SeriesNumber")) or 0) % 100_000 * 1000 + 777,
+            "InstanceNumber": number, "SeriesDate": self.date, "SeriesTime": self.time, "ContentDate": self.date,
+            "ContentTime": self.time, "InstanceCreationDate": self.date, "InstanceCreationTime": self.time,
+            "BurnedInAnnotation": "NO", "SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2",
+            "Rows": source.Rows, "Columns": source.Columns, "BitsAllocated": 16, "BitsStored": 16, "HighBit": 15,
+            "PixelRepresentation": 0, "RescaleIntercept": "0", "RescaleSlope": f"{1000 * self.layers / 65535:.10g}",
+            "RescaleType": "US", "WindowCenter": f"{(low + high) / 2:.8g}",
+            "WindowWidth": f"{max(high - low, 1.0):.8g}",
+        }  # fmt: skip
+        for name, value in values.items():
+            setattr(result, name, value)
+        if source.get("SOPClassUID") and source.get("SOPInstanceUID") and not self.anonymous:
+            reference = Dataset()
+            reference.ReferencedSOPClassUID = source.SOPClassUID
+            reference.ReferencedSOPInstanceUID = source.SOPInstanceUID
+            result.SourceImageSequence = [reference]
+        result.file_meta = FileMetaDataset()
+        result.file_meta.TransferSyntaxUID = UID(EXPLICIT_LITTLE_ENDIAN)
+        return result
+
+
+def _integer(value: Any) -> int | None:  # noqa: ANN401 - whatever an element holds
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        return None

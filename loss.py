@@ -76,6 +76,11 @@ def upsample(difference: Tensor, size: int) -> Tensor:
     return F.interpolate(grid, size=(size, size), mode="bilinear", align_corners=True)
 
 
+def pixel_probability(seg_scores: Tensor, size: int) -> Tensor:
+    """Probability of `abnormal` at each pixel, from one layer's patch scores: (B, N, 2) -> (B, size, size) in [0, 1]."""
+    return upsample(patch_difference(seg_scores[None]), size)[:, 0].sigmoid()
+
+
 def anomaly_map(difference: Tensor, size: int) -> Tensor:
     """Anomaly score of every pixel: `patch_difference` (B, K, N) -> (B, size, size) in [0, K], summed over the layers.
 
@@ -121,7 +126,7 @@ def training_loss(
     det = torch.stack([detection_loss(layer, labels, loss_type, dec_type) for layer in det_scores]).sum()
     seg = det.new_zeros(())
     if seg_scores is not None and masks is not None:
-        for difference in patch_difference(seg_scores).split(1, dim=1):  # a layer at a time: (B, 1, N)
-            probability = upsample(difference, masks.shape[-1])[:, 0].sigmoid()
+        for layer in seg_scores:
+            probability = pixel_probability(layer, masks.shape[-1])
             seg = seg + focal_loss(probability, masks) + dice_loss(probability, masks)
     return LossParts(det, seg, det + seg)

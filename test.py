@@ -21,7 +21,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from CLIP.clip import create_model
 from dataset.medical_few import MedicalDataset, anonymous
 from engine import distributed
 from engine.calibration import describe_threshold, threshold_metrics
@@ -34,7 +33,7 @@ from engine.metrics import measure, measure_without
 from engine.report.figures import save_figures
 from engine.report.history import find_history, read_history
 from engine.report.page import write_page
-from engine.run import masks_note, published_lines, result_json, shot_patients
+from engine.run import describe_test, published_lines, result_json, shot_patients
 from utils import InputError, probe_writable, set_seed, write_json
 
 
@@ -103,23 +102,14 @@ def compute_scores(options: argparse.Namespace) -> Scores:
     samples = anonymous(dataset.samples("test")) if options.anonymous else dataset.samples("test")
     store = TokenStore(Tower.of(settings, weights, pick_autocast(options.precision, device), device), options)
     store.plan((), own_batches(samples, settings.eval_batch))
-    clip = create_model(
-        weights, img_size=settings.img_size, fidelity=settings.fidelity, device=device, vision=store.needs_tower
-    )
+    clip = store.load_clip()
     detector = Detector(clip, settings).to(device)
     checkpoint.restore(detector, clip, options.ckpt)
     masks = Masks.of(samples, settings, options.num_workers, device) if dataset.pixel_metrics else None
     store.fill(clip)
     evaluation = evaluate(detector, store, samples)
-    metadata = checkpoint.metadata
-    notes = (dataset.split_note(), masks_note(settings, dataset))
-    epoch = metadata.get("metrics", {}).get("epoch", "unknown")
-    source = "\n".join([
-        f"{options.obj}: {len(samples)} test images", *filter(None, notes),
-        f"{Path(options.ckpt).name}: trained on {settings.obj}, tested on {options.obj}, epoch {epoch}, --select "
-        f"{metadata['select']}; the prompts say {settings.prompt_name!r}",
-    ])  # fmt: skip
-    return evaluation, masks, settings, metadata, source
+    source = describe_test(options, dataset, settings, checkpoint.metadata, len(samples))
+    return evaluation, masks, settings, checkpoint.metadata, source
 
 
 def kept_scores(options: argparse.Namespace) -> Scores:

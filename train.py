@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 
-from CLIP.clip import create_model
 from CLIP.model import CLIP
 from CLIP.weights import find_weights
 from engine import distributed
@@ -38,28 +37,11 @@ from engine.evaluation import Masks, evaluate
 from engine.features import TokenStore, Tower
 from engine.metrics import measure, measure_without
 from engine.report.page import write_page
-from engine.report.tracking import (
-    Tracker,
-    log_epoch,
-    log_pictures,
-    log_result,
-    published_best,
-    start_tracker,
-    warn_of_tracked_key,
-)  # fmt: skip
+from engine.report.tracking import Tracker, log_epoch, log_pictures, log_result, start_tracker, warn_of_tracked_key
 from engine.run import RunFolder, StopSignals, check_outputs, open_run, published_lines, result_json
-from engine.training import (
-    Splits,
-    TrainingSet,
-    TrainingState,
-    calibrate_run,
-    check_losses,
-    epoch_line,
-    epoch_record,
-    stuck_note,
-)  # fmt: skip
+from engine.training import Splits, TrainingSet, TrainingState, calibrate_run, epoch_line
 from Prompt.promptChooser import text_similarity
-from utils import set_seed, warn, write_json
+from utils import set_seed, write_json
 
 
 @dataclass
@@ -104,7 +86,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             setup.training = setup.training.to(setup.store)
             if 0 < state.epoch == state.best_epoch:  # killed between last.pth and best.pth, perhaps
                 save_best(setup)
-            with start_tracker(options, setup.settings, run, setup.config, state.epoch) as tracker:
+            with start_tracker(options, setup.settings, run, setup.config, state.history) as tracker:
                 train_epochs(setup, tracker, signals)
                 return finish(setup, tracker)
 
@@ -127,10 +109,9 @@ def build(options: argparse.Namespace) -> Setup:
     masks = {name: Masks.of(samples, settings, options.num_workers, device) for name, samples in lists.items()}
     store = TokenStore(Tower.of(settings, weights, pick_autocast(options.precision, device), device), options)
     store.plan(training.items, splits.own_batches(settings.eval_batch))
-    size, fidelity = settings.img_size, settings.fidelity
-    clip = create_model(weights, img_size=size, fidelity=fidelity, device=device, vision=store.needs_tower)
+    clip = store.load_clip()
     detector = Detector(clip, settings, options.seed).to(device)
-    state = TrainingState.start(detector, store.tower.autocast, options.learning_rate, options.seed)
+    state = TrainingState.start(detector, store.tower.autocast, options.learning_rate, options.seed, splits.select)
     run, config, metadata = open_run(options, splits, settings, device)
     return Setup(options, settings, splits, training, masks, store, clip, detector, state, run, config, metadata)
 
@@ -138,7 +119,7 @@ def build(options: argparse.Namespace) -> Setup:
 def train_epochs(setup: Setup, tracker: Tracker, signals: StopSignals) -> None:
     """Train from the last finished epoch on; after each, everything that --resume needs is on disk."""
     options, splits, state, store = setup.options, setup.splits, setup.state, setup.store
-    text, best = None, published_best(state.history)
+    text = None
     for epoch in range(state.epoch + 1, options.epoch + 1):
         start = time.perf_counter()
         order = torch.randperm(len(setup.training), generator=state.shuffle)
@@ -146,7 +127,6 @@ def train_epochs(setup: Setup, tracker: Tracker, signals: StopSignals) -> None:
         for rows, labels, view_masks in setup.training.batches(order, options.batch_size):
             losses.append(state.step(store.get(rows), labels, view_masks, text))  # (3,) on the device
             text = None
-        loss = check_losses(torch.stack(losses), epoch)  # (3,); the one place where an epoch waits for the device
         distributed.align(setup.detector)
 
         last, due = epoch == options.epoch, epoch % options.eval_every == 0
@@ -161,21 +141,18 @@ def train_epochs(setup: Setup, tracker: Tracker, signals: StopSignals) -> None:
             test = measure(evaluation, setup.masks["test"])
             if splits.valid:
                 valid = measure(evaluate(setup.detector, store, splits.valid, features), setup.masks["valid"])
-        judged = valid if options.select == "valid" else test
-        better = state.is_better(judged.selection_score, options.select != "last" and due) if judged else False
         seconds = time.perf_counter() - start
-        record = epoch_record(epoch, loss, text_similarity(features), test, valid, better)
         with signals.held():  # an interrupt waits until the epoch's files are written
-            state.finish_epoch(record, seconds)
+            # The losses are read here, the one place where an epoch waits for the device.
+            record = state.finish_epoch(torch.stack(losses), text_similarity(features), test, valid, due, seconds)
             setup.run.save(state.state_dict(), state.history)
-            if better:
+            if record["best"]:
                 save_best(setup)
             if test and tracker.pictures_due(epoch - 1, options.log_images_every, last):
                 log_pictures(tracker, epoch - 1, evaluation, setup.masks["test"], test)
-            log_epoch(tracker, record, test, valid, best, seconds, images=len(order) + len(splits.test), last=last)
+            log_epoch(tracker, record, test, valid, seconds, images=len(order) + len(splits.test), last=last)
             print(epoch_line(record, options.epoch, seconds), flush=True)
-        if epoch == -(-options.epoch // 4) and (note := stuck_note(setup.settings, record["det"])):
-            warn(note)
+        state.warn_if_stuck(options.epoch)
 
 
 def save_best(setup: Setup) -> None:
@@ -205,27 +182,18 @@ def finish(setup: Setup, tracker: Tracker) -> dict[str, Any]:
     setup.metadata["threshold"] = threshold
     save_best(setup)
     selected = f"epoch {state.selected_epoch} of {state.epoch}, {SELECTS[options.select]} (--select {options.select})"
-    result = {
-        **result_json(settings, evaluation, best, options.select),
-        "selected": selected,
-        "selected_epoch": state.selected_epoch,
-        "last": {"epoch": state.epoch, **last.values},
-        "decision": threshold,
-        "seed": options.seed,
-        "shots": splits.shots.names(),
-        "seconds": state.seconds,
+    result = result_json(settings, evaluation, best, options.select) | {
+        "selected": selected, "selected_epoch": state.selected_epoch, "last": {"epoch": state.epoch, **last.values},
+        "decision": threshold, "seed": options.seed, "shots": splits.shots.names(), "seconds": state.seconds,
         "run": str(run.path),
-    }
+    }  # fmt: skip
     run.write_result(result)
     if distributed.is_main():
         metadata = {**setup.metadata, "metrics": {"epoch": state.selected_epoch}}
         write_page(run.path, evaluation, masks, best, settings, metadata, state.history)
         if options.out_json:
             write_json(options.out_json, result, "--out_json")
-    log_result(
-        tracker, evaluation, best, state.selected_epoch - 1, run.best if options.log_model else None,
-        bool(options.log_images_every),
-    )  # fmt: skip
+    log_result(tracker, evaluation, best, state.selected_epoch - 1, run.best if options.log_model else None)
     print(f"last epoch: {last.line()}   [epoch {state.epoch} of {state.epoch}]")
     print(f"selected:   {best.line()}   [{selected}]")
     print(describe_threshold(threshold), *run.files(options), published_lines(settings.obj, best), sep="\n")

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from CLIP.adapter_shared import reads_class_token
-from CLIP.clip import uses_quick_gelu
+from CLIP.clip import create_model, uses_quick_gelu
 from CLIP.model import CLIP
 from CLIP.weights import Weights
 from dataset.images import load_image_with_hash
@@ -210,6 +210,17 @@ class TokenStore:
             flush=True,
         )
         distributed.barrier()
+
+    def load_clip(self) -> CLIP:
+        """The frozen towers, after `plan`; without the image tower where all tokens are there."""
+        tower = self.tower
+        return create_model(
+            tower.weights,
+            img_size=tower.img_size,
+            fidelity=tower.fidelity,
+            device=tower.device,
+            vision=self.needs_tower,
+        )
 
     def fill(self, clip: CLIP) -> None:
         """Pass through the tower what is missing, then free it; `off` keeps it and computes on every use instead.

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock, Timeout
 
-from utils import InputError, atomic_path, preview, probe_writable, read_text, remove_stale, write_json
+from utils import InputError, atomic_path, preview, printable, probe_writable, read_text, remove_stale, write_json
 
 from . import checkpoint, distributed
 from .config import Settings, shareable, shots_label
@@ -89,7 +89,9 @@ class RunFolder:
 
     @contextlib.contextmanager
     def writing(self, state: TrainingState, epochs: int) -> Iterator[None]:
-        """Be the one process that writes here, until the block ends or the process dies; an interrupt says how to go on.
+        """Be the one process that writes here, until the block ends or the process dies.
+
+        An interrupt prints how to go on.
 
         Raises:
             InputError: another process writes here; names its pid and host.
@@ -192,8 +194,8 @@ class RunFolder:
             raise InputError(f"--epoch {epochs}: {self.path} has finished {state.epoch} already")
         if 0 < state.best_epoch < state.epoch and not self.best.is_file():
             raise InputError(
-                f"--resume {self.path}: best.pth is missing, the only copy of the selected epoch {state.best_epoch}: put "
-                f"it back, or start a new run"
+                f"--resume {self.path}: best.pth is missing, the only copy of the selected epoch {state.best_epoch}: "
+                f"put it back, or start a new run"
             )
 
     def load(self) -> dict[str, Any] | None:
@@ -297,16 +299,25 @@ def published_lines(obj: str, metrics: Metrics) -> str:
     return f"{obj} pAUC : {metrics.pauc:.4f}\n{obj} AUC : {metrics.auc:.4f}"
 
 
-def masks_note(settings: Settings, dataset: MedicalDataset) -> str | None:
-    """A line where only one of checkpoint and data set has masks; None where both or none have."""
-    if settings.pixel_metrics == dataset.pixel_metrics:
-        return None
-    if settings.pixel_metrics:
-        return f"{dataset.obj} has no masks: no pixel metrics; images score as trained, by their highest pixel"
-    return (
-        f"{settings.obj} has no masks, so the checkpoint's segmentation heads are untrained: no pixel metrics; images "
-        f"score as trained, by the detection heads"
+def describe_test(
+    options: argparse.Namespace, dataset: MedicalDataset, settings: Settings, metadata: Mapping[str, Any], images: int
+) -> str:
+    """What was tested on what, in a few lines."""
+    masks_note = None
+    if settings.pixel_metrics and not dataset.pixel_metrics:
+        masks_note = f"{dataset.obj} has no masks: no pixel metrics; images score as trained, by their highest pixel"
+    elif dataset.pixel_metrics and not settings.pixel_metrics:
+        masks_note = (
+            f"{settings.obj} has no masks, so the checkpoint's segmentation heads are untrained: no pixel metrics; "
+            f"images score as trained, by the detection heads"
+        )
+    epoch = metadata.get("metrics", {}).get("epoch", "unknown")
+    what = (
+        f"{Path(options.ckpt).name}: trained on {settings.obj}, tested on {options.obj}, epoch {epoch}, --select "
+        f"{metadata['select']}; the prompts say {settings.prompt_name!r}"
     )
+    lines = (f"{options.obj}: {images} test images", dataset.split_note(), masks_note, printable(what))
+    return "\n".join(filter(None, lines))
 
 
 def check_outputs(options: argparse.Namespace) -> None:

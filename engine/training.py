@@ -98,19 +98,22 @@ class TrainingState:
     scaler: torch.amp.GradScaler | None
     autocast: torch.dtype | None
     shuffle: torch.Generator
+    select: str = "test"  # the metrics that choose: `test`, `valid`; `last` chooses nothing
     best_epoch: int = 0  # counted from 1; 0 before the first best
     best_score: float = 0.0  # a new best must be strictly better, starting from 0, as published
     history: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl, one an epoch
     seconds: float = 0.0  # spent on the finished epochs
 
     @classmethod
-    def start(cls, detector: Detector, autocast: torch.dtype | None, learning_rate: float, seed: int) -> TrainingState:
+    def start(
+        cls, detector: Detector, autocast: torch.dtype | None, learning_rate: float, seed: int, select: str = "test"
+    ) -> TrainingState:
         """Before the first step."""
         device = next(detector.adapters.parameters()).device.type
         # bfloat16 has float32's range; float16 gradients need scaling, which the published code left out.
         scaler = torch.amp.GradScaler(device) if autocast is torch.float16 else None
         optimizers = make_optimizers(detector.adapters, detector.prompts, learning_rate)
-        return cls(detector, optimizers, scaler, autocast, seeded(seed, "shuffle"))
+        return cls(detector, optimizers, scaler, autocast, seeded(seed, "shuffle"), select)
 
     @property
     def epoch(self) -> int:
@@ -156,17 +159,57 @@ class TrainingState:
         """The epoch that is reported, counted from 1: the last where none was better than another."""
         return self.best_epoch or self.epoch
 
-    def finish_epoch(self, record: dict[str, Any], seconds: float) -> None:
-        """Add a line to the history: from here on the epoch is finished."""
+    def finish_epoch(
+        self, losses: Tensor, similarity: float, test: Metrics | None, valid: Metrics | None, due: bool, seconds: float
+    ) -> dict[str, Any]:
+        """Close an epoch: choose, and add its line to the history.
+
+        Args:
+            losses: (steps, 3), on the device.
+            similarity: cosine of the two text features.
+            test: of the test set; None where it was not measured.
+            valid: of valid/, likewise.
+            due: --eval_every names the epoch; others, such as an uneven last one, are measured but never chosen, so
+                that a run which is extended chooses what a longer one would.
+            seconds: that it took.
+
+        Returns:
+            The line of metrics.jsonl, see `EpochRecord`.
+
+        Raises:
+            InputError: a loss that is not finite.
+        """
+        epoch = self.epoch + 1
+        det, seg, total = check_losses(losses, epoch).tolist()
+        judged = {"test": test, "valid": valid}.get(self.select)
+        better = due and judged is not None and judged.selection_score > self.best_score
+        if better and judged is not None:
+            self.best_epoch, self.best_score = epoch, judged.selection_score
+        measured = {
+            f"{prefix}{name}": getattr(metrics, name) if metrics else None
+            for prefix, metrics in (("", test), ("valid_", valid))
+            for name in ("auc", "pauc")
+        }
+        record = asdict(EpochRecord(epoch, det, seg, total, similarity, **measured, best=better))
         self.history.append(record)
         self.seconds += seconds
+        return record
 
-    def is_better(self, score: float, due: bool) -> bool:
-        """Whether this epoch is the new best; remember it if so. Only epochs that --eval_every names take part."""
-        if due and score > self.best_score:
-            self.best_epoch, self.best_score = len(self.history) + 1, score
-            return True
-        return False
+    def warn_if_stuck(self, epochs: int) -> None:
+        """Print a warning after a quarter of the epochs where the detection loss is still where it starts.
+
+        Scores of 0 give 2 ln 2 a layer (sigmoid loss, mean decision).
+        """
+        settings, det = self.detector.settings, self.history[-1]["det"]
+        start = len(settings.features_list) * 2 * math.log(2)
+        plain = settings.loss_type == "sigmoid" and settings.dec_type == "mean"
+        if plain and self.epoch == -(-epochs // 4) and det > 0.99 * start and distributed.is_main():
+            other = "corrected" if settings.fidelity == "released" else "released"
+            warn(
+                f"the detection loss ({det:.4f}) has not left its start (K 2 ln 2 = {start:.4f}) after a quarter of "
+                f"the epochs: the text features may not tell the classes apart, or learn too slowly; try --fidelity "
+                f"{other} (docs/results.md)"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only."""
@@ -239,19 +282,6 @@ def check_losses(losses: Tensor, epoch: int) -> Tensor:
             f"epoch {epoch}: the loss became {float(values[step, -1])} at step {step + 1}; lower --learning_rate"
         )
     return values.mean(dim=0)
-
-
-def epoch_record(
-    epoch: int, loss: Tensor, similarity: float, test: Metrics | None, valid: Metrics | None, best: bool
-) -> dict[str, Any]:
-    """The line of metrics.jsonl, see `EpochRecord`; `loss` is (3,)."""
-    det, seg, total = loss.tolist()
-    measured = {
-        f"{prefix}{name}": getattr(metrics, name) if metrics else None
-        for prefix, metrics in (("", test), ("valid_", valid))
-        for name in ("auc", "pauc")
-    }
-    return asdict(EpochRecord(epoch, det, seg, total, similarity, **measured, best=best))
 
 
 def epoch_line(record: dict[str, Any], epochs: int, seconds: float) -> str:
@@ -387,15 +417,3 @@ def losses_note(shots: Shots) -> str | None:
             f"{normal / abnormal:.3g} times as much as the {abnormal} abnormal ones"
         )
     return None
-
-
-def stuck_note(settings: Settings, det: float) -> str | None:
-    """A warning where the detection loss is still where it starts: scores of 0 give 2 ln 2 a layer (sigmoid loss)."""
-    start = len(settings.features_list) * 2 * math.log(2)
-    if settings.loss_type != "sigmoid" or settings.dec_type != "mean" or det < 0.99 * start:
-        return None
-    other = "corrected" if settings.fidelity == "released" else "released"
-    return (
-        f"the detection loss ({det:.4f}) has not left its start (K 2 ln 2 = {start:.4f}): the text features may not "
-        f"tell the classes apart, or learn too slowly; try --fidelity {other} (docs/results.md)"
-    )

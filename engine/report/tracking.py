@@ -82,6 +82,7 @@ class Tracker:
         self._names: set[str] = set()  # every scalar logged so far
         self._pictured = -1  # the last epoch with pictures
         self.step = 0  # the last one that was logged
+        self.best: dict[str, float] = {}  # the published ...best values
 
     @classmethod
     def start(
@@ -184,6 +185,11 @@ class Tracker:
         """Whether `picture` would do anything."""
         return self._run is not None and self._pictures
 
+    def remember_best(self, record: Mapping[str, Any]) -> None:
+        """Keep an epoch's AUCs as the published ...best values, where it was the best so far."""
+        if record["best"] and record["auc"] is not None:
+            self.best = {f"{key}best": value for key, value in published(record["auc"], record["pauc"]).items()}
+
     def pictures_due(self, epoch: int, every: int, last: bool) -> bool:
         """Whether an evaluated epoch, from 0, is to be pictured: each `every` epochs (0: never), and the last one."""
         due = self.takes_pictures and every > 0 and (last or epoch - self._pictured >= every)
@@ -272,7 +278,11 @@ class Tracker:
 
 
 def start_tracker(
-    options: argparse.Namespace, settings: Settings, run: RunFolder, config: dict[str, Any], epochs: int
+    options: argparse.Namespace,
+    settings: Settings,
+    run: RunFolder,
+    config: dict[str, Any],
+    history: Sequence[Mapping[str, Any]],
 ) -> Tracker:
     """The W&B run of a training, or its continuation; its id goes into config.json.
 
@@ -281,7 +291,7 @@ def start_tracker(
         settings: of the checkpoint.
         run: its folder.
         config: config.json; what of it names no path and no host is shown in W&B.
-        epochs: that are finished already.
+        history: of the epochs that are finished already.
     """
     if not distributed.is_main():
         return Tracker()
@@ -292,17 +302,11 @@ def start_tracker(
         run.path.name, shown, run_dir=run.path, tags=(options.obj, label, settings.model_name, options.fidelity),
         group=f"{options.obj}-{label}", run_id=config.get("wandb_id"), pictures=bool(options.log_images_every),
     )  # fmt: skip
-    tracker.step = max(epochs - 1, 0)
+    tracker.step = max(len(history) - 1, 0)
+    for record in history:
+        tracker.remember_best(record)
     run.write_config({**config, "wandb_id": tracker.id or config.get("wandb_id", "")})
     return tracker
-
-
-def published_best(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The published ...best values of the epochs so far."""
-    bests = [record for record in history if record["best"] and record["auc"] is not None]
-    return (
-        {f"{key}best": value for key, value in published(bests[-1]["auc"], bests[-1]["pauc"]).items()} if bests else {}
-    )
 
 
 def log_epoch(
@@ -310,7 +314,6 @@ def log_epoch(
     record: Mapping[str, Any],
     test: Metrics | None,
     valid: Metrics | None,
-    best: dict[str, float],
     seconds: float,
     images: int,
     last: bool,
@@ -318,20 +321,18 @@ def log_epoch(
     """Log an epoch; that of a new best one is the summary, with all of its values and no others.
 
     Args:
-        tracker: the run. When it is off, only `best` is kept up to date.
+        tracker: the run.
         record: the epoch's line of metrics.jsonl; W&B counts epochs from 0, as the published code does.
         test: metrics of the test set, None where it was not evaluated.
         valid: of valid/, likewise.
-        best: the published ...best values, which are updated.
         seconds: that the epoch took.
         images: that passed through in it: views, and the images that were evaluated.
         last: the row stays open for what `log_result` adds.
     """
-    if test is not None and record["best"]:
-        best.update({f"{key}best": value for key, value in published(test.auc, test.pauc).items()})
     if not tracker.id:
         return
-    values = scalars(record, seconds, images, test, valid) | best
+    tracker.remember_best(record)
+    values = scalars(record, seconds, images, test, valid) | tracker.best
     tracker.define(values)
     tracker.log(values, step=record["epoch"] - 1, commit=not last)
     if record["best"]:
@@ -350,7 +351,6 @@ def log_result(
     metrics: Metrics,
     epoch: int,
     ckpt_path: Path | None,
-    pictures: bool,
 ) -> None:
     """Log the table of the selected epoch's scores, complete the summary, upload the checkpoint where asked for.
 
@@ -360,15 +360,13 @@ def log_result(
         metrics: of `measure(..., full=True)`: AUPRO is not measured in every epoch.
         epoch: the selected one, from 0.
         ckpt_path: the checkpoint with --log_model, else None.
-        pictures: False (--log_images_every 0): no table, as it shows images and names their files.
     """
     if not tracker.id:
         return
     tracker.summary(measured("test", metrics))
-    if pictures:
-        tracker.picture(lambda run: run.log({"scores/table": _table(evaluation, metrics)}, step=tracker.step))
+    tracker.picture(lambda run: run.log({"scores/table": _table(evaluation, metrics)}, step=tracker.step))
     if ckpt_path is not None:
-        if not pictures:
+        if not tracker.takes_pictures:
             _say("warning: --log_model uploads the checkpoint, which names its shots; --anonymous hides their names")
         tracker.upload(ckpt_path, {"epoch": epoch, "auc": metrics.auc, "pauc": metrics.pauc})
 

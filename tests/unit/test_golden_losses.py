@@ -39,7 +39,10 @@ def test_detection_loss_and_gradient(loss_type, dec_type):
     close(value, unit(f"{loss_type}/{dec_type}/loss").numpy())
     stored = unit(f"{loss_type}/{dec_type}/grad_det_scores")
     assert float((scores.grad - stored).norm()) <= 1e-4 * float(stored.norm())
-    close(loss.image_score(unit("det_scores")[None], dec_type), unit(f"{loss_type}/{dec_type}/validation").numpy())
+    close(
+        loss.image_score(loss.patch_difference(unit("det_scores")[None]), dec_type),
+        unit(f"{loss_type}/{dec_type}/validation").numpy(),
+    )
 
 
 def test_pixel_probability():
@@ -86,8 +89,8 @@ class Case:
 
     def parameters(self):
         named = {f"{name.split('.')[0]}/{name.split('.', 1)[1]}": p for name, p in self.adapters.named_parameters()}
-        for maker in self.chooser.makers.values():
-            named.update({f"prompt_learner.ctx.{name}": p for name, p in maker.ctx.items()})
+        for learner in self.chooser.prompt_learners.values():
+            named.update({f"prompt_learner.ctx.{name}": p for name, p in learner.ctx.items()})
         return named
 
 
@@ -185,5 +188,5 @@ def test_anomaly_map_is_the_published_sum(golden):
     seg = unit("seg_scores")
     probabilities = unit("sync_AS")
     published = 0.5 * (1 - probabilities[:, 0]) + 0.5 * probabilities[:, 1]
-    close(loss.anomaly_map(torch.stack([seg, seg]), 42), (2 * published).numpy())
+    close(loss.anomaly_map(loss.patch_difference(torch.stack([seg, seg])), 42), (2 * published).numpy())
     assert str(golden("losses")["train/images_note"])  # a remark: the images are those of backbone.npz

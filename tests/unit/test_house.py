@@ -69,7 +69,9 @@ def test_scripts_are_short(name, most):
     assert len((ROOT / name).read_text().splitlines()) <= most
 
 
-@pytest.mark.parametrize("words", [["train.py"], ["test.py"], ["predict.py"], ["reproduce.py"], ["-m", "dataset.check"]])
+@pytest.mark.parametrize(
+    "words", [["train.py"], ["test.py"], ["predict.py"], ["reproduce.py"], ["-m", "dataset.check"]]
+)
 def test_help_imports_nothing_heavy(words):
     """What takes seconds to import is imported after the flags are read."""
     script = f"import runpy, sys; sys.argv = {[words[-1], '--help']!r}\ntry:\n  " + (

@@ -253,7 +253,9 @@ def test_a_list_none_of_whose_names_exist_is_an_error(tmp_path):
     root = make(tmp_path) / "Brain_AD"
     (root / "fewshot_seed").mkdir()
     (root / "fewshot_seed/my2-shot.txt").write_text("a-0: x.png y.png\nn-0: z.png w.png")
-    with pytest.raises(InputError, match=r"my2-shot\.txt: names x\.png, but that class of valid has none of the images on this list"):
+    with pytest.raises(
+        InputError, match=r"my2-shot\.txt: names x\.png, but that class of valid has none of the images on this list"
+    ):
         MedicalDataset.open("Brain", tmp_path).shots(2, 2, 0, 1)
     (root / "fewshot_seed/my2-shot.txt").unlink()  # the project's own list is for other images
     assert "sampled" in MedicalDataset.open("Brain", tmp_path).shots(2, 2, 0, 1).source

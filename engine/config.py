@@ -104,8 +104,10 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Show defaults, but not where there is none or the help states it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, NOT_GIVEN) or "(default" in (action.help or ""):
+        if action.default in (None, False, NOT_GIVEN) or "(default" in (action.help or ""):
             return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return super()._get_help_string(action)
 
 

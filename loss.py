@@ -77,7 +77,7 @@ def upsample(difference: Tensor, size: int) -> Tensor:
 
 
 def pixel_probability(seg_scores: Tensor, size: int) -> Tensor:
-    """Probability of `abnormal` at each pixel, from one layer's patch scores: (B, N, 2) -> (B, size, size) in [0, 1]."""
+    """Probability of `abnormal` at each pixel from a layer's patch scores: (B, N, 2) -> (B, size, size) in [0, 1]."""
     return upsample(patch_difference(seg_scores[None]), size)[:, 0].sigmoid()
 
 

@@ -453,16 +453,19 @@ def compared(options: argparse.Namespace) -> list[Published]:
     ]
 
 
+def published_note(published: Sequence[Published]) -> list[str]:
+    """Where the published figures are from, under the numbers that the rows bear."""
+    numbered = "; ".join(f"({i}) {entry.note()}" for i, entry in enumerate(published, 1))
+    return [f"Published figures: {numbered}."] if published else []
+
+
 def make_table(
     options: argparse.Namespace, cells: Sequence[Cell], grid: Grid, datasets: dict[str, MedicalDataset],
     failed: dict[Cell, str],
 ) -> Table:  # fmt: skip
     """The table as far as its cells are done."""
     published = compared(options)
-    texts = notes(options, cells, grid, datasets, failed)
-    if published:
-        numbered = (f"({i}) {entry.note()}" for i, entry in enumerate(published, 1))
-        texts.append(f"Published figures: {'; '.join(numbered)}.")
+    texts = [*notes(options, cells, grid, datasets, failed), *published_note(published)]
     labels = {"cross": ["trained on", "epoch"], "ablation": ["component", "setting", "epoch"]}
     heading = "tested on" if options.table in ("cross", "leave_one_out") else "data set"
     several = ["shots"] if len(options.shots) > 1 else []
@@ -535,7 +538,7 @@ def make_verdict(options: argparse.Namespace, table: Table) -> Table:
         f"{table.name}-verdict", "Ours, selected on test, minus the published figure, in percentage points.",
         table.labels, table.heading,
         ["inside: the published figure lies in our 95% interval over the test images; below, above: it lies below or "
-         "above that. docs/reproduce.md says where to look when it is outside."],
+         "above that. docs/reproduce.md says where to look when it is outside.", *published_note(compared(options))],
     )  # fmt: skip
     ours = f"ours, {EPOCHS['selected']}"
     names = [f"{entry.method} ({i})" for i, entry in enumerate(compared(options), 1)]

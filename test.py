@@ -18,7 +18,6 @@ if __name__ == "__main__":  # reads the flags before it imports torch: --help an
     run_script("test", parse)
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from dataset.medical_few import MedicalDataset, anonymous
@@ -33,8 +32,8 @@ from engine.metrics import measure, measure_without
 from engine.report.figures import save_figures
 from engine.report.history import find_history, read_history
 from engine.report.page import write_page
-from engine.run import describe_test, published_lines, result_json, shot_patients
-from utils import InputError, probe_writable, set_seed, write_json
+from engine.run import check_outputs, describe_test, published_lines, result_json, shot_patients
+from utils import InputError, set_seed, write_json
 
 
 def main(options: argparse.Namespace) -> None:
@@ -50,10 +49,7 @@ def test(options: argparse.Namespace) -> dict[str, Any]:
         InputError: whatever the user can put right.
     """
     set_seed(options.seed)
-    probe_writable(options.out_json, "--out_json", is_json=True)
-    probe_writable(options.save_scores, "--save_scores")
-    probe_writable(Path(options.figures) / f"{options.obj}.png" if options.figures else None, "--figures")
-    probe_writable(Path(options.report) / "index.html" if options.report else None, "--report")
+    check_outputs(options)
     history = read_history(options.history) if options.history else None
     evaluation, masks, settings, metadata, source = (kept_scores if options.scores else compute_scores)(options)
     if options.save_scores and distributed.is_main():

@@ -60,7 +60,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """
     tune_allocator()
     with contextlib.suppress(AttributeError):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # file names may hold what the terminal's encoding lacks
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -248,7 +248,7 @@ def checked(cls: type[Out], values: object, where: str) -> Out:
     if not isinstance(values, dict):
         raise InputError(f"{where}: not an object but {type(values).__name__}")
     types, result = get_type_hints(cls), {}
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type] - a dataclass
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         if field.name in values:
             result[field.name] = _typed(values[field.name], types[field.name], f"{where}: {field.name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:

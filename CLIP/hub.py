@@ -122,7 +122,7 @@ def _reason(error: Exception) -> str:
     for kind in type(error).__mro__:
         if kind.__name__ in reasons:
             return reasons[kind.__name__]
-    return f"cannot be fetched ({one_line(error)})"
+    return f"cannot be fetched ({one_line(error)}): run this again, what has arrived is kept"
 
 
 def _verified(path: Path) -> Path:

@@ -1,11 +1,11 @@
-"""Pixel AUROC: the streaming histogram against scikit-learn, torchmetrics and ADEval: time, memory, error.
+"""Pixel AUROC: the two passes against scikit-learn, torchmetrics and ADEval: time, memory, error.
 
     python -m benchmarks.auc --pixels 1e6 1e7 5e7
 
-Each contender runs in a fresh process. The pixels come in batches as in an evaluation, 32 maps of 240 x 240. Seconds
-are those spent in the contender, not in making the pixels. Memory is the peak above the imports and a small first run,
-with the scores that a contender must hold: a batch for those that stream, everything for the others. Processor seconds
-are the fairer figure on a machine that others use.
+Each contender runs in a fresh process. The pixels come in batches of maps of 240 x 240, as in an evaluation. Seconds
+are those spent in the contender, not in making the pixels; ours asks for them twice. Memory is the peak above the
+imports and a small first run, with the scores that a contender must hold: a batch for those that stream, everything for
+the others. Processor seconds are the fairer figure on a machine that others use.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,24 +25,34 @@ from benchmarks.common import machine, peak_memory, print_table, write_json
 from utils import Parser, run_cli
 
 LAYERS = 4
-BATCH = (32, 240, 240)
-Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
+SIDE = 240
+BATCH = 72  # maps: as engine.metrics takes of this size
 
 
-def batches(pixels: int, spread: str) -> Batches:
-    """Yield score maps (B, 240, 240) float32 in [0, 4] and bool labels, 3% abnormal, the same ones every time.
+class Pixels:
+    """Score maps (B, 240, 240) float32 in [0, 4] and bool labels, 3% abnormal, made anew whenever they are asked for.
 
-    `wide`: well-trained; `narrow`: as early in training, when all scores lie close to 2.
+    `wide`: well-trained; `narrow`: as early in training, when all scores lie close to 2. The number is rounded up to
+    whole maps.
     """
-    generator = torch.Generator().manual_seed(0)
-    shape = torch.Size(BATCH)
-    for start in range(0, pixels, shape.numel()):
+
+    def __init__(self, pixels: int, spread: str) -> None:
+        self.images, self.spread = -(-pixels // SIDE**2), spread
+        self.pixels = self.images * SIDE**2
+
+    def batch(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and labels of the batch that begins with image `start`."""
+        generator = torch.Generator().manual_seed(start)
+        shape = min(BATCH, self.images - start), SIDE, SIDE
         labels = torch.rand(shape, generator=generator) < 0.03
-        noise = torch.randn(shape, generator=generator) + 1.5 * labels
-        scores = LAYERS * torch.sigmoid(1.5 * noise - 2) if spread == "wide" else 2 + 0.003 * noise
-        if pixels - start < shape.numel():
-            scores, labels = (x.view(1, 1, -1)[..., : pixels - start] for x in (scores, labels))
-        yield scores, labels
+        noise = torch.randn(shape, generator=generator).add_(labels, alpha=1.5)
+        if self.spread == "wide":
+            return noise.mul_(1.5).sub_(2).sigmoid_().mul_(LAYERS), labels
+        return noise.mul_(0.003).add_(2), labels
+
+    def starts(self) -> range:
+        """The first image of each batch."""
+        return range(0, self.images, BATCH)
 
 
 class Clock:
@@ -52,67 +62,77 @@ class Clock:
         self.seconds = self.cpu_seconds = 0.0
 
     def __enter__(self) -> None:
-        self._start, self._cpu_start = time.perf_counter(), time.process_time()
+        self.seconds -= time.perf_counter()
+        self.cpu_seconds -= time.process_time()
 
     def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._start
-        self.cpu_seconds += time.process_time() - self._cpu_start
+        self.seconds += time.perf_counter()
+        self.cpu_seconds += time.process_time()
+
+    def stopped(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `make` gives; its time does not count."""
+        self.__exit__()
+        result = make()
+        self.__enter__()
+        return result
 
 
-def streaming(source: Batches, pixels: int, clock: Clock) -> float:
-    """engine.metrics.ScoreHistogram."""
-    from engine.metrics import ScoreHistogram  # noqa: PLC0415 - each process imports its own contender only
+def streaming(source: Pixels, clock: Clock) -> float:
+    """engine.metrics.count_pixels."""
+    from engine.metrics import count_pixels  # noqa: PLC0415 - each process imports its own contender only
 
     with clock:
-        histogram = ScoreHistogram(0, LAYERS)
-    for scores, labels in source:
-        with clock:
-            histogram.update(scores, labels)
-    with clock:
-        return histogram.auroc()
+        counts = count_pixels(
+            lambda part: clock.stopped(lambda: source.batch(part.start)[0]),
+            lambda part: clock.stopped(lambda: source.batch(part.start)[1]),
+            source.images,
+            BATCH,
+        )
+        return counts.auroc()
 
 
-def scikit_learn(source: Batches, pixels: int, clock: Clock) -> float:
+def scikit_learn(source: Pixels, clock: Clock) -> float:
     """sklearn.metrics.roc_auc_score: sorts everything."""
     from sklearn.metrics import roc_auc_score  # noqa: PLC0415
 
-    scores, labels = _collect(source, pixels)
+    scores, labels = _collect(source)
     with clock:
         return float(roc_auc_score(labels.numpy(), scores.numpy()))
 
 
-def torchmetrics(source: Batches, pixels: int, clock: Clock) -> float:
+def torchmetrics(source: Pixels, clock: Clock) -> float:
     """Call torchmetrics' binary_auroc without thresholds: sorts everything."""
     from torchmetrics.functional.classification import binary_auroc  # noqa: PLC0415
 
-    scores, labels = _collect(source, pixels)
+    scores, labels = _collect(source)
     with clock:
         return float(binary_auroc(scores.div_(LAYERS), labels.int()))  # outside [0, 1] it would apply a sigmoid
 
 
-def adeval(source: Batches, pixels: int, clock: Clock) -> float:
+def adeval(source: Pixels, clock: Clock) -> float:
     """ADEval's EvalAccumulator at its default 1,000 strips, which streams."""
     if not hasattr(np, "trapz"):
         np.trapz = np.trapezoid  # ADEval 1.1 uses the name that numpy 2.4 has dropped
     from adeval import EvalAccumulator  # noqa: PLC0415
 
     accumulator = EvalAccumulator(0, LAYERS, skip_pixel_aupro=True)
-    for scores, labels in source:
+    for start in source.starts():
+        scores, labels = source.batch(start)
         with clock:
             accumulator.add_anomap_batch(scores.numpy(), labels.numpy().astype(np.uint8))
     with clock:
         return accumulator._auroc(accumulator._pixel_acc)  # summary() needs image scores too
 
 
-def _collect(source: Batches, pixels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    scores, labels, start = torch.empty(pixels), torch.empty(pixels, dtype=torch.bool), 0
-    for some, theirs in source:
-        scores[start : start + some.numel()], labels[start : start + some.numel()] = some.ravel(), theirs.ravel()
-        start += some.numel()
-    return scores, labels
+def _collect(source: Pixels) -> tuple[torch.Tensor, torch.Tensor]:
+    scores, labels = torch.empty(source.images, SIDE**2), torch.empty(source.images, SIDE**2, dtype=torch.bool)
+    for start in source.starts():
+        for all_of_them, some in zip((scores, labels), source.batch(start), strict=True):
+            all_of_them[start : start + len(some)] = some.flatten(1)
+    return scores.ravel(), labels.ravel()
 
 
-CONTENDERS: dict[str, Callable[[Batches, int, Clock], float]] = {
+CONTENDERS: dict[str, Callable[[Pixels, Clock], float]] = {
     "scikit-learn": scikit_learn,
     "streaming (ours)": streaming,
     "torchmetrics": torchmetrics,
@@ -124,13 +144,13 @@ def measure(contender: str, pixels: int, spread: str) -> dict[str, float | str]:
     """Run one contender in this process, a fresh one, as peak memory never falls."""
     run = CONTENDERS[contender]
     try:
-        run(batches(10_000, spread), 10_000, Clock())  # imports, first-call costs
+        run(Pixels(10_000, spread), Clock())  # imports, first-call costs
     except ImportError as error:
         return {"note": f"not installed ({error.name})"}
-    for _ in batches(1, spread):  # the generator's own memory is not the contender's
-        pass
-    before, clock = peak_memory(), Clock()
-    value = run(batches(pixels, spread), pixels, clock)
+    source, clock = Pixels(pixels, spread), Clock()
+    source.batch(0)  # what making a batch takes is not the contender's
+    before = peak_memory()
+    value = run(source, clock)
     memory = peak_memory() - before
     return {"auroc": value, "seconds": clock.seconds, "cpu_seconds": clock.cpu_seconds, "memory_mib": memory}
 
@@ -169,18 +189,18 @@ def main() -> None:
     rows = []
     for pixels in map(int, args.pixels):
         for spread in args.spread:
-            found = {name: measure_apart(name, pixels, spread) for name in CONTENDERS}
-            rows += _rows(found, pixels, spread)
-            print_table(rows[-len(found) :], list(rows[-len(found)]))
+            results = {name: measure_apart(name, pixels, spread) for name in CONTENDERS}
+            rows += _rows(results, pixels, spread)
+            print_table(rows[-len(results) :], list(rows[-len(results)]))
             print()
     write_json(args.json, rows)
 
 
-def _rows(found: dict[str, dict[str, float | str]], pixels: int, spread: str) -> list[dict[str, object]]:
+def _rows(results: dict[str, dict[str, float | str]], pixels: int, spread: str) -> list[dict[str, object]]:
     """Add the comparison with scikit-learn, the first contender, to what was measured."""
-    exact = found["scikit-learn"]
+    exact = results["scikit-learn"]
     rows = []
-    for name, figures in found.items():
+    for name, figures in results.items():
         row = {"pixels": pixels, "spread": spread, "contender": name}
         for key in ("seconds", "cpu_seconds", "memory_mib", "auroc"):
             row[key] = figures.get(key, "")

@@ -57,6 +57,19 @@ def _mutants(file: str, tests: Sequence[str], *changes: tuple[str, str]) -> tupl
     return tuple(Mutant(file, old, new, tuple(f"tests/unit/{name}" for name in tests)) for old, new in changes)
 
 
+# Each field of the key of kept tokens, as it stands in engine/features.py.
+TOKEN_KEY = {
+    "model": "config.name",
+    "architecture": "config.architecture()",
+    "weights_sha256": "self.weights.sha256",
+    "fidelity": "self.fidelity",
+    "quick_gelu": "uses_quick_gelu(config, pretrain, self.img_size, self.fidelity)",
+    "img_size": "self.img_size",
+    "precision": "str(self.autocast or torch.float32)",
+    "dtype": "str(dtype)",
+    "device": "self.device.type",
+}
+
 MUTANTS: tuple[Mutant, ...] = (
     *_mutants(
         "loss.py",
@@ -174,17 +187,51 @@ MUTANTS: tuple[Mutant, ...] = (
         ("            KINDS.index(kind),\n", "            1 - KINDS.index(kind),\n"),
         ("draw.sample(sorted(known), count)", "sorted(known)[:count]"),
     ),
+    *_mutants(
+        "engine/metrics.py",
+        ["test_metrics.py"],
+        ("- 0.5 * normal\n", "- 0.0 * normal\n"),  # the tie rule of the AUROC
+        ("AUPRO_LIMIT = 0.3", "AUPRO_LIMIT = 0.2"),
+        ("+ (abnormal + 1) / 2, false[:-1]", "+ abnormal / 2, false[:-1]"),
+        (
+            "2 * true[2::2] / (true[2::2] + false[2::2] + true[-1])",
+            "2 * true[2::2] / (true[2::2] + false[2::2] + false[-1])",
+        ),
+        ("/ false[-1] <= rate).sum()", "/ false[-1] < rate).sum()"),
+        ("/ true[-1] >= rate).argmax()", "/ true[-1] > rate).argmax()"),
+    ),
+    *_mutants(
+        "engine/calibration.py",
+        ["test_calibration.py"],
+        ("HEAT_QUANTILES = (0.02, 0.9995)", "HEAT_QUANTILES = (0.02, 0.99)"),
+        ("called, abnormal = scores >= threshold", "called, abnormal = scores > threshold"),
+        ('row["fpr"] <= rule.fpr', 'row["fpr"] < rule.fpr'),
+        ('row["tpr"] >= rule.tpr', 'row["tpr"] > rule.tpr'),
+        ("/ 2)\n\n\ndef threshold_metrics", ")\n\n\ndef threshold_metrics"),
+    ),
+    *_mutants(
+        "engine/evaluation.py",
+        ["test_evaluation.py"],
+        (".flatten(1).amax(dim=1)", ".flatten(1).mean(dim=1)"),
+        ("image_score(batch, self.dec_type)", 'image_score(batch, "mean")'),
+        ("torch.arange(7, -1, -1,", "torch.arange(0, 8, 1,"),
+        ("rows[[sample.mask is not None for", "rows[[sample.label == 0 for"),
+    ),
+    # The key of kept tokens, without each of its fields.
+    *_mutants(
+        "engine/features.py",
+        ["test_features.py"],
+        *((f'"{field}": {value},', "") for field, value in TOKEN_KEY.items()),
+        ('f"{content} {self.view} {draws}"', 'f"{self.view} {draws}"'),
+        ('f"{content} {self.view} {draws}"', 'f"{content} {draws}"'),
+        ('f"{content} {self.view} {draws}"', 'f"{content} {self.view}"'),
+    ),
     # -----------------------------------------------------------------------------------------------------------------
-    # engine/ (after the merge). To be added, each with the test that must fail:
-    #   engine/features.py      the key of a token, without each of its fields: weights' hash, model, image size, layer,
-    #                           activation, normalisation, precision, kept dtype, class token, file's content
-    #   engine/metrics.py       the tie rule of the AUROC (half), `<=` to `<` of the F1-max threshold, the 0.3 of AUPRO,
-    #                           the weight 1 / (R |region|), a bootstrap's share of positives
-    #   engine/calibration.py   HEAT_QUANTILES, `>=` of a decision, f1 and fpr exchanged
-    #   engine/evaluation.py    head "det" for "seg", abnormal minus normal reversed, mean for the highest pixel
-    #   engine/training.py      the views' order, the seed of each generator, beta or lr of Adam
-    #   engine/checkpoint.py    a key of Settings left out
-    #   engine/published.py     the order of layers in a published checkpoint, a prompt's kind exchanged
+    # To be added when these are merged, each with the test that must fail:
+    #   engine/training.py      the views' order, the purpose of a generator, the learning rate, the mask's threshold
+    #   engine/checkpoint.py    a key of Settings left out, a file of another run not renamed
+    #   engine/published.py     the order of layers in a published checkpoint, the two prompts exchanged
+    #   engine/report/          the range of colours, `>=` of a decision, the order of the gallery
     # -----------------------------------------------------------------------------------------------------------------
 )
 

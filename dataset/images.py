@@ -51,34 +51,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "ABNORMAL_ABOVE",
-    "AS_STORED",
-    "EXTENSIONS",
-    "PLANES",
-    "Frame",
-    "MissingPackageError",
-    "NoImageError",
-    "Picture",
-    "ReadOptions",
-    "apply_window",
-    "check_mask",
-    "file_kind",
-    "frames",
-    "list_files",
-    "load_grey_mask",
-    "load_image",
-    "load_image_with_hash",
-    "load_mask",
-    "parse_window",
-    "picture_notes",
-    "picture_size",
-    "pillow_to_rgb",
-    "read",
-    "read_bytes",
-    "read_mask",
-    "to_rgb",
-    "to_tensor",
-]
+    "ABNORMAL_ABOVE", "AS_STORED", "EXTENSIONS", "PLANES", "Frame", "MissingPackageError", "NoImageError",
+    "Picture", "ReadOptions", "apply_window", "check_mask", "file_kind", "frames", "list_files", "load_grey_mask",
+    "load_image", "load_image_with_hash", "load_mask", "parse_window", "picture_notes", "picture_size",
+    "pillow_to_rgb", "read", "read_bytes", "read_mask", "to_rgb", "to_tensor",
+]  # fmt: skip
 
 PILLOW_EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jp2")
 DICOM_EXTENSIONS = (".dcm", ".dicom")
@@ -139,7 +116,7 @@ class Picture:
     """A decoded image and what its file says of itself."""
 
     image: Image.Image  # RGB, 8 bits, at its own size
-    sha256: str  # of the very bytes that were decoded, with frame and options where they matter
+    sha256: str  # of the very bytes that were decoded, with frame, options and a series' range where they matter
     mode: str  # Pillow's, as stored: L, RGB, I;16, ...; or DICOM, NIfTI
     orientation: int = 1  # 1 is upright; ignored
     notes: Notes = field(default_factory=dict)  # `wide`, `dark`, `window`, `pixels` -> what is to be said
@@ -163,7 +140,9 @@ def read(source: Source | str | Path) -> Picture:
         data = read_bytes(frame.path)
         digest = content_hash(hashlib.sha256(data).hexdigest(), frame)
         if kind == "dicom":
-            image, notes = read_dicom(data, frame.path, frame.index or 0, frame.options)
+            image, notes, series = read_dicom(data, frame.path, frame.index or 0, frame.options)
+            if series:  # other files have a part in the picture
+                digest = hashlib.sha256(f"{digest} {series}".encode()).hexdigest()
             return Picture(image, digest, "DICOM", 1, notes)
         return _decode(data, frame, digest)
     except Exception as error:  # whatever a damaged file provokes in three parsers
@@ -368,7 +347,7 @@ def _is_wide(image: Image.Image) -> bool:
     return image.mode == "F" or image.mode.startswith("I")
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)
 def _page_range(data: bytes, _digest: str) -> Range:
     """The grey values of all pages of a file."""
 
@@ -461,8 +440,9 @@ def picture_size(source: Source | str | Path) -> tuple[int, int]:
 def read_mask(source: MaskedSource) -> tuple[Image.Image | None, Notes]:
     """A mask as 8-bit grey at its own size, None where there is none; and what is to be said of its file.
 
-    Colours become their luminance. Where they are constant and the alpha channel is not, the mask is the alpha channel
-    (note `alpha`). Of a NIfTI file the slice of the same number; every label but 0 is abnormal.
+    Orientation is ignored as ever (note `orientation`). Colours become their luminance; where they are constant and the
+    alpha channel is not, the mask is the alpha channel (note `alpha`). Of a NIfTI file the slice of the same number;
+    every label but 0 is abnormal.
     """
     if source.mask is None:
         return None, {}
@@ -475,8 +455,10 @@ def read_mask(source: MaskedSource) -> tuple[Image.Image | None, Notes]:
             return read(Frame(source.mask, source.index, source.options)).image.convert("L"), {}
 
         def use(image: Image.Image) -> tuple[Image.Image, Notes]:
-            stored, _ = _as_stored(image, frame)
+            stored, orientation = _as_stored(image, frame)
             grey, notes = to_mode(stored, "L", source.mask)
+            if (orientation := orientation or image.getexif().get(0x0112, 1)) != 1:
+                notes["orientation"] = f"orientation {orientation}"
             if stored.has_transparency_data:
                 alpha = stored.convert("RGBA").getchannel("A")
                 colours, shades = grey.histogram(), alpha.histogram()

@@ -24,7 +24,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -90,8 +90,8 @@ class Layout:
         given = {**MVFA, **given}
         given.setdefault("prompt_name", re.sub(r"[_-]+", " ", name).strip() or name)
         if "pixel_metrics" not in given:
-            abnormal = {folder for split in SPLITS for folder in given[split]["abnormal"]}
-            given["pixel_metrics"] = has_masks(root, abnormal, given.get("masks", MVFA_MASKS))
+            images = {folder: list_images(root / folder) for split in SPLITS for folder in given[split]["abnormal"]}
+            given["pixel_metrics"] = has_masks(root, images, given.get("masks", MVFA_MASKS))
         return cls(**given)
 
     @property
@@ -257,9 +257,9 @@ def find_masks(root: Path, folder: str, template: str, images: Iterable[Path]) -
     ]
 
 
-def has_masks(root: Path, folders: Iterable[str], template: str) -> bool:
-    """Whether any image of these folders has a mask."""
-    return any(any(find_masks(root, folder, template, list_images(root / folder))) for folder in folders)
+def has_masks(root: Path, images: Mapping[str, list[Path]], template: str) -> bool:
+    """Whether any image has a mask; `images` of each folder."""
+    return any(any(find_masks(root, folder, template, inside)) for folder, inside in images.items())
 
 
 def _is_mvfa(root: Path) -> bool:
@@ -296,8 +296,8 @@ def detect(root: Path) -> dict[str, Any]:
         split: {kind: [path.relative_to(root).as_posix() for path in folders] for kind, folders in classes.items()}
         for split, classes in splits.items()
     }
-    abnormal = {folder for split in SPLITS for folder in result[split]["abnormal"]}
-    masks = next((place for place in MASK_PLACES if has_masks(root, abnormal, place)), None)
+    images = {folder: list_images(root / folder) for split in SPLITS for folder in result[split]["abnormal"]}
+    masks = next((place for place in MASK_PLACES if has_masks(root, images, place)), None)
     return {**result, "pixel_metrics": masks is not None, **({"masks": masks} if masks else {})}
 
 

@@ -223,30 +223,11 @@ def liver(size: int, rng: Rng, lesion_rng: Rng | None) -> tuple[Array, Array]:
 
 # Brightness of the retina's layers: 0 is its inner surface, 1 the pigment epithelium, beyond lies the choroid.
 LAYER_DEPTHS = (
-    -0.02,
-    0,
-    0.09,
-    0.13,
-    0.3,
-    0.34,
-    0.43,
-    0.46,
-    0.5,
-    0.54,
-    0.8,
-    0.83,
-    0.85,
-    0.88,
-    0.91,
-    0.94,
-    1,
-    1.04,
-    1.3,
-    1.7,
-)
+    -0.02, 0, 0.09, 0.13, 0.3, 0.34, 0.43, 0.46, 0.5, 0.54, 0.8, 0.83, 0.85, 0.88, 0.91, 0.94, 1, 1.04, 1.3, 1.7,
+)  # fmt: skip
 LAYER_GREYS = (
-    *(0.05, 0.7, 0.62, 0.45, 0.5, 0.28, 0.3, 0.55, 0.5, 0.25, 0.24, 0.4, 0.28, 0.75, 0.6, 0.95, 0.9, 0.5, 0.4, 0.1),
-)
+    0.05, 0.7, 0.62, 0.45, 0.5, 0.28, 0.3, 0.55, 0.5, 0.25, 0.24, 0.4, 0.28, 0.75, 0.6, 0.95, 0.9, 0.5, 0.4, 0.1,
+)  # fmt: skip
 
 
 def retina(size: int, rng: Rng, lesion_rng: Rng | None, kinds: Sequence[str]) -> tuple[Array, Array]:

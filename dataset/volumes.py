@@ -246,19 +246,28 @@ def parse_dicom(file: BinaryIO, path: Path, header_only: bool = False) -> Datase
     return header
 
 
-def read_dicom(data: bytes, path: Path, index: int, options: ReadOptions) -> tuple[Image.Image, Notes]:
-    """A frame, rescaled and windowed by `options`, else by the header's first window or LUT, else over the series."""
+def read_dicom(data: bytes, path: Path, index: int, options: ReadOptions) -> tuple[Image.Image, Notes, str]:
+    """A frame, rescaled and windowed by `options`, else by the header's first window or LUT, else over the series.
+
+    Returns:
+        The picture, what is to be said of it, and the range of grey where other files of the series shaped it.
+    """
     header = parse_dicom(BytesIO(data), path)
     values = _pixels(header, path, index)
     photometric, bits = header.PhotometricInterpretation, int(header.BitsStored)
     if photometric == "PALETTE COLOR":
-        return to_rgb(_package("pydicom.pixels", path).apply_color_lut(values, header)), {}
+        return to_rgb(_package("pydicom.pixels", path).apply_color_lut(values, header)), {}, ""
     if values.ndim == 3:
-        return to_rgb(values if values.dtype == np.uint8 and bits == 8 else (values / (2.0**bits - 1)).clip(0, 1)), {}
+        return (
+            to_rgb(values if values.dtype == np.uint8 and bits == 8 else (values / (2.0**bits - 1)).clip(0, 1)),
+            {},
+            "",
+        )
     rescaled, is_stored = _rescale(values, header, index)
     display = _frame_values(header, index, "FrameVOILUTSequence")
     window, fault = _header_window(display)
     notes: Notes = {}
+    series = ""
     if isinstance(options.window, tuple):
         gray = apply_window(rescaled, *options.window)
     elif options.window is None and window:
@@ -271,9 +280,10 @@ def read_dicom(data: bytes, path: Path, index: int, options: ReadOptions) -> tup
         gray = stretch(values, least, least + 2**bits - 1)
     else:
         span, of = _series_range(header, path, rescaled)
+        series = str(span) if "series" in of else ""
         gray = span.apply(rescaled, options.window == "auto")
         notes["window"] = f"{fault}{span.note(options.window == 'auto', of)}"
-    return to_rgb(np.nan_to_num(1 - gray if photometric == "MONOCHROME1" else gray).clip(0, 1)), notes
+    return to_rgb(np.nan_to_num(1 - gray if photometric == "MONOCHROME1" else gray).clip(0, 1)), notes, series
 
 
 def _pixels(header: Dataset, path: Path, index: int) -> Array:
@@ -403,7 +413,8 @@ class Volume:
         axis = PLANES.index(name)
         time, place = divmod(index, self.values.shape[axis])
         across, down = (self.zooms[i] for i in range(3) if i != axis)
-        return self.values[..., time].take(place, axis=axis)[::-1, ::-1].T, (down, across)
+        # A view: `take` would copy a volume that is stored x first, whole, for each slice.
+        return np.moveaxis(self.values[..., time], axis, 0)[place][::-1, ::-1].T, (down, across)
 
 
 def count_nifti(path: Path, plane: str) -> int:
@@ -526,3 +537,36 @@ def square(image: Image.Image, spacing: tuple[float, float], how: Image.Resampli
         for side, step in zip(image.size, reversed(spacing), strict=True)
     )
     return image.resize((width, height), how)
+
+
+# --- what a slice is ---
+
+SIDES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}  # left, right, top and bottom of a picture
+
+
+def describe(path: Path, index: int | None, plane: str) -> dict[str, Any]:
+    """What a table says of a DICOM or NIfTI picture; errors are those of reading it.
+
+    DICOM: patient_id, study_uid, series_uid (these three name a person: hash them before they are shared),
+    instance_number, position (millimetres along the slices' normal; None where the file does not say). NIfTI: plane,
+    slice and time (counted from 0), position (millimetres along the plane's axis), and the sides `left`, `right`,
+    `top`, `bottom` of the picture as letters (R, L, A, P, S, I).
+    """
+    if path.name.lower().endswith((".nii", ".nii.gz")):
+        volume, axis = read_volume(path), PLANES.index(plane)
+        time, place = divmod(index or 0, volume.values.shape[axis])
+        along = round(float(volume.affine[axis, axis] * place + volume.affine[axis, 3]), 3)
+        sides = dict(zip(("left", "right", "top", "bottom"), SIDES[plane], strict=True))
+        return {"plane": plane, "slice": place, "time": time, "position": along, **sides}
+    with path.open("rb") as file:
+        header = parse_dicom(file, path, header_only=True)
+    names = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID")
+    patient_id, study, series = (str(header[name].value) if header.get(name) else None for name in names)
+    number, where = _number(header.get("InstanceNumber")), header.get("ImagePositionPatient")
+    turn = header.get("ImageOrientationPatient")
+    position: float | None = None
+    if where and turn and len(where) == 3 and len(turn) == 6:
+        normal = np.cross(np.asarray(turn[:3], float), np.asarray(turn[3:], float))
+        position = round(float(normal @ np.asarray(where, float)), 3)
+    return {"patient_id": patient_id, "study_uid": study, "series_uid": series,
+            "instance_number": None if number is None else int(number), "position": position}  # fmt: skip

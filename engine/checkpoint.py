@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from CLIP.config import ModelConfig
-from CLIP.openai import check_archive, is_plain, one_line, refused_global
+from CLIP.hub import one_line
+from CLIP.openai import check_archive, is_plain, refused_global
 from CLIP.weights import find_weights
 from Prompt.states import states_fault
 from utils import InputError, Parser, atomic_path, checked, printable, run_cli, warn
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     import argparse
 
     from CLIP.model import CLIP
-    from CLIP.weights import Weights
+    from CLIP.weights import Weights, WeightsInfo
 
     from .detector import Detector
     from .published import Described
@@ -275,6 +276,7 @@ def export_file(path: str, out: str, weights_file: str | None) -> None:
         settings.model_name, settings.pretrain, settings.img_size, weights=weights_file, fidelity=settings.fidelity,
         seed=checkpoint.seed, vision=False,
     )  # fmt: skip
+    assert clip.info is not None
     check_weights(checkpoint, clip.info, path)
     detector = Detector(clip, settings)
     checkpoint.restore(detector, clip, path)
@@ -289,7 +291,9 @@ def export_file(path: str, out: str, weights_file: str | None) -> None:
         )
 
 
-def check_weights(checkpoint: Checkpoint, weights: Weights, path: str | Path, allow_other: bool = False) -> None:
+def check_weights(
+    checkpoint: Checkpoint, weights: Weights | WeightsInfo, path: str | Path, allow_other: bool = False
+) -> None:
     """Name both hashes where a checkpoint was trained on other CLIP weights: `InputError`, or a warning if allowed."""
     trained_on = checkpoint.settings.weights_sha256
     if not trained_on or weights.sha256 == trained_on:

@@ -24,7 +24,7 @@ from utils import InputError, Parser, checked, integer, printable
 if TYPE_CHECKING:
     import torch
 
-    from CLIP.clip import Weights
+    from CLIP.weights import Weights
     from dataset.medical_few import MedicalDataset
 
 VERSION = "0.2.0"
@@ -104,8 +104,10 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Show defaults, but not where there is none or the help states it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, NOT_GIVEN) or "(default" in (action.help or ""):
+        if action.default in (None, False, NOT_GIVEN) or "(default" in (action.help or ""):
             return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return super()._get_help_string(action)
 
 
@@ -247,7 +249,7 @@ class Settings:
 
 def new_settings(options: argparse.Namespace, dataset: MedicalDataset, weights: Weights) -> Settings:
     """The settings of a new checkpoint."""
-    config = weights.config
+    config, window = weights.config, dataset.options.window
     names = [name for name in MODEL_FLAGS if name not in ("features_list", "model_name")]
     return Settings(
         model_name=config.name,  # not the flag, which may be a path of this machine
@@ -260,6 +262,7 @@ def new_settings(options: argparse.Namespace, dataset: MedicalDataset, weights: 
         weights_sha256=weights.sha256,
         eval_batch=2 * options.batch_size,
         mask_above=dataset.mask_above,
+        reading={"window": list(window) if isinstance(window, tuple) else window, "plane": dataset.options.plane},
         model_config=config.to_dict(),
         version=VERSION,
     )
@@ -455,7 +458,7 @@ def test_parser() -> Parser:
     add_shot_flags(parser.add_argument_group("shots", "checked against the checkpoint, where it says"), None)
     published = parser.add_argument_group("published flags without effect in a test")
     for name, kind in (("exp_name", str), ("epoch", positive), ("learning_rate", positive_float), ("iterate", int)):
-        published.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)  # type: ignore[arg-type]
+        published.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     published.add_argument("--save_model", action=Switch, default=None, help="all of: " + " ".join(NO_EFFECT_IN_TEST))
     parser.add_argument(
         "--batch_size", type=integer(1, 65536), default=16,

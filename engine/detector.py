@@ -53,7 +53,8 @@ class Detector(nn.Module):
 
     def forward(self, tokens: Sequence[Tensor], text_features: Tensor, heads: Sequence[str] = HEADS) -> list[Tensor]:
         """K token tensors (B, T, C) and text features (D, 2) -> one (K, B, N, 2) of scores a head."""
-        return self.adapters(tokens, text_features, heads)
+        scores: list[Tensor] = self.adapters(tokens, text_features, heads)
+        return scores
 
     @property
     def scoring_head(self) -> str:

@@ -112,7 +112,7 @@ class Evaluation:
         if masks is not None:
             arrays |= {"mask_rows": masks.rows.cpu().numpy(), "mask_bits": masks.bits.cpu().numpy()}
         with atomic_path(path, "--save_scores") as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type] - its stub allows no dict of arrays
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
 def load_evaluation(path: str | Path) -> tuple[Evaluation, Masks | None, dict[str, Any]]:

@@ -33,7 +33,7 @@ COARSE = 511  # most points of the bootstrap's grid: 1,023 bins, at, between and
 DRAWS = 1000  # of a bootstrap
 LEVEL = 0.95  # of its intervals
 
-Value = float | list[float]
+Value = float | int | list[float] | None  # None: not measurable
 Source = Callable[[slice], Tensor]  # images of a slice -> (B, S, S)
 
 
@@ -96,7 +96,7 @@ class Metrics:
         return f"AUC {self.auc:.6f}" + ("" if self.pauc is None else f"  pAUC {self.pauc:.6f}")
 
 
-def readable_value(value: Value | None) -> str:
+def readable_value(value: Value) -> str:
     """A value for people: 0.1234, an interval, a count; `not measurable` where there is none."""
     if value is None:
         return "not measurable"
@@ -148,7 +148,7 @@ def maps_at_a_time(evaluation: Evaluation) -> int:
     return max(1, BATCH_PIXELS // evaluation.img_size**2)
 
 
-def measure_without(evaluation: Evaluation, masks: Masks | None, patients: set[str]) -> dict[str, float | int | None]:
+def measure_without(evaluation: Evaluation, masks: Masks | None, patients: set[str]) -> dict[str, Value]:
     """AUC and pAUC of the images that are not of the given patients, those of the shots: not in the paper.
 
     Returns:
@@ -160,7 +160,7 @@ def measure_without(evaluation: Evaluation, masks: Masks | None, patients: set[s
     keep = [i for i, sample in enumerate(evaluation.samples) if sample.patient not in patients]
     labels = evaluation.labels[keep]
     n_abnormal = int(labels.sum())
-    result: dict[str, float | int | None] = {
+    result: dict[str, Value] = {
         "auc_without_shot_patients": None,
         "pauc_without_shot_patients": None,
         "n_normal_without_shot_patients": len(keep) - n_abnormal,
@@ -356,44 +356,42 @@ def count_pixels(
         grid: instead of the abnormal pixels' scores, where several processes that each have some of the images shall
             add their counts up: what `score_grid` makes of the scores of all.
     """
-    scores, inverse_sizes, n_regions, pixels = _abnormal_pixels(maps, masks, images, batch, regions)
-    order = scores.argsort() if regions else None
-    scores = _sorted(scores) if order is None else scores[order]
+    scores = _sorted(_abnormal_scores(maps, masks, images, batch))
     grid = score_grid(scores) if grid is None else grid.to(scores.device)
     ranks = _ranks(scores, grid)
-    total, highest = torch.zeros_like(ranks), scores.new_full((), -torch.inf)
+    total, pixels, highest = torch.zeros_like(ranks), 0, scores.new_full((), -torch.inf)
+    overlap, n_regions = np.zeros(2 * len(grid) + 1), 0
     for part in _parts(images, batch):
-        ordered = _sorted(maps(part).flatten())
+        values = maps(part)
+        ordered = _sorted(values.flatten())
         total += _ranks(ordered, grid)
-        highest = torch.maximum(highest, ordered[-1])
-    abnormal, overlap = _cells(ranks, len(scores)), None
-    if order is not None:
-        sums = np.append(0, inverse_sizes[order.cpu().numpy()].cumsum())
-        overlap = np.diff(sums[ranks.cpu().numpy()], prepend=0.0, append=sums[-1])
+        pixels, highest = pixels + len(ordered), torch.maximum(highest, ordered[-1])
+        if regions and _any(mask := masks(part)):
+            cells, count = _region_overlap(values, mask, grid)
+            overlap, n_regions = overlap + cells, n_regions + count
+    abnormal = _cells(ranks, len(scores))
     normal = _cells(total, pixels) - abnormal
-    return PixelCounts(grid.cpu().numpy(), normal, abnormal, float(highest), overlap, n_regions)
+    return PixelCounts(grid.cpu().numpy(), normal, abnormal, float(highest), overlap if regions else None, n_regions)
 
 
-def _abnormal_pixels(
-    maps: Source, masks: Source, images: int, batch: int, regions: bool
-) -> tuple[Tensor, np.ndarray, int, int]:
-    """The first pass: scores of the abnormal pixels (A,) and, with `regions`, 1 / |region| of each (A,) float64 and the
-    number of regions; the number of all pixels. Maps without an abnormal pixel are not asked for.
-    """  # noqa: D205
-    scores, inverse_sizes, n_regions, pixels = [], [np.zeros(0)], 0, 0
-    for part in _parts(images, batch):
-        mask = masks(part)
-        pixels += mask.numel()
-        if not mask.any():
-            continue
-        scores.append(_selected(maps(part), mask))
-        if regions:
-            labels, count = _regions(mask.cpu().numpy())
-            inverse_sizes.append(1 / np.bincount(labels.ravel())[labels[labels > 0]])
-            n_regions += count
-    if not scores:
-        scores = [maps(slice(0, 1)).flatten()[:0]]  # on their device
-    return torch.cat(scores), np.concatenate(inverse_sizes), n_regions, pixels
+def _abnormal_scores(maps: Source, masks: Source, images: int, batch: int) -> Tensor:
+    """The first pass: (A,) float32, unsorted. Maps of batches without an abnormal pixel are not asked for."""
+    scores = [_selected(maps(part), mask) for part in _parts(images, batch) if _any(mask := masks(part))]
+    return torch.cat(scores) if scores else maps(slice(0, 1)).flatten()[:0]  # empty, on their device
+
+
+def _region_overlap(scores: Tensor, mask: Tensor, grid: Tensor) -> tuple[np.ndarray, int]:
+    """`PixelCounts.overlap` and `.regions` of a batch: scores, mask (B, S, S), grid (G,)."""
+    from scipy import ndimage  # noqa: PLC0415
+
+    within = np.zeros((3, 3, 3), dtype=bool)
+    within[1] = True  # the 8 neighbours in an image, none in the next image
+    labels, count = ndimage.label(mask.cpu().numpy(), structure=within)
+    inverse_sizes = 1 / np.bincount(labels.ravel())[labels[labels > 0]]
+    members = _selected(scores, mask)
+    order = members.argsort()
+    below = np.append(0, inverse_sizes[order.cpu().numpy()].cumsum())
+    return np.diff(below[_ranks(members[order], grid).cpu().numpy()], prepend=0, append=below[-1]), int(count)
 
 
 def score_grid(scores: Tensor) -> Tensor:
@@ -474,9 +472,14 @@ def _cumulative(cells: np.ndarray) -> np.ndarray:
     return np.append(0, cells[::-1].cumsum()).astype(np.float64)
 
 
-def _use_numpy(scores: Tensor) -> bool:
-    """On a CPU: there numpy's sort is 18 times faster than torch's, its choice by a mask 15 times."""
-    return scores.device.type == "cpu"
+def _use_numpy(values: Tensor) -> bool:
+    """On a CPU: there numpy's sort is 18 times faster than torch's, its choice by a mask 15 times, its search twice."""
+    return values.device.type == "cpu"
+
+
+def _any(mask: Tensor) -> bool:
+    """Whether the mask holds something; numpy stops at the first."""
+    return bool((mask.numpy() if _use_numpy(mask) else mask).any())
 
 
 def _sorted(scores: Tensor) -> Tensor:
@@ -514,16 +517,6 @@ def _selected(scores: Tensor, mask: Tensor) -> Tensor:
     if _use_numpy(scores):
         return torch.from_numpy(scores.numpy()[mask.cpu().numpy()])
     return scores[mask.to(scores.device)]
-
-
-def _regions(masks: np.ndarray) -> tuple[np.ndarray, int]:
-    """Numbers of the 8-connected regions (B, S, S), from 1 on, 0 outside, and how many there are."""
-    from scipy import ndimage  # noqa: PLC0415
-
-    within = np.zeros((3, 3, 3), dtype=bool)
-    within[1] = True  # the 8 neighbours in an image, none in the next image
-    labels, count = ndimage.label(masks, structure=within)
-    return labels, int(count)
 
 
 def _spread(position: np.ndarray, points: int) -> np.ndarray:

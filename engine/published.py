@@ -16,8 +16,9 @@ from torch import Tensor
 
 from CLIP.adapter_shared import BRANCHES
 from CLIP.config import ModelConfig, list_models
+from CLIP.hub import one_line
 from CLIP.model import CLIP
-from CLIP.openai import is_plain, one_line
+from CLIP.openai import is_plain
 from utils import InputError
 
 from .config import MODEL_FLAGS, VERSION, Settings, check_layers
@@ -93,7 +94,8 @@ def _infer(parts: dict[str, Any], path: object, dataset: Described, flags: argpa
     features = parts.get("text_features_fix", torch.empty(embed_dim, 2))
     if not isinstance(features, Tensor) or not is_plain(features) or features.shape != (embed_dim, 2):
         raise InputError(f"--ckpt {path}: text_features_fix is no tensor of shape ({embed_dim}, 2)")
-    assumed = {name: getattr(flags, name) or default for name, default in DEFAULTS.items()}
+    assumed: dict[str, Any] = {name: getattr(flags, name) or default for name, default in DEFAULTS.items()}
+    given = getattr(flags, "mask_above", None)
     settings = Settings(
         obj=dataset.obj,
         model_name=config.name,
@@ -105,7 +107,7 @@ def _infer(parts: dict[str, Any], path: object, dataset: Described, flags: argpa
         pixel_metrics=dataset.pixel_metrics,
         weights_sha256="",
         eval_batch=flags.batch_size,  # the published test program scores single batches
-        mask_above=getattr(flags, "mask_above", None) or getattr(dataset, "mask_above", 127),
+        mask_above=getattr(dataset, "mask_above", 127) if given is None else given,
         version=VERSION,
         **assumed,
     )

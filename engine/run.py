@@ -256,8 +256,8 @@ def open_run(
             if changed:
                 key = changed[0]
                 raise InputError(f"--resume {run.path}: {key} was {then.get(key)}, but is now {now[key]}")
-        kept = {name: stored[name] for name in ("wandb_id", "started") if name in stored}
-        config |= {**kept, "resumed": stored.get("resumed", 0) + 1}
+        config |= {name: stored[name] for name in ("wandb_id", "started") if name in stored}
+        config["resumed"] = stored.get("resumed", 0) + 1
     shared = ("shots", "shots_from", "started", *checkpoint.versions())
     metadata = {name: config[name] for name in shared}
     metadata |= {
@@ -321,10 +321,14 @@ def describe_test(
 
 
 def check_outputs(options: argparse.Namespace) -> None:
-    """Make sure that a training's results can be written, before hours are spent on them."""
+    """Make sure that the results of train.py or test.py can be written, before hours are spent on them."""
     probe_writable(options.out_json, "--out_json", is_json=True)
-    if options.save_model:
-        probe_writable(Path(options.save_path) / f"{options.obj}.pth", "--save_path")
+    probe_writable(getattr(options, "save_scores", None), "--save_scores")
+    files = {"save_model": ("save_path", f"{options.obj}.pth"), "figures": ("figures", f"{options.obj}.png"),
+             "report": ("report", "index.html")}  # fmt: skip
+    for wanted, (flag, name) in files.items():
+        if getattr(options, wanted, None) and not (wanted == "save_model" and hasattr(options, "ckpt")):
+            probe_writable(Path(getattr(options, flag)) / name, f"--{flag}")
 
 
 def _line(values: Mapping[str, Any]) -> str:

@@ -350,10 +350,11 @@ class Splits:
                 f"{len(unused) - len(scored)} images of valid/ have no mask and are no shots: left out of calibration"
             )
         valid = scored if select == "valid" else []
-        lists = [dataset.samples("test"), valid, calibration_samples(scored, dataset.pixel_metrics), unused]
+        test, calibration = dataset.samples("test"), calibration_samples(scored, dataset.pixel_metrics)
         if options.anonymous:
-            shots, lists = shots.anonymous(), [anonymous(samples) for samples in lists]
-        return cls(dataset, shots, *lists, select)
+            shots = shots.anonymous()
+            test, valid, calibration, unused = map(anonymous, (test, valid, calibration, unused))
+        return cls(dataset, shots, test, valid, calibration, unused, select)
 
     def own_batches(self, size: int) -> list[Sequence[Sample]]:
         """What this process scores of all lists, in batches of `size`."""
@@ -375,7 +376,8 @@ class Splits:
     def describe(self) -> None:
         """Print what is trained on and what is measured."""
         abnormal = sum(sample.label for sample in self.test)
-        print(f"{self.dataset.obj}: {len(self.test)} test images ({abnormal} abnormal); shots from {self.shots.source}")
+        source = self.shots.source if self.shots.source.startswith("sampled") else f"from {self.shots.source}"
+        print(f"{self.dataset.obj}: {len(self.test)} test images ({abnormal} abnormal); shots {printable(source)}")
         for kind, names in self.shots.names().items():
             print(f"  {kind} shots: {' '.join(map(printable, names)) or 'none'}")
         notes = (self.dataset.split_note(), self.dataset.patients_note(), losses_note(self.shots))

@@ -340,7 +340,7 @@ def _numbers(metrics: Metrics, metadata: Mapping[str, Any]) -> str:
     values = {name: value for name, value in values.items() if name.endswith(WITHOUT)}
     values |= {"auc": metrics.auc, "pauc": metrics.pauc, **metrics.values}
     cells = []
-    for name in (*METRICS, *(name for name in values if name not in METRICS and not name.endswith(WITHOUT))):
+    for name, (words, _) in METRICS.items():
         value = values.get(name)
         if not isinstance(value, int | float):
             continue  # an interval, or not measured
@@ -350,8 +350,8 @@ def _numbers(metrics: Metrics, metadata: Mapping[str, Any]) -> str:
         if isinstance(without := values.get(f"{name}{WITHOUT}"), int | float):
             small += f"<small>{without:.3f} without the patients of the shots</small>"
         main = ' class="main"' if name in ("auc", "pauc") else ""
-        label = METRICS[name][0] if name in METRICS else name
-        cells.append(f"<div{main}><dt>{escape(label[0].upper() + label[1:])}</dt><dd>{value:.3f}{small}</dd></div>")
+        label = escape(words[0].upper() + words[1:])
+        cells.append(f"<div{main}><dt>{label}</dt><dd>{value:.3f}{small}</dd></div>")
     pixel = (metadata.get("threshold") or {}).get("pixel_value")
     if pixel is not None:
         cells.append(f"<div><dt>Pixel threshold of the checkpoint, as in predict.py</dt><dd>{pixel:.3f}</dd></div>")

@@ -110,6 +110,9 @@ def test_open_clip_s_files_come_before_others_of_the_repository(run: Run) -> Non
 def test_a_dropped_connection_is_resumed(server: HubServer, run: Run) -> None:
     server.drops = 1
     result = run("-m", "CLIP.download", "hf-hub:me/tiny")
+    if result.returncode:  # huggingface_hub before 1.0 leaves another attempt to the user
+        one_line(result, "run this again")
+        result = run("-m", "CLIP.download", "hf-hub:me/tiny")
     assert result.returncode == 0, result.stderr
     gets = [wanted for method, name, wanted in server.log if (method, name) == ("GET", "model.safetensors")]
     assert len(gets) == 2

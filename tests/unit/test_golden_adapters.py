@@ -69,6 +69,17 @@ def test_mvitfc_across_tokens_does_not_depend_on_the_batch():
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
+def test_mvitfc_across_tokens_drops_the_class_token():
+    """Attention without positions: two patches exchanged exchange their scores, and the first token has none."""
+    torch.manual_seed(0)
+    model = DualBranchAdapters("MViTFC", 128, 96, [1], across_tokens=True)
+    tokens, text = torch.randn(2, 10, 128), torch.nn.functional.normalize(torch.randn(96, 2), dim=0)
+    order = [0, 1, 2, 5, 4, 3, 6, 7, 8, 9]  # of tokens: patches 2 and 4
+    with torch.no_grad():
+        scores, exchanged = model([tokens], text)[0], model([tokens[:, order]], text)[0]
+    torch.testing.assert_close(exchanged[:, :, [0, 1, 4, 3, 2, 5, 6, 7, 8]], scores, atol=1e-5, rtol=0)
+
+
 def test_cosine_has_the_gradients_of_its_formula():
     torch.manual_seed(0)
     vectors = torch.randn(2, 3, 2, 7, dtype=torch.float64, requires_grad=True)

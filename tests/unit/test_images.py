@@ -270,6 +270,8 @@ def test_large_volumes_in_fortran_order_are_not_copied_into_another(monkeypatch)
     span = volumes.Range.of([values], "x")
     assert (span.low, span.high) == (0, 5999)
     assert np.shares_memory(seen[0], values)
+    volume = volumes.Volume("", values[..., None], (1, 1, 1), span, np.eye(4))
+    assert all(np.shares_memory(volume.plane(2, plane)[0], values) for plane in volumes.PLANES)
 
 
 @pytest.mark.parametrize("window", ["auto", "full", None])
@@ -561,6 +563,14 @@ def test_a_series_has_one_range(tmp_path):
     assert np.asarray(first.image).max() < 50
     assert np.asarray(last.image).max() == 255
     assert "the whole range of its series (4 files)" in last.notes["window"]
+    assert Sample(tmp_path / "3.dcm", 0, None, "x").content_hash() == last.sha256
+    # Other files have a part in this picture, so they have one in its hash.
+    volumes._ranges.clear()
+    volumes._series_in.cache_clear()
+    (tmp_path / "0.dcm").unlink()
+    again = read(tmp_path / "3.dcm")
+    assert again.sha256 != last.sha256
+    assert np.asarray(again.image).mean() != np.asarray(last.image).mean()
 
 
 def test_a_deflated_bomb_is_not_unpacked(monkeypatch):
@@ -578,6 +588,28 @@ def test_objects_without_a_picture_are_told_apart(name):
     for call in (frames, load):
         with pytest.raises(NoImageError, match=rf"{name}: no image \("):
             call(path)
+
+
+def test_what_a_dicom_slice_is():
+    header = pydicom.dcmread(DICOM / "CT_small.dcm")
+    result = volumes.describe(DICOM / "CT_small.dcm", None, "axial")
+    assert result["patient_id"] == header.PatientID
+    assert (result["study_uid"], result["series_uid"]) == (header.StudyInstanceUID, header.SeriesInstanceUID)
+    assert result["instance_number"] == header.InstanceNumber
+    assert result["position"] == pytest.approx(float(header.ImagePositionPatient[2]), abs=1e-3)
+
+
+def test_what_a_nifti_slice_is(tmp_path):
+    affine = np.array([[-2.0, 0, 0, 90], [0, 2, 0, -126], [0, 0, 3, -72], [0, 0, 0, 1]])
+    values = np.broadcast_to(np.arange(5, dtype=np.int16)[:, None, None, None], (5, 6, 7, 2))
+    path = save_nifti(tmp_path / "v.nii", values, affine)
+    sides = {"left": "R", "right": "L", "top": "A", "bottom": "P"}
+    expected = {"plane": "axial", "slice": 2, "time": 1, "position": -66.0, **sides}
+    assert volumes.describe(path, 9, "axial") == expected
+    assert volumes.describe(path, 1, "sagittal")["position"] == 90 - 2 * 4 + 2  # x grows to the right
+    # The patient's right, where x is small, is the picture's left: values fall with x here.
+    right_to_left = pixels(path, 0)[0, :, 0].astype(int)
+    assert right_to_left[0] < right_to_left[-1]
 
 
 # --- files that are none ---

@@ -331,11 +331,13 @@ def log_epoch(
     """
     if not tracker.id:
         return
-    tracker.remember_best(record)
+    # With --select last no epoch is the best one before the last.
+    selected = record["best"] or (last and not tracker.best)
+    tracker.remember_best({**record, "best": selected})
     values = scalars(record, seconds, images, test, valid) | tracker.best
     tracker.define(values)
     tracker.log(values, step=record["epoch"] - 1, commit=not last)
-    if record["best"]:
+    if selected:
         tracker.summary(values, whole=True)
 
 

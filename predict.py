@@ -61,6 +61,7 @@ REMARKS = {
     "window": "the range of greys", "constant": "nearly constant", "clipped": "mostly white or black",
     "dark": "all but black", "wide": "8 bits in a wider file", "pixels": "pixels far from square",
 }  # fmt: skip
+HARMLESS = ("window", "wide", "pixels")
 NAMES = {"dicom": "DICOM", "nifti": "NIfTI", "pillow": "picture"}
 PRESETS = {"Brain": " --like Brain", "Liver": " --like Liver"}  # of dataset.convert
 
@@ -303,7 +304,7 @@ class Remarks:
             self.counts[kind] += 1
             ranges = self.texts[kind]
             if not ranges or (kind == "window" and text not in ranges and len(ranges) < 5):
-                _say(f"{entry.file}: {text}")
+                _say(f"{'' if kind in HARMLESS else 'warning: '}{entry.file}: {text}")
             ranges.add(text)
 
     def summary(self) -> list[str]:

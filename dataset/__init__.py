@@ -29,10 +29,6 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 (whatever the name stands for
         from .layout import described  # noqa: PLC0415
 
         return described()
-    if name == "some":  # what `preview` was called, for callers that are not rewritten yet
-        from utils import preview  # noqa: PLC0415
-
-        return preview
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_WHERE[name]}", __name__), name)

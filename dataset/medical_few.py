@@ -19,8 +19,7 @@ import numpy as np
 from utils import InputError, anonymous_name, preview, sha256_file, warn
 
 from .fewshot import SEEDS, check_shot_names, list_name, parse_shot_list, pick_lines, shot_lists
-from .fewshot import read_shot_list as read_shot_list  # noqa: PLC0414 - for callers that are not rewritten yet
-from .images import (  # noqa: F401 - the last three as well
+from .images import (
     AS_STORED,
     EXTENSIONS,
     NoImageError,
@@ -28,11 +27,9 @@ from .images import (  # noqa: F401 - the last three as well
     content_hash,
     file_kind,
     frames,
-    load_image,
-    load_mask,
+    read,
     read_mask,
     stem,
-    to_tensor,
     warn_once,
 )
 from .layout import (
@@ -66,6 +63,8 @@ class Sample:
 
     def content_hash(self) -> str:
         """What `load_image_with_hash` gives for the file as it is now: a changed file is another image."""
+        if file_kind(self.path) == "dicom" and not isinstance(self.options.window, tuple):
+            return read(self).sha256  # other files of its series may have a part in it
         try:
             return content_hash(sha256_file(self.path), self)
         except OSError as error:

@@ -104,8 +104,10 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Show defaults, but not where there is none or the help states it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, NOT_GIVEN) or "(default" in (action.help or ""):
+        if action.default in (None, False, NOT_GIVEN) or "(default" in (action.help or ""):
             return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return super()._get_help_string(action)
 
 
@@ -247,7 +249,7 @@ class Settings:
 
 def new_settings(options: argparse.Namespace, dataset: MedicalDataset, weights: Weights) -> Settings:
     """The settings of a new checkpoint."""
-    config = weights.config
+    config, window = weights.config, dataset.options.window
     names = [name for name in MODEL_FLAGS if name not in ("features_list", "model_name")]
     return Settings(
         model_name=config.name,  # not the flag, which may be a path of this machine
@@ -260,6 +262,7 @@ def new_settings(options: argparse.Namespace, dataset: MedicalDataset, weights: 
         weights_sha256=weights.sha256,
         eval_batch=2 * options.batch_size,
         mask_above=dataset.mask_above,
+        reading={"window": list(window) if isinstance(window, tuple) else window, "plane": dataset.options.plane},
         model_config=config.to_dict(),
         version=VERSION,
     )

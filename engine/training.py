@@ -376,7 +376,8 @@ class Splits:
     def describe(self) -> None:
         """Print what is trained on and what is measured."""
         abnormal = sum(sample.label for sample in self.test)
-        print(f"{self.dataset.obj}: {len(self.test)} test images ({abnormal} abnormal); shots from {self.shots.source}")
+        source = self.shots.source if self.shots.source.startswith("sampled") else f"from {self.shots.source}"
+        print(f"{self.dataset.obj}: {len(self.test)} test images ({abnormal} abnormal); shots {printable(source)}")
         for kind, names in self.shots.names().items():
             print(f"  {kind} shots: {' '.join(map(printable, names)) or 'none'}")
         notes = (self.dataset.split_note(), self.dataset.patients_note(), losses_note(self.shots))

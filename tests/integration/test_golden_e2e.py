@@ -1,25 +1,23 @@
-"""The whole program against what the published training and test programs gave on the same files."""
+"""The real train.py and test.py, with their defaults, against what the published programs gave on the same files."""
 
 from __future__ import annotations
+
+import json
 
 import numpy as np
 import pytest
 import torch
 
-from CLIP.model import WeightsInfo
-from dataset import MedicalDataset
-from engine.checkpoint import Checkpoint
-from engine.detector import Detector, Settings
-from engine.evaluate import evaluate
-from engine.features import Backbone, FeatureStore, Item
-from engine.training import TrainingSet, TrainingState, fit
-from Prompt import text_similarity
-from tests.conftest import TINY_SIZE, load_golden, make_tiny_clip
+import test as test_script
+import train
+from engine.detector import Detector
+from tests.conftest import TINY_SIZE, load_golden, tiny_state
+from tests.helpers.weights import save_torchscript
 
 
 @pytest.fixture
-def data_path(golden, golden_json, tmp_path):
-    """The stored PNG files as Brain (with masks) and as Chest (the same images without)."""
+def folder(golden, golden_json, tmp_path, monkeypatch):
+    """The stored PNG files as Brain (with masks) and as Chest (the same images without), and the tiny CLIP's weights."""
     data = golden("e2e")
     assert sorted(data["file_names"].tolist()) == sorted(key[6:] for key in data if key.startswith("files/"))
     for obj in ("Brain", "Chest"):
@@ -31,85 +29,86 @@ def data_path(golden, golden_json, tmp_path):
         seeds = tmp_path / f"{obj}_AD" / "fewshot_seed"
         seeds.mkdir()
         (seeds / "my2-shot.txt").write_text(golden_json("e2e")["few_shot_list"])
+    save_torchscript(tiny_state(), tmp_path / "clip.pt")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
     return tmp_path
 
 
-@pytest.mark.parametrize("obj", ["Brain", "Chest"])
-def test_six_epochs_and_the_test_program(golden, golden_json, data_path, tmp_path, obj):
-    data, options = golden("e2e"), golden_json("e2e")["options"]
-    dataset = MedicalDataset.open(obj, data_path)
-    shots = dataset.shots(options["shot"], options["shot"], options["iterate"], seed=111)
-    clip = make_tiny_clip(False)
-    clip.info = WeightsInfo("openai", "golden", "0" * 64)
-    settings = Settings(
-        obj=obj,
-        model_name="ViT-tiny-14-56",
-        pretrain="openai",
-        fidelity="released",
-        img_size=TINY_SIZE,
-        features_list=tuple(options["features_list"]),
-        prompt_name=dataset.prompt_name,
-        pixel_metrics=dataset.pixel_metrics,
-        weights_sha256="0" * 64,
-        eval_batch=options["test_batch_size_in_test_py"],
-        **{name: options[name] for name in ("text_mood", "contrast_mood", "dec_type", "loss_type", "visionA")},
-    )
-    detector = Detector(clip, settings)
-    stored, contexts = load_golden("adapters"), load_golden("prompts")
+def golden_parts() -> dict[str, dict[str, torch.Tensor]]:
+    """The adapters and contexts from which the published program started."""
     parts = {
         f"{branch}_det_adapters": {
             key.rsplit("/", 1)[1]: torch.from_numpy(value)
-            for key, value in stored.items()
+            for key, value in load_golden("adapters").items()
             if key.startswith(f"MFCFC/{branch}_det_adapters/") and key.rsplit("/", 1)[1][0] in "01"
         }
         for branch in ("normal", "abnormal")
     }
-    for kind in ("normal", "abnormal"):
-        parts[f"prompt_maker_{kind}"] = {
+    for branch in ("normal", "abnormal"):
+        parts[f"prompt_maker_{branch}"] = {
             key.removeprefix("ctx/"): torch.from_numpy(value)
-            for key, value in contexts.items()
-            if key.startswith(f"ctx/prompt_learner.ctx.{kind}")
+            for key, value in load_golden("prompts").items()
+            if key.startswith(f"ctx/prompt_learner.ctx.{branch}")
         }
-    detector.load_parts(parts)
+    return parts
 
-    store = FeatureStore(Backbone(clip, settings.features_list, False), mode="ram", dtype="float32")
-    views = TrainingSet.build(shots, TINY_SIZE, dataset.pixel_metrics, torch.from_numpy(data[f"{obj}/jitter_rand"]))
-    test = dataset.samples("test")
-    store.prepare([*views.items, *map(Item, test)])
-    reports, best_epochs, path = [], [], tmp_path / f"{obj}.pth"
 
-    def on_epoch(report, best):
-        reports.append(report)
-        if best:
-            best_epochs.append(report.epoch)
-            Checkpoint(settings, detector.parts(), {"select": "test"}).save(path)
+@pytest.mark.parametrize("obj", ["Brain", "Chest"])
+def test_six_epochs_and_the_test_program(golden, golden_json, folder, monkeypatch, obj):
+    data, published = golden("e2e"), golden_json("e2e")["options"]
+    started = []
 
-    state = TrainingState.start(detector, None, options["learning_rate"], seed=111)
-    fit(state, store, views, test, epochs=options["epoch"], batch_size=options["batch_size"], on_epoch=on_epoch)
+    def golden_start(*arguments: object) -> Detector:
+        detector = Detector(*arguments)
+        detector.load_parts(golden_parts())
+        started.append(detector)
+        return detector
+
+    def golden_jitter(*size: int, generator: torch.Generator) -> torch.Tensor:
+        assert size == (2, 2)
+        return torch.from_numpy(data[f"{obj}/jitter_rand"])
+
+    def flags(*names: str) -> list[str]:
+        return [word for name in names for word in (f"--{name}", str(published[name]))]
+
+    places = ["--obj", obj, "--data_path", folder, "--save_path", folder / "ckpt", "--weights", folder / "clip.pt"]
+    places += ["--out_json", folder / "result.json", "--cache_dir", folder / "store", "--device", "cpu"]
+    model = ["--model_name", "ViT-tiny-14-56", "--features_list", *published["features_list"]]
+    model += flags("img_size", "text_mood", "contrast_mood", "dec_type", "loss_type", "visionA")
+    run = [*flags("shot", "iterate", "epoch", "batch_size", "learning_rate"), "--run_dir", folder / "runs"]
+    assert published["img_size"] == TINY_SIZE
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Detector", golden_start)
+        patch.setattr(torch, "rand", golden_jitter)
+        result = train.train(train.parse(list(map(str, [*places, *model, *run, "--exp_name", "golden"]))))
+    assert len(started) == 1
 
     # 4 soft mask values lie within rounding of the threshold: see the goldens' README.
+    epochs = [json.loads(line) for line in (folder / "runs/golden/metrics.jsonl").read_text().splitlines()]
     tolerance = 2e-4 if obj == "Brain" else 1e-5
-    np.testing.assert_allclose([float(r.loss.total) for r in reports], data[f"{obj}/loss"], atol=tolerance, rtol=0)
-    assert [r.test.auc for r in reports] == pytest.approx(data[f"{obj}/AUC"].tolist(), abs=1e-6)
-    pauc = [r.test.auc if r.test.pauc is None else r.test.pauc for r in reports]
+    np.testing.assert_allclose([epoch["total"] for epoch in epochs], data[f"{obj}/loss"], atol=tolerance, rtol=0)
+    assert [epoch["auc"] for epoch in epochs] == pytest.approx(data[f"{obj}/AUC"].tolist(), abs=1e-6)
+    pauc = [epoch["auc"] if obj == "Chest" else epoch["pauc"] for epoch in epochs]
     np.testing.assert_allclose(pauc, data[f"{obj}/pAUC"], atol=1e-4, rtol=0)
-    np.testing.assert_allclose([r.similarity for r in reports], data[f"{obj}/sim_texts"], atol=1e-4, rtol=0)
-    assert best_epochs == data[f"{obj}/best_epochs"].tolist()
+    np.testing.assert_allclose([e["similarity"] for e in epochs], data[f"{obj}/sim_texts"], atol=1e-4, rtol=0)
+    assert [e["epoch"] - 1 for e in epochs if e["best"]] == data[f"{obj}/best_epochs"].tolist()
+    assert result["selected_epoch"] == int(data[f"{obj}/best_epochs"][-1]) + 1
 
     # What the test program reads back.
-    checkpoint = Checkpoint.load(path)
+    checkpoint = torch.load(folder / "ckpt" / f"{obj}.pth", weights_only=True)
     shapes = golden_json("e2e")["checkpoint_keys_and_shapes"]
-    for part, tensors in checkpoint.parts.items():
-        for name, tensor in tensors.items():
+    assert set(checkpoint) - {"format", "settings", "about"} == set(shapes)
+    for part in shapes:
+        for name, tensor in checkpoint[part].items():
             assert list(tensor.shape) == shapes[part][name]
             if part.endswith("adapters"):
                 norm = float(data[f"{obj}/checkpoint_norm/{part}/{name}"])
                 assert float(tensor.norm()) == pytest.approx(norm, rel=1e-4)
-    fresh = Detector(clip, settings)
-    checkpoint.restore(fresh, path)
-    found = evaluate(fresh, store, test)
+    batch = ["--batch_size", published["test_batch_size_in_test_py"], "--shot", published["shot"]]
+    tested = test_script.test(test_script.parse(list(map(str, [*places, *batch]))))
     total, auc, pixel_auc, similarity = data[f"{obj}/test_py"].tolist()
-    assert found.auc == pytest.approx(auc, abs=1e-6)
-    assert (found.auc if found.pauc is None else found.pauc) == pytest.approx(pixel_auc, abs=1e-4)
-    assert found.selection_score == pytest.approx(total, abs=1e-4)
-    assert text_similarity(fresh.prompts()) == pytest.approx(similarity, abs=1e-4)
+    assert tested["auc"] == pytest.approx(auc, abs=1e-6)
+    assert (tested["auc"] if obj == "Chest" else tested["pauc"]) == pytest.approx(pixel_auc, abs=1e-4)
+    assert tested["auc"] + (tested["pauc"] or 0) == pytest.approx(total, abs=1e-4)
+    assert epochs[result["selected_epoch"] - 1]["similarity"] == pytest.approx(similarity, abs=1e-4)
+    assert (tested["auc"], tested["pauc"]) == (result["auc"], result["pauc"])

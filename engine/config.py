@@ -402,12 +402,14 @@ def resumed_options(folder: str, arguments: Sequence[str]) -> argparse.Namespace
     prompts = stored.pop("prompts", None)
     if prompts is not None and (fault := states_fault(prompts)):
         raise InputError(f"--resume {folder}: its config.json is damaged (prompts: {fault})")
-    try:
-        words = [word for name, value in stored.items() for word in as_flag(parser, name, value)]
-        before = parser.parse_args(words)
-        options = parser.parse_args([*words, *arguments])
-    except SystemExit:
-        raise InputError(f"--resume {folder}: its config.json is damaged, see the line above") from None
+    words = [word for name, value in stored.items() for word in as_flag(parser, name, value)]
+    parser.where = f"--resume {folder}: its config.json is damaged: "
+    before = parser.parse_args(words)
+    parser.where = ""
+    options = parser.parse_args([*words, *arguments])
+    for name, value in vars(before).items():
+        if name in stored and stored[name] != value:  # of another type
+            raise InputError(f"--resume {folder}: its config.json is damaged ({name} is {stored[name]!r:.80})")
     before.prompts = prompts
     options.prompts = prompts if options.prompts is None else options.prompts
     for name, value in vars(before).items():

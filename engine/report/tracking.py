@@ -58,6 +58,7 @@ QUIET: dict[str, Any] = {  # bounded in time, and without what could carry secre
     "save_code": False,
     "disable_code": True,
     "disable_git": True,
+    "x_disable_meta": True,  # host, user, program and folder
     "init_timeout": 15.0,  # wandb may add 10 s of grace
     "finish_timeout": 60.0,  # for the last upload; what is left stays on disk for `wandb sync`
     "finish_timeout_raises": True,

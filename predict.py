@@ -61,6 +61,7 @@ REMARKS = {
     "window": "the range of greys", "constant": "nearly constant", "clipped": "mostly white or black",
     "dark": "all but black", "wide": "8 bits in a wider file", "pixels": "pixels far from square",
 }  # fmt: skip
+HARMLESS = ("window", "wide", "pixels")
 NAMES = {"dicom": "DICOM", "nifti": "NIfTI", "pillow": "picture"}
 PRESETS = {"Brain": " --like Brain", "Liver": " --like Liver"}  # of dataset.convert
 
@@ -155,6 +156,10 @@ def check(options: argparse.Namespace) -> argparse.Namespace:
         raise InputError("--save_ckpt: nothing new to keep without --calibrate FOLDER")
     if options.save_ckpt and os.path.realpath(options.save_ckpt) == os.path.realpath(options.ckpt):
         raise InputError(f"--save_ckpt {options.save_ckpt}: is the checkpoint itself; give another name")
+    if options.save_ckpt:
+        from engine.checkpoint import read as read_ckpt  # noqa: PLC0415 - imports torch
+
+        probe_writable(options.save_ckpt, "--save_ckpt", "checkpoint", read_ckpt)
     if not options.images and not options.calibrate:
         raise InputError("name images or folders of images")
     if options.images and not options.out:
@@ -299,7 +304,7 @@ class Remarks:
             self.counts[kind] += 1
             ranges = self.texts[kind]
             if not ranges or (kind == "window" and text not in ranges and len(ranges) < 5):
-                _say(f"{entry.file}: {text}")
+                _say(f"{'' if kind in HARMLESS else 'warning: '}{entry.file}: {text}")
             ranges.add(text)
 
     def summary(self) -> list[str]:

@@ -20,7 +20,7 @@ WEIGHT_FILES = (
     "model.safetensors",
     "pytorch_model.bin",
 )
-CREDENTIALS = re.compile(r"(?<=://)[^/\s@]*@")
+CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@")
 
 
 def redact(text: str) -> str:
@@ -54,7 +54,7 @@ def fetch_if_there(repository: str, names: Sequence[str]) -> Path | None:
     """
     try:
         from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache  # noqa: PLC0415
-        from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError  # noqa: PLC0415
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError  # noqa: PLC0415
     except ImportError as error:
         raise InputError(f"{PREFIX}{repository}: needs a package: pip install huggingface_hub") from error
     for handler in logging.getLogger("huggingface_hub").handlers:

@@ -21,11 +21,11 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from CLIP import CLIP
-from dataset import load_mask
-from engine.detector import Detector, make_optimizers
+from CLIP.model import CLIP
+from dataset.images import load_mask
+from engine.detector import Detector, make_optimizers, seeded
 from engine.features import Item
-from loss import anomaly_map, training_loss
+from loss import anomaly_map, patch_difference, training_loss
 from train import Setup
 
 
@@ -40,10 +40,10 @@ class Epoch(NamedTuple):
 
 def run(setup: Setup, epochs: int, batch_size: int, learning_rate: float, seed: int) -> Iterator[Epoch]:
     """Train with masks, epoch by epoch; shuffled as `engine.training` shuffles."""
-    clip, detector, data = setup.store.backbone.clip, setup.detector, setup.data
+    clip, detector, data = setup.clip, setup.detector, setup.training
     clip.requires_grad_(True)  # their gradients add up: no optimiser owns these weights
     optimizers = make_optimizers(detector.adapters, detector.prompts, learning_rate)
-    shuffle = torch.Generator().manual_seed(seed)
+    shuffle = seeded(seed, "shuffle")
     views = images(data.items, clip)
     for _ in range(epochs):
         start = time.perf_counter()
@@ -67,15 +67,15 @@ def run(setup: Setup, epochs: int, batch_size: int, learning_rate: float, seed: 
 
 def images(items: Sequence[Item], clip: CLIP) -> Tensor:
     """(B, 3, S, S) in [0, 1]."""
-    return torch.stack([item.image(clip.img_size) for item in items])
+    return torch.stack([item.load(clip.img_size)[1] for item in items])
 
 
 @sdpa_kernel(SDPBackend.MATH)
 def text_features(detector: Detector, clip: CLIP) -> Tensor:
     """(D, 2): every position of every prompt through every block."""
     columns = {}
-    for kind, maker in detector.prompts.makers.items():
-        embeddings, eot = maker()
+    for kind, learner in detector.prompts.prompt_learners.items():
+        embeddings, eot = learner()
         x = embeddings + clip.text.positional_embedding
         for block in clip.text.transformer.resblocks:
             x = block(x, detector.prompts.causal)
@@ -88,29 +88,29 @@ def text_features(detector: Detector, clip: CLIP) -> Tensor:
 def scores(setup: Setup, batch: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     """Images (B, 3, S, S), text features (D, 2) -> detection and segmentation scores, (K, B, N, 2) each."""
     adapters = setup.detector.adapters
-    layers = setup.store.backbone.clip.visual.forward_intermediates(batch, setup.store.backbone.layers)
-    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    layers = setup.clip.visual.forward_intermediates(batch, setup.store.tower.layers)
+    result: tuple[list[Tensor], list[Tensor]] = ([], [])
     for k, tokens in enumerate(layers):  # (B, L, C)
         pair = [branch[k](tokens) for branch in (adapters.normal_det_adapters, adapters.abnormal_det_adapters)]
         for head, (normal, abnormal) in enumerate(zip(*pair, strict=True)):
             cosines = [F.normalize(vectors[:, 1:], dim=-1) @ text for vectors in (normal, abnormal)]
-            found[head].append(
+            result[head].append(
                 torch.stack([cosines[0][..., 0] - cosines[0][..., 1], cosines[1][..., 1] - cosines[1][..., 0]], dim=-1)
             )
-    return torch.stack(found[0]), torch.stack(found[1])
+    return torch.stack(result[0]), torch.stack(result[1])
 
 
 @torch.no_grad()
 def evaluate(setup: Setup, batch_size: int) -> tuple[float, float]:
     """Image and pixel AUC over the test set, from all of its pixels at once."""
-    clip, size = setup.store.backbone.clip, setup.settings.img_size
+    clip, size, test = setup.clip, setup.settings.img_size, setup.splits.test
     text = text_features(setup.detector, clip)
     maps, masks = [], []
-    for start in range(0, len(setup.test), batch_size):
-        samples = setup.test[start : start + batch_size]
+    for start in range(0, len(test), batch_size):
+        samples = test[start : start + batch_size]
         _, seg = scores(setup, images([Item(sample) for sample in samples], clip), text)
-        maps.append(anomaly_map(seg, size))
+        maps.append(anomaly_map(patch_difference(seg), size))
         masks += [load_mask(sample, size) for sample in samples]
-    pixels, labels = torch.cat(maps), [sample.label for sample in setup.test]
+    pixels, labels = torch.cat(maps), [sample.label for sample in test]
     auc = roc_auc_score(labels, pixels.flatten(1).amax(dim=1).numpy())
     return float(auc), float(roc_auc_score(torch.stack(masks).flatten().numpy(), pixels.flatten().numpy()))

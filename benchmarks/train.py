@@ -23,7 +23,8 @@ import train
 from benchmarks import recompute
 from benchmarks.common import peak_memory, print_table, write_json
 from dataset import phantom
-from engine.training import TrainingState, fit
+from engine.report.tracking import Tracker
+from engine.run import StopSignals
 from utils import Parser, run_cli
 
 EPOCHS = 60
@@ -31,11 +32,13 @@ EPOCHS = 60
 
 def child(mode: str, data: str, model: str, fidelity: str, precision: str, epochs: int) -> dict[str, object]:
     """One contender in this process: seconds of the one-off pass and of each epoch, losses, AUCs, peak memory."""
+    run_dir = str(Path(data, "runs"))
     options = train.parse(
         ["--obj", "Brain", "--shot", "1", "--data_path", data, "--model_name", model, "--pretrain", "random",
-         "--fidelity", fidelity, "--cache", "ram", "--cache_dtype", "float32", "--precision", precision]
+         "--fidelity", fidelity, "--cache", "ram", "--precision", precision, "--epoch", str(epochs),
+         "--run_dir", run_dir, "--no-save_model"]
     )  # fmt: skip
-    setup = train.prepare(options)
+    setup = train.build(options)
     rows: list[tuple[float, float, float, float]] = []
 
     def note(seconds: float, loss: float, auc: float, pauc: float) -> None:
@@ -48,16 +51,20 @@ def child(mode: str, data: str, model: str, fidelity: str, precision: str, epoch
         for epoch in recompute.run(setup, epochs, options.batch_size, options.learning_rate, options.seed):
             note(*epoch)
     else:
-        setup.store.prepare(setup.items)
-        setup.store.release_tower()
+        setup.store.fill(setup.clip)
+        setup.training = setup.training.to(setup.store)
         one_off = time.perf_counter() - start
-        state = TrainingState.start(setup.detector, setup.store.backbone.autocast, options.learning_rate, options.seed)
-        fit(
-            state, setup.store, setup.data, setup.test, epochs=epochs, batch_size=options.batch_size,
-            on_epoch=lambda report, _: note(
-                report.seconds, float(report.loss.total), report.test.auc, report.test.pauc
-            ),
-        )  # fmt: skip
+        before = 0.0
+        save = setup.run.save
+
+        def save_and_note(state: dict[str, Any], history: list[dict[str, Any]]) -> None:
+            nonlocal before
+            save(state, history)
+            note(state["seconds"] - before, history[-1]["total"], history[-1]["auc"], history[-1]["pauc"])
+            before = state["seconds"]
+
+        setup.run.save = save_and_note  # the loop of train.py itself, its files included
+        train.train_epochs(setup, Tracker(), StopSignals())
     seconds, losses, auc, pauc = (list(column) for column in zip(*rows, strict=True))
     return {
         "one_off": one_off, "epochs": seconds, "losses": losses, "auc": auc, "pauc": pauc, "memory": peak_memory()
@@ -75,7 +82,7 @@ def compare(default: dict[str, Any], again: dict[str, Any]) -> dict[str, object]
     """A row of the table."""
     epochs = len(default["epochs"])
     # The median: the first epoch pays for memory and kernels that the later ones find ready.
-    epoch, old = (median(found["epochs"]) for found in (default, again))
+    epoch, old = (median(contender["epochs"]) for contender in (default, again))
     whole = default["one_off"] + (sum(default["epochs"]) if epochs >= EPOCHS else EPOCHS * epoch)
     return {
         "one-off pass s": default["one_off"],
@@ -86,8 +93,8 @@ def compare(default: dict[str, Any], again: dict[str, Any]) -> dict[str, object]
         "peak MiB": default["memory"],
         "recompute peak MiB": again["memory"],
         **{
-            f"largest {words} difference": max(abs(a - b) for a, b in zip(default[name], again[name], strict=False))
-            for name, words in (("losses", "loss"), ("auc", "AUC"), ("pauc", "pAUC"))
+            f"largest {label} difference": max(abs(a - b) for a, b in zip(default[name], again[name], strict=False))
+            for name, label in (("losses", "loss"), ("auc", "AUC"), ("pauc", "pAUC"))
         },
         "measured": f"{epochs} and {len(again['epochs'])} epochs",
         "seconds": {"default": default["epochs"], "recompute": again["epochs"]},

@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import utils  # noqa: F401 - before what takes long, so that Ctrl-C meanwhile gives no traceback
+
 _HOMES = {
     "images": (
         "Frame NoImageError Picture ReadOptions check_mask frames list_files load_grey_mask load_image "
@@ -27,10 +29,6 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 (whatever the name stands for
         from .layout import described  # noqa: PLC0415
 
         return described()
-    if name == "some":  # what `preview` was called, for callers that are not rewritten yet
-        from utils import preview  # noqa: PLC0415
-
-        return preview
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_WHERE[name]}", __name__), name)

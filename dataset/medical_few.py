@@ -12,15 +12,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from utils import InputError, anonymous_name, preview, sha256_file, warn
 
 from .fewshot import SEEDS, check_shot_names, list_name, parse_shot_list, pick_lines, shot_lists
-from .fewshot import read_shot_list as read_shot_list  # noqa: PLC0414 - for callers that are not rewritten yet
-from .images import (  # noqa: F401 - the last three as well
+from .images import (
     AS_STORED,
     EXTENSIONS,
     NoImageError,
@@ -28,11 +27,10 @@ from .images import (  # noqa: F401 - the last three as well
     content_hash,
     file_kind,
     frames,
-    load_image,
-    load_mask,
+    parse_window,
+    read,
     read_mask,
     stem,
-    to_tensor,
     warn_once,
 )
 from .layout import (
@@ -50,6 +48,9 @@ from .layout import (
 )
 from .patients import compile_rule, falls_in_valid, patient
 
+if TYPE_CHECKING:
+    import argparse
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -66,6 +67,8 @@ class Sample:
 
     def content_hash(self) -> str:
         """What `load_image_with_hash` gives for the file as it is now: a changed file is another image."""
+        if file_kind(self.path) == "dicom" and not isinstance(self.options.window, tuple):
+            return read(self).sha256  # other files of its series may have a part in it
         try:
             return content_hash(sha256_file(self.path), self)
         except OSError as error:
@@ -168,6 +171,21 @@ class MedicalDataset:
         if options is not None:
             layout = replace(layout, window=options.window, plane=options.plane)
         return cls(obj, root, layout)
+
+    @classmethod
+    def from_options(cls, options: argparse.Namespace) -> MedicalDataset:
+        """`open` with the flags of a command line: obj, data_path, data_root, patient, mask_above, window, plane."""
+        dataset = cls.open(options.obj, options.data_path, options.data_root, options.patient, options.mask_above)
+        window, plane = parse_window(options.window or ()), options.plane
+        layout = dataset.layout
+        layout = replace(layout, window=window or layout.window, plane=plane or layout.plane)
+        return replace(dataset, layout=layout)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How pictures beyond 8 bits are read, in plain values: what a checkpoint keeps."""
+        window, plane = self.layout.window, self.layout.plane
+        return {"window": list(window) if isinstance(window, tuple) else window, "plane": plane}
 
     @property
     def prompt_name(self) -> str:

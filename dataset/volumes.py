@@ -413,7 +413,8 @@ class Volume:
         axis = PLANES.index(name)
         time, place = divmod(index, self.values.shape[axis])
         across, down = (self.zooms[i] for i in range(3) if i != axis)
-        return self.values[..., time].take(place, axis=axis)[::-1, ::-1].T, (down, across)
+        # A view: `take` would copy a volume that is stored x first, whole, for each slice.
+        return np.moveaxis(self.values[..., time], axis, 0)[place][::-1, ::-1].T, (down, across)
 
 
 def count_nifti(path: Path, plane: str) -> int:

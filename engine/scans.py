@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MARK = "MadCLIP heat map, research use"  # in the head of every picture that is written, so that none becomes an input
+TABLES = ("predictions.csv", "predictions.json", "predictions.partial.csv", "groups.csv")
 POSITIVE = {"dicom": "LPS", "nifti": "RAS"}  # where the coordinates x, y, z grow
 OPPOSITE = dict(zip("LRPASI", "RLAPIS", strict=True))
 
@@ -83,7 +84,9 @@ def in_order(slices: Sequence[Slice]) -> list[int]:
 
 
 def is_own_result(path: Path) -> bool:
-    """Whether a file is a picture that prediction has written: it is no input."""
+    """Whether prediction has written a file: it is no input."""
+    if path.name in TABLES or path.name.endswith("_contours.json"):  # no pictures anyway
+        return True
     if not path.name.endswith(("_overlay.png", "_raw.png", "_heat.nii.gz")) and not path.parent.name.endswith("_heat"):
         return False
     try:

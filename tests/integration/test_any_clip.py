@@ -69,7 +69,8 @@ def test_three_forms_give_the_same_numbers(command: Commands, folder: Path) -> N
 def test_another_family_is_one_line(command: Commands, folder: Path) -> None:
     (folder / "bert").mkdir()
     (folder / "bert" / "config.json").write_text('{"model_type": "bert"}')
-    result = command("train.py", "--obj", "Brain", "--data_path", folder / "data", "--model_name", folder / "bert")
+    data = ("--obj", "Brain", "--data_path", folder / "data", "--shot", 2)
+    result = command("train.py", *data, "--model_name", folder / "bert")
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert "bert is another family" in result.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -11,15 +12,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel
+import numpy as np
+import pydicom.data
 import pytest
 import torch
+from PIL import Image
 
-import test as test_script
-import train
-from dataset import check, phantom
+from dataset import MedicalDataset, phantom, read
 from dataset.layout import FOLDER
-from tests.helpers.commands import words
-from utils import run_cli
+from tests.helpers.commands import Commands, words
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--model_name", "ViT-tiny-14-56", "--pretrain", "random", "--img_size", "42", "--epoch", "1"]
@@ -59,19 +61,13 @@ def run(script: str, *arguments: object) -> str:
 
 
 @pytest.fixture
-def call(monkeypatch, capsys) -> Callable[..., str]:
-    """The same in this process, for what needs many runs; `code` is the exit code to expect."""
+def call(command: Commands) -> Callable[..., str]:
+    """The same from a process that has imported everything; `code` is the exit code to expect."""
 
     def start(script: str, *arguments: object, code: int = 0) -> str:
-        main = {"train.py": train.main, "test.py": test_script.main, "dataset.check": check.main}[script]
-        monkeypatch.setenv("WANDB_MODE", "disabled")
-        monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", words(script, *arguments))
-        with pytest.raises(SystemExit) as left:
-            run_cli(main)
-        output = "".join(capsys.readouterr())
-        assert left.value.code == code, output
-        return output
+        done = command(script, *arguments)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
 
     return start
 
@@ -142,6 +138,52 @@ def test_bmads_trees_train_and_test_under_the_papers_names(brain, call, tmp_path
     assert settings["prompt_name"] == ("retinal OCT" if obj == "Retina_RESC" else obj)
     checked = call("dataset.check", *paths[:4])
     assert "warning: counts: other than published: is the copy whole?: valid 16 + 16" in checked
+
+
+def test_dicom_files_in_folders_of_patients(brain, call, tmp_path):
+    """12-bit DICOM files with masks as PNG; the JSON file lies in the data set's own folder and names the window."""
+    root, template = tmp_path / "knee", pydicom.dcmread(pydicom.data.get_testdata_file("CT_small.dcm"))
+    for split, kind in itertools.product(("valid", "test"), ("good", "Ungood")):
+        for index, source in enumerate(sorted((brain / split / kind / "img").iterdir())):
+            patient = f"P{index // 2:03d}{split[0]}"
+            values = np.asarray(Image.open(source)).astype(np.uint16) * 16
+            template.Rows, template.Columns = values.shape
+            template.PixelRepresentation, template.RescaleIntercept, template.PixelData = 0, -1024, values.tobytes()
+            path = root / split / kind / "img" / patient / f"{index}.dcm"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            template.save_as(path)
+            if kind == "Ungood":
+                mask = root / split / kind / "anomaly_mask" / patient / f"{index}.png"
+                mask.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(brain / split / kind / "anomaly_mask" / source.name, mask)
+    (root / "knee.json").write_text(json.dumps({"prompt_name": "knee", "window": [1016, 4080]}))
+    checked = call("dataset.check", "--data_root", root)
+    assert "patients: 10 recognised in 40 names: P000t, P000v" in checked
+    assert "warning" not in checked
+    paths = ["--obj", "knee", "--data_root", root, "--save_path", tmp_path / "ckpt"]
+    trained = call("train.py", *SMALL, *paths, "--shot", 2, "--shot_abnormal", 0)
+    assert last_lines(trained) == last_lines(call("test.py", *paths))
+    # The same pictures as PNG files give the same numbers.
+    samples = MedicalDataset.open("knee", "", root).samples("test")
+    pictures = [np.asarray(Image.open(path)) for path in sorted((brain / "test/good/img").iterdir())]
+    for sample, picture in zip(samples, pictures, strict=False):
+        assert np.abs(np.asarray(read(sample).image)[..., 0].astype(int) - picture).max() <= 1
+
+
+def test_volumes_are_trained_slice_by_slice(call, tmp_path):
+    rng, root = np.random.default_rng(0), tmp_path / "knee"
+    for split, kind, patient in itertools.product(("valid", "test"), ("good", "Ungood"), (1, 2)):
+        values, labels = rng.integers(0, 500, (40, 44, 3)).astype(np.int16), np.zeros((40, 44, 3), np.uint8)
+        labels[10:20, 10:20, 1:] = 1
+        name = f"sub-{split[0]}{patient}{kind[0]}.nii.gz"
+        for folder, array in (("img", values + 400 * labels.astype(np.int16)), ("anomaly_mask", labels)):
+            (root / split / kind / folder).mkdir(parents=True, exist_ok=True)
+            nibabel.save(nibabel.Nifti1Image(array.astype(np.int16), np.eye(4)), root / split / kind / folder / name)
+    paths = ["--obj", "knee", "--data_root", root, "--save_path", tmp_path / "ckpt"]
+    trained = call("train.py", *SMALL, *paths, "--shot", 2, "--cache_dir", tmp_path / "cache", "--cache", "disk")
+    assert "10 test images (4 abnormal)" in trained  # 2 x 3 normal slices, and the marked 2 of each abnormal volume
+    assert len(last_lines(trained)) == 2
+    assert last_lines(trained) == last_lines(call("test.py", *paths))
 
 
 def test_an_unknown_name_in_the_known_layout(brain, call, tmp_path):
@@ -276,6 +318,6 @@ def test_a_shot_in_the_test_set_is_said(brain, call, tmp_path):
     root = shutil.copytree(brain, tmp_path / "leaky")
     shutil.copy(root / "valid/good/img/valid_good_00001.png", root / "test/good/img/test_good_00000.png")
     output = call("train.py", *SMALL, "--obj", "Brain", "--data_root", root, "--save_path", tmp_path, "--shot", 2)
-    (line,) = [line for line in output.splitlines() if line.startswith("warning:")]
+    (line,) = [line for line in output.splitlines() if line.startswith("warning:") and "equal a shot" in line]
     assert "1 test images equal a shot" in line
     assert "test/good/img/test_good_00000.png is valid/good/img/valid_good_00001.png" in line

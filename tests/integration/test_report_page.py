@@ -1,6 +1,7 @@
 """`test.py --report` and `--figures` as a user starts them; the page in a real browser.
 
-The address holds the view (#filter=fp&sort=score), so headless Chromium prints the page as a visitor would see it.
+The address holds the view (#filter=fp&sort=score&threshold=1), so headless Chromium prints the page as a visitor would
+see it.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import torch
 from PIL import Image
 
 from dataset import phantom
+from engine.report.page import prediction_row, write_prediction_page
+from tests.helpers.data import SMALL
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt install chromium)")
-SMALL = ["--model_name", "ViT-tiny-14-56", "--pretrain", "random", "--img_size", "42", "--device", "cpu"]
 EVIL = "a\"'><img src=x onerror=document.title='owned'>&.png"
 VERDICTS = {"tp": "true positive", "tn": "true negative", "fp": "false positive", "fn": "false negative"}
 
@@ -45,15 +47,16 @@ def folder(tmp_path_factory, command) -> Path:
 @pytest.fixture(scope="module")
 def tested(folder, command) -> Path:
     """Where the page of Brain, its figures and its JSON are; the threshold leaves false positives and negatives."""
-    paths = ["--obj", "Brain", "--data_path", folder, "--save_path", folder, "--device", "cpu"]
+    ckpt = folder / "runs" / "Brain" / "best.pth"  # beside the run's history
+    paths = ["--obj", "Brain", "--data_path", folder, "--ckpt", ckpt, "--device", "cpu"]
     command("test.py", *paths, "--out_json", folder / "brain.json")
     scores = sorted(row["score"] for row in json.loads((folder / "brain.json").read_text())["per_image"])
-    stored = torch.load(folder / "Brain.pth", weights_only=True)
+    stored = torch.load(ckpt, weights_only=True)
     stored["about"]["threshold"]["value"] = sum(scores[13:15]) / 2
-    torch.save(stored, folder / "Brain.pth")
+    torch.save(stored, ckpt)
     done = command(
         "test.py", *paths, "--report", folder / "page", "--figures", folder / "figures", "--out_json",
-        folder / "brain.json",
+        folder / "brain.json", "--save_scores", folder / "scores.npz",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert f"report: {folder / 'page' / 'index.html'}" in done.stdout
@@ -94,6 +97,7 @@ ORDERS = {
     "worst": lambda row: (-row["wrong"], row["file"]),
     "best": lambda row: (row["wrong"], row["file"]),
     "score": lambda row: (-row["score"], row["file"]),
+    "low": lambda row: (row["score"], row["file"]),
     "file": lambda row: row["file"],
 }
 
@@ -117,6 +121,65 @@ def test_gallery_filters(tested, tmp_path, kind):
     assert kept
     assert [card["file"] for card in cards(dom)] == sorted(row["file"] for row in kept)
     assert re.search(rf'value="{kind}" aria-pressed="true">[^<]*\({len(kept)}\)', dom)
+
+
+@needs_browser
+def test_the_threshold_moves_decisions_and_counts(tested, tmp_path):
+    found = rows(tested)
+    threshold = sorted(row["score"] for row in found)[20]
+    dom = browse(tested / "page" / "index.html", f"#filter=fp&sort=file&threshold={threshold}", tmp_path)
+    pairs = {"tp": (True, 1), "fn": (False, 1), "tn": (False, 0), "fp": (True, 0)}
+    counts = {
+        kind: sum((row["score"] >= threshold, row["label"]) == pair for row in found) for kind, pair in pairs.items()
+    }
+    assert sum(counts.values()) == 28
+    for kind, count in counts.items():
+        assert f'<span data-count="{kind}">{count}</span>' in dom
+    assert f'<span data-rate="tp">{counts["tp"] / 14:.3f}</span>' in dom
+    assert '<caption id="origin">set by hand</caption>' in dom
+    assert [card["file"] for card in cards(dom)] == sorted(
+        row["file"] for row in found if not row["label"] and row["score"] >= threshold
+    )
+    assert {card["verdict"] for card in cards(dom)} <= {"false positive"}
+
+
+@needs_browser
+def test_print_holds_every_image(tested, tmp_path):
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}",
+        "--virtual-time-budget=5000", f"--print-to-pdf={tmp_path / 'page.pdf'}",
+        (tested / "page" / "index.html").as_uri(),
+    ]  # fmt: skip
+    subprocess.run(command, capture_output=True, timeout=120, check=True)
+    pictures = (tmp_path / "page.pdf").read_bytes().count(b"/Subtype /Image")
+    assert pictures >= 2 * 28  # the screen shows 24 at first: a thumbnail and a heat map each
+
+
+@needs_browser
+def test_predictions_in_a_browser(tmp_path):
+    """Highest scores first, slices of a volume as one strip, decisions that follow the threshold."""
+    picture = Image.new("RGB", (64, 32), (90, 90, 90))
+    heat = torch.linspace(0, 2, 64).reshape(8, 8).numpy()
+    entries = [prediction_row(f"slice {i}", 0.1 * i, picture, heat, "head.nii") for i in range(5)]
+    entries += [prediction_row(f"{i}.png", 0.1 * i, picture, heat) for i in (1, 6, 3)]
+    page = write_prediction_page(tmp_path, entries, title="Brain", threshold=0.35, origin="the file", heat_range=(0, 2))
+    order = ["6.png", *(f"slice {i}" for i in range(5)), "3.png", "1.png"]
+    shown = strip(browse(page, "", tmp_path / "profile"))
+    assert [name for name, _ in shown] == order
+    assert [verdict for _, verdict in shown] == ["abnormal", *["normal"] * 4, "abnormal", "normal", "normal"]
+    moved = browse(page, "#threshold=0.25&filter=p", tmp_path / "profile")
+    assert [name for name, _ in strip(moved)] == order[:-1]
+    assert '<span data-count="p">4</span> of 8 images abnormal' in moved
+    assert "set by hand" in moved
+
+
+def strip(dom: str) -> list[tuple[str, str]]:
+    """Name and verdict of each picture, in the order of the page."""
+    shown = dom[dom.index('<ol id="cards">') : dom.index('<div class="more">')]
+    found = re.findall(
+        r'<figcaption>.*?<span class="verdict">(.*?)</span>.*?<div class="file">(.*?)</div>', shown, re.DOTALL
+    )
+    return [(name, verdict) for verdict, name in found]
 
 
 @needs_browser
@@ -152,10 +215,11 @@ def test_the_page_is_drawn_without_javascript_errors(tested, tmp_path):
 
 def test_page_shows_the_run_and_the_checkpoints_threshold(tested):
     page = (tested / "page" / "index.html").read_text(encoding="utf-8")
-    assert "Losses over the run" in page  # found by the checkpoint's own note of its run
+    assert "Losses over the run" in page  # found beside the checkpoint
+    assert str(tested) not in page
     assert "the checkpoint&#x27;s, set for the largest F1 on" in page
     assert "CLIP&#x27;s weights are random" in page
-    assert f"AUROC</dt><dd>{json.loads((tested / 'brain.json').read_text())['auc']:.3f}<small>95% CI" in page
+    assert f"Image AUROC</dt><dd>{json.loads((tested / 'brain.json').read_text())['auc']:.3f}<small>95% CI" in page
 
 
 def test_figures_for_papers(tested):
@@ -164,6 +228,27 @@ def test_figures_for_papers(tested):
     assert {path.name for path in written.iterdir()} == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
     with Image.open(written / "Brain-roc.png") as picture:
         assert picture.size == (1080, 810)
+
+
+def test_kept_scores_give_the_same_page_without_network_or_data(tested, command, tmp_path):
+    kept = ["--obj", "Brain", "--scores", tested / "scores.npz"]
+    done = command(
+        "test.py", *kept, "--data_path", tested, "--report", tmp_path / "page", "--figures", tmp_path / "figures"
+    )
+    assert done.returncode == 0, done.stderr
+    with_data, again = ((folder / "page" / "index.html").read_text(encoding="utf-8") for folder in (tested, tmp_path))
+    cut = re.compile(r'<div class="figures">.*?<section aria-labelledby="images">', re.DOTALL)  # the run's: not kept
+    assert cut.sub("", again) == cut.sub("", with_data)
+    for name in ("Brain", "Brain-roc", "Brain-pr", "Brain-histogram"):
+        assert (tmp_path / "figures" / f"{name}.png").read_bytes() == (tested / "figures" / f"{name}.png").read_bytes()
+
+    done = command("test.py", *kept, "--data_path", tmp_path / "nowhere", "--report", tmp_path / "bare")
+    assert done.returncode == 0, done.stderr
+    bare = (tmp_path / "bare" / "index.html").read_text(encoding="utf-8")
+    data = json.loads(re.search(r'id="data">(.*?)</script>', bare)[1])
+    assert len(data["cards"]) == 28
+    assert not any(card[4] for card in data["cards"])  # place holders
+    assert all(card[8] for card in data["cards"])  # maps
 
 
 def test_image_only_data_and_a_checkpoint_without_notes(folder, command, tmp_path):
@@ -175,7 +260,8 @@ def test_image_only_data_and_a_checkpoint_without_notes(folder, command, tmp_pat
     done = command("test.py", *paths, "--report", tmp_path / "page")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
-    assert "chosen on this test set" in page
+    assert "the F1-max threshold on this test set" in page
+    assert "weak localisation from the detection heads, not measured" in page
     assert "Pixel AUROC" not in page
     assert "over the run" not in page
 

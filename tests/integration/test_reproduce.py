@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from dataset import phantom
+from engine.baselines import NAMES
 from engine.jobs import run_jobs
 
 ROOT = Path(__file__).parents[2]
@@ -149,6 +150,41 @@ def test_leave_one_out_table(command, small, tmp_path):
     assert (run["select"], len(run["shots"]["normal"]), run["n_normal"]) == ("last", 2, 4)
     assert float(found["Chest", "image AUC"]["mean"]) == pytest.approx(100 * run["auc"], abs=1e-5)
     assert "equal a shot" not in (tmp_path / "logs/Brain-from-Liver-1shot-seed1.txt").read_text()  # it is held out
+
+
+def test_baselines_table(command, small, tmp_path):
+    grid = [
+        "--table",
+        "baselines",
+        "--obj",
+        "Brain",
+        "Chest",
+        "--seeds",
+        "1",
+        "--shots",
+        "2",
+        *small,
+        "--out",
+        tmp_path,
+    ]
+    result = command("reproduce.py", *grid)
+    assert result.returncode == 0, result.stderr
+    found = {(r["data set"], r["metric"], r["method"]): r for r in rows(tmp_path / "baselines.csv")}
+    methods = ["ours, selected on test", "ours, last epoch", *NAMES]
+    assert [method for obj, metric, method in found if (obj, metric) == ("Brain", "pixel AUC")] == methods
+    assert [method for obj, metric, method in found if (obj, metric) == ("Chest", "image AUC")] == methods
+    assert not any((obj, metric) == ("Chest", "pixel AUC") for obj, metric, _ in found)
+    measured = json.loads((tmp_path / "runs/Brain-2shot-seed1-baselines/result.json").read_text())
+    trained = json.loads((tmp_path / "runs/Brain-2shot-seed1/result.json").read_text())
+    assert measured["shots"] == trained["shots"]
+    for name in NAMES:
+        figures = measured["baselines"][name]
+        assert float(found["Brain", "image AUC", name]["mean"]) == pytest.approx(100 * figures["auc"], abs=1e-5)
+        assert figures["auc_ci95"][0] <= figures["auc"] <= figures["auc_ci95"][1]
+        assert 0 < figures["pauc"] < 1
+    log = (tmp_path / "logs/Brain-2shot-seed1-baselines.txt").read_text()
+    # The tower saw these images for MadCLIP already.
+    assert re.search(r"tokens: (\d+) images .*; \1 of them computed before", log)
 
 
 def test_a_dry_run_without_data(command, tmp_path):

@@ -215,6 +215,12 @@ def test_the_shots_views_as_samples_again_and_again() -> None:
     assert "optimistic" in calibration.CHOSEN_SOURCE
 
 
+def test_the_range_of_colours_leaves_out_2_percent_below_and_a_half_per_mille_above() -> None:
+    maps = torch.arange(10_000, dtype=torch.float32).view(1, 100, 100)
+    fake = SimpleNamespace(img_size=100, samples=[None], maps=lambda part: maps[part])
+    assert heat_range(fake) == pytest.approx([0.02 * 9999, 0.9995 * 9999])
+
+
 def test_the_range_of_colours_from_some_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     maps = torch.from_numpy(rng.random((50, 24, 24)).astype(np.float32) ** 2)

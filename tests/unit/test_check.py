@@ -95,10 +95,16 @@ def test_a_fine_data_set(fine):
     assert "test   abnormal  3       3      40 x 40         L" in output
 
 
+def test_torch_is_not_imported_to_look_at_files():
+    code = "import sys, dataset.check, dataset.convert, dataset.phantom; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ([], "give --obj NAME"),
+        (["--data_root", "/"], "give --obj NAME"),
         (["--obj", "Knee"], "Knee_AD not found"),
         (["--obj", "../Brain"], "file names"),
         (["--data_root", "nowhere"], "nowhere not found"),

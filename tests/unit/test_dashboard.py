@@ -20,7 +20,6 @@ from engine.report.tracking import (
     log_result,
     memory,
     pictures,
-    published_best,
     scalars,
 )
 from tests.helpers.evaluations import LAYERS, make_world
@@ -70,20 +69,14 @@ def world(tmp_path):
     return make_world(tmp_path, labels, scores.tolist())
 
 
-def record_of(epoch: int, best: bool = False) -> dict[str, Any]:
+def record_of(epoch: int, test: Metrics | None = None, best: bool = False) -> dict[str, Any]:
     """A line of metrics.jsonl; epochs are counted from 1 there."""
-    return {"epoch": epoch + 1, "det": 1.0, "seg": 2.0, "total": 3.0, "similarity": 0.5, "best": best}
+    aucs = {"auc": test.auc, "pauc": test.pauc} if test else {"auc": None, "pauc": None}
+    return {"epoch": epoch + 1, "det": 1.0, "seg": 2.0, "total": 3.0, "similarity": 0.5, "best": best, **aucs}
 
 
-def epoch_of(
-    tracker: Tracker,
-    epoch: int,
-    test: Metrics | None,
-    best: dict[str, float],
-    is_best: bool = False,
-    last: bool = False,
-) -> None:
-    log_epoch(tracker, record_of(epoch, is_best), test, None, best, seconds=2.0, images=32, last=last)
+def epoch_of(tracker: Tracker, epoch: int, test: Metrics | None, best: bool = False, last: bool = False) -> None:
+    log_epoch(tracker, record_of(epoch, test, best), test, None, seconds=2.0, images=32, last=last)
 
 
 def test_scalars_have_the_published_names_and_ours(world):
@@ -161,40 +154,37 @@ def test_when_pictures_are_due(every, evaluated, shown):
     assert not Tracker().pictures_due(9, 1, True)
 
 
-def test_off_computes_nothing_but_the_best_values_and_imports_no_wandb():
+def test_off_computes_nothing_and_imports_no_wandb():
     code = (
-        "import sys; from pathlib import Path;"
-        "from engine.metrics import Metrics; from engine.report.tracking import *;"
-        "off, best = Tracker(), {};"
-        "log_pictures(off, 0, None, None, None); log_result(off, None, None, 0, Path('nowhere.pth'), True);"
-        "log_epoch(off, {'best': True}, Metrics({'auc': 0.5}), None, best, 1.0, 1, True);"
-        "print(best, 'wandb' in sys.modules)"
+        "import sys; from pathlib import Path; from engine.report.tracking import *;"
+        "off = Tracker(); log_pictures(off, 0, None, None, None); log_result(off, None, None, 0, Path('nowhere.pth'));"
+        "log_epoch(off, {}, None, None, 1.0, 1, True); print('wandb' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("{'AUC+pAUCbest': 0.5, 'AUCbest': 0.5, 'pAUCbest': 0.5} False\n", "")
+    assert (done.stdout, done.stderr) == ("False\n", "")
 
 
 @pytest.mark.parametrize("broken", ["pictures/", "curves/", "scores/"])
 def test_a_failure_in_a_picture_costs_one_line_and_the_numbers_go_on(world, capsys, broken):
-    run, best = Run(broken), {}
+    run = Run(broken)
     tracker, metrics = make_tracker(run), measure(*world, full=True)
     for epoch in range(3):
         log_pictures(tracker, epoch, *world, metrics)
-        epoch_of(tracker, epoch, metrics, best, is_best=True, last=epoch == 2)
-    log_result(tracker, world[0], metrics, 2, None, True)
+        epoch_of(tracker, epoch, metrics, best=True, last=epoch == 2)
+    log_result(tracker, world[0], metrics, 2, None)
     assert [step for step, values, _ in run.rows if "test/AUC" in values] == [0, 1, 2]
     (line,) = capsys.readouterr().err.splitlines()
     assert "no pictures from here on (OSError: disk full second line)" in line
 
 
 def test_summary_is_the_best_epochs_and_leaves_nothing_of_an_earlier_one(world):
-    run, best = Run(), {}
+    run = Run()
     tracker, metrics = make_tracker(run), measure(*world)
-    epoch_of(tracker, 0, Metrics({**metrics.values, "aupro": 0.9}), best, is_best=True)
-    epoch_of(tracker, 1, metrics, best, is_best=True)
-    epoch_of(tracker, 2, Metrics({**metrics.values, "auc": 0.1, "aupro": 0.8}), best, last=True)
+    epoch_of(tracker, 0, Metrics({**metrics.values, "aupro": 0.9}), best=True)
+    epoch_of(tracker, 1, metrics, best=True)
+    epoch_of(tracker, 2, Metrics({**metrics.values, "auc": 0.1, "aupro": 0.8}), last=True)
     assert (run.summary["epoch"], run.summary["test/AUPRO"]) == (1, None)
-    assert run.summary["AUCbest"] == best["AUCbest"] == metrics.auc
+    assert run.summary["AUCbest"] == metrics.auc
     assert run.rows[2][1]["AUCbest"] == metrics.auc
     assert run.defined["test/AUPRO"] == {"step_metric": "epoch", "summary": "none"}
     assert run.defined["epoch"]["step_metric"] is None
@@ -202,26 +192,32 @@ def test_summary_is_the_best_epochs_and_leaves_nothing_of_an_earlier_one(world):
 
 
 def test_best_survives_a_resumption(world):
-    metrics, best = measure(*world), {}
-    epoch_of(make_tracker(Run()), 0, metrics, best, is_best=True)
-    run = Run()
-    epoch_of(make_tracker(run), 1, Metrics({**metrics.values, "auc": 0.1}), dict(best))
+    metrics, run = measure(*world), Run()
+    tracker = make_tracker(run)
+    for record in (record_of(0, metrics, best=True), record_of(1, Metrics({"auc": 0.2})), record_of(2)):
+        tracker.remember_best(record)  # of the history
+    epoch_of(tracker, 3, Metrics({**metrics.values, "auc": 0.1}))
     assert run.rows[0][1]["AUC+pAUCbest"] == metrics.selection_score
+    assert run.rows[0][1]["AUCbest"] == metrics.auc
 
 
-def test_best_values_come_from_the_history():
-    rows = [{"best": True, "auc": 0.5, "pauc": 0.25}, {"best": False, "auc": 0.9, "pauc": 0.9}]
-    assert published_best(rows) == {"AUC+pAUCbest": 0.75, "AUCbest": 0.5, "pAUCbest": 0.25}
-    assert published_best([{"best": True, "auc": 0.5, "pauc": None}])["pAUCbest"] == 0.5
-    assert published_best([{"best": False, "auc": None, "pauc": None}]) == {}
+def test_with_select_last_the_last_epoch_is_the_summary(world):
+    metrics, run = measure(*world), Run()
+    tracker = make_tracker(run)
+    for epoch in range(2):
+        epoch_of(tracker, epoch, metrics, last=epoch == 1)  # none is the best
+    assert "AUCbest" not in run.rows[0][1]
+    assert run.rows[1][1]["AUC+pAUCbest"] == metrics.selection_score
+    assert (run.summary["epoch"], run.summary["AUCbest"]) == (1, metrics.auc)
 
 
 def test_the_full_evaluation_completes_the_summary(world):
-    run, best = Run(), {}
+    run = Run()
     tracker, metrics = make_tracker(run), measure(*world)
-    epoch_of(tracker, 0, metrics, best, is_best=True)
+    tracker._pictures = False
+    epoch_of(tracker, 0, metrics, best=True)
     assert "test/AUPRO" not in run.summary
-    log_result(tracker, world[0], measure(*world, full=True), 0, None, False)
+    log_result(tracker, world[0], measure(*world, full=True), 0, None)
     assert 0 <= run.summary["test/AUPRO"] <= 1
     assert not [name for name in run.summary if "threshold" in name]
     assert not [values for _, values, _ in run.rows if "scores/table" in values]  # without pictures
@@ -235,7 +231,7 @@ def test_table_is_bounded_and_says_so(tmp_path, monkeypatch, capsys):
     tracker, metrics = make_tracker(run), measure(evaluation, masks, full=True)
     metrics.values["f1_max_threshold_on_test"] = float(scores[15])
     tracker.step = 7
-    log_result(tracker, evaluation, metrics, 0, None, True)
+    log_result(tracker, evaluation, metrics, 0, None)
     step, values, _ = run.rows[0]
     assert step == 7
     table = values["scores/table"]
@@ -248,12 +244,14 @@ def test_table_is_bounded_and_says_so(tmp_path, monkeypatch, capsys):
 def test_the_checkpoint_is_an_artifact_that_says_what_shaped_it(world, tmp_path, capsys):
     (tmp_path / "best.pth").write_bytes(b"checkpoint")
     run, metrics = Run(), measure(*world, full=True)
-    log_result(make_tracker(run), world[0], metrics, 4, tmp_path / "best.pth", True)
+    log_result(make_tracker(run), world[0], metrics, 4, tmp_path / "best.pth")
     (artifact,) = run.artifacts
     assert (artifact.name, artifact.type) == ("Brain-run", "model")
     assert artifact.metadata == {"obj": "Brain", "img_size": 28, "epoch": 4, "auc": metrics.auc, "pauc": metrics.pauc}
     assert capsys.readouterr().err == ""
-    log_result(make_tracker(run), world[0], metrics, 4, tmp_path / "best.pth", False)
+    bare = make_tracker(run)
+    bare._pictures = False
+    log_result(bare, world[0], metrics, 4, tmp_path / "best.pth")
     assert "--anonymous" in capsys.readouterr().err  # the checkpoint names its shots
-    log_result(make_tracker(Run("artifact")), world[0], metrics, 4, tmp_path / "best.pth", True)
+    log_result(make_tracker(Run("artifact")), world[0], metrics, 4, tmp_path / "best.pth")
     assert "the checkpoint was not uploaded (OSError: disk full)" in capsys.readouterr().err

@@ -24,6 +24,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from engine.options import MODEL_FLAGS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as save_safetensors
@@ -33,11 +34,10 @@ from CLIP.clip import load_state, random_state
 from CLIP.model import CLIP, ModelConfig
 from CLIP.openai import is_plain, read_weights
 from dataset import MedicalDataset
+from dataset.fewshot import read_shot_list
 from dataset.layout import KINDS, SPLITS, Layout
-from dataset.medical_few import read_shot_list
 from engine.checkpoint import Checkpoint
 from engine.detector import Detector, Settings
-from engine.options import MODEL_FLAGS
 from engine.published import encoder_difference, export, infer_settings
 from tests.helpers.weights import save_torchscript
 from utils import InputError

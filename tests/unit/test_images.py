@@ -270,6 +270,8 @@ def test_large_volumes_in_fortran_order_are_not_copied_into_another(monkeypatch)
     span = volumes.Range.of([values], "x")
     assert (span.low, span.high) == (0, 5999)
     assert np.shares_memory(seen[0], values)
+    volume = volumes.Volume("", values[..., None], (1, 1, 1), span, np.eye(4))
+    assert all(np.shares_memory(volume.plane(2, plane)[0], values) for plane in volumes.PLANES)
 
 
 @pytest.mark.parametrize("window", ["auto", "full", None])
@@ -561,6 +563,7 @@ def test_a_series_has_one_range(tmp_path):
     assert np.asarray(first.image).max() < 50
     assert np.asarray(last.image).max() == 255
     assert "the whole range of its series (4 files)" in last.notes["window"]
+    assert Sample(tmp_path / "3.dcm", 0, None, "x").content_hash() == last.sha256
     # Other files have a part in this picture, so they have one in its hash.
     volumes._ranges.clear()
     volumes._series_in.cache_clear()

@@ -244,6 +244,7 @@ def test_the_paper_by_compare(grid_with_results, tmp_path):
     assert "MadCLIP (8)" in rows
     verdict = reproduce.make_verdict(options, table)
     assert verdict.name == "main-verdict"
+    assert "(8) MadCLIP: the paper, 4 shots" in verdict.markdown()
     assert verdict.cells["image AUC", ("MadCLIP (8)",), "Brain"] == "-2.50 above"
     assert verdict.cells["pixel AUC", ("MadCLIP (8)",), "Brain"] == "+0.50 inside"
     assert verdict.cells["image AUC", ("IQE-CLIP (6)",), "Brain"] == "+11.73 below"

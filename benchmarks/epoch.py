@@ -1,0 +1,226 @@
+"""One epoch at the paper's sizes, part by part, beside what its operations and bytes would take at full speed.
+
+    python -m benchmarks.epoch --obj Brain --shot 16     512 views, 640 + 3,075 test images with masks, ViT-L-14-336
+    python -m benchmarks.epoch --obj Chest --shot 16     17,194 test images, no masks
+
+Tokens are random, so that no tower pass is needed; parts repeat until --seconds are spent and are scaled to the epoch.
+The floor of a part is its operations over the matrix-product rate or its bytes over the copy rate, the larger of the
+two, both rates measured in the same run. Without a GPU the same counts give PREDICTIONS for an RTX 4090 and an H100
+from their data sheets' rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.backbone import matmul_peak
+from benchmarks.common import peak_memory, print_table, write_json
+from CLIP.clip import create_model
+from dataset.medical_few import Sample
+from engine.config import Settings, pick_autocast, pick_device
+from engine.detector import Detector
+from engine.evaluation import Evaluation, Masks
+from engine.metrics import measure
+from engine.training import TrainingState
+from loss import training_loss
+from utils import VIEWS, Parser, run_cli
+
+TEST = {"Brain": (640, 3075), "Liver": (833, 660), "Retina_RESC": (1041, 764), "Retina_OCT2017": (242, 726),
+        "Chest": (1000, 16194), "Histopathology": (1028, 1008)}  # fmt: skip
+WITH_MASKS = ("Brain", "Liver", "Retina_RESC")
+LESION = 0.02  # of an abnormal image's pixels, as in Brain
+# Dense products (TFLOP/s: bfloat16 with float32 sums) and memory (TB/s) of the data sheets.
+DATA_SHEETS = {"RTX 4090 s, PREDICTED": (165e12, 1.01e12), "H100 s, PREDICTED": (989e12, 3.35e12)}
+
+
+@dataclass
+class Part:
+    """A part of an epoch: how often it runs, what it does once, and the operations and bytes of that."""
+
+    name: str
+    times: float
+    run: Callable[[], object]
+    flop: float = 0.0
+    bytes: float = 0.0
+
+
+def wait(device: torch.device) -> None:
+    """Let the GPU finish."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(part: Part, device: torch.device, budget: float) -> float:
+    """Seconds of one run of a part: the mean over as many as fit into the budget, after one that warms up."""
+    part.run()
+    wait(device)
+    start, count = time.perf_counter(), 0
+    while count == 0 or time.perf_counter() - start < budget:
+        part.run()
+        count += 1
+    wait(device)
+    return (time.perf_counter() - start) / count
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second that a copy reads and writes."""
+    source = torch.empty(2**26, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds_of(Part("copy", 1, lambda: target.copy_(source)), device, 1.0)
+
+
+def make_masks(images: int, abnormal: int, size: int, device: torch.device) -> Masks:
+    """A square lesion in each abnormal image, at a place of its own."""
+    side = round(size * LESION**0.5)
+    masks = torch.zeros(abnormal, size, size, dtype=torch.bool)
+    places = torch.randint(0, size - side, (abnormal, 2), generator=torch.Generator().manual_seed(0))
+    for mask, (row, column) in zip(masks, places.tolist(), strict=True):
+        mask[row : row + side, column : column + side] = True
+    packed = Masks.pack(masks)
+    rows = torch.cat([torch.full((images - abnormal,), -1), torch.arange(abnormal)])
+    return Masks(rows, packed.bits.to(device), size)
+
+
+class Epoch:
+    """The parts of an epoch, on random tokens of the real sizes."""
+
+    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
+        clip = create_model(
+            options.model, "random", options.img_size, fidelity=options.fidelity, device=device, vision=False
+        )
+        config = clip.config
+        self.device, self.autocast = device, pick_autocast("auto", device)
+        self.settings = Settings(
+            options.obj, config.name, "random", options.fidelity, options.img_size, tuple(config.default_features()),
+            "MFCFC", "learnable_all", "yes", "mean", "sigmoid", options.obj, options.obj in WITH_MASKS, "", 32,
+        )  # fmt: skip
+        self.detector = Detector(clip, self.settings).to(device)
+        self.state = TrainingState.start(self.detector, self.autocast, 0.001, 0)
+        self.views = 2 * VIEWS * options.shot
+        self.normal, self.abnormal = TEST[options.obj]
+        self.layers, self.patches = len(self.settings.features_list), config.grid(options.img_size) ** 2
+        self.width, self.embed_dim, self.size = config.width, config.embed_dim, options.img_size
+        dtype = self.autocast or torch.float32
+        self.tokens = torch.randn(64, self.layers, self.patches, self.width, device=device).to(dtype)
+        with torch.no_grad():
+            self.text = self.detector.prompts()
+
+    @property
+    def images(self) -> int:
+        """Test images."""
+        return self.normal + self.abnormal
+
+    def gather(self, count: int) -> list[Tensor]:
+        """Tokens of a batch, as `TokenStore.get` gathers them: K of (B, N, C)."""
+        rows = torch.randint(0, len(self.tokens), (count,), device=self.device)
+        return [layer.contiguous() for layer in self.tokens[rows].unbind(1)]
+
+    def score(self) -> Tensor:
+        """Patch scores of a batch of the evaluation."""
+        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            return self.detector.patch_scores(self.gather(self.settings.eval_batch), self.text)
+
+    def text_operations(self) -> float:
+        """Of the prompts' pass, forward and the gradient of its input: the frozen weights have none."""
+        encode = self.detector.prompts.encode
+        positions = len(encode.rows[0]) if encode.causal else len(encode.eot) * encode.length
+        width = encode.text.positional_embedding.shape[1]
+        return 2 * 24.0 * width**2 * positions * (len(encode.text.transformer.blocks) - 1)
+
+    def evaluation(self) -> tuple[Evaluation, Masks | None]:
+        """Random scores of all test images, and masks."""
+        names = [f"{i}.png" for i in range(self.images)]
+        samples = [Sample(Path(name), int(i >= self.normal), None, name) for i, name in enumerate(names)]
+        scores = 0.1 * torch.randn(self.images, self.layers, self.patches, device=self.device)
+        masks = None
+        if self.settings.pixel_metrics:
+            masks = make_masks(self.images, self.abnormal, self.size, self.device)
+        return Evaluation(samples, scores, self.detector.scoring_head, self.size, "mean"), masks
+
+    def parts(self, batch: int = 16) -> list[Part]:
+        """The parts; those with two blanks before the name are in the one above."""
+        masked, scored = self.settings.pixel_metrics, self.settings.eval_batch
+        labels = (torch.rand(batch, device=self.device) > 0.5).float()
+        shape = (batch, self.size, self.size)
+        masks = torch.rand(shape, device=self.device) > 0.95 if masked else None
+        det = torch.randn(self.layers, batch, self.patches, 2, device=self.device, requires_grad=True)
+        seg = det.detach().clone().requires_grad_() if masked else None
+        evaluation, packed = self.evaluation()
+
+        def losses() -> None:
+            pixels = None if masks is None else masks.float()
+            training_loss(det, seg, labels, pixels, "sigmoid", "mean").total.backward()
+
+        # Operations and bytes of an image: both branches' trunks, a head of both, one layer's map, all tokens.
+        trunks = 4.0 * self.width**2 * self.patches * self.layers
+        head = 4.0 * self.width * self.embed_dim * self.patches * self.layers
+        pixels, tokens = 4.0 * self.size**2, float(self.tokens[0].nbytes)
+        steps, batches = self.views / batch, self.images / scored
+        parts = [
+            Part("step: text, adapters, losses, Adam", steps,
+                 lambda: self.state.step(self.gather(batch), labels, masks, None),
+                 batch * 3 * (trunks + (1 + masked) * head) + self.text_operations(), batch * 2 * tokens),
+            Part("  text, forward and backward", steps, lambda: self.detector.prompts().sum().backward(),
+                 self.text_operations()),
+            Part("  losses, forward and backward", steps, losses, 0.0, batch * self.layers * pixels * 6 * masked),
+            Part("  tokens gathered", steps, lambda: self.gather(batch), 0.0, batch * 2 * tokens),
+            Part("scoring", batches, self.score, scored * (trunks + head), scored * 2 * tokens),
+            Part("image scores", 1, lambda: replace(evaluation).image_scores, 0.0,
+                 self.images * self.layers * pixels * masked),
+            Part("maps, masks, metrics", 1, lambda: measure(evaluation, packed), 0.0,
+                 self.images * (self.layers + 2) * pixels * masked),
+        ]  # fmt: skip
+        if packed is not None:
+            last = slice(self.images - scored, self.images)
+            maps = scored * (self.layers + 1) * pixels
+            parts.append(Part("  maps", batches, lambda: evaluation.maps(last), 0.0, maps))
+            parts.append(Part("  masks unpacked", batches, lambda: packed.get(last), 0.0, scored * pixels / 4))
+        return parts
+
+
+def main() -> None:
+    """Command line."""
+    parser = Parser(prog="python -m benchmarks.epoch", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--obj", default="Brain", choices=tuple(TEST))
+    parser.add_argument("--shot", type=int, default=16)
+    parser.add_argument("--model", default="ViT-L-14-336")
+    parser.add_argument("--img_size", type=int, default=240)
+    parser.add_argument("--fidelity", default="released", choices=("released", "corrected"))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seconds", type=float, default=5.0, help="spent on a part that is repeated")
+    parser.add_argument("--json", default=None, help="(default: benchmarks/results/epoch-<obj>.json)")
+    options = parser.parse_args()
+    device = pick_device(options.device)
+    epoch = Epoch(options, device)
+    flops, copies = matmul_peak(str(device)) * 1e9, copy_rate(device)
+    rates = {"floor s": (flops, copies)} | ({} if device.type == "cuda" else DATA_SHEETS)
+    rows: list[dict[str, object]] = []
+    whole = dict.fromkeys(("s", *rates), 0.0)
+    for part in epoch.parts():
+        row = {"s": seconds_of(part, device, 0.0 if part.times == 1 else options.seconds) * part.times}
+        row |= {name: max(part.flop / flop, part.bytes / copy) * part.times for name, (flop, copy) in rates.items()}
+        rows.append({"part": part.name, "times": round(part.times, 1), **row})
+        if not part.name.startswith("  "):
+            whole = {name: whole[name] + row[name] for name in whole}
+    rows.append({"part": "epoch", **whole})
+    seconds = {row["part"]: row["s"] for row in rows}
+    beside = seconds["image scores"] + seconds["maps, masks, metrics"]
+    print_table(rows, ["part", "times", *whole])
+    rates_here = f"{flops / 1e12:.3f} TFLOP/s of products, {copies / 1e9:.1f} GB/s copied"
+    print(f"{options.obj}, {options.model}, {device}: {rates_here}; the epoch is {whole['s'] / whole['floor s']:.2f} floors")
+    share = beside / (beside + seconds["scoring"])
+    print(f"of the evaluation {share:.1%} is not scoring; peak memory {peak_memory():,.0f} MiB")
+    if device.type == "cuda":
+        print(f"GPU memory: {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB")
+    write_json(options.json or f"benchmarks/results/epoch-{options.obj}.json", rows)
+
+
+if __name__ == "__main__":
+    run_cli(main)

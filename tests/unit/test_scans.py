@@ -1,0 +1,165 @@
+"""What a scan's file says of a slice, and heat maps in the scan's own space, down to the voxel."""
+
+from __future__ import annotations
+
+import gzip
+
+import nibabel
+import numpy as np
+import pytest
+from nibabel import orientations
+from PIL import Image
+from pydicom import dcmread
+
+from dataset.images import ReadOptions, frames
+from engine.heat_volumes import DicomHeat, NiftiHeat
+from engine.report.predictions import Drawer
+from engine.scans import Entry, Slice, in_order, is_own_result, list_entries, slices_of
+from tests.helpers.scans import dicom_series
+
+SIDES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}
+# The corner of a slice's picture (row, column) that is dark everywhere else -> the side of the patient on each axis.
+TOP_LEFT = {"axial": "RA", "coronal": "RS", "sagittal": "AS"}
+
+
+def volume(path, axes="RAS", shape=(6, 8, 5), zooms=(2.0, 3.0, 4.0)):
+    """A volume whose header says how its axes lie, stored with other axes."""
+    affine = np.diag([*zooms, 1.0])
+    affine[:3, 3] = (-5, -7, -9)
+    image = nibabel.Nifti1Image(np.arange(np.prod(shape), dtype=np.int16).reshape(shape), affine)
+    turn = orientations.ornt_transform(orientations.io_orientation(affine), orientations.axcodes2ornt(tuple(axes)))
+    image = image.as_reoriented(turn)
+    image.set_qform(image.affine, 1)
+    image.to_filename(path)
+    return nibabel.load(path)
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "PIR", "SLA"])
+@pytest.mark.parametrize("plane", list(SIDES))
+def test_a_hot_corner_lies_where_the_patient_has_it(tmp_path, axes, plane):
+    source = volume(tmp_path / "v.nii.gz", axes)
+    inside = frames(tmp_path / "v.nii.gz", ReadOptions(None, plane))
+    heat = np.zeros((16, 16), np.float32)
+    heat[:1, :1] = 3.0  # top left
+    writer = NiftiHeat(tmp_path / "h.nii.gz", tmp_path / "v.nii.gz", plane, 4, (0.0, 4.0))
+    writer.add(inside[1].index, heat)
+    writer.close()
+    result = nibabel.load(tmp_path / "h.nii.gz")
+    assert result.shape == source.shape
+    np.testing.assert_allclose(result.affine, source.affine)
+    assert result.header.get_zooms() == source.header.get_zooms()
+    values = result.get_fdata()
+    place = np.unravel_index(values.argmax(), values.shape)
+    world = (result.affine @ [*place, 1])[:3]
+    low, high = (5, 7, 9), (2 * 5 - 5, 3 * 7 - 7, 4 * 4 - 9)
+    for axis, side in zip("RAS", range(3), strict=True):
+        if axis in TOP_LEFT[plane]:
+            assert world[side] == pytest.approx(high[side])
+        else:  # the axis that is cut: the second slice
+            assert world[side] == pytest.approx(-low[side] + (2, 3, 4)[side])
+    says = slices_of(inside)
+    assert {slice_.edges for slice_ in says} == {SIDES[plane]}
+    axis = ("sagittal", "coronal", "axial").index(plane)
+    steps = np.diff([slice_.position for slice_ in says])
+    np.testing.assert_allclose(steps, (2, 3, 4)[axis])
+    assert says[1].position == pytest.approx(world[axis])
+
+
+def test_slices_of_time_points_and_headers_without_orientation(tmp_path):
+    image = nibabel.Nifti1Image(np.zeros((4, 4, 3, 2), np.int16), np.eye(4))
+    image.set_sform(None, 0)
+    image.set_qform(None, 0)
+    image.to_filename(tmp_path / "v.nii")
+    inside = frames(tmp_path / "v.nii")
+    says = slices_of(inside)
+    assert len(says) == 6
+    assert {slice_.edges for slice_ in says} == {""}  # which side is which would be a guess
+    assert [slice_.position for slice_ in says[:3]] == [slice_.position for slice_ in says[3:]]
+    writer = NiftiHeat(tmp_path / "h.nii.gz", tmp_path / "v.nii", "axial", 4, (0.0, 4.0))
+    for frame in inside:
+        writer.add(frame.index, np.full((3, 3), frame.index / 2, np.float32))
+    writer.close()
+    values = nibabel.load(tmp_path / "h.nii.gz").get_fdata()
+    np.testing.assert_allclose(values[0, 0].T.ravel(), np.arange(6) / 2, atol=1e-3)
+
+
+def test_a_dropped_volume_leaves_nothing(tmp_path):
+    volume(tmp_path / "v.nii.gz")
+    NiftiHeat(tmp_path / "h.nii.gz", tmp_path / "v.nii.gz", "axial", 4, (0.0, 4.0)).close(keep=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["v.nii.gz"]
+
+
+def test_dicom_slices_follow_their_position_and_say_their_sides(tmp_path):
+    paths = dicom_series(tmp_path / "series", volume(tmp_path / "v.nii.gz"), shuffle=3)
+    entries = list_entries([tmp_path / "series"], ReadOptions(), hidden=False).entries
+    assert [entry.frame.path for entry in entries] == paths  # from foot to head, not by name
+    assert sorted(paths) != paths
+    assert [entry.slice.instance_number for entry in entries] == [1, 2, 3, 4, 5]
+    assert np.diff([entry.slice.position for entry in entries]).tolist() == [4.0] * 4
+    assert {(entry.slice.plane, entry.slice.edges, entry.slice.patient_id) for entry in entries} == {
+        ("axial", "RLAP", "P1")
+    }
+    assert {(entry.number, entry.count) for entry in entries} == {(i, 5) for i in range(1, 6)}
+
+
+def test_slices_of_several_directions_follow_their_number():
+    across, along = (0.0, 0.0, 1.0), (1.0, 0.0, 0.0)
+    slices = [Slice(instance_number=n, position=-n, normal=d) for n, d in ((3, across), (1, along), (2, across))]
+    assert in_order(slices) == [1, 2, 0]
+    assert in_order([Slice(), Slice(), Slice()]) == [0, 1, 2]
+
+
+def test_a_heat_series_has_new_uids_and_the_values(tmp_path):
+    paths = dicom_series(tmp_path / "series", volume(tmp_path / "v.nii.gz"))
+    heat = np.linspace(0, 4, 64, dtype=np.float32).reshape(8, 8)
+    for hidden in (False, True):
+        writer = DicomHeat(tmp_path / f"h{hidden}", 4, (1.0, 3.0), hidden)
+        for number, path in enumerate(paths, 1):
+            writer.add(frames(path)[0], number, heat)
+        results = [dcmread(path) for path in sorted((tmp_path / f"h{hidden}").iterdir())]
+        sources = [dcmread(path) for path in paths]
+        assert len({result.SOPInstanceUID for result in results} | {s.SOPInstanceUID for s in sources}) == 10
+        assert {result.SeriesInstanceUID for result in results}.isdisjoint({s.SeriesInstanceUID for s in sources})
+        assert {result.StudyInstanceUID == sources[0].StudyInstanceUID for result in results} == {not hidden}
+        assert ("Doe" in str(results[0])) != hidden
+        for result, source in zip(results, sources, strict=True):
+            assert result.ImagePositionPatient == source.ImagePositionPatient
+            assert "research use" in result.SeriesDescription
+            assert "Research use" in result.DerivationDescription
+            values = result.pixel_array * float(result.RescaleSlope) / 1000
+            assert values.shape == (source.Rows, source.Columns)
+            expected = Image.fromarray(heat).resize((source.Columns, source.Rows), Image.Resampling.BILINEAR)
+            np.testing.assert_allclose(values, np.asarray(expected), atol=1e-4)
+            assert (float(result.WindowCenter), float(result.WindowWidth)) == (2000.0, 2000.0)
+
+
+def test_names_that_every_file_system_takes(tmp_path):
+    class Options:
+        out = tmp_path
+
+    drawer = Drawer(Options, None)
+    names = []
+    for place in ("病" * 83 + ".png", "病" * 83 + ".png", "e" * 400 + "/a.png", "a/b.png", "a__b.png", "-x.png"):
+        (frame,) = frames_of(tmp_path, place)
+        names.append(drawer.name(Entry(frame, place, Slice(), place, place, 1, 1)))
+    assert len(set(names)) == len(names)
+    assert all(len(f".{name}_contours.json.4194304.tmp".encode()) <= 255 for name in names)
+    hidden = [drawer.name(Entry(frame, "a/b.png", Slice(), "", "", 1, 1, True)) for _ in range(3)]
+    assert len(set(hidden)) == 3
+
+
+def frames_of(folder, _place):
+    path = folder / "one.png"
+    Image.new("L", (4, 4)).save(path)
+    return frames(path)
+
+
+def test_pictures_of_prediction_are_recognised(tmp_path):
+    Image.new("L", (4, 4)).save(tmp_path / "mine_overlay.png")  # someone else's name
+    assert not is_own_result(tmp_path / "mine_overlay.png")
+    (tmp_path / "cut_heat.nii.gz").write_bytes(gzip.compress(b"x" * 900)[:-9])
+    assert not is_own_result(tmp_path / "cut_heat.nii.gz")
+    volume(tmp_path / "v.nii.gz")
+    NiftiHeat(tmp_path / "v_heat.nii.gz", tmp_path / "v.nii.gz", "axial", 4, (0.0, 4.0)).close()
+    assert is_own_result(tmp_path / "v_heat.nii.gz")
+    assert not is_own_result(tmp_path / "v.nii.gz")

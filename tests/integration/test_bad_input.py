@@ -15,40 +15,29 @@ import torch
 from PIL import Image
 
 from CLIP.clip import random_state
-from CLIP.model import ModelConfig
-from dataset import phantom
+from CLIP.config import ModelConfig
 from tests.helpers.commands import ROOT
+from tests.helpers.data import SMALL
 from utils import run_cli
 
-SMALL = ["--model_name", "ViT-tiny-14-56", "--pretrain", "random", "--img_size", 42, "--device", "cpu"]
 OWN_WEIGHTS = ["--pretrain", "openai", "--weights"]
 MICRO = ModelConfig("micro", 4, False, 8, 4, 8, 1, 1, 5, 16, 8, 1, 1, {})
 UNGOOD = "Brain_AD/valid/Ungood/img"
 FIRST = "valid_Ungood_00000.png"
 
 
-@pytest.fixture(scope="module")
-def data_path(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data")
-    phantom.write(path, ["Brain", "Chest"], valid=4, test=4, seed=0, size=64)
-    return path
-
-
-@pytest.fixture(scope="module")
-def trained(command, data_path, tmp_path_factory) -> Path:
-    """A checkpoint of a real run."""
-    path = tmp_path_factory.mktemp("ckpt")
-    flags = ["--obj", "Brain", "--data_path", data_path, "--save_path", path, "--shot", 2, "--epoch", 1]
-    assert command("train.py", *SMALL, *flags).returncode == 0
-    return path / "Brain.pth"
+@pytest.fixture(scope="session")
+def checkpoint(trained) -> Path:
+    """The checkpoint of a real run."""
+    return trained.ckpt / "Brain.pth"
 
 
 @pytest.fixture
-def folder(data_path, trained, tmp_path) -> Path:
+def folder(phantoms, checkpoint, tmp_path) -> Path:
     """A copy of the data under data/ and of the checkpoint, to be spoiled."""
-    shutil.copytree(data_path, tmp_path / "data")
+    shutil.copytree(phantoms / "Brain_AD", tmp_path / "data" / "Brain_AD")
     (tmp_path / "ckpt").mkdir()
-    shutil.copy(trained, tmp_path / "ckpt" / "Brain.pth")
+    shutil.copy(checkpoint, tmp_path / "ckpt" / "Brain.pth")
     return tmp_path
 
 
@@ -122,9 +111,9 @@ def test_without_warm_imports(folder):
         ),
     ],
 )
-def test_flags_of_training(command, folder, trained, arguments, words):
+def test_flags_of_training(command, folder, checkpoint, arguments, words):
     refused(command("train.py", *flags(folder), *arguments), *words)
-    assert (folder / "ckpt" / "Brain.pth").read_bytes() == trained.read_bytes()
+    assert (folder / "ckpt" / "Brain.pth").read_bytes() == checkpoint.read_bytes()
 
 
 def test_a_bad_flag_is_one_line(command):
@@ -235,11 +224,11 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("what", SPOILED)
-def test_data(command, folder, trained, what):
+def test_data(command, folder, checkpoint, what):
     spoil, words = SPOILED[what]
     spoil(folder / "data")
     refused(command("train.py", *flags(folder)), *words)
-    assert (folder / "ckpt" / "Brain.pth").read_bytes() == trained.read_bytes()
+    assert (folder / "ckpt" / "Brain.pth").read_bytes() == checkpoint.read_bytes()
 
 
 class Payload:
@@ -274,10 +263,10 @@ def test_weights(command, folder):
     assert sorted(folder.rglob("*")) == before
 
 
-def test_checkpoints(command, folder, trained):
+def test_checkpoints(command, folder, checkpoint):
     """What is no checkpoint, damaged, of another model, with NaN or wanting to run code."""
     path, arguments = folder / "ckpt" / "Brain.pth", flags(folder, "test.py")
-    good = torch.load(trained, weights_only=True)
+    good = torch.load(checkpoint, weights_only=True)
 
     def check(change: dict, *words: str) -> None:
         torch.save({**good, **change}, path)
@@ -301,13 +290,13 @@ def test_checkpoints(command, folder, trained):
     refused(command("engine.checkpoint", "show", path), "Brain.pth", "could run code")
     refused(command("engine.checkpoint", "export", path, folder / "out.pth"), "Brain.pth", "could run code")
     assert not (folder / "ran").exists()
-    path.write_bytes(trained.read_bytes()[:-1000])
+    path.write_bytes(checkpoint.read_bytes()[:-1000])
     refused(command("test.py", *arguments), "Brain.pth", "damaged")
     path.unlink()
     refused(command("test.py", *arguments), "Brain.pth", "not found")
     refused(command("test.py", *arguments, "--ckpt", "README.md"), "README.md", "not a checkpoint")
     refused(command("test.py", *arguments, "--ckpt", folder), str(folder), "not a checkpoint")
-    refused(command("test.py", *arguments, "--ckpt", trained, "--model_name", "ViT-L-14-336"), "--model_name")
+    refused(command("test.py", *arguments, "--ckpt", checkpoint, "--model_name", "ViT-L-14-336"), "--model_name")
 
 
 def test_warnings_of_the_data(command, folder):
@@ -338,7 +327,7 @@ def test_a_loss_that_becomes_nan(command, folder):
     assert path.read_bytes() == before
 
 
-def test_a_full_disk(command, folder, trained):
+def test_a_full_disk(command, folder, checkpoint):
     """The largest file is limited, which fails in the same calls: checkpoint, feature store."""
     arguments = [*flags(folder), "--cache_dir", folder / "cache"]
     refused(
@@ -347,7 +336,7 @@ def test_a_full_disk(command, folder, trained):
         "cannot be written",
         "intact",
     )
-    assert (folder / "ckpt" / "Brain.pth").read_bytes() == trained.read_bytes()
+    assert (folder / "ckpt" / "Brain.pth").read_bytes() == checkpoint.read_bytes()
     assert [path.name for path in (folder / "ckpt").iterdir()] == ["Brain.pth"]
 
     refused(command("train.py", *arguments, "--cache", "disk", file_bytes=300_000), "--cache_dir", "stays usable")
@@ -434,9 +423,9 @@ def test_other_weights_only_where_they_are_allowed(command, folder):
     assert loaded in warning
 
 
-def test_a_reader_that_leaves(trained):
+def test_a_reader_that_leaves(checkpoint):
     """`... | head -1` ends without a traceback."""
-    shown = f"{sys.executable} -m engine.checkpoint show {trained}"
+    shown = f"{sys.executable} -m engine.checkpoint show {checkpoint}"
     result = subprocess.run(f"{shown} | head -c 1", shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
     assert "{" in subprocess.run(shown.split(), cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert (result.stdout, result.stderr) == ("s", "")

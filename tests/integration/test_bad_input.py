@@ -280,10 +280,10 @@ def test_checkpoints(command, folder, checkpoint):
     check(settings(model_config={"name": "x"}), "Brain.pth")
     check(settings(model_config="ViT-tiny-14-56"), "Brain.pth", "model_config is 'ViT-tiny-14-56'")
     check(settings(weights_sha256="f" * 64), "Brain.pth", "f" * 64, "--weights")
-    check(settings(img_size=10**6), "Brain.pth", "img_size is 1000000")
+    check(settings(img_size=10**6), "Brain.pth", "img_size", "out of range")
     check(settings(states={"normal": ["{}"]}), "Brain.pth", "states: expected")
     check(settings(states={"normal": ["{}"], "abnormal": ["{:>99999999}"]}), "Brain.pth", "needs {} once")
-    check({"about": "text"}, "Brain.pth", "no settings")
+    check({"about": "text"}, "Brain.pth", "not an object but str")
     check({"about": {**good["about"], "threshold": {"value": "high"}}}, "Brain.pth", "threshold")
     adapters = {name: tensor * float("nan") for name, tensor in good["normal_det_adapters"].items()}
     check({"normal_det_adapters": adapters}, "Brain.pth", "NaN")

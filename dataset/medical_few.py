@@ -185,7 +185,9 @@ class MedicalDataset:
     def reading(self) -> dict[str, Any]:
         """How pictures beyond 8 bits are read, in plain values: what a checkpoint keeps."""
         window, plane = self.layout.window, self.layout.plane
-        return {"window": list(window) if isinstance(window, tuple) else window, "plane": plane}
+        kinds = {file_kind(file.path) for file in self.find("valid", "normal", required=False)}
+        formats = sorted(kind for kind in kinds if kind)
+        return {"window": list(window) if isinstance(window, tuple) else window, "plane": plane, "formats": formats}
 
     @property
     def prompt_name(self) -> str:

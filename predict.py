@@ -156,6 +156,10 @@ def check(options: argparse.Namespace) -> argparse.Namespace:
         raise InputError("--save_ckpt: nothing new to keep without --calibrate FOLDER")
     if options.save_ckpt and os.path.realpath(options.save_ckpt) == os.path.realpath(options.ckpt):
         raise InputError(f"--save_ckpt {options.save_ckpt}: is the checkpoint itself; give another name")
+    if options.save_ckpt:
+        from engine.checkpoint import read as read_ckpt  # noqa: PLC0415 - imports torch
+
+        probe_writable(options.save_ckpt, "--save_ckpt", "checkpoint", read_ckpt)
     if not options.images and not options.calibrate:
         raise InputError("name images or folders of images")
     if options.images and not options.out:

@@ -22,7 +22,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, make_dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,18 @@ from engine.config import (
 )
 from engine.jobs import EXECUTORS, one_line, run_jobs
 from engine.report.tables import METRICS, Figure, Published, Table, read_published
-from utils import VIEWS, InputError, Parser, locked, probe_writable, run_script, tune_allocator, write_json
+from utils import (
+    VIEWS,
+    InputError,
+    Parser,
+    checked,
+    locked,
+    probe_writable,
+    read_text,
+    run_script,
+    tune_allocator,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from dataset import MedicalDataset, Sample
@@ -214,13 +225,28 @@ class Grid:
         return read_figures(path).get(key, {}) if path.is_file() else None
 
 
+# A metric, its interval, and both without the shots' patients, by their keys in a result.
+FIGURES = make_dataclass("Figures", [
+    (name, kind, field(default=None))
+    for metric in METRICS for suffix in ("", CLEAN)
+    for name, kind in ((f"{metric}{suffix}", float | None), (f"{metric}{suffix}_ci95", tuple[float, float] | None))
+])  # fmt: skip
+
+
 @cache
 def read_figures(path: Path) -> dict[str, dict[str, Any]]:
-    """The figures of a result file, which is not read twice: of the result, of its last epoch, of its baselines."""
-    result = json.loads(path.read_text(encoding="utf-8"))
-    names = [f"{metric}{suffix}" for metric in METRICS for suffix in ("", "_ci95", CLEAN, f"{CLEAN}_ci95")]
-    parts = {"selected": result, "last": result.get("last", {}), **result.get("baselines", {})}
-    return {kind: {name: part[name] for name in names if name in part} for kind, part in parts.items()}
+    """The figures of a result file, which is not read twice: of the result, of its last epoch, of its baselines.
+
+    `InputError` where they are not what a run writes.
+    """
+    where = f"{path}: damaged; delete it, and the same command makes it again"
+    try:
+        result = json.loads(read_text(path))
+        parts = {"selected": result, "last": result.get("last", {}), **result.get("baselines", {})}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{where} ({one_line(error)})") from error
+    return {kind: {k: v for k, v in vars(checked(FIGURES, part, where)).items() if k in part}
+            for kind, part in parts.items()}  # fmt: skip
 
 
 class Log(io.TextIOBase):

@@ -27,7 +27,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar, Union, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,32 +51,53 @@ class InputError(Exception):
     """Something the user can put right: one line that names the file or flag and says what to do."""
 
 
+def _is_command() -> bool:
+    """Whether Python runs a command of this project, and not a program that imports this module."""
+    path, root = getattr(sys.modules.get("__main__"), "__file__", None), Path(__file__).resolve().parent
+    if path is None:
+        return sys.argv[:1] == ["-m"]  # while Python looks for the module
+    path = Path(path).resolve()
+    if path.parent == root:
+        return path.stem in ("train", "test", "predict", "reproduce")
+    return path.parent.parent == root and path.parent.name in ("CLIP", "Prompt", "dataset", "engine", "benchmarks")
+
+
+if _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while Python imports: the end, without a traceback
+
+
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and leave with its exit code.
 
     An `InputError` becomes one line on stderr and code 2, and so does a file that the system refuses (permissions, a
-    name that is too long). A reader of stdout that leaves, such as `head`, ends it quietly. Ctrl-C is code 130, also
-    while Python still imports: `main` is where the scripts import what takes long.
+    name that is too long). A reader of stdout that leaves, such as `head`, ends it quietly; a stdout or stderr that
+    is closed, or on a full disk, does not end it (see `Stream`). Ctrl-C is code 130.
     """
     tune_allocator()
-    with contextlib.suppress(AttributeError):
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # file names may hold what the terminal's encoding lacks
+    _take_ctrl_c()
+    _open_standard_files()
+    before, code = (sys.stdout, sys.stderr), 1
+    sys.stdout, sys.stderr = Stream(sys.stdout, safe=True), Stream(sys.stderr)  # type: ignore[assignment]
     try:
         code = main() or 0
         sys.stdout.flush()
     except InputError as error:
         code = _refuse(error)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+        _to_nowhere(before[0])  # else Python complains when it ends
         code = 128 + signal.SIGPIPE
     except OSError as error:
         if error.filename is None:
             raise
         code = _refuse(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
-        with contextlib.suppress(OSError):
-            print("interrupted", file=sys.stderr)
+        _say_first("interrupted")
         code = 130
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(BrokenPipeError):
+                stream.flush()
+        sys.stdout, sys.stderr = before
     sys.exit(code)
 
 
@@ -85,15 +106,96 @@ def run_script(module: str, parse: Callable[[], argparse.Namespace]) -> NoReturn
 
     def main() -> None:
         options = parse()
-        importlib.import_module(module).main(options)
+        if ctrl_c := signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # libraries may turn the exception into another
+        script = importlib.import_module(module)
+        if ctrl_c:
+            _take_ctrl_c()
+        script.main(options)
 
     run_cli(main)
 
 
+def _take_ctrl_c() -> None:
+    """From here on Ctrl-C is an exception, unless it is ignored, as under nohup."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Stream:
+    """stdout or stderr of a command: where it cannot be written, on a full disk or closed, the command goes on.
+
+    A reader of stdout that leaves is a `BrokenPipeError` all the same. With `safe`, what names of files and contents
+    of checkpoints may hold for a terminal to obey is written as escapes.
+    """
+
+    def __init__(self, stream: TextIO, safe: bool = False) -> None:
+        self._stream, self._safe = stream, safe
+        with contextlib.suppress(AttributeError):  # names of files may hold what the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever a text file has
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or lose, the text."""
+        shown = "".join(letter if letter in "\n\t" else printable(letter) for letter in text) if self._safe else text
+        self._try(lambda: self._stream.write(shown))
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is buffered, or lose it."""
+        self._try(self._stream.flush)
+
+    def _try(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except BrokenPipeError:
+            if self._safe:
+                raise
+            _to_nowhere(self._stream)
+        except (OSError, ValueError) as error:  # ValueError: closed
+            _to_nowhere(self._stream)
+            if self._safe:
+                warn(f"stdout cannot be written ({getattr(error, 'strerror', error)}): the rest of it is lost")
+
+
+def _to_nowhere(stream: TextIO) -> None:
+    """Let all that is still to be written to a stream, its buffer first, vanish."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        stream.flush()
+
+
+def _open_standard_files() -> None:
+    """Open what is closed of stdin, stdout and stderr, or the next file that is opened takes the number and the text."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest number, which is this one
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - for the whole process
+
+
 def _refuse(message: object) -> int:
-    with contextlib.suppress(OSError, ValueError):  # stderr may be closed, or on a full disk
-        print(f"error: {printable(' '.join(str(message).split()))}", file=sys.stderr)
+    _say_first(f"error: {printable(' '.join(str(message).split()))}")
     return 2
+
+
+def _say_first(line: str) -> None:
+    """Print why this process ends on stderr; of those that torchrun started on a machine only the first to end does."""
+    with contextlib.suppress(OSError, ValueError, IndexError):  # stderr may be closed, or on a full disk
+        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            mark = Path(report).parents[1] / "madclip-has-said-why"
+            try:
+                mark.touch(exist_ok=False)
+            except FileExistsError:
+                return
+        print(line, file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
@@ -115,9 +217,11 @@ def preview(names: Sequence[str], most: int = 3) -> str:
 class Parser(argparse.ArgumentParser):
     """A command line whose errors are one line, without the usage: `--help` shows that."""
 
+    where = ""  # what an error's line begins with
+
     def error(self, message: str) -> NoReturn:
         """Leave with code 2."""
-        self.exit(_refuse(message))
+        self.exit(_refuse(f"{self.where}{message}"))
 
 
 def integer(lowest: int, highest: int | None = None) -> Callable[[str], int]:
@@ -268,7 +372,8 @@ def _typed(value: Any, kind: Any, where: str) -> Any:  # noqa: ANN401, PLR0911 -
     elif kind is Any:
         return value
     elif origin in (list, tuple) and isinstance(value, list | tuple):
-        return origin(_typed(item, arguments[0], where) for item in value)
+        if origin is list or arguments[-1] is ... or len(arguments) == len(value):  # else a tuple of another length
+            return origin(_typed(item, arguments[0], where) for item in value)
     elif origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {key: _typed(item, arguments[1], where) for key, item in value.items()}
     elif kind is float and type(value) in (int, float) and abs(value) < 1e300:  # neither NaN nor infinite
@@ -286,21 +391,23 @@ def remove_stale(paths: Iterable[Path], seconds: float = STALE_SECONDS) -> None:
                 path.unlink()
 
 
-def probe_writable(path: str | Path | None, flag: str, is_json: bool = False) -> None:
+def probe_writable(
+    path: str | Path | None, flag: str, kind: str = "", read: Callable[[Path], object] | None = None
+) -> None:
     """Make sure that `atomic_path` can write a file there before hours are spent on what it will hold; None is fine.
 
     Raises:
-        InputError: it cannot; or, with `is_json`, a file that is no JSON stands there and would be lost.
+        InputError: it cannot; or a file stands there that `read` refuses, so that it is no `kind` and would be lost.
     """
     if path is None:
         return
     with temporary_path(path, flag) as probe:
         probe.touch()
-    if is_json and Path(path).is_file() and Path(path).stat().st_size:
+    if read is not None and Path(path).is_file() and Path(path).stat().st_size:
         try:
-            json.loads(read_text(path))
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{flag} {path}: a file that is no JSON is there; give another name") from error
+            read(Path(path))
+        except (InputError, OSError, ValueError, LookupError, RecursionError) as error:
+            raise InputError(f"{flag} {path}: a file that is no {kind} is there; give another name") from error
 
 
 def write_json(path: str | Path, value: Any, flag: str = "") -> None:  # noqa: ANN401 - whatever JSON takes

@@ -20,7 +20,7 @@ WEIGHT_FILES = (
     "model.safetensors",
     "pytorch_model.bin",
 )
-CREDENTIALS = re.compile(r"(?<=://)[^/\s@]*@")
+CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@")
 
 
 def redact(text: str) -> str:

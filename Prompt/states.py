@@ -29,6 +29,7 @@ ABNORMAL_STATES = (
     " disease {}",
     "abnormal {}",
 )
+MAX_PHRASES = 100  # of a kind: in 35 templates each they pass the text tower, and learnable ones in every step
 MAX_CHARACTERS = 500  # characters of a phrase: far more than fit into 77 tokens, and soon read
 STATES = {"normal": NORMAL_STATES, "abnormal": ABNORMAL_STATES}
 TEMPLATES = tuple((Path(__file__).parent / "templates.txt").read_text().splitlines())
@@ -56,6 +57,8 @@ def states_fault(states: object) -> str | None:
     for kind, phrases in states.items():
         if not isinstance(phrases, list) or not phrases:
             return f"{kind} must be a list of at least one phrase"
+        if len(phrases) > MAX_PHRASES:
+            return f"{kind} has {len(phrases)} phrases, more than {MAX_PHRASES}"
         for phrase in phrases:
             if not isinstance(phrase, str) or phrase.count("{}") != 1 or set("{}") & set(phrase.replace("{}", "")):
                 return f"{kind} phrase {phrase!r:.80} needs {{}} once, for the object's name"

@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import utils  # noqa: F401 - before what takes long, so that Ctrl-C meanwhile gives no traceback
+
 _HOMES = {
     "images": (
         "Frame NoImageError Picture ReadOptions check_mask frames list_files load_grey_mask load_image "

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+from tqdm import tqdm
 
 from utils import InputError, Parser, run_cli
 
@@ -31,6 +32,7 @@ SPLITS = ("valid", "test")
 LABELS = ("good", "Ungood")
 SEGMENTED = ("Brain", "Liver", "Retina_RESC")  # the sets that have masks
 SHOTS = (1, 2, 4, 8, 16)
+MAX_IMAGES = 100_000  # of a class: the names have five digits
 MARKER = "PHANTOM.txt"
 NOTICE = "synthetic: drawn by dataset/phantom.py, it says nothing about medicine"
 
@@ -384,6 +386,9 @@ def check(out: Path, objs: Sequence[str], valid: int, test: int, seed: int, size
         raise InputError(f"--obj {unknown[0]}: unknown, choose from {', '.join(PAINTERS)}")
     if size > 4096:
         raise InputError(f"--size {size}: must be at most 4096")
+    for flag, value in (("--valid", valid), ("--test", test)):
+        if value > MAX_IMAGES:
+            raise InputError(f"{flag} {value}: must be at most {MAX_IMAGES}")
     for flag, value, least in (("--valid", valid, 0), ("--test", test, 0), ("--seed", seed, 0), ("--size", size, 32)):
         if value < least:
             raise InputError(f"{flag} {value}: must be at least {least}")
@@ -419,7 +424,10 @@ def write_object(folder: Path, obj: str, counts: dict[str, int], seed: int, size
             with_masks = obj in SEGMENTED and label == "Ungood"
             if with_masks:
                 masks.mkdir(exist_ok=True)
-            for index, name in enumerate(names[split, label]):
+            bar = tqdm(
+                names[split, label], f"{obj} {split} {label}", unit="image", mininterval=1, delay=3, disable=None
+            )
+            for index, name in enumerate(bar):
                 image, mask = draw(obj, split, label, index, seed, size)
                 Image.fromarray(image).save(images / name)
                 if with_masks:

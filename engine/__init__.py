@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import utils  # noqa: F401 - before what takes long, so that Ctrl-C meanwhile gives no traceback
+
 if TYPE_CHECKING:
     from .predictor import Prediction, Predictor, load
 

@@ -25,7 +25,7 @@ from CLIP.hub import one_line
 from CLIP.openai import check_archive, is_plain, refused_global
 from CLIP.weights import find_weights
 from Prompt.states import states_fault
-from utils import InputError, Parser, atomic_path, checked, printable, run_cli, warn
+from utils import InputError, Parser, atomic_path, checked, printable, probe_writable, run_cli, warn
 
 from .config import VERSION, Settings
 
@@ -270,6 +270,7 @@ def export_file(path: str, out: str, weights_file: str | None) -> None:
 
     if Path(out).exists() and Path(out).samefile(path):
         raise InputError(f"{out}: is the checkpoint itself, whose settings the published format cannot hold")
+    probe_writable(out, "OUT", "checkpoint", read)
     checkpoint = Checkpoint.load(path)
     settings = checkpoint.settings
     clip = create_model(

@@ -34,7 +34,7 @@ from CLIP.model import CLIP
 from CLIP.weights import Weights
 from dataset.images import load_image_with_hash
 from dataset.medical_few import Sample
-from utils import JITTER_VIEW, InputError, Parser, augment_view, prefetch, run_cli, write_json
+from utils import JITTER_VIEW, InputError, Parser, augment_view, prefetch, remove_stale, run_cli, write_json
 
 from . import distributed
 from .config import Settings, nonempty_path
@@ -234,6 +234,8 @@ class TokenStore:
         self._clip = clip
         if self.cache == "off":
             return
+        if self.writes_files and distributed.is_main():
+            remove_stale(self.folder.glob("layer*/*/.*.tmp"))
         missing = set(self.missing)
         common, own = ([rows for rows in batches if missing & set(rows)] for batches in (self._common, self._own))
         total = len(missing)
@@ -263,8 +265,7 @@ class TokenStore:
         device = self.tower.device
         if self.cache == "off":
             assert self._clip is not None
-            images = [self.items[row].load(self.tower.img_size)[1] for row in rows.tolist()]
-            tokens = self._tokens(torch.stack(images))
+            tokens = self._tokens(self._images(rows.tolist()))
         elif self._resident is not None:
             tokens = self._resident[rows].to(device, non_blocking=True)
         else:
@@ -314,12 +315,12 @@ class TokenStore:
                 )
             yield rows, tokens if self.cache == "gpu" else tokens.cpu()
 
-    def _images(self, rows: list[int]) -> Tensor:
-        """The images of a batch (B, 3, S, S), decoded from the very bytes whose hash names the files."""
+    def _images(self, rows: Sequence[int]) -> Tensor:
+        """The images of a batch (B, 3, S, S), decoded from the very bytes whose hash names them everywhere."""
         images = []
         for row in rows:
             content, image = self.items[row].load(self.tower.img_size)
-            if self.writes_files and self.items[row].key(content) != self.keys[row]:
+            if self.items[row].key(content) != self.keys[row]:
                 raise InputError(f"{self.items[row].sample.path}: changed while it was read; start again")
             images.append(image)
         return torch.stack(images)

@@ -366,7 +366,7 @@ def count_pixels(
         ordered = _sorted(values.flatten())
         total += _ranks(ordered, grid)
         pixels, highest = pixels + len(ordered), torch.maximum(highest, ordered[-1])
-        if regions and _any(mask := masks(part)):
+        if regions and _count(mask := masks(part)):
             cells, count = _region_overlap(values, mask, grid)
             overlap, n_regions = overlap + cells, n_regions + count
     abnormal = _cells(ranks, len(scores))
@@ -375,9 +375,19 @@ def count_pixels(
 
 
 def _abnormal_scores(maps: Source, masks: Source, images: int, batch: int) -> Tensor:
-    """The first pass: (A,) float32, unsorted. Maps of batches without an abnormal pixel are not asked for."""
-    scores = [_selected(maps(part), mask) for part in _parts(images, batch) if _any(mask := masks(part))]
-    return torch.cat(scores) if scores else maps(slice(0, 1)).flatten()[:0]  # empty, on their device
+    """The first pass: (A,) float32, unsorted. Maps of batches without an abnormal pixel are not asked for.
+
+    The room for all is taken at once: pieces between the maps' would keep a heap from using freed room again.
+    """
+    sizes = [_count(masks(part)) for part in _parts(images, batch)]
+    scores, filled = torch.empty(0), 0
+    for part, size in zip(_parts(images, batch), sizes, strict=True):
+        if size:
+            members = _selected(maps(part), masks(part))
+            scores = scores if filled else members.new_empty(sum(sizes))
+            scores[filled : filled + size] = members
+            filled += size
+    return scores if filled else maps(slice(0, 1)).flatten()[:0]  # empty, on their device
 
 
 def _region_overlap(scores: Tensor, mask: Tensor, grid: Tensor) -> tuple[np.ndarray, int]:
@@ -477,9 +487,9 @@ def _use_numpy(values: Tensor) -> bool:
     return values.device.type == "cpu"
 
 
-def _any(mask: Tensor) -> bool:
-    """Whether the mask holds something; numpy stops at the first."""
-    return bool((mask.numpy() if _use_numpy(mask) else mask).any())
+def _count(mask: Tensor) -> int:
+    """How many are True."""
+    return int(np.count_nonzero(mask.numpy()) if _use_numpy(mask) else mask.sum())
 
 
 def _sorted(scores: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ from utils import InputError, atomic_path, preview, printable, probe_writable, r
 
 from . import checkpoint, distributed
 from .config import Settings, shareable, shots_label
+from .evaluation import load_evaluation
 
 if TYPE_CHECKING:
     from dataset.medical_few import MedicalDataset
@@ -210,6 +211,7 @@ class RunFolder:
                     f"--resume {self.path}: last.pth is missing, though metrics.jsonl has epochs: put it back, or "
                     f"start a new run"
                 )
+            self.metrics.unlink(missing_ok=True)  # empty, or a link to elsewhere, which `save` would write through
             return None
         payload = checkpoint.read(self.last, "--resume")
         state = payload.get("state")
@@ -316,14 +318,17 @@ def describe_test(
         f"{Path(options.ckpt).name}: trained on {settings.obj}, tested on {options.obj}, epoch {epoch}, --select "
         f"{metadata['select']}; the prompts say {settings.prompt_name!r}"
     )
-    lines = (f"{options.obj}: {images} test images", dataset.split_note(), masks_note, printable(what))
+    reading_note = None
+    if settings.reading and settings.reading != dataset.reading:
+        reading_note = f"warning: training read pictures with {settings.reading}, this test with {dataset.reading}"
+    lines = (f"{options.obj}: {images} test images", dataset.split_note(), masks_note, reading_note, printable(what))
     return "\n".join(filter(None, lines))
 
 
 def check_outputs(options: argparse.Namespace) -> None:
     """Make sure that the results of train.py or test.py can be written, before hours are spent on them."""
-    probe_writable(options.out_json, "--out_json", is_json=True)
-    probe_writable(getattr(options, "save_scores", None), "--save_scores")
+    probe_writable(options.out_json, "--out_json", "JSON", lambda path: json.loads(read_text(path)))
+    probe_writable(getattr(options, "save_scores", None), "--save_scores", "kept evaluation", load_evaluation)
     files = {"save_model": ("save_path", f"{options.obj}.pth"), "figures": ("figures", f"{options.obj}.png"),
              "report": ("report", "index.html")}  # fmt: skip
     for wanted, (flag, name) in files.items():

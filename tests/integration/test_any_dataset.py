@@ -318,6 +318,6 @@ def test_a_shot_in_the_test_set_is_said(brain, call, tmp_path):
     root = shutil.copytree(brain, tmp_path / "leaky")
     shutil.copy(root / "valid/good/img/valid_good_00001.png", root / "test/good/img/test_good_00000.png")
     output = call("train.py", *SMALL, "--obj", "Brain", "--data_root", root, "--save_path", tmp_path, "--shot", 2)
-    (line,) = [line for line in output.splitlines() if line.startswith("warning:")]
+    (line,) = [line for line in output.splitlines() if line.startswith("warning:") and "equal a shot" in line]
     assert "1 test images equal a shot" in line
     assert "test/good/img/test_good_00000.png is valid/good/img/valid_good_00001.png" in line

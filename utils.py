@@ -170,7 +170,7 @@ def _to_nowhere(stream: TextIO) -> None:
 
 
 def _open_standard_files() -> None:
-    """Open what is closed of stdin, stdout and stderr: else the next file to be opened takes its number, and the text."""
+    """Open what is closed of stdin, stdout and stderr: else the next file that is opened takes number and text."""
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # the lowest that is free
         os.set_inheritable(number, True)
     os.close(number)

@@ -399,12 +399,13 @@ class Splits:
         if masks is not None:  # view by view, so the plain view of the abnormal shots comes first
             pairs_of = zip(self.shots.abnormal, masks, strict=False)
             shares = {sample.name: float(mask.float().mean()) for sample, mask in pairs_of}
-            for names, what in (
-                ([n for n, share in shares.items() if not share], "an empty mask at this size: all its pixels are normal"),
-                ([n for n, share in shares.items() if share > FULL_MASK], f"a mask of over {FULL_MASK:.0%} of the image"),
-            ):
-                if names:
-                    warn(f"{len(names)} abnormal shots have {what}: {preview(names)}")
+            if empty := [name for name, share in shares.items() if not share]:
+                warn(
+                    f"{len(empty)} abnormal shots have an empty mask at this size, so all their pixels count as "
+                    f"normal: {preview(empty)}"
+                )
+            if full := [name for name, share in shares.items() if share > FULL_MASK]:
+                warn(f"{len(full)} abnormal shots have a mask of over {FULL_MASK:.0%} of the image: {preview(full)}")
 
 
 def losses_note(shots: Shots) -> str | None:

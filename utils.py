@@ -131,7 +131,9 @@ class Stream:
 
     def __init__(self, stream: TextIO, safe: bool = False) -> None:
         self._stream, self._safe = stream, safe
-        with contextlib.suppress(AttributeError):  # names of files may hold what the terminal's encoding lacks
+        with contextlib.suppress(
+            AttributeError, OSError, ValueError
+        ):  # names of files may hold what the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever a text file has

@@ -86,9 +86,7 @@ Scores = tuple[Evaluation, Masks | None, Settings, dict[str, Any], str]
 
 def compute_scores(options: argparse.Namespace) -> Scores:
     """Data, checkpoint, towers, tokens, patch scores; and in words what was tested."""
-    dataset = MedicalDataset.open(
-        options.obj, options.data_path, options.data_root, options.patient, options.mask_above
-    )
+    dataset = MedicalDataset.from_options(options)
     options.ckpt = options.ckpt or str(default_checkpoint(options.save_path, options.obj))
     checkpoint = Checkpoint.load(options.ckpt, options, dataset)
     check_against(checkpoint.settings, checkpoint.metadata.get("shots"), options)
@@ -113,7 +111,7 @@ def kept_scores(options: argparse.Namespace) -> Scores:
     evaluation, masks, metadata = load_evaluation(options.scores)
     settings = Settings.from_dict(metadata.get("settings", {}), f"--scores {options.scores}")
     try:
-        evaluation = evaluation.with_pictures(MedicalDataset.open(options.obj, options.data_path, options.data_root))
+        evaluation = evaluation.with_pictures(MedicalDataset.from_options(options))
     except InputError as error:
         print(f"no pictures: {error}")
     return evaluation, masks, settings, metadata["metadata"], f"{metadata['source']}\nscores kept in {options.scores}"

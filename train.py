@@ -6,8 +6,7 @@
     python train.py --resume runs/NAME                    go on with a run that was stopped or killed
     torchrun --nproc_per_node=4 train.py --obj Brain      four processes, a GPU each; the same numbers
 
-Flags -> data -> towers -> tokens -> detector -> epochs -> result. The frozen tower runs once for each image; what is
-trained in every epoch are the adapters and the prompts' contexts.
+Flags -> data -> towers -> tokens -> detector -> epochs -> result. The frozen tower runs once for each image.
 """
 
 from __future__ import annotations
@@ -150,7 +149,8 @@ def train_epochs(setup: Setup, tracker: Tracker, signals: StopSignals) -> None:
                 save_best(setup)
             if test and tracker.pictures_due(epoch - 1, options.log_images_every, last):
                 log_pictures(tracker, epoch - 1, evaluation, setup.masks["test"], test)
-            log_epoch(tracker, record, test, valid, seconds, images=len(order) + len(splits.test), last=last)
+            images = len(order) + len(splits.test) * bool(test) + len(splits.valid) * bool(valid)
+            log_epoch(tracker, record, test, valid, seconds, images, last)
             print(epoch_line(record, options.epoch, seconds), flush=True)
         state.warn_if_stuck(options.epoch)
 

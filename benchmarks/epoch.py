@@ -4,16 +4,17 @@
     python -m benchmarks.epoch --obj Chest --shot 16     17,194 test images, no masks
 
 Tokens are random, so that no tower pass is needed; parts repeat until --seconds are spent and are scaled to the epoch.
-The floor of a part is its multiply-adds over the matrix-product rate, and its bytes over the copy rate, both measured in
-the same run; the parts of the evaluation beside scoring have the floor of one pass over their memory. Without a GPU the
-same counts give PREDICTIONS for an RTX 4090 and an H100 from their data sheets' rates.
+The floor of a part is its operations over the matrix-product rate or its bytes over the copy rate, the larger of the
+two, both rates measured in the same run. Without a GPU the same counts give PREDICTIONS for an RTX 4090 and an H100
+from their data sheets' rates.
 """
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ TEST = {"Brain": (640, 3075), "Liver": (833, 660), "Retina_RESC": (1041, 764), "
 WITH_MASKS = ("Brain", "Liver", "Retina_RESC")
 LESION = 0.02  # of an abnormal image's pixels, as in Brain
 # Dense products (TFLOP/s: bfloat16 with float32 sums) and memory (TB/s) of the data sheets.
-DATA_SHEETS = {"RTX 4090": (165e12, 1.01e12), "H100 SXM": (989e12, 3.35e12)}
+DATA_SHEETS = {"RTX 4090 s, PREDICTED": (165e12, 1.01e12), "H100 s, PREDICTED": (989e12, 3.35e12)}
 
 
 @dataclass
@@ -87,70 +88,101 @@ def make_masks(images: int, abnormal: int, size: int, device: torch.device) -> M
     return Masks(rows, packed.bits.to(device), size)
 
 
-def build_parts(options: object, device: torch.device) -> tuple[list[Part], Settings]:
-    """The parts of an epoch on random tokens."""
-    obj, shot = options.obj, options.shot  # type: ignore[attr-defined]
-    normal, abnormal = TEST[obj]
-    clip = create_model(options.model, "random", options.img_size, fidelity=options.fidelity, device=device, vision=False)  # type: ignore[attr-defined]
-    config = clip.config
-    settings = Settings(
-        obj, config.name, "random", options.fidelity, options.img_size, tuple(config.default_features()), "MFCFC",  # type: ignore[attr-defined]
-        "learnable_all", "yes", "mean", "sigmoid", obj, obj in WITH_MASKS, "", 32,
-    )  # fmt: skip
-    autocast = pick_autocast("auto", device)
-    detector = Detector(clip, settings).to(device)
-    state = TrainingState.start(detector, autocast, 0.001, 0)
-    layers, patches, width, embed = 4, config.grid(settings.img_size) ** 2, config.width, config.embed_dim
-    dtype = autocast or torch.float32
-    views, batch, scored = VIEWS * shot * 2, 16, settings.eval_batch
-    tokens = torch.randn(64, layers, patches, width, device=device).to(dtype)
-    rows = torch.randint(0, 64, (batch,), device=device)
-    labels = (torch.rand(batch, device=device) > 0.5).float()
-    masks = torch.rand(batch, settings.img_size, settings.img_size, device=device) > 0.95 if settings.pixel_metrics else None
-    with torch.no_grad():
-        text = detector.prompts()
+class Epoch:
+    """The parts of an epoch, on random tokens of the real sizes."""
 
-    def gather(count: int) -> list[Tensor]:
-        chosen = tokens[rows.repeat(2)[:count]]
-        return [layer.contiguous() for layer in chosen.unbind(1)]
+    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
+        clip = create_model(
+            options.model, "random", options.img_size, fidelity=options.fidelity, device=device, vision=False
+        )
+        config = clip.config
+        self.device, self.autocast = device, pick_autocast("auto", device)
+        self.settings = Settings(
+            options.obj, config.name, "random", options.fidelity, options.img_size, tuple(config.default_features()),
+            "MFCFC", "learnable_all", "yes", "mean", "sigmoid", options.obj, options.obj in WITH_MASKS, "", 32,
+        )  # fmt: skip
+        self.detector = Detector(clip, self.settings).to(device)
+        self.state = TrainingState.start(self.detector, self.autocast, 0.001, 0)
+        self.views = 2 * VIEWS * options.shot
+        self.normal, self.abnormal = TEST[options.obj]
+        self.layers, self.patches = len(self.settings.features_list), config.grid(options.img_size) ** 2
+        self.width, self.embed_dim, self.size = config.width, config.embed_dim, options.img_size
+        dtype = self.autocast or torch.float32
+        self.tokens = torch.randn(64, self.layers, self.patches, self.width, device=device).to(dtype)
+        with torch.no_grad():
+            self.text = self.detector.prompts()
 
-    def score() -> Tensor:
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            return detector.patch_scores(gather(scored), text)
+    @property
+    def images(self) -> int:
+        """Test images."""
+        return self.normal + self.abnormal
 
-    det = torch.randn(layers, batch, patches, 2, device=device, requires_grad=True)
-    seg = torch.randn(layers, batch, patches, 2, device=device, requires_grad=True) if settings.pixel_metrics else None
+    def gather(self, count: int) -> list[Tensor]:
+        """Tokens of a batch, as `TokenStore.get` gathers them: K of (B, N, C)."""
+        rows = torch.randint(0, len(self.tokens), (count,), device=self.device)
+        return [layer.contiguous() for layer in self.tokens[rows].unbind(1)]
 
-    def losses() -> None:
-        training_loss(det, seg, labels, None if masks is None else masks.float(), "sigmoid", "mean").total.backward()
+    def score(self) -> Tensor:
+        """Patch scores of a batch of the evaluation."""
+        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            return self.detector.patch_scores(self.gather(self.settings.eval_batch), self.text)
 
-    images = normal + abnormal
-    samples = [Sample(Path(f"{i}.png"), int(i >= normal), None, f"{i}.png") for i in range(images)]
-    scores = torch.randn(images, layers, patches, device=device) * 0.1
-    packed = make_masks(images, abnormal, settings.img_size, device) if settings.pixel_metrics else None
-    evaluation = Evaluation(samples, scores, detector.scoring_head, settings.img_size, "mean")
+    def text_operations(self) -> float:
+        """Of the prompts' pass, forward and the gradient of its input: the frozen weights have none."""
+        encode = self.detector.prompts.encode
+        positions = len(encode.rows[0]) if encode.causal else len(encode.eot) * encode.length
+        width = encode.text.positional_embedding.shape[1]
+        return 2 * 24.0 * width**2 * positions * (len(encode.text.transformer.blocks) - 1)
 
-    def fresh() -> Evaluation:
-        return Evaluation(samples, scores, detector.scoring_head, settings.img_size, "mean")
+    def evaluation(self) -> tuple[Evaluation, Masks | None]:
+        """Random scores of all test images, and masks."""
+        names = [f"{i}.png" for i in range(self.images)]
+        samples = [Sample(Path(name), int(i >= self.normal), None, name) for i, name in enumerate(names)]
+        scores = 0.1 * torch.randn(self.images, self.layers, self.patches, device=self.device)
+        masks = None
+        if self.settings.pixel_metrics:
+            masks = make_masks(self.images, self.abnormal, self.size, self.device)
+        return Evaluation(samples, scores, self.detector.scoring_head, self.size, "mean"), masks
 
-    pixels = 4.0 * settings.img_size**2
-    trunk, head = 2.0 * 2 * width**2 * patches * layers, 2.0 * 2 * width * embed * patches * layers  # FLOP an image
-    heads = 2 if settings.pixel_metrics else 1
-    token_bytes = layers * patches * width * dtype.itemsize
-    parts = [
-        Part("step: text, adapters, losses, Adam", views / batch,
-             lambda: state.step(gather(batch), labels, masks, None), batch * 3 * (trunk + heads * head), batch * 2 * token_bytes),
-        Part("  of it: text forward and backward", views / batch, lambda: detector.prompts().sum().backward()),
-        Part("  of it: losses forward and backward", views / batch, losses, 0.0, batch * layers * pixels * 6),
-        Part("  of it: gather tokens", views / batch, lambda: gather(batch), 0.0, batch * 2 * token_bytes),
-        Part("scoring", images / scored, score, scored * (trunk + head), scored * 2 * token_bytes),
-        Part("image scores", 1, lambda: fresh().image_scores, 0.0, images * layers * pixels * 2 if packed else 0.0),
-        Part("maps, masks, metrics", 1, lambda: measure(evaluation, packed), 0.0, images * pixels * 4 if packed else 0.0),
-    ]  # fmt: skip
-    if packed is not None:
-        parts.append(Part("  of it: maps", images / scored, lambda: evaluation.maps(slice(0, scored)), 0.0, scored * layers * pixels * 2))
-        parts.append(Part("  of it: masks", images / scored, lambda: packed.get(slice(images - scored, images)), 0.0, scored * pixels / 2))
-    return parts, settings
+    def parts(self, batch: int = 16) -> list[Part]:
+        """The parts; those with two blanks before the name are in the one above."""
+        masked, scored = self.settings.pixel_metrics, self.settings.eval_batch
+        labels = (torch.rand(batch, device=self.device) > 0.5).float()
+        shape = (batch, self.size, self.size)
+        masks = torch.rand(shape, device=self.device) > 0.95 if masked else None
+        det = torch.randn(self.layers, batch, self.patches, 2, device=self.device, requires_grad=True)
+        seg = det.detach().clone().requires_grad_() if masked else None
+        evaluation, packed = self.evaluation()
+
+        def losses() -> None:
+            pixels = None if masks is None else masks.float()
+            training_loss(det, seg, labels, pixels, "sigmoid", "mean").total.backward()
+
+        # Operations and bytes of an image: both branches' trunks, a head of both, one layer's map, all tokens.
+        trunks = 4.0 * self.width**2 * self.patches * self.layers
+        head = 4.0 * self.width * self.embed_dim * self.patches * self.layers
+        pixels, tokens = 4.0 * self.size**2, float(self.tokens[0].nbytes)
+        steps, batches = self.views / batch, self.images / scored
+        parts = [
+            Part("step: text, adapters, losses, Adam", steps,
+                 lambda: self.state.step(self.gather(batch), labels, masks, None),
+                 batch * 3 * (trunks + (1 + masked) * head) + self.text_operations(), batch * 2 * tokens),
+            Part("  text, forward and backward", steps, lambda: self.detector.prompts().sum().backward(),
+                 self.text_operations()),
+            Part("  losses, forward and backward", steps, losses, 0.0, batch * self.layers * pixels * 6 * masked),
+            Part("  tokens gathered", steps, lambda: self.gather(batch), 0.0, batch * 2 * tokens),
+            Part("scoring", batches, self.score, scored * (trunks + head), scored * 2 * tokens),
+            Part("image scores", 1, lambda: replace(evaluation).image_scores, 0.0,
+                 self.images * self.layers * pixels * masked),
+            Part("maps, masks, metrics", 1, lambda: measure(evaluation, packed), 0.0,
+                 self.images * (self.layers + 2) * pixels * masked),
+        ]  # fmt: skip
+        if packed is not None:
+            last = slice(self.images - scored, self.images)
+            maps = scored * (self.layers + 1) * pixels
+            parts.append(Part("  maps", batches, lambda: evaluation.maps(last), 0.0, maps))
+            parts.append(Part("  masks unpacked", batches, lambda: packed.get(last), 0.0, scored * pixels / 4))
+        return parts
 
 
 def main() -> None:
@@ -166,27 +198,25 @@ def main() -> None:
     parser.add_argument("--json", default=None, help="(default: benchmarks/results/epoch-<obj>.json)")
     options = parser.parse_args()
     device = pick_device(options.device)
-    parts, settings = build_parts(options, device)
+    epoch = Epoch(options, device)
     flops, copies = matmul_peak(str(device)) * 1e9, copy_rate(device)
-    rows = []
-    for part in parts:
-        once = seconds_of(part, device, 0.0 if part.times == 1 else options.seconds)
-        floor = max(part.flop / flops, part.bytes / copies) * part.times
-        predictions = {
-            f"{name} s (PREDICTED)": max(part.flop / rate, part.bytes / memory) * part.times
-            for name, (rate, memory) in DATA_SHEETS.items()
-        }
-        row = {"part": part.name, "times": round(part.times, 1), "s": once * part.times, "floor s": floor}
-        rows.append(row | ({} if device.type == "cuda" else predictions))
-    totals = {name: sum(row[name] for row in rows if not row["part"].startswith("  ")) for name in rows[0] if name.endswith(("s", ")"))
-              and name not in ("times",)}  # fmt: skip
-    rows.append({"part": "epoch", **totals})
-    by_name = {row["part"]: row["s"] for row in rows}
-    beside = by_name["image scores"] + by_name["maps, masks, metrics"]
-    share = beside / (beside + by_name["scoring"])
-    print_table(rows, list(rows[0]))
-    print(f"{options.obj}, {settings.model_name}, {device}: {flops / 1e12:.3f} TFLOP/s of products, {copies / 1e9:.1f} GB/s of copies")
-    print(f"of the evaluation, {share:.1%} is not scoring; peak memory {peak_memory():,.0f} MiB")
+    rates = {"floor s": (flops, copies)} | ({} if device.type == "cuda" else DATA_SHEETS)
+    rows: list[dict[str, object]] = []
+    whole = dict.fromkeys(("s", *rates), 0.0)
+    for part in epoch.parts():
+        row = {"s": seconds_of(part, device, 0.0 if part.times == 1 else options.seconds) * part.times}
+        row |= {name: max(part.flop / flop, part.bytes / copy) * part.times for name, (flop, copy) in rates.items()}
+        rows.append({"part": part.name, "times": round(part.times, 1), **row})
+        if not part.name.startswith("  "):
+            whole = {name: whole[name] + row[name] for name in whole}
+    rows.append({"part": "epoch", **whole})
+    seconds = {row["part"]: row["s"] for row in rows}
+    beside = seconds["image scores"] + seconds["maps, masks, metrics"]
+    print_table(rows, ["part", "times", *whole])
+    rates_here = f"{flops / 1e12:.3f} TFLOP/s of products, {copies / 1e9:.1f} GB/s copied"
+    print(f"{options.obj}, {options.model}, {device}: {rates_here}; the epoch is {whole['s'] / whole['floor s']:.2f} floors")
+    share = beside / (beside + seconds["scoring"])
+    print(f"of the evaluation {share:.1%} is not scoring; peak memory {peak_memory():,.0f} MiB")
     if device.type == "cuda":
         print(f"GPU memory: {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB")
     write_json(options.json or f"benchmarks/results/epoch-{options.obj}.json", rows)

@@ -1,7 +1,7 @@
 """How long a command takes before it does anything: --help, and a warm start to the first training step.
 
-    python -m benchmarks.startup                           --help of every command
-    python -m benchmarks.startup --warm                    also ViT-L-14-336 with all tokens in the store
+python -m benchmarks.startup                           --help of every command
+python -m benchmarks.startup --warm                    also ViT-L-14-336 with all tokens in the store
 """
 
 from __future__ import annotations

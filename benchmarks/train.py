@@ -35,8 +35,8 @@ def child(mode: str, data: str, model: str, fidelity: str, precision: str, epoch
     run_dir = str(Path(data, "runs"))
     options = train.parse(
         ["--obj", "Brain", "--shot", "1", "--data_path", data, "--model_name", model, "--pretrain", "random",
-         "--fidelity", fidelity, "--cache", "ram", "--precision", precision, "--epoch", str(epochs), "--run_dir", run_dir,
-         "--no-save_model"]
+         "--fidelity", fidelity, "--cache", "ram", "--precision", precision, "--epoch", str(epochs),
+         "--run_dir", run_dir, "--no-save_model"]
     )  # fmt: skip
     setup = train.build(options)
     rows: list[tuple[float, float, float, float]] = []

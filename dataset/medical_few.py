@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from .images import (
     content_hash,
     file_kind,
     frames,
+    parse_window,
     read,
     read_mask,
     stem,
@@ -46,6 +47,9 @@ from .layout import (
     object_name,
 )
 from .patients import compile_rule, falls_in_valid, patient
+
+if TYPE_CHECKING:
+    import argparse
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,21 @@ class MedicalDataset:
         if options is not None:
             layout = replace(layout, window=options.window, plane=options.plane)
         return cls(obj, root, layout)
+
+    @classmethod
+    def from_options(cls, options: argparse.Namespace) -> MedicalDataset:
+        """`open` with the flags of a command line: obj, data_path, data_root, patient, mask_above, window, plane."""
+        dataset = cls.open(options.obj, options.data_path, options.data_root, options.patient, options.mask_above)
+        window, plane = parse_window(options.window or ()), options.plane
+        layout = dataset.layout
+        layout = replace(layout, window=window or layout.window, plane=plane or layout.plane)
+        return replace(dataset, layout=layout)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How pictures beyond 8 bits are read, in plain values: what a checkpoint keeps."""
+        window, plane = self.layout.window, self.layout.plane
+        return {"window": list(window) if isinstance(window, tuple) else window, "plane": plane}
 
     @property
     def prompt_name(self) -> str:

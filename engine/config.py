@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from CLIP.config import ADAPTER_KINDS, FIDELITIES, PRETRAINS, ModelConfig
 from dataset.layout import described, named_after, object_name
+from dataset.volumes import PLANES
 from Prompt.states import TEXT_MOODS, read_prompts, states_fault
 from utils import InputError, Parser, checked, integer, printable
 
@@ -249,7 +250,7 @@ class Settings:
 
 def new_settings(options: argparse.Namespace, dataset: MedicalDataset, weights: Weights) -> Settings:
     """The settings of a new checkpoint."""
-    config, window = weights.config, dataset.options.window
+    config = weights.config
     names = [name for name in MODEL_FLAGS if name not in ("features_list", "model_name")]
     return Settings(
         model_name=config.name,  # not the flag, which may be a path of this machine
@@ -262,7 +263,7 @@ def new_settings(options: argparse.Namespace, dataset: MedicalDataset, weights: 
         weights_sha256=weights.sha256,
         eval_batch=2 * options.batch_size,
         mask_above=dataset.mask_above,
-        reading={"window": list(window) if isinstance(window, tuple) else window, "plane": dataset.options.plane},
+        reading=dataset.reading,
         model_config=config.to_dict(),
         version=VERSION,
     )
@@ -287,6 +288,13 @@ def add_data_flags(parser: argparse.ArgumentParser, obj: str) -> None:
         "--mask_above", type=integer(0, 254), metavar="GREY",
         help="a mask's grey above which a pixel is abnormal (default: the data set's, else 127; 25: BMAD, 0: AA-CLIP)",
     )  # fmt: skip
+    data.add_argument(
+        "--window", nargs="+", metavar="W",
+        help="CENTER WIDTH, auto or full: grey levels beyond 8 bits (default: the data set's, else the file's)",
+    )  # fmt: skip
+    data.add_argument(
+        "--plane", choices=PLANES, help="in which NIfTI volumes are cut (default: the data set's, else axial)"
+    )
     data.add_argument("--save_path", default="./ckpt/", type=nonempty_path, help="folder of checkpoints")
     data.add_argument("--weights", type=nonempty_path, help="file with CLIP weights, instead of the one in CLIP/ckpt")
     data.add_argument("--seed", type=integer(-(2**63), 2**64 - 1), default=111)  # as torch takes it
@@ -445,6 +453,8 @@ def as_flag(parser: argparse.ArgumentParser, name: str, value: object) -> list[s
         if isinstance(action, Switch):
             return [f"--{name}={int(value)}"]
         return [f"--{name}"] if value else []
+    if action.nargs == "+" and value is None:
+        return []
     values = value if isinstance(value, list) and action.nargs == "+" else [value]
     if not values or not all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in values):
         raise InputError(f"config.json: {name} is {value!r:.80}")

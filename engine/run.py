@@ -318,7 +318,10 @@ def describe_test(
         f"{Path(options.ckpt).name}: trained on {settings.obj}, tested on {options.obj}, epoch {epoch}, --select "
         f"{metadata['select']}; the prompts say {settings.prompt_name!r}"
     )
-    lines = (f"{options.obj}: {images} test images", dataset.split_note(), masks_note, printable(what))
+    reading_note = None
+    if settings.reading and settings.reading != dataset.reading:
+        reading_note = f"warning: training read pictures with {settings.reading}, this test with {dataset.reading}"
+    lines = (f"{options.obj}: {images} test images", dataset.split_note(), masks_note, reading_note, printable(what))
     return "\n".join(filter(None, lines))
 
 

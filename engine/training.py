@@ -79,8 +79,9 @@ class TrainingSet:
 
 def view_masks(samples: Sequence[Sample], settings: Settings) -> Tensor:
     """The masks of all views of some shots: (16 B, S, S) bool, view by view."""
-    for sample in samples:
-        check_mask(sample, settings.mask_above)
+    for note in dict.fromkeys(note for sample in samples for note in check_mask(sample, settings.mask_above)):
+        if distributed.is_main():
+            warn(note)
     size, above = settings.img_size, settings.mask_above
     if settings.fidelity == "released":
         grey = torch.stack([load_grey_mask(sample, size) for sample in samples])  # (B, 1, S, S) in [0, 1]
@@ -330,9 +331,7 @@ class Splits:
         Raises:
             InputError: a data set or a part of it is missing, too few images, --select valid without both classes.
         """
-        dataset = MedicalDataset.open(
-            options.obj, options.data_path, options.data_root, options.patient, options.mask_above
-        )
+        dataset = MedicalDataset.from_options(options)
         shots = dataset.shots(options.shot_normal, options.shot_abnormal, options.iterate, options.seed)
         used = {(sample.path, sample.index) for sample in (*shots.abnormal, *shots.normal)}
         unused = [sample for sample in dataset.samples("valid") if (sample.path, sample.index) not in used]

@@ -58,6 +58,7 @@ QUIET: dict[str, Any] = {  # bounded in time, and without what could carry secre
     "save_code": False,
     "disable_code": True,
     "disable_git": True,
+    "x_disable_meta": True,  # host, user, program and folder
     "init_timeout": 15.0,  # wandb may add 10 s of grace
     "finish_timeout": 60.0,  # for the last upload; what is left stays on disk for `wandb sync`
     "finish_timeout_raises": True,
@@ -331,11 +332,13 @@ def log_epoch(
     """
     if not tracker.id:
         return
-    tracker.remember_best(record)
+    # With --select last no epoch is the best one before the last.
+    selected = record["best"] or (last and not tracker.best)
+    tracker.remember_best({**record, "best": selected})
     values = scalars(record, seconds, images, test, valid) | tracker.best
     tracker.define(values)
     tracker.log(values, step=record["epoch"] - 1, commit=not last)
-    if record["best"]:
+    if selected:
         tracker.summary(values, whole=True)
 
 

@@ -1,1 +1,1 @@
-"""What tests share: real commands (commands) and weight files (weights)."""
+"""What tests share: real commands (commands), a trained run of each kind (trained), small models and data."""

@@ -1,10 +1,17 @@
 """Real commands, quickly: a process imports torch once and forks for each command, which then runs as `python` runs it.
 
 Exit code, stdout and stderr are those of a process of its own; what differs from a fresh start is the warm imports.
+A command can be stopped at an event inside of it, so that no test depends on how long something takes:
+
+    command("train.py", ..., on=(Call("engine.run.RunFolder.save", 3), signal.SIGKILL))     a signal to itself
+    running = command.start("train.py", ..., on=(Call("train.evaluate"), HALT))             it waits for `go`
+    running.halted(); ...; running.go(); result = running.wait()
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import os
 import resource
@@ -13,20 +20,78 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
+import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
+HALT = 0  # instead of a signal: wait until the test says `go`
+HANG = 900  # seconds after which a command is taken for hanging: it ends, and its test fails
+
+
+@dataclass(frozen=True)
+class Call:
+    """The n-th call of a function, before it runs; its name is `module.function` or `module.Class.method`."""
+
+    name: str
+    number: int = 1
+
+
+@dataclass(frozen=True)
+class Change:
+    """The n-th time that a file or folder below `folder` is about to be made, written, renamed or removed."""
+
+    folder: str
+    number: int = 1
+
+
+Event = Call | Change
 
 
 def words(script: str, *arguments: object) -> list[str]:
     """A command's words; train.py's runs go beside --save_path, so that tests leave nothing in the project's folder."""
-    found = [script, *map(str, arguments)]
-    if script == "train.py" and "--save_path" in found and "--run_dir" not in found:
-        found += ["--run_dir", found[found.index("--save_path") + 1] + "-runs"]
-    return found
+    result = [script, *map(str, arguments)]
+    if script == "train.py" and "--save_path" in result and "--run_dir" not in result:
+        result += ["--run_dir", result[result.index("--save_path") + 1] + "-runs"]
+    return result
+
+
+class Running:
+    """A command that was started."""
+
+    def __init__(self, commands: Commands, command: list[str], folder: tempfile.TemporaryDirectory[str]) -> None:
+        self._commands, self._command, self._folder = commands, command, folder
+        self.path = Path(folder.name)  # of out, err, and the files by which halt and go are told
+        self.pid = 0
+
+    def halted(self) -> None:
+        """Return when the command has come to its event; fail where it ended before."""
+        while not (self.path / "halted").exists():
+            if self._ended():
+                raise AssertionError(f"the command ended before its event:\n{self.wait().stderr}")
+            time.sleep(0.02)
+
+    def _ended(self) -> bool:
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+    def go(self) -> None:
+        """Let a halted command go on."""
+        (self.path / "go").touch()
+
+    def kill(self) -> None:
+        """End it as `kill -9` does."""
+        os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> subprocess.CompletedProcess[str]:
+        """What the command has printed and its exit code, once it has ended."""
+        code = int(self._commands.ask({"wait": self.pid}))
+        self._commands.running.remove(self)
+        out, err = ((self.path / name).read_text(errors="replace") for name in ("out", "err"))
+        self._folder.cleanup()
+        return subprocess.CompletedProcess(self._command, code, out, err)
 
 
 class Commands:
@@ -38,69 +103,84 @@ class Commands:
             [sys.executable, "-m", "tests.helpers.commands"], cwd=ROOT, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
+        self.running: list[Running] = []
 
-    def __call__(
+    def ask(self, request: Mapping[str, Any]) -> str:
+        """The server's answer, one line."""
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        return self.server.stdout.readline()
+
+    def start(
         self,
         script: str,
         *arguments: object,
         file_bytes: int | None = None,
         env: Mapping[str, str] | None = None,
-        stop: tuple[float, int] | None = None,
-    ) -> subprocess.CompletedProcess[str]:
-        """Run a command from the project's folder.
+        cwd: Path = ROOT,
+        on: tuple[Event, int] | None = None,
+    ) -> Running:
+        """Start a command, by default from the project's folder.
 
-        `file_bytes` is the largest file that it may write; `stop` sends it a signal after some seconds.
+        `file_bytes` is the largest file that it may write; `on` an event and what follows: a signal, or HALT.
         """
         command = words(script, *arguments)
-        with tempfile.TemporaryDirectory() as folder:
-            request = {
-                "command": command,
-                "folder": folder,
-                "file_bytes": file_bytes,
-                "env": dict(env or {}),
-                "stop": stop,
-            }
-            self.server.stdin.write(json.dumps(request) + "\n")
-            self.server.stdin.flush()
-            code = int(self.server.stdout.readline())
-            out, err = ((Path(folder) / name).read_text(errors="replace") for name in ("out", "err"))
-        return subprocess.CompletedProcess(command, code, out, err)
+        running = Running(self, command, tempfile.TemporaryDirectory())
+        event = on and {"event": type(on[0]).__name__, "action": int(on[1]), **asdict(on[0])}
+        request = {"command": command, "folder": str(running.path), "cwd": str(cwd), "file_bytes": file_bytes}
+        running.pid = int(self.ask({**request, "env": dict(env or {}), "on": event}))
+        self.running.append(running)
+        return running
+
+    def __call__(self, script: str, *arguments: object, **how: Any) -> subprocess.CompletedProcess[str]:
+        """Run a command, see `start`, to its end."""
+        return self.start(script, *arguments, **how).wait()
 
     def close(self) -> None:
-        """End the process that forks."""
-        self.server.communicate(timeout=30)
+        """End the process that forks, and what a failed test has left halted."""
+        for running in self.running:
+            running.kill()
+        self.server.communicate()
 
 
 def _serve() -> None:
-    import test  # noqa: F401, PLC0415 (warms the imports)
-    import train  # noqa: F401, PLC0415
+    for module in ("train", "test", "sklearn.metrics", "matplotlib.figure", "matplotlib.backends.backend_svg"):
+        importlib.import_module(module)  # what every command would take seconds for
 
     for line in sys.stdin:
         request = json.loads(line)
+        if "wait" in request:
+            print(os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1]), flush=True)
+            continue
         child = os.fork()
         if child == 0:
             _become(**request)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        print(child, flush=True)
 
 
 def _become(
-    command: list[str], folder: str, file_bytes: int | None, env: Mapping[str, str], stop: tuple[float, int] | None
+    command: list[str],
+    folder: str,
+    cwd: str,
+    file_bytes: int | None,
+    env: Mapping[str, str],
+    on: dict[str, Any] | None,
 ) -> None:
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for name, descriptor in (("out", 1), ("err", 2)):
         os.dup2(os.open(Path(folder) / name, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
     os.environ.update(env)
+    os.chdir(cwd)
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-    signal.alarm(120)  # ends what hangs
-    if stop:
-        timer = threading.Timer(stop[0], os.kill, (os.getpid(), stop[1]))
-        timer.daemon = True
-        timer.start()
+    signal.alarm(HANG)
+    if on:
+        _install(**on, told=Path(folder))
     script, code = command[0], 0
     sys.argv = command
     try:
         if script.endswith(".py"):
-            runpy.run_path(script, run_name="__main__")
+            runpy.run_path(str(ROOT / script), run_name="__main__")
         else:
             runpy.run_module(script, run_name="__main__", alter_sys=True)
     except SystemExit as leaving:
@@ -111,6 +191,61 @@ def _become(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _install(event: str, action: int, number: int, told: Path, name: str = "", folder: str = "") -> None:
+    """Do `action` when the event comes for the n-th time."""
+    seen = 0
+
+    def happen() -> None:
+        nonlocal seen
+        seen += 1
+        if seen != number:
+            return
+        if action != HALT:
+            os.kill(os.getpid(), action)
+            return
+        (told / "halted").touch()
+        while not (told / "go").exists():
+            time.sleep(0.02)
+
+    if event == "Call":
+        owner, attribute = _find(name)
+        setattr(owner, attribute, _before(getattr(owner, attribute), happen))
+    else:
+        sys.addaudithook(functools.partial(_watch, folder, happen))
+
+
+def _find(name: str) -> tuple[Any, str]:
+    """The module or class that holds a function, and the function's name in it."""
+    *path, attribute = name.split(".")
+    owner = importlib.import_module(path[0])
+    for part in path[1:]:
+        if not hasattr(owner, part):
+            importlib.import_module(f"{owner.__name__}.{part}")
+        owner = getattr(owner, part)
+    return owner, attribute
+
+
+def _before(function: Callable[..., Any], happen: Callable[[], None]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        happen()
+        return function(*arguments, **options)
+
+    return wrapped
+
+
+CHANGES = ("os.rename", "os.remove", "os.mkdir")
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+def _watch(folder: str, happen: Callable[[], None], event: str, arguments: tuple[Any, ...]) -> None:
+    """Python's audit hook: tells what is about to happen to files."""
+    if (event in CHANGES or (event == "open" and (arguments[2] or 0) & WRITES)) and arguments:
+        path = arguments[0]
+        if isinstance(path, str | bytes | os.PathLike) and os.fsdecode(path).startswith(folder):
+            happen()
 
 
 if __name__ == "__main__":

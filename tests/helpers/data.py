@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -45,3 +48,14 @@ def draw_samples(folder: Path, count: int = 6, size: int = 50, masks: bool = Tru
             Image.fromarray(marked).save(mask)
         samples.append(Sample(path, i % 2, mask if i % 2 and masks else None, path.name))
     return samples
+
+
+def unpacked(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, and of what is packed in it: for tests that search for what must not be there."""
+    content = path.read_bytes()
+    yield content
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            yield from (archive.read(name) for name in archive.namelist())
+    elif content[:2] == b"\x1f\x8b":
+        yield zlib.decompress(content, 31)

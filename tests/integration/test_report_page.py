@@ -1,6 +1,7 @@
 """`test.py --report` and `--figures` as a user starts them; the page in a real browser.
 
-The address holds the view (#filter=fp&sort=score&threshold=1), so headless Chromium prints the page as a visitor would see it.
+The address holds the view (#filter=fp&sort=score&threshold=1), so headless Chromium prints the page as a visitor would
+see it.
 """
 
 from __future__ import annotations
@@ -127,8 +128,10 @@ def test_the_threshold_moves_decisions_and_counts(tested, tmp_path):
     found = rows(tested)
     threshold = sorted(row["score"] for row in found)[20]
     dom = browse(tested / "page" / "index.html", f"#filter=fp&sort=file&threshold={threshold}", tmp_path)
-    counts = {kind: sum((row["score"] >= threshold, row["label"]) == pair for row in found)
-              for kind, pair in {"tp": (True, 1), "fn": (False, 1), "tn": (False, 0), "fp": (True, 0)}.items()}  # fmt: skip
+    pairs = {"tp": (True, 1), "fn": (False, 1), "tn": (False, 0), "fp": (True, 0)}
+    counts = {
+        kind: sum((row["score"] >= threshold, row["label"]) == pair for row in found) for kind, pair in pairs.items()
+    }
     assert sum(counts.values()) == 28
     for kind, count in counts.items():
         assert f'<span data-count="{kind}">{count}</span>' in dom

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,44 +14,36 @@ from pathlib import Path
 import pytest
 import torch
 
-import test as test_script
-import train
 from dataset import phantom
-from tests.helpers.commands import words
+from tests.helpers.commands import ROOT, Call, Commands
+from tests.helpers.data import SMALL, unpacked
 from tests.helpers.weights import save_torchscript
 
-ROOT = Path(__file__).parents[2]
-SMALL = ["--model_name", "ViT-tiny-14-56", "--pretrain", "random", "--img_size", "42", "--device", "cpu"]
+# Every pair of choices of two flags is in one of nine trainings.
 CHOICES = {
     "text_mood": ["fix", "learnable_all", "learnable_abnormal"],
     "visionA": ["MFCFC", "MCNNFC", "MViTFC"],
-    "loss_type": ["sigmoid", "softmax"],
     "dec_type": ["mean", "max", "both"],
+    "loss_type": ["sigmoid", "softmax", "softmax"],
     "contrast_mood": ["yes", "no"],
     "fidelity": ["released", "corrected"],
 }
 
 
-@pytest.fixture(scope="module")
-def data_path(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data")
-    phantom.write(path, ["Brain", "Chest"], valid=4, test=4, seed=0, size=64)
-    return path
+def printed(command: Commands, script: str, *arguments: object, **how: object) -> str:
+    """What a command prints that has to succeed."""
+    done = command(script, *arguments, **how)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def run(script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
-    """Start a script with W&B off."""
-    environment = {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *words(script, *arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=check)
-
-
-def call(monkeypatch, capsys, module, *arguments: object) -> str:
-    """Run a script's main in this process, for what needs many runs."""
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.setattr(sys, "argv", words(f"{module.__name__}.py", *arguments))
-    module.main()
-    return capsys.readouterr().out
+def refusal(command: Commands, script: str, *arguments: object) -> str:
+    """The one line with which a command refuses."""
+    done = command(script, *arguments)
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert "Traceback" not in done.stderr
+    return line
 
 
 def figures(output: str) -> list[str]:
@@ -58,154 +52,230 @@ def figures(output: str) -> list[str]:
     return re.findall(r"\d\.\d{6}", line)
 
 
+def epochs(output: str) -> list[str]:
+    """The lines of the epochs, without their seconds."""
+    return [re.sub(r"  [\d.]+ s$", "", line) for line in output.splitlines() if line.startswith("epoch")]
+
+
 @pytest.mark.parametrize("obj", ["Brain", "Chest"])
-def test_train_then_test(data_path, tmp_path, obj):
-    paths = ["--obj", obj, "--data_path", data_path, "--save_path", tmp_path, "--device", "cpu"]
-    command = [*SMALL, *paths, "--shot", 2, "--epoch", 2, "--out_json", tmp_path / "train.json"]
-    one = run("train.py", *command).stdout
-    assert f"{obj} AUC : 0." in one.splitlines()[-1] or f"{obj} AUC : 1." in one.splitlines()[-1]
-    assert (f"{obj} pAUC : " in one) == (obj == "Brain")
-    assert "RANDOM, nothing is pre-trained" in one
-    assert "--select test" in one
-    assert "last epoch" in one
-    assert len(re.findall(r"^epoch \d/2  det .* seg .* total .*AUC .*cos\(text\)", one, re.MULTILINE)) == 2
+def test_train_then_test(command, trained, tmp_path, obj):
+    one = trained.output(obj)
+    end = (
+        r"\nBrain pAUC : [01]\.\d{4}\nBrain AUC : [01]\.\d{4}\n" if obj == "Brain" else r"\nChest AUC : \S+ from det\n"
+    )
+    assert re.search(rf"{end}\Z", one)
+    assert "RANDOM, nothing is pre-trained" in one and "--select test" in one and "last epoch" in one
+    seg = " seg .*" if obj == "Brain" else ""
+    assert len(re.findall(rf"^epoch \d/2  det \S+ {seg} total .*AUC .*cos\(text\)", one, re.MULTILINE)) == 2
+    assert ("seg" in "".join(epochs(one))) == (obj == "Brain")
     for name in ("valid_Ungood_00000.png", "valid_good_00001.png"):
         assert name in one
 
-    # The same command, the same numbers; a new process, the same figures from the checkpoint.
-    again = run("train.py", *command).stdout
-    without_seconds = [re.sub(r"  [\d.]+ s$", "", line) for line in one.splitlines() if line.startswith("epoch")]
-    assert without_seconds == [
-        re.sub(r"  [\d.]+ s$", "", line) for line in again.splitlines() if line.startswith("epoch")
-    ]
-    tested = run("test.py", *paths, "--out_json", tmp_path / "test.json", "--figures", tmp_path / "figures").stdout
+    # From the checkpoint the same figures.
+    paths = [*trained.test_flags(obj), "--out_json", tmp_path / "test.json", "--figures", tmp_path / "figures"]
+    tested = printed(command, "test.py", *paths)
     assert figures(tested) == figures(one)
     assert tested.splitlines()[-1] == one.splitlines()[-1]
     assert (tmp_path / "figures" / f"{obj}.png").stat().st_size > 1000
 
-    first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("train", "test"))
-    assert second["auc"] == first["auc"]
-    assert second["pauc"] == first["pauc"]
-    assert (second["obj"], second["n_normal"], second["n_abnormal"], second["select"]) == (obj, 4, 4, "test")
-    assert len(second["per_image"]) == 8
+    first, second = trained.result(obj), json.loads((tmp_path / "test.json").read_text())
+    assert (second["auc"], second["pauc"]) == (first["auc"], first["pauc"])
+    assert second["per_image"] == first["per_image"] and len(second["per_image"]) == 14
+    assert (second["obj"], second["n_normal"], second["n_abnormal"], second["select"]) == (obj, 7, 7, "test")
     assert set(second["per_image"][0]) == {"file", "label", "score"}
-    stored = torch.load(tmp_path / f"{obj}.pth", weights_only=True)
+    stored = torch.load(trained.ckpt / f"{obj}.pth", weights_only=True)
     assert stored["about"]["shots"]["abnormal"] == ["valid_Ungood_00000.png", "valid_Ungood_00001.png"]
-    assert stored["about"]["pretrain"] == "random"
-    assert stored["settings"]["weights_sha256"]
+    assert stored["settings"]["pretrain"] == "random"
+    assert stored["settings"]["weights_sha256"] and stored["about"]["madclip"]
 
 
-@pytest.mark.parametrize(
-    ("flag", "choice"), [(flag, choice) for flag, choices in CHOICES.items() for choice in choices]
-)
+def test_a_process_of_its_own_gives_the_same_numbers(trained, tmp_path):
+    """Without the warm imports of `Commands`."""
+    environment = {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "train.py", *map(str, trained.flags("Brain", tmp_path))]
+    again = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    assert epochs(trained.output("Brain")) == epochs(again)
+    result = json.loads((tmp_path / "Brain.json").read_text())
+    assert {**result, "seconds": 0, "run": ""} == {**trained.result("Brain"), "seconds": 0, "run": ""}
+
+
+@pytest.mark.parametrize("row", range(9))
 @pytest.mark.parametrize("obj", ["Brain", "Chest"])
-def test_every_choice(data_path, tmp_path, monkeypatch, capsys, flag, choice, obj):
-    paths = ["--obj", obj, "--data_path", data_path, "--save_path", tmp_path, "--device", "cpu"]
-    shared = [*SMALL, *paths, "--shot", 1, "--epoch", 1]
-    trained = call(monkeypatch, capsys, train, *shared, f"--{flag}", choice)
-    assert figures(call(monkeypatch, capsys, test_script, *paths)) == figures(trained)
+def test_every_choice(command, phantoms, tmp_path, row, obj):
+    """Three by three levels, and the two others as their sums: every pair of two choices comes once at least."""
+    a, b = divmod(row, 3)
+    levels = {"text_mood": a, "visionA": b, "dec_type": a + b, "loss_type": a + 2 * b, "contrast_mood": row,
+              "fidelity": row // 2}  # fmt: skip
+    chosen = {name: CHOICES[name][level % len(CHOICES[name])] for name, level in levels.items()}
+    paths = ["--obj", obj, "--data_path", phantoms, "--save_path", tmp_path, "--device", "cpu"]
+    flags = [word for name, choice in chosen.items() for word in (f"--{name}", choice)]
+    trained = printed(command, "train.py", *SMALL, *paths, *flags, "--shot", 1, "--epoch", 1)
+    assert figures(printed(command, "test.py", *paths, *flags)) == figures(trained)
+    settings = torch.load(tmp_path / f"{obj}.pth", weights_only=True)["settings"]
+    assert {name: settings[name] for name in chosen} == chosen
 
 
-@pytest.mark.parametrize(
-    ("kind", "fidelity"), [("MViTFC", "corrected"), ("MFCFC", "corrected"), ("MViTFC", "released")]
-)
-def test_cache_modes_give_the_same_numbers(data_path, tmp_path, monkeypatch, capsys, kind, fidelity):
-    losses = {}
+@pytest.mark.parametrize(("kind", "fidelity"), [("MViTFC", "corrected"), ("MFCFC", "released")])
+def test_cache_modes_give_the_same_numbers(command, phantoms, tmp_path, kind, fidelity):
+    runs = {}
     for cache in ("ram", "disk", "off"):
-        output = call(
-            monkeypatch, capsys, train, *SMALL, "--obj", "Brain", "--data_path", data_path, "--save_path", tmp_path,
-            "--shot", 1, "--epoch", 3, "--visionA", kind, "--fidelity", fidelity, "--cache", cache, "--cache_dir",
-            tmp_path / "cache", "--cache_dtype", "float32", "--out_json", tmp_path / f"{cache}.json",
-        )  # fmt: skip
-        losses[cache] = re.findall(r"total (\d+\.\d+)", output)
-        assert len(losses[cache]) == 3
-    results = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in losses}
-    for name in ("disk", "off"):
-        assert [float(x) for x in losses[name]] == pytest.approx([float(x) for x in losses["ram"]], rel=1e-5)
-        assert results[name]["auc"] == pytest.approx(results["ram"]["auc"], rel=1e-5)
-        assert results[name]["pauc"] == pytest.approx(results["ram"]["pauc"], rel=1e-5)
+        where = [
+            "--run_dir",
+            tmp_path / "runs",
+            "--exp_name",
+            cache,
+            "--cache",
+            cache,
+            "--cache_dir",
+            tmp_path / "store",
+        ]
+        model = ["--visionA", kind, "--fidelity", fidelity, "--no-save_model", "--shot", 1, "--epoch", 2]
+        printed(command, "train.py", *SMALL, "--obj", "Brain", "--data_path", phantoms, *model, *where)
+        lines = (tmp_path / "runs" / cache / "metrics.jsonl").read_text().splitlines()
+        runs[cache] = [json.loads(line) for line in lines]
+    assert runs["disk"] == runs["ram"]  # bit for bit
+    for line, expected in zip(runs["off"], runs["ram"], strict=True):  # other images pass the tower together
+        for name in ("det", "seg", "total", "similarity", "pauc"):
+            assert line[name] == pytest.approx(expected[name], rel=1e-5)
+        assert line["auc"] == pytest.approx(expected["auc"], abs=1e-6)
 
 
 @pytest.mark.parametrize("select", ["last", "valid"])
-def test_selection_protocols(data_path, tmp_path, monkeypatch, capsys, select):
-    output = call(
-        monkeypatch, capsys, train, *SMALL, "--obj", "Brain", "--data_path", data_path, "--save_path", tmp_path,
-        "--shot", 1, "--epoch", 3, "--select", select, "--eval_every", 2,
+def test_selection_protocols(command, phantoms, tmp_path, select):
+    output = printed(
+        command, "train.py", *SMALL, "--obj", "Brain", "--data_path", phantoms, "--save_path", tmp_path, "--shot", 1,
+        "--epoch", 3, "--select", select, "--eval_every", 2,
     )  # fmt: skip
     assert f"--select {select}" in output
-    epochs = [line for line in output.splitlines() if line.startswith("epoch")]
-    assert ["AUC" in line for line in epochs] == [False, True, True]
-    assert all(("valid AUC" in line) == (select == "valid") for line in epochs[1:])
+    assert ["AUC" in line for line in epochs(output)] == [False, True, True]
+    assert all(("valid AUC" in line) == (select == "valid") for line in epochs(output)[1:])
     stored = torch.load(tmp_path / "Brain.pth", weights_only=True)["about"]
     assert stored["select"] == select
     if select == "last":
         assert stored["metrics"]["epoch"] == 3
 
 
-def test_no_save_model(data_path, tmp_path, monkeypatch, capsys):
-    arguments = [*SMALL, "--obj", "Brain", "--data_path", data_path, "--save_path", tmp_path, "--shot", 1, "--epoch", 1]
-    call(monkeypatch, capsys, train, *arguments, "--no-save_model")
+def test_no_save_model(command, phantoms, tmp_path):
+    arguments = [*SMALL, "--obj", "Brain", "--data_path", phantoms, "--save_path", tmp_path, "--shot", 1, "--epoch", 1]
+    printed(command, "train.py", *arguments, "--save_model", 0)
     assert not (tmp_path / "Brain.pth").exists()
-    call(monkeypatch, capsys, train, *arguments, "--save_model")
-    assert (tmp_path / "Brain.pth").exists()
 
 
-def test_published_flags_and_defaults():
-    options = vars(train.parse([]))
-    published = {
-        "exp_name": None, "model_name": "ViT-L-14-336", "pretrain": "openai", "obj": "Liver", "data_path": "./data/",
-        "batch_size": 16, "save_model": True, "save_path": "./ckpt/", "img_size": 240, "epoch": 60,
-        "learning_rate": 0.001, "features_list": None, "seed": 111, "shot": 16, "iterate": 0,
-        "text_mood": "learnable_all", "contrast_mood": "yes", "dec_type": "mean", "loss_type": "sigmoid",
-        "visionA": "MFCFC",
-    }  # fmt: skip
-    assert {name: options[name] for name in published} == published
-    assert test_script.parse([]).obj == "Brain"
-
-
-def test_weights_from_an_archive(data_path, tmp_path, tiny_clip, monkeypatch, capsys):
+def test_weights_from_an_archive(command, phantoms, tmp_path, tiny_clip):
     save_torchscript(tiny_clip(False), tmp_path / "archive.pt")  # its positional embedding is for 42 pixels
-    message = run(
-        "train.py", "--model_name", "ViT-tiny-14-56", "--obj", "Brain", "--data_path", data_path,
-        "--save_path", tmp_path, "--weights", tmp_path / "archive.pt", "--shot", 1, check=False,
-    )  # fmt: skip
-    assert message.returncode == 2
-    assert "archive.pt" in message.stderr
-    assert "Traceback" not in message.stderr
+    paths = ["--obj", "Brain", "--data_path", phantoms, "--save_path", tmp_path, "--weights", tmp_path / "archive.pt"]
+    assert "archive.pt" in refusal(command, "train.py", "--model_name", "ViT-tiny-14-56", *paths, "--shot", 1)
 
 
-def test_other_weights_than_the_checkpoints_are_refused(data_path, tmp_path, monkeypatch, capsys):
-    paths = ["--obj", "Brain", "--data_path", data_path, "--save_path", tmp_path, "--device", "cpu"]
-    call(monkeypatch, capsys, train, *SMALL, *paths, "--shot", 1, "--epoch", 1)
-    path = tmp_path / "Brain.pth"
-    stored = torch.load(path, weights_only=True)
-    stored["settings"]["weights_sha256"] = "f" * 64
-    torch.save(stored, path)
-    result = run("test.py", *paths, check=False)
-    assert result.returncode == 2
-    assert "f" * 64 in result.stderr
+def test_a_flag_that_contradicts_the_checkpoint(command, trained):
+    paths = trained.test_flags("Brain")
+    printed(command, "test.py", *paths, "--visionA", "MFCFC", "--features_list", 1, 2, 3, 4, "--shot", 2)
+    for flag, value in (("--visionA", "MCNNFC"), ("--features_list", "1"), ("--img_size", "56"), ("--shot", 4)):
+        line = refusal(command, "test.py", *paths, flag, value)
+        assert f"{flag} {value} contradicts the checkpoint" in line
 
 
-def test_a_flag_that_contradicts_the_checkpoint(data_path, tmp_path, monkeypatch, capsys):
-    paths = ["--obj", "Brain", "--data_path", data_path, "--save_path", tmp_path, "--device", "cpu"]
-    call(monkeypatch, capsys, train, *SMALL, *paths, "--shot", 1, "--epoch", 1)
-    call(monkeypatch, capsys, test_script, *paths, "--visionA", "MFCFC", "--features_list", 1, 2, 3, 4)
-    for flag, value in (("--visionA", "MCNNFC"), ("--features_list", "1"), ("--img_size", "56")):
-        result = run("test.py", *paths, flag, value, check=False)
-        assert result.returncode == 2
-        assert f"{flag} " in result.stderr
-        assert "contradicts" in result.stderr
-
-
-def test_bfloat16_on_a_cpu(tmp_path, monkeypatch, capsys):
+def test_bfloat16_on_a_cpu(command, tmp_path):
     phantom.write(tmp_path, ["Brain"], valid=4, test=30, seed=0, size=112)
     paths = ["--obj", "Brain", "--data_path", tmp_path, "--save_path", tmp_path, "--device", "cpu"]
     # A model that learns: where normal and abnormal scores lie among each other, single swapped pairs exceed the bound.
     small = [*SMALL[:4], "--img_size", 112, "--shot", 2, "--epoch", 8, "--select", "last", "--fidelity", "corrected"]
-    call(monkeypatch, capsys, train, *small, *paths)
-    found = {}
-    for precision in ("fp32", "bf16"):
-        output = call(monkeypatch, capsys, test_script, *paths, "--precision", precision)
-        found[precision] = [float(figure) for figure in figures(output)]
-    assert found["bf16"] == pytest.approx(found["fp32"], abs=0.002)
-    assert found["bf16"] != found["fp32"]
+    printed(command, "train.py", *small, *paths)
+    result = {
+        precision: [float(figure) for figure in figures(printed(command, "test.py", *paths, "--precision", precision))]
+        for precision in ("fp32", "bf16")
+    }
+    assert result["bf16"] == pytest.approx(result["fp32"], abs=0.002)
+    assert result["bf16"] != result["fp32"]
+
+
+# The published command lines, typed literally.
+
+
+@pytest.fixture
+def project(phantoms, trained, tmp_path) -> Path:
+    """A folder with data/ and ckpt/, from which commands without paths are started."""
+    (tmp_path / "data").symlink_to(phantoms)
+    shutil.copytree(trained.ckpt, tmp_path / "ckpt")
+    return tmp_path
+
+
+def test_the_published_test_command(command, project, trained):
+    """`python test.py --obj $target-object --shot $few-shot-number`, and every flag of the published program."""
+    for obj in ("Brain", "Chest"):
+        done = command("test.py", "--obj", obj, "--shot", "2", cwd=project)
+        assert done.returncode == 0, done.stderr
+        assert figures(done.stdout) == figures(trained.output(obj))
+        assert "no effect" not in done.stderr
+    every = (
+        "--exp_name x --model_name ViT-tiny-14-56 --pretrain random --obj Brain --data_path ./data/ --batch_size 16 "
+        "--save_model 1 --save_path ./ckpt/ --img_size 42 --epoch 60 --learning_rate 0.001 --features_list 1 2 3 4 "
+        "--seed 111 --shot 2 --iterate 0 --text_mood learnable_all --contrast_mood yes --dec_type mean "
+        "--loss_type sigmoid --visionA MFCFC"
+    )
+    done = command("test.py", *every.split(), cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert figures(done.stdout) == figures(trained.output("Brain"))
+    (line,) = [line for line in done.stderr.splitlines() if "no effect" in line]
+    assert line == "--exp_name --epoch --learning_rate --save_model --iterate: no effect in a test"
+    assert "contradicts" in refusal(command, "test.py", *trained.test_flags("Brain"), "--shot", "16")
+
+
+def test_the_published_training_command_renames_a_foreign_checkpoint(command, project, trained):
+    """Another run's and the published program's stay, under another name; the run's own, gone on with, is replaced."""
+    published, other = project / "ckpt/Brain.pth", (project / "ckpt/Chest.pth").read_bytes()
+    stored = torch.load(published, weights_only=True)
+    torch.save({name: stored[name] for name in stored if name not in ("format", "settings", "about")}, published)
+    authors = published.read_bytes()
+    words = "--shot 1 --epoch 1 --model_name ViT-tiny-14-56 --pretrain random --img_size 42 --exp_name one"
+    for obj, before in (("Brain", authors), ("Chest", other)):
+        output = printed(command, "train.py", "--obj", obj, *words.split(), cwd=project)
+        (kept,) = (project / "ckpt").glob(f"{obj}.before-*.pth")
+        assert re.fullmatch(rf"{obj}\.before-\d{{8}}-\d{{4}}\.pth", kept.name)
+        assert kept.read_bytes() == before
+        assert f"ckpt/{obj}.pth was there already, of another run: it is now ckpt/{kept.name}" in output
+        assert torch.load(project / f"ckpt/{obj}.pth", weights_only=True)["format"] == "madclip-1"
+    output = printed(command, "train.py", "--resume", "runs/one", "--epoch", "3", cwd=project)
+    assert "was there already" not in output
+    assert len(list((project / "ckpt").glob("Brain*"))) == 2
+
+
+# An evaluation that is kept.
+
+
+def test_kept_scores_give_every_number_again(command, trained, tmp_path):
+    """Without weights, any network and the data set; with the data set the pictures too."""
+    scores, paths = tmp_path / "brain.npz", trained.test_flags("Brain")
+    first = printed(command, "test.py", *paths, "--save_scores", scores, "--out_json", tmp_path / "first.json")
+    assert str(trained.data).encode() not in scores.read_bytes()
+    hidden = ["--data_path", tmp_path / "nowhere", "--save_path", tmp_path / "nowhere"]
+    outputs = ["--out_json", tmp_path / "again.json", "--report", tmp_path / "page", "--figures", tmp_path / "figures"]
+    a_network_is_made = Call("torch.nn.Module.__init__")
+    again = printed(
+        command, "test.py", "--obj", "Brain", "--scores", scores, *hidden, *outputs,
+        on=(a_network_is_made, signal.SIGKILL),
+    )  # fmt: skip
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "first.json").read_bytes()
+    assert "no pictures: " in again and "weights:" not in again and "tokens:" not in again
+    assert figures(again) == figures(first) and first.splitlines()[-2:] == again.splitlines()[-2:]
+    assert (tmp_path / "page/index.html").is_file() and (tmp_path / "figures/Brain-roc.svg").is_file()
+    seen = printed(command, "test.py", *paths[:4], "--scores", scores, "--report", tmp_path / "seen")
+    assert "no pictures" not in seen
+    assert len((tmp_path / "seen/index.html").read_bytes()) > len((tmp_path / "page/index.html").read_bytes())
+
+
+def test_anonymous_runs_name_no_file(command, phantoms, tmp_path):
+    """Not in the checkpoint, the results, the kept scores, the run's folder, the page or its figures."""
+    shared = ["--obj", "Brain", "--data_path", phantoms, "--save_path", tmp_path, "--anonymous", "--cache", "ram"]
+    outputs = ["--report", tmp_path / "page", "--figures", tmp_path / "figures", "--save_scores", tmp_path / "s.npz"]
+    said = printed(command, "train.py", *SMALL, *shared, "--shot", 2, "--epoch", 1, "--out_json", tmp_path / "a.json")
+    said += printed(command, "test.py", *shared, "--device", "cpu", *outputs, "--out_json", tmp_path / "b.json")
+    names = [path.stem for path in phantoms.glob("Brain_AD/*/*/img/*")]
+    assert len(names) == 22
+    written = [path for path in (*tmp_path.rglob("*"), *Path(f"{tmp_path}-runs").rglob("*")) if path.is_file()]
+    assert {path.name for path in written} >= {"Brain.pth", "a.json", "b.json", "index.html", "Brain.svg", "s.npz"}
+    for path in written:
+        content = b"".join(unpacked(path))
+        assert not [name for name in names if name.encode() in content], path
+    assert not [name for name in names if name in said]
+    assert len(json.loads((tmp_path / "b.json").read_text())["per_image"]) == 14

@@ -17,10 +17,10 @@ import pytest
 
 from dataset import phantom
 from tests.helpers.commands import ROOT
+from tests.helpers.data import SMALL
 
 OLD_KEY = "0123456789abcdef" * 2 + "deadbeef"  # the two shapes of a key, of nobody
 NEW_KEY = "wandb_v1_Abc123xyzPlanted_" + "Q7" * 30
-SMALL = ["--model_name", "ViT-tiny-14-56", "--pretrain", "random", "--img_size", "42", "--device", "cpu"]
 DATA = ["--obj", "Brain", "--data_path", "data", "--save_path", "ckpt", "--cache", "disk"]
 TRAIN = [*SMALL, *DATA, "--shot", "1", "--epoch", "1", "--out_json", "train.json", "--exp_name", "exp"]
 
@@ -35,7 +35,7 @@ def plant(folder: Path, key: str | None) -> None:
         shutil.copy(ROOT / name, folder)
     phantom.write(folder / "data", ["Brain"], valid=2, test=2, seed=0, size=64)
     if key is not None:
-        (folder / "key.json").write_text(json.dumps({"wandb_api_key": key}))
+        (folder / "key.json").write_text(json.dumps({"api_key": key}))
 
 
 def run(folder: Path, script: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[bytes]:
@@ -101,7 +101,7 @@ def test_a_planted_key_is_nowhere(tmp_path, key, source):
     # What is searched is there: the binary run file and what W&B notes of the machine, checkpoint, JSON, rows.
     (run_file,) = tmp_path.rglob("run-*.wandb")
     assert b"valid_Ungood_00000.png" in run_file.read_bytes()  # its records are not packed: a key would show
-    assert list(tmp_path.rglob("rows.bin"))
+    assert [path for path in (tmp_path / ".cache").rglob("*") if path.is_file()]
     for name in ("train.json", "test.json", "ckpt/Brain.pth", "figures/Brain.png"):
         assert (tmp_path / name).is_file()
     assert not leaks(tmp_path, key, *results)
@@ -112,13 +112,13 @@ def test_a_crash_does_not_tell_the_key(tmp_path):
     plant(tmp_path, None)
     script = f"""
 import runpy, sys
-import engine.evaluate, wandb
+import engine.evaluation, wandb
 def crash(*args, **kwargs):
     raise ZeroDivisionError("a fault in the program")
 def quote(self, *args, **kwargs):
     raise RuntimeError("could not log in with {NEW_KEY}")
 if sys.argv[1] == "epoch":
-    engine.evaluate.evaluate = crash
+    engine.evaluation.evaluate = crash
 else:
     wandb.Run.log = quote
 sys.argv = ["train.py", *sys.argv[2:]]

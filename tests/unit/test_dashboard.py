@@ -201,6 +201,16 @@ def test_best_survives_a_resumption(world):
     assert run.rows[0][1]["AUCbest"] == metrics.auc
 
 
+def test_with_select_last_the_last_epoch_is_the_summary(world):
+    metrics, run = measure(*world), Run()
+    tracker = make_tracker(run)
+    for epoch in range(2):
+        epoch_of(tracker, epoch, metrics, last=epoch == 1)  # none is the best
+    assert "AUCbest" not in run.rows[0][1]
+    assert run.rows[1][1]["AUC+pAUCbest"] == metrics.selection_score
+    assert (run.summary["epoch"], run.summary["AUCbest"]) == (1, metrics.auc)
+
+
 def test_the_full_evaluation_completes_the_summary(world):
     run = Run()
     tracker, metrics = make_tracker(run), measure(*world)

@@ -403,7 +403,7 @@ def resumed_options(folder: str, arguments: Sequence[str]) -> argparse.Namespace
     if prompts is not None and (fault := states_fault(prompts)):
         raise InputError(f"--resume {folder}: its config.json is damaged (prompts: {fault})")
     words = [word for name, value in stored.items() for word in as_flag(parser, name, value)]
-    parser.where = f"--resume {folder}: its config.json is damaged: "
+    parser.where = f"--resume {folder}: its config.json is damaged"
     before = parser.parse_args(words)
     parser.where = ""
     options = parser.parse_args([*words, *arguments])

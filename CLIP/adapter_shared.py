@@ -145,8 +145,7 @@ class DualBranchAdapters(nn.Module):
 
     Args:
         kind: a name of `ADAPTERS`.
-        width: C of the image tower.
-        embed_dim: D of the joint embedding.
+        width, embed_dim: C of the image tower, D of the joint embedding.
         features_list: layers, counted from 1; adapter k belongs to the k-th of them.
         contrast: subtract the cosine with the other branch's text feature (MadCLIP section 2, dual objective).
         across_tokens: for MViTFC, attend within an image (`corrected` fidelity).

@@ -24,8 +24,7 @@ def uses_quick_gelu(config: ModelConfig, pretrained: str, img_size: int, fidelit
 def random_state(config: ModelConfig, seed: int, vision: bool = True) -> dict[str, Tensor]:
     """Seeded random weights under OpenAI's names and scales (Radford et al. 2021, initialisation of the release).
 
-    Each tensor draws from a generator of its own, seeded by `seed` and its name: without `vision` the text tower's
-    are the same.
+    Each tensor has a generator of its own, seeded by `seed` and its name: `vision` does not change the text tower's.
     """
     state = {}
     for name, shape in _shapes(config, vision).items():
@@ -41,15 +40,12 @@ def random_state(config: ModelConfig, seed: int, vision: bool = True) -> dict[st
 def _random_std(name: str, config: ModelConfig) -> float:
     vision = name.startswith("visual.")
     width, layers = (config.width, config.layers) if vision else (config.text_width, config.text_layers)
-    if "out_proj" in name or "c_proj" in name:
-        return float((2 * layers * width) ** -0.5)
-    if "c_fc" in name:
-        return float((2 * width) ** -0.5)
-    if "conv1" in name:
-        return float((3 * config.patch_size**2) ** -0.5)
-    if not vision and "embedding" in name:
-        return 0.02 if "token" in name else 0.01
-    return float(width**-0.5)
+    stds = {
+        "out_proj": (2 * layers * width) ** -0.5, "c_proj": (2 * layers * width) ** -0.5, "c_fc": (2 * width) ** -0.5,
+        "conv1": (3 * config.patch_size**2) ** -0.5, "token_embedding": 0.02,
+        **({} if vision else {"positional_embedding": 0.01}),
+    }  # fmt: skip
+    return float(next((std for part, std in stds.items() if part in name), width**-0.5))
 
 
 def _shapes(config: ModelConfig, vision: bool) -> dict[str, torch.Size]:
@@ -62,8 +58,7 @@ def _shapes(config: ModelConfig, vision: bool) -> dict[str, torch.Size]:
 def load_state(model: CLIP, state: dict[str, Tensor], source: str) -> None:
     """Put a state dict with OpenAI's names into `model`, resizing the positional embedding to its image size.
 
-    Raises:
-        InputError: naming `source` and the first tensors that are missing, of another shape or not finite.
+    `InputError` names `source` and the first tensors that are missing, of another shape or not finite.
     """
     config, vision = model.config, model.visual is not None
     check_state(state, _shapes(config, vision), f"{source} ({config.name})")

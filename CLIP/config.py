@@ -54,35 +54,20 @@ HARMLESS = {"patch_dropout", "output_tokens", "name", "hub", "urls", "weights", 
 SAME = {"pool_type": ("tok", "argmax"), "proj_type": ("linear",), "act_layer": ("gelu",)}
 
 
-@dataclass(frozen=True)
-class Tower:
-    """`vision_cfg` or `text_cfg` of a config file, in open_clip's words."""
-
-    width: int
-    layers: int
-    head_width: int = 64
-    heads: int = 0  # 0: width / head_width
-    mlp_ratio: float = 4.0
-    image_size: int = 0
-    patch_size: int = 0
-    context_length: int = PROMPT_LENGTH
-    vocab_size: int = VOCABULARY
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Every size of a CLIP model; `load` reads it, `to_dict` and `from_dict` keep it in a checkpoint."""
 
     name: str
     embed_dim: int  # D
-    quick_gelu: bool  # the activation that the OpenAI-style weights of this model were trained with
+    quick_gelu: bool = False  # the activation that the OpenAI-style weights of this model were trained with
     image_size: int
     patch_size: int
     width: int  # C
     layers: int
     heads: int
-    context_length: int
-    vocab_size: int
+    context_length: int = PROMPT_LENGTH
+    vocab_size: int = VOCABULARY
     text_width: int
     text_layers: int
     text_heads: int
@@ -130,11 +115,13 @@ class ModelConfig:
         """
         given = _object(values, where)
         _check_family(given, where)
-        flat = {"name": where, "quick_gelu": False, **given}
+        flat = {"name": where, **given}
         for part, names in (("vision_cfg", VISION), ("text_cfg", TEXT)):
-            tower = asdict(checked(Tower, given[part], f"{where}: {part}"))
-            tower["heads"] = tower["heads"] or tower["width"] // max(tower["head_width"], 1)
-            flat |= {own: tower[name] for name, own in names.items()}
+            tower = given[part]
+            flat |= {own: tower[name] for name, own in names.items() if name in tower}
+            width, head_width = tower.get("width"), tower.get("head_width", 64)
+            if not tower.get("heads") and type(width) is int and type(head_width) is int and head_width > 0:
+                flat[names["heads"]] = width // head_width
         config = checked(cls, flat, where)
         _check_sizes(config, where)
         return config
@@ -246,7 +233,7 @@ def _check_family(values: Mapping[str, Any], where: str) -> None:
     }
     if kinds := [kind for kind, applies in families.items() if applies]:
         raise refused(kinds[0], where)
-    known = {f.name for f in fields(Tower)} | HARMLESS
+    known = {*VISION, *TEXT, "head_width"} | HARMLESS
     others = [
         f"{part}.{key}"
         for part, tower in (("vision_cfg", vision), ("text_cfg", text))

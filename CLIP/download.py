@@ -161,10 +161,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.model.startswith(hub.PREFIX):
         return _from_hub(args.model.removeprefix(hub.PREFIX), args.out)
     known = [*{**config.urls, **config.hub}]
-    pretrain = args.pretrain or (known or [""])[0]
+    pretrain = args.pretrain or next(iter(known), "published")
     if pretrain not in known:
         raise InputError(
-            f"no address of {pretrain or 'published'} weights is known for {args.model}"
+            f"no address of {pretrain} weights is known for {args.model}"
             f"{', only of ' + ', '.join(known) if known else ''}: get them elsewhere and pass them with --weights FILE"
         )
     official = config.urls.get(pretrain, "")

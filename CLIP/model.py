@@ -55,17 +55,11 @@ class VisionTower(nn.Module):
         return tokens
 
     def forward_intermediates(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """Tokens after the given blocks, in one pass that stops at the deepest.
+        """Tokens after the given blocks, in one pass that stops at the deepest; the class token comes first.
 
-        Args:
-            images: (B, 3, S, S) in [0, 1].
-            layers: numbers counted from 1, in any order.
-
-        Returns:
-            One (B, L, C) tensor an entry of `layers`, in its order; the class token comes first.
+        Images (B, 3, S, S) in [0, 1], layers counted from 1, in any order -> a (B, L, C) for each, in that order.
         """
-        x = self.embed(images)
-        kept = {}
+        x, kept = self.embed(images), {}
         for number, block in enumerate(self.transformer.blocks[: max(layers)], start=1):
             x = block(x)
             if number in layers:
@@ -116,8 +110,7 @@ class CLIP(nn.Module):
     """A frozen CLIP: two towers, no gradients in any weight, evaluation mode for good.
 
     Args:
-        config: the sizes.
-        img_size: pixels a side, S.
+        config, img_size: the sizes; pixels a side, S.
         quick_gelu: the activation, see `clip.uses_quick_gelu`.
         normalize_pixels: subtract the config's mean and divide by its std (`corrected` fidelity).
         vision: False leaves the image tower out (`visual` is None), for a run that has all tokens already.

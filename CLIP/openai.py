@@ -6,7 +6,7 @@ import io
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -145,12 +145,9 @@ def _tensors(path: Path, files: ExitStack) -> dict[str, Loader]:
 class _Inert:
     """Stands for every class and function that an archive names, so none of them is imported or called."""
 
-    members: dict[str, Any]
+    members: Mapping[str, Any] = {}
 
-    def __new__(cls, *_: object) -> _Inert:  # not __init__, which unpickling leaves out
-        inert = super().__new__(cls)
-        inert.members = {}
-        return inert
+    def __init__(self, *_: object) -> None: ...
 
     def __setstate__(self, state: object) -> None:
         self.members = state if isinstance(state, dict) else {}

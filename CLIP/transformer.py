@@ -5,6 +5,7 @@ Parameter names are OpenAI's, so that a weight file loads without a table of nam
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import cast
 
 import torch
@@ -75,10 +76,8 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(width, hidden))
-        self.mlp.add_module("gelu", QuickGELU() if quick_gelu else nn.GELU())
-        self.mlp.add_module("c_proj", nn.Linear(hidden, width))
+        gelu = QuickGELU() if quick_gelu else nn.GELU()
+        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, hidden), gelu=gelu, c_proj=nn.Linear(hidden, width)))
 
     def qkv(self, x: Tensor) -> Tensor:
         """What the attention reads of the block's input: (..., C) -> (..., 3C)."""

@@ -41,8 +41,7 @@ def find_weights(
     """Find a model's weight file and its SHA-256, which is remembered, so that a second call reads no file.
 
     Args:
-        model_name: a name of model_configs/, a JSON file, a folder with config and weights, `hf-hub:owner/name`, or
-            a config as a checkpoint keeps it.
+        model_name: what `ModelConfig.load` takes (a folder or hub holds weights too), or a checkpoint's config.
         pretrained: one of `PRETRAINS`; says which file belongs to a name of model_configs/.
         weights: a weight file, or a folder that holds one, instead of that.
         seed: of random weights.

@@ -47,10 +47,9 @@ class PromptChooser(nn.Module):
         text_mood: one of `TEXT_MOODS`.
         causal: pass learnable prompts under CLIP's causal mask (`corrected` fidelity).
         states: state phrases to use instead of the published ones, see `read_prompts`.
-        generator: draws the contexts, on the CPU; None is torch's global one.
+        generator: draws the contexts, see `PromptLearner`.
 
-    Raises:
-        InputError: a name or phrase that is too long for CLIP's 77 tokens.
+    `InputError` for a name or phrase that is too long for CLIP's 77 tokens.
     """
 
     def __init__(

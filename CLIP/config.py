@@ -110,8 +110,7 @@ class ModelConfig:
     def from_dict(cls, values: object, where: str = "the model's config") -> ModelConfig:
         """The inverse of `to_dict`, also for open_clip's JSON.
 
-        Raises:
-            InputError: naming `where`, for values that are missing or make no sense, and for another family.
+        `InputError` names `where`, for values that are missing or make no sense, and for another family.
         """
         given = _object(values, where)
         _check_family(given, where)

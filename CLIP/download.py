@@ -53,9 +53,7 @@ def download(url: str, target: Path, sha256: str) -> bool:
     if target.exists():
         if target.is_file() and sha256_file(target).startswith(sha256):
             return False
-        raise InputError(
-            f"{target} exists and is not the file of {shown} (SHA-256): move it away or give another --out"
-        )
+        raise InputError(f"{target} exists and is not the file of {shown}: move it away or choose another --out")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for file in (part, new):
@@ -72,9 +70,7 @@ def download(url: str, target: Path, sha256: str) -> bool:
     except (RequestException, ValueError) as error:  # no address, or one that leads to none
         raise InputError(f"{shown}: cannot be fetched ({hub.one_line(error)}): check the address") from error
     except OSError as error:
-        raise InputError(
-            f"cannot write {part}: {error.strerror or error}; make room or choose another --out"
-        ) from error
+        raise InputError(f"{part}: {error.strerror or error}; make room or choose another --out") from error
     finally:
         if new.is_file():
             new.unlink()
@@ -95,10 +91,7 @@ def _fetch(url: str, part: Path, new: Path) -> Path:
                 return _attempt(session, url, part, new)
             except _Again as error:
                 (failure,) = error.args
-    raise type(failure)(
-        f"{failure} after {ATTEMPTS} attempts; {_kept(part)}: check the network and run this again, or copy the file "
-        "there by other means"
-    )
+    raise type(failure)(f"{failure} after {ATTEMPTS} attempts; {_kept(part)}: check the network and run this again")
 
 
 def _attempt(session: Session, url: str, part: Path, new: Path, resume: bool = True) -> Path:
@@ -126,14 +119,14 @@ def _attempt(session: Session, url: str, part: Path, new: Path, resume: bool = T
             raise hub.Unreachable(f"{refusal}; {_kept(part)}: check the address")
         if answer.get("Content-Type", "").lower().startswith("text/html"):
             raise hub.Unreachable(f"{shown} gives a web page (a log-in?); {_kept(part)}: open it in a browser")
-        resumed = bool(have) and status == 206
-        if resumed and not answer.get("Content-Range", "").startswith(f"bytes {have}-"):
+        start = have if status == 206 else 0
+        if start and not answer.get("Content-Range", "").startswith(f"bytes {have}-"):
             return _attempt(session, url, part, new, resume=False)
         length = answer.get("Content-Length", "")
-        total = have * resumed + int(length) if length.isdecimal() and len(length) < 16 else None
-        whole = part if resumed or not part.exists() else new
-        bar = tqdm(total=total, initial=have * resumed, unit="B", unit_scale=True, desc=whole.stem, disable=None)
-        with bar, whole.open("ab" if resumed else "wb") as file:
+        total = start + int(length) if length.isdecimal() and len(length) < 16 else None
+        whole = part if start or not part.exists() else new
+        bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=whole.stem, disable=None)
+        with bar, whole.open("ab" if start else "wb") as file:
             try:
                 for piece in response.iter_content(PIECE):
                     bar.update(file.write(piece))
@@ -163,10 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = [*{**config.urls, **config.hub}]
     pretrain = args.pretrain or next(iter(known), "published")
     if pretrain not in known:
-        raise InputError(
-            f"no address of {pretrain} weights is known for {args.model}"
-            f"{', only of ' + ', '.join(known) if known else ''}: get them elsewhere and pass them with --weights FILE"
-        )
+        others = f", only of {', '.join(known)}" if known else ""
+        raise InputError(f"no address of {pretrain} weights is known for {args.model}{others}: pass --weights FILE")
     official = config.urls.get(pretrain, "")
     url = args.url or official
     if not url:

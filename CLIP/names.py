@@ -51,8 +51,7 @@ FAMILIES = {
 def openai_names(loaders: Mapping[str, Loader], path: Path) -> dict[str, Loader]:
     """A CLIP's tensors under OpenAI's names; open_clip's and Hugging Face's become these, a common prefix is dropped.
 
-    Raises:
-        InputError: no CLIP weights, or a tower of another family, which is named.
+    `InputError` for no CLIP weights, and for a tower of another family, which is named.
     """
     for pattern, kind in FAMILIES.items():
         if any(re.search(pattern, key) for key in loaders):

@@ -37,11 +37,8 @@ def read_weights(path: str | Path, vision: bool = True) -> dict[str, torch.Tenso
     """Weights of a CLIP model on the CPU, under OpenAI's key names, in the precision of the file.
 
     The content decides how the file is read, not its name: a TorchScript archive as OpenAI publishes it, a state dict
-    written by torch.save (also under 'state_dict') or safetensors; see `names.openai_names` for their names. Without
-    `vision` the image tower's bytes stay unread (a pickle of torch before 1.6 apart, which is read as a whole).
-
-    Raises:
-        InputError: for everything that holds no CLIP weights; a tower of another family is named.
+    written by torch.save (also under 'state_dict') or safetensors. Without `vision` the image tower's bytes stay unread
+    (a pickle of torch before 1.6 apart). `InputError` for what holds no CLIP weights; another family is named.
     """
     path = Path(path)
     check_file(path)
@@ -66,9 +63,8 @@ def check_state(state: dict[str, torch.Tensor], expected: dict[str, torch.Size],
     wrong = [f"{key} {fault}" for key, shape in expected.items() if (fault := _fault(state.get(key), shape))]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise InputError(
-            f"{source} does not fit the model asked for: {'; '.join(wrong[:3])}{more}: pass its own file with --weights"
-        )
+        faults = f"{'; '.join(wrong[:3])}{more}"
+        raise InputError(f"{source} does not fit the model asked for: {faults}: pass its own file with --weights")
 
 
 def _fault(value: torch.Tensor | None, shape: torch.Size) -> str:

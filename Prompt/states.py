@@ -27,8 +27,7 @@ TEMPLATES = tuple((Path(__file__).parent / "templates.txt").read_text().splitlin
 def read_prompts(path: str) -> dict[str, list[str]]:
     """State phrases from a JSON file {"normal": [...], "abnormal": [...]}, {} in each for the object's name.
 
-    Raises:
-        InputError: unreadable file, another form, or a phrase without exactly one {}.
+    `InputError` for an unreadable file, another form, or a phrase without exactly one {}.
     """
     try:
         states = json.loads(read_text(path))

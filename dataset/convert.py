@@ -12,7 +12,6 @@ on record; it was not held against BMAD's own files.
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -62,13 +61,9 @@ def from_samples(dataset: MedicalDataset) -> Iterator[Slice]:
 
 def labelled_volumes(folder: Path) -> list[tuple[Path, Path]]:
     """Volumes below a folder and the labels beside them."""
-    pairs = []
-    for path, _ in list_files([folder]):
-        for pattern, volume in LABELLED:
-            name = re.sub(f"^{pattern}$", volume, path.name)
-            if name != path.name and (path.parent / name).is_file():
-                pairs.append((path.parent / name, path))
-    return pairs
+    names = [(path, re.sub(f"^{old}$", new, path.name)) for path, _ in list_files([folder]) for old, new in LABELLED]
+    pairs = [(path.with_name(volume), path) for path, volume in names if volume != path.name]
+    return [pair for pair in pairs if pair[0].is_file()]
 
 
 def from_labels(
@@ -135,8 +130,8 @@ def write(slices: Iterator[Slice], out: Path) -> Counter[str]:
     return counts
 
 
-def parse() -> argparse.Namespace:
-    """Command line."""
+def main() -> None:
+    """Read the command line and IN, write OUT."""
     parser = Parser(prog="python -m dataset.convert", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("source", type=Path, metavar="IN", help="a data set's folder, or volumes beside their labels")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty")
@@ -150,25 +145,17 @@ def parse() -> argparse.Namespace:
         raise InputError(f"IN {options.source}: no folder")
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise InputError(f"OUT {options.out}: it is there and not empty; name a new folder")
-    return options
-
-
-def main() -> None:
-    """Read IN, write OUT."""
-    options = parse()
     how = ReadOptions(parse_window(options.window), options.plane)
     pairs = labelled_volumes(options.source)
     if options.like and not pairs:
-        raise InputError(
-            f"--like {options.like}: {options.source} holds no volumes beside their labels (X_flair.nii.gz and "
-            f"X_seg.nii.gz, or volume-X.nii and segmentation-X.nii)"
-        )
+        expected = "X_flair.nii.gz and X_seg.nii.gz, or volume-X.nii and segmentation-X.nii"
+        raise InputError(f"--like {options.like}: {options.source} holds no volumes beside their labels ({expected})")
     if pairs:
-        counts = write(from_labels(options.source, pairs, how, options.like), options.out)
+        slices = from_labels(options.source, pairs, how, options.like)
     else:
         obj = options.obj or named_after(options.source)
-        dataset = MedicalDataset.open(obj, "", options.source, options.patient, options=how)
-        counts = write(from_samples(dataset), options.out)
+        slices = from_samples(MedicalDataset.open(obj, "", options.source, options.patient, options=how))
+    counts = write(slices, options.out)
     if not counts:
         raise InputError(f"{options.source}: no slice to write")
     name = named_after(options.out)

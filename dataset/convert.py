@@ -27,7 +27,7 @@ from utils import InputError, Parser, atomic_path, run_cli, write_json
 from .images import ABNORMAL_ABOVE, ReadOptions, list_files, parse_window, read, read_mask, stem
 from .layout import KINDS, SPLITS, VALID_SHARE, named_after, object_name
 from .medical_few import MedicalDataset
-from .patients import falls_in_valid, patient
+from .patients import compile_rule, falls_in_valid, patient
 from .volumes import PLANES, Volume, read_nifti, read_volume, square, stretch, to_rgb
 
 FOLDERS = ("good", "Ungood")  # of `KINDS`
@@ -67,7 +67,7 @@ def labelled_volumes(folder: Path) -> list[tuple[Path, Path]]:
 
 
 def from_labels(
-    folder: Path, pairs: list[tuple[Path, Path]], options: ReadOptions, like: str | None
+    folder: Path, pairs: list[tuple[Path, Path]], options: ReadOptions, like: str | None, rule: re.Pattern[str] | None
 ) -> Iterator[Slice]:
     """The slices of volumes whose labels say what is abnormal; empty slices are left out."""
     for path, label_path in pairs:
@@ -75,18 +75,19 @@ def from_labels(
         if volume.values.shape != labels.values.shape:
             raise InputError(f"{label_path}: {labels.values.shape} voxels, its volume has {volume.values.shape}")
         name = path.relative_to(folder).as_posix()
-        number = patient(name, below=name) or stem(path)
+        number = patient(name, rule, below=name) or stem(path)
         split = SPLITS[not falls_in_valid(name, VALID_SHARE, number)]
         for index in range(volume.values.shape[PLANES.index(options.plane)]):
             marks, spacing = labels.plane(index, options.plane)
+            marks = np.nan_to_num(marks)
             picture = prepare(volume, marks, index, options, like)
             if picture is None:
                 continue
             abnormal = (marks >= TUMOUR if like == "Liver" else marks != 0).astype(np.uint8) * 255
             mask = square(Image.fromarray(abnormal), spacing, Image.Resampling.NEAREST)
-            is_abnormal = bool(abnormal.any())
-            yield Slice(split, int(is_abnormal), f"{stem(path)}_{index}", number, picture,
-                        mask.resize(picture.size, Image.Resampling.NEAREST) if is_abnormal else None)  # fmt: skip
+            mask = mask.resize(picture.size, Image.Resampling.NEAREST)
+            label = int(abnormal.any())
+            yield Slice(split, label, f"{stem(path)}_{index}", number, picture, mask if label else None)
 
 
 def prepare(
@@ -151,7 +152,8 @@ def main() -> None:
         expected = "X_flair.nii.gz and X_seg.nii.gz, or volume-X.nii and segmentation-X.nii"
         raise InputError(f"--like {options.like}: {options.source} holds no volumes beside their labels ({expected})")
     if pairs:
-        slices = from_labels(options.source, pairs, how, options.like)
+        rule = None if options.patient is None else compile_rule(options.patient, "--patient")
+        slices = from_labels(options.source, pairs, how, options.like, rule)
     else:
         obj = options.obj or named_after(options.source)
         slices = from_samples(MedicalDataset.open(obj, "", options.source, options.patient, options=how))

@@ -13,21 +13,6 @@ Lines = dict[tuple[str, int], list[str]]  # (`a` or `n`, index) -> names
 SEEDS = Path(__file__).parent / "fewshot_seed"  # the project's lists: SEEDS / obj
 
 
-def list_name(count: int) -> str:
-    """The file that lists `count` shots."""
-    return f"my{count}-shot.txt"
-
-
-def shot_lists(root: Path, obj: str) -> list[Path]:
-    """The few-shot lists, the data set's own first: they win over the project's of the same name."""
-    return [
-        path
-        for folder in (root / "fewshot_seed", SEEDS / obj)
-        for path in sorted(folder.glob("*"))
-        if re.fullmatch(r"my\d+-shot\.txt", path.name)
-    ]
-
-
 def parse_shot_list(path: Path) -> tuple[Lines, list[str]]:
     """Lines `a-K: name name ...` and `n-K: name name ...` of a few-shot list, as the published program takes them.
 

@@ -248,14 +248,12 @@ def stem(path: Path) -> str:
     return path.name[:-7] if path.name.lower().endswith(".nii.gz") else path.stem
 
 
-def list_files(inputs: Iterable[Path], skip: Path | None = None) -> Iterator[tuple[Path, str]]:
+def list_files(inputs: Iterable[Path]) -> Iterator[tuple[Path, str]]:
     """Files to read, each with its path below the input that it came from.
 
-    Folders are walked in sorted order; hidden files, formats that are not read, and what lies in `skip` (results of an
-    earlier run) are left out. Other inputs are passed on as they are, and so are folders that cannot be read, for
-    `frames` to refuse.
+    Folders are walked in sorted order; hidden files and formats that are not read are left out. Other inputs are passed
+    on as they are, and so are folders that cannot be read, for `frames` to refuse.
     """
-    skip = skip.resolve() if skip else None
     for given in inputs:
         if not given.is_dir():
             yield given, given.name
@@ -264,7 +262,7 @@ def list_files(inputs: Iterable[Path], skip: Path | None = None) -> Iterator[tup
         walk = os.walk(given, onerror=lambda error, into=unreadable: into.append(Path(error.filename)))  # type: ignore[misc]
         for folder, subfolders, names in walk:
             here = Path(folder)
-            subfolders[:] = sorted(name for name in subfolders if name[0] != "." and (here / name).resolve() != skip)
+            subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
             for name in sorted(names):
                 if name[0] != "." and name != "DICOMDIR" and file_kind(here / name):
                     yield here / name, (here / name).relative_to(given).as_posix()

@@ -25,7 +25,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -46,6 +46,11 @@ MVFA_MASKS = "{parent}/anomaly_mask/{stem}"
 PLACEHOLDERS = ("parent", "folder", "above", "beside")
 # The paper's data sets: trees of other papers are accepted under their names, and their known leaks are no error.
 BENCHMARKS = ("Brain", "Chest", "Histopathology", "Liver", "Retina_OCT2017", "Retina_RESC")
+NO_LAYOUT = (
+    "no known layout; expected valid/ and test/ with good/ and Ungood/, normal/ and abnormal/ or 0/ and 1/ in each, "
+    "those two alone, or MVTec's train/good and test/<defect>; or describe it in a JSON file, which `python -m "
+    "dataset.check` begins and dataset/layout.py explains"
+)
 MADE_UP = "PHANTOM.txt"  # marks what dataset.phantom has drawn
 # What `detect` knows, each in the order of preference; upper and lower case are the same.
 CLASS_NAMES = (("good", "ungood"), ("normal", "abnormal"), ("0", "1"))
@@ -91,8 +96,7 @@ class Layout:
         given = {**MVFA, **given}
         given.setdefault("prompt_name", re.sub(r"[_-]+", " ", name).strip() or name)
         if "pixel_metrics" not in given:
-            images = {folder: list_images(root / folder) for split in SPLITS for folder in given[split]["abnormal"]}
-            given["pixel_metrics"] = has_masks(root, images, given.get("masks", MVFA_MASKS))
+            given["pixel_metrics"] = any(mask_places(root, given, [given.get("masks", MVFA_MASKS)]))
         return cls(**given)
 
     @property
@@ -251,9 +255,10 @@ def find_masks(root: Path, folder: str, template: str, images: Iterable[Path]) -
     return [by_name[image.parent.relative_to(home), name.replace("{stem}", stem(image), 1)] for image in images]
 
 
-def has_masks(root: Path, images: Mapping[str, list[Path]], template: str) -> bool:
-    """Whether any image has a mask; `images` of each folder."""
-    return any(any(find_masks(root, folder, template, inside)) for folder, inside in images.items())
+def mask_places(root: Path, splits: Mapping[str, Any], places: Iterable[str]) -> Iterator[str]:
+    """Those of some templates by which an abnormal image has a mask; `splits` as in a JSON file."""
+    images = {folder: list_images(root / folder) for split in SPLITS for folder in splits[split]["abnormal"]}
+    return (place for place in places if any(any(find_masks(root, f, place, i)) for f, i in images.items()))
 
 
 def _is_mvfa(root: Path) -> bool:
@@ -281,17 +286,12 @@ def detect(root: Path) -> dict[str, Any]:
         below = [found for path in inside if (found := _splits(path))]
         splits = below[0] if len(below) == 1 else None
     if splits is None:
-        raise InputError(
-            f"{root}: no known layout; expected valid/ and test/ with good/ and Ungood/, normal/ and abnormal/ or 0/ "
-            f"and 1/ in each, those two alone, or MVTec's train/good and test/<defect>; or describe it in a JSON file, "
-            f"which `python -m dataset.check` begins and dataset/layout.py explains"
-        )
+        raise InputError(f"{root}: {NO_LAYOUT}")
     result: dict[str, Any] = {
         split: {kind: [path.relative_to(root).as_posix() for path in folders] for kind, folders in classes.items()}
         for split, classes in splits.items()
     }
-    images = {folder: list_images(root / folder) for split in SPLITS for folder in result[split]["abnormal"]}
-    masks = next((place for place in MASK_PLACES if has_masks(root, images, place)), None)
+    masks = next(mask_places(root, result, MASK_PLACES), None)
     return {**result, "pixel_metrics": masks is not None, **({"masks": masks} if masks else {})}
 
 

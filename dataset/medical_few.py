@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from utils import InputError, anonymous_name, preview, warn
 
-from .fewshot import SEEDS, check_shot_names, list_name, parse_shot_list, pick_lines, shot_lists
+from .fewshot import SEEDS, check_shot_names, parse_shot_list, pick_lines
 from .images import (
     EXTENSIONS,
     NoImageError,
@@ -119,19 +119,14 @@ class MedicalDataset:
         mask_above: int | None = None,
         options: ReadOptions | None = None,
     ) -> MedicalDataset:
-        """Find `data_root` or <data_path>/<obj>_AD; `InputError` where it or a part of it is missing.
+        """Find `data_root`, or <data_path>/<obj>_AD; `InputError` where it or a part of it is missing.
 
-        Args:
-            obj: its name; <obj>.json in the folder itself or in dataset/ may describe it.
-            data_path: folder that holds <obj>_AD.
-            data_root: the data set's own folder.
-            patient: regular expression for the patient in a name, instead of the JSON file's or the known ones.
-            mask_above: the grey of a mask (0 to 254) above which a pixel is abnormal, instead of the JSON file's.
-            options: how DICOM, NIfTI and 16-bit files are read, instead of what the JSON file says.
+        <obj>.json in the folder itself or in dataset/ may describe it. `patient` (a regular expression), `mask_above`
+        (0 to 254) and `options` stand for what that file says; see dataset/layout.py.
         """
         root = data_folder(obj, data_path, data_root)
         layout = Layout.load(obj, root)
-        for folder in (folder for split in SPLITS for kind in KINDS for folder in layout.folders(split, kind)):
+        for folder in chain(*layout.valid.values(), *layout.test.values()):
             top = root / PurePosixPath(folder).parts[0]
             if not top.is_dir():
                 other = f"dataset/{obj}.json names it; under a new --obj the folder's own layout would be found"
@@ -325,25 +320,22 @@ class MedicalDataset:
         Raises:
             InputError: a list that names other images or too few, fewer images than shots, a shot without a mask.
         """
-        counts = {"abnormal": shot_abnormal, "normal": shot_normal}
         draw = random.Random(seed)
-        chosen: dict[str, list[Sample]] = {}
-        names: dict[str, list[str]] = {}
-        sources: dict[str, None] = {}  # an ordered set
+        chosen: dict[str, list[Sample]] = {"abnormal": [], "normal": []}
+        names: dict[str, list[str]] = {"abnormal": [], "normal": []}
+        sources: dict[str, None] = {}  # an ordered set, and so is
         warnings: dict[str, None] = {}
-        for kind, count in counts.items():
-            known = self.known_shots(kind) if count else {}
-            listed = self._listed(kind, count, iterate, known, warnings) if count and iterate >= 0 else None
-            if listed is None:
-                if len(known) < count:
-                    flag = "--shot" if shot_normal == shot_abnormal else f"--shot_{kind}"
-                    raise InputError(f"{flag} {count}: valid holds only {len(known)} {kind} images in {self.root}")
-                names[kind] = draw.sample(sorted(known), count)
-                source = f"sampled with seed {seed} from the sorted names of valid/ (no list for {count} shots is used)"
-            else:
-                names[kind], source = listed
-            if count:
-                sources[source] = None
+        for kind, count in (("abnormal", shot_abnormal), ("normal", shot_normal)):
+            if not count:
+                continue
+            known = self.known_shots(kind)
+            listed = self._listed(kind, count, iterate, known, warnings) if iterate >= 0 else None
+            if listed is None and len(known) < count:
+                flag = "--shot" if shot_normal == shot_abnormal else f"--shot_{kind}"
+                raise InputError(f"{flag} {count}: valid holds only {len(known)} {kind} images in {self.root}")
+            source = f"sampled with seed {seed} from the sorted names of valid/ (no list for {count} shots is used)"
+            names[kind], source = listed or (draw.sample(sorted(known), count), source)
+            sources[source] = None
             files = {known[name][0].path: known[name][0] for name in names[kind]}
             self._check_masks(list(files.values()), kind)
             chosen[kind] = [known[name][1] for name in names[kind]]
@@ -368,7 +360,7 @@ class MedicalDataset:
         self, kind: str, count: int, iterate: int, known: Collection[str], warnings: dict[str, None]
     ) -> tuple[list[str], str] | None:
         """The names on the list for `count` shots and that list's name; None where there is none for these images."""
-        path = next((path for path in self.shot_lists() if path.name == list_name(count)), None)
+        path = next((path for path in self.shot_lists() if path.name == f"my{count}-shot.txt"), None)
         if path is None:
             return None
         lines, remarks = parse_shot_list(path)
@@ -384,7 +376,8 @@ class MedicalDataset:
 
     def shot_lists(self) -> list[Path]:
         """The few-shot lists, the data set's own first: they win over the project's of the same name."""
-        return shot_lists(self.root, self.obj)
+        files = [file for folder in (self.root / "fewshot_seed", SEEDS / self.obj) for file in sorted(folder.glob("*"))]
+        return [file for file in files if re.fullmatch(r"my\d+-shot\.txt", file.name)]
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,12 @@ INIT_STD = 0.02
 
 
 class PromptLearner(nn.Module):
-    """The prompts of one class: `states` x `POSITIONS`, each with its own 8 context vectors.
+    """The prompts of one class (`kind`): S `states` x `POSITIONS`, each with its own 8 context vectors.
 
-    A prompt is the token sequence of `X X X X X X X X STATE.` with the X embeddings learnable and moved:
-    end: 8 contexts, state; front: state, 8 contexts; middle: 4 contexts, state, 4 contexts.
-
-    Args:
-        text: the frozen text tower, read for its token embeddings at construction only.
-        kind: `normal` or `abnormal`, part of the published parameter names.
-        states: S state phrases with the object's name in them.
-        generator: draws the contexts, on the CPU, so that a seed means the same on every device; None: torch's global.
+    A prompt is the token sequence of `X X X X X X X X STATE.` with the X embeddings learnable and moved: end: 8
+    contexts, state; front: state, 8 contexts; middle: 4 contexts, state, 4 contexts. The frozen text tower is read for
+    its token embeddings at construction only. `generator` (None: torch's global one) draws the contexts, on the CPU, so
+    that a seed means the same on every device.
     """
 
     embedded: Tensor  # (3 S, 77, W) of `X X X X X X X X STATE.`

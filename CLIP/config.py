@@ -54,20 +54,20 @@ HARMLESS = {"patch_dropout", "output_tokens", "name", "hub", "urls", "weights", 
 SAME = {"pool_type": ("tok", "argmax"), "proj_type": ("linear",), "act_layer": ("gelu",)}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ModelConfig:
     """Every size of a CLIP model; `load` reads it, `to_dict` and `from_dict` keep it in a checkpoint."""
 
     name: str
     embed_dim: int  # D
-    quick_gelu: bool = False  # the activation that the OpenAI-style weights of this model were trained with
+    quick_gelu: bool  # the activation that the OpenAI-style weights of this model were trained with
     image_size: int
     patch_size: int
     width: int  # C
     layers: int
     heads: int
-    context_length: int = PROMPT_LENGTH
-    vocab_size: int = VOCABULARY
+    context_length: int
+    vocab_size: int
     text_width: int
     text_layers: int
     text_heads: int
@@ -114,7 +114,8 @@ class ModelConfig:
         """
         given = _object(values, where)
         _check_family(given, where)
-        flat = {"name": where, **given}
+        defaults = {"quick_gelu": False, "context_length": PROMPT_LENGTH, "vocab_size": VOCABULARY}
+        flat = {"name": where, **defaults, **given}
         for part, names in (("vision_cfg", VISION), ("text_cfg", TEXT)):
             tower = given[part]
             flat |= {own: tower[name] for name, own in names.items() if name in tower}

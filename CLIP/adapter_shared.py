@@ -143,13 +143,10 @@ class Cosine(torch.autograd.Function):
 class DualBranchAdapters(nn.Module):
     """Two branches of adapters over K layers, and the scores that they give.
 
-    Args:
-        kind: a name of `ADAPTERS`.
-        width, embed_dim: C of the image tower, D of the joint embedding.
-        features_list: layers, counted from 1; adapter k belongs to the k-th of them.
-        contrast: subtract the cosine with the other branch's text feature (MadCLIP section 2, dual objective).
-        across_tokens: for MViTFC, attend within an image (`corrected` fidelity).
-        generator: draws the initial weights, on the CPU; None is torch's global one.
+    `kind` is a name of `ADAPTERS`; `width` is C, `embed_dim` D. Adapter k belongs to the k-th of `features_list`,
+    layers counted from 1. `contrast` subtracts the cosine with the other branch's text feature (MadCLIP section 2, dual
+    objective); `across_tokens` lets MViTFC attend within an image (`corrected` fidelity). `generator` draws the initial
+    weights, on the CPU; None is torch's global one.
     """
 
     def __init__(
@@ -179,16 +176,11 @@ class DualBranchAdapters(nn.Module):
         self.mixes_images = kind == "MViTFC" and not across_tokens  # an image's scores depend on the batch's others
 
     def forward(self, tokens: Sequence[Tensor], text_features: Tensor, heads: Sequence[str] = HEADS) -> list[Tensor]:
-        """Scores of every patch.
+        """Scores of every patch, one (K, B, N, 2) for each of `heads`: [normal branch, abnormal branch].
 
-        Args:
-            tokens: K tensors in ascending layer order, (B, N, C), or (B, L, C) with `reads_class_token`.
-            text_features: (D, 2), columns [normal, abnormal], each of norm 1.
-            heads: of `det`, `seg`: only these are computed.
-
-        Returns:
-            One (K, B, N, 2) a head, [normal branch, abnormal branch]: cosines in [-1, 1], their differences in [-2, 2]
-            with `contrast`.
+        They are cosines in [-1, 1], with `contrast` their differences in [-2, 2]. `tokens` are K tensors in ascending
+        layer order, (B, N, C), or (B, L, C) with `reads_class_token`; `text_features` (D, 2) has the columns [normal,
+        abnormal], each of norm 1.
         """
         normal, abnormal = text_features.unbind(-1)
         directions = (normal - abnormal, abnormal - normal) if self.contrast else (normal, abnormal)

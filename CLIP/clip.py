@@ -83,18 +83,10 @@ def create_model(
 ) -> CLIP:
     """Build a frozen CLIP.
 
-    Args:
-        model_name: what `find_weights` takes; or what it gave, which says `pretrained`, `weights` and `seed` too.
-        pretrained: `openai`, `laion400m`, `laion2b` or `random` (seeded, nothing pre-trained).
-        img_size: pixels a side; None is the weights' own size.
-        weights: a weight file, or a folder that holds one, instead of the one under CLIP/ckpt.
-        fidelity: `released` or `corrected`, see the table in docs/method.md.
-        seed: of random weights.
-        device: where the model goes.
-        vision: False reads and builds the text tower alone.
-
-    Raises:
-        InputError: unknown model, missing or unfitting weight file, image smaller than a patch.
+    `model_name`, `pretrained`, `weights` and `seed` are those of `find_weights`, whose result may stand for all four.
+    `img_size` is in pixels a side, None for the weights' own; `fidelity` is `released` or `corrected`, see the table in
+    docs/method.md; without `vision` the text tower alone is read and built. `InputError` for an unknown model, a
+    missing or unfitting weight file, an image smaller than a patch.
     """
     source = model_name if isinstance(model_name, Weights) else find_weights(model_name, pretrained, weights, seed)
     config, released = source.config, fidelity == "released"

@@ -41,33 +41,32 @@ HF_NAMES = {
 }  # fmt: skip
 HF_TEXT = {
     "vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
-    "num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
-    "model_type": "clip_text_model",
+    "num_attention_heads": 8, "max_position_embeddings": 77,
 }  # fmt: skip
 HF_VISION = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
-    "model_type": "clip_vision_model",
+    "image_size": 224, "patch_size": 32,
 }  # fmt: skip
+HF_BOTH = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "model_type": "clip"}
 # Entries of open_clip's configs that change nothing here; any other must be absent or false.
 HARMLESS = {"patch_dropout", "output_tokens", "name", "hub", "urls", "weights", "custom_text", "init_logit_scale"}
 SAME = {"pool_type": ("tok", "argmax"), "proj_type": ("linear",), "act_layer": ("gelu",)}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ModelConfig:
     """Every size of a CLIP model; `load` reads it, `to_dict` and `from_dict` keep it in a checkpoint."""
 
     name: str
     embed_dim: int  # D
-    quick_gelu: bool = False  # the activation that the OpenAI-style weights of this model were trained with
+    quick_gelu: bool  # the activation that the OpenAI-style weights of this model were trained with
     image_size: int
     patch_size: int
     width: int  # C
     layers: int
     heads: int
-    context_length: int = PROMPT_LENGTH
-    vocab_size: int = VOCABULARY
+    context_length: int
+    vocab_size: int
     text_width: int
     text_layers: int
     text_heads: int
@@ -114,7 +113,8 @@ class ModelConfig:
         """
         given = _object(values, where)
         _check_family(given, where)
-        flat = {"name": where, **given}
+        defaults = {"quick_gelu": False, "context_length": PROMPT_LENGTH, "vocab_size": VOCABULARY}
+        flat = {"name": where, **defaults, **given}
         for part, names in (("vision_cfg", VISION), ("text_cfg", TEXT)):
             tower = given[part]
             flat |= {own: tower[name] for name, own in names.items() if name in tower}
@@ -201,8 +201,8 @@ def _from_hugging_face(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     activations = []
     for part, names, defaults in (("vision", VISION, HF_VISION), ("text", TEXT, HF_TEXT)):
         given = [_object(values.get(f"{part}_{suffix}") or {}, path) for suffix in ("config", "config_dict")]
-        tower = {**defaults, **given[0], **given[1]}
-        if tower["model_type"] not in ("clip", defaults["model_type"]):
+        tower = {**HF_BOTH, **defaults, **given[0], **given[1]}
+        if tower["model_type"] not in ("clip", f"clip_{part}_model"):
             raise refused(hub.one_line(tower["model_type"]), path)
         if tower["layer_norm_eps"] != 1e-5:
             raise InputError(f"{path}: layer_norm_eps {tower['layer_norm_eps']!r:.40} is not CLIP's 1e-05")

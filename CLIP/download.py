@@ -41,10 +41,8 @@ def download(url: str, target: Path, sha256: str) -> bool:
     What has arrived lies in `target`.part, from where the next call goes on; the final name appears only once the
     SHA-256 (in hexadecimal, or its first digits) is right. Where a server does not go on from there, what it sends
     instead lies in `target`.part.new until it has proved right: a log-in page never replaces a good part.
-
-    Raises:
-        hub.Unreachable: no network, or a server that refuses or sends a web page.
-        InputError: a wrong sum, a connection that keeps dropping, a full disk, an address that is none.
+    `hub.Unreachable` for no network and for a server that refuses or sends a web page; `InputError` for a wrong sum, a
+    connection that keeps dropping, a full disk, an address that is none.
     """
     from requests import RequestException  # noqa: PLC0415
 

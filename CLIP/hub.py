@@ -49,12 +49,9 @@ def one_line(words: object) -> str:
 def fetch(repository: str, names: Sequence[str]) -> Path:
     """The first of the files `names` that the hub's `repository` (`owner/name`, `owner/name@revision`) has.
 
-    What the cache holds is taken from there without asking the hub, so that a later run needs no network.
-
-    Raises:
-        Missing: the repository has none of the files.
-        Unreachable: no network, and not in the cache.
-        InputError: no such repository, a damaged file, no huggingface_hub.
+    What the cache holds is taken from there without asking the hub, so that a later run needs no network. `Missing`
+    where the repository has none, `Unreachable` for no network and not in the cache, `InputError` for no such
+    repository, a damaged file, no huggingface_hub.
     """
     try:
         from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache  # noqa: PLC0415

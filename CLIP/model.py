@@ -107,13 +107,11 @@ class TextTower(nn.Module):
 
 
 class CLIP(nn.Module):
-    """A frozen CLIP: two towers, no gradients in any weight, evaluation mode for good.
+    """A frozen CLIP at `img_size` pixels a side: no gradients in any weight, evaluation mode for good.
 
-    Args:
-        config, img_size: the sizes; pixels a side, S.
-        quick_gelu: the activation, see `clip.uses_quick_gelu`.
-        normalize_pixels: subtract the config's mean and divide by its std (`corrected` fidelity).
-        vision: False leaves the image tower out (`visual` is None), for a run that has all tokens already.
+    `quick_gelu` is the activation, see `clip.uses_quick_gelu`; `normalize_pixels` subtracts the config's mean and
+    divides by its std (`corrected` fidelity). Without `vision` there is no image tower (`visual` is None), for a run
+    that has all tokens already.
     """
 
     def __init__(

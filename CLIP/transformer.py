@@ -34,10 +34,6 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def qkv(self, x: Tensor) -> Tensor:
-        """Queries, keys and values side by side: (..., C) -> (..., 3C)."""
-        return F.linear(x, self.in_proj_weight, self.in_proj_bias)
-
     def attend(self, qkv: Tensor, causal: bool) -> Tensor:
         """The heads' outputs, before `out_proj`: (B, L, 3C) -> (B, L, C); `causal`: no position sees a later one."""
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
@@ -48,7 +44,7 @@ class Attention(nn.Module):
         return mixed.transpose(1, 2).flatten(2)  # from (B, heads, L, C / heads)
 
     def attend_at(self, x: Tensor, position: Tensor, causal: bool) -> Tensor:
-        """`attend(qkv(x))` at one position per sequence only (not in the paper): x (B, L, C), position (B,) -> (B, C).
+        """`attend` at one position per sequence only (not in the paper): input x (B, L, C), position (B,) -> (B, C).
 
         No key or value is formed. A head's scores are q.(Wk x + bk) = (Wk' q).x + q.bk, of which softmax ignores the
         last term, and its output is sum p (Wv x + bv) = Wv (sum p x) + bv: one vector a head instead of L.
@@ -80,8 +76,8 @@ class ResidualAttentionBlock(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, hidden), gelu=gelu, c_proj=nn.Linear(hidden, width)))
 
     def qkv(self, x: Tensor) -> Tensor:
-        """What the attention reads of the block's input: (..., C) -> (..., 3C)."""
-        return self.attn.qkv(self.ln_1(x))
+        """Queries, keys and values of the block's input, side by side: (..., C) -> (..., 3C)."""
+        return F.linear(self.ln_1(x), self.attn.in_proj_weight, self.attn.in_proj_bias)
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """The block's output from its input and the attention heads' outputs: (..., C) twice -> (..., C)."""

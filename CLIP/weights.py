@@ -40,14 +40,10 @@ def find_weights(
 ) -> Weights:
     """Find a model's weight file and its SHA-256, which is remembered, so that a second call reads no file.
 
-    Args:
-        model_name: what `ModelConfig.load` takes (a folder or hub holds weights too), or a checkpoint's config.
-        pretrained: one of `PRETRAINS`; says which file belongs to a name of model_configs/.
-        weights: a weight file, or a folder that holds one, instead of that.
-        seed: of random weights.
-
-    Raises:
-        InputError: unknown model, no such weights, a file that is missing or cannot be read.
+    `model_name` is what `ModelConfig.load` takes (a folder or repository holds the weights too), or a checkpoint's
+    config; `pretrained`, one of `PRETRAINS`, says which file belongs to a name of model_configs/, and `weights` is a
+    file, or a folder that holds one, instead of that. `seed` is of random weights. `InputError` for an unknown model,
+    for no such weights, and for a file that is missing or cannot be read.
     """
     config = model_name if isinstance(model_name, ModelConfig) else ModelConfig.load(model_name)
     if pretrained == "random":

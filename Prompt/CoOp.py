@@ -17,20 +17,15 @@ INIT_STD = 0.02
 
 
 class PromptLearner(nn.Module):
-    """The prompts of one class: `states` x `POSITIONS`, each with its own 8 context vectors.
+    """The prompts of one class (`kind`): S `states` x `POSITIONS`, each with its own 8 context vectors.
 
-    A prompt is the token sequence of `X X X X X X X X STATE.` with the X embeddings learnable and moved:
-    end: 8 contexts, state; front: state, 8 contexts; middle: 4 contexts, state, 4 contexts.
-
-    Args:
-        text: the frozen text tower, read for its token embeddings at construction only.
-        kind: `normal` or `abnormal`, part of the published parameter names.
-        states: S state phrases with the object's name in them.
-        generator: draws the contexts, on the CPU, so that a seed means the same on every device; None: torch's global.
+    A prompt is the token sequence of `X X X X X X X X STATE.` with the X embeddings learnable and moved: end: 8
+    contexts, state; front: state, 8 contexts; middle: 4 contexts, state, 4 contexts. The frozen text tower is read for
+    its token embeddings at construction only. `generator` (None: torch's global one) draws the contexts, on the CPU, so
+    that a seed means the same on every device.
     """
 
-    embedded: Tensor  # (3 S, 77, W) of `X X X X X X X X STATE.`
-    order: Tensor  # (3 S, 77, 1) which of its tokens stands where
+    embedded: Tensor  # (3 S, 77, W) right but for the contexts
     eot: Tensor  # (3 S,)
     context_positions: Tensor  # (3 S, 8)
 
@@ -48,23 +43,19 @@ class PromptLearner(nn.Module):
             [_layout(BEFORE[name], length, ids.shape[1]) for name in POSITIONS for length in self.name_lengths]
         )
         is_context = (order >= 1) & (order <= CONTEXTS)
+        arranged = ids.repeat(len(POSITIONS), 1).gather(1, order).to(device)
         with torch.no_grad():
-            embedded = text.token_embedding(ids.to(device))
-        buffers = {
-            "embedded": embedded.repeat(len(POSITIONS), 1, 1),
-            "order": order[..., None],
-            # The pooled position is the first highest id, as in CLIP; all three layouts keep the same length.
-            "eot": ids.argmax(dim=-1).repeat(len(POSITIONS)),
-            "context_positions": is_context.nonzero()[:, 1].unflatten(0, (-1, CONTEXTS)),
-        }
-        for name, tensor in buffers.items():
-            self.register_buffer(name, tensor.to(device), persistent=False)
+            self.register_buffer("embedded", text.token_embedding(arranged), persistent=False)
+        # The pooled position is the first highest id, as in CLIP.
+        self.register_buffer("eot", arranged.argmax(dim=-1), persistent=False)
+        positions = is_context.nonzero()[:, 1].unflatten(0, (-1, CONTEXTS)).to(device)
+        self.register_buffer("context_positions", positions, persistent=False)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Token embeddings (3 S, 77, W), position by position, and their end-of-text positions (3 S,)."""
         contexts = torch.cat([self.ctx[f"{self.kind}_{name}"] for name in POSITIONS])  # (3 S, 8, W)
-        prompts = torch.cat([self.embedded[:, :1], contexts, self.embedded[:, 1 + CONTEXTS :]], dim=1)
-        return prompts.take_along_dim(self.order, dim=1), self.eot
+        prompts = torch.arange(len(contexts), device=contexts.device)[:, None]
+        return self.embedded.index_put((prompts, self.context_positions), contexts), self.eot
 
 
 def _layout(before: int, phrase: int, total: int) -> list[int]:

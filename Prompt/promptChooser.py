@@ -41,15 +41,10 @@ def check_length(name: str, states: Mapping[str, Sequence[str]]) -> None:
 class PromptChooser(nn.Module):
     """The text features (D, 2) of a data set, as columns [normal, abnormal].
 
-    Args:
-        clip: gives the frozen text tower; it is not registered, so it is neither trained nor saved.
-        name: what the prompts call the object, for example `retinal OCT`.
-        text_mood: one of `TEXT_MOODS`.
-        causal: pass learnable prompts under CLIP's causal mask (`corrected` fidelity).
-        states: state phrases to use instead of the published ones, see `read_prompts`.
-        generator: draws the contexts, see `PromptLearner`.
-
-    `InputError` for a name or phrase that is too long for CLIP's 77 tokens.
+    `clip` gives the frozen text tower; it is not registered, so it is neither trained nor saved. `name` is what the
+    prompts call the object (`retinal OCT`), `text_mood` one of `TEXT_MOODS`, `states` are phrases instead of the
+    published ones, see `read_prompts`. `causal` passes learnable prompts under CLIP's causal mask (`corrected`
+    fidelity). `generator` draws the contexts. `InputError` for a name or phrase too long for CLIP's 77 tokens.
     """
 
     def __init__(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,40 +35,25 @@ NAMES = ("zero-shot CLIP", "nearest normal patch", "class prototypes", "logistic
 Batches = Callable[[], Iterator[list[Tensor]]]  # the test images' K tensors (B, N, C), batch by batch, in order
 
 
-@dataclass(frozen=True)
 class Training:
     """What the shots show: the same views that MadCLIP is trained on.
 
-    Attributes:
+    Args:
         tokens: K tensors (V, N, C).
         labels: (V,) bool, True = abnormal.
-        masks: (V, N) in [0, 1], the abnormal part of each patch; None without masks.
+        masks: (V, N) in [0, 1], the abnormal part of each patch; None without masks: every patch is as its image.
         generator: of all that is drawn.
     """
 
-    tokens: list[Tensor]
-    labels: Tensor
-    masks: Tensor | None
-    generator: torch.Generator
-
-    @property
-    def abnormal_patches(self) -> Tensor:
-        """(V, N) bool: patches that are abnormal by more than half; without masks every patch of an abnormal image."""
-        if self.masks is None:
-            return self.labels[:, None].expand(-1, self.tokens[0].shape[1])
-        return self.masks > 0.5
-
-    @property
-    def normal_patches(self) -> Tensor:
-        """(V, N) bool: patches of normal images, and with masks those of abnormal ones that hold nothing abnormal."""
-        normal = ~self.labels[:, None].expand(-1, self.tokens[0].shape[1])
-        return normal if self.masks is None else normal | (self.masks == 0)
+    def __init__(self, tokens: list[Tensor], labels: Tensor, masks: Tensor | None, generator: torch.Generator) -> None:
+        self.tokens, self.labels, self.localised, self.generator = tokens, labels, masks is not None, generator
+        parts = labels[:, None].expand(-1, tokens[0].shape[1]).float() if masks is None else masks
+        self.normal_patches, self.abnormal_patches = parts == 0, parts > 0.5  # (V, N) bool; the others are mixed
 
 
 def pool_masks(masks: Tensor, patches: int) -> Tensor:
     """Pixels to patches: (V, S, S) bool -> (V, N), the abnormal part of each patch in [0, 1]."""
-    side = round(patches**0.5)
-    return F.adaptive_avg_pool2d(masks[:, None].float(), side).flatten(1)
+    return F.adaptive_avg_pool2d(masks[:, None].float(), round(patches**0.5)).flatten(1)
 
 
 def zero_shot(batches: Batches, project: Callable[[Tensor], Tensor], text_features: Tensor) -> Tensor:
@@ -83,8 +67,8 @@ def zero_shot(batches: Batches, project: Callable[[Tensor], Tensor], text_featur
     Returns:
         (M, 1, N), the abnormal minus the normal cosine of each patch, times CLIP's 100: the logit of `abnormal`.
     """
-    difference = text_features[:, 1] - text_features[:, 0]
-    return torch.cat([100 * (F.normalize(project(layers[-1]), dim=-1) @ difference)[:, None] for layers in batches()])
+    direction = 100 * (text_features[:, 1] - text_features[:, 0])
+    return torch.cat([(F.normalize(project(layers[-1]), dim=-1) @ direction)[:, None] for layers in batches()])
 
 
 def nearest_normal_patch(training: Training, batches: Batches) -> Tensor:
@@ -100,12 +84,12 @@ def nearest_normal_patch(training: Training, batches: Batches) -> Tensor:
     for layer in training.tokens:
         bank = neighbourhoods(layer[~training.labels]).flatten(0, 1)
         banks.append(bank[coreset(bank, MAX_BANK, training.generator)])
-    scores = []
-    for layers in batches():
-        patches = [neighbourhoods(layer) for layer in layers]
-        nearest = [(x @ bank.T).amax(dim=-1) for x, bank in zip(patches, banks, strict=True)]
-        scores.append(1 - torch.stack(nearest, dim=1))
-    return torch.cat(scores)
+
+    def distances(layers: list[Tensor]) -> Tensor:
+        nearest = [(neighbourhoods(x) @ bank.T).amax(dim=-1) for x, bank in zip(layers, banks, strict=True)]
+        return 1 - torch.stack(nearest, dim=1)
+
+    return torch.cat([distances(layers) for layers in batches()])
 
 
 def neighbourhoods(tokens: Tensor) -> Tensor:
@@ -140,23 +124,23 @@ def prototypes(training: Training, batches: Batches) -> Tensor:
     directions = []
     for layer in training.tokens:
         patches = F.normalize(layer, dim=-1)
-        means = []
-        for chosen in (training.normal_patches, training.abnormal_patches):
-            mean = patches[chosen].mean(dim=0) if chosen.any() else patches.new_zeros(patches.shape[-1])
-            means.append(F.normalize(mean, dim=0))
-        directions.append(means[1] - means[0])
-    scores = []
-    for layers in batches():
-        cosines = [F.normalize(x, dim=-1) @ d for x, d in zip(layers, directions, strict=True)]
-        scores.append(torch.stack(cosines, dim=1))
-    return torch.cat(scores)
+        normal, abnormal = (
+            F.normalize(patches[chosen].sum(dim=0), dim=0)  # 0 where there is no patch
+            for chosen in (training.normal_patches, training.abnormal_patches)
+        )
+        directions.append(abnormal - normal)
+
+    def cosines(layers: list[Tensor]) -> Tensor:
+        return torch.stack([F.normalize(x, dim=-1) @ d for x, d in zip(layers, directions, strict=True)], dim=1)
+
+    return torch.cat([cosines(layers) for layers in batches()])
 
 
 def logistic_regression(training: Training, batches: Batches) -> Tensor:
     """scikit-learn's, with its defaults: of patches where shots have masks, else of the mean token of images.
 
-    It reads all layers side by side, each of norm 1, standardised. Patches are drawn where there are very many, of each
-    class as many as of the other at most.
+    It reads all layers side by side, each of norm 1, standardised. Patches are drawn, of each class as many as of the
+    other, and not very many.
 
     Returns:
         (M, 1, N), the logit of `abnormal`.
@@ -168,26 +152,24 @@ def logistic_regression(training: Training, batches: Batches) -> Tensor:
     from sklearn.pipeline import make_pipeline  # noqa: PLC0415
     from sklearn.preprocessing import StandardScaler  # noqa: PLC0415
 
-    patches = training.masks is not None
-    x, y = features(training.tokens, patches), training.labels
-    if patches:
+    def features(layers: list[Tensor]) -> Tensor:
+        joined = torch.cat([F.normalize(layer, dim=-1) for layer in layers], dim=-1)  # (B, N, K C)
+        return joined if training.localised else joined.mean(dim=1, keepdim=True)
+
+    x, y = features(training.tokens).flatten(0, 1), training.labels
+    if training.localised:
         groups = [chosen.flatten().nonzero()[:, 0] for chosen in (training.normal_patches, training.abnormal_patches)]
-        size = min(MAX_PATCHES // 2, *(len(group) for group in groups))
+        size = min(MAX_PATCHES // 2, *map(len, groups))
         drawn = [group[torch.randperm(len(group), generator=training.generator)[:size].to(group)] for group in groups]
-        x, y = x.flatten(0, 1)[torch.cat(drawn)], torch.arange(2).repeat_interleave(size)
+        x, y = x[torch.cat(drawn)], torch.arange(2).repeat_interleave(size)
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(x.cpu().numpy(), y.cpu().numpy())
-    scores = []
-    for layers in batches():
-        test = features(layers, patches)
-        logits = model.decision_function(test.reshape(-1, test.shape[-1]).cpu().numpy())
-        scores.append(torch.from_numpy(logits).float().reshape(len(test), 1, -1))
-    return torch.cat(scores).expand(-1, -1, training.tokens[0].shape[1]).contiguous()
 
+    def logits(layers: list[Tensor]) -> Tensor:
+        test = features(layers)
+        values = torch.from_numpy(model.decision_function(test.flatten(0, 1).cpu().numpy())).float()
+        return values.reshape(len(test), 1, -1).expand(-1, -1, layers[0].shape[1])
 
-def features(layers: Sequence[Tensor], patches: bool) -> Tensor:
-    """K tensors (B, N, C) -> (B, N, K C), or the means over the patches (B, K C)."""
-    joined = torch.cat([F.normalize(layer, dim=-1) for layer in layers], dim=-1)
-    return joined if patches else joined.mean(dim=1)
+    return torch.cat([logits(layers) for layers in batches()])
 
 
 def run_baselines(
@@ -228,8 +210,7 @@ def measure_baselines(options: argparse.Namespace) -> dict[str, Any]:
         {"obj": ..., "shots": ..., "baselines": {name: metrics}}.
     """
     set_seed(options.seed)
-    splits = Splits.open(options)
-    device = pick_device(options.device)
+    splits, device = Splits.open(options), pick_device(options.device)
     weights = find_weights(options.model_name, options.pretrain, options.weights, options.seed)
     settings = new_settings(options, splits.dataset, weights)
     shots = TrainingSet.build(splits.shots, settings, options.seed)
@@ -240,23 +221,22 @@ def measure_baselines(options: argparse.Namespace) -> dict[str, Any]:
     assert clip.visual is not None
     norm, projection = clip.visual.ln_post, clip.visual.proj  # `fill` frees the tower
     reads_last = max(tower.layers) == weights.config.layers
-    kinds = ("normal", "abnormal")
-    text = torch.stack([fixed_feature(clip, kind, settings.prompt_name) for kind in kinds], dim=1)
+    text = [fixed_feature(clip, kind, settings.prompt_name) for kind in ("normal", "abnormal")]
     store.fill(clip)
     patches = tower.tokens - 1
-    rows = store.rows(shots.items).split(BATCH)
-    tokens = [torch.cat(layers)[:, -patches:].float() for layers in zip(*map(store.get, rows), strict=True)]
+    read = map(store.get, store.rows(shots.items).split(BATCH))
+    tokens = [torch.cat(layers)[:, -patches:].float() for layers in zip(*read, strict=True)]
     pooled = None if shots.masks is None else pool_masks(shots.masks, patches).to(device)
     training = Training(tokens, shots.labels.bool().to(device), pooled, seeded(options.seed, "baselines"))
     masks = Masks.of(splits.test, settings, options.num_workers, device)
-    head = "seg" if settings.pixel_metrics else "det"
-    results = {}
     project = (lambda x: norm(x) @ projection) if reads_last else None
-    for name, scores in run_baselines(store, training, splits.test, project, text):
+    results = {}
+    for name, scores in run_baselines(store, training, splits.test, project, torch.stack(text, dim=1)):
         dec_type = "max" if name == NAMES[1] else settings.dec_type
+        head = "seg" if settings.pixel_metrics else "det"
         evaluation = Evaluation(splits.test, scores, head, settings.img_size, dec_type)
-        image_level = name == NAMES[3] and training.masks is None  # nothing is localised
-        metrics = measure(evaluation, None if image_level else masks, full=True)
+        localised = training.localised or name != NAMES[3]
+        metrics = measure(evaluation, masks if localised else None, full=True)
         results[name] = {**metrics.values, **measure_without(evaluation, masks, splits.shot_patients())}
         print(f"{name}: {metrics.line()}", flush=True)
     return {"obj": options.obj, "shots": splits.shots.names(), "baselines": results}

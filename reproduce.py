@@ -70,10 +70,10 @@ def main(options: Namespace) -> None:
     probe_writable(grid.out / f"{options.table}.md", "--out")
     failed: dict[Cell, str] = {}
     with Progress(grid) as progress:
-        ended: Iterator[tuple[Cell, str | None]] = ((cell, attempt(grid, cell, progress.refresh)) for cell in waiting)
+        ended: Iterator[tuple[Cell, str | None]] = ((cell, attempt(grid, cell, progress.look)) for cell in waiting)
         if options.executor != "here":
             places = options.executor, grid.out / "jobs", options.jobs, options.job_options
-            ended = run_jobs(partial(attempt, grid), waiting, *places, progress.refresh)
+            ended = run_jobs(partial(attempt, grid), waiting, *places, progress.look)
         make_table(grid, failed).write(grid.out)
         try:
             for cell, error in ended:
@@ -81,7 +81,7 @@ def main(options: Namespace) -> None:
                     failed[cell] = error
                     tqdm.write(f"{cell.name}: {error} (log: {grid.log(cell)})", file=sys.stderr)
                 make_table(grid, failed).write(grid.out)
-                progress.end(cell)
+                progress.look(cell)
         except KeyboardInterrupt:
             tqdm.write("stopped; the same command goes on from here", file=sys.stderr)
             raise
@@ -98,49 +98,37 @@ def main(options: Namespace) -> None:
 def dry_run(grid: Grid, waiting: Sequence[Cell]) -> None:
     """Print the cells and what those that are not done cost."""
     for cell in grid.cells:
-        state = "to do" if cell in waiting else "done "
-        what = "baselines of" if cell.baselines else "python train.py"
-        print(f"{state}  {cell.name}  {what} {shlex.join(grid.arguments(cell))}")
+        words = (
+            "to do" if cell in waiting else "done ",
+            cell.name,
+            "baselines of" if cell.baselines else "python train.py",
+        )
+        print(*words, shlex.join(grid.arguments(cell)), sep="  ")
     print(f"cells:  {len(waiting)} of {len(grid.cells)} to do")
     if waiting:
         print(grid_cost(grid, waiting).describe(*measured_rate()))
 
 
-class Progress:
+class Progress(tqdm):  # type: ignore[type-arg]
     """A bar over all cells that moves with their epochs."""
 
     def __init__(self, grid: Grid) -> None:
         self.grid, self.ended = grid, set(filter(grid.done, grid.cells))
         self.epochs = {cell: 1 if cell.baselines else grid.parse(cell).epoch for cell in grid.cells}
-        self.bar = tqdm(total=sum(self.epochs.values()), desc=f"table {grid.options.table}", unit="epoch",
-                        initial=self.finished())  # fmt: skip
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
+        total, title = sum(self.epochs.values()), f"table {grid.options.table}"
+        super().__init__(total=total, desc=title, unit="epoch", initial=self.finished())
 
     def finished(self) -> int:
-        """Epochs; a cell that has ended counts as all of its own."""
-        count = 0
-        for cell, epochs in self.epochs.items():
-            lines = self.grid.run(cell).metrics
-            if cell in self.ended:
-                count += epochs
-            elif lines.is_file():
-                count += min(epochs, lines.read_bytes().count(b"\n"))
-        return count
+        """Epochs that are finished; a cell that has ended counts as all of its own."""
+        waiting = [(self.grid.run(cell).metrics, most) for cell, most in self.epochs.items() if cell not in self.ended]
+        started = sum(min(most, path.read_bytes().count(b"\n")) for path, most in waiting if path.is_file())
+        return started + sum(self.epochs[cell] for cell in self.ended)
 
-    def refresh(self) -> None:
-        """Look how far the cells have come."""
-        self.bar.set_postfix_str(f"{len(self.ended)} of {len(self.epochs)} cells", refresh=False)
-        self.bar.update(self.finished() - self.bar.n)
-
-    def end(self, cell: Cell) -> None:
-        """Nothing more comes of this cell."""
-        self.ended.add(cell)
-        self.refresh()
+    def look(self, ended: Cell | None = None) -> None:
+        """Look how far the cells have come; nothing more comes of one that has ended."""
+        self.ended |= {ended} if ended else set()
+        self.set_postfix_str(f"{len(self.ended)} of {len(self.epochs)} cells", refresh=False)
+        self.update(self.finished() - self.n)
 
 
 # --- cells ---

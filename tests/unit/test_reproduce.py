@@ -145,14 +145,14 @@ def test_cost_counts_every_image_once(tmp_path):
     views = (15 + 2) * 2 * (2 + 4)  # 15 views that never change, and a jittered one for each seed
     assert total.images == 3715 + 200 + views
     assert total.image_bytes == 4 * 289 * 1024 * 2  # 2.37 MB
-    assert total.unknown == ()
+    assert total.unknown == []
     one, two = grid_cost(grid, cells[:1]), grid_cost(grid, [cells[0], cells[2]])  # two: another seed
     assert two.epochs == 2 * one.epochs
     assert two.images == one.images + 4
     cells, grid = plan(tmp_path, "--table", "ablation", "--obj", "Brain", "--seeds", "1", "--data_path", "/nowhere")
     assert grid_cost(grid, cells).images == 2 * (3715 + 200 + 16 * 8)  # both fidelities
     mine = grid_cost(grid, [Cell("Mine", 4, 1)])
-    assert mine.unknown == ("Mine",)
+    assert mine.unknown == ["Mine"]
     assert mine.images == 200 + 16 * 8
     assert "the test images of Mine" in mine.describe(1e12, "CPU")
 
@@ -312,15 +312,15 @@ def test_the_bar_moves_with_the_epochs(tmp_path, monkeypatch):
             with run.metrics.open("a") as file:
                 file.write("{}\n")
             print(f"epoch {epoch + 1}/3")
-            seen.append(progress.bar.n)
+            seen.append(progress.n)
 
     monkeypatch.setattr("train.train", pretend)
     with reproduce.Progress(grid) as progress:
         for cell in cells:
-            reproduce.attempt(grid, cell, progress.refresh)
-            progress.end(cell)
+            reproduce.attempt(grid, cell, progress.look)
+            progress.look(cell)
     assert seen == [1, 2, 4, 5]
-    assert (progress.bar.n, progress.bar.total) == (6, 6)
+    assert (progress.n, progress.total) == (6, 6)
 
 
 def test_a_log_tells_of_lines(tmp_path):

@@ -204,8 +204,8 @@ def test_on(grid: Grid, cell: Cell, obj: str) -> None:
         replace(selected, parts=state["parts"], metadata=metadata).save(last)
     given = explicit(["--cache", "disk", *grid.options.flags])
     flags = [word for name in given.keys() - set(NO_EFFECT_IN_TEST) for word in as_flag(parser, name, given[name])]
-    for epoch, path in grid.tests(cell, obj).items():
-        ckpt = last if epoch == "last" else run.best
+    for epoch, ckpt in (("selected", run.best), ("last", last)):
+        path = grid.result(cell, obj, epoch)
         if not path.is_file():
             test.test(test_options([*flags, "--obj", obj, "--ckpt", str(ckpt), "--out_json", str(path)]))
 
@@ -309,12 +309,9 @@ def over_seeds(
     grid: Grid, cells: Sequence[Cell], obj: str, key: str, metric: str, failed: dict[Cell, str]
 ) -> Figure | str | None:
     """A figure of cells that differ in their seeds, or why there is none."""
-    done = []
-    for cell in cells:
-        own = obj == cell.obj
-        path = grid.run(cell).result if own else grid.tests(cell, obj)[key]
-        if path.is_file():
-            done.append(read_result(path).get(key if own else "selected", {}))
+    files = [grid.result(cell, obj, key) for cell in cells]
+    here = key if obj == cells[0].obj else "selected"  # each epoch's test on another data set has a file of its own
+    done = [read_result(path).get(here, {}) for path in files if path.is_file()]
     if not done:
         return "failed" if any(cell in failed for cell in cells) else "to do"
     measured = [values for values in done if values.get(metric) is not None]

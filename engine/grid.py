@@ -85,19 +85,13 @@ class Cell:
 class Grid:
     """A table's cells, in an order in which neighbours share the most, and what turns each into a run.
 
-    Nothing is read but the runs that are there; no data is needed.
-
-    Args:
-        options: of `parse`.
-
-    Raises:
-        InputError: a flag that fits no cell, or a run on disk with other flags.
+    It takes what `parse` gives and needs no data. `InputError` where a flag fits no cell, or a run that is on disk.
     """
 
     def __init__(self, options: Namespace) -> None:
         self.options, self.kind, self.out = options, TABLES[options.table], Path(options.out)
         self.base = self.parse(Cell(options.obj[0], options.shots[0], options.seeds[0]))
-        if self.base.data_root and (len(options.obj) > 1 or options.table == "leave_one_out"):
+        if self.base.data_root and len(options.obj) > 1:
             raise InputError(
                 f"--data_root {self.base.data_root}: one folder for {len(options.obj)} data sets; name one"
             )
@@ -164,15 +158,15 @@ class Grid:
         """What the cell printed."""
         return self.out / "logs" / f"{cell.name}.txt"
 
-    def tests(self, cell: Cell, obj: str) -> dict[str, Path]:
-        """Where the results on another data set lie: of the selected and of the last epoch."""
-        folder = self.run(cell).path
-        return {"selected": folder / f"on-{obj}.json", "last": folder / f"on-{obj}-last.json"}
+    def result(self, cell: Cell, obj: str, epoch: str) -> Path:
+        """Where the figures on a data set lie; for its own those of every epoch, in one file."""
+        run = self.run(cell)
+        return run.result if obj == cell.obj else run.path / f"on-{obj}{'-last' * (epoch == 'last')}.json"
 
     def done(self, cell: Cell) -> bool:
         """Whether nothing is left to do."""
-        tests = [path for obj in cell.others for path in self.tests(cell, obj).values()]
-        return all(path.is_file() for path in (self.run(cell).result, *tests))
+        tested = product((cell.obj, *cell.others), ("selected", "last"))
+        return all(self.result(cell, obj, epoch).is_file() for obj, epoch in tested)
 
     def check(self, cell: Cell) -> None:
         """`InputError` where the cell's folder holds a run with other flags."""
@@ -189,13 +183,17 @@ def layers_of(options: Namespace) -> tuple[int, ...]:
     return check_layers(options.features_list, config.layers, config.name)
 
 
-def layer_choices(layers: Sequence[int]) -> list[str]:
+def layer_choices(layers: tuple[int, ...]) -> list[str]:
     """Parts of a list of layers: each alone, the halves, all but one."""
-    half = len(layers) // 2
-    parts = [*([layer] for layer in layers), layers[:half], layers[half:]]
-    parts += [[*layers[:k], *layers[k + 1 :]] for k in range(len(layers))]
-    words = dict.fromkeys(" ".join(map(str, part)) for part in parts)
-    return [text for text in words if text and text != " ".join(map(str, layers))]
+    half, each = len(layers) // 2, range(len(layers))
+    parts = [
+        *(layers[k : k + 1] for k in each),
+        layers[:half],
+        layers[half:],
+        *(layers[:k] + layers[k + 1 :] for k in each),
+    ]
+    words = dict.fromkeys(" ".join(map(str, part)) for part in parts if 0 < len(part) < len(layers))
+    return list(words)
 
 
 def ablations(base: Namespace) -> list[tuple[str, str]]:

@@ -31,6 +31,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -90,20 +91,14 @@ def main(options: Namespace) -> None:
         shown.write(grid.out)
         print(f"{shown.markdown()}\nwritten: {grid.out / shown.name}.md, .csv and .tex")
     if failed:
-        raise InputError(
-            f"{len(failed)} of {len(grid.cells)} cells failed, see above; the same command tries them again"
-        )
+        raise InputError(f"{len(failed)} of {len(grid.cells)} cells failed; the same command tries them again")
 
 
 def dry_run(grid: Grid, waiting: Sequence[Cell]) -> None:
     """Print the cells and what those that are not done cost."""
     for cell in grid.cells:
-        words = (
-            "to do" if cell in waiting else "done ",
-            cell.name,
-            "baselines of" if cell.baselines else "python train.py",
-        )
-        print(*words, shlex.join(grid.arguments(cell)), sep="  ")
+        command = f"{'baselines of' if cell.baselines else 'python train.py'} {shlex.join(grid.arguments(cell))}"
+        print("to do" if cell in waiting else "done ", cell.name, command, sep="  ")
     print(f"cells:  {len(waiting)} of {len(grid.cells)} to do")
     if waiting:
         print(grid_cost(grid, waiting).describe(*measured_rate()))
@@ -153,16 +148,15 @@ class Log(io.TextIOWrapper):
 def attempt(grid: Grid, cell: Cell, on_line: Callable[[], None] = lambda: None) -> str | None:
     """Compute a cell; returns what was wrong with it, whatever that is, so that the others go on."""
     tune_allocator()  # of a job, which has a process of its own
+    reason = None
     try:
         compute(grid, cell, on_line)
     except InputError as error:
-        return str(error)
+        reason = str(error)
     except Exception as error:  # out of memory, a bug
         with grid.log(cell).open("a", encoding="utf-8") as log:
             traceback.print_exc(file=log)
         reason = f"{type(error).__name__}: {one_line(error)}"
-    else:
-        return None
     torch.cuda.empty_cache()  # outside of the handler, which holds the failed cell's tensors
     return reason
 
@@ -258,27 +252,25 @@ def link(source: Path, path: Path) -> Path:
 def make_table(grid: Grid, failed: dict[Cell, str]) -> Table:
     """The table as far as its cells are done."""
     options, published = grid.options, compared(grid)
-    labels = ["shots"] * (len(options.shots) > 1) + [*grid.kind.labels]
+    labels = [*["shots"] * (len(options.shots) > 1), *grid.kind.labels]
     notes = [*describe(grid, failed, published), *published_note(published)]
     table = Table(options.table, caption(grid), labels, grid.kind.heading, notes)
     masks = {obj: grid.has_masks(obj) for obj in options.obj}
     for shot in options.shots:
-        groups: dict[Cell, list[Cell]] = {}
+        groups: dict[Cell, list[Cell]] = {}  # of cells that differ in their seeds
         for cell in grid.cells:
             if cell.shot == shot:
                 groups.setdefault(replace(cell, seed=0), []).append(cell)
-        for first, members in groups.items():
+        for first, cells in groups.items():
             for obj in (first.obj, *first.others):
-                for metric in SHOWN if masks[first.obj] and masks[obj] else ("auc",):
-                    for words, key, suffix in our_rows(grid, first):
-                        figure = over_seeds(grid, members, obj, key, f"{metric}{suffix}", failed)
-                        table.add(METRICS[metric][0], [words[label] for label in labels], obj, figure)
-        for i, entry in enumerate(published, 1):
-            words = {"shots": str(shot), "method": f"{entry.method} ({i})"}
-            for metric in SHOWN:
-                for obj in options.obj:
-                    figure = entry.figure(obj, shot, metric)
+                metrics = SHOWN if masks[first.obj] and masks[obj] else ("auc",)
+                for metric, (words, key, suffix) in product(metrics, list(our_rows(grid, first))):
+                    figure = over_seeds(grid, cells, obj, key, f"{metric}{suffix}", failed)
                     table.add(METRICS[metric][0], [words[label] for label in labels], obj, figure)
+        for (i, entry), metric, obj in product(enumerate(published, 1), SHOWN, options.obj):
+            words = {"shots": str(shot), "method": f"{entry.method} ({i})"}
+            row = [words[label] for label in labels]
+            table.add(METRICS[metric][0], row, obj, entry.figure(obj, shot, metric))
     return table
 
 

@@ -276,9 +276,8 @@ def make_table(grid: Grid, failed: dict[Cell, str]) -> Table:
 
 def our_rows(grid: Grid, cell: Cell) -> Iterator[tuple[dict[str, str], str, str]]:
     """The rows of a cell in its table: labels by heading, the figures' key, and what ends a metric's key."""
-    keys = (
-        {name: name for name in baselines.NAMES} if cell.baselines else {key: EPOCHS[key] for key in grid.kind.epochs}
-    )
+    names = {name: name for name in baselines.NAMES}
+    keys = names if cell.baselines else {key: EPOCHS[key] for key in grid.kind.epochs}
     component, setting = (COMPONENTS[cell.change[0]], cell.change[1]) if cell.change else ("default", "")
     for key, words in keys.items():
         for suffix in ("", CLEAN) if grid.options.clean else ("",):
@@ -352,14 +351,12 @@ def describe(grid: Grid, failed: dict[Cell, str], published: Sequence[Published]
     if base.pretrain == "random":
         yield "Nothing is pre-trained: these figures only show that the program runs."
     datasets = {obj: grid.dataset(obj) for obj in options.obj}
-    if made_up := [obj for obj, found in datasets.items() if (found.root / MADE_UP).is_file()]:
+    if made_up := [obj for obj, data in datasets.items() if (data.root / MADE_UP).is_file()]:
         yield f"Made-up images ({', '.join(made_up)}): their figures compare with none that is published."
-    counts = {
-        obj: len(datasets[obj].samples("test")) for obj in PUBLISHED_COUNTS.keys() & datasets.keys() - set(made_up)
-    }
-    others = [f"{obj} ({n} images)" for obj, n in counts.items() if n not in map(sum, PUBLISHED_COUNTS[obj]["test"])]
-    if others and published:
-        yield f"Not the published test set, so no published figure compares: {', '.join(sorted(others))}."
+    for obj in datasets.keys() & PUBLISHED_COUNTS.keys() - set(made_up) if published else ():
+        images, counts = len(datasets[obj].samples("test")), map(sum, PUBLISHED_COUNTS[obj]["test"])
+        if images not in counts:
+            yield f"{obj}: {images} test images, not the published ones, so no published figure compares."
 
 
 def compared(grid: Grid) -> list[Published]:

@@ -105,6 +105,18 @@ def test_the_union_holds_others_shots_and_ones_own_test_images(tmp_path):
         assert all((s.mask is not None) == union.pixel_metrics for s in shots.abnormal)
 
 
+def test_a_union_is_read_as_its_data_sets_are(tmp_path):
+    phantom.write(tmp_path, ["Brain", "Liver"], valid=3, test=2, seed=0, size=64)
+    flags = ["--table", "leave_one_out", "--obj", "Brain", "Liver", "--seeds", "1", "--shots", "1"]
+    (tmp_path / "Liver_AD" / "Liver.json").write_text('{"mask_above": 25}')
+    cells, grid = plan(tmp_path, *flags, "--data_path", str(tmp_path))
+    with pytest.raises(InputError, match="Liver is read otherwise than Brain: give --mask_above"):
+        reproduce.write_union(grid, cells[0])
+    (tmp_path / "Brain_AD" / "Brain.json").write_text('{"mask_above": 25}')
+    reproduce.write_union(grid, cells[0])
+    assert MedicalDataset.open(cells[0].name, tmp_path / "unions").mask_above == 25
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -229,6 +241,23 @@ def test_figures_beside_published_ones(grid_with_results):
     assert "its paper" not in text  # nothing of it is on record, so no empty column
     assert "Made-up images (Brain, Chest)" in text
     assert len(table.caption) < 230  # three lines of an article
+
+
+def test_what_another_tower_and_test_set_mean(tmp_path):
+    phantom.write(tmp_path, ["Retina_OCT2017", "Chest"], valid=2, test=3, seed=0, size=64)
+    (tmp_path / "Chest_AD").rename(tmp_path / "Mine_AD")
+    for obj in ("Retina_OCT2017", "Mine"):
+        (tmp_path / f"{obj}_AD" / "PHANTOM.txt").unlink()
+    shutil.copyfile("CLIP/model_configs/ViT-tiny-14-56.json", tmp_path / "tower.json")
+    tower = ["--model_name", str(tmp_path / "tower.json"), "--weights", str(tmp_path / "tower.pt")]
+    flags = ["--table", "baselines", "--seeds", "1", *tower, "--data_path", str(tmp_path), "--obj", "Mine"]
+    text = reproduce.make_table(plan(tmp_path, *flags)[1], {}).markdown()
+    assert "tower, tower.pt, 240 px" in text
+    assert str(tmp_path) not in text
+    assert "(--select test)." in text  # the published protocol is that of the paper's data sets
+    text = reproduce.make_table(plan(tmp_path, *flags, "Retina_OCT2017")[1], {}).markdown()
+    assert "Retina_OCT2017: 6 test images, not the published ones, so no published figure compares." in text
+    assert "Mine:" not in text
 
 
 def test_the_paper_by_compare(grid_with_results, tmp_path):

@@ -54,9 +54,8 @@ class Cost(NamedTuple):
             f"here just now ({device})",
             f"PREDICTIONS from data-sheet rates, not measured: {', '.join(predictions)}",
         ]
-        if self.unknown:
-            lines.append(f"not counted, as they are not there: the test images of {', '.join(self.unknown)}")
-        return "\n".join(lines)
+        unknown = f"not counted, as they are not there: the test images of {', '.join(self.unknown)}"
+        return "\n".join([*lines, *[unknown] * bool(self.unknown)])
 
 
 def in_words(hours: float) -> str:

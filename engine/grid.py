@@ -92,9 +92,7 @@ class Grid:
         self.options, self.kind, self.out = options, TABLES[options.table], Path(options.out)
         self.base = self.parse(Cell(options.obj[0], options.shots[0], options.seeds[0]))
         if self.base.data_root and len(options.obj) > 1:
-            raise InputError(
-                f"--data_root {self.base.data_root}: one folder for {len(options.obj)} data sets; name one"
-            )
+            raise InputError(f"--data_root {self.base.data_root}: one folder for {len(options.obj)} data sets")
         self.cells: list[Cell] = []
         for obj, seed, shot in product(options.obj, options.seeds, options.shots):
             cell, others = Cell(obj, shot, seed), tuple(other for other in options.obj if other != obj)
@@ -108,7 +106,6 @@ class Grid:
             elif options.table == "baselines":
                 self.cells.append(replace(cell, baselines=True))
         for cell in self.cells:
-            layers_of(self.parse(cell))
             self.check(cell)
 
     def sources(self, obj: str, others: tuple[str, ...]) -> tuple[str, ...]:
@@ -169,8 +166,9 @@ class Grid:
         return all(self.result(cell, obj, epoch).is_file() for obj, epoch in tested)
 
     def check(self, cell: Cell) -> None:
-        """`InputError` where the cell's folder holds a run with other flags."""
+        """`InputError` where the tower lacks a layer, or the cell's folder holds a run with other flags."""
         run, asked = self.run(cell), vars(self.parse(cell))
+        layers_of(Namespace(**asked))
         stored = run.read_config()["options"] if run.config.is_file() else {}
         for name, value in asked.items():
             if name in stored and name not in MACHINE_FLAGS and stored[name] != value:
@@ -185,15 +183,9 @@ def layers_of(options: Namespace) -> tuple[int, ...]:
 
 def layer_choices(layers: tuple[int, ...]) -> list[str]:
     """Parts of a list of layers: each alone, the halves, all but one."""
-    half, each = len(layers) // 2, range(len(layers))
-    parts = [
-        *(layers[k : k + 1] for k in each),
-        layers[:half],
-        layers[half:],
-        *(layers[:k] + layers[k + 1 :] for k in each),
-    ]
-    words = dict.fromkeys(" ".join(map(str, part)) for part in parts if 0 < len(part) < len(layers))
-    return list(words)
+    half, all_but_one = len(layers) // 2, [layers[:k] + layers[k + 1 :] for k in range(len(layers))]
+    parts = [*((layer,) for layer in layers), layers[:half], layers[half:], *all_but_one]
+    return list(dict.fromkeys(" ".join(map(str, part)) for part in parts if 0 < len(part) < len(layers)))
 
 
 def ablations(base: Namespace) -> list[tuple[str, str]]:

@@ -31,6 +31,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,10 @@ def main(options: Namespace) -> None:
     probe_writable(grid.out / f"{options.table}.md", "--out")
     failed: dict[Cell, str] = {}
     with Progress(grid) as progress:
-        ended: Iterator[tuple[Cell, str | None]] = ((cell, attempt(grid, cell, progress.refresh)) for cell in waiting)
+        ended: Iterator[tuple[Cell, str | None]] = ((cell, attempt(grid, cell, progress.look)) for cell in waiting)
         if options.executor != "here":
             places = options.executor, grid.out / "jobs", options.jobs, options.job_options
-            ended = run_jobs(partial(attempt, grid), waiting, *places, progress.refresh)
+            ended = run_jobs(partial(attempt, grid), waiting, *places, progress.look)
         make_table(grid, failed).write(grid.out)
         try:
             for cell, error in ended:
@@ -81,7 +82,7 @@ def main(options: Namespace) -> None:
                     failed[cell] = error
                     tqdm.write(f"{cell.name}: {error} (log: {grid.log(cell)})", file=sys.stderr)
                 make_table(grid, failed).write(grid.out)
-                progress.end(cell)
+                progress.look(cell)
         except KeyboardInterrupt:
             tqdm.write("stopped; the same command goes on from here", file=sys.stderr)
             raise
@@ -90,57 +91,39 @@ def main(options: Namespace) -> None:
         shown.write(grid.out)
         print(f"{shown.markdown()}\nwritten: {grid.out / shown.name}.md, .csv and .tex")
     if failed:
-        raise InputError(
-            f"{len(failed)} of {len(grid.cells)} cells failed, see above; the same command tries them again"
-        )
+        raise InputError(f"{len(failed)} of {len(grid.cells)} cells failed; the same command tries them again")
 
 
 def dry_run(grid: Grid, waiting: Sequence[Cell]) -> None:
     """Print the cells and what those that are not done cost."""
     for cell in grid.cells:
-        state = "to do" if cell in waiting else "done "
-        what = "baselines of" if cell.baselines else "python train.py"
-        print(f"{state}  {cell.name}  {what} {shlex.join(grid.arguments(cell))}")
+        command = f"{'baselines of' if cell.baselines else 'python train.py'} {shlex.join(grid.arguments(cell))}"
+        print("to do" if cell in waiting else "done ", cell.name, command, sep="  ")
     print(f"cells:  {len(waiting)} of {len(grid.cells)} to do")
     if waiting:
         print(grid_cost(grid, waiting).describe(*measured_rate()))
 
 
-class Progress:
+class Progress(tqdm):  # type: ignore[type-arg]
     """A bar over all cells that moves with their epochs."""
 
     def __init__(self, grid: Grid) -> None:
         self.grid, self.ended = grid, set(filter(grid.done, grid.cells))
         self.epochs = {cell: 1 if cell.baselines else grid.parse(cell).epoch for cell in grid.cells}
-        self.bar = tqdm(total=sum(self.epochs.values()), desc=f"table {grid.options.table}", unit="epoch",
-                        initial=self.finished())  # fmt: skip
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
+        total, title = sum(self.epochs.values()), f"table {grid.options.table}"
+        super().__init__(total=total, desc=title, unit="epoch", initial=self.finished())
 
     def finished(self) -> int:
-        """Epochs; a cell that has ended counts as all of its own."""
-        count = 0
-        for cell, epochs in self.epochs.items():
-            lines = self.grid.run(cell).metrics
-            if cell in self.ended:
-                count += epochs
-            elif lines.is_file():
-                count += min(epochs, lines.read_bytes().count(b"\n"))
-        return count
+        """Epochs that are finished; a cell that has ended counts as all of its own."""
+        waiting = [(self.grid.run(cell).metrics, most) for cell, most in self.epochs.items() if cell not in self.ended]
+        started = sum(min(most, path.read_bytes().count(b"\n")) for path, most in waiting if path.is_file())
+        return started + sum(self.epochs[cell] for cell in self.ended)
 
-    def refresh(self) -> None:
-        """Look how far the cells have come."""
-        self.bar.set_postfix_str(f"{len(self.ended)} of {len(self.epochs)} cells", refresh=False)
-        self.bar.update(self.finished() - self.bar.n)
-
-    def end(self, cell: Cell) -> None:
-        """Nothing more comes of this cell."""
-        self.ended.add(cell)
-        self.refresh()
+    def look(self, ended: Cell | None = None) -> None:
+        """Look how far the cells have come; nothing more comes of one that has ended."""
+        self.ended |= {ended} if ended else set()
+        self.set_postfix_str(f"{len(self.ended)} of {len(self.epochs)} cells", refresh=False)
+        self.update(self.finished() - self.n)
 
 
 # --- cells ---
@@ -165,16 +148,15 @@ class Log(io.TextIOWrapper):
 def attempt(grid: Grid, cell: Cell, on_line: Callable[[], None] = lambda: None) -> str | None:
     """Compute a cell; returns what was wrong with it, whatever that is, so that the others go on."""
     tune_allocator()  # of a job, which has a process of its own
+    reason = None
     try:
         compute(grid, cell, on_line)
     except InputError as error:
-        return str(error)
+        reason = str(error)
     except Exception as error:  # out of memory, a bug
         with grid.log(cell).open("a", encoding="utf-8") as log:
             traceback.print_exc(file=log)
         reason = f"{type(error).__name__}: {one_line(error)}"
-    else:
-        return None
     torch.cuda.empty_cache()  # outside of the handler, which holds the failed cell's tensors
     return reason
 
@@ -216,8 +198,8 @@ def test_on(grid: Grid, cell: Cell, obj: str) -> None:
         replace(selected, parts=state["parts"], metadata=metadata).save(last)
     given = explicit(["--cache", "disk", *grid.options.flags])
     flags = [word for name in given.keys() - set(NO_EFFECT_IN_TEST) for word in as_flag(parser, name, given[name])]
-    for epoch, path in grid.tests(cell, obj).items():
-        ckpt = last if epoch == "last" else run.best
+    for epoch, ckpt in (("selected", run.best), ("last", last)):
+        path = grid.result(cell, obj, epoch)
         if not path.is_file():
             test.test(test_options([*flags, "--obj", obj, "--ckpt", str(ckpt), "--out_json", str(path)]))
 
@@ -270,35 +252,32 @@ def link(source: Path, path: Path) -> Path:
 def make_table(grid: Grid, failed: dict[Cell, str]) -> Table:
     """The table as far as its cells are done."""
     options, published = grid.options, compared(grid)
-    labels = ["shots"] * (len(options.shots) > 1) + [*grid.kind.labels]
+    labels = [*["shots"] * (len(options.shots) > 1), *grid.kind.labels]
     notes = [*describe(grid, failed, published), *published_note(published)]
     table = Table(options.table, caption(grid), labels, grid.kind.heading, notes)
     masks = {obj: grid.has_masks(obj) for obj in options.obj}
     for shot in options.shots:
-        groups: dict[Cell, list[Cell]] = {}
+        groups: dict[Cell, list[Cell]] = {}  # of cells that differ in their seeds
         for cell in grid.cells:
             if cell.shot == shot:
                 groups.setdefault(replace(cell, seed=0), []).append(cell)
-        for first, members in groups.items():
+        for first, cells in groups.items():
             for obj in (first.obj, *first.others):
-                for metric in SHOWN if masks[first.obj] and masks[obj] else ("auc",):
-                    for words, key, suffix in our_rows(grid, first):
-                        figure = over_seeds(grid, members, obj, key, f"{metric}{suffix}", failed)
-                        table.add(METRICS[metric][0], [words[label] for label in labels], obj, figure)
-        for i, entry in enumerate(published, 1):
-            words = {"shots": str(shot), "method": f"{entry.method} ({i})"}
-            for metric in SHOWN:
-                for obj in options.obj:
-                    figure = entry.figure(obj, shot, metric)
+                metrics = SHOWN if masks[first.obj] and masks[obj] else ("auc",)
+                for metric, (words, key, suffix) in product(metrics, list(our_rows(grid, first))):
+                    figure = over_seeds(grid, cells, obj, key, f"{metric}{suffix}", failed)
                     table.add(METRICS[metric][0], [words[label] for label in labels], obj, figure)
+        for (i, entry), metric, obj in product(enumerate(published, 1), SHOWN, options.obj):
+            words = {"shots": str(shot), "method": f"{entry.method} ({i})"}
+            row = [words[label] for label in labels]
+            table.add(METRICS[metric][0], row, obj, entry.figure(obj, shot, metric))
     return table
 
 
 def our_rows(grid: Grid, cell: Cell) -> Iterator[tuple[dict[str, str], str, str]]:
     """The rows of a cell in its table: labels by heading, the figures' key, and what ends a metric's key."""
-    keys = (
-        {name: name for name in baselines.NAMES} if cell.baselines else {key: EPOCHS[key] for key in grid.kind.epochs}
-    )
+    names = {name: name for name in baselines.NAMES}
+    keys = names if cell.baselines else {key: EPOCHS[key] for key in grid.kind.epochs}
     component, setting = (COMPONENTS[cell.change[0]], cell.change[1]) if cell.change else ("default", "")
     for key, words in keys.items():
         for suffix in ("", CLEAN) if grid.options.clean else ("",):
@@ -321,12 +300,9 @@ def over_seeds(
     grid: Grid, cells: Sequence[Cell], obj: str, key: str, metric: str, failed: dict[Cell, str]
 ) -> Figure | str | None:
     """A figure of cells that differ in their seeds, or why there is none."""
-    done = []
-    for cell in cells:
-        own = obj == cell.obj
-        path = grid.run(cell).result if own else grid.tests(cell, obj)[key]
-        if path.is_file():
-            done.append(read_result(path).get(key if own else "selected", {}))
+    files = [grid.result(cell, obj, key) for cell in cells]
+    here = key if obj == cells[0].obj else "selected"  # each epoch's test on another data set has a file of its own
+    done = [read_result(path).get(here, {}) for path in files if path.is_file()]
     if not done:
         return "failed" if any(cell in failed for cell in cells) else "to do"
     measured = [values for values in done if values.get(metric) is not None]
@@ -375,14 +351,12 @@ def describe(grid: Grid, failed: dict[Cell, str], published: Sequence[Published]
     if base.pretrain == "random":
         yield "Nothing is pre-trained: these figures only show that the program runs."
     datasets = {obj: grid.dataset(obj) for obj in options.obj}
-    if made_up := [obj for obj, found in datasets.items() if (found.root / MADE_UP).is_file()]:
+    if made_up := [obj for obj, data in datasets.items() if (data.root / MADE_UP).is_file()]:
         yield f"Made-up images ({', '.join(made_up)}): their figures compare with none that is published."
-    counts = {
-        obj: len(datasets[obj].samples("test")) for obj in PUBLISHED_COUNTS.keys() & datasets.keys() - set(made_up)
-    }
-    others = [f"{obj} ({n} images)" for obj, n in counts.items() if n not in map(sum, PUBLISHED_COUNTS[obj]["test"])]
-    if others and published:
-        yield f"Not the published test set, so no published figure compares: {', '.join(sorted(others))}."
+    for obj in datasets.keys() & PUBLISHED_COUNTS.keys() - set(made_up) if published else ():
+        images, counts = len(datasets[obj].samples("test")), map(sum, PUBLISHED_COUNTS[obj]["test"])
+        if images not in counts:
+            yield f"{obj}: {images} test images, not the published ones, so no published figure compares."
 
 
 def compared(grid: Grid) -> list[Published]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -29,23 +29,14 @@ GPU_SHARES = (0.4, 0.2)  # of a data sheet's rate: an assumption
 DATA_SHEETS = {"RTX 4090": 165e12, "H100": 989e12}
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Of a grid.
+class Cost(NamedTuple):
+    """Of a grid."""
 
-    Attributes:
-        images: distinct images and views that pass through the tower.
-        image_bytes: of the kept tokens of one, in float16.
-        tower: floating-point operations of these passes.
-        epochs: floating-point operations of training and evaluating.
-        unknown: data sets whose test images are not counted, since they are not there.
-    """
-
-    images: int
-    image_bytes: int
-    tower: float
-    epochs: float
-    unknown: tuple[str, ...] = ()
+    images: int  # distinct images and views that pass through the tower
+    image_bytes: int  # of the kept tokens of one, in float16
+    tower: float  # floating-point operations of these passes
+    epochs: float  # of training and evaluating
+    unknown: Sequence[str] = ()  # data sets whose test images are not counted, since they are not there
 
     def hours(self, rate: float, shares: tuple[float, float]) -> float:
         """At `rate` operations a second, of which the tower and the epochs reach these shares."""
@@ -63,9 +54,8 @@ class Cost:
             f"here just now ({device})",
             f"PREDICTIONS from data-sheet rates, not measured: {', '.join(predictions)}",
         ]
-        if self.unknown:
-            lines.append(f"not counted, as they are not there: the test images of {', '.join(self.unknown)}")
-        return "\n".join(lines)
+        unknown = f"not counted, as they are not there: the test images of {', '.join(self.unknown)}"
+        return "\n".join([*lines, *[unknown] * bool(self.unknown)])
 
 
 def in_words(hours: float) -> str:
@@ -94,7 +84,7 @@ def grid_cost(grid: Grid, cells: Sequence[Cell]) -> Cost:
             operations += options.epoch * epoch
     passed = sum(images.values())
     tower, image_bytes = tower_operations(config, img_size, max(layers)), config.grid(img_size) ** 2 * config.width * 2
-    unknown = tuple(sorted(obj for obj, count in tests.items() if count is None))
+    unknown = sorted(obj for obj, count in tests.items() if count is None)
     return Cost(passed, len(layers) * image_bytes, passed * tower, operations, unknown)
 
 
@@ -108,11 +98,9 @@ def count_tests(grid: Grid, obj: str) -> int | None:
 
 def tower_operations(config: ModelConfig, img_size: int, layers: int) -> float:
     """Of one image through `layers` blocks: products of weights, and attention."""
-    patches = config.grid(img_size) ** 2
-    tokens = patches + 1
-    weights = 12 * config.width**2 * layers
-    embedding = 3 * config.patch_size**2 * config.width
-    return 2.0 * (tokens * weights + patches * embedding + 2 * tokens**2 * config.width * layers)
+    patches, width = config.grid(img_size) ** 2, config.width
+    block = 12 * width**2 * (patches + 1) + 2 * width * (patches + 1) ** 2
+    return 2.0 * (layers * block + patches * 3 * config.patch_size**2 * width)
 
 
 def epoch_operations(

@@ -85,22 +85,14 @@ class Cell:
 class Grid:
     """A table's cells, in an order in which neighbours share the most, and what turns each into a run.
 
-    Nothing is read but the runs that are there; no data is needed.
-
-    Args:
-        options: of `parse`.
-
-    Raises:
-        InputError: a flag that fits no cell, or a run on disk with other flags.
+    It takes what `parse` gives and needs no data. `InputError` where a flag fits no cell, or a run that is on disk.
     """
 
     def __init__(self, options: Namespace) -> None:
         self.options, self.kind, self.out = options, TABLES[options.table], Path(options.out)
         self.base = self.parse(Cell(options.obj[0], options.shots[0], options.seeds[0]))
-        if self.base.data_root and (len(options.obj) > 1 or options.table == "leave_one_out"):
-            raise InputError(
-                f"--data_root {self.base.data_root}: one folder for {len(options.obj)} data sets; name one"
-            )
+        if self.base.data_root and len(options.obj) > 1:
+            raise InputError(f"--data_root {self.base.data_root}: one folder for {len(options.obj)} data sets")
         self.cells: list[Cell] = []
         for obj, seed, shot in product(options.obj, options.seeds, options.shots):
             cell, others = Cell(obj, shot, seed), tuple(other for other in options.obj if other != obj)
@@ -114,7 +106,6 @@ class Grid:
             elif options.table == "baselines":
                 self.cells.append(replace(cell, baselines=True))
         for cell in self.cells:
-            layers_of(self.parse(cell))
             self.check(cell)
 
     def sources(self, obj: str, others: tuple[str, ...]) -> tuple[str, ...]:
@@ -164,19 +155,20 @@ class Grid:
         """What the cell printed."""
         return self.out / "logs" / f"{cell.name}.txt"
 
-    def tests(self, cell: Cell, obj: str) -> dict[str, Path]:
-        """Where the results on another data set lie: of the selected and of the last epoch."""
-        folder = self.run(cell).path
-        return {"selected": folder / f"on-{obj}.json", "last": folder / f"on-{obj}-last.json"}
+    def result(self, cell: Cell, obj: str, epoch: str) -> Path:
+        """Where the figures on a data set lie; for its own those of every epoch, in one file."""
+        run = self.run(cell)
+        return run.result if obj == cell.obj else run.path / f"on-{obj}{'-last' * (epoch == 'last')}.json"
 
     def done(self, cell: Cell) -> bool:
         """Whether nothing is left to do."""
-        tests = [path for obj in cell.others for path in self.tests(cell, obj).values()]
-        return all(path.is_file() for path in (self.run(cell).result, *tests))
+        tested = product((cell.obj, *cell.others), ("selected", "last"))
+        return all(self.result(cell, obj, epoch).is_file() for obj, epoch in tested)
 
     def check(self, cell: Cell) -> None:
-        """`InputError` where the cell's folder holds a run with other flags."""
+        """`InputError` where the tower lacks a layer, or the cell's folder holds a run with other flags."""
         run, asked = self.run(cell), vars(self.parse(cell))
+        layers_of(Namespace(**asked))
         stored = run.read_config()["options"] if run.config.is_file() else {}
         for name, value in asked.items():
             if name in stored and name not in MACHINE_FLAGS and stored[name] != value:
@@ -189,13 +181,11 @@ def layers_of(options: Namespace) -> tuple[int, ...]:
     return check_layers(options.features_list, config.layers, config.name)
 
 
-def layer_choices(layers: Sequence[int]) -> list[str]:
+def layer_choices(layers: tuple[int, ...]) -> list[str]:
     """Parts of a list of layers: each alone, the halves, all but one."""
-    half = len(layers) // 2
-    parts = [*([layer] for layer in layers), layers[:half], layers[half:]]
-    parts += [[*layers[:k], *layers[k + 1 :]] for k in range(len(layers))]
-    words = dict.fromkeys(" ".join(map(str, part)) for part in parts)
-    return [text for text in words if text and text != " ".join(map(str, layers))]
+    half, all_but_one = len(layers) // 2, [layers[:k] + layers[k + 1 :] for k in range(len(layers))]
+    parts = [*((layer,) for layer in layers), layers[:half], layers[half:], *all_but_one]
+    return list(dict.fromkeys(" ".join(map(str, part)) for part in parts if 0 < len(part) < len(layers)))
 
 
 def ablations(base: Namespace) -> list[tuple[str, str]]:

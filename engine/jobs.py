@@ -21,13 +21,10 @@ Task = TypeVar("Task")
 
 
 class Resumable(Generic[Task]):
-    """A function that goes on from its own files: when its job is pre-empted, submitit requeues the same call.
-
-    `gpu` is the one that the job sees; None leaves that to the executor.
-    """
+    """A function that goes on from its own files: when its job is pre-empted, submitit requeues the same call."""
 
     def __init__(self, function: Callable[[Task], str | None], gpu: str | None) -> None:
-        self.function, self.gpu = function, gpu
+        self.function, self.gpu = function, gpu  # the GPU that the job sees; None leaves that to the executor
 
     def __call__(self, task: Task) -> str | None:
         """Call the function."""
@@ -62,10 +59,10 @@ def open_executor(name: str, folder: Path, parameters: Sequence[str]) -> AutoExe
 
 def visible_gpus() -> list[str]:
     """The GPUs of this machine, as CUDA_VISIBLE_DEVICES calls them."""
-    if named := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return [name for name in named.split(",") if name]
     import torch  # noqa: PLC0415 - `--help` is to be quick
 
+    if named := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return [name for name in named.split(",") if name]
     return list(map(str, range(torch.cuda.device_count())))
 
 
@@ -75,17 +72,9 @@ def run_jobs(
 ) -> Iterator[tuple[Task, str | None]]:  # fmt: skip
     """Run `function` on each task, at most `most` jobs at once; leaving the loop cancels the jobs that still run.
 
-    Args:
-        function: goes on from its own files when it is called again; returns None, or what went wrong.
-        tasks: its arguments.
-        executor: one of `EXECUTORS`.
-        folder: of submitit's files.
-        most: jobs at once.
-        parameters: submitit's, as KEY=VALUE.
-        on_poll: called whenever the jobs have been looked at.
-
-    Yields:
-        Each task as its job ends, with None or what went wrong.
+    `function` goes on from its own files when it is called again, and returns None, or what went wrong. `executor` is
+    one of `EXECUTORS`; its files go to `folder`, its `parameters` are KEY=VALUE. `on_poll` is called whenever the jobs
+    have been looked at. Yields each task as its job ends, with None or what went wrong.
     """
     pool = open_executor(executor, folder, parameters)
     gpus = visible_gpus() if executor == "local" else []
@@ -101,7 +90,8 @@ def run_jobs(
                 if job.done():
                     del running[task]
                     error = job.exception()
-                    yield task, f"{last_line(error)} (job {job.job_id})" if error else job.result()
+                    last_line = (str(error).strip() or type(error).__name__).splitlines()[-1]  # submitit tells much
+                    yield task, f"{last_line} (job {job.job_id})" if error else job.result()
             on_poll()
             time.sleep(POLL_SECONDS)
     finally:
@@ -112,8 +102,3 @@ def run_jobs(
 def one_line(error: BaseException) -> str:
     """An error's message without line breaks, or where it has none its type."""
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def last_line(error: BaseException) -> str:
-    """Of a message that holds a traceback, as submitit's, what stands last; or the error's type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]

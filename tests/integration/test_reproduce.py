@@ -98,10 +98,11 @@ def test_main_table(command, small, tmp_path):
         "2",
         "--shots",
         "2",
-        *small,
         "--out",
         tmp_path,
+        *small,
     ]
+    grid += ["--patient", r"_(\d+)\.png", "--clean"]  # two of four test images a class are of shot patients
     compare = tmp_path / "mine.json"
     mine = {"method": "Mine", "source": "here", "shots": 2, "auc": {"Brain": 99.5}}
     compare.write_text(json.dumps({"results": [mine]}))
@@ -116,6 +117,10 @@ def test_main_table(command, small, tmp_path):
             low = 50 * sum(value[f"{key}_ci95"][0] for value in values)
             assert float(row["ci95_low"]) == pytest.approx(low, abs=1e-5)
             assert row["seeds"] == "2"
+            clean = [value[f"{key}_without_shot_patients"] for value in values]
+            assert float(found["Brain", metric, f"ours, {epoch}, clean"]["mean"]) == pytest.approx(
+                50 * sum(clean), abs=1e-5
+            )
     assert ("Chest", "pixel AUROC", "ours, last epoch") not in found  # it has no masks
     assert not any("MVFA" in method for _, _, method in found)  # on record for 4 shots only
     assert float(found["Brain", "image AUROC", "Mine (1)"]["mean"]) == 99.5
@@ -219,7 +224,8 @@ def test_a_dry_run_without_data(command, tmp_path):
 
 def test_cross_table(command, small, tmp_path):
     """Brain and Liver have masks, Chest has none."""
-    grid = ["--table", "cross", "--obj", "Brain", "Liver", "Chest", "--seeds", "1", "--shots", "1", *small]
+    flags = [*small, "--anonymous"]
+    grid = ["--table", "cross", "--obj", "Brain", "Liver", "Chest", "--seeds", "1", "--shots", "1", *flags]
     result = command("reproduce.py", *grid, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     last = [row for row in rows(tmp_path / "cross.csv") if row["epoch"] == "last epoch"]
@@ -232,10 +238,13 @@ def test_cross_table(command, small, tmp_path):
     assert (tested["trained_on"], tested["obj"], tested["select"]) == ("Brain", "Liver", "last")
     assert float(found["Brain", "Liver", "pixel AUROC"]["mean"]) == pytest.approx(100 * tested["pauc"], abs=1e-5)
 
+    assert re.fullmatch(r"[0-9a-f]{16}\.png", tested["per_image"][0]["file"])  # the tests take their flags as well
+
     # test.py gives the same; the prompts keep the name unless another is given.
     ckpt = tmp_path / "runs/Brain-1shot-seed1/last-checkpoint.pth"
     paths = [
         *small[small.index("--device") : small.index("--epoch")],
+        "--anonymous",
         "--ckpt",
         ckpt,
         "--out_json",

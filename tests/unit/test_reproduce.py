@@ -105,6 +105,18 @@ def test_the_union_holds_others_shots_and_ones_own_test_images(tmp_path):
         assert all((s.mask is not None) == union.pixel_metrics for s in shots.abnormal)
 
 
+def test_a_union_is_read_as_its_data_sets_are(tmp_path):
+    phantom.write(tmp_path, ["Brain", "Liver"], valid=3, test=2, seed=0, size=64)
+    flags = ["--table", "leave_one_out", "--obj", "Brain", "Liver", "--seeds", "1", "--shots", "1"]
+    (tmp_path / "Liver_AD" / "Liver.json").write_text('{"mask_above": 25}')
+    cells, grid = plan(tmp_path, *flags, "--data_path", str(tmp_path))
+    with pytest.raises(InputError, match="Liver is read otherwise than Brain: give --mask_above"):
+        reproduce.write_union(grid, cells[0])
+    (tmp_path / "Brain_AD" / "Brain.json").write_text('{"mask_above": 25}')
+    reproduce.write_union(grid, cells[0])
+    assert MedicalDataset.open(cells[0].name, tmp_path / "unions").mask_above == 25
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -145,14 +157,14 @@ def test_cost_counts_every_image_once(tmp_path):
     views = (15 + 2) * 2 * (2 + 4)  # 15 views that never change, and a jittered one for each seed
     assert total.images == 3715 + 200 + views
     assert total.image_bytes == 4 * 289 * 1024 * 2  # 2.37 MB
-    assert total.unknown == ()
+    assert total.unknown == []
     one, two = grid_cost(grid, cells[:1]), grid_cost(grid, [cells[0], cells[2]])  # two: another seed
     assert two.epochs == 2 * one.epochs
     assert two.images == one.images + 4
     cells, grid = plan(tmp_path, "--table", "ablation", "--obj", "Brain", "--seeds", "1", "--data_path", "/nowhere")
     assert grid_cost(grid, cells).images == 2 * (3715 + 200 + 16 * 8)  # both fidelities
     mine = grid_cost(grid, [Cell("Mine", 4, 1)])
-    assert mine.unknown == ("Mine",)
+    assert mine.unknown == ["Mine"]
     assert mine.images == 200 + 16 * 8
     assert "the test images of Mine" in mine.describe(1e12, "CPU")
 
@@ -229,6 +241,23 @@ def test_figures_beside_published_ones(grid_with_results):
     assert "its paper" not in text  # nothing of it is on record, so no empty column
     assert "Made-up images (Brain, Chest)" in text
     assert len(table.caption) < 230  # three lines of an article
+
+
+def test_what_another_tower_and_test_set_mean(tmp_path):
+    phantom.write(tmp_path, ["Retina_OCT2017", "Chest"], valid=2, test=3, seed=0, size=64)
+    (tmp_path / "Chest_AD").rename(tmp_path / "Mine_AD")
+    for obj in ("Retina_OCT2017", "Mine"):
+        (tmp_path / f"{obj}_AD" / "PHANTOM.txt").unlink()
+    shutil.copyfile("CLIP/model_configs/ViT-tiny-14-56.json", tmp_path / "tower.json")
+    tower = ["--model_name", str(tmp_path / "tower.json"), "--weights", str(tmp_path / "tower.pt")]
+    flags = ["--table", "baselines", "--seeds", "1", *tower, "--data_path", str(tmp_path), "--obj", "Mine"]
+    text = reproduce.make_table(plan(tmp_path, *flags)[1], {}).markdown()
+    assert "tower, tower.pt, 240 px" in text
+    assert str(tmp_path) not in text
+    assert "(--select test)." in text  # the published protocol is that of the paper's data sets
+    text = reproduce.make_table(plan(tmp_path, *flags, "Retina_OCT2017")[1], {}).markdown()
+    assert "Retina_OCT2017: 6 test images, not the published ones, so no published figure compares." in text
+    assert "Mine:" not in text
 
 
 def test_the_paper_by_compare(grid_with_results, tmp_path):
@@ -312,15 +341,15 @@ def test_the_bar_moves_with_the_epochs(tmp_path, monkeypatch):
             with run.metrics.open("a") as file:
                 file.write("{}\n")
             print(f"epoch {epoch + 1}/3")
-            seen.append(progress.bar.n)
+            seen.append(progress.n)
 
     monkeypatch.setattr("train.train", pretend)
     with reproduce.Progress(grid) as progress:
         for cell in cells:
-            reproduce.attempt(grid, cell, progress.refresh)
-            progress.end(cell)
+            reproduce.attempt(grid, cell, progress.look)
+            progress.look(cell)
     assert seen == [1, 2, 4, 5]
-    assert (progress.bar.n, progress.bar.total) == (6, 6)
+    assert (progress.n, progress.total) == (6, 6)
 
 
 def test_a_log_tells_of_lines(tmp_path):

@@ -199,13 +199,15 @@ def _check_metadata(payload: dict[str, Any], where: str) -> None:
     """`InputError` where settings or metadata of a file of ours are not what `Checkpoint.save` writes."""
     settings = Settings.from_dict(payload.get("settings", {}), where)
     metadata = checked(Metadata, payload.get(METADATA), where)
-    checked(SelectedMetrics, metadata.metrics, where)
+    checked(SelectedMetrics, metadata.metrics, f"{where}: metrics")
     if metadata.threshold is not None:
-        threshold = checked(Threshold, metadata.threshold, where)
-        checked(Figures, threshold.figures, where)
+        threshold = checked(Threshold, metadata.threshold, f"{where}: threshold")
+        checked(Figures, threshold.figures, f"{where}: threshold: figures")
         two = threshold.heat_range is None or len(threshold.heat_range) == 2
         if not two or not isinstance(metadata.threshold.get("from"), str):
             raise InputError(f"{where}: its threshold is incomplete")
+    if settings.model_config is not None:
+        ModelConfig.from_dict(settings.model_config, f"{where}: model_config")
     if settings.states is not None and (fault := states_fault(settings.states)):
         raise InputError(f"{where}: states: {one_line(fault)}")
     seed = metadata.options.get("seed", 0)

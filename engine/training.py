@@ -161,12 +161,12 @@ class TrainingState:
         return self.best_epoch or self.epoch
 
     def finish_epoch(
-        self, losses: Tensor, similarity: float, test: Metrics | None, valid: Metrics | None, due: bool, seconds: float
+        self, loss: Tensor, similarity: float, test: Metrics | None, valid: Metrics | None, due: bool, seconds: float
     ) -> dict[str, Any]:
         """Close an epoch: choose, and add its line to the history.
 
         Args:
-            losses: (steps, 3), on the device.
+            loss: (3,), see `check_losses`.
             similarity: cosine of the two text features.
             test: of the test set; None where it was not measured.
             valid: of valid/, likewise.
@@ -176,12 +176,9 @@ class TrainingState:
 
         Returns:
             The line of metrics.jsonl, see `EpochRecord`.
-
-        Raises:
-            InputError: a loss that is not finite.
         """
         epoch = self.epoch + 1
-        det, seg, total = check_losses(losses, epoch).tolist()
+        det, seg, total = loss.tolist()
         judged = {"test": test, "valid": valid}.get(self.select)
         better = due and judged is not None and judged.selection_score > self.best_score
         if better and judged is not None:
@@ -271,6 +268,8 @@ class EpochRecord:
 
 def check_losses(losses: Tensor, epoch: int) -> Tensor:
     """The mean of each loss over an epoch's steps: (steps, 3) -> (3,) float64 on the CPU.
+
+    Here an epoch's training waits for the device, once.
 
     Raises:
         InputError: naming the epoch and its first step with a loss that is not finite.

@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
-import glob
 import hashlib
 import importlib
 import json
@@ -291,6 +290,7 @@ def sha256_file(path: str | Path) -> str:
 
 
 _new_hashes: list[str] = []
+_tidied: set[Path] = set()  # folders in which this process has looked for what killed ones left
 
 
 @cache
@@ -333,7 +333,9 @@ def temporary_path(path: str | Path, flag: str = "") -> Iterator[Path]:
             raise InputError(f"{name}: a folder, a device or a pipe, where a file is to be written")
         # Not tempfile: its files are private (mode 0600), and would stay so under the final name.
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        remove_stale(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
+        if path.parent not in _tidied:
+            _tidied.add(path.parent)
+            remove_stale(path.parent.glob(".*.[0-9]*.tmp"))
         try:
             yield temporary
         finally:

@@ -26,12 +26,12 @@ class PromptLearner(nn.Module):
         text: the frozen text tower, read for its token embeddings at construction only.
         kind: `normal` or `abnormal`, part of the published parameter names.
         states: S state phrases with the object's name in them.
-        generator: draws the contexts, on the CPU; None is torch's global one.
+        generator: draws the contexts, on the CPU, so that a seed means the same on every device; None: torch's global.
     """
 
-    eot: Tensor
-    start: Tensor
-    rest: Tensor
+    embedded: Tensor  # (3 S, 77, W) of `X X X X X X X X STATE.`
+    order: Tensor  # (3 S, 77, 1) which of its tokens stands where
+    eot: Tensor  # (3 S,)
     context_positions: Tensor  # (3 S, 8)
 
     def __init__(
@@ -39,48 +39,35 @@ class PromptLearner(nn.Module):
     ) -> None:
         super().__init__()
         self.kind = kind
-        width, device = text.positional_embedding.shape[-1], text.positional_embedding.device
-        # Drawn on the CPU, so that a seed means the same contexts on every device.
-        shape = (len(states), CONTEXTS, width)
-        self.ctx = nn.ParameterDict(
-            {
-                f"{kind}_{position}": torch.empty(shape).normal_(0, INIT_STD, generator=generator).to(device)
-                for position in POSITIONS
-            }
+        device, shape = text.positional_embedding.device, (len(states), CONTEXTS, text.positional_embedding.shape[-1])
+        contexts = [torch.empty(shape).normal_(0, INIT_STD, generator=generator).to(device) for _ in POSITIONS]
+        self.ctx = nn.ParameterDict({f"{kind}_{name}": part for name, part in zip(POSITIONS, contexts, strict=True)})
+        ids = tokenize([f"{' '.join('X' * CONTEXTS)} {state}." for state in states])
+        self.name_lengths = [int(row.argmax()) - 1 for row in tokenize(states)]  # without start and end
+        order = torch.tensor(
+            [_layout(BEFORE[name], length, ids.shape[1]) for name in POSITIONS for length in self.name_lengths]
         )
-        ids = tokenize([f"{' '.join('X' * CONTEXTS)} {state}." for state in states]).to(device)
+        is_context = (order >= 1) & (order <= CONTEXTS)
         with torch.no_grad():
-            embedded = text.token_embedding(ids)  # (S, 77, W)
-        # The pooled position is the first highest id, as in CLIP; all three layouts keep the same length.
-        self.register_buffer("eot", ids.argmax(dim=-1).repeat(len(POSITIONS)), persistent=False)
-        self.register_buffer("start", embedded[:, :1], persistent=False)
-        self.register_buffer("rest", embedded[:, 1 + CONTEXTS :], persistent=False)  # state, full stop, end, padding
-        self.name_lengths = [len(_bare_ids(state)) for state in states]
-        positions = [
-            [1 + number + (length if number >= BEFORE[position] else 0) for number in range(CONTEXTS)]
-            for position in POSITIONS
-            for length in self.name_lengths
-        ]
-        self.register_buffer("context_positions", torch.tensor(positions, device=device), persistent=False)
+            embedded = text.token_embedding(ids.to(device))
+        buffers = {
+            "embedded": embedded.repeat(len(POSITIONS), 1, 1),
+            "order": order[..., None],
+            # The pooled position is the first highest id, as in CLIP; all three layouts keep the same length.
+            "eot": ids.argmax(dim=-1).repeat(len(POSITIONS)),
+            "context_positions": is_context.nonzero()[:, 1].unflatten(0, (-1, CONTEXTS)),
+        }
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor.to(device), persistent=False)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Token embeddings (3 S, 77, W), position by position, and their end-of-text positions (3 S,)."""
-        prompts = [
-            self._arrange(position, state, length)
-            for position in POSITIONS
-            for state, length in enumerate(self.name_lengths)
-        ]
-        return torch.stack(prompts), self.eot
-
-    def _arrange(self, position: str, state: int, length: int) -> Tensor:
-        """One prompt (77, W): the state phrase is the first `length` tokens of `rest`."""
-        contexts = self.ctx[f"{self.kind}_{position}"][state]
-        start, phrase, tail = self.start[state], self.rest[state, :length], self.rest[state, length:]
-        before = BEFORE[position]
-        return torch.cat([start, contexts[:before], phrase, contexts[before:], tail])
+        contexts = torch.cat([self.ctx[f"{self.kind}_{name}"] for name in POSITIONS])  # (3 S, 8, W)
+        prompts = torch.cat([self.embedded[:, :1], contexts, self.embedded[:, 1 + CONTEXTS :]], dim=1)
+        return prompts.take_along_dim(self.order, dim=1), self.eot
 
 
-def _bare_ids(phrase: str) -> list[int]:
-    """Token ids of a phrase without start, end and padding."""
-    ids = tokenize(phrase)[0]
-    return ids[1 : int(ids.argmax())].tolist()
+def _layout(before: int, phrase: int, total: int) -> list[int]:
+    """The tokens of `X X X X X X X X STATE.` with the state moved behind the first `before` contexts."""
+    start, after = 1 + CONTEXTS, 1 + CONTEXTS + phrase
+    return [*range(1 + before), *range(start, after), *range(1 + before, start), *range(after, total)]

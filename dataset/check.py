@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -421,15 +421,6 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def open_dataset(options: argparse.Namespace) -> MedicalDataset:
-    """The data set that the command line names; errors are those of `MedicalDataset.open`."""
-    dataset = MedicalDataset.open(
-        options.obj, options.data_path, options.data_root, options.patient, options.mask_above
-    )
-    window = parse_window(options.window) if options.window else dataset.layout.window
-    return replace(dataset, layout=replace(dataset.layout, window=window, plane=options.plane or dataset.layout.plane))
-
-
 def main() -> int:
     """Check a data set and print what was found; returns the exit code."""
     options = parse()
@@ -439,7 +430,7 @@ def main() -> int:
     parse_window(options.window)
     check = Check(options.num_workers)
     try:
-        dataset = open_dataset(options)
+        dataset = MedicalDataset.from_options(options)
     except InputError as error:
         check.errors.add("layout", str(error))
         print(printable(f"{options.obj}: {root}"))

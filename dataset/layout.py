@@ -20,6 +20,7 @@ The file is <NAME>.json in the data set's own folder, or else in dataset/. Every
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -34,6 +35,7 @@ from utils import InputError, read_text
 from .images import ABNORMAL_ABOVE, PLANES, ReadOptions, file_kind, parse_window, stem
 from .patients import compile_rule
 
+Classes = dict[str, list[Path]]  # `KINDS` -> folders
 FOLDER = Path(__file__).parent
 PUBLISHED = FOLDER / "published_results.json"  # figures to compare with, the one JSON file that is no data set
 SPLITS = ("valid", "test")
@@ -50,15 +52,14 @@ CLASS_NAMES = (("good", "ungood"), ("normal", "abnormal"), ("0", "1"))
 SUPPORT_NAMES = ("valid", "val", "train")
 MASK_FOLDERS = ("anomaly_mask", "label", "labels", "mask", "masks", "ground_truth")
 MASK_PLACES = (
-    MVFA_MASKS,
-    *(f"{{parent}}/{name}/{{stem}}" for name in ("label", "mask", "masks")),
-    *(f"{{parent}}/{{folder}}/{name}/{{stem}}" for name in ("anomaly_mask", "label", "mask", "masks")),
-    *(f"{{parent}}/{name}/{{folder}}/{{stem}}" for name in ("anomaly_mask", "label", "mask", "masks")),
+    *(f"{place}/{{stem}}".replace("NAME", name)
+      for place in ("{parent}/NAME", "{parent}/{folder}/NAME", "{parent}/NAME/{folder}")
+      for name in ("anomaly_mask", "label", "mask", "masks")),
     "{above}/label/{folder}/{stem}",  # BMAD's older Liver: valid/img/Ungood, valid/label/Ungood
     "{above}/{beside}_label/{folder}/{stem}",  # its older RESC: Val/val/Ungood, Val/val_label/Ungood
     "ground_truth/{folder}/{stem}_mask",
     "ground_truth/{folder}/{stem}",
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error
     known = Layout.__dataclass_fields__
-    unknown = sorted(set(config) - set(known)) if isinstance(config, dict) else ["not an object"]
-    if unknown:
+    if unknown := sorted(set(config) - set(known)) if isinstance(config, dict) else ["not an object"]:
         raise InputError(f"{path}: unknown {unknown[0]!r:.80}; it may hold {', '.join(known)}")
     tests: dict[str, Callable[[Any], Any]] = {
         "prompt_name": lambda value: isinstance(value, str) and value.strip() and len(value) <= 200,
@@ -178,10 +178,9 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _is_window(value: object) -> bool:
-    try:
+    with contextlib.suppress(InputError):
         return parse_window([str(part) for part in value] if isinstance(value, list) else [str(value)]) is not None
-    except InputError:
-        return False
+    return False
 
 
 def _read_folders(value: object, where: str) -> dict[str, list[str]]:
@@ -212,16 +211,14 @@ def list_images(folder: Path) -> list[Path]:
     Hidden files, other formats, and folders of masks are left out. `InputError` for a folder that cannot be read, a
     link to nothing, a pipe, socket or device: leaving it out would change the numbers.
     """
+    if not folder.is_dir():
+        return []
     result = []
     try:
-        entries = list(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+        entries = [path for path in folder.iterdir() if path.name[0] != "."]
     except OSError as error:
         raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
     for path in entries:
-        if path.name[0] == ".":
-            continue
         if path.is_dir():
             inside = folder.resolve()
             is_loop = path.is_symlink() and path.resolve() in (inside, *inside.parents)
@@ -250,11 +247,8 @@ def find_masks(root: Path, folder: str, template: str, images: Iterable[Path]) -
     masks, by_name = mask_folder(root, folder, template), defaultdict(list)
     for path in list_images(masks):
         by_name[path.parent.relative_to(masks), stem(path)].append(path)
-    name = template.rpartition("/")[2]
-    return [
-        by_name.get((image.parent.relative_to(root / folder), name.replace("{stem}", stem(image), 1)), [])
-        for image in images
-    ]
+    name, home = template.rpartition("/")[2], root / folder
+    return [by_name[image.parent.relative_to(home), name.replace("{stem}", stem(image), 1)] for image in images]
 
 
 def has_masks(root: Path, images: Mapping[str, list[Path]], template: str) -> bool:
@@ -299,9 +293,6 @@ def detect(root: Path) -> dict[str, Any]:
     images = {folder: list_images(root / folder) for split in SPLITS for folder in result[split]["abnormal"]}
     masks = next((place for place in MASK_PLACES if has_masks(root, images, place)), None)
     return {**result, "pixel_metrics": masks is not None, **({"masks": masks} if masks else {})}
-
-
-Classes = dict[str, list[Path]]  # `KINDS` -> folders
 
 
 def _splits(root: Path) -> dict[str, Classes] | None:

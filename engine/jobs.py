@@ -1,4 +1,4 @@
-"""Jobs through submitit: processes on this machine, or Slurm."""
+"""Jobs through submitit: processes on this machine, or Slurm. Imports no torch."""
 
 from __future__ import annotations
 
@@ -62,8 +62,7 @@ def open_executor(name: str, folder: Path, parameters: Sequence[str]) -> AutoExe
 
 def visible_gpus() -> list[str]:
     """The GPUs of this machine, as CUDA_VISIBLE_DEVICES calls them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named:
+    if named := os.environ.get("CUDA_VISIBLE_DEVICES"):
         return [name for name in named.split(",") if name]
     import torch  # noqa: PLC0415 - `--help` is to be quick
 
@@ -95,14 +94,14 @@ def run_jobs(
     try:
         while waiting or running:
             while waiting and len(running) < most:
-                used = [gpu for _, gpu in running.values()]
-                gpu = min(gpus, key=used.count, default=None)
+                gpu = min(gpus, key=[used for _, used in running.values()].count, default=None)
                 task = waiting.pop(0)
                 running[task] = pool.submit(Resumable(function, gpu), task), gpu
             for task, (job, _) in list(running.items()):
                 if job.done():
                     del running[task]
-                    yield task, outcome(job)
+                    error = job.exception()
+                    yield task, f"{last_line(error)} (job {job.job_id})" if error else job.result()
             on_poll()
             time.sleep(POLL_SECONDS)
     finally:
@@ -110,15 +109,11 @@ def run_jobs(
             job.cancel()
 
 
-def outcome(job: Job[str | None]) -> str | None:
-    """What a finished job returned, or in one line how it broke."""
-    error = job.exception()
-    if error is None:
-        result: str | None = job.result()
-        return result
-    return f"{(str(error).strip() or type(error).__name__).splitlines()[-1]} (job {job.job_id})"
-
-
 def one_line(error: BaseException) -> str:
     """An error's message without line breaks, or where it has none its type."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def last_line(error: BaseException) -> str:
+    """Of a message that holds a traceback, as submitit's, what stands last; or the error's type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]

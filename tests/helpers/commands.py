@@ -138,8 +138,9 @@ class Commands:
 
     def close(self) -> None:
         """End the process that forks, and what a failed test has left halted."""
-        for running in self.running:
+        for running in list(self.running):
             running.kill()
+            running.wait()
         self.server.communicate()
 
 

@@ -323,7 +323,9 @@ def find_trained_weights(checkpoint: Checkpoint, options: argparse.Namespace) ->
     print_weights_info(weights)
     deepest, depth = max(settings.features_list), weights.config.layers
     if deepest > depth:
-        raise InputError(f"--ckpt {options.ckpt}: reads layer {deepest}, but {printable(weights.config.name)} has {depth}")
+        raise InputError(
+            f"--ckpt {options.ckpt}: reads layer {deepest}, but {printable(weights.config.name)} has {depth}"
+        )
     check_weights(checkpoint, weights, options.ckpt, options.allow_other_weights)
     return weights
 

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-from dataset import phantom
-from tests.helpers.commands import Commands
 from tests.helpers.data import SMALL
 
-VALID, TEST = 4, 5  # images of each class
 UNGOOD = "Brain_AD/valid/Ungood"
 # Runs a script of the project, with arguments, after something has been changed inside of it.
 DRIVER = """import os, runpy, signal, sys
@@ -31,26 +25,18 @@ else:
 
 @dataclass(frozen=True)
 class Home:
-    """Brain_AD in data/, ckpt/Brain.pth, and runs/one that made it: 2 shots, 2 epochs. To be copied, not changed."""
+    """The phantoms and the run on Brain that all tests share, 2 shots and 2 epochs; to be copied, not changed."""
 
-    path: Path
-
-    @property
-    def ckpt(self) -> Path:
-        """The checkpoint."""
-        return self.path / "ckpt/Brain.pth"
-
-    @property
-    def run(self) -> Path:
-        """The run's folder."""
-        return self.path / "runs/one"
+    data: Path
+    ckpt: Path  # Brain.pth
+    run: Path  # the run's folder
 
     def flags(self, data: Path | None = None) -> list[object]:
-        """What train.py and test.py take to find the data; kept tokens in memory."""
-        return ["--obj", "Brain", "--data_path", data or self.path / "data", "--device", "cpu"]
+        """What train.py and test.py take to find the data."""
+        return ["--obj", "Brain", "--data_path", data or self.data, "--device", "cpu"]
 
     def train(self, folder: Path, data: Path | None = None) -> list[object]:
-        """A run called `one` in `folder`, by default of two epochs."""
+        """The same training, as a run called `one` in `folder`."""
         paths = ["--save_path", folder / "ckpt", "--run_dir", folder / "runs", "--cache_dir", folder / "store"]
         return [*SMALL, *self.flags(data), *paths, "--shot", 2, "--epoch", 2, "--exp_name", "one"]
 
@@ -58,27 +44,18 @@ class Home:
         """A test of the checkpoint."""
         return [*self.flags(data), "--ckpt", self.ckpt]
 
+    def resume(self, run: Path) -> list[object]:
+        """Going on with a copy of the run; the paths that it writes to are given anew."""
+        return ["--resume", run, "--save_path", run.parent / "ckpt", "--out_json", run.parent / "out.json"]
+
     def copy_data(self, folder: Path) -> Path:
         """A copy of the data, to be spoiled."""
-        return Path(shutil.copytree(self.path / "data", folder / "data"))
+        shutil.copytree(self.data / "Brain_AD", folder / "data/Brain_AD")
+        return folder / "data"
 
     def copy_run(self, folder: Path) -> Path:
         """A copy of the run's folder, to be spoiled."""
         return Path(shutil.copytree(self.run, folder / "runs/one"))
-
-
-def make_home(command: Commands, base: Path) -> Home:
-    """The home, made by the first of pytest's workers that asks; `base` is pytest's folder of temporary files."""
-    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "attacked"
-    home, done = Home(root), root / "done"
-    with FileLock(f"{root}.lock"):
-        if not done.exists():
-            shutil.rmtree(root, ignore_errors=True)
-            phantom.write(root / "data", ["Brain"], valid=VALID, test=TEST, seed=0, size=64)
-            result = command("train.py", *home.train(root))
-            assert result.returncode == 0, result.stderr
-            done.touch()
-    return home
 
 
 def driver(folder: Path, code: str) -> str:

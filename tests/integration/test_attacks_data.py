@@ -18,15 +18,15 @@ from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
-from tests.helpers.attacks import UNGOOD, Home, driver, fine, make_home, read_json, refused
+from tests.helpers.attacks import UNGOOD, Home, driver, fine, read_json, refused
 
 FIRST = "valid_Ungood_00000.png"
 TURNED = 0x0112  # the orientation tag
 
 
-@pytest.fixture(scope="module")
-def home(command, tmp_path_factory) -> Home:
-    return make_home(command, tmp_path_factory.getbasetemp())
+@pytest.fixture(scope="session")
+def home(trained) -> Home:
+    return Home(trained.data, trained.ckpt / "Brain.pth", trained.run("Brain"))
 
 
 @pytest.fixture

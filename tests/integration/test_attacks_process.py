@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.attacks import UNGOOD, Home, driver, fine, make_home, read_json, refused
+from tests.helpers.attacks import UNGOOD, Home, driver, fine, read_json, refused
 from tests.helpers.commands import ROOT
 
 ENVIRONMENT = {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture(scope="module")
-def home(command, tmp_path_factory) -> Home:
-    return make_home(command, tmp_path_factory.getbasetemp())
+@pytest.fixture(scope="session")
+def home(trained) -> Home:
+    return Home(trained.data, trained.ckpt / "Brain.pth", trained.run("Brain"))
 
 
 # --- stdout and stderr ---
@@ -141,8 +141,8 @@ def test_anonymous_results_hold_no_file_name(command, home, tmp_path):
     images = data / UNGOOD / "img"
     flags = [*ckpt, "--device", "cpu", "--anonymous", "--report", tmp_path / "out/page", "--out", tmp_path / "out"]
     fine(command("predict.py", *flags, images))
-    for name in ("ckpt", "train.json", "test.json", "figures", "page", "out", "runs/one/index.html", "runs/one/result.json",
-                 "runs/one/best.pth"):  # fmt: skip
+    run = [f"runs/one/{name}" for name in ("index.html", "result.json", "best.pth")]
+    for name in ("ckpt", "train.json", "test.json", "figures", "page", "out", *run):
         path = tmp_path / name
         assert b"Miller" not in (contents(path) if path.is_dir() else path.read_bytes()), name
     assert "Miller" not in train.stdout + train.stderr + test.stdout + test.stderr

@@ -104,8 +104,7 @@ def build(options: argparse.Namespace) -> Setup:
     settings = new_settings(options, splits.dataset, weights)
     training = TrainingSet.build(splits.shots, settings, options.seed)
     splits.warn(training.masks)
-    lists = {"test": splits.test, "valid": splits.valid}
-    masks = {name: Masks.of(samples, settings, options.num_workers, device) for name, samples in lists.items()}
+    masks = {name: Masks.of(getattr(splits, name), settings, options.num_workers, device) for name in ("test", "valid")}
     store = TokenStore(Tower.of(settings, weights, pick_autocast(options.precision, device), device), options)
     store.plan(training.items, splits.own_batches(settings.eval_batch))
     clip = store.load_clip()
@@ -173,6 +172,7 @@ def finish(setup: Setup, tracker: Tracker) -> dict[str, Any]:
     masks = setup.masks["test"]
     evaluation = evaluate(setup.detector, setup.store, splits.test)
     last = measure(evaluation, masks, full=True)
+    last.values.update(measure_without(evaluation, masks, splits.shot_patients()))
     if state.selected_epoch < state.epoch:
         Checkpoint.load(run.best).restore(setup.detector, setup.clip, run.best)
         evaluation = evaluate(setup.detector, setup.store, splits.test)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib.util
 import runpy
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 from unittest import mock
 
 ROOT = Path(__file__).parents[1]
@@ -46,11 +45,6 @@ class Captured(BaseException):
     """Carries the parser of a command out of it, before it parses anything."""
 
 
-def is_there(command: str) -> bool:
-    """Whether a script or module exists."""
-    return (ROOT / command).is_file() if command.endswith(".py") else importlib.util.find_spec(command) is not None
-
-
 def parser_of(command: str) -> argparse.ArgumentParser:
     """The parser that a script (`train.py`) or module (`dataset.check`) uses: it is started up to the parsing."""
 
@@ -63,8 +57,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
         try:
             if command.endswith(".py"):
                 runpy.run_path(str(ROOT / command), run_name="__main__")
-            else:
-                runpy.run_module(command, run_name="__main__", alter_sys=True)
+            runpy.run_module(command, run_name="__main__", alter_sys=True)
         except Captured as captured:
             parser: argparse.ArgumentParser = captured.args[0]
             return parser
@@ -74,7 +67,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 def flags() -> str:
     """The text of flags.md: a section for each command, a table for each group of flags."""
     lines = [FLAGS_HEAD]
-    for command in filter(is_there, COMMANDS):
+    for command in COMMANDS:
         start = f"python {command}" if command.endswith(".py") else f"python -m {command}"
         lines += [f"## {start}\n", *_sections(parser_of(command))]
     return "\n".join(lines)
@@ -85,14 +78,14 @@ def _sections(parser: argparse.ArgumentParser) -> Iterator[str]:
         yield f"{_cell(parser.description)}\n"
     for group in parser._action_groups:
         shown = [a for a in group._group_actions if a.help != argparse.SUPPRESS and a.dest != "help"]
-        parts = [action for action in shown if isinstance(action, argparse._SubParsersAction)]
-        rows = [_row(action, parser.prog) for action in shown if action not in parts]
+        rows = [_row(action, parser.prog) for action in shown if not isinstance(action, argparse._SubParsersAction)]
         if rows:
             title = f"{group.title}: {group.description}" if group.description else f"{group.title}"
             yield f"**{_cell(title)}**\n\n| flag | default | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n"
-        for name, part in (item for action in parts for item in action.choices.items()):
-            yield f"### {name}\n"
-            yield from _sections(part)
+        for action in shown:
+            for name, part in action.choices.items() if isinstance(action, argparse._SubParsersAction) else ():
+                yield f"### {name}\n"
+                yield from _sections(part)
 
 
 def _row(action: argparse.Action, prog: str) -> str:
@@ -100,15 +93,9 @@ def _row(action: argparse.Action, prog: str) -> str:
     meaning = (action.help or "") % {**vars(action), "prog": prog}
     if action.choices and not all(str(choice) in meaning for choice in action.choices):
         meaning = f"{', '.join(map(str, action.choices))}: {meaning}".removesuffix(": ")
-    return f"| {names} | {_cell(_default(action.default))} | {_cell(meaning)} |"
-
-
-def _default(value: Any) -> str:  # noqa: ANN401 - argparse takes anything
-    if value is None or value in ("\0", argparse.SUPPRESS):
-        return ""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    default = " ".join(map(str, action.default)) if isinstance(action.default, list) else str(action.default)
+    default = {"None": "", "\0": "", argparse.SUPPRESS: "", "True": "on", "False": "off"}.get(default, default)
+    return f"| {names} | {_cell(default)} | {_cell(meaning)} |"
 
 
 def _cell(text: str) -> str:
@@ -120,19 +107,13 @@ def robustness() -> str:
     lines = [ROBUSTNESS_HEAD]
     for path in (path for pattern in ATTACKS for path in sorted((ROOT / "tests").glob(pattern))):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        title = _sentence(ast.get_docstring(tree) or path.stem)
-        lines.append(f"## {title}\n\n`{path.relative_to(ROOT)}`\n")
+        lines.append(f"## {_sentence(ast.get_docstring(tree) or path.stem)}\n\n`{path.relative_to(ROOT)}`\n")
         tests = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
-        lines += [f"- {_test_line(node)}" for node in sorted(tests, key=lambda node: node.lineno)]
+        for node in sorted(tests, key=lambda node: node.lineno):
+            texts = node.name.removeprefix("test_").replace("_", " "), ast.get_docstring(node)
+            lines.append(f"- {': '.join(map(_sentence, filter(None, texts)))}")
         lines.append("")
     return "\n".join(lines)
-
-
-def _test_line(node: ast.FunctionDef) -> str:
-    """What a test shows: its name, and its docstring's first paragraph where it has one."""
-    name = _sentence(node.name.removeprefix("test_").replace("_", " "))
-    said = ast.get_docstring(node)
-    return f"{name}: {_sentence(said)}" if said else name
 
 
 def _sentence(text: str) -> str:
@@ -140,23 +121,17 @@ def _sentence(text: str) -> str:
     return _cell(first[:1].upper() + first[1:])
 
 
-PAGES = {"flags.md": flags, "robustness.md": robustness}
-
-
 def main() -> int:
     """Write or compare the pages."""
     options = argparse.ArgumentParser(prog="python -m docs.generate", description=__doc__)
     options.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a page is out of date")
     check = options.parse_args().check
-    stale = []
-    for name, make in PAGES.items():
-        path, text = ROOT / "docs" / name, make()
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            stale.append(name)
-            if not check:
-                path.write_text(text, encoding="utf-8")
-    if stale:
-        print(f"{'out of date' if check else 'written'}: {', '.join(stale)}")
+    pages = {ROOT / "docs" / "flags.md": flags(), ROOT / "docs" / "robustness.md": robustness()}
+    stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        print(f"{'out of date' if check else 'written'}: {path.name}")
+        if not check:
+            path.write_text(pages[path], encoding="utf-8")
     return int(check and bool(stale))
 
 

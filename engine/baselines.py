@@ -1,14 +1,13 @@
 """What a reviewer asks to be beaten, from the same tokens, shots and test images as MadCLIP. Not in the paper.
 
-Each baseline gives scores (M, K, N) that stand in for MadCLIP's patch scores, so that one `Evaluation` measures them
-all. An image-level method gives every patch of an image the same score.
+Each baseline gives scores (B, K or 1, N) of tokens, K tensors (B, N, C); they stand in for MadCLIP's patch scores, so
+that one `Evaluation` measures them all. An image-level method gives every patch of an image the same score.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from CLIP import find_weights
 from CLIP.clip import create_model
-from dataset.medical_few import Sample
 from Prompt.promptChooser import fixed_feature
 from utils import set_seed
 
@@ -33,79 +31,54 @@ MAX_BANK = 10_000  # patches in a memory bank; a larger one is thinned out, as P
 MAX_PATCHES = 20_000  # patches that the logistic regression is fitted to
 SKETCH = 128  # width of the random projection in which the bank is thinned out, as in PatchCore
 NAMES = ("zero-shot CLIP", "nearest normal patch", "class prototypes", "logistic regression")
-Batches = Callable[[], Iterator[list[Tensor]]]  # the test images' K tensors (B, N, C), batch by batch, in order
+Scores = Callable[[list[Tensor]], Tensor]
 
 
-@dataclass(frozen=True)
 class Training:
     """What the shots show: the same views that MadCLIP is trained on.
 
-    Attributes:
+    Args:
         tokens: K tensors (V, N, C).
         labels: (V,) bool, True = abnormal.
-        masks: (V, N) in [0, 1], the abnormal part of each patch; None without masks.
+        masks: (V, N) in [0, 1], the abnormal part of each patch; None without masks: every patch is as its image.
         generator: of all that is drawn.
     """
 
-    tokens: list[Tensor]
-    labels: Tensor
-    masks: Tensor | None
-    generator: torch.Generator
-
-    @property
-    def abnormal_patches(self) -> Tensor:
-        """(V, N) bool: patches that are abnormal by more than half; without masks every patch of an abnormal image."""
-        if self.masks is None:
-            return self.labels[:, None].expand(-1, self.tokens[0].shape[1])
-        return self.masks > 0.5
-
-    @property
-    def normal_patches(self) -> Tensor:
-        """(V, N) bool: patches of normal images, and with masks those of abnormal ones that hold nothing abnormal."""
-        normal = ~self.labels[:, None].expand(-1, self.tokens[0].shape[1])
-        return normal if self.masks is None else normal | (self.masks == 0)
+    def __init__(self, tokens: list[Tensor], labels: Tensor, masks: Tensor | None, generator: torch.Generator) -> None:
+        self.tokens, self.labels, self.localised, self.generator = tokens, labels, masks is not None, generator
+        parts = labels[:, None].expand(-1, tokens[0].shape[1]).float() if masks is None else masks
+        self.normal_patches, self.abnormal_patches = parts == 0, parts > 0.5  # (V, N) bool; the others are mixed
 
 
 def pool_masks(masks: Tensor, patches: int) -> Tensor:
     """Pixels to patches: (V, S, S) bool -> (V, N), the abnormal part of each patch in [0, 1]."""
-    side = round(patches**0.5)
-    return F.adaptive_avg_pool2d(masks[:, None].float(), side).flatten(1)
+    return F.adaptive_avg_pool2d(masks[:, None].float(), round(patches**0.5)).flatten(1)
 
 
-def zero_shot(batches: Batches, project: Callable[[Tensor], Tensor], text_features: Tensor) -> Tensor:
-    """CLIP with fixed prompts: nothing is trained and no shot is seen.
+def zero_shot(project: Callable[[Tensor], Tensor], text_features: Tensor) -> Scores:
+    """CLIP with fixed prompts, nothing trained and no shot seen: the logit of `abnormal` of each patch, one layer.
 
     Args:
-        batches: test tokens; the last layer is read, so it must be the tower's last.
-        project: the tower's final norm and projection, (B, N, C) -> (B, N, D).
+        project: the tower's final norm and projection, (B, N, C) of its last layer -> (B, N, D).
         text_features: (D, 2), columns [normal, abnormal], each of norm 1: MadCLIP's fixed sentences.
-
-    Returns:
-        (M, 1, N), the abnormal minus the normal cosine of each patch, times CLIP's 100: the logit of `abnormal`.
     """
-    difference = text_features[:, 1] - text_features[:, 0]
-    return torch.cat([100 * (F.normalize(project(layers[-1]), dim=-1) @ difference)[:, None] for layers in batches()])
+    direction = 100 * (text_features[:, 1] - text_features[:, 0])  # 100: CLIP's temperature
+    return lambda layers: (F.normalize(project(layers[-1]), dim=-1) @ direction)[:, None]
 
 
-def nearest_normal_patch(training: Training, batches: Batches) -> Tensor:
-    """Distance to the nearest patch of the normal shots (PatchCore, Roth et al., CVPR 2022, on CLIP's tokens).
+def nearest_normal_patch(training: Training) -> Scores:
+    """Distance to the nearest patch of the normal shots (PatchCore, Roth et al., CVPR 2022), in [0, 2] for each layer.
 
-    As there, a patch is the mean of 3 x 3, and a large bank is thinned out greedily; the distance is 1 - cosine. Each
-    layer has its own bank. Abnormal shots are not seen.
-
-    Returns:
-        (M, K, N) in [0, 2].
+    As there, a patch is the mean of 3 x 3, and a large bank is thinned out greedily; the distance is 1 - cosine.
     """
-    banks = []
-    for layer in training.tokens:
-        bank = neighbourhoods(layer[~training.labels]).flatten(0, 1)
-        banks.append(bank[coreset(bank, MAX_BANK, training.generator)])
-    scores = []
-    for layers in batches():
-        patches = [neighbourhoods(layer) for layer in layers]
-        nearest = [(x @ bank.T).amax(dim=-1) for x, bank in zip(patches, banks, strict=True)]
-        scores.append(1 - torch.stack(nearest, dim=1))
-    return torch.cat(scores)
+    normal = [neighbourhoods(layer[~training.labels]).flatten(0, 1) for layer in training.tokens]
+    banks = [bank[coreset(bank, MAX_BANK, training.generator)] for bank in normal]
+
+    def distances(layers: list[Tensor]) -> Tensor:
+        nearest = [(neighbourhoods(x) @ bank.T).amax(dim=-1) for x, bank in zip(layers, banks, strict=True)]
+        return 1 - torch.stack(nearest, dim=1)
+
+    return distances
 
 
 def neighbourhoods(tokens: Tensor) -> Tensor:
@@ -122,99 +95,78 @@ def coreset(bank: Tensor, most: int, generator: torch.Generator) -> Tensor:
         return torch.arange(len(bank), device=bank.device)
     projection = torch.randn(bank.shape[1], SKETCH, generator=generator) / SKETCH**0.5
     sketch = bank @ projection.to(bank)
-    chosen = torch.empty(most, dtype=torch.long, device=bank.device)
+    chosen = [torch.randint(len(bank), (), generator=generator).to(bank.device)]
     distance = torch.full((len(bank),), torch.inf, device=bank.device)
-    index = torch.randint(len(bank), (), generator=generator).to(bank.device)
-    for i in range(most):
-        chosen[i] = index
-        distance = torch.minimum(distance, (sketch - sketch[index]).square().sum(dim=1))
-        index = distance.argmax()
-    return chosen
+    while len(chosen) < most:
+        distance = torch.minimum(distance, (sketch - sketch[chosen[-1]]).square().sum(dim=1))
+        chosen.append(distance.argmax())
+    return torch.stack(chosen)
 
 
-def prototypes(training: Training, batches: Batches) -> Tensor:
-    """One mean patch a class and layer: (M, K, N) in [-2, 2], the abnormal minus the normal cosine of each patch.
+def prototypes(training: Training) -> Scores:
+    """One mean patch a class and layer: the cosine with the abnormal minus that with the normal, in [-2, 2].
 
     Without abnormal shots the score is minus the cosine with the normal prototype.
     """
     directions = []
     for layer in training.tokens:
         patches = F.normalize(layer, dim=-1)
-        means = []
-        for chosen in (training.normal_patches, training.abnormal_patches):
-            mean = patches[chosen].mean(dim=0) if chosen.any() else patches.new_zeros(patches.shape[-1])
-            means.append(F.normalize(mean, dim=0))
-        directions.append(means[1] - means[0])
-    scores = []
-    for layers in batches():
-        cosines = [F.normalize(x, dim=-1) @ d for x, d in zip(layers, directions, strict=True)]
-        scores.append(torch.stack(cosines, dim=1))
-    return torch.cat(scores)
+        chosen = training.normal_patches, training.abnormal_patches
+        normal, abnormal = (F.normalize(patches[of].sum(dim=0), dim=0) for of in chosen)  # 0 where there is no patch
+        directions.append(abnormal - normal)
+    return lambda layers: torch.stack(
+        [F.normalize(x, dim=-1) @ direction for x, direction in zip(layers, directions, strict=True)], dim=1
+    )
 
 
-def logistic_regression(training: Training, batches: Batches) -> Tensor:
-    """scikit-learn's, with its defaults: of patches where shots have masks, else of the mean token of images.
+def logistic_regression(training: Training) -> Scores:
+    """scikit-learn's logits, with its defaults: of patches where shots have masks, else of the mean token of images.
 
-    It reads all layers side by side, each of norm 1, standardised. Patches are drawn where there are very many, of each
-    class as many as of the other at most.
-
-    Returns:
-        (M, 1, N), the logit of `abnormal`.
-
-    Raises:
-        ValueError: the shots are all of one class.
+    It reads all layers side by side, each of norm 1, standardised. Patches are drawn, of each class as many as of the
+    other, and not very many. `ValueError` where the shots are all of one class.
     """
     from sklearn.linear_model import LogisticRegression  # noqa: PLC0415 - slow to import
     from sklearn.pipeline import make_pipeline  # noqa: PLC0415
     from sklearn.preprocessing import StandardScaler  # noqa: PLC0415
 
-    patches = training.masks is not None
-    x, y = features(training.tokens, patches), training.labels
-    if patches:
+    def features(layers: list[Tensor]) -> Tensor:
+        joined = torch.cat([F.normalize(layer, dim=-1) for layer in layers], dim=-1)  # (B, N, K C)
+        return joined if training.localised else joined.mean(dim=1, keepdim=True)
+
+    x, y = features(training.tokens).flatten(0, 1), training.labels
+    if training.localised:
         groups = [chosen.flatten().nonzero()[:, 0] for chosen in (training.normal_patches, training.abnormal_patches)]
-        size = min(MAX_PATCHES // 2, *(len(group) for group in groups))
+        size = min(MAX_PATCHES // 2, *map(len, groups))
         drawn = [group[torch.randperm(len(group), generator=training.generator)[:size].to(group)] for group in groups]
-        x, y = x.flatten(0, 1)[torch.cat(drawn)], torch.arange(2).repeat_interleave(size)
+        x, y = x[torch.cat(drawn)], torch.arange(2).repeat_interleave(size)
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(x.cpu().numpy(), y.cpu().numpy())
-    scores = []
-    for layers in batches():
-        test = features(layers, patches)
-        logits = model.decision_function(test.reshape(-1, test.shape[-1]).cpu().numpy())
-        scores.append(torch.from_numpy(logits).float().reshape(len(test), 1, -1))
-    return torch.cat(scores).expand(-1, -1, training.tokens[0].shape[1]).contiguous()
 
+    def logits(layers: list[Tensor]) -> Tensor:
+        test = features(layers)
+        values = torch.from_numpy(model.decision_function(test.flatten(0, 1).cpu().numpy())).float()
+        return values.reshape(len(test), 1, -1).expand(-1, -1, layers[0].shape[1])
 
-def features(layers: Sequence[Tensor], patches: bool) -> Tensor:
-    """K tensors (B, N, C) -> (B, N, K C), or the means over the patches (B, K C)."""
-    joined = torch.cat([F.normalize(layer, dim=-1) for layer in layers], dim=-1)
-    return joined if patches else joined.mean(dim=1)
+    return logits
 
 
 def run_baselines(
-    store: TokenStore, training: Training, test: Sequence[Sample], project: Callable[[Tensor], Tensor] | None,
+    batches: Callable[[], Iterator[list[Tensor]]], training: Training, project: Callable[[Tensor], Tensor] | None,
     text_features: Tensor,
 ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
-    """Each baseline's name and its scores (M, K or 1, N) of the test images.
+    """Each baseline's name and its scores (M, K or 1, N) of the test images, whose tokens `batches` reads in order.
 
-    Args:
-        store: holds the tokens of `test`, layers in ascending order.
-        training: the shots; without abnormal ones the logistic regression is left out.
-        test: M images.
-        project: see `zero_shot`, which is left out where the tower's last layer is not read (None).
-        text_features: see `zero_shot`.
+    `zero_shot` is left out without `project`, the logistic regression where the shots show one class only.
     """
-    patches = training.tokens[0].shape[1]
 
-    def batches() -> Iterator[list[Tensor]]:
-        for batch in eval_batches(test, BATCH):
-            yield [layer[:, -patches:].float() for layer in store.get(store.rows(batch))]  # without class token
+    def scored(scores: Scores) -> Tensor:
+        return torch.cat([scores(layers) for layers in batches()])
 
     if project is not None:
-        yield NAMES[0], zero_shot(batches, project, text_features)
-    yield NAMES[1], nearest_normal_patch(training, batches)
-    yield NAMES[2], prototypes(training, batches)
+        yield NAMES[0], scored(zero_shot(project, text_features))
+    yield NAMES[1], scored(nearest_normal_patch(training))
+    yield NAMES[2], scored(prototypes(training))
     if training.abnormal_patches.any() and training.normal_patches.any():
-        yield NAMES[3], logistic_regression(training, batches)
+        yield NAMES[3], scored(logistic_regression(training))
 
 
 @torch.no_grad()
@@ -228,8 +180,7 @@ def measure_baselines(options: argparse.Namespace) -> dict[str, Any]:
         {"obj": ..., "shots": ..., "baselines": {name: metrics}}.
     """
     set_seed(options.seed)
-    splits = Splits.open(options)
-    device = pick_device(options.device)
+    splits, device = Splits.open(options), pick_device(options.device)
     weights = find_weights(options.model_name, options.pretrain, options.weights, options.seed)
     settings = new_settings(options, splits.dataset, weights)
     shots = TrainingSet.build(splits.shots, settings, options.seed)
@@ -240,23 +191,27 @@ def measure_baselines(options: argparse.Namespace) -> dict[str, Any]:
     assert clip.visual is not None
     norm, projection = clip.visual.ln_post, clip.visual.proj  # `fill` frees the tower
     reads_last = max(tower.layers) == weights.config.layers
-    kinds = ("normal", "abnormal")
-    text = torch.stack([fixed_feature(clip, kind, settings.prompt_name) for kind in kinds], dim=1)
+    text = [fixed_feature(clip, kind, settings.prompt_name) for kind in ("normal", "abnormal")]
     store.fill(clip)
     patches = tower.tokens - 1
-    rows = store.rows(shots.items).split(BATCH)
-    tokens = [torch.cat(layers)[:, -patches:].float() for layers in zip(*map(store.get, rows), strict=True)]
+    read = map(store.get, store.rows(shots.items).split(BATCH))
+    tokens = [torch.cat(layers)[:, -patches:].float() for layers in zip(*read, strict=True)]
     pooled = None if shots.masks is None else pool_masks(shots.masks, patches).to(device)
     training = Training(tokens, shots.labels.bool().to(device), pooled, seeded(options.seed, "baselines"))
     masks = Masks.of(splits.test, settings, options.num_workers, device)
-    head = "seg" if settings.pixel_metrics else "det"
-    results = {}
     project = (lambda x: norm(x) @ projection) if reads_last else None
-    for name, scores in run_baselines(store, training, splits.test, project, text):
+
+    def batches() -> Iterator[list[Tensor]]:
+        for batch in eval_batches(splits.test, BATCH):
+            yield [layer[:, -patches:].float() for layer in store.get(store.rows(batch))]  # without class token
+
+    results = {}
+    for name, scores in run_baselines(batches, training, project, torch.stack(text, dim=1)):
         dec_type = "max" if name == NAMES[1] else settings.dec_type
+        head = "seg" if settings.pixel_metrics else "det"
         evaluation = Evaluation(splits.test, scores, head, settings.img_size, dec_type)
-        image_level = name == NAMES[3] and training.masks is None  # nothing is localised
-        metrics = measure(evaluation, None if image_level else masks, full=True)
+        localised = training.localised or name != NAMES[3]
+        metrics = measure(evaluation, masks if localised else None, full=True)
         results[name] = {**metrics.values, **measure_without(evaluation, masks, splits.shot_patients())}
         print(f"{name}: {metrics.line()}", flush=True)
     return {"obj": options.obj, "shots": splits.shots.names(), "baselines": results}

@@ -1,4 +1,4 @@
-"""Jobs through submitit: processes on this machine, or Slurm."""
+"""Jobs through submitit: processes on this machine, or Slurm. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,13 +21,10 @@ Task = TypeVar("Task")
 
 
 class Resumable(Generic[Task]):
-    """A function that goes on from its own files: when its job is pre-empted, submitit requeues the same call.
-
-    `gpu` is the one that the job sees; None leaves that to the executor.
-    """
+    """A function that goes on from its own files: when its job is pre-empted, submitit requeues the same call."""
 
     def __init__(self, function: Callable[[Task], str | None], gpu: str | None) -> None:
-        self.function, self.gpu = function, gpu
+        self.function, self.gpu = function, gpu  # the GPU that the job sees; None leaves that to the executor
 
     def __call__(self, task: Task) -> str | None:
         """Call the function."""
@@ -62,11 +59,10 @@ def open_executor(name: str, folder: Path, parameters: Sequence[str]) -> AutoExe
 
 def visible_gpus() -> list[str]:
     """The GPUs of this machine, as CUDA_VISIBLE_DEVICES calls them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named:
-        return [name for name in named.split(",") if name]
     import torch  # noqa: PLC0415 - `--help` is to be quick
 
+    if named := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return [name for name in named.split(",") if name]
     return list(map(str, range(torch.cuda.device_count())))
 
 
@@ -76,17 +72,9 @@ def run_jobs(
 ) -> Iterator[tuple[Task, str | None]]:  # fmt: skip
     """Run `function` on each task, at most `most` jobs at once; leaving the loop cancels the jobs that still run.
 
-    Args:
-        function: goes on from its own files when it is called again; returns None, or what went wrong.
-        tasks: its arguments.
-        executor: one of `EXECUTORS`.
-        folder: of submitit's files.
-        most: jobs at once.
-        parameters: submitit's, as KEY=VALUE.
-        on_poll: called whenever the jobs have been looked at.
-
-    Yields:
-        Each task as its job ends, with None or what went wrong.
+    `function` goes on from its own files when it is called again, and returns None, or what went wrong. `executor` is
+    one of `EXECUTORS`; its files go to `folder`, its `parameters` are KEY=VALUE. `on_poll` is called whenever the jobs
+    have been looked at. Yields each task as its job ends, with None or what went wrong.
     """
     pool = open_executor(executor, folder, parameters)
     gpus = visible_gpus() if executor == "local" else []
@@ -95,28 +83,20 @@ def run_jobs(
     try:
         while waiting or running:
             while waiting and len(running) < most:
-                used = [gpu for _, gpu in running.values()]
-                gpu = min(gpus, key=used.count, default=None)
+                gpu = min(gpus, key=[used for _, used in running.values()].count, default=None)
                 task = waiting.pop(0)
                 running[task] = pool.submit(Resumable(function, gpu), task), gpu
             for task, (job, _) in list(running.items()):
                 if job.done():
                     del running[task]
-                    yield task, outcome(job)
+                    error = job.exception()
+                    last_line = (str(error).strip() or type(error).__name__).splitlines()[-1]  # submitit tells much
+                    yield task, f"{last_line} (job {job.job_id})" if error else job.result()
             on_poll()
             time.sleep(POLL_SECONDS)
     finally:
         for job, _ in running.values():
             job.cancel()
-
-
-def outcome(job: Job[str | None]) -> str | None:
-    """What a finished job returned, or in one line how it broke."""
-    error = job.exception()
-    if error is None:
-        result: str | None = job.result()
-        return result
-    return f"{(str(error).strip() or type(error).__name__).splitlines()[-1]} (job {job.job_id})"
 
 
 def one_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataset.images import check_mask, load_grey_mask, load_mask
+from dataset.images import FULL_MASK, check_mask, load_grey_mask, load_mask
 from dataset.medical_few import MedicalDataset, Sample, Shots, anonymous, leaks
 from loss import training_loss
 from utils import JITTER_VIEW, VIEWS, InputError, augment, checked, preview, printable, sha256_file, warn
@@ -383,7 +383,7 @@ class Splits:
             print(note)
 
     def warn(self, masks: Tensor | None) -> None:
-        """Print warnings for images in valid and in test, and for shots whose mask (of the first view) is empty."""
+        """Print warnings for images in valid and in test, and for shots whose mask is empty or nearly everything."""
         if not distributed.is_main():
             return
         shots = (*self.shots.normal, *self.shots.abnormal)
@@ -396,11 +396,14 @@ class Splits:
                 )
         if masks is not None:  # view by view, so the plain view of the abnormal shots comes first
             pairs_of = zip(self.shots.abnormal, masks, strict=False)
-            if empty := [sample.name for sample, mask in pairs_of if not mask.any()]:
+            shares = {sample.name: float(mask.float().mean()) for sample, mask in pairs_of}
+            if empty := [name for name, share in shares.items() if not share]:
                 warn(
                     f"{len(empty)} abnormal shots have an empty mask at this size, so all their pixels count as "
                     f"normal: {preview(empty)}"
                 )
+            if full := [name for name, share in shares.items() if share > FULL_MASK]:
+                warn(f"{len(full)} abnormal shots have a mask of over {FULL_MASK:.0%} of the image: {preview(full)}")
 
 
 def losses_note(shots: Shots) -> str | None:

@@ -7,21 +7,19 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from dataset.layout import PUBLISHED
-from utils import InputError, atomic_path, read_text
+from utils import InputError, atomic_path, checked, read_text
 
-METRICS = {"auc": "image AUC", "pauc": "pixel AUC"}
 ROWS_ON_A_PAGE = 40  # of LaTeX's \footnotesize, with room for caption and notes; a longer table is divided
 LATEX = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
-    "<": "$<$", ">": "$>$", "|": "$|$", '"': "''",
+    "<": "$<$", ">": "$>$", "|": "$|$", '"': "''", **{character: f"\\{character}" for character in "&%$#_{}"},
 }  # fmt: skip
-LATEX |= {character: f"\\{character}" for character in "&%$#_{}"}
 
 
 @dataclass(frozen=True)
@@ -35,23 +33,18 @@ class Figure:
     planned: int | None = None  # seeds that the table asks for
 
     @classmethod
-    def over(cls, values: Sequence[float], intervals: Sequence[Sequence[float]], planned: int) -> Figure | None:
-        """From one value in [0, 1] and one interval a seed; None without any value."""
-        if not values:
-            return None
-        bounds = [100 * mean(bound) for bound in zip(*intervals, strict=True)]
+    def over(cls, values: Sequence[float], intervals: Sequence[Sequence[float]], planned: int) -> Figure:
+        """From one value in [0, 1] and one interval a seed, or no intervals."""
+        low_high = [100 * mean(bound) for bound in zip(*intervals, strict=True)]
         std = 100 * stdev(values) if len(values) > 1 else None
-        return cls(100 * mean(values), std, (bounds[0], bounds[1]) if bounds else None, len(values), planned)
+        return cls(100 * mean(values), std, (low_high[0], low_high[1]) if low_high else None, len(values), planned)
 
     def __str__(self) -> str:
-        text = f"{self.mean:.2f}"
-        if self.std is not None:
-            text += f" ± {self.std:.2f}"
+        text = f"{self.mean:.2f}" if self.std is None else f"{self.mean:.2f} ± {self.std:.2f}"
         return text if self.seeds == self.planned else f"{text} ({self.seeds} of {self.planned} seeds)"
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """The part of a table for one metric: a grid of texts, without empty rows and columns."""
 
     metric: str
@@ -83,48 +76,37 @@ class Table:
         if value is not None:
             self.cells[metric, tuple(row), column] = value
 
-    def blocks(self, intervals: bool = False) -> list[Block]:
+    def blocks(self, intervals: bool) -> Iterator[Block]:
         """One block a metric: of the figures and texts, or of the intervals of those figures that have one."""
-        shown = dict(self._texts(intervals))
-        order = dict.fromkeys(column for _, _, column in self.cells)
-        blocks = []
+        shown = {key: str(value) for key, value in self.cells.items()}
+        if intervals:
+            known = {key: value.interval for key, value in self.cells.items() if isinstance(value, Figure)}
+            shown = {key: f"[{bounds[0]:.2f}, {bounds[1]:.2f}]" for key, bounds in known.items() if bounds}
         for metric in dict.fromkeys(metric for metric, _, _ in shown):
-            keys = [key for key in shown if key[0] == metric]
-            columns = [column for column in order if any(column == key[2] for key in keys)]
-            rows = dict.fromkeys(row for _, row, _ in keys)
-            cells = [(row, [shown.get((metric, row, column), "") for column in columns]) for row in rows]
-            blocks.append(Block(metric, columns, cells))
-        return blocks
-
-    def _texts(self, intervals: bool) -> Iterator[tuple[tuple[str, tuple[str, ...], str], str]]:
-        for key, value in self.cells.items():
-            if not intervals:
-                yield key, str(value)
-            elif isinstance(value, Figure) and value.interval:
-                yield key, f"[{value.interval[0]:.2f}, {value.interval[1]:.2f}]"
+            here = {column for other, _, column in shown if other == metric}
+            columns = [column for column in dict.fromkeys(column for _, _, column in self.cells) if column in here]
+            rows = dict.fromkeys(row for other, row, _ in shown if other == metric)
+            yield Block(metric, columns, [(row, [shown.get((metric, row, c), "") for c in columns]) for row in rows])
 
     def markdown(self) -> str:
         """A pipe table a metric, and one of its intervals."""
         parts = [self.caption]
         for intervals, word in ((False, ""), (True, ", 95% intervals")):
-            for block in self.blocks(intervals):
-                lines = [
-                    [*self.labels, *block.columns],
-                    ["---"] * len(self.labels) + ["---:"] * len(block.columns),
-                    *([*row, *cells] for row, cells in block.rows),
-                ]
+            for metric, columns, rows in self.blocks(intervals):
+                rule = ["---"] * len(self.labels) + ["---:"] * len(columns)
+                lines = [[*self.labels, *columns], rule, *([*row, *cells] for row, cells in rows)]
                 escaped = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines)
-                parts += [f"**{block.metric}{word}**", "\n".join(f"| {line} |" for line in escaped)]
+                parts += [f"**{metric}{word}**", "\n".join(f"| {line} |" for line in escaped)]
         return "\n\n".join([*parts, *self.notes]) + "\n"
 
     def latex(self) -> str:
         """`table*` environments: the figures, then the intervals; each fits a page as far as one metric does."""
         parts = [r"% needs \usepackage{booktabs} and \usepackage{graphicx}"]
         for intervals in (False, True):
-            blocks = self.blocks(intervals)
+            blocks = list(self.blocks(intervals))
             caption = rf"95\% intervals of the figures in Table~\ref{{tab:{self.name}}}." if intervals else ""
-            together = sum(len(block.rows) for block in blocks) <= ROWS_ON_A_PAGE
-            for i, group in enumerate([blocks] if together and blocks else [[block] for block in blocks]):
+            together = blocks and sum(len(block.rows) for block in blocks) <= ROWS_ON_A_PAGE
+            for i, group in enumerate([blocks] if together else [[block] for block in blocks]):
                 label = f"tab:{self.name}{'-intervals' if intervals else ''}{f'-{i + 1}' if i else ''}"
                 text = (caption or latex(self.caption)) + (" (Continued.)" if i else "")
                 parts.append(self._float(group, text, label, () if i or intervals else self.notes))
@@ -132,18 +114,18 @@ class Table:
 
     def _float(self, blocks: Sequence[Block], caption: str, label: str, notes: Sequence[str]) -> str:
         columns = list(dict.fromkeys(column for block in blocks for column in block.columns))
-        lines = [" & ".join(map(latex, [*self.labels, *columns])) + r" \\"]
-        width = len(self.labels) + len(columns)
+        lines = [_latex_row([*self.labels, *columns])]
         for block in blocks:
+            width = len(self.labels) + len(columns)
             lines += [r"\midrule", rf"\multicolumn{{{width}}}{{l}}{{\emph{{{latex(block.metric)}}}}} \\"]
-            before: tuple[str, ...] = ("",) * len(self.labels)
+            above: tuple[str, ...] = ()
             for row, cells in block.rows:
-                # A label that stands above already is not repeated.
-                same = next((k for k, (a, b) in enumerate(zip(row, before, strict=True)) if a != b), len(row))
-                labels = [("" if k < same and k < len(row) - 1 else label) for k, label in enumerate(row)]
+                # Labels that stand above already are not repeated, but the last always is.
+                same = [row[: k + 1] == above[: k + 1] for k in range(len(row) - 1)]
+                labels = ["" if repeated else label for label, repeated in zip(row, [*same, False], strict=True)]
                 of_column = dict(zip(block.columns, cells, strict=True))
-                lines.append(" & ".join(map(latex, [*labels, *(of_column.get(c, "") for c in columns)])) + r" \\")
-                before = row
+                lines.append(_latex_row([*labels, *(of_column.get(column, "") for column in columns)]))
+                above = row
         return "\n".join([
             r"\begin{table*}[t]",
             r"\centering\footnotesize\setlength{\tabcolsep}{4pt}",
@@ -163,9 +145,8 @@ class Table:
         """A line for each figure."""
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([
-            *self.labels, self.heading, "metric", "mean", "std", "ci95_low", "ci95_high", "seeds", "note"
-        ])  # fmt: skip
+        names = ("metric", "mean", "std", "ci95_low", "ci95_high", "seeds", "note")
+        writer.writerow([*self.labels, self.heading, *names])
         for (metric, row, column), value in self.cells.items():
             if isinstance(value, Figure):
                 numbers = [value.mean, value.std, *(value.interval or (None, None))]
@@ -175,13 +156,11 @@ class Table:
                 writer.writerow([*row, column, metric, "", "", "", "", "", value])
         return file.getvalue()
 
-    def write(self, folder: Path) -> list[Path]:
+    def write(self, folder: Path) -> None:
         """Write `name`.md, .csv and .tex."""
-        texts = {".md": self.markdown(), ".csv": self.csv(), ".tex": self.latex()}
-        for suffix, text in texts.items():
+        for suffix, text in ((".md", self.markdown()), (".csv", self.csv()), (".tex", self.latex())):
             with atomic_path(folder / f"{self.name}{suffix}", "--out") as path:
                 path.write_text(text, encoding="utf-8")
-        return [folder / f"{self.name}{suffix}" for suffix in texts]
 
 
 def latex(text: str) -> str:
@@ -190,19 +169,38 @@ def latex(text: str) -> str:
     return re.sub(r"(?<![\w-])-(?=\d)", "$-$", re.sub("-(?=-)", "-{}", escaped))
 
 
+def _latex_row(cells: Iterable[str]) -> str:
+    return " & ".join(map(latex, cells)) + r" \\"
+
+
 @dataclass(frozen=True)
 class Published:
-    """One method's published figures."""
+    """One method's published figures: an entry of dataset/published_results.json, or of a file of that form."""
 
     method: str
     source: str
-    shots: int | None
-    selection: str | None  # how the epoch was chosen; None: not stated
-    figures: dict[str, dict[str, float]]  # metric -> data set -> percent; nothing where they are not on record
+    shots: int | None = None
+    selection: str | None = None  # how the epoch was chosen; None: not stated
+    auc: dict[str, float] | None = None  # data set -> percent; None: not on record
+    pauc: dict[str, float] | None = None
+
+    @classmethod
+    def read(cls, values: Any, where: str) -> Published:  # noqa: ANN401 - whatever JSON holds
+        """An entry of a file; `InputError` where it is not of that form, or not in percent."""
+        entry = checked(cls, values, where)
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise InputError(f"{where}: unknown {unknown[0]!r}; it may hold {', '.join(known)}")
+        for obj, percent in (*(entry.auc or {}).items(), *(entry.pauc or {}).items()):
+            if not 1 < percent <= 100:
+                raise InputError(f"{where}: {obj} has {percent}, not a percentage above 1 and up to 100")
+            if (entry.shots or 0) < 1:
+                raise InputError(f"{where}: figures need their number of `shots`, from 1 on")
+        return entry
 
     def figure(self, obj: str, shots: int, metric: str) -> Figure | None:
-        """The figure for a data set; None where the source has none for it or for so many shots."""
-        percent = self.figures.get(metric, {}).get(obj) if shots == self.shots else None
+        """`auc` or `pauc` of a data set; None where the source has none for it or for so many shots."""
+        percent = (getattr(self, metric) or {}).get(obj) if shots == self.shots else None
         return None if percent is None else Figure(percent)
 
     def note(self) -> str:
@@ -212,50 +210,19 @@ class Published:
 
 
 def read_published(paths: Iterable[Path] = ()) -> list[Published]:
-    """What dataset/published_results.json holds, and then other files of that form.
-
-    Such a file is {"results": [{"method": ..., "source": ..., "shots": 4, "selection": ..., "auc": {data set: percent},
-    "pauc": {...}}, ...]}; `selection` and either metric may be left out or null.
+    """The entries of dataset/published_results.json and of other files: {"results": [an entry of `Published`, ...]}.
 
     Raises:
-        InputError: naming file and entry, for what is not of that form, or is not in percent.
+        InputError: naming file and entry, for what cannot be read, or is not of that form.
     """
-    return [entry for path in (PUBLISHED, *paths) for entry in _read_results(path)]
-
-
-def _read_results(path: Path) -> Iterator[Published]:
-    try:
-        results = json.loads(read_text(path))["results"]
-    except OSError as error:
-        raise InputError(f"--compare {path}: cannot be read ({error.strerror})") from error
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise InputError(f'--compare {path}: expected JSON {{"results": [...]}} ({error})') from error
-    for number, entry in enumerate(results if isinstance(results, list) else [results], 1):
-        if fault := next(_faults(entry), None):
-            raise InputError(f"--compare {path}, entry {number}: {fault}; see dataset/{PUBLISHED.name}")
-        yield Published(
-            entry["method"], entry["source"], entry.get("shots"), entry.get("selection"),
-            {metric: entry[metric] for metric in METRICS if entry.get(metric)},
-        )  # fmt: skip
-
-
-def _faults(entry: Any) -> Iterator[str]:  # noqa: ANN401 - whatever JSON holds
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("method", "source")):
-        yield "needs a text for `method` and for `source`"
-        return
-    known = {"method", "source", "shots", "selection", *METRICS}
-    if unknown := sorted(set(entry) - known):
-        yield f"unknown {unknown[0]!r}; it may hold {', '.join(sorted(known))}"
-    shots, selection = entry.get("shots"), entry.get("selection")
-    if not (shots is None or (type(shots) is int and shots > 0)) or not isinstance(selection, str | None):
-        yield "`shots` is a number from 1 on, `selection` a text"
-    for metric in METRICS:
-        values = entry.get(metric) or {}
-        if not isinstance(values, dict):
-            yield f"`{metric}` must be {{data set: percent}}"
-            continue
-        if values and shots is None:
-            yield "figures need their number of `shots`"
-        for obj, value in values.items():
-            if type(value) not in (int, float) or not 1 < value <= 100:
-                yield f"`{metric}` of {obj} is {value!r:.40}, not a percentage above 1 and up to 100"
+    entries = []
+    for path in (PUBLISHED, *paths):
+        try:
+            results = json.loads(read_text(path))["results"]
+        except OSError as error:
+            raise InputError(f"--compare {path}: cannot be read ({error.strerror})") from error
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise InputError(f'--compare {path}: expected JSON {{"results": [...]}} ({error})') from error
+        for number, values in enumerate(results if isinstance(results, list) else [results], 1):
+            entries.append(Published.read(values, f"--compare {path}, entry {number}"))
+    return entries

@@ -15,7 +15,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from CLIP import create_model
 from dataset import phantom
 from engine.baselines import NAMES
 from engine.jobs import run_jobs
@@ -96,10 +98,11 @@ def test_main_table(command, small, tmp_path):
         "2",
         "--shots",
         "2",
-        *small,
         "--out",
         tmp_path,
+        *small,
     ]
+    grid += ["--patient", r"_(\d+)\.png", "--clean"]  # two of four test images a class are of shot patients
     compare = tmp_path / "mine.json"
     mine = {"method": "Mine", "source": "here", "shots": 2, "auc": {"Brain": 99.5}}
     compare.write_text(json.dumps({"results": [mine]}))
@@ -108,16 +111,20 @@ def test_main_table(command, small, tmp_path):
     results = [json.loads((tmp_path / f"runs/Brain-2shot-seed{seed}/result.json").read_text()) for seed in (1, 2)]
     found = {(row["data set"], row["metric"], row["method"]): row for row in rows(tmp_path / "main.csv")}
     for epoch, values in (("selected on test", results), ("last epoch", [result["last"] for result in results])):
-        for metric, key in (("image AUC", "auc"), ("pixel AUC", "pauc")):
+        for metric, key in (("image AUROC", "auc"), ("pixel AUROC", "pauc")):
             row = found["Brain", metric, f"ours, {epoch}"]
             assert float(row["mean"]) == pytest.approx(50 * sum(value[key] for value in values), abs=1e-5)
             low = 50 * sum(value[f"{key}_ci95"][0] for value in values)
             assert float(row["ci95_low"]) == pytest.approx(low, abs=1e-5)
             assert row["seeds"] == "2"
-    assert ("Chest", "pixel AUC", "ours, last epoch") not in found  # it has no masks
+            clean = [value[f"{key}_without_shot_patients"] for value in values]
+            assert float(found["Brain", metric, f"ours, {epoch}, clean"]["mean"]) == pytest.approx(
+                50 * sum(clean), abs=1e-5
+            )
+    assert ("Chest", "pixel AUROC", "ours, last epoch") not in found  # it has no masks
     assert not any("MVFA" in method for _, _, method in found)  # on record for 4 shots only
-    assert float(found["Brain", "image AUC", "Mine (1)"]["mean"]) == 99.5
-    difference = float(found["Brain", "image AUC", "ours, selected on test"]["mean"]) - 99.5
+    assert float(found["Brain", "image AUROC", "Mine (1)"]["mean"]) == 99.5
+    difference = float(found["Brain", "image AUROC", "ours, selected on test"]["mean"]) - 99.5
     assert f"{difference:+.2f}" in (tmp_path / "main-verdict.md").read_text()
     text = (tmp_path / "main.md").read_text()
     assert "random weights" in text
@@ -144,15 +151,20 @@ def test_leave_one_out_table(command, small, tmp_path):
     result = command("reproduce.py", *grid, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     found = {(r["tested on"], r["metric"]): r for r in rows(tmp_path / "leave_one_out.csv")}
-    assert set(found) == {("Brain", "image AUC"), ("Brain", "pixel AUC"), ("Liver", "image AUC"),
-                          ("Liver", "pixel AUC"), ("Chest", "image AUC")}  # fmt: skip
+    assert set(found) == {("Brain", "image AUROC"), ("Brain", "pixel AUROC"), ("Liver", "image AUROC"),
+                          ("Liver", "pixel AUROC"), ("Chest", "image AUROC")}  # fmt: skip
     run = json.loads((tmp_path / "runs/Chest-from-Brain-Liver-1shot-seed1/result.json").read_text())
     assert (run["select"], len(run["shots"]["normal"]), run["n_normal"]) == ("last", 2, 4)
-    assert float(found["Chest", "image AUC"]["mean"]) == pytest.approx(100 * run["auc"], abs=1e-5)
+    assert float(found["Chest", "image AUROC"]["mean"]) == pytest.approx(100 * run["auc"], abs=1e-5)
     assert "equal a shot" not in (tmp_path / "logs/Brain-from-Liver-1shot-seed1.txt").read_text()  # it is held out
 
 
-def test_baselines_table(command, small, tmp_path):
+def test_baselines_of_a_tower_of_ones_own(command, small, tmp_path):
+    """As docs/results.md has it: a tower's JSON and weights, own data, and a command for each fidelity."""
+    config, weights, data = tmp_path / "tower.json", tmp_path / "tower.pt", small[small.index("--data_path") + 1]
+    shutil.copyfile(ROOT / "CLIP/model_configs/ViT-tiny-14-56.json", config)
+    torch.save(create_model("ViT-tiny-14-56", "random", 56).state_dict(), weights)
+    tower = ["--model_name", config, "--weights", weights, "--img_size", "42", "--epoch", "1", "--data_path", data]
     grid = [
         "--table",
         "baselines",
@@ -163,23 +175,32 @@ def test_baselines_table(command, small, tmp_path):
         "1",
         "--shots",
         "2",
-        *small,
-        "--out",
-        tmp_path,
+        *tower,
+        "--device",
+        "cpu",
     ]
+    grid += ["--cache_dir", tmp_path / "cache", "--fidelity", "corrected", "--out", tmp_path]
     result = command("reproduce.py", *grid)
     assert result.returncode == 0, result.stderr
+    caption = (tmp_path / "baselines.md").read_text().splitlines()[0]
+    assert "tower, tower.pt, 42 px, corrected, 1 epochs, 2 shots" in caption  # and no folder of this machine
+    given = {"model_name": str(config), "weights": str(weights), "epoch": 1, "fidelity": "corrected", "data_path": data}
+    for name in ("Brain-2shot-seed1", "Chest-2shot-seed1-baselines"):
+        options = json.loads((tmp_path / "runs" / name / "config.json").read_text())["options"]
+        assert given.items() <= options.items(), name
+    released = command("reproduce.py", *[word if word != "corrected" else "released" for word in grid])
+    assert (released.returncode, "choose another --out" in released.stderr) == (2, True)
     found = {(r["data set"], r["metric"], r["method"]): r for r in rows(tmp_path / "baselines.csv")}
     methods = ["ours, selected on test", "ours, last epoch", *NAMES]
-    assert [method for obj, metric, method in found if (obj, metric) == ("Brain", "pixel AUC")] == methods
-    assert [method for obj, metric, method in found if (obj, metric) == ("Chest", "image AUC")] == methods
-    assert not any((obj, metric) == ("Chest", "pixel AUC") for obj, metric, _ in found)
+    assert [method for obj, metric, method in found if (obj, metric) == ("Brain", "pixel AUROC")] == methods
+    assert [method for obj, metric, method in found if (obj, metric) == ("Chest", "image AUROC")] == methods
+    assert not any((obj, metric) == ("Chest", "pixel AUROC") for obj, metric, _ in found)
     measured = json.loads((tmp_path / "runs/Brain-2shot-seed1-baselines/result.json").read_text())
     trained = json.loads((tmp_path / "runs/Brain-2shot-seed1/result.json").read_text())
     assert measured["shots"] == trained["shots"]
     for name in NAMES:
         figures = measured["baselines"][name]
-        assert float(found["Brain", "image AUC", name]["mean"]) == pytest.approx(100 * figures["auc"], abs=1e-5)
+        assert float(found["Brain", "image AUROC", name]["mean"]) == pytest.approx(100 * figures["auc"], abs=1e-5)
         assert figures["auc_ci95"][0] <= figures["auc"] <= figures["auc_ci95"][1]
         assert 0 < figures["pauc"] < 1
     log = (tmp_path / "logs/Brain-2shot-seed1-baselines.txt").read_text()
@@ -203,23 +224,27 @@ def test_a_dry_run_without_data(command, tmp_path):
 
 def test_cross_table(command, small, tmp_path):
     """Brain and Liver have masks, Chest has none."""
-    grid = ["--table", "cross", "--obj", "Brain", "Liver", "Chest", "--seeds", "1", "--shots", "1", *small]
+    flags = [*small, "--anonymous"]
+    grid = ["--table", "cross", "--obj", "Brain", "Liver", "Chest", "--seeds", "1", "--shots", "1", *flags]
     result = command("reproduce.py", *grid, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     last = [row for row in rows(tmp_path / "cross.csv") if row["epoch"] == "last epoch"]
     found = {(r["trained on"], r["tested on"], r["metric"]): r for r in last}
-    assert {(a, b) for a, b, metric in found if metric == "pixel AUC"} == {
+    assert {(a, b) for a, b, metric in found if metric == "pixel AUROC"} == {
         ("Brain", "Brain"), ("Brain", "Liver"), ("Liver", "Liver"), ("Liver", "Brain")
     }  # fmt: skip
     assert len({(a, b) for a, b, _ in found}) == 9
     tested = json.loads((tmp_path / "runs/Brain-1shot-seed1/on-Liver-last.json").read_text())
     assert (tested["trained_on"], tested["obj"], tested["select"]) == ("Brain", "Liver", "last")
-    assert float(found["Brain", "Liver", "pixel AUC"]["mean"]) == pytest.approx(100 * tested["pauc"], abs=1e-5)
+    assert float(found["Brain", "Liver", "pixel AUROC"]["mean"]) == pytest.approx(100 * tested["pauc"], abs=1e-5)
+
+    assert re.fullmatch(r"[0-9a-f]{16}\.png", tested["per_image"][0]["file"])  # the tests take their flags as well
 
     # test.py gives the same; the prompts keep the name unless another is given.
     ckpt = tmp_path / "runs/Brain-1shot-seed1/last-checkpoint.pth"
     paths = [
         *small[small.index("--device") : small.index("--epoch")],
+        "--anonymous",
         "--ckpt",
         ckpt,
         "--out_json",

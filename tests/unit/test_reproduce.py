@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import sys
-import types
 
 import pytest
 
@@ -15,13 +13,15 @@ from CLIP import ModelConfig
 from dataset import MedicalDataset, phantom
 from engine import cost
 from engine.config import train_options
+from engine.cost import grid_cost
+from engine.grid import Cell, Grid, layer_choices, parse
 from engine.report.tables import Figure
-from reproduce import Cell
 from utils import InputError
 
 
 def plan(tmp_path, *arguments: str):
-    return reproduce.plan(reproduce.parse(["--out", str(tmp_path), *arguments]))
+    grid = Grid(parse(["--out", str(tmp_path), *arguments]))
+    return grid.cells, grid
 
 
 def test_main_and_shots(tmp_path):
@@ -59,11 +59,11 @@ def test_an_ablation_of_another_default(tmp_path):
 
 
 def test_layers():
-    assert reproduce.layer_choices((6, 12, 18, 24)) == [
+    assert layer_choices((6, 12, 18, 24)) == [
         "6", "12", "18", "24", "6 12", "18 24", "12 18 24", "6 18 24", "6 12 24", "6 12 18"
     ]  # fmt: skip
-    assert reproduce.layer_choices((3, 9)) == ["3", "9"]
-    assert reproduce.layer_choices((24,)) == []
+    assert layer_choices((3, 9)) == ["3", "9"]
+    assert layer_choices((24,)) == []
 
 
 def test_cross_tests_every_other_data_set(tmp_path):
@@ -89,8 +89,7 @@ def test_the_union_holds_others_shots_and_ones_own_test_images(tmp_path):
     flags = ["--table", "leave_one_out", "--obj", "Brain", "Liver", "Chest", "--seeds", "1", "--shots", "2"]
     cells, grid = plan(tmp_path, *flags, "--data_path", str(tmp_path / "data"))
     for cell in cells:
-        own_options = grid.parse(Cell(cell.obj, cell.shot, cell.seed))
-        reproduce.write_union(cell, own_options, tmp_path / "unions" / f"{cell.name}_AD")
+        reproduce.write_union(grid, cell)
         options = grid.parse(cell)
         union = MedicalDataset.open(options.obj, options.data_path)
         target, *sources = (MedicalDataset.open(obj, tmp_path / "data") for obj in (cell.obj, *cell.sources))
@@ -106,6 +105,18 @@ def test_the_union_holds_others_shots_and_ones_own_test_images(tmp_path):
         assert all((s.mask is not None) == union.pixel_metrics for s in shots.abnormal)
 
 
+def test_a_union_is_read_as_its_data_sets_are(tmp_path):
+    phantom.write(tmp_path, ["Brain", "Liver"], valid=3, test=2, seed=0, size=64)
+    flags = ["--table", "leave_one_out", "--obj", "Brain", "Liver", "--seeds", "1", "--shots", "1"]
+    (tmp_path / "Liver_AD" / "Liver.json").write_text('{"mask_above": 25}')
+    cells, grid = plan(tmp_path, *flags, "--data_path", str(tmp_path))
+    with pytest.raises(InputError, match="Liver is read otherwise than Brain: give --mask_above"):
+        reproduce.write_union(grid, cells[0])
+    (tmp_path / "Brain_AD" / "Brain.json").write_text('{"mask_above": 25}')
+    reproduce.write_union(grid, cells[0])
+    assert MedicalDataset.open(cells[0].name, tmp_path / "unions").mask_above == 25
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -117,7 +128,6 @@ def test_the_union_holds_others_shots_and_ones_own_test_images(tmp_path):
         (["--table", "leave_one_out", "--obj", "Brain", "Chest"], "Brain has masks, and none of the others"),
         (["--table", "main", "--obj", "published_results"], "describes no data set"),
         (["--table", "ablation", "--features_list", "99"], "99"),
-        (["--table", "main", "--compare", "none.json"], "none.json: cannot be read"),
         (["--table", "cross", "--verdict"], "no published figure belongs"),
     ],
 )
@@ -143,26 +153,26 @@ def test_a_folder_of_other_runs_is_refused(tmp_path):
 def test_cost_counts_every_image_once(tmp_path):
     cells, grid = plan(tmp_path, "--table", "shots", "--obj", "Brain", "--seeds", "1", "2", "--shots", "2", "4",
                        "--data_path", "/nowhere")  # fmt: skip
-    total, unknown = reproduce.grid_cost(cells, grid)
+    total = grid_cost(grid, cells)
     views = (15 + 2) * 2 * (2 + 4)  # 15 views that never change, and a jittered one for each seed
     assert total.images == 3715 + 200 + views
     assert total.image_bytes == 4 * 289 * 1024 * 2  # 2.37 MB
-    assert unknown == []
-    one, _ = reproduce.grid_cost(cells[:1], grid)
-    two, _ = reproduce.grid_cost([cells[0], cells[2]], grid)  # another seed
+    assert total.unknown == []
+    one, two = grid_cost(grid, cells[:1]), grid_cost(grid, [cells[0], cells[2]])  # two: another seed
     assert two.epochs == 2 * one.epochs
     assert two.images == one.images + 4
-    both, _ = reproduce.grid_cost(plan(tmp_path, "--table", "ablation", "--obj", "Brain", "--seeds", "1")[0], grid)
-    assert both.images == 2 * (3715 + 200 + 16 * 8)  # both fidelities
-    mine, unknown = reproduce.grid_cost([Cell("Mine", 4, 1)], grid)
-    assert unknown == ["Mine"]
+    cells, grid = plan(tmp_path, "--table", "ablation", "--obj", "Brain", "--seeds", "1", "--data_path", "/nowhere")
+    assert grid_cost(grid, cells).images == 2 * (3715 + 200 + 16 * 8)  # both fidelities
+    mine = grid_cost(grid, [Cell("Mine", 4, 1)])
+    assert mine.unknown == ["Mine"]
     assert mine.images == 200 + 16 * 8
+    assert "the test images of Mine" in mine.describe(1e12, "CPU")
 
 
 def test_cost_of_data_that_is_there(tmp_path):
     phantom.write(tmp_path, ["Brain"], valid=2, test=5, seed=0, size=64)
     cells, grid = plan(tmp_path, "--table", "main", "--obj", "Brain", "--seeds", "1", "--data_path", str(tmp_path))
-    assert reproduce.grid_cost(cells, grid)[0].images == 10 + 200 + 16 * 8
+    assert grid_cost(grid, cells).images == 10 + 200 + 16 * 8
 
 
 def test_operations_against_the_recorded_benchmarks():
@@ -171,11 +181,11 @@ def test_operations_against_the_recorded_benchmarks():
     assert cost.tower_operations(config, 240, 24) == pytest.approx(183.8e9, rel=0.01)
     for fidelity, seconds in (("released", 12.0), ("corrected", 5.9)):
         operations = cost.epoch_operations(config, 240, 4, 2, 24, 16, fidelity)
-        assert operations / 330e9 / cost.EPOCH_SHARE == pytest.approx(seconds, rel=0.35)
+        assert operations / 330e9 / cost.CPU_SHARES[1] == pytest.approx(seconds, rel=0.35)
 
 
 def test_the_words_of_a_dry_run():
-    lines = cost.describe(cost.Cost(1000, 2367488, 3.6e15, 7.2e15), 1e12, "CPU, 2 threads")
+    lines = cost.Cost(1000, 2367488, 3.6e15, 7.2e15).describe(1e12, "CPU, 2 threads").splitlines()
     assert "1,000 through" in lines[0]
     assert "2.4 GB (2.37 MB an image) in float16" in lines[1]
     assert "4.7 GB in float32" in lines[1]
@@ -204,28 +214,27 @@ def grid_with_results(tmp_path):
     clean = {"auc_without_shot_patients": 0.90, "pauc_without_shot_patients": None}
 
     def make(*more: str):
-        options = reproduce.parse([*arguments, *more])
-        cells, grid = reproduce.plan(options)
-        datasets = {obj: MedicalDataset.open(obj, tmp_path / "data") for obj in options.obj}
+        grid = Grid(parse([*arguments, *more]))
+        cells = grid.cells
         for cell, auc in zip(cells[:3], (0.92, 0.94, 0.80), strict=True):
             run = grid.run(cell)
             run.path.mkdir(parents=True, exist_ok=True)
             run.result.write_text(json.dumps(result(auc, **clean)))
-        return options, cells, grid, datasets
+        return cells, grid
 
     return make
 
 
 def test_figures_beside_published_ones(grid_with_results):
-    options, cells, grid, datasets = grid_with_results()
-    table = reproduce.make_table(options, cells, grid, datasets, {})
-    ours = table.cells["image AUC", ("ours, selected on test",), "Brain"]
+    _, grid = grid_with_results()
+    table = reproduce.make_table(grid, {})
+    ours = table.cells["image AUROC", ("ours, selected on test",), "Brain"]
     assert (ours.mean, ours.seeds) == (pytest.approx(93), 2)
     assert ours.interval == pytest.approx((91, 95))
-    assert table.cells["image AUC", ("ours, last epoch",), "Brain"].mean == pytest.approx(83)
-    assert str(table.cells["image AUC", ("ours, selected on test",), "Chest"]) == "80.00 (1 of 2 seeds)"
-    assert table.cells["image AUC", ("MVFA (1)",), "Brain"] == Figure(92.44)
-    assert ("pixel AUC", ("ours, last epoch",), "Chest") not in table.cells  # it has no masks
+    assert table.cells["image AUROC", ("ours, last epoch",), "Brain"].mean == pytest.approx(83)
+    assert str(table.cells["image AUROC", ("ours, selected on test",), "Chest"]) == "80.00 (1 of 2 seeds)"
+    assert table.cells["image AUROC", ("MVFA (1)",), "Brain"] == Figure(92.44)
+    assert ("pixel AUROC", ("ours, last epoch",), "Chest") not in table.cells  # it has no masks
     text = table.markdown()
     assert "3 of 4 cells are done" in text
     assert "(1) MVFA: README of MVFA, 4 shots, best epoch on the test set" in text
@@ -234,41 +243,58 @@ def test_figures_beside_published_ones(grid_with_results):
     assert len(table.caption) < 230  # three lines of an article
 
 
+def test_what_another_tower_and_test_set_mean(tmp_path):
+    phantom.write(tmp_path, ["Retina_OCT2017", "Chest"], valid=2, test=3, seed=0, size=64)
+    (tmp_path / "Chest_AD").rename(tmp_path / "Mine_AD")
+    for obj in ("Retina_OCT2017", "Mine"):
+        (tmp_path / f"{obj}_AD" / "PHANTOM.txt").unlink()
+    shutil.copyfile("CLIP/model_configs/ViT-tiny-14-56.json", tmp_path / "tower.json")
+    tower = ["--model_name", str(tmp_path / "tower.json"), "--weights", str(tmp_path / "tower.pt")]
+    flags = ["--table", "baselines", "--seeds", "1", *tower, "--data_path", str(tmp_path), "--obj", "Mine"]
+    text = reproduce.make_table(plan(tmp_path, *flags)[1], {}).markdown()
+    assert "tower, tower.pt, 240 px" in text
+    assert str(tmp_path) not in text
+    assert "(--select test)." in text  # the published protocol is that of the paper's data sets
+    text = reproduce.make_table(plan(tmp_path, *flags, "Retina_OCT2017")[1], {}).markdown()
+    assert "Retina_OCT2017: 6 test images, not the published ones, so no published figure compares." in text
+    assert "Mine:" not in text
+
+
 def test_the_paper_by_compare(grid_with_results, tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"results": [{"method": "MadCLIP", "source": "the paper", "shots": 4,
                                              "auc": {"Brain": 95.5}, "pauc": {"Brain": 96.5}}]}))  # fmt: skip
-    options, cells, grid, datasets = grid_with_results("--compare", str(path), "--verdict")
-    table = reproduce.make_table(options, cells, grid, datasets, {})
+    _, grid = grid_with_results("--compare", str(path), "--verdict")
+    table = reproduce.make_table(grid, {})
     rows = {row[0] for _, row, _ in table.cells}
     assert "MadCLIP (8)" in rows
-    verdict = reproduce.make_verdict(options, table)
+    verdict = reproduce.make_verdict(grid, table)
     assert verdict.name == "main-verdict"
     assert "(8) MadCLIP: the paper, 4 shots" in verdict.markdown()
-    assert verdict.cells["image AUC", ("MadCLIP (8)",), "Brain"] == "-2.50 above"
-    assert verdict.cells["pixel AUC", ("MadCLIP (8)",), "Brain"] == "+0.50 inside"
-    assert verdict.cells["image AUC", ("IQE-CLIP (6)",), "Brain"] == "+11.73 below"
+    assert verdict.cells["image AUROC", ("MadCLIP (8)",), "Brain"] == "-2.50 above"
+    assert verdict.cells["pixel AUROC", ("MadCLIP (8)",), "Brain"] == "+0.50 inside"
+    assert verdict.cells["image AUROC", ("IQE-CLIP (6)",), "Brain"] == "+11.73 below"
     assert "$-$2.50 above" in verdict.latex()
 
 
 def test_clean_figures(grid_with_results):
-    options, cells, grid, datasets = grid_with_results("--clean")
-    table = reproduce.make_table(options, cells, grid, datasets, {})
-    assert table.cells["image AUC", ("ours, selected on test, clean",), "Brain"].mean == pytest.approx(90)
-    assert table.cells["pixel AUC", ("ours, selected on test, clean",), "Brain"] == "not measurable"
-    assert ("image AUC", ("ours, last epoch, clean",), "Brain") not in table.cells  # not measured there
+    _, grid = grid_with_results("--clean")
+    table = reproduce.make_table(grid, {})
+    assert table.cells["image AUROC", ("ours, selected on test, clean",), "Brain"].mean == pytest.approx(90)
+    assert table.cells["pixel AUROC", ("ours, selected on test, clean",), "Brain"] == "not measurable"
+    assert ("image AUROC", ("ours, last epoch, clean",), "Brain") not in table.cells  # not measured there
     assert "Clean: without the test images of patients" in table.markdown()
 
 
 def test_failed_cells_are_named_in_the_table(grid_with_results, tmp_path):
-    options, cells, grid, datasets = grid_with_results()
+    cells, grid = grid_with_results()
     shutil.rmtree(grid.run(cells[2]).path)
-    reproduce.read_figures.cache_clear()
-    table = reproduce.make_table(options, cells, grid, datasets, {cells[2]: "OutOfMemoryError: CUDA out of memory"})
-    assert table.cells["image AUC", ("ours, last epoch",), "Chest"] == "failed"
+    reproduce.read_result.cache_clear()
+    table = reproduce.make_table(grid, {cells[2]: "OutOfMemoryError: CUDA out of memory"})
+    assert table.cells["image AUROC", ("ours, last epoch",), "Chest"] == "failed"
     assert "Failed: Chest-4shot-seed1 (OutOfMemoryError: CUDA out of memory)." in table.markdown()
-    table = reproduce.make_table(options, cells, grid, datasets, {})
-    assert table.cells["image AUC", ("ours, last epoch",), "Chest"] == "to do"
+    table = reproduce.make_table(grid, {})
+    assert table.cells["image AUROC", ("ours, last epoch",), "Chest"] == "to do"
 
 
 @pytest.mark.parametrize(
@@ -286,10 +312,8 @@ def test_any_error_ends_its_cell_alone(tmp_path, monkeypatch, error, words):
         print("as far as it came")
         raise error
 
-    monkeypatch.setitem(sys.modules, "train", types.SimpleNamespace(train=broken))
-    progress = reproduce.Progress("main", cells, grid)
-    with progress.bar:
-        assert dict(reproduce.compute_here(cells, grid, progress)) == dict.fromkeys(cells, words)
+    monkeypatch.setattr("train.train", broken)
+    assert [reproduce.attempt(grid, cell) for cell in cells] == [words, words]
     log = grid.log(cells[0]).read_text()
     assert "as far as it came" in log
     assert ("Traceback" in log) == (not isinstance(error, InputError))
@@ -301,9 +325,9 @@ def test_a_killed_grid_is_not_a_failed_cell(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(sys.modules, "train", types.SimpleNamespace(train=interrupted))
+    monkeypatch.setattr("train.train", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        reproduce.attempt(cells[0], grid)
+        reproduce.attempt(grid, cells[0])
 
 
 def test_the_bar_moves_with_the_epochs(tmp_path, monkeypatch):
@@ -317,15 +341,15 @@ def test_the_bar_moves_with_the_epochs(tmp_path, monkeypatch):
             with run.metrics.open("a") as file:
                 file.write("{}\n")
             print(f"epoch {epoch + 1}/3")
-            seen.append(progress.bar.n)
+            seen.append(progress.n)
 
-    monkeypatch.setitem(sys.modules, "train", types.SimpleNamespace(train=pretend))
-    progress = reproduce.Progress("main", cells, grid)
-    with progress.bar:
-        for cell, _ in reproduce.compute_here(cells, grid, progress):
-            progress.end(cell)
+    monkeypatch.setattr("train.train", pretend)
+    with reproduce.Progress(grid) as progress:
+        for cell in cells:
+            reproduce.attempt(grid, cell, progress.look)
+            progress.look(cell)
     assert seen == [1, 2, 4, 5]
-    assert (progress.bar.n, progress.bar.total) == (6, 6)
+    assert (progress.n, progress.total) == (6, 6)
 
 
 def test_a_log_tells_of_lines(tmp_path):

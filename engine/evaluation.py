@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .features import Item, TokenStore
 
 FORMAT = "madclip-scores-1"
+MAX_PACKING = 100  # what a file of scores unpacks to, of its size: scores hardly pack, and masks are not much more
 MAP_BATCH = 32  # maps at a time where only their largest pixel is kept
 Part = slice | Sequence[int]
 
@@ -125,8 +126,7 @@ def load_evaluation(path: str | Path) -> tuple[Evaluation, Masks | None, dict[st
         InputError: another file, or a damaged one.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+        arrays = _read_arrays(Path(path))
         metadata = json.loads(str(arrays["description"]))
         if metadata["format"] != FORMAT:
             raise ValueError(f"format {metadata['format']!r:.40}")
@@ -135,6 +135,8 @@ def load_evaluation(path: str | Path) -> tuple[Evaluation, Masks | None, dict[st
         side = round(scores.shape[2] ** 0.5)
         if scores.dtype != torch.float32 or side * side != scores.shape[2] or not set(labels) <= {0, 1}:
             raise ValueError("its scores or labels are of another kind")
+        if not bool(scores.isfinite().all()):
+            raise ValueError("it holds scores that are not finite")
         samples = [
             Sample(Path(name), label, None, name, patient or None)
             for name, label, patient in zip(names, labels, patients, strict=True)
@@ -148,7 +150,8 @@ def load_evaluation(path: str | Path) -> tuple[Evaluation, Masks | None, dict[st
         if "mask_bits" in arrays:
             rows, bits = torch.from_numpy(arrays["mask_rows"]), torch.from_numpy(arrays["mask_bits"])
             masks = Masks(rows, bits, evaluation.img_size)
-            if len(rows) != len(samples) or int(rows.max()) >= len(bits):
+            known = rows.dtype == torch.int64 and len(rows) == len(samples) and int(rows.min()) >= -1
+            if not known or int(rows.max()) >= len(bits) or bits.shape[1:] != ((masks.size**2 + 7) // 8,):
                 raise ValueError("its masks do not belong to its images")
     except FileNotFoundError as error:
         raise InputError(f"--scores {path}: not found") from error
@@ -156,6 +159,17 @@ def load_evaluation(path: str | Path) -> tuple[Evaluation, Masks | None, dict[st
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise InputError(f"--scores {path}: not an evaluation of --save_scores, or damaged ({reason})") from error
     return evaluation, masks, metadata
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays in a file; `ValueError` for one that may never end or would fill the memory."""
+    if path.exists() and not path.is_file():
+        raise ValueError("a folder, a pipe or a device")
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        unpacked = sum(member.file_size for member in archive.zip.infolist())
+        if unpacked > MAX_PACKING * path.stat().st_size + 2**24:
+            raise ValueError(f"it would unpack to {unpacked:,} bytes")
+        return {name: archive[name] for name in archive.files}
 
 
 class Masks:

@@ -78,6 +78,34 @@ def test_another_file_is_refused_in_one_line(tmp_path, damage):
         load_evaluation(path)
 
 
+DAMAGE = {
+    "nan": {"patch_scores": np.full((6, 2, 9), np.nan, np.float32)},
+    "double": {"patch_scores": np.zeros((6, 2, 9))},
+    "no grid": {"patch_scores": np.zeros((6, 2, 8), np.float32)},
+    "fewer": {"patch_scores": np.zeros((5, 2, 9), np.float32)},
+    "labels": {"labels": np.array([0, 1, 2, 0, 1, 0])},
+    "no names": {"names": np.array(["a"] * 5)},
+    "mask rows": {"mask_rows": np.array([0, 1, 2, 3, -1, -1])},
+    "negative rows": {"mask_rows": np.array([-2, 1, 2, 0, -1, -1])},
+    "mask width": {"mask_bits": np.zeros((3, 220), np.uint8)},
+    "description": {"description": np.array("{}")},
+    "dec_type": {
+        "description": np.array('{"format": "madclip-scores-1", "head": "det", "img_size": 42, "dec_type": 1}')
+    },
+}
+
+
+@pytest.mark.parametrize("arrays", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_evaluations_are_refused(samples, tmp_path, arrays):
+    make_evaluation(samples).save(tmp_path / "scores.npz", Masks.load(samples, SIZE))
+    load_evaluation(tmp_path / "scores.npz")
+    with np.load(tmp_path / "scores.npz") as archive:
+        whole = dict(archive)
+    np.savez(tmp_path / "scores.npz", **{**whole, **arrays})
+    with pytest.raises(InputError, match="not an evaluation of --save_scores, or damaged"):
+        load_evaluation(tmp_path / "scores.npz")
+
+
 def test_an_archive_of_objects_runs_nothing(tmp_path):
     np.savez(tmp_path / "x.npz", description=np.array([{"a": 1}], dtype=object))
     with pytest.raises(InputError, match="not an evaluation"):

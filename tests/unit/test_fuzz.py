@@ -24,21 +24,26 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine.options import MODEL_FLAGS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as save_safetensors
 
-from CLIP import create_model
-from CLIP.clip import load_state, random_state
-from CLIP.model import CLIP, ModelConfig
+from CLIP.clip import create_model, load_state, random_state
+from CLIP.config import ModelConfig
+from CLIP.model import CLIP
 from CLIP.openai import is_plain, read_weights
-from dataset import MedicalDataset
 from dataset.fewshot import read_shot_list
 from dataset.layout import KINDS, SPLITS, Layout
+from dataset.medical_few import MedicalDataset
 from engine.checkpoint import Checkpoint
-from engine.detector import Detector, Settings
-from engine.published import encoder_difference, export, infer_settings
+from engine.config import MODEL_FLAGS, Settings
+from engine.detector import Detector
+from engine.evaluation import Evaluation, Masks, load_evaluation
+from engine.metrics import Metrics
+from engine.published import encoder_difference, export
+from engine.run import STATE, RunFolder
+from engine.training import TrainingState
+from tests.helpers.data import draw_samples, small_settings
 from tests.helpers.weights import save_torchscript
 from utils import InputError
 
@@ -119,19 +124,28 @@ def tiny_clip() -> CLIP:
 
 
 @cache
+def shaped() -> Settings:
+    return small_settings(features_list=(2,), weights_sha256=tiny_clip().info.sha256)
+
+
+def new_state() -> TrainingState:
+    """A run before its first step."""
+    return TrainingState.start(Detector(tiny_clip(), shaped()), None, 0.001, seed=0)
+
+
+@cache
 def payloads() -> dict[str, dict]:
-    """A checkpoint of ours and one in the published format."""
-    shaped = Settings(
-        "Brain", "ViT-tiny-14-56", "random", "released", 42, (2,), "MFCFC", "learnable_all", "yes", "mean", "sigmoid",
-        "Brain", True, tiny_clip().info.sha256, 4,
-    )  # fmt: skip
-    detector = Detector(tiny_clip(), shaped)
-    about = {
+    """A checkpoint of ours, one in the published format, and what a run needs to go on."""
+    detector = Detector(tiny_clip(), shaped())
+    metadata = {
         "shots": {"abnormal": ["a.png"], "normal": ["b.png"]}, "select": "test", "options": {"seed": 0},
         "metrics": {"epoch": 1, "auc": 0.5, "pauc": 0.5},
     }  # fmt: skip
-    ours = {"format": "madclip-1", "settings": shaped.to_dict(), "about": about, **detector.parts()}
-    return {"ours": ours, "published": export(detector, tiny_clip())}
+    ours = {"format": "madclip-1", "settings": shaped().to_dict(), "about": metadata, **detector.parts()}
+    state = new_state()
+    state.finish_epoch(torch.ones(3), 0.5, Metrics({"auc": 0.5}), None, True, 1.0)
+    run = {"format": STATE, "state": state.state_dict()}
+    return {"ours": ours, "published": export(detector, tiny_clip()), "run": run}
 
 
 def saved(content: object, new_format: bool = True) -> bytes:
@@ -153,6 +167,12 @@ def whole(tmp_path_factory) -> Callable[[str], bytes]:
             return path.read_bytes()
         if kind == "safetensors":
             return save_safetensors(state)
+        if kind == "scores":
+            path = tmp_path_factory.mktemp("fuzz") / "scores.npz"
+            samples = draw_samples(path.parent)
+            evaluation = Evaluation(samples, torch.rand(len(samples), 1, 9), "seg", 42, "mean")
+            evaluation.save(path, Masks.load(samples, 42), settings=shaped().to_dict(), metadata={}, source="")
+            return path.read_bytes()
         return saved(state if kind.startswith("state") else payloads()[kind.removesuffix(" old")], "old" not in kind)
 
     return make
@@ -166,16 +186,40 @@ def read_and_load_weights(path: Path) -> None:
 
 def read_and_restore(path: Path) -> None:
     """What test.py does with a checkpoint."""
-    dataset = SimpleNamespace(obj="Brain", prompt_name="Brain", pixel_metrics=True)
-    checkpoint = Checkpoint.load(path, lambda parts: infer_settings(parts, path, dataset, FLAGS)[0])
-    json.dumps([checkpoint.settings.to_dict(), checkpoint.about["select"]])
-    checkpoint.about.get("metrics", {}).get("epoch")
-    torch.Generator().manual_seed(checkpoint.about.get("options", {}).get("seed", 0))
+    dataset = SimpleNamespace(obj="Brain", prompt_name="Brain", pixel_metrics=True, mask_above=127)
+    checkpoint = Checkpoint.load(path, FLAGS, dataset)
+    json.dumps([checkpoint.settings.to_dict(), checkpoint.metadata["select"]])
+    checkpoint.metadata.get("metrics", {}).get("epoch")
+    torch.Generator().manual_seed(checkpoint.seed)
     encoder_difference(checkpoint.parts, tiny_clip())
     if checkpoint.settings.model_name == "ViT-tiny-14-56":
         detector = Detector(tiny_clip(), checkpoint.settings)
-        checkpoint.restore(detector, path)
+        checkpoint.restore(detector, tiny_clip(), path)
         assert all(torch.isfinite(weight).all() for weight in detector.parameters())
+
+
+def read_and_go_on(path: Path) -> None:
+    """What --resume does with last.pth: it is at its place in a run's folder."""
+    run = path.parent / "run"
+    run.mkdir(exist_ok=True)
+    if not path.is_file():
+        raise InputError(f"{path}: no run writes such a thing")
+    (run / "last.pth").write_bytes(path.read_bytes())
+    try:
+        state = new_state()
+        RunFolder(run).load_into(state, epochs=2)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    state.state_dict()
+    assert (state.epoch, len(state.history)) in ((0, 0), (1, 1), (2, 2))
+
+
+def read_scores(path: Path) -> None:
+    """What test.py --scores does before it measures."""
+    evaluation, masks, _ = load_evaluation(path)
+    assert len(evaluation.names) == len(evaluation.labels) == len(evaluation.image_scores)
+    if masks is not None:
+        masks.get(slice(None))
 
 
 def read_list(path: Path) -> None:
@@ -192,6 +236,8 @@ READERS = {
     "ours": read_and_restore,
     "ours old": read_and_restore,
     "published": read_and_restore,
+    "run": read_and_go_on,
+    "scores": read_scores,
 }
 
 
@@ -309,7 +355,7 @@ def test_damaged_files(tmp_path, whole, kind):
     check()
 
 
-@pytest.mark.parametrize("kind", ["torchscript", "state", "ours", "published"])
+@pytest.mark.parametrize("kind", ["torchscript", "state", "ours", "published", "run"])
 def test_damaged_pickle_in_a_sound_archive(tmp_path, whole, kind):
     archive = whole(kind)
     with zipfile.ZipFile(io.BytesIO(archive)) as members:
@@ -338,9 +384,9 @@ def test_damaged_safetensors_header(tmp_path, whole):
     check()
 
 
-@pytest.mark.parametrize("kind", ["weights", "ours", "published"])
+@pytest.mark.parametrize("kind", ["weights", "ours", "published", "run"])
 def test_wrong_types_everywhere(tmp_path, kind):
-    read = read_and_load_weights if kind == "weights" else read_and_restore
+    read = {"weights": read_and_load_weights, "run": read_and_go_on}.get(kind, read_and_restore)
 
     @fuzz(60)
     @given(mistyped(micro_state() if kind == "weights" else payloads()[kind]))
@@ -352,7 +398,7 @@ def test_wrong_types_everywhere(tmp_path, kind):
 
 
 @pytest.mark.parametrize("head", [b"", b"PK\x03\x04", b"\x80\x02", b"\x40" + bytes(7) + b"{"])
-@pytest.mark.parametrize("read", [read_and_load_weights, read_and_restore, read_list])
+@pytest.mark.parametrize("read", [read_and_load_weights, read_and_restore, read_list, read_scores])
 def test_random_bytes(tmp_path, read, head):
     @fuzz(15)
     @given(st.binary(max_size=400))
@@ -507,7 +553,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("read", [read_and_load_weights, read_and_restore])
+@pytest.mark.parametrize("read", [read_and_load_weights, read_and_restore, read_scores])
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files(tmp_path, whole, capsys, name, read):
     (tmp_path / "file").write_bytes(HOSTILE[name](whole))
@@ -515,7 +561,7 @@ def test_hostile_files(tmp_path, whole, capsys, name, read):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("read", [read_and_load_weights, read_and_restore, read_list])
+@pytest.mark.parametrize("read", [read_and_load_weights, read_and_restore, read_list, read_scores])
 def test_no_regular_file(tmp_path, read):
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", tmp_path, Path("/dev/zero"), tmp_path / "file" / "below", tmp_path / ("x" * 300)):

@@ -24,7 +24,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine.options import MODEL_FLAGS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as save_safetensors
@@ -37,8 +36,9 @@ from dataset import MedicalDataset
 from dataset.fewshot import read_shot_list
 from dataset.layout import KINDS, SPLITS, Layout
 from engine.checkpoint import Checkpoint
-from engine.detector import Detector, Settings
-from engine.published import encoder_difference, export, infer_settings
+from engine.config import MODEL_FLAGS, Settings
+from engine.detector import Detector
+from engine.published import encoder_difference, export
 from tests.helpers.weights import save_torchscript
 from utils import InputError
 
@@ -167,14 +167,14 @@ def read_and_load_weights(path: Path) -> None:
 def read_and_restore(path: Path) -> None:
     """What test.py does with a checkpoint."""
     dataset = SimpleNamespace(obj="Brain", prompt_name="Brain", pixel_metrics=True)
-    checkpoint = Checkpoint.load(path, lambda parts: infer_settings(parts, path, dataset, FLAGS)[0])
-    json.dumps([checkpoint.settings.to_dict(), checkpoint.about["select"]])
-    checkpoint.about.get("metrics", {}).get("epoch")
-    torch.Generator().manual_seed(checkpoint.about.get("options", {}).get("seed", 0))
+    checkpoint = Checkpoint.load(path, FLAGS, dataset)
+    json.dumps([checkpoint.settings.to_dict(), checkpoint.metadata["select"]])
+    checkpoint.metadata.get("metrics", {}).get("epoch")
+    torch.Generator().manual_seed(checkpoint.metadata.get("options", {}).get("seed", 0))
     encoder_difference(checkpoint.parts, tiny_clip())
     if checkpoint.settings.model_name == "ViT-tiny-14-56":
         detector = Detector(tiny_clip(), checkpoint.settings)
-        checkpoint.restore(detector, path)
+        checkpoint.restore(detector, tiny_clip(), path)
         assert all(torch.isfinite(weight).all() for weight in detector.parameters())
 
 

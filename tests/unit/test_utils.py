@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.options import run_name
+from engine.config import run_name
 from utils import InputError, atomic_path, integer, run_cli, write_json
 
 

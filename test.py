@@ -23,7 +23,7 @@ from typing import Any
 from dataset.medical_few import MedicalDataset, anonymous
 from engine import distributed
 from engine.calibration import describe_threshold, threshold_metrics
-from engine.checkpoint import Checkpoint, default_checkpoint, find_trained_weights
+from engine.checkpoint import Checkpoint, check_metadata, default_checkpoint, find_trained_weights
 from engine.config import Settings, check_against, pick_autocast, pick_device
 from engine.detector import Detector
 from engine.evaluation import Evaluation, Masks, evaluate, load_evaluation, own_batches
@@ -109,9 +109,15 @@ def compute_scores(options: argparse.Namespace) -> Scores:
 def kept_scores(options: argparse.Namespace) -> Scores:
     """What --save_scores kept; pictures come from the data set, where it is there."""
     evaluation, masks, metadata = load_evaluation(options.scores)
-    settings = Settings.from_dict(metadata.get("settings", {}), f"--scores {options.scores}")
+    settings = check_metadata(metadata.get("settings"), metadata.get("metadata"), f"--scores {options.scores}")
     try:
         evaluation = evaluation.with_pictures(MedicalDataset.from_options(options))
     except InputError as error:
         print(f"no pictures: {error}")
-    return evaluation, masks, settings, metadata["metadata"], f"{metadata['source']}\nscores kept in {options.scores}"
+    return (
+        evaluation,
+        masks,
+        settings,
+        metadata["metadata"],
+        f"{metadata.get('source')}\nscores kept in {options.scores}",
+    )

@@ -38,7 +38,7 @@ from engine.metrics import measure, measure_without
 from engine.report.page import write_page
 from engine.report.tracking import Tracker, log_epoch, log_pictures, log_result, start_tracker, warn_of_tracked_key
 from engine.run import RunFolder, StopSignals, check_outputs, open_run, published_lines, result_json
-from engine.training import Splits, TrainingSet, TrainingState, calibrate_run, epoch_line
+from engine.training import Splits, TrainingSet, TrainingState, calibrate_run, check_losses, epoch_line
 from Prompt.promptChooser import text_similarity
 from utils import set_seed, write_json
 
@@ -125,6 +125,7 @@ def train_epochs(setup: Setup, tracker: Tracker, signals: StopSignals) -> None:
         for rows, labels, view_masks in setup.training.batches(order, options.batch_size):
             losses.append(state.step(store.get(rows), labels, view_masks, text))  # (3,) on the device
             text = None
+        loss = check_losses(torch.stack(losses), epoch)  # (3,); before a diverged detector scores any image
         distributed.align(setup.detector)
 
         last, due = epoch == options.epoch, epoch % options.eval_every == 0
@@ -141,8 +142,7 @@ def train_epochs(setup: Setup, tracker: Tracker, signals: StopSignals) -> None:
                 valid = measure(evaluate(setup.detector, store, splits.valid, features), setup.masks["valid"])
         seconds = time.perf_counter() - start
         with signals.held():  # an interrupt waits until the epoch's files are written
-            # The losses are read here, the one place where an epoch waits for the device.
-            record = state.finish_epoch(torch.stack(losses), text_similarity(features), test, valid, due, seconds)
+            record = state.finish_epoch(loss, text_similarity(features), test, valid, due, seconds)
             setup.run.save(state.state_dict(), state.history)
             if record["best"]:
                 save_best(setup)

@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
-import glob
 import hashlib
 import importlib
 import json
@@ -77,7 +76,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     _take_ctrl_c()
     _open_standard_files()
     before, code = (sys.stdout, sys.stderr), 1
-    sys.stdout, sys.stderr = Stream(sys.stdout, safe=True), Stream(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = Stream(sys.stdout, safe=True), Stream(sys.stderr)
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -131,7 +130,9 @@ class Stream:
 
     def __init__(self, stream: TextIO, safe: bool = False) -> None:
         self._stream, self._safe = stream, safe
-        with contextlib.suppress(AttributeError):  # names of files may hold what the terminal's encoding lacks
+        with contextlib.suppress(
+            AttributeError, OSError, ValueError
+        ):  # names of files may hold what the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever a text file has
@@ -170,12 +171,10 @@ def _to_nowhere(stream: TextIO) -> None:
 
 
 def _open_standard_files() -> None:
-    """Open what is closed of stdin, stdout and stderr, or the next file that is opened takes the number and the text."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest number, which is this one
+    """Open what is closed of stdin, stdout and stderr: else the next file that is opened takes number and text."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # the lowest that is free
+        os.set_inheritable(number, True)
+    os.close(number)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - for the whole process
@@ -217,11 +216,13 @@ def preview(names: Sequence[str], most: int = 3) -> str:
 class Parser(argparse.ArgumentParser):
     """A command line whose errors are one line, without the usage: `--help` shows that."""
 
-    where = ""  # what an error's line begins with
+    where = ""  # of words that a file holds: what an `InputError` begins with
 
     def error(self, message: str) -> NoReturn:
         """Leave with code 2."""
-        self.exit(_refuse(f"{self.where}{message}"))
+        if self.where:
+            raise InputError(f"{self.where}: {message}")
+        self.exit(_refuse(message))
 
 
 def integer(lowest: int, highest: int | None = None) -> Callable[[str], int]:
@@ -289,6 +290,7 @@ def sha256_file(path: str | Path) -> str:
 
 
 _new_hashes: list[str] = []
+_tidied: set[Path] = set()  # folders in which this process has looked for what killed ones left
 
 
 @cache
@@ -331,7 +333,9 @@ def temporary_path(path: str | Path, flag: str = "") -> Iterator[Path]:
             raise InputError(f"{name}: a folder, a device or a pipe, where a file is to be written")
         # Not tempfile: its files are private (mode 0600), and would stay so under the final name.
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        remove_stale(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
+        if path.parent not in _tidied:
+            _tidied.add(path.parent)
+            remove_stale(path.parent.glob(".*.[0-9]*.tmp"))
         try:
             yield temporary
         finally:

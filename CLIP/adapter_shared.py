@@ -1,17 +1,15 @@
 """Adapters and the dual branch: tokens of the frozen tower -> detection and segmentation scores (MadCLIP section 2).
 
-An adapter maps every token (width C) to two vectors in the joint embedding (width D), one for detection and one for
-segmentation. There are two branches (normal, abnormal) of one adapter a layer. A patch's score in a branch is the
-cosine of its vector with that branch's text feature, minus (`contrast`) the cosine with the other one.
+An adapter maps every token (width C) to two vectors in the joint embedding (width D), for detection and segmentation.
+There are two branches (normal, abnormal) of one adapter a layer. A patch's score in a branch is the cosine of its
+vector with that branch's text feature, minus (`contrast`) the cosine with the other one.
 
-Parameter names and shapes are the published ones; the arithmetic is grouped differently: one matrix product serves
-both branches of a layer, one more serves all heads asked for.
+Parameter names and shapes are the published ones; one matrix product serves both branches of a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -22,8 +20,8 @@ BRANCHES = ("normal", "abnormal")
 HEADS = ("det", "seg")
 
 
-def _head(width: int, embed_dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, embed_dim, bias=False), nn.LeakyReLU())
+def _linear(width: int, out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, out, bias=False), nn.LeakyReLU())
 
 
 class Adapter(nn.Module):
@@ -55,9 +53,8 @@ class MFCFC(Adapter):
 
     def __init__(self, width: int, embed_dim: int, across_tokens: bool = False) -> None:
         super().__init__()
-        self.fc1 = nn.Sequential(nn.Linear(width, width, bias=False), nn.LeakyReLU())
-        self.fc2 = _head(width, embed_dim)
-        self.fc3 = _head(width, embed_dim)
+        self.fc1 = _linear(width, width)
+        self.fc2, self.fc3 = _linear(width, embed_dim), _linear(width, embed_dim)
 
     @staticmethod
     def trunks(adapters: Sequence[Adapter], tokens: Tensor) -> list[Tensor]:
@@ -75,8 +72,7 @@ class MCNNFC(Adapter):
     def __init__(self, width: int, embed_dim: int, across_tokens: bool = False) -> None:
         super().__init__()
         self.cnn = nn.Sequential(nn.Conv1d(width, width, 1))
-        self.fc1 = _head(width, embed_dim)
-        self.fc2 = _head(width, embed_dim)
+        self.fc1, self.fc2 = _linear(width, embed_dim), _linear(width, embed_dim)
 
     @staticmethod
     def trunks(adapters: Sequence[Adapter], tokens: Tensor) -> list[Tensor]:
@@ -102,8 +98,7 @@ class MViTFC(Adapter):
         self.transformer_encoder = nn.TransformerEncoderLayer(
             width, nhead=8, dim_feedforward=width, dropout=0.0, batch_first=across_tokens
         )
-        self.fc = _head(width, embed_dim)
-        self.fc1 = _head(width, embed_dim)
+        self.fc, self.fc1 = _linear(width, embed_dim), _linear(width, embed_dim)
 
     @staticmethod
     def trunks(adapters: Sequence[Adapter], tokens: Tensor) -> list[Tensor]:
@@ -120,10 +115,9 @@ def reads_class_token(kind: str, across_tokens: bool) -> bool:
 
 
 class Cosine(torch.autograd.Function):
-    """v.d / |v| for vectors (..., D) and a direction (D,), which is not normalised here.
+    """v.d / |v| for vectors (..., D), a step's largest tensors, and a direction (D,), which is not normalised here.
 
-    Without a normalised copy of the vectors, and with two passes over them in the backward pass where autograd's own
-    has five: they are the largest tensors of a step.
+    No normalised copy of the vectors, and two passes over them in the backward pass where autograd's own has five.
     """
 
     @staticmethod
@@ -146,32 +140,13 @@ class Cosine(torch.autograd.Function):
         return of_vectors, along_direction.flatten() @ vectors.flatten(0, -2) if learnt else None
 
 
-@contextmanager
-def global_draws_from(generator: torch.Generator | None) -> Iterator[None]:
-    """Let torch's global draws on the CPU come from `generator`, and leave the global state as it was.
-
-    PyTorch's layers take no generator, and their own initialisation is the published one.
-    """
-    if generator is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(generator.get_state())
-        yield
-        generator.set_state(torch.get_rng_state())
-
-
 class DualBranchAdapters(nn.Module):
     """Two branches of adapters over K layers, and the scores that they give.
 
-    Args:
-        kind: a name of `ADAPTERS`.
-        width: C of the image tower.
-        embed_dim: D of the joint embedding.
-        features_list: layers, counted from 1; adapter k belongs to the k-th of them.
-        contrast: subtract the cosine with the other branch's text feature (MadCLIP section 2, dual objective).
-        across_tokens: for MViTFC, attend within an image (`corrected` fidelity).
-        generator: draws the initial weights, on the CPU; None is torch's global one.
+    `kind` is a name of `ADAPTERS`; `width` is C, `embed_dim` D. Adapter k belongs to the k-th of `features_list`,
+    layers counted from 1. `contrast` subtracts the cosine with the other branch's text feature (MadCLIP section 2, dual
+    objective); `across_tokens` lets MViTFC attend within an image (`corrected` fidelity). `generator` draws the initial
+    weights, on the CPU; None is torch's global one.
     """
 
     def __init__(
@@ -185,40 +160,36 @@ class DualBranchAdapters(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        build = ADAPTERS[kind]
-        with global_draws_from(generator):
-            self.normal_det_adapters = nn.ModuleList(build(width, embed_dim, across_tokens) for _ in features_list)
-            self.abnormal_det_adapters = nn.ModuleList(build(width, embed_dim, across_tokens) for _ in features_list)
+        branches = []
+        with torch.random.fork_rng(devices=[], enabled=generator is not None):  # torch's layers take no generator
+            if generator is not None:
+                torch.set_rng_state(generator.get_state())
+            for _ in BRANCHES:
+                adapters = [ADAPTERS[kind](width, embed_dim, across_tokens) for _ in features_list]
+                branches.append(nn.ModuleList(adapters))
+            if generator is not None:
+                generator.set_state(torch.get_rng_state())
+        self.normal_det_adapters, self.abnormal_det_adapters = branches
         self.adapter_of_layer = [list(features_list).index(layer) for layer in sorted(features_list)]
         self.contrast = contrast
         self.reads_class_token = reads_class_token(kind, across_tokens)
         self.mixes_images = kind == "MViTFC" and not across_tokens  # an image's scores depend on the batch's others
 
     def forward(self, tokens: Sequence[Tensor], text_features: Tensor, heads: Sequence[str] = HEADS) -> list[Tensor]:
-        """Scores of every patch.
+        """Scores of every patch, one (K, B, N, 2) for each of `heads`: [normal branch, abnormal branch].
 
-        Args:
-            tokens: K tensors in ascending layer order, (B, N, C), or (B, L, C) with `reads_class_token`.
-            text_features: (D, 2), columns [normal, abnormal], each of norm 1.
-            heads: of `det`, `seg`: only these are computed.
-
-        Returns:
-            One (K, B, N, 2) a head, [normal branch, abnormal branch]: cosines in [-1, 1], their differences in [-2, 2]
-            with `contrast`.
+        They are cosines in [-1, 1], with `contrast` their differences in [-2, 2]. `tokens` are K tensors in ascending
+        layer order, (B, N, C), or (B, L, C) with `reads_class_token`; `text_features` (D, 2) has the columns [normal,
+        abnormal], each of norm 1.
         """
         normal, abnormal = text_features.unbind(-1)
         directions = (normal - abnormal, abnormal - normal) if self.contrast else (normal, abnormal)
-        layers = [
-            self._layer_scores(k, x, directions, heads) for k, x in zip(self.adapter_of_layer, tokens, strict=True)
-        ]
+        layers = []
+        for k, x in zip(self.adapter_of_layer, tokens, strict=True):
+            pair = [cast(Adapter, branch[k]) for branch in (self.normal_det_adapters, self.abnormal_det_adapters)]
+            scores = []
+            for adapter, trunk, direction in zip(pair, pair[0].trunks(pair, x), directions, strict=True):
+                vectors = adapter.project(trunk[:, 1:] if self.reads_class_token else trunk, heads)  # (B, N, heads, D)
+                scores.append(Cosine.apply(vectors, direction))  # (B, N, heads)
+            layers.append(torch.stack(scores, dim=-1).unbind(-2))  # (B, N, 2) a head
         return [torch.stack(scores) for scores in zip(*layers, strict=True)]
-
-    def _layer_scores(
-        self, k: int, tokens: Tensor, directions: tuple[Tensor, Tensor], heads: Sequence[str]
-    ) -> tuple[Tensor, ...]:
-        pair = [cast(Adapter, branch[k]) for branch in (self.normal_det_adapters, self.abnormal_det_adapters)]
-        scores = []
-        for adapter, trunk, direction in zip(pair, pair[0].trunks(pair, tokens), directions, strict=True):
-            vectors = adapter.project(trunk[:, 1:] if self.reads_class_token else trunk, heads)  # (B, N, heads, D)
-            scores.append(Cosine.apply(vectors, direction))  # (B, N, heads)
-        return torch.stack(scores, dim=-1).unbind(-2)  # (B, N, 2) a head

@@ -24,60 +24,48 @@ def uses_quick_gelu(config: ModelConfig, pretrained: str, img_size: int, fidelit
 def random_state(config: ModelConfig, seed: int, vision: bool = True) -> dict[str, Tensor]:
     """Seeded random weights under OpenAI's names and scales (Radford et al. 2021, initialisation of the release).
 
-    Each tensor draws from a generator of its own, seeded by `seed` and its name: without `vision` the text tower's
-    are the same.
+    Each tensor has a generator of its own, seeded by `seed` and its name: `vision` does not change the text tower's.
     """
-    with torch.device("meta"):
-        template = CLIP(config, config.image_size, quick_gelu=False, vision=vision)
-
-    def draw(name: str, shape: torch.Size) -> Tensor:
-        if name == "logit_scale":
-            return torch.tensor(2.6592)  # ln(1 / 0.07)
-        if ".ln_" in f".{name}":
-            return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
-        if name.endswith("bias"):
-            return torch.zeros(shape)
+    state = {}
+    for name, shape in _shapes(config, vision).items():
+        if ".ln_" in f".{name}" or name.endswith("bias"):
+            state[name] = torch.full(shape, float(name.endswith("weight")))
+            continue
         digest = hashlib.sha256(f"random 2, seed {seed}, {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        return torch.empty(shape).normal_(0, _random_std(name, config), generator=generator)
-
-    return {openai_name(name): draw(openai_name(name), tensor.shape) for name, tensor in template.state_dict().items()}
+        state[name] = torch.empty(shape).normal_(0, _random_std(name, config), generator=generator)
+    return {**state, "logit_scale": torch.tensor(2.6592)}  # ln(1 / 0.07)
 
 
 def _random_std(name: str, config: ModelConfig) -> float:
     vision = name.startswith("visual.")
     width, layers = (config.width, config.layers) if vision else (config.text_width, config.text_layers)
-    if "out_proj" in name or "c_proj" in name:
-        return float((2 * layers * width) ** -0.5)
-    if "c_fc" in name:
-        return float((2 * width) ** -0.5)
-    if "conv1" in name:
-        return float((3 * config.patch_size**2) ** -0.5)
-    if not vision and "embedding" in name:
-        return 0.02 if "token" in name else 0.01
-    return float(width**-0.5)
+    stds = {
+        "out_proj": (2 * layers * width) ** -0.5, "c_proj": (2 * layers * width) ** -0.5, "c_fc": (2 * width) ** -0.5,
+        "conv1": (3 * config.patch_size**2) ** -0.5, "token_embedding": 0.02,
+        **({} if vision else {"positional_embedding": 0.01}),
+    }  # fmt: skip
+    return float(next((std for part, std in stds.items() if part in name), width**-0.5))
 
 
-def openai_name(name: str) -> str:
-    """The name of one of our parameters in OpenAI's files, which keep the text tower at the top level."""
-    return name.removeprefix("text.")
+def _shapes(config: ModelConfig, vision: bool) -> dict[str, torch.Size]:
+    """Of every weight at the weights' own image size, under OpenAI's names: the text tower is at the top level."""
+    with torch.device("meta"):
+        state = CLIP(config, config.image_size, quick_gelu=False, vision=vision).state_dict()
+    return {name.removeprefix("text."): value.shape for name, value in state.items()}
 
 
 def load_state(model: CLIP, state: dict[str, Tensor], source: str) -> None:
     """Put a state dict with OpenAI's names into `model`, resizing the positional embedding to its image size.
 
-    Raises:
-        InputError: naming `source` and the first tensors that are missing, of another shape or not finite.
+    `InputError` names `source` and the first tensors that are missing, of another shape or not finite.
     """
-    own = {openai_name(name): name for name in model.state_dict()}
-    vision = model.visual is not None
-    with torch.device("meta"):
-        native = CLIP(model.config, model.config.image_size, model.quick_gelu, vision=vision).state_dict()
-    check_state(state, {short: native[name].shape for short, name in own.items()}, f"{source} ({model.config.name})")
-    state = {name: state[short].float() for short, name in own.items()}
+    config, vision = model.config, model.visual is not None
+    check_state(state, _shapes(config, vision), f"{source} ({config.name})")
+    state = {name: state[name.removeprefix("text.")].float() for name in model.state_dict()}
     if vision:
         key = "visual.positional_embedding"
-        state[key] = resize_positional_embedding(state[key], model.config.grid(model.img_size))
+        state[key] = resize_positional_embedding(state[key], config.grid(model.img_size))
     model.load_state_dict(state, assign=True)
     model.requires_grad_(False)
 
@@ -95,31 +83,19 @@ def create_model(
 ) -> CLIP:
     """Build a frozen CLIP.
 
-    Args:
-        model_name: a name of model_configs/, a JSON file, a folder, `hf-hub:owner/name`, a config;
-            or what `find_weights` gave, which says `pretrained`, `weights` and `seed` too.
-        pretrained: `openai`, `laion400m`, `laion2b` or `random` (seeded, nothing pre-trained).
-        img_size: pixels a side; None is the weights' own size.
-        weights: a weight file, or a folder that holds one, instead of the one under CLIP/ckpt.
-        fidelity: `released` or `corrected`, see the table in docs/method.md.
-        seed: of random weights.
-        device: where the model goes.
-        vision: False reads and builds the text tower alone.
-
-    Raises:
-        InputError: unknown model, missing or unfitting weight file, image smaller than a patch.
+    `model_name`, `pretrained`, `weights` and `seed` are those of `find_weights`, whose result may stand for all four.
+    `img_size` is in pixels a side, None for the weights' own; `fidelity` is `released` or `corrected`, see the table in
+    docs/method.md; without `vision` the text tower alone is read and built. `InputError` for an unknown model, a
+    missing or unfitting weight file, an image smaller than a patch.
     """
     source = model_name if isinstance(model_name, Weights) else find_weights(model_name, pretrained, weights, seed)
-    config = source.config
+    config, released = source.config, fidelity == "released"
     img_size = config.image_size if img_size is None else img_size
     config.grid(img_size)  # raises where it is smaller than a patch
     quick_gelu = uses_quick_gelu(config, source.pretrain, img_size, fidelity)
     with torch.device("meta"):
-        model = CLIP(config, img_size, quick_gelu, normalize_pixels=fidelity == "corrected", vision=vision)
+        model = CLIP(config, img_size, quick_gelu, normalize_pixels=not released, vision=vision)
     state = random_state(config, source.seed, vision) if source.path is None else read_weights(source.path, vision)
-    if fidelity == "released":
-        state = round_to_half(state)
-    load_state(model, state, str(source.path or source.source))
-    model.info = source.info
-    model.half_rounded = fidelity == "released"
+    load_state(model, round_to_half(state) if released else state, str(source.path or source.source))
+    model.info = source
     return model.to(device)

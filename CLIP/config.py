@@ -28,35 +28,29 @@ PIXEL_FILE = "preprocessor_config.json"  # beside Hugging Face's config.json: me
 VOCABULARY, PROMPT_LENGTH = 49408, 77  # of CLIP's tokenizer and of the prompts
 MAX_SIZE, MAX_LAYERS = 2**17, 256  # of the numbers in a config: a hostile one must not ask for all memory
 
-# Defaults of Hugging Face's CLIPConfig, whose files leave out what equals them.
+# The entries of a tower in a config file, and the fields of `ModelConfig` that hold them.
+VISION = {name: name for name in ("image_size", "patch_size", "width", "layers", "heads", "mlp_ratio")}
+TEXT = {
+    "context_length": "context_length", "vocab_size": "vocab_size", "width": "text_width", "layers": "text_layers",
+    "heads": "text_heads", "mlp_ratio": "text_mlp_ratio",
+}  # fmt: skip
+# Hugging Face's words for these, and the defaults of its CLIPConfig, whose files leave out what equals them.
+HF_NAMES = {
+    "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+    "context_length": "max_position_embeddings",
+}  # fmt: skip
 HF_TEXT = {
     "vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
-    "num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
-    "model_type": "clip_text_model",
+    "num_attention_heads": 8, "max_position_embeddings": 77,
 }  # fmt: skip
 HF_VISION = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "image_size": 224, "patch_size": 32, "num_channels": 3, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
-    "model_type": "clip_vision_model",
+    "image_size": 224, "patch_size": 32,
 }  # fmt: skip
+HF_BOTH = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "model_type": "clip"}
 # Entries of open_clip's configs that change nothing here; any other must be absent or false.
 HARMLESS = {"patch_dropout", "output_tokens", "name", "hub", "urls", "weights", "custom_text", "init_logit_scale"}
 SAME = {"pool_type": ("tok", "argmax"), "proj_type": ("linear",), "act_layer": ("gelu",)}
-
-
-@dataclass(frozen=True)
-class Tower:
-    """`vision_cfg` or `text_cfg` of a config file, in open_clip's words."""
-
-    width: int
-    layers: int
-    head_width: int = 64
-    heads: int = 0  # 0: width / head_width
-    mlp_ratio: float = 4.0
-    image_size: int = 0
-    patch_size: int = 0
-    context_length: int = PROMPT_LENGTH
-    vocab_size: int = VOCABULARY
 
 
 @dataclass(frozen=True)
@@ -86,82 +80,57 @@ class ModelConfig:
 
     @classmethod
     def load(cls, name: str) -> ModelConfig:
-        """Read a config by name (`list_models`), JSON file, folder or `hf-hub:owner/name`; `InputError` for others."""
-        if name in list_models():
-            return cls.read(CONFIG_FOLDER / f"{name}.json", name)
-        if name.startswith(hub.PREFIX):
-            repository = name.removeprefix(hub.PREFIX)
-            path = hub.fetch(repository, CONFIG_FILES)
-            with contextlib.suppress(hub.Unreachable):  # its pixels come along, so that they are there offline as well
-                hub.fetch_if_there(repository, (PIXEL_FILE,))
-            return cls.read(path, name, path.with_name(PIXEL_FILE))
-        path = Path(name)
-        if path.is_dir():
-            found = [path / file for file in CONFIG_FILES if (path / file).is_file()]
-            if not found:
-                raise InputError(f"--model_name {name}: the folder holds no {' and no '.join(CONFIG_FILES)}")
-            return cls.read(found[0], path.resolve().name, path / PIXEL_FILE)
-        if path.suffix == ".json" and path.exists():
-            return cls.read(path, path.stem if path.name not in CONFIG_FILES else path.resolve().parent.name)
-        raise InputError(
-            f"--model_name {name}: unknown; there are {', '.join(list_models())}; or give a JSON file like those of "
-            "CLIP/model_configs, a folder with config.json and weights, or hf-hub:owner/name"
-        )
+        """Read a config by name (`list_models`), JSON file, folder or `hf-hub:owner/name`.
 
-    @classmethod
-    def read(cls, path: Path, name: str, preprocessor: Path | None = None) -> ModelConfig:
-        """Read a JSON file in this project's, open_clip's or Hugging Face's form; `InputError` for any other."""
-        values = _read_json(path)
-        if "model_cfg" in values:  # open_clip_config.json
-            pixels = values.get("preprocess_cfg") or {}
-            values = {**_object(values["model_cfg"], path), **_pixels(_object(pixels, path), "mean", "std")}
-        elif "vision_cfg" not in values and ("model_type" in values or "text_config" in values):
-            values = _from_hugging_face(values, path)
-            if preprocessor is not None and preprocessor.is_file():
-                values |= _pixels(_read_json(preprocessor), "image_mean", "image_std")
-        return cls.from_dict({**values, "name": name}, str(path))
+        The JSON may be this project's, open_clip's or Hugging Face's; `InputError` for any other and for other names.
+        """
+        path, label = Path(name), name
+        if name in list_models():
+            path = CONFIG_FOLDER / f"{name}.json"
+        elif name.startswith(hub.PREFIX):
+            path = hub.fetch(name.removeprefix(hub.PREFIX), CONFIG_FILES)
+            with contextlib.suppress(hub.Unreachable, hub.Missing):  # fetched now, its pixels are there offline as well
+                hub.fetch(name.removeprefix(hub.PREFIX), (PIXEL_FILE,))
+        elif path.is_dir():
+            label = path.resolve().name
+            path = next((path / file for file in CONFIG_FILES if (path / file).is_file()), path)
+            if path.is_dir():
+                raise InputError(f"--model_name {name}: the folder holds no {' and no '.join(CONFIG_FILES)}")
+        elif path.suffix == ".json" and path.exists():
+            label = path.stem if path.name not in CONFIG_FILES else path.parent.resolve().name
+        else:
+            raise InputError(
+                f"--model_name {name}: unknown; there are {', '.join(list_models())}; or give a JSON file like those "
+                "of CLIP/model_configs, a folder with config.json and weights, or hf-hub:owner/name"
+            )
+        return cls.from_dict({**_read(path), "name": label}, str(path))
 
     @classmethod
     def from_dict(cls, values: object, where: str = "the model's config") -> ModelConfig:
         """The inverse of `to_dict`, also for open_clip's JSON.
 
-        Raises:
-            InputError: naming `where`, for values that are missing or make no sense, and for another family.
+        `InputError` names `where`, for values that are missing or make no sense, and for another family.
         """
         given = _object(values, where)
         _check_family(given, where)
-        vision = checked(Tower, given.get("vision_cfg"), f"{where}: vision_cfg")
-        text = checked(Tower, given.get("text_cfg"), f"{where}: text_cfg")
-        own = {f.name: given[f.name] for f in fields(cls) if f.name in given}
-        config = checked(
-            cls,
-            {
-                "name": where, "quick_gelu": False, **own,
-                "image_size": vision.image_size, "patch_size": vision.patch_size, "width": vision.width,
-                "layers": vision.layers, "heads": vision.heads or vision.width // max(vision.head_width, 1),
-                "context_length": text.context_length, "vocab_size": text.vocab_size, "text_width": text.width,
-                "text_layers": text.layers, "text_heads": text.heads or text.width // max(text.head_width, 1),
-                "mlp_ratio": vision.mlp_ratio, "text_mlp_ratio": text.mlp_ratio,
-            },
-            where,
-        )  # fmt: skip
+        defaults = {"quick_gelu": False, "context_length": PROMPT_LENGTH, "vocab_size": VOCABULARY}
+        flat = {"name": where, **defaults, **given}
+        for part, names in (("vision_cfg", VISION), ("text_cfg", TEXT)):
+            tower = given[part]
+            flat |= {own: tower[name] for name, own in names.items() if name in tower}
+            width, head_width = tower.get("width"), tower.get("head_width", 64)
+            if not tower.get("heads") and type(width) is int and type(head_width) is int and head_width > 0:
+                flat[names["heads"]] = width // head_width
+        config = checked(cls, flat, where)
         _check_sizes(config, where)
         return config
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values in the form of model_configs/*.json."""
+        vision, text = ({name: getattr(self, own) for name, own in names.items()} for names in (VISION, TEXT))
         return {
-            "name": self.name,
-            "embed_dim": self.embed_dim,
-            "quick_gelu": self.quick_gelu,
-            "vision_cfg": {
-                "image_size": self.image_size, "patch_size": self.patch_size, "width": self.width,
-                "layers": self.layers, "heads": self.heads, "mlp_ratio": self.mlp_ratio,
-            },
-            "text_cfg": {
-                "context_length": self.context_length, "vocab_size": self.vocab_size, "width": self.text_width,
-                "layers": self.text_layers, "heads": self.text_heads, "mlp_ratio": self.text_mlp_ratio,
-            },
+            "name": self.name, "embed_dim": self.embed_dim, "quick_gelu": self.quick_gelu,
+            "vision_cfg": vision, "text_cfg": text,
             "weights": dict(self.weights), "hub": dict(self.hub), "urls": dict(self.urls),
             "pixel_mean": list(self.pixel_mean), "pixel_std": list(self.pixel_std),
         }  # fmt: skip
@@ -186,6 +155,27 @@ def list_models() -> list[str]:
     return sorted(path.stem for path in CONFIG_FOLDER.glob("*.json"))
 
 
+def refused(kind: str, where: object) -> InputError:
+    """The line for a model of another family, `kind` in words."""
+    return InputError(
+        f"{where}: {kind} is another family, and not supported: both towers must be CLIP's own transformers "
+        "(a ViT for images, CLIP's text transformer)"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The values of a JSON file, in open_clip's words."""
+    values = _read_json(path)
+    if "model_cfg" in values:  # open_clip_config.json
+        pixels = _object(values.get("preprocess_cfg") or {}, path)
+        return {**_object(values["model_cfg"], path), **_pixels(pixels, "mean", "std")}
+    if "vision_cfg" in values or not ("model_type" in values or "text_config" in values):
+        return values
+    preprocessor = path.with_name(PIXEL_FILE)
+    pixels = _read_json(preprocessor) if preprocessor.is_file() else {}
+    return {**_from_hugging_face(values, path), **_pixels(pixels, "image_mean", "image_std")}
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return _object(json.loads(read_text(path)), path)
@@ -205,62 +195,44 @@ def _pixels(values: Mapping[str, Any], mean: str, std: str) -> dict[str, Any]:
 
 def _from_hugging_face(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """A CLIPModel's config.json in open_clip's words."""
-    text, vision = (
-        {**defaults, **_object(values.get(name) or {}, path), **_object(values.get(f"{name}_dict") or {}, path)}
-        for name, defaults in (("text_config", HF_TEXT), ("vision_config", HF_VISION))
-    )
-    kinds = [values.get("model_type", "clip"), text["model_type"], vision["model_type"]]
-    wrong = [str(kind) for kind in kinds if not str(kind).startswith("clip")]
-    if wrong or kinds[0] != "clip":
-        raise refused(hub.one_line((wrong or kinds)[0]), path)
-    for tower in (vision, text):
-        activation = tower["hidden_act"]
-        if activation not in ("gelu", "quick_gelu") or activation != vision["hidden_act"]:
-            raise InputError(f"{path}: hidden_act {activation!r:.40} in one tower is not supported here")
+    if values.get("model_type", "clip") != "clip":
+        raise refused(hub.one_line(values["model_type"]), path)
+    result: dict[str, Any] = {"embed_dim": values.get("projection_dim", 512)}
+    activations = []
+    for part, names, defaults in (("vision", VISION, HF_VISION), ("text", TEXT, HF_TEXT)):
+        given = [_object(values.get(f"{part}_{suffix}") or {}, path) for suffix in ("config", "config_dict")]
+        tower = {**HF_BOTH, **defaults, **given[0], **given[1]}
+        if tower["model_type"] not in ("clip", f"clip_{part}_model"):
+            raise refused(hub.one_line(tower["model_type"]), path)
         if tower["layer_norm_eps"] != 1e-5:
             raise InputError(f"{path}: layer_norm_eps {tower['layer_norm_eps']!r:.40} is not CLIP's 1e-05")
         for name in ("hidden_size", "intermediate_size", "num_attention_heads"):
             if type(tower[name]) is not int or tower[name] < 1:
                 raise InputError(f"{path}: {name} {tower[name]!r:.40} is no positive integer")
-
-    def sizes(tower: Mapping[str, Any], **others: str) -> dict[str, Any]:
-        names = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads", **others}
-        ratio = tower["intermediate_size"] / tower["hidden_size"]
-        return {**{own: tower[theirs] for own, theirs in names.items()}, "mlp_ratio": ratio}
-
-    return {
-        "embed_dim": values.get("projection_dim", 512),
-        "quick_gelu": vision["hidden_act"] == "quick_gelu",
-        "vision_cfg": sizes(vision, image_size="image_size", patch_size="patch_size"),
-        "text_cfg": sizes(text, context_length="max_position_embeddings", vocab_size="vocab_size"),
-    }
-
-
-def refused(kind: str, where: object) -> InputError:
-    """The line for a model of another family, `kind` in words."""
-    return InputError(
-        f"{where}: {kind} is another family, and not supported: both towers must be CLIP's own transformers "
-        "(a ViT for images, CLIP's text transformer)"
-    )
+        tower["mlp_ratio"] = tower["intermediate_size"] / tower["hidden_size"]
+        result[f"{part}_cfg"] = {name: tower[HF_NAMES.get(name, name)] for name in names}
+        activations.append(tower["hidden_act"])
+    if activations not in (["gelu", "gelu"], ["quick_gelu", "quick_gelu"]):
+        raise InputError(f"{path}: hidden_act {activations[0]!r:.40} and {activations[1]!r:.40} are not supported here")
+    return {**result, "quick_gelu": activations[0] == "quick_gelu"}
 
 
 def _check_family(values: Mapping[str, Any], where: str) -> None:
     """`InputError` that says what kind it is for a config with a tower that is not CLIP's."""
     vision, text = (_object(values.get(name), f"{where}: {name}") for name in ("vision_cfg", "text_cfg"))
-    timm, hf = vision.get("timm_model_name"), text.get("hf_model_name")
-    tokenizer = str(text.get("hf_tokenizer_name") or "")
-    if "siglip" in f"{timm} {tokenizer}".lower() or values.get("init_logit_bias") is not None:
-        raise refused("a SigLIP model", where)
-    if hf:
-        bert = "a BERT text tower" if "bert" in str(hf).lower() else "a text tower of Hugging Face"
-        raise refused(f"{bert} ({hub.one_line(hf)})", where)
-    if isinstance(vision.get("layers"), list) or "resnet" in str(timm).lower():
-        raise refused("a ResNet image tower", where)
-    if timm:
-        raise refused(f"a timm image tower ({hub.one_line(timm)})", where)
-    if values.get("multimodal_cfg"):
-        raise refused("a CoCa model", where)
-    known = {f.name for f in fields(Tower)} | HARMLESS
+    timm, hf = (hub.one_line(name or "") for name in (vision.get("timm_model_name"), text.get("hf_model_name")))
+    names = f"{timm} {text.get('hf_tokenizer_name')}".lower()
+    families = {
+        "a SigLIP model": "siglip" in names or values.get("init_logit_bias") is not None,
+        f"a BERT text tower ({hf})": "bert" in hf.lower(),
+        f"a text tower of Hugging Face ({hf})": hf,
+        "a ResNet image tower": isinstance(vision.get("layers"), list) or "resnet" in timm.lower(),
+        f"a timm image tower ({timm})": timm,
+        "a CoCa model": values.get("multimodal_cfg"),
+    }
+    if kinds := [kind for kind, applies in families.items() if applies]:
+        raise refused(kinds[0], where)
+    known = {*VISION, *TEXT, "head_width"} | HARMLESS
     others = [
         f"{part}.{key}"
         for part, tower in (("vision_cfg", vision), ("text_cfg", text))
@@ -272,25 +244,26 @@ def _check_family(values: Mapping[str, Any], where: str) -> None:
 
 
 def _check_sizes(config: ModelConfig, where: str) -> None:
-    numbers = {f.name: getattr(config, f.name) for f in fields(config) if f.type == "int"}
-    for name, value in numbers.items():
-        highest = MAX_LAYERS if "layers" in name else MAX_SIZE
-        if not 1 <= value <= highest:
-            raise InputError(f"{where}: {name} is {value}, not between 1 and {highest}")
-    for name, width, heads in (
-        ("vision_cfg", config.width, config.heads),
-        ("text_cfg", config.text_width, config.text_heads),
-    ):
-        if width % heads:
-            raise InputError(f"{where}: {name}: width {width} is not a multiple of its {heads} heads")
-    if not all(0 < ratio <= 64 for ratio in (config.mlp_ratio, config.text_mlp_ratio)):
-        raise InputError(f"{where}: mlp_ratio must lie between 0 and 64")
-    if len(config.pixel_mean) != 3 or len(config.pixel_std) != 3 or min(config.pixel_std) <= 0:
-        raise InputError(f"{where}: mean and std of the pixels must be three numbers each, std above 0")
-    if config.image_size < config.patch_size:
-        raise InputError(f"{where}: image_size {config.image_size} is smaller than a patch of {config.patch_size}")
-    if config.vocab_size < VOCABULARY or config.context_length < PROMPT_LENGTH:
-        raise InputError(
-            f"{where}: a text tower of {config.vocab_size} words and {config.context_length} positions does not take "
-            f"CLIP's tokens ({VOCABULARY} words, {PROMPT_LENGTH} positions): another tokenizer's is not supported"
-        )
+    for f in fields(config):
+        highest = MAX_LAYERS if "layers" in f.name else MAX_SIZE
+        if f.type == "int" and not 1 <= getattr(config, f.name) <= highest:
+            raise InputError(f"{where}: {f.name} is {getattr(config, f.name)}, not between 1 and {highest}")
+    tokens = f"CLIP's tokens ({VOCABULARY} words, {PROMPT_LENGTH} positions): another tokenizer's is not supported"
+    faults = {
+        f"vision_cfg: width {config.width} is not a multiple of its {config.heads} heads": config.width % config.heads,
+        f"text_cfg: width {config.text_width} is not a multiple of its {config.text_heads} heads": (
+            config.text_width % config.text_heads
+        ),
+        "mlp_ratio must lie between 0 and 64": not (0 < config.mlp_ratio <= 64 and 0 < config.text_mlp_ratio <= 64),
+        "mean and std of the pixels must be three numbers each, std above 0": (
+            not len(config.pixel_mean) == len(config.pixel_std) == 3 or min(config.pixel_std) <= 0
+        ),
+        f"image_size {config.image_size} is smaller than a patch of {config.patch_size}": (
+            config.image_size < config.patch_size
+        ),
+        f"a text tower of {config.vocab_size} words and {config.context_length} positions does not take {tokens}": (
+            config.vocab_size < VOCABULARY or config.context_length < PROMPT_LENGTH
+        ),
+    }
+    if wrong := [fault for fault, applies in faults.items() if applies]:
+        raise InputError(f"{where}: {wrong[0]}")

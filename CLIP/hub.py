@@ -14,13 +14,24 @@ from utils import InputError, sha256_file
 
 PREFIX = "hf-hub:"
 WEIGHT_FILES = (
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.safetensors",
-    "open_clip_pytorch_model.bin",
-    "model.safetensors",
-    "pytorch_model.bin",
-)
+    "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
+    "model.safetensors", "pytorch_model.bin",
+)  # fmt: skip
 CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@")
+REASONS = {  # the hub's own words are pages
+    "RepositoryNotFoundError": "no such model on the hub, or a private one (log in with `hf auth login`)",
+    "GatedRepoError": "its owner asks for a consent first: open its page, then log in with `hf auth login`",
+    "RevisionNotFoundError": "has no such revision",
+    "HFValidationError": "not of the form owner/name",
+}
+
+
+class Unreachable(InputError):
+    """No answer from the other side: another source may have the file."""
+
+
+class Missing(InputError):
+    """A repository that holds none of the files asked for."""
 
 
 def redact(text: str) -> str:
@@ -38,19 +49,9 @@ def one_line(words: object) -> str:
 def fetch(repository: str, names: Sequence[str]) -> Path:
     """The first of the files `names` that the hub's `repository` (`owner/name`, `owner/name@revision`) has.
 
-    Raises:
-        InputError: no such repository or none of the files, no network and not in the cache, no huggingface_hub.
-    """
-    path = fetch_if_there(repository, names)
-    if path is None:
-        raise InputError(f"{PREFIX}{repository}: holds none of {', '.join(names)}")
-    return path
-
-
-def fetch_if_there(repository: str, names: Sequence[str]) -> Path | None:
-    """As `fetch`, but None where the repository has none of the files.
-
-    What the cache holds is taken from there without asking the hub, so that a later run needs no network.
+    What the cache holds is taken from there without asking the hub, so that a later run needs no network. `Missing`
+    where the repository has none, `Unreachable` for no network and not in the cache, `InputError` for no such
+    repository, a damaged file, no huggingface_hub.
     """
     try:
         from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache  # noqa: PLC0415
@@ -60,36 +61,30 @@ def fetch_if_there(repository: str, names: Sequence[str]) -> Path | None:
     for handler in logging.getLogger("huggingface_hub").handlers:
         handler.addFilter(_redacted)
     owner_name, _, revision = repository.partition("@")
-    unreachable: Exception | None = None
-
-    def get(name: str) -> Path | None:
-        nonlocal unreachable
+    offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+    for name in names:
         try:
-            known = try_to_load_from_cache(owner_name, name, revision=revision or None)
-            if known is not None:  # a path, or that the repository has no such file
-                return Path(known) if isinstance(known, str) else None
-            cached_only = unreachable is not None or constants.HF_HUB_OFFLINE
-            return Path(hf_hub_download(owner_name, name, revision=revision or None, local_files_only=cached_only))
-        except LocalEntryNotFoundError as error:  # also what an unreachable hub gives
-            unreachable = unreachable or (error.__cause__ if isinstance(error.__cause__, Exception) else error)
+            path = try_to_load_from_cache(owner_name, name, revision=revision or None)
+            if path is None:  # not known there; what is no text says that the repository has no such file
+                path = hf_hub_download(owner_name, name, revision=revision or None, local_files_only=bool(offline))
+            if isinstance(path, str):
+                return _verified(Path(path))
+        except LocalEntryNotFoundError as error:  # noqa: PERF203 - also what an unreachable hub gives
+            offline = offline or one_line(error.__cause__ or error)
         except EntryNotFoundError:
-            pass
+            continue
+        except InputError:
+            raise
         except Exception as error:  # whatever the hub, a proxy or the disk answers
-            raise InputError(f"{PREFIX}{repository}: {_reason(error)}") from error
-        return None
-
-    path = next((path for name in names if (path := get(name)) is not None), None)
-    if path is None and unreachable is not None:
-        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else one_line(unreachable)
+            reasons = [REASONS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in REASONS]
+            reasons.append(f"cannot be fetched ({one_line(error)}): run this again, what has arrived is kept")
+            raise InputError(f"{PREFIX}{repository}: {reasons[0]}") from error
+    if offline:
         raise Unreachable(
-            f"{PREFIX}{repository}: not in the cache of huggingface_hub, and the hub cannot be reached ({why}): check "
-            "the network (HF_ENDPOINT names a mirror), or fetch the folder elsewhere and give it with --model_name"
+            f"{PREFIX}{repository}: not in the cache of huggingface_hub, and the hub cannot be reached ({offline}): "
+            "check the network (HF_ENDPOINT names a mirror), or fetch the folder elsewhere and give it as --model_name"
         )
-    return path and _verified(path)
-
-
-class Unreachable(InputError):
-    """No answer from the other side: another source may have the file."""
+    raise Missing(f"{PREFIX}{repository}: holds none of {', '.join(names)}")
 
 
 def cached(repository: str, names: Sequence[str]) -> Path | None:
@@ -98,31 +93,14 @@ def cached(repository: str, names: Sequence[str]) -> Path | None:
         from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415
     except ImportError:
         return None
-    for name in names:
-        path = try_to_load_from_cache(repository, name)
-        if isinstance(path, str):
-            return Path(path)
-    return None
+    paths = (try_to_load_from_cache(repository, name) for name in names)
+    return next((Path(path) for path in paths if isinstance(path, str)), None)
 
 
 def _redacted(record: logging.LogRecord) -> bool:
     """Take passwords (of HF_ENDPOINT) out of what huggingface_hub logs."""
     record.msg, record.args = redact(record.getMessage()), ()
     return True
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong, in words that say what to do; the hub's own are pages."""
-    reasons = {
-        "RepositoryNotFoundError": "no such model on the hub, or a private one (log in with `hf auth login`)",
-        "GatedRepoError": "its owner asks for a consent first: open its page, then log in with `hf auth login`",
-        "RevisionNotFoundError": "has no such revision",
-        "HFValidationError": "not of the form owner/name",
-    }
-    for kind in type(error).__mro__:
-        if kind.__name__ in reasons:
-            return reasons[kind.__name__]
-    return f"cannot be fetched ({one_line(error)}): run this again, what has arrived is kept"
 
 
 def _verified(path: Path) -> Path:

@@ -12,19 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.functional import normalize
 
-from .config import ModelConfig, list_models
+from .config import ModelConfig
 from .transformer import Transformer
 from .weights import WeightsInfo
-
-__all__ = [
-    "CLIP",
-    "ModelConfig",
-    "TextTower",
-    "VisionTower",
-    "WeightsInfo",
-    "list_models",
-    "resize_positional_embedding",
-]
 
 
 def resize_positional_embedding(embedding: Tensor, grid: int) -> Tensor:
@@ -65,17 +55,11 @@ class VisionTower(nn.Module):
         return tokens
 
     def forward_intermediates(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """Tokens after the given blocks, in one pass that stops at the deepest.
+        """Tokens after the given blocks, in one pass that stops at the deepest; the class token comes first.
 
-        Args:
-            images: (B, 3, S, S) in [0, 1].
-            layers: numbers counted from 1, in any order.
-
-        Returns:
-            One (B, L, C) tensor an entry of `layers`, in its order; the class token comes first.
+        Images (B, 3, S, S) in [0, 1], layers counted from 1, in any order -> a (B, L, C) for each, in that order.
         """
-        x = self.embed(images)
-        kept = {}
+        x, kept = self.embed(images), {}
         for number, block in enumerate(self.transformer.blocks[: max(layers)], start=1):
             x = block(x)
             if number in layers:
@@ -94,13 +78,12 @@ class TextTower(nn.Module):
 
     def __init__(self, config: ModelConfig, quick_gelu: bool) -> None:
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.text_width)
-        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.text_width))
-        self.transformer = Transformer(
-            config.text_width, config.text_layers, config.text_heads, quick_gelu, config.text_mlp_ratio
-        )
-        self.ln_final = nn.LayerNorm(config.text_width)
-        self.text_projection = nn.Parameter(torch.empty(config.text_width, config.embed_dim))
+        width = config.text_width
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
+        self.transformer = Transformer(width, config.text_layers, config.text_heads, quick_gelu, config.text_mlp_ratio)
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.empty(width, config.embed_dim))
 
     def add_positions(self, embeddings: Tensor) -> Tensor:
         """Token embeddings (B, T, W) with their positional embedding."""
@@ -124,31 +107,19 @@ class TextTower(nn.Module):
 
 
 class CLIP(nn.Module):
-    """A frozen CLIP: two towers, no gradients in any weight, evaluation mode for good.
+    """A frozen CLIP at `img_size` pixels a side: no gradients in any weight, evaluation mode for good.
 
-    Args:
-        config: the sizes.
-        img_size: pixels a side, S.
-        quick_gelu: the activation, see `clip.uses_quick_gelu`.
-        normalize_pixels: subtract the config's mean and divide by its std (`corrected` fidelity).
-        vision: False leaves the image tower out (`visual` is None), for a run that has all tokens already.
+    `quick_gelu` is the activation, see `clip.uses_quick_gelu`; `normalize_pixels` subtracts the config's mean and
+    divides by its std (`corrected` fidelity). Without `vision` there is no image tower (`visual` is None), for a run
+    that has all tokens already.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        img_size: int,
-        quick_gelu: bool,
-        normalize_pixels: bool = False,
-        vision: bool = True,
+        self, config: ModelConfig, img_size: int, quick_gelu: bool, normalize_pixels: bool = False, vision: bool = True
     ) -> None:
         super().__init__()
-        self.config = config
-        self.img_size = img_size
-        self.quick_gelu = quick_gelu
-        self.normalize_pixels = normalize_pixels
+        self.config, self.img_size, self.quick_gelu = config, img_size, quick_gelu
         self.info: WeightsInfo | None = None
-        self.half_rounded = False  # weights went through float16, as published
         self.visual = VisionTower(config, img_size, quick_gelu, normalize_pixels) if vision else None
         self.text = TextTower(config, quick_gelu)
         self.logit_scale = nn.Parameter(torch.empty(()))  # part of every weight file; the method does not use it
@@ -163,8 +134,7 @@ class CLIP(nn.Module):
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [0, 1] -> (B, D), not normalised."""
-        embeddings: Tensor = self._image_tower()(images)
-        return embeddings
+        return self._image_tower().forward(images)
 
     @torch.no_grad()
     def image_tokens(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
@@ -174,8 +144,7 @@ class CLIP(nn.Module):
     @torch.no_grad()
     def encode_text(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) -> (B, D), not normalised."""
-        embeddings: Tensor = self.text(ids)
-        return embeddings
+        return self.text.forward(ids)
 
     def _image_tower(self) -> VisionTower:
         if self.visual is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,32 +16,26 @@ from .config import refused
 Loader = Callable[[], torch.Tensor]  # reads one tensor of a file
 
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # three integers in OpenAI's files
-ANCHORS = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight")
-# Hugging Face's names outside the layers, and whether the matrix is stored the other way round there.
+OPENAI_ANCHOR = "visual.conv1.weight"
+HF_ANCHOR = "vision_model.embeddings.patch_embedding.weight"
+# Hugging Face's words and OpenAI's, replaced in this order.
 HUGGING_FACE = {
-    "text_model.embeddings.token_embedding.weight": ("token_embedding.weight", False),
-    "text_model.embeddings.position_embedding.weight": ("positional_embedding", False),
-    "text_model.final_layer_norm.weight": ("ln_final.weight", False),
-    "text_model.final_layer_norm.bias": ("ln_final.bias", False),
-    "text_projection.weight": ("text_projection", True),
-    "vision_model.embeddings.class_embedding": ("visual.class_embedding", False),
-    "vision_model.embeddings.patch_embedding.weight": ("visual.conv1.weight", False),
-    "vision_model.embeddings.position_embedding.weight": ("visual.positional_embedding", False),
-    "vision_model.pre_layrnorm.weight": ("visual.ln_pre.weight", False),  # their spelling
-    "vision_model.pre_layrnorm.bias": ("visual.ln_pre.bias", False),
-    "vision_model.post_layernorm.weight": ("visual.ln_post.weight", False),
-    "vision_model.post_layernorm.bias": ("visual.ln_post.bias", False),
-    "visual_projection.weight": ("visual.proj", True),
-    "logit_scale": ("logit_scale", False),
-}
-LAYER = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
-IN_LAYER = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj",
-    "self_attn.q_proj": "attn.in_proj",  # with k and v
+    "text_model.": "",
+    "vision_model.": "visual.",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.patch_embedding.": "conv1.",
+    "embeddings.": "",
+    "pre_layrnorm.": "ln_pre.",  # their spelling
+    "post_layernorm.": "ln_post.",
+    "final_layer_norm.": "ln_final.",
+    "encoder.layers.": "transformer.resblocks.",
+    "layer_norm": "ln_",
+    "mlp.fc1.": "mlp.c_fc.",
+    "mlp.fc2.": "mlp.c_proj.",
+    "self_attn.q_proj.": "attn.in_proj_",  # with k and v
+    "self_attn.": "attn.",
+    "text_projection.weight": "text_projection",
+    "visual_projection.weight": "visual.proj",
 }
 # What a key of another family looks like, the telling ones first.
 FAMILIES = {
@@ -56,58 +51,49 @@ FAMILIES = {
 def openai_names(loaders: Mapping[str, Loader], path: Path) -> dict[str, Loader]:
     """A CLIP's tensors under OpenAI's names; open_clip's and Hugging Face's become these, a common prefix is dropped.
 
-    Raises:
-        InputError: no CLIP weights, or a tower of another family, which is named.
+    `InputError` for no CLIP weights, and for a tower of another family, which is named.
     """
     for pattern, kind in FAMILIES.items():
         if any(re.search(pattern, key) for key in loaders):
             raise refused(kind, path)
-    prefix, anchor = _anchor(loaders)
-    if anchor is None:
+    anchors = [
+        (key.removesuffix(anchor), anchor)  # what stands before it (`module.`, `model.`) stands before all names
+        for key in loaders
+        for anchor in (OPENAI_ANCHOR, HF_ANCHOR)
+        if f".{key}".endswith(f".{anchor}")
+    ]
+    if not anchors:
         raise InputError(
-            f"{path} holds no CLIP weights (no {ANCHORS[0]} or {ANCHORS[1]} among its {len(loaders)} tensors): "
+            f"{path} holds no CLIP weights (no {OPENAI_ANCHOR} or {HF_ANCHOR} among its {len(loaders)} tensors): "
             "pass OpenAI's, open_clip's or Hugging Face's file of the whole model"
         )
+    prefix, anchor = min(anchors, key=lambda hit: len(hit[0]))
     named = {key.removeprefix(prefix): load for key, load in loaders.items()}
-    if anchor == ANCHORS[1]:
+    if anchor == HF_ANCHOR:
         return _from_hugging_face(named, path)
-    named = {key.removeprefix("text."): load for key, load in named.items()}
+    named = {key.removeprefix("text."): load for key, load in named.items()}  # of open_clip's CustomTextCLIP
     return {key: load for key, load in named.items() if key not in NOT_WEIGHTS}
-
-
-def _anchor(keys: Iterable[str]) -> tuple[str, str | None]:
-    """The prefix of all names (`module.`, `model.`) and the anchor found behind it, None for none."""
-    hits = [
-        (key.removesuffix(anchor), anchor)
-        for key in keys
-        for anchor in ANCHORS
-        if key == anchor or key.endswith(f".{anchor}")
-    ]
-    return min(hits, key=lambda hit: len(hit[0])) if hits else ("", None)
 
 
 def _from_hugging_face(loaders: Mapping[str, Loader], path: Path) -> dict[str, Loader]:
     result: dict[str, Loader] = {}
     for key, load in loaders.items():
-        if key in HUGGING_FACE:
-            name, transposed = HUGGING_FACE[key]
-            result[name] = _transposed(load) if transposed else load
-        elif (match := LAYER.fullmatch(key)) and match[3] in IN_LAYER:
-            tower, name, kind = "visual." if match[1] == "vision" else "", IN_LAYER[match[3]], match[4]
-            stem = f"{tower}transformer.resblocks.{int(match[2])}.{name}"
-            if name == "attn.in_proj":
-                parts = [key.replace("q_proj", letter) for letter in ("q_proj", "k_proj", "v_proj")]
-                if missing := [part for part in parts if part not in loaders]:
-                    raise InputError(f"{path}: {missing[0]} is missing: fetch the file again")
-                result[f"{stem}_{kind}"] = _joined([loaders[part] for part in parts])
-            else:
-                result[f"{stem}.{kind}"] = load
+        name = key
+        for theirs, ours in HUGGING_FACE.items():
+            name = name.replace(theirs, ours)
+        if ".q_proj." in key:
+            parts = [key.replace(".q_proj.", f".{letter}_proj.") for letter in "qkv"]
+            if missing := [part for part in parts if part not in loaders]:
+                raise InputError(f"{path}: {missing[0]} is missing: fetch the file again")
+            result[name] = partial(_joined, [loaders[part] for part in parts])
+        elif not re.search(r"\.[kv]_proj\.|position_ids$", key):
+            result[name] = partial(_transposed, load) if key.endswith("_projection.weight") else load
     return result
 
 
-def _transposed(load: Loader) -> Loader:
-    return lambda: load().t().contiguous()
+def _transposed(load: Loader) -> torch.Tensor:
+    return load().t().contiguous()
 
 
-def _joined(loads: list[Loader]) -> Loader:
-    return lambda: torch.cat([load() for load in loads])
+def _joined(loads: list[Loader]) -> torch.Tensor:
+    return torch.cat([load() for load in loads])

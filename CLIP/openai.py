@@ -6,10 +6,11 @@ import io
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -21,75 +22,69 @@ from .hub import one_line
 from .names import Loader, openai_names
 from .weights import check_file
 
-Reader = Callable[[Path, ExitStack], Any]
-
 # What OpenAI's files hold in float16: convolution, attention, MLP and both projections.
 HALF = re.compile(
     r"visual\.(conv1\.(weight|bias)|proj)|text_projection|(visual\.)?transformer\.resblocks\.\d+\.(attn|mlp)\..+"
 )
 STORAGES = {
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "BoolStorage": torch.bool,
-    "ByteStorage": torch.uint8,
-    "CharStorage": torch.int8,
-    "ShortStorage": torch.int16,
-    "IntStorage": torch.int32,
-    "LongStorage": torch.int64,
-}
+    "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64, "BoolStorage": torch.bool, "ByteStorage": torch.uint8, "CharStorage": torch.int8,
+    "ShortStorage": torch.int16, "IntStorage": torch.int32, "LongStorage": torch.int64,
+}  # fmt: skip
 
 
 def read_weights(path: str | Path, vision: bool = True) -> dict[str, torch.Tensor]:
     """Weights of a CLIP model on the CPU, under OpenAI's key names, in the precision of the file.
 
     The content decides how the file is read, not its name: a TorchScript archive as OpenAI publishes it, a state dict
-    written by torch.save (also under 'state_dict') or safetensors; open_clip's and Hugging Face's names become
-    OpenAI's, see `names.openai_names`. Without `vision` the image tower's bytes stay unread (a pickle of torch before
-    1.6 apart, which is read as a whole).
-
-    Raises:
-        InputError: for everything that holds no CLIP weights; a tower of another family is named.
+    written by torch.save (also under 'state_dict') or safetensors. Without `vision` the image tower's bytes stay unread
+    (a pickle of torch before 1.6 apart). `InputError` for what holds no CLIP weights; another family is named.
     """
     path = Path(path)
     check_file(path)
     try:
         with ExitStack() as files:
-            loaders = openai_names(_tensors(_reader(path)(path, files)), path)
+            loaders = openai_names(_tensors(path, files), path)
             return {key: load().detach() for key, load in loaders.items() if vision or not key.startswith("visual.")}
     except InputError:
         raise
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # whatever a damaged or hostile file provokes in a parser
         if name := refused_global(error):
             raise InputError(
                 f"{path} holds Python objects beside tensors ({name}) and is not loaded, as reading them could run "
                 "code: save only the weights with torch.save(model.state_dict(), FILE) and pass that"
             ) from error
-        raise InputError(f"{path} is damaged or no weight file: fetch it again") from error
-    except Exception as error:  # whatever a damaged or hostile file provokes in a parser
-        raise InputError(f"{path} is damaged or no weight file ({one_line(error)}): fetch it again") from error
+        reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({one_line(error)})"  # torch's own is a page
+        raise InputError(f"{path} is damaged or no weight file{reason}: fetch it again") from error
 
 
 def check_state(state: dict[str, torch.Tensor], expected: dict[str, torch.Size], source: str) -> None:
-    """Raise an InputError that names `source` unless `state` has every key of `expected`; more is fine.
-
-    Each must have its shape and hold plain floating-point numbers, all of them finite.
-    """
+    """`InputError` that names `source` unless `state` has every key of `expected`, more is fine, as finite numbers."""
     wrong = [f"{key} {fault}" for key, shape in expected.items() if (fault := _fault(state.get(key), shape))]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise InputError(
-            f"{source} does not fit the model asked for: {'; '.join(wrong[:3])}{more}: pass its own file with --weights"
-        )
+        faults = f"{'; '.join(wrong[:3])}{more}"
+        raise InputError(f"{source} does not fit the model asked for: {faults}: pass its own file with --weights")
 
 
-def refused_global(error: pickle.UnpicklingError) -> str:
+def _fault(value: torch.Tensor | None, shape: torch.Size) -> str:
+    """What is wrong with a weight, "" for nothing."""
+    if value is None:
+        return "is missing"
+    if not is_plain(value) or not value.is_floating_point():
+        return f"is no plain tensor of 16 to 64 bit floating-point numbers ({value.dtype})"
+    if value.shape != shape:
+        own, other = (f"({','.join(map(str, sizes))})" for sizes in (value.shape, shape))
+        return f"is {own}, expected {other}"
+    return "" if torch.isfinite(value).all() else "holds NaN or infinite numbers"
+
+
+def refused_global(error: Exception) -> str:
     """What a file wanted to import when torch.load(weights_only=True) stopped, "" where it stopped for another reason.
 
     Releases of torch differ in what they let through: 2.15 no longer knows nested tensors.
     """
-    match = re.search(r"GLOBAL (\S+)", str(error))
+    match = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
     return one_line(match[1]) if match else ""
 
 
@@ -117,71 +112,38 @@ def stored_as_half(key: str) -> bool:
 
 
 def round_to_half(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`state` in float32, what OpenAI stores in float16 rounded to that first: the published code's loading step.
-
-    It changes nothing in OpenAI's own files; weights of a finer precision lose some of it.
-    """
+    """`state` in float32, what OpenAI stores in float16 rounded to that first: the published code's loading step."""
     return {key: (value.half() if stored_as_half(key) else value).float() for key, value in state.items()}
 
 
-def _reader(path: Path) -> Reader:
-    """Choose the function that reads `path`, by its content."""
+def _tensors(path: Path, files: ExitStack) -> dict[str, Loader]:
+    """What reads each tensor of a file, by name; `files` keeps the file open."""
     with path.open("rb") as file:
         head = file.read(9)
-    if head.startswith(b"PK"):
+    zipped = head.startswith(b"PK")
+    if zipped:
         if not zipfile.is_zipfile(path):
             raise InputError(f"{path} ends too early (a copy or download that stopped?): fetch it again")
         check_archive(path)
-        with zipfile.ZipFile(path) as archive:
-            scripted = any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
-        return _read_torchscript if scripted else _read_archive
-    if head[8:] == b"{" and int.from_bytes(head[:8], "little") < 10**8:  # the length of a JSON header
-        return _read_safetensors
-    return _read_old_pickle
-
-
-def _tensors(content: object) -> dict[str, Loader]:
-    """The tensors of what a file holds, also under 'state_dict', as functions that read them."""
+        archive = files.enter_context(zipfile.ZipFile(path))
+        if any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist()):
+            return dict(_walk(_TorchScriptUnpickler(archive).load(), set()))
+    elif head[8:] == b"{" and int.from_bytes(head[:8], "little") < 10**8:  # the length of a JSON header
+        tensors = files.enter_context(safe_open(path, framework="pt", device="cpu"))
+        return {key: partial(tensors.get_tensor, key) for key in tensors.keys()}  # noqa: SIM118 - no mapping
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     entries = content.items() if isinstance(content, dict) else ()
-    loaders: dict[str, Loader] = {}
-    for key, value in entries:
-        if isinstance(key, str) and isinstance(value, torch.Tensor):
-            loaders[key] = value.detach
-        elif isinstance(key, str) and callable(value):
-            loaders[key] = value
-    return loaders
-
-
-def _read_safetensors(path: Path, files: ExitStack) -> dict[str, Loader]:
-    file = files.enter_context(safe_open(path, framework="pt", device="cpu"))
-    return {key: partial(file.get_tensor, key) for key in file.keys()}  # noqa: SIM118 - no mapping
-
-
-def _read_archive(path: Path, _: ExitStack) -> Any:  # noqa: ANN401 (whatever the file holds)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
-def _read_old_pickle(path: Path, _: ExitStack) -> Any:  # noqa: ANN401 (whatever the file holds)
-    return torch.load(path, map_location="cpu", weights_only=True)  # older than 2020: cannot be mapped
-
-
-def _read_torchscript(path: Path, files: ExitStack) -> dict[str, Loader]:
-    """Every tensor of a TorchScript module tree under its dotted name, without loading or running the script."""
-    archive = files.enter_context(zipfile.ZipFile(path))
-    return dict(_walk(_TorchScriptUnpickler(archive).load(), set()))
+    return {key: value.detach for key, value in entries if isinstance(key, str) and isinstance(value, torch.Tensor)}
 
 
 class _Inert:
     """Stands for every class and function that an archive names, so none of them is imported or called."""
 
-    members: dict[str, Any]
+    members: Mapping[str, Any] = {}
 
-    def __new__(cls, *_: object) -> _Inert:  # not __init__, which unpickling leaves out
-        inert = super().__new__(cls)
-        inert.members = {}
-        return inert
+    def __init__(self, *_: object) -> None: ...
 
     def __setstate__(self, state: object) -> None:
         self.members = state if isinstance(state, dict) else {}
@@ -199,14 +161,11 @@ class _TorchScriptUnpickler(pickle._Unpickler):  # the one in Python: the one in
 
     def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401 (a class, a function or a dtype)
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _Stored
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        return _Inert
+            return _stored
+        return STORAGES.get(name, _Inert) if module == "torch" else _Inert
 
     def persistent_load(self, pid: tuple[str, torch.dtype, str, str, int]) -> Loader:
-        _, dtype, key, _, _ = pid
-        return partial(self.read_storage, key, dtype)
+        return partial(self.read_storage, key=pid[2], dtype=pid[1])
 
     def read_storage(self, key: str, dtype: torch.dtype) -> torch.Tensor:
         """The numbers stored under `key`, read once."""
@@ -216,37 +175,15 @@ class _TorchScriptUnpickler(pickle._Unpickler):  # the one in Python: the one in
         return self.storages[key]
 
 
-class _Stored:
-    """A tensor of an archive that reads its storage when it is called."""
-
-    def __init__(
-        self, storage: Loader, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
-    ) -> None:
-        self.storage, self.layout = storage, (size, stride, offset)
-
-    def __call__(self) -> torch.Tensor:
-        return self.storage().as_strided(*self.layout)
+def _stored(storage: Loader, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> Loader:
+    """Stands for `_rebuild_tensor_v2`: a tensor of an archive, whose storage is read when it is called."""
+    return lambda: storage().as_strided(size, stride, offset)
 
 
 def _walk(module: _Inert, seen: set[int], prefix: str = "") -> Iterator[tuple[str, Loader]]:
     seen.add(id(module))  # a hostile tree of shared modules has more paths than time
     for name, member in module.members.items():
-        if isinstance(member, _Stored):
+        if isinstance(member, FunctionType):
             yield prefix + name, member
         elif isinstance(member, _Inert) and id(member) not in seen:
             yield from _walk(member, seen, f"{prefix}{name}.")
-
-
-def _fault(value: torch.Tensor | None, shape: torch.Size) -> str:
-    """What is wrong with a weight, "" for nothing."""
-    if value is None:
-        return "is missing"
-    if not is_plain(value) or not value.is_floating_point():
-        return f"is no plain tensor of 16 to 64 bit floating-point numbers ({value.dtype})"
-    if value.shape != shape:
-        return f"is {_shape(value.shape)}, expected {_shape(shape)}"
-    return "" if torch.isfinite(value).all() else "holds NaN or infinite numbers"
-
-
-def _shape(shape: torch.Size) -> str:
-    return f"({','.join(map(str, shape))})"

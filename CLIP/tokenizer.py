@@ -34,11 +34,13 @@ class Tokenizer:
     inside a prompt moves the position that the text tower pools (the first highest id).
     """
 
-    def __init__(self, vocabulary: str | Path = VOCABULARY) -> None:
-        lines = gzip.decompress(Path(vocabulary).read_bytes()).decode("utf-8").split("\n")
+    def __init__(self) -> None:
+        lines = gzip.decompress(VOCABULARY.read_bytes()).decode("utf-8").split("\n")
         merges = [tuple(line.split()) for line in lines[1 : MERGES + 1]]  # line 0 is a version
-        self._letters = _byte_letters()
-        self._bytes = {letter: byte for byte, letter in self._letters.items()}
+        # Each byte is a visible letter, in the order of the ids: first the bytes that are visible in Latin-1.
+        visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = [byte for byte in range(256) if byte not in visible]
+        self._letters = {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(others)}
         letters = list(self._letters.values())
         endings = [letter + WORD_END for letter in letters]
         self._symbols = [*letters, *endings, *("".join(pair) for pair in merges), SOT, EOT]
@@ -59,28 +61,9 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, lower case, each word end a blank; bytes that are no UTF-8 become U+FFFD."""
+        bytes_of = {letter: byte for byte, letter in self._letters.items()}
         letters = "".join(self._symbols[int(i)] for i in ids)
-        return bytes(self._bytes[letter] for letter in letters).decode("utf-8", "replace").replace(WORD_END, " ")
-
-    def tokenize(
-        self, texts: str | Iterable[str], context_length: int = CONTEXT_LENGTH, truncate: bool = False
-    ) -> torch.Tensor:
-        """Ids (B, context_length) int32 of one text or several: start, words, end, zeros.
-
-        A text that needs more than `context_length` ids raises a RuntimeError, as in OpenAI's code; with `truncate`
-        it is cut and its last id becomes the end.
-        """
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        tokens = torch.zeros(len(texts), context_length, dtype=torch.int32)
-        for row, text in zip(tokens, texts, strict=True):
-            ids = [self.sot, *self.encode(text), self.eot]
-            if len(ids) > context_length:
-                if not truncate:
-                    shown = text if len(text) <= 60 else f"{text[:60]}..."
-                    raise RuntimeError(f"{shown!r} needs {len(ids)} tokens, at most {context_length} fit: shorten it")
-                ids = [*ids[: context_length - 1], self.eot]
-            row[: len(ids)] = torch.tensor(ids, dtype=torch.int32)
-        return tokens
+        return bytes(bytes_of[letter] for letter in letters).decode("utf-8", "replace").replace(WORD_END, " ")
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
         """Ids of one word: join the pair of neighbours that ranks best, until no pair is in the table."""
@@ -92,34 +75,36 @@ class Tokenizer:
             best = min(pairwise(parts), key=lambda pair: self._ranks.get(pair, inf))
             if best not in self._ranks:
                 break
-            parts = _join(parts, best)
+            joined: list[str] = []
+            for part in parts:  # every occurrence becomes one part, from left to right
+                if joined and (joined[-1], part) == best:
+                    joined[-1] += part
+                else:
+                    joined.append(part)
+            parts = joined
         return tuple(self._ids[part] for part in parts)
 
 
 def tokenize(texts: str | Iterable[str], context_length: int = CONTEXT_LENGTH, truncate: bool = False) -> torch.Tensor:
-    """Ids (B, context_length) int32 of one text or several; see `Tokenizer.tokenize`."""
-    return Tokenizer.default().tokenize(texts, context_length, truncate)
+    """Ids (B, context_length) int32 of one text or several: start, words, end, zeros.
 
-
-def _byte_letters() -> dict[int, str]:
-    """Give each byte a visible letter, in the order of the ids: first the bytes that are visible in Latin-1."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    A text that needs more than `context_length` ids raises a RuntimeError, as in OpenAI's code; with `truncate` it is
+    cut and its last id becomes the end.
+    """
+    tokenizer, texts = Tokenizer.default(), [texts] if isinstance(texts, str) else list(texts)
+    tokens = torch.zeros(len(texts), context_length, dtype=torch.int32)
+    for row, text in zip(tokens, texts, strict=True):
+        ids = [tokenizer.sot, *tokenizer.encode(text), tokenizer.eot]
+        if len(ids) > context_length:
+            if not truncate:
+                shown = text if len(text) <= 60 else f"{text[:60]}..."
+                raise RuntimeError(f"{shown!r} needs {len(ids)} tokens, at most {context_length} fit: shorten it")
+            ids = [*ids[: context_length - 1], tokenizer.eot]
+        row[: len(ids)] = torch.tensor(ids, dtype=torch.int32)
+    return tokens
 
 
 def _clean(text: str) -> str:
     """Mojibake repaired, HTML entities resolved (twice, as CLIP was trained), blanks collapsed, lower case."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
-
-
-def _join(parts: list[str], pair: tuple[str, str]) -> list[str]:
-    """`parts` with every occurrence of `pair` made one part, from left to right."""
-    joined: list[str] = []
-    for part in parts:
-        if joined and (joined[-1], part) == pair:
-            joined[-1] += part
-        else:
-            joined.append(part)
-    return joined

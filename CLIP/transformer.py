@@ -5,6 +5,7 @@ Parameter names are OpenAI's, so that a weight file loads without a table of nam
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import cast
 
 import torch
@@ -33,21 +34,9 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def split_heads(self, x: Tensor) -> Tensor:
-        """(B, L, C) -> (B, heads, L, C / heads)."""
-        heads: Tensor = x.unflatten(-1, (self.heads, -1))
-        return heads.transpose(1, 2)
-
-    def qkv(self, x: Tensor) -> Tensor:
-        """Queries, keys and values side by side: (..., C) -> (..., 3C)."""
-        return F.linear(x, self.in_proj_weight, self.in_proj_bias)
-
     def attend(self, qkv: Tensor, causal: bool) -> Tensor:
-        """The heads' outputs, before `out_proj`: (B, L, 3C) -> (B, L, C).
-
-        With `causal` a position sees itself and those before it.
-        """
-        q, k, v = (self.split_heads(part) for part in qkv.chunk(3, dim=-1))
+        """The heads' outputs, before `out_proj`: (B, L, 3C) -> (B, L, C); `causal`: no position sees a later one."""
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
         if not causal and qkv.device.type == "cpu" and qkv.shape[1] in PLAIN_LENGTHS:
             mixed: Tensor = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1) @ v
         else:
@@ -55,11 +44,10 @@ class Attention(nn.Module):
         return mixed.transpose(1, 2).flatten(2)  # from (B, heads, L, C / heads)
 
     def attend_at(self, x: Tensor, position: Tensor, causal: bool) -> Tensor:
-        """`attend(qkv(x))` at one position per sequence only: x (B, L, C), position (B,) -> (B, C).
+        """`attend` at one position per sequence only (not in the paper): input x (B, L, C), position (B,) -> (B, C).
 
         No key or value is formed. A head's scores are q.(Wk x + bk) = (Wk' q).x + q.bk, of which softmax ignores the
-        last term, and its output is sum p (Wv x + bv) = Wv (sum p x) + bv: both products see one vector a head
-        instead of L.
+        last term, and its output is sum p (Wv x + bv) = Wv (sum p x) + bv: one vector a head instead of L.
         """
         rows = torch.arange(len(x), device=x.device)
         weight_q, weight_k, weight_v = self.in_proj_weight.chunk(3)
@@ -84,14 +72,12 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(width, hidden))
-        self.mlp.add_module("gelu", QuickGELU() if quick_gelu else nn.GELU())
-        self.mlp.add_module("c_proj", nn.Linear(hidden, width))
+        gelu = QuickGELU() if quick_gelu else nn.GELU()
+        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, hidden), gelu=gelu, c_proj=nn.Linear(hidden, width)))
 
     def qkv(self, x: Tensor) -> Tensor:
-        """What the attention reads of the block's input: (..., C) -> (..., 3C)."""
-        return self.attn.qkv(self.ln_1(x))
+        """Queries, keys and values of the block's input, side by side: (..., C) -> (..., 3C)."""
+        return F.linear(self.ln_1(x), self.attn.in_proj_weight, self.attn.in_proj_bias)
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """The block's output from its input and the attention heads' outputs: (..., C) twice -> (..., C)."""
@@ -104,10 +90,7 @@ class ResidualAttentionBlock(nn.Module):
         return self.finish(x, self.attn.attend(self.qkv(x), causal))
 
     def forward_at(self, x: Tensor, position: Tensor, causal: bool = False) -> Tensor:
-        """The block's output at one position per sequence: x (B, L, C), position (B,) -> (B, C).
-
-        Equal to `forward(x, causal)[range(B), position]`, at the cost of that one position (not in the paper).
-        """
+        """`forward(x, causal)[range(B), position]` at its cost alone: x (B, L, C), position (B,) -> (B, C)."""
         rows = torch.arange(len(x), device=x.device)
         return self.finish(x[rows, position], self.attn.attend_at(self.ln_1(x), position, causal))
 

@@ -22,25 +22,17 @@ class WeightsInfo:
     """Where the weights came from: goes into every checkpoint and into the key of every stored feature."""
 
     pretrain: str  # openai | laion400m | laion2b | random
-    source: str  # file name, or the seed of random weights
+    source: str  # file name without its folder, `owner/name/file` from the hub, or the seed of random weights
     sha256: str  # of the file; for random weights, of the words that make them
 
 
 @dataclass(frozen=True)
-class Weights:
+class Weights(WeightsInfo):
     """A model's config and its weight file, or the seed that makes random weights."""
 
     config: ModelConfig
     path: Path | None  # None: random
-    pretrain: str
-    source: str  # file name without its folder, `owner/name/file` from the hub, or the seed
-    sha256: str
     seed: int
-
-    @property
-    def info(self) -> WeightsInfo:
-        """What is kept in checkpoints."""
-        return WeightsInfo(self.pretrain, self.source, self.sha256)
 
 
 def find_weights(
@@ -48,37 +40,33 @@ def find_weights(
 ) -> Weights:
     """Find a model's weight file and its SHA-256, which is remembered, so that a second call reads no file.
 
-    Args:
-        model_name: a name of model_configs/, a JSON file, a folder with config and weights, `hf-hub:owner/name`, or
-            a config as a checkpoint keeps it.
-        pretrained: one of `PRETRAINS`; says which file belongs to a name of model_configs/.
-        weights: a weight file, or a folder that holds one, instead of that.
-        seed: of random weights.
-
-    Raises:
-        InputError: unknown model, no such weights, a file that is missing or cannot be read.
+    `model_name` is what `ModelConfig.load` takes (a folder or repository holds the weights too), or a checkpoint's
+    config; `pretrained`, one of `PRETRAINS`, says which file belongs to a name of model_configs/, and `weights` is a
+    file, or a folder that holds one, instead of that. `seed` is of random weights. `InputError` for an unknown model,
+    for no such weights, and for a file that is missing or cannot be read.
     """
     config = model_name if isinstance(model_name, ModelConfig) else ModelConfig.load(model_name)
     if pretrained == "random":
         if weights is not None:
             raise InputError(f"--pretrain random contradicts --weights {weights}: give one of them")
-        source = f"random, seed {seed}"
         words = f"random 2, seed {seed}, {config.name}, {config.architecture()}"
-        return Weights(config, None, pretrained, source, hashlib.sha256(words.encode()).hexdigest(), seed)
+        sha256 = hashlib.sha256(words.encode()).hexdigest()
+        return Weights(pretrained, f"random, seed {seed}", sha256, config, None, seed)
     path, source = _locate(model_name, config, pretrained, weights)
     check_file(path, config.name)
     try:
-        return Weights(config, path, pretrained, source, sha256_file(path), seed)
+        return Weights(pretrained, source, sha256_file(path), config, path, seed)
     except OSError as error:
         raise InputError(f"cannot read the weight file {path}: {error.strerror}") from error
 
 
-def check_file(path: Path, model_name: str = "ViT-L-14-336") -> None:
+def check_file(path: Path, model_name: str = "") -> None:
     """`InputError` where `path` is no file with something in it."""
     try:
         if path.exists() and not path.is_file():  # reading a pipe or a device may never end
             raise InputError(f"the weight file {path} is a folder or a device, not a file")
-        size = path.stat().st_size
+        if not path.stat().st_size:
+            raise InputError(f"the weight file {path} is empty: fetch it again")
     except FileNotFoundError as error:
         name = model_name if model_name in list_models() else "ViT-L-14-336"
         raise InputError(
@@ -87,27 +75,21 @@ def check_file(path: Path, model_name: str = "ViT-L-14-336") -> None:
         ) from error
     except OSError as error:
         raise InputError(f"cannot read the weight file {path}: {error.strerror}") from error
-    if not size:
-        raise InputError(f"the weight file {path} is empty: fetch it again")
 
 
 def _locate(
     model_name: str | ModelConfig, config: ModelConfig, pretrained: str, weights: str | Path | None
 ) -> tuple[Path, str]:
     """The weight file, and its name for files that others read."""
-    if weights is not None:
-        path = Path(weights)
-        if path.is_dir():
-            _check_same_architecture(path, config)
-            path = _in_folder(path)
-        return path, path.name
     name = config.name if isinstance(model_name, ModelConfig) else model_name
-    if name.startswith(hub.PREFIX):
+    if weights is None and name.startswith(hub.PREFIX):
         repository = name.removeprefix(hub.PREFIX)
         path = hub.fetch(repository, hub.WEIGHT_FILES)
         return path, f"{repository}/{path.name}"
-    if name not in list_models() and Path(name).is_dir() and not isinstance(model_name, ModelConfig):
-        path = _in_folder(Path(name))
+    own = not isinstance(model_name, ModelConfig) and name not in list_models()  # a JSON file or folder of the user's
+    if weights is not None or (own and Path(name).is_dir()):
+        path = Path(name if weights is None else weights)
+        path = _in_folder(path, config) if path.is_dir() else path
         return path, path.name
     if pretrained not in config.weights and pretrained not in config.hub:
         known = [*{**config.weights, **config.hub}, "random"]
@@ -115,7 +97,7 @@ def _locate(
             f"--pretrain {pretrained}: no such weights are known for {config.name}; "
             f"choose --pretrain {' or '.join(known)}, or give a file with --weights FILE"
         )
-    folder = CKPT_FOLDER if name in list_models() or isinstance(model_name, ModelConfig) else Path(name).parent
+    folder = Path(name).parent if own else CKPT_FOLDER
     path = folder / config.weights.get(pretrained, f"{config.name}-{pretrained}")
     if not path.exists() and pretrained in config.hub:  # as CLIP.download leaves it where OpenAI cannot be reached
         repository = config.hub[pretrained]
@@ -124,21 +106,17 @@ def _locate(
     return path, path.name
 
 
-def _in_folder(folder: Path) -> Path:
+def _in_folder(folder: Path, config: ModelConfig) -> Path:
+    """A folder's weight file; its config must agree, as heads and activation are in no tensor's shape."""
+    if any((folder / name).is_file() for name in CONFIG_FILES):
+        theirs = ModelConfig.load(str(folder)).architecture()
+        for name, value in config.architecture().items():
+            if theirs[name] != value and name != "image_size":
+                raise InputError(
+                    f"--weights {folder}: its config says {name} {theirs[name]}, but {config.name} has {value}: "
+                    f"give --model_name {folder} instead"
+                )
     for name in hub.WEIGHT_FILES:
         if (folder / name).exists():
             return folder / name
     raise InputError(f"the folder {folder} holds no weights: none of {', '.join(hub.WEIGHT_FILES)}")
-
-
-def _check_same_architecture(folder: Path, config: ModelConfig) -> None:
-    """`InputError` where a folder's own config says something else: heads and activation are in no tensor's shape."""
-    if not any((folder / name).is_file() for name in CONFIG_FILES):
-        return
-    theirs, ours = ModelConfig.load(str(folder)).architecture(), config.architecture()
-    for name, value in ours.items():
-        if theirs[name] != value and name != "image_size":
-            raise InputError(
-                f"--weights {folder}: its config says {name} {theirs[name]}, but {config.name} has {value}: "
-                f"give --model_name {folder} instead"
-            )

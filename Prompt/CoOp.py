@@ -17,21 +17,16 @@ INIT_STD = 0.02
 
 
 class PromptLearner(nn.Module):
-    """The prompts of one class: `states` x `POSITIONS`, each with its own 8 context vectors.
+    """The prompts of one class (`kind`): S `states` x `POSITIONS`, each with its own 8 context vectors.
 
-    A prompt is the token sequence of `X X X X X X X X STATE.` with the X embeddings learnable and moved:
-    end: 8 contexts, state; front: state, 8 contexts; middle: 4 contexts, state, 4 contexts.
-
-    Args:
-        text: the frozen text tower, read for its token embeddings at construction only.
-        kind: `normal` or `abnormal`, part of the published parameter names.
-        states: S state phrases with the object's name in them.
-        generator: draws the contexts, on the CPU; None is torch's global one.
+    A prompt is the token sequence of `X X X X X X X X STATE.` with the X embeddings learnable and moved: end: 8
+    contexts, state; front: state, 8 contexts; middle: 4 contexts, state, 4 contexts. The frozen text tower is read for
+    its token embeddings at construction only. `generator` (None: torch's global one) draws the contexts, on the CPU, so
+    that a seed means the same on every device.
     """
 
-    eot: Tensor
-    start: Tensor
-    rest: Tensor
+    embedded: Tensor  # (3 S, 77, W) right but for the contexts
+    eot: Tensor  # (3 S,)
     context_positions: Tensor  # (3 S, 8)
 
     def __init__(
@@ -39,48 +34,31 @@ class PromptLearner(nn.Module):
     ) -> None:
         super().__init__()
         self.kind = kind
-        width, device = text.positional_embedding.shape[-1], text.positional_embedding.device
-        # Drawn on the CPU, so that a seed means the same contexts on every device.
-        shape = (len(states), CONTEXTS, width)
-        self.ctx = nn.ParameterDict(
-            {
-                f"{kind}_{position}": torch.empty(shape).normal_(0, INIT_STD, generator=generator).to(device)
-                for position in POSITIONS
-            }
+        device, shape = text.positional_embedding.device, (len(states), CONTEXTS, text.positional_embedding.shape[-1])
+        contexts = [torch.empty(shape).normal_(0, INIT_STD, generator=generator).to(device) for _ in POSITIONS]
+        self.ctx = nn.ParameterDict({f"{kind}_{name}": part for name, part in zip(POSITIONS, contexts, strict=True)})
+        ids = tokenize([f"{' '.join('X' * CONTEXTS)} {state}." for state in states])
+        self.name_lengths = [int(row.argmax()) - 1 for row in tokenize(states)]  # without start and end
+        order = torch.tensor(
+            [_layout(BEFORE[name], length, ids.shape[1]) for name in POSITIONS for length in self.name_lengths]
         )
-        ids = tokenize([f"{' '.join('X' * CONTEXTS)} {state}." for state in states]).to(device)
+        is_context = (order >= 1) & (order <= CONTEXTS)
+        arranged = ids.repeat(len(POSITIONS), 1).gather(1, order).to(device)
         with torch.no_grad():
-            embedded = text.token_embedding(ids)  # (S, 77, W)
-        # The pooled position is the first highest id, as in CLIP; all three layouts keep the same length.
-        self.register_buffer("eot", ids.argmax(dim=-1).repeat(len(POSITIONS)), persistent=False)
-        self.register_buffer("start", embedded[:, :1], persistent=False)
-        self.register_buffer("rest", embedded[:, 1 + CONTEXTS :], persistent=False)  # state, full stop, end, padding
-        self.name_lengths = [len(_bare_ids(state)) for state in states]
-        positions = [
-            [1 + number + (length if number >= BEFORE[position] else 0) for number in range(CONTEXTS)]
-            for position in POSITIONS
-            for length in self.name_lengths
-        ]
-        self.register_buffer("context_positions", torch.tensor(positions, device=device), persistent=False)
+            self.register_buffer("embedded", text.token_embedding(arranged), persistent=False)
+        # The pooled position is the first highest id, as in CLIP.
+        self.register_buffer("eot", arranged.argmax(dim=-1), persistent=False)
+        positions = is_context.nonzero()[:, 1].unflatten(0, (-1, CONTEXTS)).to(device)
+        self.register_buffer("context_positions", positions, persistent=False)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Token embeddings (3 S, 77, W), position by position, and their end-of-text positions (3 S,)."""
-        prompts = [
-            self._arrange(position, state, length)
-            for position in POSITIONS
-            for state, length in enumerate(self.name_lengths)
-        ]
-        return torch.stack(prompts), self.eot
-
-    def _arrange(self, position: str, state: int, length: int) -> Tensor:
-        """One prompt (77, W): the state phrase is the first `length` tokens of `rest`."""
-        contexts = self.ctx[f"{self.kind}_{position}"][state]
-        start, phrase, tail = self.start[state], self.rest[state, :length], self.rest[state, length:]
-        before = BEFORE[position]
-        return torch.cat([start, contexts[:before], phrase, contexts[before:], tail])
+        contexts = torch.cat([self.ctx[f"{self.kind}_{name}"] for name in POSITIONS])  # (3 S, 8, W)
+        prompts = torch.arange(len(contexts), device=contexts.device)[:, None]
+        return self.embedded.index_put((prompts, self.context_positions), contexts), self.eot
 
 
-def _bare_ids(phrase: str) -> list[int]:
-    """Token ids of a phrase without start, end and padding."""
-    ids = tokenize(phrase)[0]
-    return ids[1 : int(ids.argmax())].tolist()
+def _layout(before: int, phrase: int, total: int) -> list[int]:
+    """The tokens of `X X X X X X X X STATE.` with the state moved behind the first `before` contexts."""
+    start, after = 1 + CONTEXTS, 1 + CONTEXTS + phrase
+    return [*range(1 + before), *range(start, after), *range(1 + before, start), *range(after, total)]

@@ -1,37 +1,20 @@
 """Prompts: learnable contexts (CoOp) and the choice between them and fixed sentences. Importing it imports no torch."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .states import TEXT_MOODS, read_prompts, states_fault
+from .states import TEXT_MOODS, read_prompts
 
 if TYPE_CHECKING:
-    from .CoOp import PromptLearner
     from .prompt_pass import PromptPass
-    from .promptChooser import PromptChooser, text_similarity
+    from .promptChooser import PromptChooser
 
-__all__ = [
-    "TEXT_MOODS",
-    "PromptChooser",
-    "PromptLearner",
-    "PromptPass",
-    "read_prompts",
-    "states_fault",
-    "text_similarity",
-]
-
-_MODULES = {
-    "PromptChooser": "promptChooser",
-    "PromptLearner": "CoOp",
-    "PromptPass": "prompt_pass",
-    "text_similarity": "promptChooser",
-}
+__all__ = ["TEXT_MOODS", "PromptChooser", "PromptPass", "read_prompts"]
+_LAZY = {"PromptChooser": "promptChooser", "PromptPass": "prompt_pass"}
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever a module holds
     """Import what needs torch when it is asked for."""
-    if name not in _MODULES:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    return getattr(import_module(f".{_LAZY[name]}", __name__), name)

@@ -19,6 +19,8 @@ from .CoOp import CONTEXTS, PromptLearner
 from .prompt_pass import PromptPass
 from .states import STATES, TEMPLATES, fixed_sentences, state_phrases
 
+LEARNABLE = {"fix": (), "learnable_abnormal": ("abnormal",), "learnable_all": ("abnormal", "normal")}  # drawn so
+
 
 def fixed_feature(clip: CLIP, kind: str, name: str, states: Mapping[str, Sequence[str]] = STATES) -> Tensor:
     """The ensemble of the fixed sentences: (D,), of norm 1; each sentence is normalised before the mean."""
@@ -39,16 +41,10 @@ def check_length(name: str, states: Mapping[str, Sequence[str]]) -> None:
 class PromptChooser(nn.Module):
     """The text features (D, 2) of a data set, as columns [normal, abnormal].
 
-    Args:
-        clip: gives the frozen text tower; it is not registered, so it is neither trained nor saved.
-        name: what the prompts call the object, for example `retinal OCT`.
-        text_mood: one of `TEXT_MOODS`.
-        causal: pass learnable prompts under CLIP's causal mask (`corrected` fidelity).
-        states: state phrases to use instead of the published ones, see `read_prompts`.
-        generator: draws the contexts, on the CPU; None is torch's global one.
-
-    Raises:
-        InputError: a name or phrase that is too long for CLIP's 77 tokens.
+    `clip` gives the frozen text tower; it is not registered, so it is neither trained nor saved. `name` is what the
+    prompts call the object (`retinal OCT`), `text_mood` one of `TEXT_MOODS`, `states` are phrases instead of the
+    published ones, see `read_prompts`. `causal` passes learnable prompts under CLIP's causal mask (`corrected`
+    fidelity). `generator` draws the contexts. `InputError` for a name or phrase too long for CLIP's 77 tokens.
     """
 
     def __init__(
@@ -61,27 +57,21 @@ class PromptChooser(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        learnable = {"fix": (), "learnable_abnormal": ("abnormal",), "learnable_all": ("abnormal", "normal")}[text_mood]
-        states = states or STATES
+        learnable, states = LEARNABLE[text_mood], states or STATES
         check_length(name, states)
         self._clip = [clip]  # in a list: hidden from nn.Module
-        self.causal = causal
-        # Contexts are drawn abnormal first, as published.
-        self.prompt_learners = nn.ModuleDict(
-            {kind: PromptLearner(clip.text, kind, state_phrases(kind, name, states), generator) for kind in learnable}
-        )
-        self.encode = self._prompt_pass() if self.prompt_learners else None
+        learners = [PromptLearner(clip.text, kind, state_phrases(kind, name, states), generator) for kind in learnable]
+        self.prompt_learners = nn.ModuleDict(dict(zip(learnable, learners, strict=True)))
         # The columns that do not learn, encoded once, here: in float32 whatever autocast a later step runs under.
         self.fixed = {kind: fixed_feature(clip, kind, name, states) for kind in STATES if kind not in learnable}
-
-    def _prompt_pass(self) -> PromptPass:
-        parts = [(*learner(), learner.context_positions) for learner in self.prompt_learners.values()]
-        embeddings, eot, contexts = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        return PromptPass(self._clip[0].text, embeddings, contexts, eot, self.causal)
+        if learners:
+            parts = [(*learner(), learner.context_positions) for learner in learners]
+            embeddings, eot, contexts = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            self.encode = PromptPass(clip.text, embeddings, contexts, eot, causal)
 
     def prompt_embeddings(self) -> dict[str, Tensor]:
         """Text embeddings of the single learnable prompts, kind -> (21, D), not normalised: one pass for both kinds."""
-        if self.encode is None:
+        if not self.prompt_learners:
             return {}
         parts = [learner()[0] for learner in self.prompt_learners.values()]  # (21, 77, W) a kind
         encoded = self.encode(torch.cat(parts))

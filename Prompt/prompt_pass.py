@@ -17,12 +17,8 @@ class PromptPass:
     out. Without a mask the fixed rows keep theirs in the first block, and its output changes everywhere. Not in the
     paper, whose code passes every position of every prompt.
 
-    Args:
-        text: the frozen tower.
-        embeddings: (B, T, W) without positional embedding, right at the fixed positions.
-        changing: (B, V) the positions that change from call to call.
-        eot: (B,) position of the end-of-text token.
-        causal: CLIP's own mask; the published code passes learnable prompts without one.
+    Of `embeddings` (B, T, W), without positional embedding, all but the positions `changing` (B, V) stay as given;
+    `eot` (B,) is the position of the end-of-text token. `causal` is CLIP's own mask; the published code has none here.
     """
 
     @torch.no_grad()

@@ -11,35 +11,24 @@ from utils import InputError, read_text
 TEXT_MOODS = ("fix", "learnable_all", "learnable_abnormal")
 
 # {} is the object's name. ' disease {}' has its leading blank in the published list.
-NORMAL_STATES = (
-    "{}",
-    "flawless {}",
-    "perfect {}",
-    "unblemished {}",
-    "{} without flaw",
-    "{} without defect",
-    "{} without damage",
-)
-ABNORMAL_STATES = (
-    "damaged {}",
-    "broken {}",
-    "{} with flaw",
-    "{} with defect",
-    "{} with damage",
-    " disease {}",
-    "abnormal {}",
-)
+STATES = {
+    "normal": (
+        "{}", "flawless {}", "perfect {}", "unblemished {}", "{} without flaw", "{} without defect",
+        "{} without damage",
+    ),
+    "abnormal": (
+        "damaged {}", "broken {}", "{} with flaw", "{} with defect", "{} with damage", " disease {}", "abnormal {}",
+    ),
+}  # fmt: skip
 MAX_PHRASES = 100  # of a kind: in 35 templates each they pass the text tower, and learnable ones in every step
 MAX_CHARACTERS = 500  # characters of a phrase: far more than fit into 77 tokens, and soon read
-STATES = {"normal": NORMAL_STATES, "abnormal": ABNORMAL_STATES}
 TEMPLATES = tuple((Path(__file__).parent / "templates.txt").read_text().splitlines())
 
 
 def read_prompts(path: str) -> dict[str, list[str]]:
     """State phrases from a JSON file {"normal": [...], "abnormal": [...]}, {} in each for the object's name.
 
-    Raises:
-        InputError: unreadable file, another form, or a phrase without exactly one {}.
+    `InputError` for an unreadable file, another form, or a phrase without exactly one {}.
     """
     try:
         states = json.loads(read_text(path))

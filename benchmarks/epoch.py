@@ -214,7 +214,8 @@ def main() -> None:
     beside = seconds["image scores"] + seconds["maps, masks, metrics"]
     print_table(rows, ["part", "times", *whole])
     rates_here = f"{flops / 1e12:.3f} TFLOP/s of products, {copies / 1e9:.1f} GB/s copied"
-    print(f"{options.obj}, {options.model}, {device}: {rates_here}; the epoch is {whole['s'] / whole['floor s']:.2f} floors")
+    print(f"{options.obj}, {options.model}, {device}: {rates_here}")
+    print(f"the epoch takes {whole['s'] / whole['floor s']:.2f} times its floor")
     share = beside / (beside + seconds["scoring"])
     print(f"of the evaluation {share:.1%} is not scoring; peak memory {peak_memory():,.0f} MiB")
     if device.type == "cuda":

@@ -15,8 +15,10 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, product
 from pathlib import Path
 
 from tqdm import tqdm
@@ -27,7 +29,6 @@ from .fewshot import SEEDS, check_shot_names, parse_shot_list
 from .images import (
     ABNORMAL_ABOVE,
     NoImageError,
-    Picture,
     file_kind,
     frames,
     mask_notes,
@@ -54,7 +55,7 @@ PUBLISHED_COUNTS: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
     "Histopathology": {"test": ((1028, 1008), (1003, 994))},
 }
 
-# What a finding is called, and whether it is an error.
+# What is found, and what it is called. Errors first, in the order of the report.
 ERRORS = {
     "layout": "the layout",
     "unusable": "images or masks that cannot be used",
@@ -65,7 +66,7 @@ ERRORS = {
     "leak": "the same picture in valid and in test",
     "patient": "patients, by the names, in valid and in test",
     "two labels": "the same picture among the normal and the abnormal",
-    "list": "few-shot lists",
+    "bad list": "few-shot lists",
 }
 WARNINGS = {
     "duplicate": "the same picture twice in a class",
@@ -89,32 +90,8 @@ WARNINGS = {
     "unused": "masks that are not used: their names fit no image, or pixel_metrics is false",
     "list": "few-shot lists",
 }
-# What the paper's own files are known for: listed, but no error.
-KNOWN = {kind: f"published: {ERRORS[kind]}" for kind in ("leak", "patient", "two labels")}
-
-
-@dataclass
-class Findings:
-    """Counts of what was found, with the first few examples of each, and all of `NAMED`."""
-
-    titles: dict[str, str]
-    counts: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-
-    def add(self, kind: str, example: str, count: int = 1) -> None:
-        """Note one finding, or `count` that share an example."""
-        self.counts[kind] += count
-        if kind in NAMED or len(self.examples[kind]) < SHOWN:
-            self.examples[kind].append(example)
-
-    def lines(self, word: str = "") -> Iterator[str]:
-        """A line for each kind, and one for each of its examples."""
-        for kind, title in self.titles.items():
-            if self.counts[kind]:
-                yield f"{word}{title}: {self.counts[kind]}"
-                yield from (f"    {example}" for example in self.examples[kind])
-                if self.counts[kind] > len(self.examples[kind]) == SHOWN:
-                    yield "    ..."
+KNOWN = ("leak", "patient", "two labels")  # of the paper's own files, where they are listed, but no error
+Finding = tuple[str, str]  # kind, words
 
 
 @dataclass
@@ -122,53 +99,56 @@ class Inspection:
     """What one image and its mask showed."""
 
     name: str
+    findings: list[Finding]
     mode: str = ""
-    size: tuple[int, int] | None = None  # width, height
+    size: tuple[int, int] | None = None  # width, height; None where it could not be read
     digest: bytes = b""  # of the pixels: a picture saved anew without loss is the same
-    errors: dict[str, str] = field(default_factory=dict)
-    warnings: dict[str, str] = field(default_factory=dict)
 
 
-def inspect_image(sample: Sample, above: int, alone: bool = True) -> Inspection:
-    """Decode an image, and its mask where it has one of its own.
+def inspect_file(dataset: MedicalDataset, file: ImageFile, kind: str) -> list[Inspection]:
+    """Decode every image in a file, and its mask where it has one of its own."""
+    name = dataset.name(file.path)
+    masks = file.masks if len(file.masks) == 1 else []
+    try:
+        frames(file.path, dataset.options)
+        samples = dataset.expand(file._replace(masks=masks), kind)
+    except NoImageError as error:
+        return [Inspection(name, [("no image", str(error))])]
+    except InputError as error:
+        return [Inspection(name, [("unusable", str(error))])]
+    if not samples:
+        return [Inspection(name, [("empty", f"{masks[0]}: no slice is marked")])]
+    return [inspect_image(sample, dataset.mask_above, alone=len(samples) == 1) for sample in samples]
 
-    `alone` is False for slices, of which some may be black.
-    """
-    result = Inspection(sample.name)
+
+def inspect_image(sample: Sample, above: int, alone: bool) -> Inspection:
+    """Decode an image and its mask; `alone` is False for slices, of which some may be black."""
+    result = Inspection(sample.name, [])
     try:
         picture = read(sample)
-        result.mode, result.size = picture.mode, picture.image.size
-        content = hashlib.sha256(f"{picture.image.size}".encode())
-        content.update(picture.image.tobytes())
-        result.digest = content.digest()
-        notes = picture.notes
-        if alone and min(picture.image.size) >= SMALL and "dark" not in notes:
-            notes = {**notes, **picture_notes(picture.image)}
-        result.warnings |= {kind: f"{sample.path}: {text}" for kind, text in notes.items()}
-        if min(picture.image.size) < SMALL:
-            result.warnings["small"] = f"{sample.path}: {_size(picture.image.size)}"
+        size, notes = picture.image.size, dict(picture.notes)
+        if alone and min(size) >= SMALL and "dark" not in notes:
+            notes |= picture_notes(picture.image)
+        if min(size) < SMALL:
+            notes["small"] = _size(size)
         if picture.orientation != 1:
-            result.warnings["orientation"] = f"{sample.path}: orientation {picture.orientation}"
-        inspect_mask(sample, picture, above, result)
+            notes["orientation"] = f"orientation {picture.orientation}"
+        result.findings += [(kind, f"{sample.path}: {text}") for kind, text in notes.items()]
+        result.mode, result.size = picture.mode, size
+        result.digest = hashlib.sha256(f"{size}".encode() + picture.image.tobytes()).digest()
+        mask, notes = read_mask(sample)
+        if mask is not None:
+            notes |= mask_notes(mask, above)
+            if labels := notes.pop("labels", ""):
+                notes.pop("wide", None)
+                notes["mask range"] = labels
+            if mask.size != size:
+                kind = "any size" if sample.any_mask_size else "mask size"
+                notes[kind] = f"{_size(mask.size)}, its image {_size(size)}"
+            result.findings += [(kind, f"{sample.mask}: {text}") for kind, text in notes.items()]
     except InputError as error:
-        result.errors["unusable"] = str(error)
+        result.findings.append(("unusable", str(error)))
     return result
-
-
-def inspect_mask(sample: Sample, picture: Picture, above: int, result: Inspection) -> None:
-    """Compare a mask with its image and note what it holds."""
-    mask, notes = read_mask(sample)
-    if mask is None:
-        return
-    notes |= mask_notes(mask, above)
-    if "labels" in notes:
-        result.errors["mask range"] = f"{sample.mask}: {notes.pop('labels')}"
-        notes.pop("wide", None)
-    result.warnings |= {kind: f"{sample.mask}: {text}" for kind, text in notes.items()}
-    if mask.size != picture.image.size:
-        words = f"{sample.mask}: {_size(mask.size)}, its image {_size(picture.image.size)}"
-        findings = result.warnings if sample.any_mask_size else result.errors
-        findings["any size" if sample.any_mask_size else "mask size"] = words
 
 
 @dataclass
@@ -189,178 +169,156 @@ class ClassSummary:
 
 
 class Check:
-    """Goes through a data set; `rows`, `errors`, `warnings`, `known` and `notes` are what it found."""
+    """Goes through a data set; `rows`, `counts`, `examples` and `notes` are what it found."""
 
-    def __init__(self, workers: int = 2) -> None:
-        self.workers = workers
-        self.errors, self.warnings, self.known = Findings(ERRORS), Findings(WARNINGS), Findings(KNOWN)
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()  # of `ERRORS` and `WARNINGS`
+        self.examples: defaultdict[str, list[str]] = defaultdict(list)  # the first few of each, and all of `NAMED`
         self.rows: list[ClassSummary] = []
         self.notes: list[str] = []
+        self.known: tuple[str, ...] = ()  # kinds that are no error here
         self.first: dict[bytes, tuple[str, str, str]] = {}  # digest -> split, class, name of the first such picture
-        self.patients: dict[str, set[str]] = {split: set() for split in SPLITS}
         self.without_mask: set[str] = set()  # abnormal images of valid
 
-    def run(self, dataset: MedicalDataset) -> None:
+    def add(self, kind: str, example: str, count: int = 1) -> None:
+        """Note one finding, or `count` that share an example."""
+        self.counts[kind] += count
+        if kind in NAMED or len(self.examples[kind]) < SHOWN:
+            self.examples[kind].append(example)
+
+    def lines(self) -> Iterator[str]:
+        """A line for each kind of finding, and one for each of its examples."""
+        titles = {kind: f"error: {title}" for kind, title in ERRORS.items() if kind not in self.known}
+        titles |= {kind: f"warning: {title}" for kind, title in WARNINGS.items()}
+        titles |= {kind: f"published: {ERRORS[kind]}" for kind in self.known}
+        for kind, title in titles.items():
+            if self.counts[kind]:
+                yield f"{title}: {self.counts[kind]}"
+                yield from (f"    {example}" for example in self.examples[kind])
+                if self.counts[kind] > len(self.examples[kind]) == SHOWN:
+                    yield "    ..."
+
+    def run(self, dataset: MedicalDataset, workers: int = 2) -> None:
         """Examine every class of every split, then the few-shot lists."""
-        files = {
-            (split, kind): self.find(dataset, split, kind)
-            for split in SPLITS
-            for kind in KINDS
-            if dataset.layout.folders(split, kind)
-        }
-        leak = self.known if dataset.is_benchmark else self.errors
+        self.known = KNOWN if dataset.is_benchmark else ()
+        files: dict[tuple[str, str], list[ImageFile]] = {}
+        for split, kind in product(SPLITS, KINDS):
+            if dataset.layout.folders(split, kind):
+                try:
+                    files[split, kind] = dataset.find(split, kind)
+                except InputError as error:
+                    self.add("layout", str(error))
+                    files[split, kind] = []
+        patients: dict[str, set[str | None]] = {split: set() for split in SPLITS}
         with tqdm(total=sum(map(len, files.values())), desc="check", unit="file", mininterval=0.5) as bar:
             for (split, kind), found in files.items():
                 self.names(dataset, split, kind, found)
                 row = ClassSummary(split, kind)
                 self.rows.append(row)
-
-                def examine(file: ImageFile, kind: str = kind) -> list[Inspection]:
-                    return inspect_file(dataset, file, kind)
-
-                for file, results in zip(found, prefetch(examine, found, self.workers), strict=True):
+                inspect = partial(inspect_file, dataset, kind=kind)
+                for file, results in zip(found, prefetch(inspect, found, workers), strict=True):
                     row.masks += bool(file.masks)
                     for result in results:
-                        self.image(row, result, leak)
-                    if number := dataset.patient(file.path, file.folder):
-                        self.patients[split].add(number)
+                        self.image(row, result)
+                    patients[split].add(dataset.patient(file.path, file.folder))
                     bar.update()
-        for number in sorted(self.patients["valid"] & self.patients["test"]):
-            leak.add("patient", number)
+        for number in sorted(filter(None, patients["valid"] & patients["test"])):
+            self.add("patient", number)
         self.folders(dataset)
         self.lists(dataset)
         for path in sorted(self.without_mask):
-            self.warnings.add("valid mask", path)
-        self.counts(dataset)
-        if not self.errors.counts["layout"]:
+            self.add("valid mask", path)
+        self.compare_counts(dataset)
+        if not self.counts["layout"]:
             self.notes.append(dataset.patients_note())
 
-    def find(self, dataset: MedicalDataset, split: str, kind: str) -> list[ImageFile]:
-        """The images of a class; none, and an error noted, where the folder is missing or empty."""
-        try:
-            return dataset.find(split, kind)
-        except InputError as error:
-            self.errors.add("layout", str(error))
-            return []
-
-    def image(self, row: ClassSummary, result: Inspection, leak: Findings) -> None:
+    def image(self, row: ClassSummary, result: Inspection) -> None:
         """Add one image to its row and to the findings."""
-        row.images += "no image" not in result.warnings
-        for kind, words in result.errors.items():
-            self.errors.add(kind, words)
-        for kind, words in result.warnings.items():
-            self.warnings.add(kind, words)
-        if result.size:
-            row.sizes[result.size] += 1
-            row.modes[result.mode] += 1
-        if not result.digest:
+        row.images += all(kind != "no image" for kind, _ in result.findings)
+        for finding in result.findings:
+            self.add(*finding)
+        if not result.size:
             return
-        name = result.name
-        split, kind, other = self.first.setdefault(result.digest, (row.split, row.kind, name))
+        row.sizes[result.size] += 1
+        row.modes[result.mode] += 1
+        split, kind, other = self.first.setdefault(result.digest, (row.split, row.kind, result.name))
         if kind != row.kind:
-            leak.add("two labels", f"{other} = {name}")
+            self.add("two labels", f"{other} = {result.name}")
         if split != row.split:
-            leak.add("leak", f"{other} = {name}")
-        elif kind == row.kind and other != name:
-            self.warnings.add("duplicate", f"{other} = {name}")
+            self.add("leak", f"{other} = {result.name}")
+        elif kind == row.kind and other != result.name:
+            self.add("duplicate", f"{other} = {result.name}")
 
     def names(self, dataset: MedicalDataset, split: str, kind: str, found: list[ImageFile]) -> None:
         """Names that are alike, and masks that are missing or ambiguous."""
         if kind == "abnormal" and dataset.pixel_metrics:
             missing, ambiguous = dataset.mask_problems(found)
-            for path in missing:
-                if split == "valid":
-                    self.without_mask.add(path)  # an error only where it is a shot
-                else:
-                    self.errors.add("no mask", path)
-            for words in ambiguous:
-                self.errors.add("ambiguous", words)
+            if split == "valid":
+                self.without_mask |= set(missing)  # an error only where it is a shot
+                missing = []
+            for name, faults in (("no mask", missing), ("ambiguous", ambiguous)):
+                for words in faults:
+                    self.add(name, words)
             return
-        for (folder, stem), count in Counter((file.path.parent, file.path.stem) for file in found).items():
+        for path, count in Counter(file.path.with_name(file.path.stem) for file in found).items():
             if count > 1:
-                self.warnings.add("same name", f"{folder / stem}.*: {count} images ({split})")
+                self.add("same name", f"{path}.*: {count} images ({split})")
 
     def folders(self, dataset: MedicalDataset) -> None:
         """Files beside the images that are left out, and masks that are not used."""
-        listed = {folder for split in SPLITS for kind in KINDS for folder in dataset.layout.folders(split, kind)}
-        for folder in sorted(listed):
-            others = Counter(
-                path.suffix.lower() or "no extension"
-                for path in (dataset.root / folder).glob("[!.]*")
-                if path.is_file() and file_kind(path) is None
-            )
-            for suffix, count in others.items():
-                self.warnings.add("ignored", f"{dataset.root / folder}: {count} x {suffix}", count)
-            masks = mask_folder(dataset.root, folder, dataset.layout.masks)
-            if masks.is_dir() and not dataset.pixel_metrics and masks != dataset.root / folder:
-                self.warnings.add("unused", str(masks))
+        listed = {name for split, kind in product(SPLITS, KINDS) for name in dataset.layout.folders(split, kind)}
+        for name in sorted(listed):
+            folder = dataset.root / name
+            others = [path for path in folder.glob("[!.]*") if path.is_file() and file_kind(path) is None]
+            for suffix, count in Counter(path.suffix.lower() or "no extension" for path in others).items():
+                self.add("ignored", f"{folder}: {count} x {suffix}", count)
+            masks = mask_folder(dataset.root, name, dataset.layout.masks)
+            if masks.is_dir() and not dataset.pixel_metrics and masks != folder:
+                self.add("unused", str(masks))
 
     def lists(self, dataset: MedicalDataset) -> None:
         """Every line of every few-shot list that a training could use."""
-        shots = {kind: _known_shots(dataset, kind) for kind in KINDS}
-        names = set().union(*(known or () for known in shots.values()))
+        shots: dict[str, dict[str, str]] = {}  # `a` or `n` -> name -> path
+        for kind in KINDS:
+            with suppress(InputError):  # it is among the errors already
+                shots[kind[0]] = {name: str(sample.path) for name, (_, sample) in dataset.known_shots(kind).items()}
         used = {path.name: path for path in reversed(dataset.shot_lists())}  # the first of a name wins
         for path in sorted(used.values()):
             try:
                 lines, warnings = parse_shot_list(path)
             except InputError as error:
-                self.errors.add("list", str(error))
+                self.add("bad list", str(error))
                 continue
-            if SEEDS in path.parents and names.isdisjoint(chain.from_iterable(lines.values())):
+            if SEEDS in path.parents and set(chain(*shots.values())).isdisjoint(chain(*lines.values())):
                 self.notes.append(f"{path.name} of the project names none of these images: shots would be sampled")
                 continue
             count = int(path.name.removeprefix("my").removesuffix("-shot.txt"))
             for (letter, index), line in lines.items():
-                known = shots[{"n": "normal", "a": "abnormal"}[letter]]
-                if known is None:
+                if letter not in shots:
                     continue
                 try:
-                    warnings += check_shot_names(line, known, count, f"{path}, {letter}-{index}", dataset.root)
+                    where = f"{path}, {letter}-{index}"
+                    warnings += check_shot_names(line, shots[letter], count, where, dataset.root)
                 except InputError as error:
-                    self.errors.add("list", str(error))
-                for path_of_shot in {str(known[name].path) for name in line if name in known} & self.without_mask:
+                    self.add("bad list", str(error))
+                for path_of_shot in {shots[letter].get(name, "") for name in line} & self.without_mask:
                     self.without_mask.remove(path_of_shot)
-                    self.errors.add("no mask", path_of_shot)
+                    self.add("no mask", path_of_shot)
             for text in warnings:
-                self.warnings.add("list", text)
+                self.add("list", text)
 
-    def counts(self, dataset: MedicalDataset) -> None:
+    def compare_counts(self, dataset: MedicalDataset) -> None:
         """A line that compares the numbers of images with the published ones, for the paper's six."""
-        expected = PUBLISHED_COUNTS.get(dataset.obj)
-        if expected is None or not dataset.is_benchmark:
-            return
         parts, complete = [], True
-        for split, accepted in expected.items():
+        for split, accepted in (PUBLISHED_COUNTS.get(dataset.obj, {}) if dataset.is_benchmark else {}).items():
             images = tuple(row.images for row in self.rows if row.split == split)
-            match = any((sum(images),) == counts if len(counts) == 1 else images == counts for counts in accepted)
+            match = images in accepted or (sum(images),) in accepted
             complete &= match
             published = " or ".join(" + ".join(map(str, counts)) for counts in accepted)
             parts.append(f"{split} {' + '.join(map(str, images))}" + ("" if match else f" (published: {published})"))
         words = "counts as published" if complete else "warning: counts: other than published: is the copy whole?"
-        self.notes.append(f"{words}: {'; '.join(parts)} (normal + abnormal)")
-
-
-def _known_shots(dataset: MedicalDataset, kind: str) -> dict[str, Sample] | None:
-    try:
-        return {name: sample for name, (_, sample) in dataset.known_shots(kind).items()}
-    except InputError:
-        return None  # it is among the errors already
-
-
-def inspect_file(dataset: MedicalDataset, file: ImageFile, kind: str) -> list[Inspection]:
-    """Every image in a file."""
-    name = dataset.name(file.path)
-    masks = file.masks if len(file.masks) == 1 else []
-    try:
-        frames(file.path, dataset.options)
-        samples = dataset.expand(file._replace(masks=masks), kind)
-    except NoImageError as error:
-        return [Inspection(name, warnings={"no image": str(error)})]
-    except InputError as error:
-        return [Inspection(name, errors={"unusable": str(error)})]
-    if not samples:
-        return [Inspection(name, warnings={"empty": f"{masks[0]}: no slice is marked"})]
-    return [inspect_image(sample, dataset.mask_above, alone=len(samples) == 1) for sample in samples]
+        if parts:
+            self.notes.append(f"{words}: {'; '.join(parts)} (normal + abnormal)")
 
 
 def _size(size: tuple[int, int]) -> str:
@@ -421,15 +379,6 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def open_dataset(options: argparse.Namespace) -> MedicalDataset:
-    """The data set that the command line names; errors are those of `MedicalDataset.open`."""
-    dataset = MedicalDataset.open(
-        options.obj, options.data_path, options.data_root, options.patient, options.mask_above
-    )
-    window = parse_window(options.window) if options.window else dataset.layout.window
-    return replace(dataset, layout=replace(dataset.layout, window=window, plane=options.plane or dataset.layout.plane))
-
-
 def main() -> int:
     """Check a data set and print what was found; returns the exit code."""
     options = parse()
@@ -437,33 +386,31 @@ def main() -> int:
     if options.patient is not None:
         compile_rule(options.patient, "--patient")
     parse_window(options.window)
-    check = Check(options.num_workers)
+    check = Check()
     try:
-        dataset = open_dataset(options)
+        dataset = MedicalDataset.from_options(options)
     except InputError as error:
-        check.errors.add("layout", str(error))
+        check.add("layout", str(error))
         print(printable(f"{options.obj}: {root}"))
     else:
-        check.run(dataset)
+        check.run(dataset, options.num_workers)
         metrics = "images and pixels are measured" if dataset.pixel_metrics else "images are measured, no masks"
         if dataset.pixel_metrics and dataset.mask_above != ABNORMAL_ABOVE:
             metrics += f", a mask's grey above {dataset.mask_above} is abnormal"
         print(printable(f'{options.obj}: {root}; prompts say "{dataset.prompt_name}"; {metrics}'))
-        if not check.errors.counts["layout"] and (note := dataset.split_note()):
+        if not check.counts["layout"] and (note := dataset.split_note()):
             print(printable(note))
-        print(
-            table([("split", "class", "images", "masks", "width x height", "modes"), *(r.cells() for r in check.rows)])
-        )
-    found = (check.errors.lines("error: "), check.warnings.lines("warning: "), check.known.lines(), check.notes)
-    for line in chain(*found):
+        heads = ("split", "class", "images", "masks", "width x height", "modes")
+        print(table([heads, *(row.cells() for row in check.rows)]))
+    for line in (*check.lines(), *check.notes):
         print(printable(line))
-    errors = check.errors.counts.total()
-    warnings = check.warnings.counts.total() + sum(note.startswith("warning: ") for note in check.notes)
+    errors = sum(check.counts[kind] for kind in ERRORS if kind not in check.known)
+    warnings = sum(check.counts[kind] for kind in WARNINGS) + sum(n.startswith("warning: ") for n in check.notes)
     print(f"errors: {errors}, warnings: {warnings}" if errors or warnings else "fine")
     config = config_path(options.obj, root)
     if not config.is_file() and not check.rows:
         print(beginning(root, config))
-    elif not config.is_file() and not check.errors.counts["layout"]:
+    elif not config.is_file() and not check.counts["layout"]:
         print(f"layout found, not named by a file; to name or change it, put this into dataset/{config.name}:")
         print(dataset.layout.to_json())
     return 1 if errors else 0

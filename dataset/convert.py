@@ -12,7 +12,6 @@ on record; it was not held against BMAD's own files.
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from utils import InputError, Parser, atomic_path, run_cli, write_json
 from .images import ABNORMAL_ABOVE, ReadOptions, list_files, parse_window, read, read_mask, stem
 from .layout import KINDS, SPLITS, VALID_SHARE, named_after, object_name
 from .medical_few import MedicalDataset
-from .patients import falls_in_valid, patient
+from .patients import compile_rule, falls_in_valid, patient
 from .volumes import PLANES, Volume, read_nifti, read_volume, square, stretch, to_rgb
 
 FOLDERS = ("good", "Ungood")  # of `KINDS`
@@ -62,17 +61,13 @@ def from_samples(dataset: MedicalDataset) -> Iterator[Slice]:
 
 def labelled_volumes(folder: Path) -> list[tuple[Path, Path]]:
     """Volumes below a folder and the labels beside them."""
-    pairs = []
-    for path, _ in list_files([folder]):
-        for pattern, volume in LABELLED:
-            name = re.sub(f"^{pattern}$", volume, path.name)
-            if name != path.name and (path.parent / name).is_file():
-                pairs.append((path.parent / name, path))
-    return pairs
+    names = [(path, re.sub(f"^{old}$", new, path.name)) for path, _ in list_files([folder]) for old, new in LABELLED]
+    pairs = [(path.with_name(volume), path) for path, volume in names if volume != path.name]
+    return [pair for pair in pairs if pair[0].is_file()]
 
 
 def from_labels(
-    folder: Path, pairs: list[tuple[Path, Path]], options: ReadOptions, like: str | None
+    folder: Path, pairs: list[tuple[Path, Path]], options: ReadOptions, like: str | None, rule: re.Pattern[str] | None
 ) -> Iterator[Slice]:
     """The slices of volumes whose labels say what is abnormal; empty slices are left out."""
     for path, label_path in pairs:
@@ -80,18 +75,19 @@ def from_labels(
         if volume.values.shape != labels.values.shape:
             raise InputError(f"{label_path}: {labels.values.shape} voxels, its volume has {volume.values.shape}")
         name = path.relative_to(folder).as_posix()
-        number = patient(name, below=name) or stem(path)
+        number = patient(name, rule, below=name) or stem(path)
         split = SPLITS[not falls_in_valid(name, VALID_SHARE, number)]
         for index in range(volume.values.shape[PLANES.index(options.plane)]):
             marks, spacing = labels.plane(index, options.plane)
+            marks = np.nan_to_num(marks)
             picture = prepare(volume, marks, index, options, like)
             if picture is None:
                 continue
             abnormal = (marks >= TUMOUR if like == "Liver" else marks != 0).astype(np.uint8) * 255
             mask = square(Image.fromarray(abnormal), spacing, Image.Resampling.NEAREST)
-            is_abnormal = bool(abnormal.any())
-            yield Slice(split, int(is_abnormal), f"{stem(path)}_{index}", number, picture,
-                        mask.resize(picture.size, Image.Resampling.NEAREST) if is_abnormal else None)  # fmt: skip
+            mask = mask.resize(picture.size, Image.Resampling.NEAREST)
+            label = int(abnormal.any())
+            yield Slice(split, label, f"{stem(path)}_{index}", number, picture, mask if label else None)
 
 
 def prepare(
@@ -135,8 +131,8 @@ def write(slices: Iterator[Slice], out: Path) -> Counter[str]:
     return counts
 
 
-def parse() -> argparse.Namespace:
-    """Command line."""
+def main() -> None:
+    """Read the command line and IN, write OUT."""
     parser = Parser(prog="python -m dataset.convert", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("source", type=Path, metavar="IN", help="a data set's folder, or volumes beside their labels")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty")
@@ -150,25 +146,18 @@ def parse() -> argparse.Namespace:
         raise InputError(f"IN {options.source}: no folder")
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise InputError(f"OUT {options.out}: it is there and not empty; name a new folder")
-    return options
-
-
-def main() -> None:
-    """Read IN, write OUT."""
-    options = parse()
     how = ReadOptions(parse_window(options.window), options.plane)
     pairs = labelled_volumes(options.source)
     if options.like and not pairs:
-        raise InputError(
-            f"--like {options.like}: {options.source} holds no volumes beside their labels (X_flair.nii.gz and "
-            f"X_seg.nii.gz, or volume-X.nii and segmentation-X.nii)"
-        )
+        expected = "X_flair.nii.gz and X_seg.nii.gz, or volume-X.nii and segmentation-X.nii"
+        raise InputError(f"--like {options.like}: {options.source} holds no volumes beside their labels ({expected})")
     if pairs:
-        counts = write(from_labels(options.source, pairs, how, options.like), options.out)
+        rule = None if options.patient is None else compile_rule(options.patient, "--patient")
+        slices = from_labels(options.source, pairs, how, options.like, rule)
     else:
         obj = options.obj or named_after(options.source)
-        dataset = MedicalDataset.open(obj, "", options.source, options.patient, options=how)
-        counts = write(from_samples(dataset), options.out)
+        slices = from_samples(MedicalDataset.open(obj, "", options.source, options.patient, options=how))
+    counts = write(slices, options.out)
     if not counts:
         raise InputError(f"{options.source}: no slice to write")
     name = named_after(options.out)

@@ -13,21 +13,6 @@ Lines = dict[tuple[str, int], list[str]]  # (`a` or `n`, index) -> names
 SEEDS = Path(__file__).parent / "fewshot_seed"  # the project's lists: SEEDS / obj
 
 
-def list_name(count: int) -> str:
-    """The file that lists `count` shots."""
-    return f"my{count}-shot.txt"
-
-
-def shot_lists(root: Path, obj: str) -> list[Path]:
-    """The few-shot lists, the data set's own first: they win over the project's of the same name."""
-    return [
-        path
-        for folder in (root / "fewshot_seed", SEEDS / obj)
-        for path in sorted(folder.glob("*"))
-        if re.fullmatch(r"my\d+-shot\.txt", path.name)
-    ]
-
-
 def parse_shot_list(path: Path) -> tuple[Lines, list[str]]:
     """Lines `a-K: name name ...` and `n-K: name name ...` of a few-shot list, as the published program takes them.
 
@@ -41,8 +26,7 @@ def parse_shot_list(path: Path) -> tuple[Lines, list[str]]:
     try:
         text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{path}: cannot be read as a few-shot list ({reason})") from error
+        raise InputError(f"{path}: cannot be read as a few-shot list ({error})") from error
     lines: Lines = {}
     warnings = []
     for number, line in enumerate(text.splitlines(), start=1):
@@ -52,23 +36,17 @@ def parse_shot_list(path: Path) -> tuple[Lines, list[str]]:
         match = re.fullmatch(r"\s*([an])-(\d{1,9})\s*:(.*)", line)
         if match is None:
             warnings.append(f"{where}: left out, as it is no `a-K: name ...` or `n-K: name ...`: {line[:60]!r}")
-            continue
-        key = (match[1], int(match[2]))
-        if key in lines:
+        elif (key := (match[1], int(match[2]))) in lines:
             warnings.append(f"{where}: left out, as a line for {key[0]}-{key[1]} stands before it")
-            continue
-        lines[key] = match[3].split()
-        if repeated := [name for name, count in Counter(lines[key]).items() if count > 1]:
-            warnings.append(f"{where}: names {preview(repeated)} more than once; each time is a shot")
+        else:
+            lines[key] = match[3].split()
+            if repeated := [name for name, count in Counter(lines[key]).items() if count > 1]:
+                warnings.append(f"{where}: names {preview(repeated)} more than once; each time is a shot")
     return lines, warnings
 
 
 def read_shot_list(path: Path, iterate: int) -> tuple[list[str], list[str]]:
-    """The names of the abnormal and of the normal shots in lines `a-<iterate>:` and `n-<iterate>:`, in their order.
-
-    Raises:
-        InputError: the file cannot be read, or has no line with names for `iterate`.
-    """
+    """The abnormal and the normal names in lines `a-<iterate>:` and `n-<iterate>:`; `InputError` without them."""
     return pick_lines(*parse_shot_list(path), path, iterate)
 
 

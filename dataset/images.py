@@ -14,22 +14,24 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Protocol, TypeVar
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from utils import InputError, warn
+from utils import InputError, sha256_file, warn
 
 from .volumes import (
     AS_STORED,
     PLANES,
+    Ends,
     MissingPackageError,
     NoImageError,
     Notes,
@@ -50,49 +52,31 @@ from .volumes import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "ABNORMAL_ABOVE", "AS_STORED", "EXTENSIONS", "PLANES", "Frame", "MissingPackageError", "NoImageError",
-    "Picture", "ReadOptions", "apply_window", "check_mask", "file_kind", "frames", "list_files", "load_grey_mask",
-    "load_image", "load_image_with_hash", "load_mask", "parse_window", "picture_notes", "picture_size",
-    "pillow_to_rgb", "read", "read_bytes", "read_mask", "to_rgb", "to_tensor",
-]  # fmt: skip
+__all__ = ["AS_STORED", "PLANES", "MissingPackageError", "NoImageError", "ReadOptions", "apply_window", "read_bytes",
+           "to_rgb"]  # fmt: skip
 
-PILLOW_EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jp2")
-DICOM_EXTENSIONS = (".dcm", ".dicom")
-NIFTI_EXTENSIONS = (".nii", ".nii.gz")
-EXTENSIONS = (*PILLOW_EXTENSIONS, *DICOM_EXTENSIONS, *NIFTI_EXTENSIONS)
+ENDINGS = {
+    "pillow": (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jp2"),
+    "dicom": (".dcm", ".dicom"),
+    "nifti": (".nii", ".nii.gz"),
+}
+EXTENSIONS = tuple(ending for endings in ENDINGS.values() for ending in endings)
 # What Pillow may try, whatever a file is called: not EPS, for which it would start Ghostscript. JPEG includes MPO.
 PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000")
 MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"GIF8", b"\0\0\0\x0cjP  ")
-PAGED = (".tif", ".tiff")
 MAX_PIXELS = 89_478_485  # 9,459 x 9,459, where Pillow warns: several are decoded at a time
 ABNORMAL_ABOVE = 127  # of 255, in a mask
 FULL_MASK = 0.9  # the part of an image above which a mask is said
 DARK = 8192  # of 65535: the largest value, below which a 16-bit picture is all but black
-Result = TypeVar("Result")
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_open` refuses such pictures
+ORIENTATION = 0x0112
+# What undoes the turn that Pillow makes of a TIFF's orientation.
+UNDO = dict(zip(range(2, 9), (
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_90, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_270,
+), strict=True))  # fmt: skip
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_opened` refuses such pictures
 for _package in ("PIL", "pydicom"):  # remarks on damaged tags, of which an error follows where it matters
     warnings.filterwarnings("ignore", category=UserWarning, module=_package)
-
-
-class Source(Protocol):
-    """An image on disk: a `Frame`, or a `Sample` of a data set."""
-
-    @property
-    def path(self) -> Path: ...
-    @property
-    def index(self) -> int | None: ...
-    @property
-    def options(self) -> ReadOptions: ...
-
-
-class MaskedSource(Source, Protocol):
-    """An image that may have a mask: a `Sample`."""
-
-    @property
-    def mask(self) -> Path | None: ...
-    @property
-    def any_mask_size(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -112,6 +96,32 @@ class Frame:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """One image of a data set: a file, or a frame or slice of one."""
+
+    path: Path
+    label: int  # 1 = abnormal
+    mask: Path | None  # of abnormal images, where the data set has masks
+    name: str  # the path below the data set's folder, `#INDEX` behind it: what reports and JSON files call it
+    patient: str | None = None  # as far as the name tells
+    index: int | None = None  # the frame of a series or slice of a volume, counted from 0
+    options: ReadOptions = field(default=AS_STORED, compare=False)
+    any_mask_size: bool = field(default=False, compare=False)  # a mask of another size than the image is resized
+
+    def content_hash(self) -> str:
+        """What `load_image_with_hash` gives for the file as it is now: a changed file is another image."""
+        if file_kind(self.path) == "dicom" and not isinstance(self.options.window, tuple):
+            return read(self).sha256  # other files of its series may have a part in it
+        try:
+            return _content_hash(sha256_file(self.path), as_frame(self))
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read ({error.strerror})") from error
+
+
+Source = Frame | Sample | str | Path
+
+
+@dataclass(frozen=True)
 class Picture:
     """A decoded image and what its file says of itself."""
 
@@ -122,7 +132,7 @@ class Picture:
     notes: Notes = field(default_factory=dict)  # `wide`, `dark`, `window`, `pixels` -> what is to be said
 
 
-def read(source: Source | str | Path) -> Picture:
+def read(source: Source) -> Picture:
     """Read a picture of any format.
 
     Raises:
@@ -131,43 +141,47 @@ def read(source: Source | str | Path) -> Picture:
         InputError: unreadable, cut short, too large, several pictures in a file that has no index.
     """
     frame = as_frame(source)
-    try:
+    with _naming(frame):
         kind = _kind(frame.path)
         if kind == "nifti":
             volume = read_volume(frame.path)
             image, notes = read_nifti(volume, frame.index or 0, frame.options)
-            return Picture(image, content_hash(volume.sha256, frame), "NIfTI", 1, notes)
+            return Picture(image, _content_hash(volume.sha256, frame), "NIfTI", 1, notes)
         data = read_bytes(frame.path)
-        digest = content_hash(hashlib.sha256(data).hexdigest(), frame)
+        digest = _content_hash(hashlib.sha256(data).hexdigest(), frame)
         if kind == "dicom":
             image, notes, series = read_dicom(data, frame.path, frame.index or 0, frame.options)
             if series:  # other files have a part in the picture
                 digest = hashlib.sha256(f"{digest} {series}".encode()).hexdigest()
             return Picture(image, digest, "DICOM", 1, notes)
-        return _decode(data, frame, digest)
-    except Exception as error:  # whatever a damaged file provokes in three parsers
-        raise _input_error(frame, error) from error
+        with _opened(BytesIO(data), frame) as opened:
+            mode = opened.mode
+            stored, orientation = _as_stored(opened, frame)
+            window = frame.options.window
+            pages = _page_range(data) if isinstance(window, str) and _is_wide(opened) else None
+            image, notes = to_mode(stored, "RGB", frame, window, pages)
+            return Picture(image, digest, mode, orientation, notes)
 
 
-def as_frame(source: Source | str | Path) -> Frame:
+def as_frame(source: Source) -> Frame:
     """A path, a `Sample` or a `Frame` as a `Frame`."""
     if isinstance(source, Frame):
         return source
     return Frame(Path(source)) if isinstance(source, str | Path) else Frame(source.path, source.index, source.options)
 
 
-def content_hash(file_sha256: str, source: Source) -> str:
+def _content_hash(file_sha256: str, frame: Frame) -> str:
     """The hash of a picture: its file's, and where frame or options matter, of these as well."""
-    words = f"{'' if source.index is None else source.index} {source.options.key()}".strip()
+    words = f"{'' if frame.index is None else frame.index} {frame.options.key()}".strip()
     return hashlib.sha256(f"{file_sha256} {words}".encode()).hexdigest() if words else file_sha256
 
 
-def load_image(source: Source | str | Path, size: int) -> Tensor:
+def load_image(source: Source, size: int) -> Tensor:
     """A picture resized bicubically (antialiased): (3, size, size) float32 in [0, 1]; errors are those of `read`."""
     return to_tensor(read(source).image, size)
 
 
-def load_image_with_hash(source: Source | str | Path, size: int) -> tuple[str, Tensor]:
+def load_image_with_hash(source: Source, size: int) -> tuple[str, Tensor]:
     """`load_image`, after the SHA-256 of the very bytes that it was made from (hexadecimal)."""
     picture = read(source)
     return picture.sha256, to_tensor(picture.image, size)
@@ -189,24 +203,17 @@ def frames(path: Path, options: ReadOptions | None = None) -> list[Frame]:
         NoImageError: a DICOM object without a picture.
         InputError: the header cannot be read, or claims more than the file holds.
     """
-    options = options or AS_STORED
-    try:
-        count = _count(path, options.plane)
-    except Exception as error:
-        raise _input_error(path, error) from error
+    options, count = options or AS_STORED, 1
+    with _naming(path):
+        kind = _kind(path)
+        if kind == "dicom":
+            count = count_dicom(path)
+        elif kind == "nifti":
+            count = count_nifti(path, options.plane)
+        elif path.suffix.lower() in (".tif", ".tiff"):
+            with path.open("rb") as file, _opened(file, path) as image:
+                count = getattr(image, "n_frames", 1)
     return [Frame(path, None, options)] if count == 1 else [Frame(path, i, options) for i in range(count)]
-
-
-def _count(path: Path, plane: str) -> int:
-    kind = _kind(path)
-    if kind == "dicom":
-        return count_dicom(path)
-    if kind == "nifti":
-        return count_nifti(path, plane)
-    if path.name.lower().endswith(PAGED):
-        with path.open("rb") as file:
-            return _open(file, path, lambda image: int(getattr(image, "n_frames", 1)))
-    return 1
 
 
 def _kind(path: Path) -> str:
@@ -220,9 +227,8 @@ def _kind(path: Path) -> str:
 
 def file_kind(path: Path) -> str | None:
     """`pillow`, `nifti`, `dicom`, or None, by the name; without an ending that is known by the first bytes."""
-    name = path.name.lower()
-    for kind, endings in (("pillow", PILLOW_EXTENSIONS), ("nifti", NIFTI_EXTENSIONS), ("dicom", DICOM_EXTENSIONS)):
-        if name.endswith(endings):
+    for kind, endings in ENDINGS.items():
+        if path.name.lower().endswith(endings):
             return kind
     try:
         if not path.is_file():  # reading a pipe or a device may never end
@@ -242,14 +248,12 @@ def stem(path: Path) -> str:
     return path.name[:-7] if path.name.lower().endswith(".nii.gz") else path.stem
 
 
-def list_files(inputs: Iterable[Path], skip: Path | None = None) -> Iterator[tuple[Path, str]]:
+def list_files(inputs: Iterable[Path]) -> Iterator[tuple[Path, str]]:
     """Files to read, each with its path below the input that it came from.
 
-    Folders are walked in sorted order; hidden files, formats that are not read, and what lies in `skip` (results of an
-    earlier run) are left out. Other inputs are passed on as they are, and so are folders that cannot be read, for
-    `frames` to refuse.
+    Folders are walked in sorted order; hidden files and formats that are not read are left out. Other inputs are passed
+    on as they are, and so are folders that cannot be read, for `frames` to refuse.
     """
-    skip = skip.resolve() if skip else None
     for given in inputs:
         if not given.is_dir():
             yield given, given.name
@@ -258,16 +262,14 @@ def list_files(inputs: Iterable[Path], skip: Path | None = None) -> Iterator[tup
         walk = os.walk(given, onerror=lambda error, into=unreadable: into.append(Path(error.filename)))  # type: ignore[misc]
         for folder, subfolders, names in walk:
             here = Path(folder)
-            subfolders[:] = sorted(
-                name for name in subfolders if not name.startswith(".") and (here / name).resolve() != skip
-            )
+            subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
             for name in sorted(names):
-                if not name.startswith(".") and name != "DICOMDIR" and file_kind(here / name):
+                if name[0] != "." and name != "DICOMDIR" and file_kind(here / name):
                     yield here / name, (here / name).relative_to(given).as_posix()
         yield from ((path, path.relative_to(given).as_posix()) for path in unreadable)
 
 
-def parse_window(words: Sequence[str]) -> tuple[float, float] | str | None:
+def parse_window(words: Sequence[str]) -> Ends | str | None:
     """`--window` from its words: centre and width, `auto` or `full`; None for none; `InputError` for anything else."""
     if not words:
         return None
@@ -275,58 +277,44 @@ def parse_window(words: Sequence[str]) -> tuple[float, float] | str | None:
         return words[0]
     try:
         center, width = map(float, words)
+        if math.isfinite(center) and math.isfinite(width) and width > 0:
+            return center, width
     except ValueError:
-        center, width = math.nan, math.nan
-    if not (math.isfinite(center) and math.isfinite(width) and width > 0):
-        raise InputError(
-            f"--window {' '.join(words)}: give two finite numbers, CENTER and a WIDTH above 0; auto; or full"
-        )
-    return center, width
+        pass
+    raise InputError(f"--window {' '.join(words)}: give two finite numbers, CENTER and a WIDTH above 0; auto; or full")
 
 
 # --- Pillow's formats ---
 
 
-def _open(file: IO[bytes], path: object, use: Callable[[Image.Image], Result]) -> Result:
-    """What `use` makes of the picture in a file; `InputError` naming `path` for whatever goes wrong."""
+@contextmanager
+def _naming(what: object) -> Iterator[None]:
+    """Whatever a damaged file provokes in three parsers becomes an `InputError` of one line that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"none of {', '.join(PILLOW_FORMATS)}"
+        raise InputError(f"{what}: not a readable image, or cut short ({reason})") from error
+
+
+@contextmanager
+def _opened(file: IO[bytes], path: object) -> Iterator[Image.Image]:
+    """The picture in a file; `InputError` where it has too many pixels."""
     try:
         with Image.open(file, formats=PILLOW_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise InputError(f"{path}: more than {MAX_PIXELS:,} pixels; scale it down or cut it into tiles")
-            return use(image)
-    except InputError:
-        raise
+                raise Image.DecompressionBombError
+            yield image
     except Image.DecompressionBombError as error:
         raise InputError(f"{path}: more than {MAX_PIXELS:,} pixels; scale it down or cut it into tiles") from error
-    except UnidentifiedImageError as error:
-        raise InputError(f"{path}: not a readable image, or cut short (none of {', '.join(PILLOW_FORMATS)})") from error
-    except Exception as error:  # damaged files make Pillow's decoders raise almost anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{path}: not a readable image, or cut short ({reason})") from error
-
-
-def _decode(data: bytes, frame: Frame, digest: str) -> Picture:
-    def use(image: Image.Image) -> Picture:
-        mode = image.mode
-        stored, orientation = _as_stored(image, frame)
-        pages = _page_range(data, digest) if isinstance(frame.options.window, str) and _is_wide(image) else None
-        rgb, notes = to_mode(stored, "RGB", frame, frame.options.window, pages)
-        # EXIF last: in a PNG it may follow the pixels. A TIFF has lost its own by then.
-        return Picture(rgb, digest, mode, orientation or image.getexif().get(0x0112, 1), notes)
-
-    return _open(BytesIO(data), frame, use)
-
-
-# What undoes the turn that Pillow makes of a TIFF's orientation.
-UNDO = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}  # fmt: skip
 
 
 def _as_stored(image: Image.Image, frame: Frame) -> tuple[Image.Image, int]:
-    """The picture that is meant, loaded and as it is stored, and a TIFF's orientation (else 0).
+    """The picture that is meant, loaded and as it is stored, and its orientation.
 
     A file with several pictures needs an index, as the first slice of a volume would be a guess; the previews that
     cameras add (MPO) are not meant by that.
@@ -336,10 +324,10 @@ def _as_stored(image: Image.Image, frame: Frame) -> tuple[Image.Image, int]:
     elif (count := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
         raise InputError(f"{frame.path}: holds {count} pictures; save the one that is meant as its own file")
     if not isinstance(image, TiffImageFile):
-        image.load()
-        return image, 0
-    orientation = image.tag_v2.get(0x0112, 1)
-    image.load()
+        image.load()  # before the orientation, which in a PNG may follow the pixels
+        return image, image.getexif().get(ORIENTATION, 1)
+    orientation = image.tag_v2.get(ORIENTATION, 1)
+    image.load()  # a TIFF loses its orientation by that
     return (image.transpose(UNDO[orientation]) if orientation in UNDO else image), orientation
 
 
@@ -348,25 +336,18 @@ def _is_wide(image: Image.Image) -> bool:
 
 
 @lru_cache(maxsize=2)
-def _page_range(data: bytes, _digest: str) -> Range:
+def _page_range(data: bytes) -> Range:
     """The grey values of all pages of a file."""
-
-    def use(image: Image.Image) -> Range:
-        parts = []
+    parts = []
+    with _opened(BytesIO(data), "image") as image:
         for page in range(getattr(image, "n_frames", 1)):
             image.seek(page)
             parts.append(np.asarray(image))
-        return Range.of(parts, "image")
-
-    return _open(BytesIO(data), "image", use)
+    return Range.of(parts, "image")
 
 
 def to_mode(
-    image: Image.Image,
-    mode: str,
-    path: object,
-    window: tuple[float, float] | str | None = None,
-    span: Range | None = None,
+    image: Image.Image, mode: str, path: object, window: Ends | str | None = None, span: Range | None = None
 ) -> tuple[Image.Image, Notes]:
     """A Pillow picture in 8 bits, `RGB` or `L`, and what is to be said of its grey levels; transparency is dropped.
 
@@ -380,27 +361,22 @@ def to_mode(
     if isinstance(window, tuple):
         return to_rgb(apply_window(values, *window)).convert(mode), {}
     if window is not None:
-        span = span or Range.of([values], path)
-        note = {"window": span.note(window == "auto", "the file")}
-        return to_rgb(span.apply(values, window == "auto")).convert(mode), note
+        gray, words = (span or Range.of([values], path)).show(values, window, "the file")
+        return to_rgb(gray).convert(mode), {"window": words}
     low, high = values.min(), values.max()
     # In floating point [0, 1] may be meant, and the published program would see black.
     if low >= 0 and high <= 255 and (image.mode != "F" or high > 1):
         bits = 16 if image.mode.startswith("I;16") else 32
-        return Image.fromarray(values.astype(np.uint8)).convert(mode), {
-            "wide": f"8-bit values in a {bits}-bit file (largest {high:g}): read as 8 bits"
-        }
+        words = f"8-bit values in a {bits}-bit file (largest {high:g}): read as 8 bits"
+        return Image.fromarray(values.astype(np.uint8)).convert(mode), {"wide": words}
     if image.mode == "F" or not 0 <= low <= high <= 65535:
         raise InputError(f"{path}: 32 bits a pixel have no known range; save it with 8 or 16 bits")
-    notes = {}
-    if high < DARK:
-        notes["dark"] = f"16-bit picture whose largest value is {high} of 65535: all but black; give --window"
-    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert(mode), notes
+    words = f"16-bit picture whose largest value is {high} of 65535: all but black; give --window"
+    eight = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    return eight.convert(mode), {"dark": words} if high < DARK else {}
 
 
-def pillow_to_rgb(
-    image: Image.Image, window: tuple[float, float] | str | None = None, path: object = "image"
-) -> Image.Image:
+def pillow_to_rgb(image: Image.Image, window: Ends | str | None = None, path: object = "image") -> Image.Image:
     """A Pillow image as 8-bit RGB, as training reads it; `window` maps grey of more than 8 bits instead."""
     return to_mode(image, "RGB", path, window)[0]
 
@@ -409,78 +385,54 @@ def picture_notes(image: Image.Image) -> Notes:
     """What is odd about an 8-bit picture: `constant` (nearly one grey), `clipped` (most of it white or black)."""
     counts = np.asarray(image.convert("L").histogram())
     total = counts.sum()
-    levels = np.searchsorted(counts.cumsum(), [0.01 * total, 0.99 * total])
-    if levels[1] - levels[0] < 8:
-        return {"constant": f"nearly constant: 98% of the pixels lie between {levels[0]} and {levels[1]} of 255"}
+    low, high = np.searchsorted(counts.cumsum(), [0.01 * total, 0.99 * total])
+    if high - low < 8:
+        return {"constant": f"nearly constant: 98% of the pixels lie between {low} and {high} of 255"}
     for level, word in ((255, "white"), (0, "black")):
         if counts[level] > 0.75 * total:
             return {"clipped": f"{counts[level] / total:.0%} of the pixels are {word}: does the window fit?"}
     return {}
 
 
-def picture_size(source: Source | str | Path) -> tuple[int, int]:
+def picture_size(source: Source) -> tuple[int, int]:
     """Width and height of a picture, of Pillow's formats from the header alone; errors are those of `read`."""
     frame = as_frame(source)
-    try:
+    with _naming(frame):
         if _kind(frame.path) != "pillow":
             return read(frame).image.size
-
-        def use(image: Image.Image) -> tuple[int, int]:
+        with frame.path.open("rb") as file, _opened(file, frame) as image:
             return (image.tag_v2[256], image.tag_v2[257]) if isinstance(image, TiffImageFile) else image.size
-
-        with frame.path.open("rb") as file:
-            return _open(file, frame, use)
-    except Exception as error:
-        raise _input_error(frame, error) from error
 
 
 # --- masks ---
 
 
-def read_mask(source: MaskedSource) -> tuple[Image.Image | None, Notes]:
+def read_mask(sample: Sample) -> tuple[Image.Image | None, Notes]:
     """A mask as 8-bit grey at its own size, None where there is none; and what is to be said of its file.
 
     Orientation is ignored as ever (note `orientation`). Colours become their luminance; where they are constant and the
     alpha channel is not, the mask is the alpha channel (note `alpha`). Of a NIfTI file the slice of the same number;
     every label but 0 is abnormal.
     """
-    if source.mask is None:
+    if sample.mask is None:
         return None, {}
-    frame = Frame(source.mask, None, source.options)
-    try:
-        kind = _kind(source.mask)
+    with _naming(sample.mask):
+        kind = _kind(sample.mask)
         if kind == "nifti":
-            return read_nifti_mask(read_volume(source.mask), source.index or 0, source.options.plane), {}
+            return read_nifti_mask(read_volume(sample.mask), sample.index or 0, sample.options.plane), {}
         if kind == "dicom":
-            return read(Frame(source.mask, source.index, source.options)).image.convert("L"), {}
-
-        def use(image: Image.Image) -> tuple[Image.Image, Notes]:
-            stored, orientation = _as_stored(image, frame)
-            grey, notes = to_mode(stored, "L", source.mask)
-            if (orientation := orientation or image.getexif().get(0x0112, 1)) != 1:
+            return read(Frame(sample.mask, sample.index, sample.options)).image.convert("L"), {}
+        with _opened(BytesIO(read_bytes(sample.mask)), sample.mask) as image:
+            stored, orientation = _as_stored(image, Frame(sample.mask))
+            grey, notes = to_mode(stored, "L", sample.mask)
+            if orientation != 1:
                 notes["orientation"] = f"orientation {orientation}"
             if stored.has_transparency_data:
                 alpha = stored.convert("RGBA").getchannel("A")
-                colours, shades = grey.histogram(), alpha.histogram()
-                if sum(map(bool, colours)) == 1 < sum(map(bool, shades)):
+                colours, shades = grey.getextrema(), alpha.getextrema()
+                if colours[0] == colours[1] and shades[0] != shades[1]:
                     return alpha, {**notes, "alpha": "the mask lies in the alpha channel"}
             return grey, notes
-
-        return _open(BytesIO(read_bytes(source.mask)), source.mask, use)
-    except Exception as error:
-        raise _input_error(source.mask, error) from error
-
-
-def _fitting_mask(source: MaskedSource) -> Image.Image | None:
-    """The mask, of its image's size; another size is refused, or said once where `any_mask_size`."""
-    mask, _ = read_mask(source)
-    if mask is None or mask.size == (size := picture_size(source)):
-        return mask
-    if not source.any_mask_size:
-        raise InputError(f"{source.mask}: {mask.size} pixels, but its image has {size}")
-    folder = source.mask.parent if source.mask else ""
-    warn_once(f"{folder}: masks of another size than their images: resized, as the published loader does")
-    return mask
 
 
 @cache
@@ -489,24 +441,30 @@ def warn_once(text: str) -> None:
     warn(text)
 
 
-def load_mask(source: MaskedSource, size: int, above: int = ABNORMAL_ABOVE) -> Tensor:
+def load_mask(sample: Sample, size: int, above: int = ABNORMAL_ABOVE) -> Tensor:
     """A mask resized by nearest neighbour: (size, size) bool, True where it is above `above` of 255.
 
     All False where there is no mask. `InputError` where it cannot be read or is of another size than its image.
     """
-    return load_grey_mask(source, size)[0] > (above + 0.5) / 255
+    return load_grey_mask(sample, size)[0] > (above + 0.5) / 255
 
 
-def load_grey_mask(source: MaskedSource, size: int) -> Tensor:
+def load_grey_mask(sample: Sample, size: int) -> Tensor:
     """A mask's greys resized by nearest neighbour: (1, size, size) float32 in [0, 1], zeros where there is no mask.
 
     The published training augments these and thresholds afterwards: above 0.5 for 127, in general (above + 0.5) / 255.
+    Another size than its image's is refused, or said once where `any_mask_size`.
     """
     import torch  # noqa: PLC0415 (half a second, which `--help` need not wait for)
 
-    mask = _fitting_mask(source)
-    if mask is None:
+    mask, _ = read_mask(sample)
+    if mask is None or sample.mask is None:
         return torch.zeros(1, size, size)
+    if mask.size != (expected := picture_size(sample)):
+        if not sample.any_mask_size:
+            raise InputError(f"{sample.mask}: {mask.size} pixels, but its image has {expected}")
+        words = "masks of another size than their images: resized, as the published loader does"
+        warn_once(f"{sample.mask.parent}: {words}")
     return torch.from_numpy(np.array(mask.resize((size, size), Image.Resampling.NEAREST))).float()[None] / 255
 
 
@@ -521,12 +479,10 @@ def mask_notes(mask: Image.Image, above: int = ABNORMAL_ABOVE) -> Notes:
         return {"labels": f"its largest value is {greys[-1]} of 255, and abnormal is above {above}: save 0 and 255"}
     if share > FULL_MASK:
         return {"full": f"{share:.0%} of the image is abnormal" + (" (a constant mask)" if len(greys) == 1 else "")}
-    if not {0, 255}.issuperset(greys.tolist()):
-        return {"grey": f"{len(greys)} greys"}
-    return {}
+    return {} if {0, 255}.issuperset(greys.tolist()) else {"grey": f"{len(greys)} greys"}
 
 
-def check_mask(source: MaskedSource, above: int = ABNORMAL_ABOVE) -> list[str]:
+def check_mask(sample: Sample, above: int = ABNORMAL_ABOVE) -> list[str]:
     """Warnings about a shot's mask: constant, or nearly all of the image.
 
     A test mask of labels counts as empty, as published, and `dataset.check` reports it.
@@ -534,16 +490,8 @@ def check_mask(source: MaskedSource, above: int = ABNORMAL_ABOVE) -> list[str]:
     Raises:
         InputError: the mask marks something, but nothing as abnormal: labels 0 and 1 where 0 and 255 are meant.
     """
-    mask, _ = read_mask(source)
+    mask, _ = read_mask(sample)
     notes = {} if mask is None else mask_notes(mask, above)
     if "labels" in notes:
-        raise InputError(f"{source.mask}: {notes['labels']}")
-    return [f"{source.mask}: {notes[kind]}" for kind in ("empty", "full") if kind in notes]
-
-
-def _input_error(what: object, error: Exception) -> InputError:
-    """One line for whatever reading raised."""
-    if isinstance(error, InputError):
-        return error
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return InputError(f"{what}: cannot be read as an image ({reason[:200]})")
+        raise InputError(f"{sample.mask}: {notes['labels']}")
+    return [f"{sample.mask}: {notes[kind]}" for kind in ("empty", "full") if kind in notes]

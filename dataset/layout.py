@@ -20,11 +20,12 @@ The file is <NAME>.json in the data set's own folder, or else in dataset/. Every
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -34,6 +35,7 @@ from utils import InputError, read_text
 from .images import ABNORMAL_ABOVE, PLANES, ReadOptions, file_kind, parse_window, stem
 from .patients import compile_rule
 
+Classes = dict[str, list[Path]]  # `KINDS` -> folders
 FOLDER = Path(__file__).parent
 PUBLISHED = FOLDER / "published_results.json"  # figures to compare with, the one JSON file that is no data set
 SPLITS = ("valid", "test")
@@ -44,21 +46,25 @@ MVFA_MASKS = "{parent}/anomaly_mask/{stem}"
 PLACEHOLDERS = ("parent", "folder", "above", "beside")
 # The paper's data sets: trees of other papers are accepted under their names, and their known leaks are no error.
 BENCHMARKS = ("Brain", "Chest", "Histopathology", "Liver", "Retina_OCT2017", "Retina_RESC")
+NO_LAYOUT = (
+    "no known layout; expected valid/ and test/ with good/ and Ungood/, normal/ and abnormal/ or 0/ and 1/ in each, "
+    "those two alone, or MVTec's train/good and test/<defect>; or describe it in a JSON file, which `python -m "
+    "dataset.check` begins and dataset/layout.py explains"
+)
 MADE_UP = "PHANTOM.txt"  # marks what dataset.phantom has drawn
 # What `detect` knows, each in the order of preference; upper and lower case are the same.
 CLASS_NAMES = (("good", "ungood"), ("normal", "abnormal"), ("0", "1"))
 SUPPORT_NAMES = ("valid", "val", "train")
 MASK_FOLDERS = ("anomaly_mask", "label", "labels", "mask", "masks", "ground_truth")
 MASK_PLACES = (
-    MVFA_MASKS,
-    *(f"{{parent}}/{name}/{{stem}}" for name in ("label", "mask", "masks")),
-    *(f"{{parent}}/{{folder}}/{name}/{{stem}}" for name in ("anomaly_mask", "label", "mask", "masks")),
-    *(f"{{parent}}/{name}/{{folder}}/{{stem}}" for name in ("anomaly_mask", "label", "mask", "masks")),
+    *(f"{place}/{{stem}}".replace("NAME", name)
+      for place in ("{parent}/NAME", "{parent}/{folder}/NAME", "{parent}/NAME/{folder}")
+      for name in ("anomaly_mask", "label", "mask", "masks")),
     "{above}/label/{folder}/{stem}",  # BMAD's older Liver: valid/img/Ungood, valid/label/Ungood
     "{above}/{beside}_label/{folder}/{stem}",  # its older RESC: Val/val/Ungood, Val/val_label/Ungood
     "ground_truth/{folder}/{stem}_mask",
     "ground_truth/{folder}/{stem}",
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,7 @@ class Layout:
         given = {**MVFA, **given}
         given.setdefault("prompt_name", re.sub(r"[_-]+", " ", name).strip() or name)
         if "pixel_metrics" not in given:
-            images = {folder: list_images(root / folder) for split in SPLITS for folder in given[split]["abnormal"]}
-            given["pixel_metrics"] = has_masks(root, images, given.get("masks", MVFA_MASKS))
+            given["pixel_metrics"] = any(mask_places(root, given, [given.get("masks", MVFA_MASKS)]))
         return cls(**given)
 
     @property
@@ -153,8 +158,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error
     known = Layout.__dataclass_fields__
-    unknown = sorted(set(config) - set(known)) if isinstance(config, dict) else ["not an object"]
-    if unknown:
+    if unknown := sorted(set(config) - set(known)) if isinstance(config, dict) else ["not an object"]:
         raise InputError(f"{path}: unknown {unknown[0]!r:.80}; it may hold {', '.join(known)}")
     tests: dict[str, Callable[[Any], Any]] = {
         "prompt_name": lambda value: isinstance(value, str) and value.strip() and len(value) <= 200,
@@ -178,10 +182,9 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _is_window(value: object) -> bool:
-    try:
+    with contextlib.suppress(InputError):
         return parse_window([str(part) for part in value] if isinstance(value, list) else [str(value)]) is not None
-    except InputError:
-        return False
+    return False
 
 
 def _read_folders(value: object, where: str) -> dict[str, list[str]]:
@@ -212,16 +215,14 @@ def list_images(folder: Path) -> list[Path]:
     Hidden files, other formats, and folders of masks are left out. `InputError` for a folder that cannot be read, a
     link to nothing, a pipe, socket or device: leaving it out would change the numbers.
     """
+    if not folder.is_dir():
+        return []
     result = []
     try:
-        entries = list(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+        entries = [path for path in folder.iterdir() if path.name[0] != "."]
     except OSError as error:
         raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
     for path in entries:
-        if path.name[0] == ".":
-            continue
         if path.is_dir():
             inside = folder.resolve()
             is_loop = path.is_symlink() and path.resolve() in (inside, *inside.parents)
@@ -250,16 +251,14 @@ def find_masks(root: Path, folder: str, template: str, images: Iterable[Path]) -
     masks, by_name = mask_folder(root, folder, template), defaultdict(list)
     for path in list_images(masks):
         by_name[path.parent.relative_to(masks), stem(path)].append(path)
-    name = template.rpartition("/")[2]
-    return [
-        by_name.get((image.parent.relative_to(root / folder), name.replace("{stem}", stem(image), 1)), [])
-        for image in images
-    ]
+    name, home = template.rpartition("/")[2], root / folder
+    return [by_name[image.parent.relative_to(home), name.replace("{stem}", stem(image), 1)] for image in images]
 
 
-def has_masks(root: Path, images: Mapping[str, list[Path]], template: str) -> bool:
-    """Whether any image has a mask; `images` of each folder."""
-    return any(any(find_masks(root, folder, template, inside)) for folder, inside in images.items())
+def mask_places(root: Path, splits: Mapping[str, Any], places: Iterable[str]) -> Iterator[str]:
+    """Those of some templates by which an abnormal image has a mask; `splits` as in a JSON file."""
+    images = {folder: list_images(root / folder) for split in SPLITS for folder in splits[split]["abnormal"]}
+    return (place for place in places if any(any(find_masks(root, f, place, i)) for f, i in images.items()))
 
 
 def _is_mvfa(root: Path) -> bool:
@@ -287,21 +286,13 @@ def detect(root: Path) -> dict[str, Any]:
         below = [found for path in inside if (found := _splits(path))]
         splits = below[0] if len(below) == 1 else None
     if splits is None:
-        raise InputError(
-            f"{root}: no known layout; expected valid/ and test/ with good/ and Ungood/, normal/ and abnormal/ or 0/ "
-            f"and 1/ in each, those two alone, or MVTec's train/good and test/<defect>; or describe it in a JSON file, "
-            f"which `python -m dataset.check` begins and dataset/layout.py explains"
-        )
+        raise InputError(f"{root}: {NO_LAYOUT}")
     result: dict[str, Any] = {
         split: {kind: [path.relative_to(root).as_posix() for path in folders] for kind, folders in classes.items()}
         for split, classes in splits.items()
     }
-    images = {folder: list_images(root / folder) for split in SPLITS for folder in result[split]["abnormal"]}
-    masks = next((place for place in MASK_PLACES if has_masks(root, images, place)), None)
+    masks = next(mask_places(root, result, MASK_PLACES), None)
     return {**result, "pixel_metrics": masks is not None, **({"masks": masks} if masks else {})}
-
-
-Classes = dict[str, list[Path]]  # `KINDS` -> folders
 
 
 def _splits(root: Path) -> dict[str, Classes] | None:

@@ -8,27 +8,24 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
+from utils import InputError, anonymous_name, preview, warn
 
-from utils import InputError, anonymous_name, preview, sha256_file, warn
-
-from .fewshot import SEEDS, check_shot_names, list_name, parse_shot_list, pick_lines, shot_lists
+from .fewshot import SEEDS, check_shot_names, parse_shot_list, pick_lines
 from .images import (
-    AS_STORED,
     EXTENSIONS,
     NoImageError,
     ReadOptions,
-    content_hash,
+    Sample,
     file_kind,
     frames,
     parse_window,
-    read,
     read_mask,
     stem,
     warn_once,
@@ -51,28 +48,7 @@ from .patients import compile_rule, falls_in_valid, patient
 if TYPE_CHECKING:
     import argparse
 
-
-@dataclass(frozen=True)
-class Sample:
-    """One image on disk: a file, or a frame or slice of one."""
-
-    path: Path
-    label: int  # 1 = abnormal
-    mask: Path | None  # of abnormal images, where the data set has masks
-    name: str  # the path below the data set's folder, `#INDEX` behind it: what reports and JSON files call it
-    patient: str | None = None  # as far as the name tells
-    index: int | None = None  # the frame of a series or slice of a volume, counted from 0
-    options: ReadOptions = field(default=AS_STORED, compare=False)
-    any_mask_size: bool = field(default=False, compare=False)  # a mask of another size than the image is resized
-
-    def content_hash(self) -> str:
-        """What `load_image_with_hash` gives for the file as it is now: a changed file is another image."""
-        if file_kind(self.path) == "dicom" and not isinstance(self.options.window, tuple):
-            return read(self).sha256  # other files of its series may have a part in it
-        try:
-            return content_hash(sha256_file(self.path), self)
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be read ({error.strerror})") from error
+__all__ = ["Sample"]
 
 
 def anonymous(samples: Iterable[Sample]) -> list[Sample]:
@@ -116,14 +92,13 @@ def data_folder(obj: str, data_path: str | Path, data_root: str | Path | None = 
 
 def _hint(obj: str, data_path: str | Path) -> str:
     if obj in BENCHMARKS:
-        return (
-            f"the README says where to get {obj}, and `python -m dataset.phantom --obj {obj} --out {data_path}` "
-            f"draws a made-up one"
-        )
-    return (
-        f"--obj {obj} is none of {', '.join(described())}, but may be your own: put the data set there, or name its "
-        f"folder with --data_root (README)"
-    )
+        draw = f"`python -m dataset.phantom --obj {obj} --out {data_path}` draws a made-up one"
+        return f"the README says where to get {obj}, and {draw}"
+    advice = "may be your own: put the data set there, or name its folder with --data_root (README)"
+    return f"--obj {obj} is none of {', '.join(described())}, but {advice}"
+
+
+HASHED = "the name (of the patient, where names have one)"
 
 
 @dataclass(frozen=True)
@@ -144,19 +119,14 @@ class MedicalDataset:
         mask_above: int | None = None,
         options: ReadOptions | None = None,
     ) -> MedicalDataset:
-        """Find `data_root` or <data_path>/<obj>_AD; `InputError` where it or a part of it is missing.
+        """Find `data_root`, or <data_path>/<obj>_AD; `InputError` where it or a part of it is missing.
 
-        Args:
-            obj: its name; <obj>.json in the folder itself or in dataset/ may describe it.
-            data_path: folder that holds <obj>_AD.
-            data_root: the data set's own folder.
-            patient: regular expression for the patient in a name, instead of the JSON file's or the known ones.
-            mask_above: the grey of a mask (0 to 254) above which a pixel is abnormal, instead of the JSON file's.
-            options: how DICOM, NIfTI and 16-bit files are read, instead of what the JSON file says.
+        <obj>.json in the folder itself or in dataset/ may describe it. `patient` (a regular expression), `mask_above`
+        (0 to 254) and `options` stand for what that file says; see dataset/layout.py.
         """
         root = data_folder(obj, data_path, data_root)
         layout = Layout.load(obj, root)
-        for folder in (folder for split in SPLITS for kind in KINDS for folder in layout.folders(split, kind)):
+        for folder in chain(*layout.valid.values(), *layout.test.values()):
             top = root / PurePosixPath(folder).parts[0]
             if not top.is_dir():
                 other = f"dataset/{obj}.json names it; under a new --obj the folder's own layout would be found"
@@ -175,17 +145,19 @@ class MedicalDataset:
     @classmethod
     def from_options(cls, options: argparse.Namespace) -> MedicalDataset:
         """`open` with the flags of a command line: obj, data_path, data_root, patient, mask_above, window, plane."""
+        window = parse_window(options.window or ())
         dataset = cls.open(options.obj, options.data_path, options.data_root, options.patient, options.mask_above)
-        window, plane = parse_window(options.window or ()), options.plane
         layout = dataset.layout
-        layout = replace(layout, window=window or layout.window, plane=plane or layout.plane)
+        layout = replace(layout, window=window or layout.window, plane=options.plane or layout.plane)
         return replace(dataset, layout=layout)
 
     @property
     def reading(self) -> dict[str, Any]:
         """How pictures beyond 8 bits are read, in plain values: what a checkpoint keeps."""
         window, plane = self.layout.window, self.layout.plane
-        return {"window": list(window) if isinstance(window, tuple) else window, "plane": plane}
+        kinds = {file_kind(file.path) for file in self.find("valid", "normal", required=False)}
+        formats = sorted(kind for kind in kinds if kind)
+        return {"window": list(window) if isinstance(window, tuple) else window, "plane": plane, "formats": formats}
 
     @property
     def prompt_name(self) -> str:
@@ -247,23 +219,18 @@ class MedicalDataset:
             images = list_images(self.root / folder)
             if folder in self.layout.shared(kind):
                 divided += len(images)
-                images = [path for path in images if self._in_valid(path, folder) == (split == "valid")]
+                share, is_valid = self.layout.valid_share, split == "valid"
+                images = [p for p in images if falls_in_valid(self.name(p), share, self.patient(p, folder)) == is_valid]
             with_masks = kind == "abnormal" and self.pixel_metrics
             masks = find_masks(self.root, folder, self.layout.masks, images) if with_masks else [[]] * len(images)
             found += [ImageFile(path, fitting, folder) for path, fitting in zip(images, masks, strict=True)]
         if required and not found:
             where = ", ".join(str(self.root / folder) for folder in folders) or "its JSON file names no folder"
             if divided:
-                raise InputError(
-                    f"{where}: divided by a hash of the name (of the patient, where names have one), none of the "
-                    f"{divided} {kind} images is {split}; give the splits folders of their own, "
-                    f"in dataset/{self.obj}.json"
-                )
+                fault = f"{where}: divided by a hash of {HASHED}, none of the {divided} {kind} images is {split}"
+                raise InputError(f"{fault}; give the splits folders of their own, in dataset/{self.obj}.json")
             raise InputError(f"{where}: no images ({', '.join(EXTENSIONS)}) for {split}, {kind}")
         return found
-
-    def _in_valid(self, path: Path, folder: str) -> bool:
-        return falls_in_valid(self.name(path), self.layout.valid_share, self.patient(path, folder))
 
     def name(self, path: Path) -> str:
         """The path below the data set's folder."""
@@ -275,14 +242,14 @@ class MedicalDataset:
 
     def mask_problems(self, found: Sequence[ImageFile]) -> tuple[list[str], list[str]]:
         """The images that have no mask, and those whose mask is ambiguous, in words."""
-        stems = Counter((file.path.parent, stem(file.path)) for file in found)
-        missing = [str(file.path) for file in found if not file.masks]
+        names = [file.path.with_name(stem(file.path)) for file in found]
+        count = Counter(names)
         ambiguous = [
-            f"{file.path} ({len(file.masks)} masks fit {stems[file.path.parent, stem(file.path)]} images of that name)"
-            for file in found
-            if file.masks and (len(file.masks) > 1 or stems[file.path.parent, stem(file.path)] > 1)
+            f"{file.path} ({len(file.masks)} masks fit {count[name]} images of that name)"
+            for file, name in zip(found, names, strict=True)
+            if file.masks and (len(file.masks) > 1 or count[name] > 1)
         ]
-        return missing, ambiguous
+        return [str(file.path) for file in found if not file.masks], ambiguous
 
     def _check_masks(self, found: Sequence[ImageFile], kind: str, may_lack_mask: bool = False) -> None:
         """`InputError` where an abnormal image has no mask of its own."""
@@ -292,11 +259,9 @@ class MedicalDataset:
         if missing and not may_lack_mask:
             image = next(file for file in found if not file.masks)
             place = mask_folder(self.root, image.folder, self.layout.masks)
-            raise InputError(
-                f"{preview(missing)}: no mask ({len(missing)} of {len(found)} abnormal images); they are sought in "
-                f'{place}; `python -m dataset.check` names them all; add them, or set "pixel_metrics": false in '
-                f"dataset/{self.obj}.json"
-            )
+            fault = f"{preview(missing)}: no mask ({len(missing)} of {len(found)} abnormal images)"
+            advice = f'add them, or set "pixel_metrics": false in dataset/{self.obj}.json'
+            raise InputError(f"{fault}; they are sought in {place}; `python -m dataset.check` names them all; {advice}")
         if ambiguous:
             raise InputError(f"{preview(ambiguous)}: give each image a name of its own, and its mask the same")
 
@@ -306,16 +271,9 @@ class MedicalDataset:
         Of an abnormal volume whose mask is a volume, only the slices that the mask marks are abnormal; the others are
         left out, as nobody has said that they are normal. DICOM objects without a picture give none, with a warning.
         """
-        sample = Sample(
-            file.path,
-            KINDS.index(kind),
-            file.masks[0] if file.masks else None,
-            self.name(file.path),
-            self.patient(file.path, file.folder),
-            None,
-            self.options,
-            self.is_benchmark,
-        )
+        label, mask = KINDS.index(kind), file.masks[0] if file.masks else None
+        name, number = self.name(file.path), self.patient(file.path, file.folder)
+        sample = Sample(file.path, label, mask, name, number, None, self.options, self.is_benchmark)
         if file_kind(file.path) == "pillow":
             return [sample]
         try:
@@ -323,45 +281,38 @@ class MedicalDataset:
         except NoImageError as error:
             warn_once(f"{error}; left out")
             return []
-        slices = [
-            replace(sample, index=frame.index, name=f"{sample.name}#{frame.index}")
-            if frame.index is not None
-            else sample
-            for frame in inside
-        ]
-        if sample.mask is None or file_kind(sample.mask) != "nifti" or len(slices) == 1:
+        if len(inside) == 1:
+            return [sample]
+        slices = [replace(sample, index=frame.index, name=f"{name}#{frame.index}") for frame in inside]
+        if mask is None or file_kind(mask) != "nifti":
             return slices
-        return [entry for entry in slices if np.asarray(read_mask(entry)[0]).any()]
+        return [entry for entry in slices if (marks := read_mask(entry)[0]) and marks.getbbox()]
 
     def split_note(self) -> str | None:
         """A line on the folders that are divided between the splits; None where none is."""
-        kinds = [kind for kind in KINDS if self.layout.shared(kind)]
-        shared = [folder for kind in kinds for folder in self.layout.shared(kind)]
+        shared = {kind: folders for kind in KINDS if (folders := self.layout.shared(kind))}
         if not shared:
             return None
         valid, test = (
-            sum(file.folder in shared for kind in kinds for file in self.find(split, kind)) for split in SPLITS
+            sum(file.folder in folders for kind, folders in shared.items() for file in self.find(split, kind))
+            for split in SPLITS
         )
-        return (
-            f"{self.obj}: in both splits: {preview(shared)}; of the {valid + test} images there {valid} are valid, for "
-            f"shots, and {test} test, by a hash of the name (of the patient, where names have one)"
-        )
+        counts = f"of the {valid + test} images there {valid} are valid, for shots, and {test} test"
+        return f"{self.obj}: in both splits: {preview([*chain(*shared.values())])}; {counts}, by a hash of {HASHED}"
 
     def patients_note(self) -> str:
         """A line on how many patients were recognised in the names, with examples; `warning: ...` where none was."""
-        files = [file for split in SPLITS for kind in KINDS for file in self.find(split, kind, required=False)]
-        unique = {file.path: self.patient(file.path, file.folder) for file in files}
-        patients = sorted({number for number in unique.values() if number})
         if (self.root / MADE_UP).is_file():
             return "patients: none, as the images are made up"
+        files = [file for split in SPLITS for kind in KINDS for file in self.find(split, kind, required=False)]
+        known = {file.path: self.patient(file.path, file.folder) for file in files}
+        patients = sorted({number for number in known.values() if number})
         if not patients:
-            example = f" (such as {self.name(files[0].path)})" if files else ""
-            return (
-                f"warning: patients: none recognised in the names{example}, so that one may be in both splits without "
-                f"a word; say how to find them with --patient REGEX, or `patient` in {self.obj}.json"
-            )
-        some = "" if all(unique.values()) else f" ({sum(v is None for v in unique.values())} images without)"
-        return f"patients: {len(patients)} recognised in {len(unique)} names{some}: {preview(patients)}"
+            fault = f"none recognised in the names{f' (such as {self.name(files[0].path)})' if files else ''}"
+            advice = f"say how to find them with --patient REGEX, or `patient` in {self.obj}.json"
+            return f"warning: patients: {fault}, so that one may be in both splits without a word; {advice}"
+        some = "" if all(known.values()) else f" ({sum(v is None for v in known.values())} images without)"
+        return f"patients: {len(patients)} recognised in {len(known)} names{some}: {preview(patients)}"
 
     def shots(self, shot_normal: int, shot_abnormal: int, iterate: int, seed: int) -> Shots:
         """The few-shot images; a class's list is the one for its own number of shots. See `Shots`.
@@ -369,25 +320,22 @@ class MedicalDataset:
         Raises:
             InputError: a list that names other images or too few, fewer images than shots, a shot without a mask.
         """
-        counts = {"abnormal": shot_abnormal, "normal": shot_normal}
         draw = random.Random(seed)
-        chosen: dict[str, list[Sample]] = {}
-        names: dict[str, list[str]] = {}
-        sources: dict[str, None] = {}  # an ordered set
+        chosen: dict[str, list[Sample]] = {"abnormal": [], "normal": []}
+        names: dict[str, list[str]] = {"abnormal": [], "normal": []}
+        sources: dict[str, None] = {}  # an ordered set, and so is
         warnings: dict[str, None] = {}
-        for kind, count in counts.items():
-            known = self.known_shots(kind) if count else {}
-            listed = self._listed(kind, count, iterate, known, warnings) if count and iterate >= 0 else None
-            if listed is None:
-                if len(known) < count:
-                    flag = "--shot" if shot_normal == shot_abnormal else f"--shot_{kind}"
-                    raise InputError(f"{flag} {count}: valid holds only {len(known)} {kind} images in {self.root}")
-                names[kind] = draw.sample(sorted(known), count)
-                source = f"sampled with seed {seed} from the sorted names of valid/ (no list for {count} shots is used)"
-            else:
-                names[kind], source = listed
-            if count:
-                sources[source] = None
+        for kind, count in (("abnormal", shot_abnormal), ("normal", shot_normal)):
+            if not count:
+                continue
+            known = self.known_shots(kind)
+            listed = self._listed(kind, count, iterate, known, warnings) if iterate >= 0 else None
+            if listed is None and len(known) < count:
+                flag = "--shot" if shot_normal == shot_abnormal else f"--shot_{kind}"
+                raise InputError(f"{flag} {count}: valid holds only {len(known)} {kind} images in {self.root}")
+            source = f"sampled with seed {seed} from the sorted names of valid/ (no list for {count} shots is used)"
+            names[kind], source = listed or (draw.sample(sorted(known), count), source)
+            sources[source] = None
             files = {known[name][0].path: known[name][0] for name in names[kind]}
             self._check_masks(list(files.values()), kind)
             chosen[kind] = [known[name][1] for name in names[kind]]
@@ -409,15 +357,10 @@ class MedicalDataset:
         }
 
     def _listed(
-        self,
-        kind: str,
-        count: int,
-        iterate: int,
-        known: dict[str, tuple[ImageFile, Sample]],
-        warnings: dict[str, None],
+        self, kind: str, count: int, iterate: int, known: Collection[str], warnings: dict[str, None]
     ) -> tuple[list[str], str] | None:
         """The names on the list for `count` shots and that list's name; None where there is none for these images."""
-        path = next((path for path in self.shot_lists() if path.name == list_name(count)), None)
+        path = next((path for path in self.shot_lists() if path.name == f"my{count}-shot.txt"), None)
         if path is None:
             return None
         lines, remarks = parse_shot_list(path)
@@ -433,7 +376,8 @@ class MedicalDataset:
 
     def shot_lists(self) -> list[Path]:
         """The few-shot lists, the data set's own first: they win over the project's of the same name."""
-        return shot_lists(self.root, self.obj)
+        files = [file for folder in (self.root / "fewshot_seed", SEEDS / self.obj) for file in sorted(folder.glob("*"))]
+        return [file for file in files if re.fullmatch(r"my\d+-shot\.txt", file.name)]
 
 
 @dataclass(frozen=True)

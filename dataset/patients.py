@@ -27,22 +27,8 @@ RULES = (
     re.compile(r"(?:^|[_-])((?i:patient|pat|patid|subject|subj|sub|case|pid)[_-]?\d+)(?![A-Za-z0-9])"),
     re.compile(r"^([A-Za-z]{1,3}\d{2,})[_-](?:[A-Za-z]{0,3})\d+$"),
 )
-CAMERAS = {
-    "img",
-    "image",
-    "dsc",
-    "dscn",
-    "dscf",
-    "dcim",
-    "pxl",
-    "pic",
-    "photo",
-    "p",
-    "scan",
-    "screenshot",
-    "vid",
-    "mvimg",
-}
+CAMERAS = {"img", "image", "dsc", "dscn", "dscf", "dcim", "pxl", "pic", "photo", "p", "scan", "screenshot", "vid",
+           "mvimg"}  # fmt: skip
 DATE = re.compile(r"(?:19|20)\d\d[_-]?(?:0[1-9]|1[0-2])[_-]?(?:0[1-9]|[12]\d|3[01])(?!\d)|\d{6}[_-]\d{6}$")
 
 

@@ -17,7 +17,7 @@ from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 Array = np.ndarray
+Ends = tuple[float, float]
 Notes = dict[str, str]  # a kind of remark -> what is to be said of this picture
 PLANES = ("sagittal", "coronal", "axial")  # which of the axes x, y, z is cut
 MAX_BYTES = 4 * 2**30  # of a file, and of what it unpacks to
@@ -56,7 +57,7 @@ class ReadOptions:
     is one, else `full` (16-bit pictures: the range of 16 bits).
     """
 
-    window: tuple[float, float] | str | None = None
+    window: Ends | str | None = None
     plane: str = "axial"  # of NIfTI volumes
 
     def key(self) -> str:
@@ -82,16 +83,13 @@ def check_file(path: Path) -> None:
     """`InputError` unless `path` is a file: a pipe may never end."""
     try:
         mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            next(os.scandir(path), None)  # one that cannot be read is said to be that
+            raise InputError(f"{path}: a folder, no image")
     except FileNotFoundError as error:
         raise InputError(f"{path}: not found") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    if stat.S_ISDIR(mode):
-        try:
-            next(os.scandir(path), None)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-        raise InputError(f"{path}: a folder, no image")
     if not stat.S_ISREG(mode):
         raise InputError(f"{path}: a pipe, a socket or a device, no image")
 
@@ -100,11 +98,7 @@ def check_file(path: Path) -> None:
 
 
 def to_rgb(values: Array) -> Image.Image:
-    """An array as 8-bit RGB: (H, W), (H, W, 1) or (H, W, 3) of uint8, uint16, or float in [0, 1].
-
-    Raises:
-        InputError: another shape or type, NaN, or floats outside [0, 1].
-    """
+    """An array as 8-bit RGB: (H, W), (H, W, 1) or (H, W, 3) of uint8, uint16, or float in [0, 1]; else `InputError`."""
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[..., 0]
     if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] != 3) or 0 in values.shape:
@@ -138,49 +132,36 @@ def stretch(values: Array, low: float, high: float) -> Array:
     return np.nan_to_num((values.astype(np.float64) - low) / (high - low)).clip(0, 1)
 
 
-@dataclass(frozen=True)
-class Range:
-    """The finite grey values of a picture, series or volume."""
+class Range(NamedTuple):
+    """The finite grey values of a picture, series or volume: what becomes black and white."""
 
-    low: float
-    high: float
-    robust_low: float  # the percentiles `ROBUST`
-    robust_high: float
+    whole: Ends
+    robust: Ends  # the percentiles `ROBUST`, or the whole range where these are equal
 
     @classmethod
     def of(cls, parts: list[Array], path: object) -> Range:
         """Over arrays of any shape; `InputError` where none holds a finite number."""
-        lows, highs, sample = [], [], []
+        extremes: list[float] = []
+        sample = []
         for part in parts:
             flat = part.ravel(order="K")  # in the order of memory: no copy of a volume stored x first
             for start in range(0, flat.size, 2**24):
                 piece = flat[start : start + 2**24]
-                finite = piece if piece.dtype.kind != "f" else piece[np.isfinite(piece)]
-                if finite.size:
-                    lows.append(float(finite.min()))
-                    highs.append(float(finite.max()))
+                finite = piece[np.isfinite(piece)]
+                extremes += [float(finite.min()), float(finite.max())] if finite.size else []
             sample.append(flat[:: max(flat.size * len(parts) // SAMPLED, 1)])
-        if not lows:
+        if not extremes:
             raise InputError(f"{path}: no pixel holds a finite number")
+        whole = min(extremes), max(extremes)
         values = np.concatenate(sample).astype(np.float64)
         values = values[np.isfinite(values)]
-        robust = np.percentile(values, ROBUST) if values.size else (min(lows), max(highs))
-        return cls(min(lows), max(highs), float(robust[0]), float(robust[1]))
+        low, high = map(float, np.percentile(values, ROBUST)) if values.size else whole
+        return cls(whole, (low, high) if high > low else whole)
 
-    def apply(self, values: Array, robust: bool) -> Array:
-        """Values -> [0, 1] over the whole or the robust range; the whole one where the robust one is empty."""
-        low, high = self.ends(robust)
-        return stretch(values, low, high)
-
-    def ends(self, robust: bool) -> tuple[float, float]:
-        """Black and white."""
-        return (self.robust_low, self.robust_high) if robust and self.robust_high > self.robust_low else (
-            self.low, self.high)  # fmt: skip
-
-    def note(self, robust: bool, of: str) -> str:
-        """The range in words."""
-        low, high = self.ends(robust)
-        return f"shown from {low:g} to {high:g}, {'the robust' if robust else 'the whole'} range of {of}"
+    def show(self, values: Array, window: str | None, of: str) -> tuple[Array, str]:
+        """Values -> [0, 1] over the robust (`auto`) or the whole range, and that in words."""
+        (low, high), words = (self.robust, "robust") if window == "auto" else (self.whole, "whole")
+        return stretch(values, low, high), f"shown from {low:g} to {high:g}, the {words} range of {of}"
 
 
 def _package(name: str, path: object) -> Any:  # noqa: ANN401 - a module, which may not be installed
@@ -205,8 +186,7 @@ def count_dicom(path: Path) -> int:
     """
     with path.open("rb") as file:
         header = parse_dicom(file, path, header_only=True)
-    claimed = header.get("NumberOfFrames")
-    count = 1 if claimed in (None, "") else int(claimed)
+    count = 1 if header.get("NumberOfFrames") in (None, "") else int(header.NumberOfFrames)
     if count == 1:
         return 1
     size = path.stat().st_size
@@ -231,12 +211,10 @@ def parse_dicom(file: BinaryIO, path: Path, header_only: bool = False) -> Datase
     if syntax is not None and syntax.is_deflated:  # which `dcmread` unpacks whole, however large
         unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
         size = 0
-        while piece := file.read(2**20):
-            while piece:
-                size += len(unpacker.decompress(piece, 2**24))
-                piece = unpacker.unconsumed_tail
-                if size > MAX_BYTES:
-                    raise InputError(f"{path}: unpacks to more than {MAX_BYTES:,} bytes")
+        while piece := unpacker.unconsumed_tail or file.read(2**20):
+            size += len(unpacker.decompress(piece, 2**24))
+            if size > MAX_BYTES:
+                raise InputError(f"{path}: unpacks to more than {MAX_BYTES:,} bytes")
     file.seek(0)
     header: Dataset = reader.dcmread(file, stop_before_pixels=header_only)
     modality = str(header.get("Modality") or "")
@@ -258,19 +236,17 @@ def read_dicom(data: bytes, path: Path, index: int, options: ReadOptions) -> tup
     if photometric == "PALETTE COLOR":
         return to_rgb(_package("pydicom.pixels", path).apply_color_lut(values, header)), {}, ""
     if values.ndim == 3:
-        return (
-            to_rgb(values if values.dtype == np.uint8 and bits == 8 else (values / (2.0**bits - 1)).clip(0, 1)),
-            {},
-            "",
-        )
+        is_plain = values.dtype == np.uint8 and bits == 8
+        return to_rgb(values if is_plain else (values / (2.0**bits - 1)).clip(0, 1)), {}, ""
     rescaled, is_stored = _rescale(values, header, index)
     display = _frame_values(header, index, "FrameVOILUTSequence")
-    window, fault = _header_window(display)
+    center, width = _number(display.get("WindowCenter")), _number(display.get("WindowWidth"))
+    window = None if center is None or width is None else (center, width)
     notes: Notes = {}
     series = ""
     if isinstance(options.window, tuple):
         gray = apply_window(rescaled, *options.window)
-    elif options.window is None and window:
+    elif options.window is None and window and window[1] > 0:
         gray = apply_window(rescaled, *window, display.get("VOILUTFunction") or "LINEAR")
     elif options.window is None and display.get("VOILUTSequence"):
         voi_lut = _package("pydicom.pixels", path).apply_voi_lut
@@ -281,8 +257,12 @@ def read_dicom(data: bytes, path: Path, index: int, options: ReadOptions) -> tup
     else:
         span, of = _series_range(header, path, rescaled)
         series = str(span) if "series" in of else ""
-        gray = span.apply(rescaled, options.window == "auto")
-        notes["window"] = f"{fault}{span.note(options.window == 'auto', of)}"
+        gray, words = span.show(rescaled, options.window, of)
+        if window is None:
+            words = f"no window in the header: {words}"
+        elif window[1] <= 0:
+            words = f"the header's window is {window[1]:g} wide, which is ignored: {words}"
+        notes["window"] = words
     return to_rgb(np.nan_to_num(1 - gray if photometric == "MONOCHROME1" else gray).clip(0, 1)), notes, series
 
 
@@ -292,11 +272,10 @@ def _pixels(header: Dataset, path: Path, index: int) -> Array:
     except RuntimeError as error:
         if "missing dependencies" not in str(error):
             raise
-        decoders = "pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
         name = header.file_meta.TransferSyntaxUID.name
+        decoders = "pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
         raise InputError(f"{path}: no decoder for {name}: pip install {decoders}") from error
-    else:
-        return values
+    return values
 
 
 def _number(value: Any) -> float | None:  # noqa: ANN401 - whatever an element holds
@@ -307,16 +286,6 @@ def _number(value: Any) -> float | None:  # noqa: ANN401 - whatever an element h
     except (IndexError, TypeError, ValueError):
         return None
     return number if math.isfinite(number) else None
-
-
-def _header_window(display: Dataset) -> tuple[tuple[float, float] | None, str]:
-    """The header's first window, and what is wrong with it."""
-    center, width = _number(display.get("WindowCenter")), _number(display.get("WindowWidth"))
-    if center is None or width is None:
-        return None, "no window in the header: "
-    if width <= 0:
-        return None, f"the header's window is {width:g} wide, which is ignored: "
-    return (center, width), ""
 
 
 def _rescale(values: Array, header: Dataset, index: int) -> tuple[Array, bool]:
@@ -347,11 +316,8 @@ def _series_in(folder: Path) -> dict[str, list[Path]]:
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         try:
             with path.open("rb") as file:
-                if file.read(132)[128:] != b"DICM":
-                    continue
-                file.seek(0)
                 uid = str(parse_dicom(file, path, header_only=True).get("SeriesInstanceUID") or "")
-        except Exception:
+        except Exception:  # it is reported where it is read itself, and so below
             continue
         series.setdefault(uid, []).append(path)
     return series
@@ -362,14 +328,14 @@ _ranges: dict[tuple[Path, str], tuple[Range, str]] = {}
 
 def _series_range(header: Dataset, path: Path, picture: Array) -> tuple[Range, str]:
     """The grey values of all pictures of this file's series in its folder, and how many these are in words."""
-    uid = str(header.get("SeriesInstanceUID") or "")
     count = int(header.get("NumberOfFrames") or 1)
-    key = (path.parent, uid) if uid and count == 1 else (path, "")
+    uid = str(header.get("SeriesInstanceUID") or "") if count == 1 else ""
+    key = (path.parent, uid) if uid else (path, "")
     with _lock:
         if key not in _ranges:
-            files = _series_in(path.parent).get(uid, []) if uid and count == 1 else []
+            files = _series_in(path.parent).get(uid, []) if uid else []
             if len(files) > 1:
-                parts = [part for file in files for part in _frames_of(file)]
+                parts = [part for file in files for part in _thinned(file)]
                 _ranges[key] = Range.of(parts or [picture], path), f"its series ({len(files)} files)"
             elif count > 1:
                 chosen = np.linspace(0, count - 1, min(count, SAMPLED_SLICES)).astype(int)
@@ -380,13 +346,13 @@ def _series_range(header: Dataset, path: Path, picture: Array) -> tuple[Range, s
         return _ranges[key]
 
 
-def _frames_of(path: Path) -> list[Array]:
-    """The rescaled pixels of a single-frame neighbour, thinned; nothing where it is damaged."""
+def _thinned(path: Path) -> list[Array]:
+    """The rescaled pixels of a single-frame neighbour, thinned, and their extremes; nothing where it is damaged."""
     try:
         with path.open("rb") as file:
             header = parse_dicom(file, path)
         values = _rescale(_pixels(header, path, 0), header, 0)[0]
-    except Exception:  # it is reported where it is read itself
+    except Exception:
         return []
     extremes = np.array([values.min(), values.max()], dtype=values.dtype)
     return [extremes, values.ravel()[:: max(values.size // 4096, 1)]] if values.ndim == 2 else []
@@ -403,7 +369,6 @@ class Volume:
     values: Array  # (X, Y, Z, T) float32
     zooms: tuple[float, ...]  # millimetres along x, y, z
     span: Range
-    affine: Array  # (4, 4), of the turned axes
 
     def plane(self, index: int, name: str) -> tuple[Array, tuple[float, float]]:
         """A slice (rows, columns) as radiologists look at it, and the millimetres of a row and of a column.
@@ -420,8 +385,7 @@ class Volume:
 def count_nifti(path: Path, plane: str) -> int:
     """How many slices a NIfTI file holds along a plane, over all its time points; see `read_volume` for errors."""
     shape, order = _nifti_shape(path, _state(path))
-    axis = order.index(PLANES.index(plane))
-    return shape[axis] * math.prod(shape[3:])
+    return shape[order.index(PLANES.index(plane))] * math.prod(shape[3:])
 
 
 def _state(path: Path) -> tuple[int, int]:
@@ -429,15 +393,20 @@ def _state(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _nifti_class(head: bytes, path: Path) -> Any:  # noqa: ANN401 - nibabel may not be installed
+def _open_nifti(raw: BinaryIO, path: Path) -> tuple[BinaryIO, Any, Any, int]:
+    """The unpacked file at its beginning, nibabel's class for it, its header, and how many bytes it must hold.
+
+    `InputError` for what cannot be a volume.
+    """
     nibabel = _package("nibabel", path)
+    packed = raw.read(2) == b"\x1f\x8b"
+    raw.seek(0)
+    file: Any = gzip.GzipFile(fileobj=raw) if packed else raw
+    head = file.read(1024)
+    file.seek(0)
     is_second = 540 in (int.from_bytes(head[:4], order) for order in ("little", "big"))
-    return nibabel.Nifti2Image if is_second else nibabel.Nifti1Image
-
-
-def _nifti_header(head: bytes, path: Path) -> tuple[Any, int]:
-    """The header, and how many bytes the unpacked file must hold; `InputError` for what cannot be a volume."""
-    header = _nifti_class(head, path).header_class.from_fileobj(BytesIO(head))
+    kind = nibabel.Nifti2Image if is_second else nibabel.Nifti1Image
+    header = kind.header_class.from_fileobj(BytesIO(head))
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
     if dtype.kind not in "iuf":
         raise InputError(f"{path}: voxels of type {dtype}: expected numbers")
@@ -448,25 +417,23 @@ def _nifti_header(head: bytes, path: Path) -> tuple[Any, int]:
     needed = int(header.get_data_offset()) + math.prod(shape) * dtype.itemsize
     if needed > MAX_BYTES:
         raise InputError(f"{path}: {shape} voxels are more than the {MAX_BYTES:,} bytes that are read")
-    return header, needed
+    return file, kind, header, needed
+
+
+def _cut_short(path: Path, needed: int, held: int) -> InputError:
+    return InputError(f"{path}: its header claims {needed:,} bytes, but it holds {held:,}: cut short")
 
 
 @lru_cache(maxsize=4096)
 def _nifti_shape(path: Path, _state: tuple[int, int]) -> tuple[tuple[int, ...], list[int]]:
     """The shape on disk, and which of x, y, z each of its first three axes is; the file holds that many voxels."""
     with path.open("rb") as raw:
-        packed = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        file: Any = gzip.GzipFile(fileobj=raw) if packed else raw
-        head = file.read(1024)
-        header, needed = _nifti_header(head, path)
-        size = len(head) if packed else path.stat().st_size
-        while packed and size < needed and (piece := file.read(2**20)):
-            size += len(piece)
-    if size < needed:
-        raise InputError(f"{path}: its header claims {needed:,} bytes, but it holds {size:,}: cut short")
-    orientation = _package("nibabel", path).io_orientation
-    return tuple(header.get_data_shape()), [int(axis) for axis in orientation(header.get_best_affine())[:, 0]]
+        file, _, header, needed = _open_nifti(raw, path)
+        file.seek(needed - 1)  # unpacks, and keeps nothing
+        if not file.read(1):
+            raise _cut_short(path, needed, file.seek(0, os.SEEK_END))
+    turn = _package("nibabel", path).io_orientation(header.get_best_affine())
+    return tuple(header.get_data_shape()), [int(axis) for axis in turn[:, 0]]
 
 
 def read_volume(path: Path) -> Volume:
@@ -484,21 +451,16 @@ def read_volume(path: Path) -> Volume:
 def _volume(path: Path, _state: tuple[int, int]) -> Volume:
     data = read_bytes(path)
     digest = hashlib.sha256(data).hexdigest()
-    if data[:2] == b"\x1f\x8b":
-        file = gzip.GzipFile(fileobj=BytesIO(data))
-        head = file.read(1024)
-        needed = _nifti_header(head, path)[1]
-        data = head + file.read(max(needed - len(head), 0))  # not more, whatever else it unpacks to
-    else:
-        needed = _nifti_header(data[:1024], path)[1]
+    file, kind, _, needed = _open_nifti(BytesIO(data), path)
+    if isinstance(file, gzip.GzipFile):
+        data = file.read(needed)  # not more, whatever else it unpacks to
     if len(data) < needed:
-        raise InputError(f"{path}: its header claims {needed:,} bytes, but it holds {len(data):,}: cut short")
+        raise _cut_short(path, needed, len(data))
     nibabel = _package("nibabel", path)
-    image = nibabel.as_closest_canonical(nibabel.squeeze_image(_nifti_class(data, path).from_bytes(data)))
+    image = nibabel.as_closest_canonical(nibabel.squeeze_image(kind.from_bytes(data)))
     values = image.get_fdata(dtype=np.float32, caching="unchanged")
-    span = Range.of([values], path)
     zooms = tuple(float(zoom) for zoom in image.header.get_zooms()[:3])
-    return Volume(digest, values[..., None] if values.ndim == 3 else values, zooms, span, image.affine)
+    return Volume(digest, values[..., None] if values.ndim == 3 else values, zooms, Range.of([values], path))
 
 
 def read_nifti(volume: Volume, index: int, options: ReadOptions) -> tuple[Image.Image, Notes]:
@@ -508,10 +470,8 @@ def read_nifti(volume: Volume, index: int, options: ReadOptions) -> tuple[Image.
     if isinstance(options.window, tuple):
         gray = apply_window(values, *options.window)
     else:
-        gray = volume.span.apply(values, options.window == "auto")
-        notes["window"] = volume.span.note(options.window == "auto", "the volume")
-    ratio = _ratio(spacing)
-    if ratio > 3:
+        gray, notes["window"] = volume.span.show(values, options.window, "the volume")
+    if _ratio(spacing) > 3:
         notes["pixels"] = f"pixels of {spacing[1]:g} x {spacing[0]:g} mm, resampled to square ones"
     return square(to_rgb(gray), spacing, Image.Resampling.BICUBIC), notes
 
@@ -531,42 +491,6 @@ def square(image: Image.Image, spacing: tuple[float, float], how: Image.Resampli
     """The image enlarged along its coarser axis to pixels as wide as high; `spacing` is that of a row and a column."""
     if _ratio(spacing) < 1.01:
         return image
-    fine = min(spacing)
-    width, height = (
-        min(max(round(side * step / fine), 1), MAX_SIDE)
-        for side, step in zip(image.size, reversed(spacing), strict=True)
-    )
+    sides = zip(image.size, reversed(spacing), strict=True)
+    width, height = (min(max(round(side * step / min(spacing)), 1), MAX_SIDE) for side, step in sides)
     return image.resize((width, height), how)
-
-
-# --- what a slice is ---
-
-SIDES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}  # left, right, top and bottom of a picture
-
-
-def describe(path: Path, index: int | None, plane: str) -> dict[str, Any]:
-    """What a table says of a DICOM or NIfTI picture; errors are those of reading it.
-
-    DICOM: patient_id, study_uid, series_uid (these three name a person: hash them before they are shared),
-    instance_number, position (millimetres along the slices' normal; None where the file does not say). NIfTI: plane,
-    slice and time (counted from 0), position (millimetres along the plane's axis), and the sides `left`, `right`,
-    `top`, `bottom` of the picture as letters (R, L, A, P, S, I).
-    """
-    if path.name.lower().endswith((".nii", ".nii.gz")):
-        volume, axis = read_volume(path), PLANES.index(plane)
-        time, place = divmod(index or 0, volume.values.shape[axis])
-        along = round(float(volume.affine[axis, axis] * place + volume.affine[axis, 3]), 3)
-        sides = dict(zip(("left", "right", "top", "bottom"), SIDES[plane], strict=True))
-        return {"plane": plane, "slice": place, "time": time, "position": along, **sides}
-    with path.open("rb") as file:
-        header = parse_dicom(file, path, header_only=True)
-    names = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID")
-    patient_id, study, series = (str(header[name].value) if header.get(name) else None for name in names)
-    number, where = _number(header.get("InstanceNumber")), header.get("ImagePositionPatient")
-    turn = header.get("ImageOrientationPatient")
-    position: float | None = None
-    if where and turn and len(where) == 3 and len(turn) == 6:
-        normal = np.cross(np.asarray(turn[:3], float), np.asarray(turn[3:], float))
-        position = round(float(normal @ np.asarray(where, float)), 3)
-    return {"patient_id": patient_id, "study_uid": study, "series_uid": series,
-            "instance_number": None if number is None else int(number), "position": position}  # fmt: skip

@@ -118,6 +118,7 @@ class Metadata:
     options: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     shots: dict[str, list[str]] | None = None
+    shot_patients: list[str] = field(default_factory=list)
     threshold: dict[str, Any] | None = None
     run: str | None = None
 
@@ -178,7 +179,8 @@ def read(path: str | Path, flag: str = "--ckpt") -> dict[str, Any]:
     if fault:
         raise InputError(f"{flag} {path}: damaged, or not a checkpoint of this project ({one_line(fault)})")
     if payload.get("format") == FORMAT:
-        _check_metadata(payload, f"{flag} {path}: damaged, or not a checkpoint of this project")
+        where = f"{flag} {path}: damaged, or not a checkpoint of this project"
+        check_metadata(payload.get("settings", {}), payload.get(METADATA), where)
     return payload
 
 
@@ -195,17 +197,19 @@ def _part_faults(payload: dict[str, Any]) -> Iterator[str]:
                 yield f"{name}: {key!r:.80} holds NaN or infinite numbers"
 
 
-def _check_metadata(payload: dict[str, Any], where: str) -> None:
-    """`InputError` where settings or metadata of a file of ours are not what `Checkpoint.save` writes."""
-    settings = Settings.from_dict(payload.get("settings", {}), where)
-    metadata = checked(Metadata, payload.get(METADATA), where)
-    checked(SelectedMetrics, metadata.metrics, where)
+def check_metadata(settings_in_file: object, metadata_in_file: object, where: str) -> Settings:
+    """The settings that a file of ours holds; `InputError` where they or its metadata are not what we write."""
+    settings = Settings.from_dict(settings_in_file, where)
+    metadata = checked(Metadata, metadata_in_file, where)
+    checked(SelectedMetrics, metadata.metrics, f"{where}: metrics")
     if metadata.threshold is not None:
-        threshold = checked(Threshold, metadata.threshold, where)
-        checked(Figures, threshold.figures, where)
+        threshold = checked(Threshold, metadata.threshold, f"{where}: threshold")
+        checked(Figures, threshold.figures, f"{where}: threshold: figures")
         two = threshold.heat_range is None or len(threshold.heat_range) == 2
         if not two or not isinstance(metadata.threshold.get("from"), str):
             raise InputError(f"{where}: its threshold is incomplete")
+    if settings.model_config is not None:
+        ModelConfig.from_dict(settings.model_config, f"{where}: model_config")
     if settings.states is not None and (fault := states_fault(settings.states)):
         raise InputError(f"{where}: states: {one_line(fault)}")
     seed = metadata.options.get("seed", 0)
@@ -214,9 +218,10 @@ def _check_metadata(payload: dict[str, Any], where: str) -> None:
     if metadata.run is not None and not printable(metadata.run) == metadata.run:
         raise InputError(f"{where}: run is {metadata.run!r:.80}")
     try:
-        json.dumps([payload["settings"], payload[METADATA]])
+        json.dumps([settings_in_file, metadata_in_file])
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{where}: its settings are no plain values ({error!s:.80})") from error
+    return settings
 
 
 def write(payload: dict[str, Any], path: str | Path) -> None:
@@ -313,10 +318,16 @@ def find_trained_weights(checkpoint: Checkpoint, options: argparse.Namespace) ->
     """
     settings = checkpoint.settings
     seed = checkpoint.seed if not checkpoint.published else options.seed
-    known = ModelConfig.from_dict(settings.model_config) if settings.model_config else settings.model_name
+    where = f"--ckpt {options.ckpt}: its model_config"
+    known = ModelConfig.from_dict(settings.model_config, where) if settings.model_config else settings.model_name
     model = options.model_name or known  # a folder or a JSON file given anew says where its weights are
     weights = find_weights(model, settings.pretrain, options.weights, seed)
     print_weights_info(weights)
+    deepest, depth = max(settings.features_list), weights.config.layers
+    if deepest > depth:
+        raise InputError(
+            f"--ckpt {options.ckpt}: reads layer {deepest}, but {printable(weights.config.name)} has {depth}"
+        )
     check_weights(checkpoint, weights, options.ckpt, options.allow_other_weights)
     return weights
 

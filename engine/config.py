@@ -218,7 +218,7 @@ class Settings:
     version: str = ""  # of this project, when the checkpoint was made
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str = "settings") -> Settings:
+    def from_dict(cls, values: object, where: str = "settings") -> Settings:
         """The inverse of `to_dict`; unknown entries are ignored and late ones default, so any version reads any.
 
         Raises:
@@ -232,6 +232,8 @@ class Settings:
         layers = settings.features_list
         if not layers or len(set(layers)) < len(layers) or min(layers) < 1:
             raise InputError(f"{where}: features_list is {list(layers)!r:.80}")
+        if not 0 <= settings.mask_above <= 254:
+            raise InputError(f"{where}: mask_above is {settings.mask_above}")
         texts = (settings.model_name, settings.prompt_name, settings.obj)
         if not 0 < settings.img_size <= MAX_IMG_SIZE or settings.eval_batch < 1 or max(map(len, texts)) > MAX_TEXT:
             raise InputError(f"{where}: img_size, eval_batch or a name is out of range")
@@ -403,7 +405,7 @@ def resumed_options(folder: str, arguments: Sequence[str]) -> argparse.Namespace
     if prompts is not None and (fault := states_fault(prompts)):
         raise InputError(f"--resume {folder}: its config.json is damaged (prompts: {fault})")
     words = [word for name, value in stored.items() for word in as_flag(parser, name, value)]
-    parser.where = f"--resume {folder}: its config.json is damaged: "
+    parser.where = f"--resume {folder}: its config.json is damaged"
     before = parser.parse_args(words)
     parser.where = ""
     options = parser.parse_args([*words, *arguments])

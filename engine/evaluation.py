@@ -19,6 +19,7 @@ from loss import anomaly_map, image_score
 from utils import InputError, atomic_path, prefetch, preview
 
 from . import distributed
+from .config import DEC_TYPES, MAX_IMG_SIZE
 
 if TYPE_CHECKING:
     from dataset.medical_few import MedicalDataset
@@ -140,6 +141,8 @@ def load_evaluation(path: str | Path) -> tuple[Evaluation, Masks | None, dict[st
         ]
         if len(samples) != len(scores) or metadata["head"] not in ("seg", "det"):
             raise ValueError("its parts do not belong together")
+        if metadata["dec_type"] not in DEC_TYPES or not 1 <= metadata["img_size"] <= MAX_IMG_SIZE:
+            raise ValueError("its dec_type or img_size is out of range")
         evaluation = Evaluation(samples, scores, metadata["head"], int(metadata["img_size"]), metadata["dec_type"])
         masks = None
         if "mask_bits" in arrays:

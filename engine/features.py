@@ -354,7 +354,8 @@ class TokenStore:
             temporary.write_bytes(data + zlib.crc32(data).to_bytes(CRC_BYTES, "little"))
             temporary.replace(path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a file system that is read-only says so again
+                temporary.unlink()
             raise InputError(
                 f"--cache_dir {self.folder.parent}: cannot write ({error.strerror}); what is stored stays usable, "
                 f"free some room or use --cache ram"

@@ -309,12 +309,10 @@ class PixelCounts:
             raise ValueError("counted without regions")
         false, _ = self._above("AUPRO")
         rate, overlap = false / false[-1], _cumulative(self.overlap) / self.regions
-        inside = int(np.searchsorted(rate, limit, side="right"))
-        x, y = rate[:inside], overlap[:inside]
-        if x[-1] < limit:
-            share = (limit - x[-1]) / (rate[inside] - x[-1])
-            x, y = np.append(x, limit), np.append(y, y[-1] + share * (overlap[inside] - y[-1]))
-        return float(np.trapezoid(y, x) / limit)
+        end = int(np.searchsorted(rate, limit))  # the first point at or beyond it
+        share = (limit - rate[end - 1]) / (rate[end] - rate[end - 1])
+        last = overlap[end - 1] + share * (overlap[end] - overlap[end - 1])
+        return float(np.trapezoid(np.append(overlap[:end], last), np.append(rate[:end], limit)) / limit)
 
     def threshold_at_fpr(self, rate: float) -> float:
         """The threshold of the largest sensitivity at a false positive rate of at most `rate`."""

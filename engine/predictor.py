@@ -56,6 +56,7 @@ class Predictor:
 
     Attributes:
         settings: what shaped the checkpoint.
+        clip: the frozen towers.
         checkpoint: the file's content.
         reading: how it reads files with more than 8 bits or more than one slice: as training did.
         calibration: where the thresholds come from, as checkpoints keep it; empty where there are none.
@@ -74,7 +75,7 @@ class Predictor:
     ) -> None:
         self.checkpoint, self.settings, self.detector = checkpoint, checkpoint.settings, detector
         self.reading = reading_of(self.settings)
-        self._clip, self._autocast = clip, autocast
+        self.clip, self._autocast = clip, autocast
         self._text = detector.prompts().detach()
         self._set(checkpoint.metadata.get("threshold") or {}, threshold)
 
@@ -137,12 +138,12 @@ class Predictor:
     @torch.no_grad()
     def patch_scores(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [0, 1] -> patch scores (B, K, N) float32, as in an `Evaluation`, on the device."""
-        device = self._clip.device
+        device = self.clip.device
         if device.type == "cuda":
             images = images.pin_memory()
         first = 0 if self.detector.adapters.reads_class_token else 1
         with torch.autocast(device.type, dtype=self._autocast, enabled=self._autocast is not None):
-            tokens = self._clip.image_tokens(
+            tokens = self.clip.image_tokens(
                 images.to(device, non_blocking=True), tuple(sorted(self.settings.features_list))
             )
             tokens = [layer if layer.dtype == self._autocast else layer.float() for layer in tokens]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataset.images import check_mask, load_grey_mask, load_mask
+from dataset.images import FULL_MASK, check_mask, load_grey_mask, load_mask
 from dataset.medical_few import MedicalDataset, Sample, Shots, anonymous, leaks
 from loss import training_loss
 from utils import JITTER_VIEW, VIEWS, InputError, augment, checked, preview, printable, sha256_file, warn
@@ -161,12 +161,12 @@ class TrainingState:
         return self.best_epoch or self.epoch
 
     def finish_epoch(
-        self, losses: Tensor, similarity: float, test: Metrics | None, valid: Metrics | None, due: bool, seconds: float
+        self, loss: Tensor, similarity: float, test: Metrics | None, valid: Metrics | None, due: bool, seconds: float
     ) -> dict[str, Any]:
         """Close an epoch: choose, and add its line to the history.
 
         Args:
-            losses: (steps, 3), on the device.
+            loss: (3,), see `check_losses`.
             similarity: cosine of the two text features.
             test: of the test set; None where it was not measured.
             valid: of valid/, likewise.
@@ -176,12 +176,9 @@ class TrainingState:
 
         Returns:
             The line of metrics.jsonl, see `EpochRecord`.
-
-        Raises:
-            InputError: a loss that is not finite.
         """
         epoch = self.epoch + 1
-        det, seg, total = check_losses(losses, epoch).tolist()
+        det, seg, total = loss.tolist()
         judged = {"test": test, "valid": valid}.get(self.select)
         better = due and judged is not None and judged.selection_score > self.best_score
         if better and judged is not None:
@@ -271,6 +268,8 @@ class EpochRecord:
 
 def check_losses(losses: Tensor, epoch: int) -> Tensor:
     """The mean of each loss over an epoch's steps: (steps, 3) -> (3,) float64 on the CPU.
+
+    Here an epoch's training waits for the device, once.
 
     Raises:
         InputError: naming the epoch and its first step with a loss that is not finite.
@@ -384,7 +383,7 @@ class Splits:
             print(note)
 
     def warn(self, masks: Tensor | None) -> None:
-        """Print warnings for images in valid and in test, and for shots whose mask (of the first view) is empty."""
+        """Print warnings for images in valid and in test, and for shots whose mask is empty or nearly everything."""
         if not distributed.is_main():
             return
         shots = (*self.shots.normal, *self.shots.abnormal)
@@ -397,11 +396,14 @@ class Splits:
                 )
         if masks is not None:  # view by view, so the plain view of the abnormal shots comes first
             pairs_of = zip(self.shots.abnormal, masks, strict=False)
-            if empty := [sample.name for sample, mask in pairs_of if not mask.any()]:
+            shares = {sample.name: float(mask.float().mean()) for sample, mask in pairs_of}
+            if empty := [name for name, share in shares.items() if not share]:
                 warn(
                     f"{len(empty)} abnormal shots have an empty mask at this size, so all their pixels count as "
                     f"normal: {preview(empty)}"
                 )
+            if full := [name for name, share in shares.items() if share > FULL_MASK]:
+                warn(f"{len(full)} abnormal shots have a mask of over {FULL_MASK:.0%} of the image: {preview(full)}")
 
 
 def losses_note(shots: Shots) -> str | None:

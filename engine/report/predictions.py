@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import re
 from dataclasses import replace
@@ -16,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from dataset.images import stem
-from utils import atomic_path, printable, write_json
+from utils import atomic_path, printable
 
 from ..heat_volumes import DicomHeat, NiftiHeat
 from ..scans import MARK, Entry, Opened
@@ -75,9 +76,10 @@ class Drawer:
         mark.add_text("Software", MARK)
         for kind, picture in pictures.items():
             with atomic_path(self.out / f"{name}_{kind}", "--out") as path:
-                picture.save(path, "PNG", pnginfo=mark)
+                picture.save(path, "PNG", pnginfo=mark, compress_level=1)  # a third of the time, 10% more bytes
         shape = {"pixel_threshold": model.pixel_threshold, "width": size[0], "height": size[1], "regions": regions}
-        write_json(self.out / f"{name}_contours.json", shape, "--out")
+        with atomic_path(self.out / f"{name}_contours.json", "--out") as path:
+            path.write_text(json.dumps(shape), encoding="utf-8")
         kinds = (*pictures, "contours.json")
         return {"regions": sum(r["area"] > 0 for r in regions), **{k.split(".")[0]: f"{name}_{k}" for k in kinds}}
 

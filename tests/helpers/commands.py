@@ -21,11 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[2]
 HALT = 0  # instead of a signal: wait until the test says `go`
@@ -138,8 +137,9 @@ class Commands:
 
     def close(self) -> None:
         """End the process that forks, and what a failed test has left halted."""
-        for running in self.running:
+        for running in list(self.running):
             running.kill()
+            running.wait()
         self.server.communicate()
 
 
@@ -165,7 +165,8 @@ def _become(
     file_bytes: int | None,
     env: Mapping[str, str],
     on: dict[str, Any] | None,
-) -> None:
+) -> NoReturn:
+    """Be the command, in the child; the interpreter ends as after any script, with what was registered for its end."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for name, descriptor in (("out", 1), ("err", 2)):
         os.dup2(os.open(Path(folder) / name, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
@@ -176,21 +177,13 @@ def _become(
     signal.alarm(HANG)
     if on:
         _install(**on, told=Path(folder))
-    script, code = command[0], 0
+    script = command[0]
     sys.argv = command
-    try:
-        if script.endswith(".py"):
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        else:
-            runpy.run_module(script, run_name="__main__", alter_sys=True)
-    except SystemExit as leaving:
-        code = leaving.code or 0
-    except BaseException:  # as the interpreter does
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    if script.endswith(".py"):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    else:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+    sys.exit()
 
 
 def _install(event: str, action: int, number: int, told: Path, name: str = "", folder: str = "") -> None:

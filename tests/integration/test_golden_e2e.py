@@ -17,7 +17,7 @@ from tests.helpers.weights import save_torchscript
 
 @pytest.fixture
 def folder(golden, golden_json, tmp_path, monkeypatch):
-    """The stored PNG files as Brain (with masks) and as Chest (the same images without), and the tiny CLIP's weights."""
+    """The stored PNG files as Brain (with masks) and as Chest (the same images without), and the tiny weights."""
     data = golden("e2e")
     assert sorted(data["file_names"].tolist()) == sorted(key[6:] for key in data if key.startswith("files/"))
     for obj in ("Brain", "Chest"):

@@ -6,42 +6,40 @@ import json
 import random
 import shutil
 import signal
+import socket
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from dataset import phantom
-from tests.helpers.commands import Commands
+from tests.helpers.commands import HALT, Call, Change, Commands
+from tests.helpers.data import SMALL
+from tests.integration.test_scripts import refusal
 
-SMALL = ["--model_name", "ViT-tiny-14-56", "--pretrain", "random", "--img_size", 42, "--device", "cpu"]
 EPOCHS = 8
 KILLS = 20
+KILLS_OF_THE_PASS = 4
+# What an epoch of this run does: 2 x 2 shots in 16 views, in batches of 16.
+STEP, STEPS = "engine.training.TrainingState.step", 4
 
 
-@pytest.fixture(scope="module")
-def data_path(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data")
-    phantom.write(path, ["Brain"], valid=4, test=12, seed=0, size=64)
-    return path
-
-
-def flags(folder: Path, data_path: Path, *more: object) -> list[object]:
+def flags(folder: Path, phantoms: Path, *more: object) -> list[object]:
     """A run called `one`; the store on disk, so that a killed pass over the images goes on as well."""
-    paths = ["--data_path", data_path, "--save_path", folder / "ckpt", "--run_dir", folder / "runs"]
+    paths = ["--data_path", phantoms, "--save_path", folder / "ckpt", "--run_dir", folder / "runs"]
     store = ["--cache", "disk", "--cache_dir", folder / "store"]
     train = ["--obj", "Brain", "--shot", 2, "--epoch", EPOCHS, "--exp_name", "one"]
     return [*train, *SMALL, *paths, *store, *more]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(command, data_path, tmp_path_factory) -> Path:
+def undisturbed(command, phantoms, once) -> Path:
     """The folder of a run that nothing happened to."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    assert command("train.py", *flags(folder, data_path)).returncode == 0
-    return folder / "runs" / "one"
+
+    def make(folder: Path) -> None:
+        assert train(command, folder, *flags(folder, phantoms)).returncode == 0
+
+    return once("undisturbed", make) / "runs" / "one"
 
 
 def same(run: Path, other: Path) -> None:
@@ -69,90 +67,126 @@ def flat(value: object, name: str = "") -> dict[str, torch.Tensor]:
     return {name: torch.tensor(value, dtype=torch.float64)} if isinstance(value, int | float) else {}
 
 
-def go_on(command: Commands, run: Path, start: list[object], **how: object) -> subprocess.CompletedProcess[str]:
-    """Resume where there is something to resume, else start."""
-    arguments = ["--resume", run] if (run / "config.json").is_file() else start
-    return command("train.py", *arguments, **how)
+def train(command: Commands, folder: Path, *arguments: object, **how: object) -> subprocess.CompletedProcess[str]:
+    """train.py started in `folder`: a run that is gone on with may write below it."""
+    return command("train.py", *arguments, cwd=folder, **how)
 
 
-@pytest.fixture(scope="module")
-def duration(command, data_path, tmp_path_factory) -> float:
-    """Seconds that a whole run takes here and now."""
-    started = time.monotonic()
-    command("train.py", *flags(tmp_path_factory.mktemp("timed"), data_path))
-    return time.monotonic() - started
+def go_on(command: Commands, folder: Path, phantoms: Path, **how: object) -> subprocess.CompletedProcess[str]:
+    """Resume the run `one` where there is something to resume, else start it."""
+    run = folder / "runs" / "one"
+    arguments = ["--resume", run] if (run / "config.json").is_file() else flags(folder, phantoms)
+    return train(command, folder, *arguments, **how)
 
 
-def test_killed_at_random_moments(command, data_path, tmp_path, undisturbed, duration):
-    run, moments = tmp_path / "runs" / "one", random.Random(5)
-    found, kills = set(), 0
+def epochs(run: Path) -> int:
+    """How many epochs metrics.jsonl has."""
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.is_file() else 0
+
+
+def test_twenty_kills(command, phantoms, tmp_path, undisturbed):
+    """Before a random change of the store, then before a random change of the run's files or a random step."""
+    run, draw = tmp_path / "runs" / "one", random.Random(5)
+    seen, kills = set(), 0
     while kills < KILLS:
-        stop = (duration * moments.uniform(0.1, 0.9), signal.SIGKILL)
-        result = go_on(command, run, flags(tmp_path, data_path), stop=stop)
-        assert result.returncode in (0, -signal.SIGKILL), result.stderr
-        if result.returncode == 0:  # done before the kill: once more from the start
+        store = Change(str(tmp_path / "store"), draw.randint(1, 300))
+        files, step = Change(str(tmp_path / "runs"), draw.randint(1, 30)), Call(STEP, draw.randint(1, 5 * STEPS))
+        event = store if kills < KILLS_OF_THE_PASS else draw.choice([files, step])
+        result = go_on(command, tmp_path, phantoms, on=(event, signal.SIGKILL))
+        if result.returncode == 0:  # the end came before the event: once more from the start
             same(run, undisturbed)
             shutil.rmtree(run)
             continue
+        assert result.returncode == -signal.SIGKILL, result.stderr
         kills += 1
-        lines = (run / "metrics.jsonl").read_text() if (run / "metrics.jsonl").is_file() else ""
+        lines = (run / "metrics.jsonl").read_text() if epochs(run) else ""
         assert (undisturbed / "metrics.jsonl").read_text().startswith(lines)
-        found.add(lines.count("\n"))
-    assert len(found) > 2, "the kills should meet the run at different epochs"
-    assert go_on(command, run, flags(tmp_path, data_path)).returncode == 0
+        seen.add(epochs(run))
+    assert len(seen) > 4, "the kills should meet the run at different epochs"
+    assert go_on(command, tmp_path, phantoms).returncode == 0
     same(run, undisturbed)
+
+
+MOMENTS = {
+    "in the pass": (Call("engine.features.TokenStore._keep", 2), 0),
+    "in a step": (Call(STEP, 2 * STEPS + 2), 2),
+    "in an evaluation": (Call("train.evaluate", 3), 2),
+    "while files are written": (Call("engine.run.RunFolder.save", 3), 3),  # it waits for the epoch's last file
+    "at the end": (Call("train.calibrate_run"), EPOCHS),
+}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_by_a_signal(command, data_path, tmp_path, undisturbed, duration, number):
-    run, stopped, seconds = tmp_path / "runs" / "one", 0, duration / 2
-    while not stopped:
-        result = command("train.py", *flags(tmp_path, data_path), stop=(seconds, number))
-        stopped = result.returncode
-        if stopped == -number:  # before train.py looks for signals
-            stopped, seconds = 0, seconds * 1.2
-        elif not stopped:
-            run.rename(tmp_path / "runs" / f"done{seconds}")
-            seconds /= 1.5
-    assert stopped == 130
+@pytest.mark.parametrize("when", MOMENTS)
+def test_stopped_by_a_signal(command, phantoms, tmp_path, undisturbed, number, when):
+    event, done = MOMENTS[when]
+    run = tmp_path / "runs" / "one"
+    result = command("train.py", *flags(tmp_path, phantoms), on=(event, number))
+    assert result.returncode == 130
     assert "Traceback" not in result.stderr
-    if run.is_dir():
-        done = (run / "metrics.jsonl").read_text().count("\n")
-        assert f"stopped after epoch {done} of {EPOCHS}" in result.stderr
-        assert f"python train.py --resume {run}" in result.stderr
-    assert go_on(command, run, flags(tmp_path, data_path)).returncode == 0
+    assert epochs(run) == done
+    assert f"stopped after epoch {done} of {EPOCHS}" in result.stderr
+    assert f"python train.py --resume {run}" in result.stderr
+    if number == signal.SIGINT:
+        assert go_on(command, tmp_path, phantoms).returncode == 0
+        same(run, undisturbed)
+
+
+def test_a_run_has_one_writer(command, phantoms, tmp_path, undisturbed):
+    """While it lives, --resume is refused and changes nothing; the lock of a dead process is taken over."""
+    run, third_epoch = tmp_path / "runs" / "one", Call("engine.run.RunFolder.save", 3)
+    running = command.start("train.py", *flags(tmp_path, phantoms), on=(third_epoch, HALT), cwd=tmp_path)
+    running.halted()
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    line = refusal(command, "train.py", "--resume", run, cwd=tmp_path)
+    assert f"process {running.pid} on {socket.gethostname()} is still at this run" in line
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    running.go()
+    result = running.wait()
+    assert result.returncode == 0, result.stderr
     same(run, undisturbed)
 
+    second = tmp_path / "runs" / "one-2"
+    running = command.start("train.py", *flags(tmp_path, phantoms), on=(third_epoch, HALT), cwd=tmp_path)
+    running.halted()
+    running.kill()
+    assert running.wait().returncode == -signal.SIGKILL
+    assert (second / "lock").exists()
+    assert train(command, tmp_path, "--resume", second).returncode == 0
+    same(second, undisturbed)
 
-def test_a_disk_that_fills_up(command, data_path, tmp_path, undisturbed):
-    start = flags(tmp_path, data_path)
+
+def test_a_disk_that_fills_up(command, phantoms, tmp_path, undisturbed):
+    start = flags(tmp_path, phantoms)
     run = tmp_path / "runs" / "one"
-    result = command("train.py", *start, "--cache", "ram", file_bytes=1_000_000)  # last.pth needs more
+    result = train(command, tmp_path, *start, "--cache", "ram", file_bytes=1_000_000)  # last.pth needs more
     assert result.returncode == 2
     assert result.stderr.count("error: ") == 1
     assert "last.pth" in result.stderr
     assert "Traceback" not in result.stderr
     assert not list(run.glob(".*"))  # no half-written file
 
-    assert command("train.py", "--resume", run, "--epoch", 3).returncode == 0
+    assert train(command, tmp_path, "--resume", run, "--epoch", 3).returncode == 0
     before = (run / "last.pth").read_bytes()
-    assert command("train.py", "--resume", run, "--epoch", EPOCHS, file_bytes=1_000_000).returncode == 2
+    assert train(command, tmp_path, "--resume", run, "--epoch", EPOCHS, file_bytes=1_000_000).returncode == 2
     assert (run / "last.pth").read_bytes() == before
-    assert command("train.py", "--resume", run, "--epoch", EPOCHS).returncode == 0
+    assert train(command, tmp_path, "--resume", run, "--epoch", EPOCHS).returncode == 0
     assert (run / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
 
 
-def test_half_of_an_epochs_files(command, data_path, tmp_path, undisturbed):
+def test_half_of_an_epochs_files(command, tmp_path, undisturbed):
     """Killed right after last.pth was written: metrics.jsonl lacks a line and best.pth is of an earlier epoch."""
-    start = flags(tmp_path, data_path)
-    assert command("train.py", *start).returncode == 0
-    run = tmp_path / "runs" / "one"
+    folder = tmp_path / "moved"
+    shutil.copytree(undisturbed.parents[1], folder)
+    run = folder / "runs" / "one"
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])
     (run / "result.json").unlink()
     if json.loads(lines[-1])["best"]:
         (run / "best.pth").unlink()
-    assert command("train.py", "--resume", run).returncode == 0
+    places = ["--save_path", folder / "ckpt", "--cache_dir", folder / "store"]  # a copied run is asked for them
+    assert train(command, folder, "--resume", run, *places).returncode == 0
     same(run, undisturbed)
 
 
@@ -172,32 +206,34 @@ def test_the_folder_of_a_run(undisturbed):
     assert result["last"]["auc"] == lines[-1]["auc"]
 
 
-def test_names_of_runs(command, data_path, tmp_path):
-    start = flags(tmp_path, data_path, "--epoch", 1)
+def test_names_of_runs(command, phantoms, tmp_path):
+    start = flags(tmp_path, phantoms, "--epoch", 1)
     first, second = command("train.py", *start), command("train.py", *start)
     assert (first.returncode, second.returncode) == (0, 0)
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["one", "one-2"]
     assert "is there already, so this run is" in second.stderr
 
 
-def test_what_cannot_be_resumed(command, data_path, tmp_path, undisturbed):
-    def refused(*arguments: object) -> str:
-        result = command("train.py", *arguments)
-        assert result.returncode == 2, result.stderr
-        assert "Traceback" not in result.stderr
-        (line,) = [line for line in result.stderr.splitlines() if "error: " in line]
-        return line
-
-    assert "no config.json" in refused("--resume", tmp_path)
-    assert "--learning_rate 0.5 contradicts" in refused("--resume", undisturbed, "--learning_rate", 0.5)
-    assert "--shot 1 contradicts" in refused("--resume", undisturbed, "--shot", 1)
-    config = (undisturbed / "config.json").read_bytes()
-    assert f"has finished {EPOCHS} already" in refused("--resume", undisturbed, "--epoch", 2)
-    assert (undisturbed / "config.json").read_bytes() == config  # else a plain --resume would be refused from here on
-    assert "no config.json" in refused("--resume", "")
-    assert command("train.py", *flags(tmp_path, data_path, "--epoch", 1)).returncode == 0
-    run = tmp_path / "runs" / "one"
-    (run / "last.pth").write_bytes((run / "last.pth").read_bytes()[:-5000])
-    assert "last.pth" in refused("--resume", run, "--epoch", 2)
+def test_what_cannot_be_resumed(command, tmp_path, undisturbed):
+    assert "no config.json" in refusal(command, "train.py", "--resume", tmp_path)
+    assert "no config.json" in refusal(command, "train.py", "--resume", "")
+    for flag, value in (("--learning_rate", 0.5), ("--shot", 1)):
+        line = refusal(command, "train.py", "--resume", undisturbed, flag, value)
+        assert f"{flag} {value} contradicts" in line
+    run = tmp_path / "one"
+    shutil.copytree(undisturbed, run)
+    elsewhere = refusal(command, "train.py", "--resume", run)  # its checkpoint would go where the first one's is
+    assert "--save_path" in elsewhere and "lies outside of this folder" in elsewhere
+    places = ["--resume", run, "--save_path", tmp_path, "--cache_dir", tmp_path]
+    config = (run / "config.json").read_bytes()
+    assert f"has finished {EPOCHS} already" in refusal(command, "train.py", *places, "--epoch", 2)
+    assert (run / "config.json").read_bytes() == config  # else a plain --resume would be refused from here on
+    whole = (run / "last.pth").read_bytes()
+    (run / "last.pth").write_bytes(whole[:-5000])
+    assert "last.pth" in refusal(command, "train.py", *places)
+    (run / "last.pth").unlink()
+    assert "last.pth is missing" in refusal(command, "train.py", *places)
+    torch.save({"format": "madclip-run-1", "state": {}}, run / "last.pth")
+    assert "a run of an older version" in refusal(command, "train.py", *places)
     (run / "config.json").write_text("{")
-    assert "config.json is damaged" in refused("--resume", run)
+    assert "config.json is damaged" in refusal(command, "train.py", *places)

@@ -37,9 +37,9 @@ def printed(command: Commands, script: str, *arguments: object, **how: object) -
     return done.stdout
 
 
-def refusal(command: Commands, script: str, *arguments: object) -> str:
+def refusal(command: Commands, script: str, *arguments: object, **how: object) -> str:
     """The one line with which a command refuses."""
-    done = command(script, *arguments)
+    done = command(script, *arguments, **how)
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "error: " in line]
     assert "Traceback" not in done.stderr

@@ -99,6 +99,22 @@ def test_like_liver(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "CT_AD/CT.json").read_text())["prompt_name"] == "CT"
 
 
+def test_the_patients_of_labelled_volumes_are_found_by_ones_own_rule(tmp_path, monkeypatch, capsys):
+    for number in range(12):
+        for visit in "ab":
+            name = tmp_path / f"scans/{visit}of{number}"
+            save(Path(f"{name}_flair.nii.gz"), np.arange(48, dtype=np.int16).reshape(4, 4, 3))
+            labels = np.full((4, 4, 3), np.nan if visit == "a" else 1, np.float32)
+            labels[0] = 0
+            save(Path(f"{name}_seg.nii.gz"), labels)
+    call(monkeypatch, capsys, tmp_path / "scans", tmp_path / "knee_AD", "--patient", r"of(\d+)_")
+    valid, test = (MedicalDataset.open("knee", tmp_path).samples(split) for split in ("valid", "test"))
+    assert {sample.patient for sample in (*valid, *test)} == {str(number) for number in range(12)}
+    assert not {sample.patient for sample in valid} & {sample.patient for sample in test}
+    assert sum(sample.label for sample in (*valid, *test)) == 36  # labels that are no number mark nothing
+    assert "--patient" in call(monkeypatch, capsys, tmp_path / "scans", tmp_path / "x", "--patient", "(", code=2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [(["nowhere", "out"], "IN nowhere: no folder"), ([".", "out", "--like", "Brain"], "no volumes beside their labels"),

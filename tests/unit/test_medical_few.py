@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import OBJECTS, MedicalDataset, ReadOptions, check_mask, leaks, load_image, load_mask, medical_few
+from dataset import OBJECTS, MedicalDataset, ReadOptions, check_mask, images, leaks, load_image, load_mask
 from dataset.fewshot import read_shot_list
 from dataset.layout import FOLDER
 from dataset.medical_few import Sample
@@ -349,7 +349,7 @@ def test_leaks_read_no_file_twice(tmp_path, monkeypatch):
     make(tmp_path)
     dataset = MedicalDataset.open("Brain", tmp_path)
     asked = []
-    monkeypatch.setattr(medical_few, "sha256_file", lambda path: asked.append(path) or path.name)
+    monkeypatch.setattr(images, "sha256_file", lambda path: asked.append(path) or path.name)
     pairs = leaks(dataset.samples("valid"), dataset.samples("test"))
     assert len(pairs) == 16
     assert len(asked) == 16

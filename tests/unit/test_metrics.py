@@ -215,8 +215,9 @@ def test_batches_do_not_matter_and_processes_add_up() -> None:
     whole = count(*both, batch=4, images=20)
     again = count(*both, batch=7, images=20)
     grid = score_grid(torch.from_numpy(np.sort(both[0][both[1]])))
-    parts = count(scores, labels, grid=grid) + count(other, theirs, batch=10, grid=grid)
-    for result in (again, parts):
+    first, second = count(scores, labels, grid=grid), count(other, theirs, batch=10, grid=grid)
+    parts = first + second
+    for result in (again, parts, second + first):
         assert np.array_equal(result.grid, whole.grid)
         assert np.array_equal(result.normal, whole.normal)
         assert np.array_equal(result.abnormal, whole.abnormal)

@@ -11,7 +11,8 @@ from CLIP.clip import create_model
 from dataset.images import load_mask
 from dataset.medical_few import Shots
 from engine.detector import Detector, seeded
-from engine.training import TrainingSet, TrainingState, check_losses, stuck_note, view_masks
+from engine.metrics import Metrics
+from engine.training import TrainingSet, TrainingState, check_losses, view_masks
 from tests.helpers.data import draw_samples, small_settings
 from utils import VIEWS, InputError, augment
 
@@ -143,12 +144,26 @@ def record(epoch, **changes):
             "valid_auc": None, "valid_pauc": None, "best": False, **changes}  # fmt: skip
 
 
+def finish(state, score, due=True, seconds=1.0, det=1.0):
+    """An epoch with this AUC on a test set without masks."""
+    loss = torch.tensor([det, 0.5, det + 0.5], dtype=torch.float64)
+    return state.finish_epoch(loss, 0.9, Metrics({"auc": score}), None, due, seconds)
+
+
+def test_the_line_of_an_epoch(clip):
+    state = start(clip)
+    assert finish(state, 0.5) == record(1, best=True)
+    assert state.finish_epoch(torch.ones(3), 0.25, None, None, False, 2.0) == record(
+        2, det=1.0, seg=1.0, total=1.0, similarity=0.25, auc=None
+    )
+    assert (state.epoch, state.seconds) == (2, 3.0)
+
+
 def test_the_state_comes_back_whole(clip):
     state = start(clip)
     state.step(*batch(), None)
     torch.randperm(5, generator=state.shuffle)
-    assert state.is_better(0.7, due=True)
-    state.finish_epoch(record(1, best=True), 2.5)
+    assert finish(state, 0.7, seconds=2.5)["best"]
     stored = copy.deepcopy(state.state_dict())
     again = start(clip)
     again.load_state_dict(stored)
@@ -169,7 +184,7 @@ DAMAGE = {
 @pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_state_is_one_line(clip, change):
     state = start(clip)
-    state.finish_epoch(record(1), 1.0)
+    finish(state, 0.5)
     with pytest.raises(InputError, match=r"--resume: last\.pth"):
         start(clip).load_state_dict({**state.state_dict(), **change})
 
@@ -177,17 +192,33 @@ def test_a_damaged_state_is_one_line(clip, change):
 def test_only_epochs_that_eval_every_names_are_selected(clip):
     """So a run that is extended selects what a direct run does."""
     state = start(clip)
-    for epoch, (score, due) in enumerate([(0.9, False), (0.5, True), (0.9, False), (0.5, True)], start=1):
-        better = state.is_better(score, due)
-        state.finish_epoch(record(epoch, best=better), 1.0)
+    for score, due in [(0.9, False), (0.5, True), (0.9, False), (0.5, True)]:
+        finish(state, score, due=due)
     assert (state.best_epoch, state.selected_epoch) == (2, 2)
 
 
 def test_without_a_best_the_last_epoch_is_selected(clip):
     state = start(clip)
-    state.finish_epoch(record(1), 1.0)
-    state.finish_epoch(record(2), 1.0)
-    assert state.selected_epoch == 2
+    state.select = "last"
+    assert not finish(state, 0.9)["best"] and not finish(state, 0.8)["best"]
+    assert (state.best_epoch, state.selected_epoch) == (0, 2)
+
+
+def test_the_best_must_be_strictly_better_and_above_0(clip):
+    state = start(clip)
+    assert [finish(state, score)["best"] for score in (0.0, 0.4, 0.4, 0.3, 0.5)] == [False, True, False, False, True]
+    assert (state.best_epoch, state.best_score) == (5, 0.5)
+
+
+def test_valid_chooses_where_it_is_asked_to(clip):
+    state = start(clip)
+    state.select = "valid"
+    loss = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    scores = [(0.9, 0.3), (0.1, 0.7)]  # of test and of valid
+    records = [state.finish_epoch(loss, 0.5, *(Metrics({"auc": auc}) for auc in pair), True, 1.0) for pair in scores]
+    assert [record["best"] for record in records] == [True, True]
+    assert [record["valid_auc"] for record in records] == [0.3, 0.7]
+    assert state.best_score == 0.7
 
 
 def test_losses_are_averaged_and_a_bad_one_is_named():
@@ -198,7 +229,15 @@ def test_losses_are_averaged_and_a_bad_one_is_named():
         check_losses(losses, 4)
 
 
-def test_a_run_that_stays_at_its_start_is_noticed():
-    assert stuck_note(small_settings(), 2.77) is not None  # two layers: 4 ln 2 = 2.7726
-    assert stuck_note(small_settings(), 2.5) is None
-    assert stuck_note(small_settings(loss_type="softmax"), 2.77) is None
+@pytest.mark.parametrize(("det", "epochs", "changes", "warned"), [
+    (2.77, 4, {}, True),  # two layers: 4 ln 2 = 2.7726; the first of four epochs is a quarter
+    (2.5, 4, {}, False),
+    (2.77, 8, {}, False),  # the second of eight will be
+    (2.77, 4, {"loss_type": "softmax"}, False),
+    (2.77, 4, {"dec_type": "max"}, False),
+])  # fmt: skip
+def test_a_run_that_stays_at_its_start_is_noticed(clip, capsys, det, epochs, changes, warned):
+    state = start(clip, **changes)
+    finish(state, 0.5, det=det)
+    state.warn_if_stuck(epochs)
+    assert ("try --fidelity corrected" in capsys.readouterr().err) == warned

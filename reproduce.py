@@ -210,11 +210,13 @@ def write_union(grid: Grid, cell: Cell) -> None:
     It is a folder of links in the MVFA layout (of copies, where the system has no links).
     """
     root, iterate = grid.out / "unions" / f"{cell.name}_AD", grid.base.iterate
-    target, *sources = (grid.dataset(obj) for obj in (cell.obj, *cell.sources))
-    reading = {"mask_above": target.mask_above, **target.reading}
+    target, *sources = datasets = [grid.dataset(obj) for obj in (cell.obj, *cell.sources)]
+    reading, *others = [
+        {"mask_above": d.mask_above, "window": d.layout.window, "plane": d.layout.plane} for d in datasets
+    ]
     files = [("test", sample) for sample in target.samples("test")]
-    for source in sources:
-        if {"mask_above": source.mask_above, **source.reading} != reading:
+    for source, other in zip(sources, others, strict=True):
+        if other != reading:
             raise InputError(f"{source.obj} is read otherwise than {cell.obj}: give --mask_above, --window or --plane")
         shots = source.shots(cell.shot, cell.shot, iterate, cell.seed)
         files += [("valid", sample) for sample in (*shots.normal, *shots.abnormal)]

@@ -27,26 +27,34 @@ EVIL = "a\"'><img src=x onerror=document.title='owned'>&.png"
 VERDICTS = {"tp": "true positive", "tn": "true negative", "fp": "false positive", "fn": "false negative"}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, command) -> Path:
+@pytest.fixture(scope="session")
+def folder(once, command) -> Path:
     """Two data sets, checkpoints and runs; one of the test images has a name that is HTML."""
-    folder = tmp_path_factory.mktemp("report")
-    phantom.write(folder, ["Brain", "Chest"], valid=4, test=14, seed=0, size=64)
-    for part in ("img", "anomaly_mask"):
-        image = folder / "Brain_AD" / "test" / "Ungood" / part / "test_Ungood_00000.png"
-        image.rename(image.with_name(EVIL))
-    for obj in ("Brain", "Chest"):
-        done = command(
-            "train.py", *SMALL, "--obj", obj, "--data_path", folder, "--save_path", folder, "--shot", 2, "--epoch", 2,
-            "--run_dir", folder / "runs", "--exp_name", obj,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+
+    def make(folder: Path) -> None:
+        phantom.write(folder, ["Brain", "Chest"], valid=4, test=14, seed=0, size=64)
+        for part in ("img", "anomaly_mask"):
+            image = folder / "Brain_AD" / "test" / "Ungood" / part / "test_Ungood_00000.png"
+            image.rename(image.with_name(EVIL))
+        for obj in ("Brain", "Chest"):
+            done = command(
+                "train.py", *SMALL, "--obj", obj, "--data_path", folder, "--save_path", folder, "--shot", 2,
+                "--epoch", 2, "--run_dir", folder / "runs", "--exp_name", obj,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+        write_page(command, folder)
+
+    return once("report", make)
+
+
+@pytest.fixture
+def tested(folder) -> Path:
+    """Where the page of Brain, its figures and its JSON are."""
     return folder
 
 
-@pytest.fixture(scope="module")
-def tested(folder, command) -> Path:
-    """Where the page of Brain, its figures and its JSON are; the threshold leaves false positives and negatives."""
+def write_page(command, folder: Path) -> None:
+    """Write page, figures and JSON of Brain; the threshold leaves false positives and negatives."""
     ckpt = folder / "runs" / "Brain" / "best.pth"  # beside the run's history
     paths = ["--obj", "Brain", "--data_path", folder, "--ckpt", ckpt, "--device", "cpu"]
     command("test.py", *paths, "--out_json", folder / "brain.json")
@@ -60,7 +68,6 @@ def tested(folder, command) -> Path:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert f"report: {folder / 'page' / 'index.html'}" in done.stdout
-    return folder
 
 
 def browse(page: Path, view: str, profile: Path) -> str:

@@ -29,7 +29,7 @@ import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import field, make_dataclass, replace
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -51,7 +51,7 @@ from engine.grid import COMPONENTS, Cell, Grid, layers_of
 from engine.jobs import one_line, run_jobs
 from engine.metrics import METRICS
 from engine.report.tables import Figure, Published, Table, read_published
-from utils import InputError, locked, probe_writable, tune_allocator, write_json
+from utils import InputError, checked, locked, probe_writable, read_text, tune_allocator, write_json
 
 SHOWN = ("auc", "pauc")  # of METRICS, what tables show
 EPOCHS = {"selected": "selected on test", "last": "last epoch"}
@@ -290,12 +290,30 @@ def our_rows(grid: Grid, cell: Cell) -> Iterator[tuple[dict[str, str], str, str]
             }, key, suffix  # fmt: skip
 
 
+# What tables show of a result: a metric, its interval, and both without the shots' patients.
+FIGURES = make_dataclass("Figures", [
+    (name, kind, field(default=None))
+    for metric in SHOWN for suffix in ("", CLEAN)
+    for name, kind in ((f"{metric}{suffix}", float | None), (f"{metric}{suffix}_ci95", tuple[float, float] | None))
+])  # fmt: skip
+
+
 @cache
 def read_result(path: Path) -> dict[str, dict[str, Any]]:
-    """A result file, read once: what was measured of the `selected` epoch, the `last` one, and each baseline."""
-    result = json.loads(path.read_text(encoding="utf-8"))
-    result.pop("per_image", None)
-    return {"selected": result, "last": result.get("last", {}), **result.get("baselines", {})}
+    """A result file, read once: what was measured of the `selected` epoch, the `last` one, and each baseline.
+
+    `InputError` where it is not what a run writes.
+    """
+    where = f"{path}: damaged; delete it, and the same command makes it again"
+    try:
+        result = json.loads(read_text(path))
+        parts = {"selected": result, "last": result.get("last", {}), **result.get("baselines", {})}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{where} ({one_line(error)})") from error
+    return {
+        key: {name: value for name, value in vars(checked(FIGURES, part, where)).items() if name in part}
+        for key, part in parts.items()
+    }
 
 
 def over_seeds(

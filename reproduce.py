@@ -29,7 +29,7 @@ import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import field, make_dataclass, replace
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -51,7 +51,7 @@ from engine.grid import COMPONENTS, Cell, Grid, layers_of
 from engine.jobs import one_line, run_jobs
 from engine.metrics import METRICS
 from engine.report.tables import Figure, Published, Table, read_published
-from utils import InputError, locked, probe_writable, tune_allocator, write_json
+from utils import InputError, checked, locked, probe_writable, read_text, tune_allocator, write_json
 
 SHOWN = ("auc", "pauc")  # of METRICS, what tables show
 EPOCHS = {"selected": "selected on test", "last": "last epoch"}
@@ -210,11 +210,13 @@ def write_union(grid: Grid, cell: Cell) -> None:
     It is a folder of links in the MVFA layout (of copies, where the system has no links).
     """
     root, iterate = grid.out / "unions" / f"{cell.name}_AD", grid.base.iterate
-    target, *sources = (grid.dataset(obj) for obj in (cell.obj, *cell.sources))
-    reading = {"mask_above": target.mask_above, **target.reading}
+    target, *sources = datasets = [grid.dataset(obj) for obj in (cell.obj, *cell.sources)]
+    reading, *others = [
+        {"mask_above": d.mask_above, "window": d.layout.window, "plane": d.layout.plane} for d in datasets
+    ]
     files = [("test", sample) for sample in target.samples("test")]
-    for source in sources:
-        if {"mask_above": source.mask_above, **source.reading} != reading:
+    for source, other in zip(sources, others, strict=True):
+        if other != reading:
             raise InputError(f"{source.obj} is read otherwise than {cell.obj}: give --mask_above, --window or --plane")
         shots = source.shots(cell.shot, cell.shot, iterate, cell.seed)
         files += [("valid", sample) for sample in (*shots.normal, *shots.abnormal)]
@@ -288,12 +290,30 @@ def our_rows(grid: Grid, cell: Cell) -> Iterator[tuple[dict[str, str], str, str]
             }, key, suffix  # fmt: skip
 
 
+# What tables show of a result: a metric, its interval, and both without the shots' patients.
+FIGURES = make_dataclass("Figures", [
+    (name, kind, field(default=None))
+    for metric in SHOWN for suffix in ("", CLEAN)
+    for name, kind in ((f"{metric}{suffix}", float | None), (f"{metric}{suffix}_ci95", tuple[float, float] | None))
+])  # fmt: skip
+
+
 @cache
 def read_result(path: Path) -> dict[str, dict[str, Any]]:
-    """A result file, read once: what was measured of the `selected` epoch, the `last` one, and each baseline."""
-    result = json.loads(path.read_text(encoding="utf-8"))
-    result.pop("per_image", None)
-    return {"selected": result, "last": result.get("last", {}), **result.get("baselines", {})}
+    """A result file, read once: what was measured of the `selected` epoch, the `last` one, and each baseline.
+
+    `InputError` where it is not what a run writes.
+    """
+    where = f"{path}: damaged; delete it, and the same command makes it again"
+    try:
+        result = json.loads(read_text(path))
+        parts = {"selected": result, "last": result.get("last", {}), **result.get("baselines", {})}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{where} ({one_line(error)})") from error
+    return {
+        key: {name: value for name, value in vars(checked(FIGURES, part, where)).items() if name in part}
+        for key, part in parts.items()
+    }
 
 
 def over_seeds(

@@ -3,8 +3,7 @@
     python test.py --obj Liver                                  the checkpoint ckpt/Liver.pth on Liver's test set
     python test.py --obj Brain --ckpt FILE --out_json result.json --figures pictures
     python test.py --obj Liver --ckpt ckpt/Brain.pth            trained on one data set, tested on another
-    python test.py --obj Brain --save_scores brain.npz          keep the patch scores, then
-    python test.py --obj Brain --scores brain.npz --report page every number and figure from them, without a network
+    python test.py --obj Brain --scores FILE --report page      from patch scores kept with --save_scores, no network
 
 Flags -> checkpoint -> patch scores -> numbers. Everything that shaped the checkpoint is read from it.
 """
@@ -43,11 +42,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 def test(options: argparse.Namespace) -> dict[str, Any]:
-    """Flags -> patch scores, computed or kept -> numbers, which are printed, written where asked for, and returned.
-
-    Raises:
-        InputError: whatever the user can put right.
-    """
+    """Flags -> patch scores, computed or kept -> numbers, which are printed, written where asked for, and returned."""
     set_seed(options.seed)
     check_outputs(options)
     history = read_history(options.history) if options.history else None

@@ -384,7 +384,7 @@ def _typed(value: Any, kind: Any, where: str) -> Any:  # noqa: ANN401, PLR0911 -
         return float(value)
     elif origin is None and kind is not float and type(value) is kind:
         return value
-    raise InputError(f"{where} is {' '.join(repr(value).split())[:80]}")
+    raise InputError(f"{where} is {' '.join(repr(value).split()):.80}")
 
 
 def remove_stale(paths: Iterable[Path], seconds: float = STALE_SECONDS) -> None:

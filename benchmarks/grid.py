@@ -22,23 +22,24 @@ from statistics import median
 import reproduce
 from benchmarks.common import print_table, write_json
 from dataset import phantom
+from engine.grid import Grid, parse
 from utils import Parser, run_cli
 
 
-def plan(options: argparse.Namespace, data: str, out: str) -> tuple[list[reproduce.Cell], reproduce.Grid]:
+def plan(options: argparse.Namespace, data: str, out: str) -> Grid:
     """The cells and how they are run."""
     flags = ["--model_name", options.model, "--pretrain", "random", "--img_size", str(options.img_size), "--data_path",
              data, "--cache_dir", f"{out}/cache", "--epoch", str(options.epochs)]  # fmt: skip
     grid = ["--table", "ablation", "--obj", "Brain", "--seeds", "111", "--shots", str(options.shot), "--out", out]
-    return reproduce.plan(*reproduce.parse([*grid, *flags]))
+    return Grid(parse([*grid, *flags]))
 
 
 def child(options: argparse.Namespace, data: str, out: str) -> list[float]:
     """Seconds of each cell of the grid, in this process."""
-    cells, grid = plan(options, data, out)
+    grid = plan(options, data, out)
     stamps = [time.perf_counter()]
-    for cell, error in reproduce.compute_here(cells[: options.cells], grid):
-        if error:
+    for cell in grid.cells[: options.cells]:
+        if error := reproduce.attempt(grid, cell):
             raise SystemExit(f"{cell.name}: {error}")
         stamps.append(time.perf_counter())
     return [after - before for before, after in pairwise(stamps)]
@@ -70,7 +71,8 @@ def main() -> None:
         phantom.write(Path(folder), ["Brain"], valid=options.shot, test=options.test // 2, seed=0, size=240)
         together, output = seconds(["-m", "benchmarks.grid", *sys.argv[1:], "--child", folder, f"{folder}/grid"])
         first, *others = json.loads(output.splitlines()[-1])
-        cells, grid = plan(options, folder, f"{folder}/single")
+        grid = plan(options, folder, f"{folder}/single")
+        cells = grid.cells
         single = [seconds(["train.py", *grid.arguments(cell), "--cache", "ram"])[0] for cell in cells[: options.cells]]
     cell = median(others)
     row = {

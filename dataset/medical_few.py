@@ -271,9 +271,16 @@ class MedicalDataset:
         Of an abnormal volume whose mask is a volume, only the slices that the mask marks are abnormal; the others are
         left out, as nobody has said that they are normal. DICOM objects without a picture give none, with a warning.
         """
-        label, mask = KINDS.index(kind), file.masks[0] if file.masks else None
-        name, number = self.name(file.path), self.patient(file.path, file.folder)
-        sample = Sample(file.path, label, mask, name, number, None, self.options, self.is_benchmark)
+        mask, name = file.masks[0] if file.masks else None, self.name(file.path)
+        sample = Sample(
+            file.path,
+            KINDS.index(kind),
+            mask,
+            name,
+            self.patient(file.path, file.folder),
+            options=self.options,
+            any_mask_size=self.is_benchmark,
+        )
         if file_kind(file.path) == "pillow":
             return [sample]
         try:

@@ -33,12 +33,6 @@ RUN_BY = {
 }
 # Flags of other programs, and of commands that flags.md does not hold.
 OTHER_FLAGS = {"--check", "--epochs", "--fuzzy", "--help", "--nproc_per_node", "--skip-worktree", "--version"}
-# What the docs describe ahead of the merge of the branches that bring it: a test asks to strike out what has arrived.
-PENDING_FLAGS = {
-    *("--anonymous", "--calibrate", "--clean", "--compare", "--group_by", "--like", "--mask_above", "--patient"),
-    *("--save_scores", "--scores", "--verdict"),
-}
-PENDING_FILES: set[str] = set()
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "open_clip": "open_clip_torch", "yaml": "pyyaml"}
 COMPARED_IF_THERE = {"adeval"}  # benchmarks.auc leaves its row out without it
 
@@ -111,7 +105,7 @@ def test_each_command_is_run_or_marked(shown: DocCommand):
     files = [file for pattern, file in RUN_BY.items() if re.fullmatch(pattern, shown.text)]
     assert files, "run it in a test and list it in RUN_BY, or say behind it what it needs"
     for name in files:
-        assert name in PENDING_FILES or (ROOT / name).is_file(), name
+        assert (ROOT / name).is_file(), name
 
 
 def test_no_pattern_is_left_over():
@@ -137,7 +131,7 @@ def test_flags_exist(page):
     if page.name == "flags.md":
         return
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", prose(page)))
-    assert named - known_flags() - OTHER_FLAGS - PENDING_FLAGS == set()
+    assert named - known_flags() - OTHER_FLAGS == set()
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -147,13 +141,7 @@ def test_files_of_code_exist(page):
             r"\b(?:CLIP|Prompt|dataset|engine|tests|benchmarks|docs)/[\w/]+\.(?:py|json|txt)\b(?!\.\w)", prose(page)
         )
     )
-    assert {name for name in named - PENDING_FILES if not (ROOT / name).is_file()} == set()
-
-
-def test_nothing_pending_has_arrived():
-    """Strike it out of the two lists above: from then on the checks hold it."""
-    assert {name for name in PENDING_FILES if (ROOT / name).is_file()} == set()
-    assert PENDING_FLAGS & known_flags() == set()
+    assert {name for name in named if not (ROOT / name).is_file()} == set()
 
 
 def test_one_version():

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.medical_few import Sample, load_image, load_mask
+from dataset.images import load_image, load_mask
+from dataset.medical_few import Sample
 from tests.unit.test_golden_backbone import close
 from utils import VIEWS, augment, augment_view
 

@@ -127,6 +127,18 @@ def test_pixels_are_normalised_as_the_model_was_trained(tmp_path, write):
     torch.testing.assert_close(clip.visual.embed(images), plain.visual.embed((images - mean) / std))
 
 
+def test_a_folder_and_its_json_file_are_one_config(tmp_path):
+    """Also where files are links into a cache, as huggingface_hub keeps them: pixels and name are the folder's."""
+    write_hugging_face(tmp_path / "blobs")
+    (tmp_path / "blobs" / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.4, 0.3]}')
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / "model" / name).symlink_to(tmp_path / "blobs" / name)
+    config = ModelConfig.load(str(tmp_path / "model"))
+    assert (config.name, config.pixel_mean) == ("model", (0.5, 0.4, 0.3))
+    assert ModelConfig.load(str(tmp_path / "model" / "config.json")) == config
+
+
 def test_a_file_in_any_form_fits_a_named_model(tmp_path, openai_model):
     """--weights FILE or FOLDER with --model_name of model_configs/."""
     write_hugging_face(tmp_path)

@@ -65,7 +65,7 @@ def main() -> None:
             flags = ["train.py", "--obj", "Brain", "--shot", "1", "--data_path", folder, "--model_name", options.model,
                      "--weights", str(weights), "--cache", "disk", "--cache_dir", f"{folder}/cache", "--run_dir",
                      f"{folder}/runs", "--no-save_model"]  # fmt: skip
-            for name in ("cold store", "warm store, seed 1", "warm store, seed 2"):
+            for name in ("cold store", "warm store", "warm store, another seed 2"):
                 seed = ["--seed", name[-1]] if name[-1].isdigit() else []
                 rows.append({"command": f"first step, {name}", "wall s": seconds_to_first_step([*flags, *seed])})
     print_table(rows, ["command", "CPU s", "wall s"])

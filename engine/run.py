@@ -211,7 +211,8 @@ class RunFolder:
                     f"--resume {self.path}: last.pth is missing, though metrics.jsonl has epochs: put it back, or "
                     f"start a new run"
                 )
-            self.metrics.unlink(missing_ok=True)  # empty, or a link to elsewhere, which `save` would write through
+            if self.metrics.is_symlink():  # of a folder from elsewhere: `save` would write through it
+                self.metrics.unlink()
             return None
         payload = checkpoint.read(self.last, "--resume")
         state = payload.get("state")

@@ -232,7 +232,6 @@ def test_a_tiny_volume_that_claims_thousands_of_slices_is_refused(command, home,
     (tmp_path / "v.nii").write_bytes(content)
     error = predict_refused(command, home, tmp_path / "out", tmp_path / "v.nii")
     assert error.count("cut short") == 1 + error.count("error: ")  # once in the listing, once as the end
-    assert "32767" not in "".join(path.name for path in tmp_path.rglob("*"))
 
 
 def test_a_gzip_bomb_is_unpacked_no_further_than_its_header_says(command, home, tmp_path):

@@ -615,8 +615,11 @@ def test_without_the_shots_patients() -> None:
     keep = [2, 3, 6, 7, 8, 9]  # an image without a known patient stays
     rest = measure(evaluation.select(keep), masks.select(keep))
     assert result == {
-        "auc_without_shot_patients": rest.auc, "pauc_without_shot_patients": rest.pauc, "n_normal": 3, "n_abnormal": 3,
-    }  # fmt: skip
+        "auc_without_shot_patients": rest.auc,
+        "pauc_without_shot_patients": rest.pauc,
+        "n_normal_without_shot_patients": 3,
+        "n_abnormal_without_shot_patients": 3,
+    }
     assert measure_without(evaluation, None, set())["pauc_without_shot_patients"] is None
     assert measure_without(evaluation, None, set())["auc_without_shot_patients"] == measure(evaluation).auc
     assert measure_without(make_evaluation("det")[0], masks, set())["pauc_without_shot_patients"] is None
@@ -628,12 +631,15 @@ def test_a_class_without_patients_left_is_not_measurable(label: int, counts: tup
     for i, sample in enumerate(evaluation.samples):
         sample.patient = "kept" if i % 2 == label else "shot"
     result = measure_without(evaluation, masks, {"shot"})
-    assert (result["n_normal"], result["n_abnormal"]) == counts
+    assert (result["n_normal_without_shot_patients"], result["n_abnormal_without_shot_patients"]) == counts
     assert result["auc_without_shot_patients"] is None
     assert (result["pauc_without_shot_patients"] is None) == (label == 0)  # abnormal images hold normal pixels
     assert measure_without(evaluation, masks, {"shot", "kept"}) == {
-        "auc_without_shot_patients": None, "pauc_without_shot_patients": None, "n_normal": 0, "n_abnormal": 0,
-    }  # fmt: skip
+        "auc_without_shot_patients": None,
+        "pauc_without_shot_patients": None,
+        "n_normal_without_shot_patients": 0,
+        "n_abnormal_without_shot_patients": 0,
+    }
 
 
 def test_names_stand_once() -> None:

@@ -18,6 +18,7 @@ from tests.helpers.data import SMALL
 from tests.integration.test_scripts import refusal
 
 EPOCHS = 8
+EVAL_EVERY = 3  # so the third or the sixth epoch is the best, and best.pth the only copy of it at the end
 KILLS = 20
 KILLS_OF_THE_PASS = 4
 # What an epoch of this run does: 2 x 2 shots in 16 views, in batches of 16.
@@ -28,8 +29,8 @@ def flags(folder: Path, phantoms: Path, *more: object) -> list[object]:
     """A run called `one`; the store on disk, so that a killed pass over the images goes on as well."""
     paths = ["--data_path", phantoms, "--save_path", folder / "ckpt", "--run_dir", folder / "runs"]
     store = ["--cache", "disk", "--cache_dir", folder / "store"]
-    train = ["--obj", "Brain", "--shot", 2, "--epoch", EPOCHS, "--exp_name", "one"]
-    return [*train, *SMALL, *paths, *store, *more]
+    run = ["--obj", "Brain", "--shot", 2, "--epoch", EPOCHS, "--eval_every", EVAL_EVERY, "--exp_name", "one"]
+    return [*run, *SMALL, *paths, *store, *more]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_twenty_kills(command, phantoms, tmp_path, undisturbed):
 MOMENTS = {
     "in the pass": (Call("engine.features.TokenStore._keep", 2), 0),
     "in a step": (Call(STEP, 2 * STEPS + 2), 2),
-    "in an evaluation": (Call("train.evaluate", 3), 2),
+    "in an evaluation": (Call("train.evaluate", 2), 5),
     "while files are written": (Call("engine.run.RunFolder.save", 3), 3),  # it waits for the epoch's last file
     "at the end": (Call("train.calibrate_run"), EPOCHS),
 }
@@ -175,16 +176,24 @@ def test_a_disk_that_fills_up(command, phantoms, tmp_path, undisturbed):
     assert (run / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
 
 
+def test_killed_before_the_best_epoch_is_written(command, phantoms, tmp_path, undisturbed):
+    """last.pth says that the sixth epoch is the best, and best.pth is still of the third."""
+    result = train(command, tmp_path, *flags(tmp_path, phantoms), on=(Call("train.save_best", 2), signal.SIGKILL))
+    assert result.returncode == -signal.SIGKILL
+    assert epochs(tmp_path / "runs" / "one") == 6
+    assert json.loads((undisturbed / "result.json").read_text())["selected_epoch"] == 6, "else this test shows nothing"
+    assert go_on(command, tmp_path, phantoms).returncode == 0
+    same(tmp_path / "runs" / "one", undisturbed)
+
+
 def test_half_of_an_epochs_files(command, tmp_path, undisturbed):
-    """Killed right after last.pth was written: metrics.jsonl lacks a line and best.pth is of an earlier epoch."""
+    """Killed while metrics.jsonl was written, after last.pth."""
     folder = tmp_path / "moved"
     shutil.copytree(undisturbed.parents[1], folder)
     run = folder / "runs" / "one"
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])
     (run / "result.json").unlink()
-    if json.loads(lines[-1])["best"]:
-        (run / "best.pth").unlink()
     places = ["--save_path", folder / "ckpt", "--cache_dir", folder / "store"]  # a copied run is asked for them
     assert train(command, folder, "--resume", run, *places).returncode == 0
     same(run, undisturbed)
@@ -198,9 +207,10 @@ def test_the_folder_of_a_run(undisturbed):
     assert {"torch", "python", "git_commit", "host", "device", "command"} <= config.keys()
     lines = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == list(range(1, EPOCHS + 1))
-    assert all(0 <= line["auc"] <= 1 and 0 <= line["pauc"] <= 1 for line in lines)
+    assert [line["epoch"] for line in lines if line["auc"] is not None] == [3, 6, 8]
+    assert all(0 <= lines[epoch - 1][name] <= 1 for epoch in (3, 6, 8) for name in ("auc", "pauc"))
     result = json.loads((undisturbed / "result.json").read_text())
-    best = max(lines, key=lambda line: line["auc"] + line["pauc"])
+    best = max(lines[2], lines[5], key=lambda line: line["auc"] + line["pauc"])
     assert (result["selected_epoch"], result["auc"]) == (best["epoch"], best["auc"])
     assert result["pauc"] == pytest.approx(best["pauc"], abs=1e-12)
     assert result["last"]["auc"] == lines[-1]["auc"]
@@ -233,6 +243,10 @@ def test_what_cannot_be_resumed(command, tmp_path, undisturbed):
     assert "last.pth" in refusal(command, "train.py", *places)
     (run / "last.pth").unlink()
     assert "last.pth is missing" in refusal(command, "train.py", *places)
+    (run / "last.pth").write_bytes(whole)
+    best = (run / "best.pth").rename(tmp_path / "best.pth")
+    assert "best.pth is missing, the only copy of the selected epoch 6" in refusal(command, "train.py", *places)
+    best.rename(run / "best.pth")
     torch.save({"format": "madclip-run-1", "state": {}}, run / "last.pth")
     assert "a run of an older version" in refusal(command, "train.py", *places)
     (run / "config.json").write_text("{")

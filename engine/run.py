@@ -320,7 +320,7 @@ def describe_test(
         f"{metadata['select']}; the prompts say {settings.prompt_name!r}"
     )
     reading_note = None
-    if settings.reading and settings.reading != dataset.reading:
+    if any(dataset.reading.get(name) != value for name, value in (settings.reading or {}).items()):
         reading_note = f"warning: training read pictures with {settings.reading}, this test with {dataset.reading}"
     lines = (f"{options.obj}: {images} test images", dataset.split_note(), masks_note, reading_note, printable(what))
     return "\n".join(filter(None, lines))

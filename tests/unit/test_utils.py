@@ -1,17 +1,40 @@
-"""Atomic files, command lines."""
+"""Atomic files, remembered hashes, messages and exit codes, values of files, threads."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import json
 import os
+import re
 import stat
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
+import utils
 from engine.config import run_name
-from utils import InputError, atomic_path, integer, run_cli, write_json
+from utils import (
+    InputError,
+    Parser,
+    anonymous_name,
+    atomic_path,
+    checked,
+    integer,
+    prefetch,
+    preview,
+    printable,
+    probe_writable,
+    read_text,
+    run_cli,
+    sha256_file,
+    warn,
+    write_json,
+)
 
 
 def test_a_finished_file_has_ordinary_permissions_and_leaves_nothing_beside_it(tmp_path):
@@ -92,3 +115,255 @@ def test_run_names(name):
 def test_names_that_no_run_may_have(name):
     with pytest.raises(argparse.ArgumentTypeError):
         run_name(name)
+
+
+# Hashes that are remembered.
+
+
+@pytest.fixture
+def hashes(tmp_path, monkeypatch) -> Path:
+    """A working folder without remembered hashes, with files that have settled."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(utils, "_new_hashes", [])
+    monkeypatch.setattr(utils, "SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(utils.atexit, "register", lambda _: None)
+    utils._remembered_hashes.cache_clear()
+    yield tmp_path
+    utils._remembered_hashes.cache_clear()
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[str]:
+    """The names of the files that are opened to be hashed."""
+    names, opened = [], Path.open
+
+    def note(self: Path, *arguments: object, **options: object):
+        names.extend([self.name] * (arguments == ("rb",)))
+        return opened(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", note)
+    return names
+
+
+def another_process() -> None:
+    """What this one has read is written at its end, and the next one reads it."""
+    utils._write_hashes()
+    utils._new_hashes.clear()
+    utils._remembered_hashes.cache_clear()
+
+
+def test_a_file_is_hashed_once(hashes, reads):
+    (hashes / "x").write_bytes(b"abc")
+    expected = hashlib.sha256(b"abc").hexdigest()
+    assert [sha256_file("x"), sha256_file(hashes / "x")] == [expected] * 2
+    another_process()
+    assert sha256_file("x") == expected
+    assert reads.count("x") == 1
+
+
+@pytest.mark.parametrize("change", ["size", "time", "other file"])
+def test_a_changed_file_is_hashed_again(hashes, change):
+    path = hashes / "x"
+    path.write_bytes(b"abc")
+    sha256_file(path)
+    another_process()
+    if change == "other file":  # of the same size and time, under the same name
+        (hashes / "y").write_bytes(b"xyz")
+        os.utime(hashes / "y", ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+        (hashes / "y").rename(path)
+    else:
+        path.write_bytes(b"xyz" if change == "time" else b"xyz1")
+        os.utime(path, (0, 0))
+    assert sha256_file(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_file_that_may_still_change_is_not_remembered(hashes, reads, monkeypatch):
+    monkeypatch.setattr(utils, "SETTLED_SECONDS", 1e9)
+    (hashes / "x").write_bytes(b"abc")
+    sha256_file("x"), sha256_file("x")
+    assert reads.count("x") == 2
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"/x": 5}', "[" * 10**5])
+def test_damaged_memory_of_hashes_is_ignored(hashes, content):
+    (hashes / ".cache").mkdir()
+    (hashes / ".cache/hashes.json").write_text(content.replace("/x", str(hashes / "x")))
+    (hashes / "x").write_bytes(b"abc")
+    assert sha256_file("x") == hashlib.sha256(b"abc").hexdigest()
+    another_process()
+    assert sha256_file("x") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_processes_add_to_what_others_remember(hashes):
+    for name in "xy":
+        (hashes / name).write_text(name)
+        sha256_file(name)
+        another_process()
+    stored = json.loads((hashes / ".cache/hashes.json").read_text())
+    assert {Path(path).name for path in stored} == {"x", "y"}
+
+
+# Messages.
+
+
+def test_what_a_terminal_would_obey_is_written_out():
+    assert printable("é x.png") == "é x.png"
+    assert printable("a\x1b[2Jb\n\r\u202e\udcff") == "a\\x1b[2Jb\\n\\r\\u202e\\udcff"
+
+
+def test_previews():
+    assert [preview(list("abcde")[:n]) for n in (0, 1, 3, 5)] == ["", "a", "a, b, c", "a, b, c, and 2 more"]
+
+
+def test_a_warning_is_one_line_and_costs_nothing(monkeypatch, capsys):
+    warn("a\nb\x1b[0m")
+    assert capsys.readouterr().err == "warning: a\\nb\\x1b[0m\n"
+    full = Path("/dev/full").open("w")  # noqa: SIM115 - closing it fails
+    for stream in (full, None):
+        monkeypatch.setattr(sys, "stderr", stream)
+        warn("to a full disk, and to nowhere")
+    with contextlib.suppress(OSError):
+        full.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (InputError("x"), 2, "error: x\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (PermissionError(13, "Permission denied", "x.png"), 2, "error: x.png: Permission denied\n"),
+    ],
+)
+def test_exit_codes(capsys, error, code, line):
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as left:
+        run_cli(main)
+    assert (left.value.code, capsys.readouterr().err) == (code, line)
+
+
+def test_a_command_line_of_a_file_is_refused_in_its_name(capsys):
+    parser = Parser(prog="x")
+    parser.add_argument("--a", type=int)
+    with pytest.raises(SystemExit) as left:
+        parser.parse_args(["--a", "b"])
+    assert (left.value.code, capsys.readouterr().err) == (2, "error: argument --a: invalid int value: 'b'\n")
+    parser.where = "run/config.json"
+    with pytest.raises(InputError, match=r"run/config\.json: argument --a"):
+        parser.parse_args(["--a", "b"])
+
+
+# Values of files.
+
+
+@dataclass
+class Values:
+    """Of each type that a file's values may have."""
+
+    number: float
+    names: list[str]
+    pair: tuple[int, ...] = ()
+    more: dict[str, int] | None = None
+    flag: bool = False
+
+
+def test_values_of_a_file_come_in_their_types():
+    given = {"number": 1, "names": ["a"], "pair": [1, 2], "more": {"x": 1}, "flag": True, "unknown": object()}
+    assert checked(Values, given, "file") == Values(1.0, ["a"], (1, 2), {"x": 1}, True)
+    assert checked(Values, {"number": 0.5, "names": [], "more": None}, "file") == Values(0.5, [])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"number": "1"}, {"number": True}, {"number": float("nan")}, {"number": float("inf")}, {"number": 2**4000},
+        {"names": "a"}, {"names": [1]}, {"names": None}, {"pair": [1.5]}, {"pair": [True]}, {"more": {1: 1}},
+        {"more": {"x": "1"}}, {"more": []}, {"flag": 1}, {"number": None}, {"number": torch.ones(2, 2)},
+    ],
+)  # fmt: skip
+def test_values_of_another_type_are_named(change):
+    with pytest.raises(InputError, match=rf"file: {next(iter(change))} is ") as error:
+        checked(Values, {"number": 1.0, "names": [], **change}, "file")
+    assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 200
+
+
+def test_missing_values_are_named():
+    with pytest.raises(InputError, match="file: names is missing"):
+        checked(Values, {"number": 1.0}, "file")
+    with pytest.raises(InputError, match="file: not an object but list"):
+        checked(Values, [], "file")
+
+
+# Files.
+
+
+def test_a_probe_leaves_what_is_there(tmp_path):
+    probe_writable(None, "--out")
+    probe_writable(tmp_path / "deep/x.json", "--out")
+    assert list((tmp_path / "deep").iterdir()) == []
+    path = tmp_path / "x.json"
+    path.write_text("{}")
+    probe_writable(path, "--out", "JSON", lambda path: json.loads(path.read_text()))
+    assert path.read_text() == "{}"
+    path.write_text("a poem")
+    with pytest.raises(InputError, match=r"--out .*x\.json: a file that is no JSON is there; give another name"):
+        probe_writable(path, "--out", "JSON", lambda path: json.loads(path.read_text()))
+    assert path.read_text() == "a poem"
+
+
+def test_only_old_temporary_files_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "_tidied", set())
+    old, new, other = (tmp_path / name for name in (".x.1.tmp", ".y.2.tmp", "x.1.tmp"))
+    for path in (old, new, other):
+        path.touch()
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    write_json(tmp_path / "z.json", 1)
+    assert [path.exists() for path in (old, new, other)] == [False, True, True]
+
+
+def test_text_is_read_without_a_mark_and_from_files_alone(tmp_path):
+    (tmp_path / "x").write_bytes(b"\xef\xbb\xbfa\n")
+    assert read_text(tmp_path / "x") == "a\n"
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", ""):
+        with pytest.raises(OSError, match="not a file"):
+            read_text(tmp_path / name)
+
+
+# Threads.
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_results_come_in_order_and_not_far_ahead(workers):
+    asked = []
+
+    def inputs():
+        for number in range(20):
+            asked.append(number)
+            yield number
+
+    results = prefetch(lambda number: number * number, inputs(), workers, ahead=2)
+    assert next(results) == 0
+    assert len(asked) <= max(workers, 2) + 1
+    assert list(results) == [number * number for number in range(1, 20)]
+
+
+def test_an_error_of_a_thread_comes_at_its_place():
+    def refuse(number: int) -> int:
+        if number == 2:
+            raise InputError("the third")
+        return number
+
+    results = prefetch(refuse, range(5), workers=2)
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(InputError, match="the third"):
+        next(results)
+
+
+def test_names_become_hashes_with_their_ending():
+    one, other = anonymous_name("a/Meyer.PNG"), anonymous_name("a/Meier.PNG")
+    assert one != other and one == anonymous_name("a/Meyer.PNG")
+    assert re.fullmatch(r"[0-9a-f]{16}\.png", one)
+    assert re.fullmatch(r"[0-9a-f]{16}\.png", anonymous_name("\udcff.png"))

@@ -208,9 +208,9 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
-def preview(names: Sequence[str], most: int = 3) -> str:
+def preview(names: Sequence[str], limit: int = 3) -> str:
     """The first few of many, for a message: `a, b, c, and 5 more`."""
-    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
 
 
 class Parser(argparse.ArgumentParser):

@@ -374,9 +374,12 @@ class MedicalDataset:
         names = pick_lines(lines, remarks, path, iterate)[0 if kind == "abnormal" else 1]
         source = str(path)
         if SEEDS in path.parents:
-            if not set(names) & set(known):
-                return None  # a list for other images under the same name, as with the phantom
             source = path.relative_to(FOLDER.parent).as_posix()
+            if not set(names) & set(known):  # other images under the same name, as with the phantom
+                if self.is_benchmark:
+                    fault = f"{source}: none of its {kind} images is in valid, so the shots are not the published ones"
+                    warnings[f"{fault}: is the copy whole?"] = None
+                return None
         remarks += check_shot_names(names, known, count, source, self.root)
         warnings.update(dict.fromkeys(remarks))
         return names, source

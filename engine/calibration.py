@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils import preview, warn
-
 from .metrics import PixelCounts, count_pixels, maps_at_a_time
 
 if TYPE_CHECKING:
@@ -27,7 +25,7 @@ HEAT_QUANTILES = (0.02, 0.9995)  # of the pixels: the range of colours in pictur
 HEAT_PIXELS = 2**20  # at most, evenly spaced, for the quantiles
 VALID_SOURCE = "images of valid/ that are no shots"
 CHOSEN_SOURCE = f"{VALID_SOURCE}, which chose the epoch too: optimistic"
-VIEWS_SOURCE = "the shots' augmented views, which were trained on: optimistic"
+VIEWS_SOURCE = "augmented views of the shots, which were trained on: optimistic"
 
 
 @dataclass(frozen=True)
@@ -63,17 +61,11 @@ class Rule:
         return (normal or self.tpr is not None) and (abnormal or self.fpr is not None)
 
 
-def calibration_samples(samples: Sequence[Sample], pixel_metrics: bool) -> list[Sample]:
-    """At most `MAX_IMAGES` images of each class, evenly spaced; none unless there are some of both.
-
-    Where the data set has masks (`pixel_metrics`), abnormal images without one are left out, with a warning.
-    """
-    without = [sample.name for sample in samples if pixel_metrics and sample.label == 1 and sample.mask is None]
-    if without:
-        warn(f"abnormal images of valid/ that have no mask are left out of the threshold: {preview(without)}")
+def calibration_samples(samples: Sequence[Sample]) -> list[Sample]:
+    """At most `MAX_IMAGES` images of each class, evenly spaced; none unless there are some of both."""
     kept: list[Sample] = []
     for label in (0, 1):
-        members = [s for s in samples if s.label == label and not (pixel_metrics and label == 1 and s.mask is None)]
+        members = [sample for sample in samples if sample.label == label]
         if not members:
             return []
         places = np.linspace(0, len(members) - 1, min(MAX_IMAGES, len(members))).round().astype(int)
@@ -128,8 +120,8 @@ def describe_threshold(threshold: dict[str, Any] | None) -> str:
         if figures[name] is not None
     ]
     return (
-        f"threshold:  {threshold['value']:.4f} for {threshold['rule']} on {figures['n_normal']} + "
-        f"{figures['n_abnormal']} {threshold['from']}; there {', '.join(rates)}"
+        f"threshold:  {threshold['value']:.4f} for {threshold['rule']} on {figures['n_normal']} normal and "
+        f"{figures['n_abnormal']} abnormal {threshold['from']}; there {', '.join(rates)}"
     )
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from CLIP.weights import Weights, WeightsInfo
 
     from .detector import Detector
-    from .published import Described
+    from .published import DatasetInfo
 
 FORMAT = "madclip-1"
 PARTS = ("normal_det_adapters", "abnormal_det_adapters", "prompt_maker_normal", "prompt_maker_abnormal")
@@ -58,7 +58,7 @@ class Checkpoint:
 
     @classmethod
     def load(
-        cls, path: str | Path, options: argparse.Namespace | None = None, dataset: Described | None = None
+        cls, path: str | Path, options: argparse.Namespace | None = None, dataset: DatasetInfo | None = None
     ) -> Checkpoint:
         """Read a file of either format; nothing in it can run code.
 
@@ -144,7 +144,7 @@ class Threshold:
 
 
 @dataclass
-class Figures:
+class ThresholdMetrics:
     """`Threshold.figures`, see `calibration.threshold_metrics`."""
 
     f1: float | None
@@ -204,7 +204,7 @@ def check_metadata(settings_in_file: object, metadata_in_file: object, where: st
     checked(SelectedMetrics, metadata.metrics, f"{where}: metrics")
     if metadata.threshold is not None:
         threshold = checked(Threshold, metadata.threshold, f"{where}: threshold")
-        checked(Figures, threshold.figures, f"{where}: threshold: figures")
+        checked(ThresholdMetrics, threshold.figures, f"{where}: threshold: figures")
         two = threshold.heat_range is None or len(threshold.heat_range) == 2
         if not two or not isinstance(metadata.threshold.get("from"), str):
             raise InputError(f"{where}: its threshold is incomplete")
@@ -362,7 +362,7 @@ def set_aside(path: Path, run: str, started: str) -> None:
         p for n in range(1, 1000) if not (p := path.with_name(f"{stem}{f'-{n}' * (n > 1)}{path.suffix}")).exists()
     )
     path.rename(kept)
-    print(f"{path} was there already, of another run: it is now {kept}", flush=True)
+    print(f"{path} is not of this run: renamed to {kept}", flush=True)
 
 
 def main() -> None:

@@ -159,10 +159,14 @@ MODEL_FLAGS: dict[str, dict[str, Any]] = {
     "model_name": {
         "default": "ViT-L-14-336",
         "type": nonblank_text,
-        "help": "a file of CLIP/model_configs, a JSON file, a folder, or hf-hub:OWNER/NAME",
+        "help": "the tower: a name in CLIP/model_configs, a JSON file, a folder, or hf-hub:OWNER/NAME",
     },
     "pretrain": {"default": "openai", "choices": PRETRAINS, "help": "where CLIP's weights come from"},
-    "img_size": {"default": 240, "type": integer(1, MAX_IMG_SIZE), "help": "pixels a side that images are resized to"},
+    "img_size": {
+        "default": 240,
+        "type": integer(1, MAX_IMG_SIZE),
+        "help": "images are resized to this many pixels a side",
+    },
     "features_list": {
         "default": None,
         "type": int,
@@ -171,13 +175,13 @@ MODEL_FLAGS: dict[str, dict[str, Any]] = {
     },
     "text_mood": {"default": "learnable_all", "choices": TEXT_MOODS, "help": "which prompts learn their contexts"},
     "contrast_mood": {"default": "yes", "choices": ("yes", "no"), "help": "subtract the other branch's text cosine"},
-    "dec_type": {"default": "mean", "choices": DEC_TYPES, "help": "how patches are summarised for an image"},
+    "dec_type": {"default": "mean", "choices": DEC_TYPES, "help": "how an image's patch scores are summarised"},
     "loss_type": {"default": "sigmoid", "choices": LOSS_TYPES, "help": "detection loss"},
     "visionA": {"default": "MFCFC", "choices": ADAPTER_KINDS, "help": "kind of adapter"},
     "fidelity": {
         "default": "released",
         "choices": FIDELITIES,
-        "help": "what the published code does, or what CLIP was trained with (docs/method.md)",
+        "help": "released: as the published code computes; corrected: as CLIP was trained (docs/method.md)",
     },
 }
 # Published flags of the test program that mean nothing in a test: accepted, and said to have no effect.
@@ -285,33 +289,46 @@ def add_data_flags(parser: argparse.ArgumentParser, obj: str) -> None:
         "--data_root", action=DataRoot, type=nonempty_path,
         help="the data set's own folder, instead of <data_path>/<obj>_AD",
     )  # fmt: skip
-    data.add_argument("--patient", metavar="REGEX", help="finds the patient in a file's name (docs/data.md)")
+    data.add_argument(
+        "--patient", metavar="REGEX",
+        help="regular expression whose first group is the patient in an image's path (docs/data.md)",
+    )  # fmt: skip
     data.add_argument(
         "--mask_above", type=integer(0, 254), metavar="GREY",
-        help="a mask's grey above which a pixel is abnormal (default: the data set's, else 127; 25: BMAD, 0: AA-CLIP)",
+        help="grey level of a mask above which a pixel is abnormal (default: the data set's, else 127; BMAD uses 25, "
+        "AA-CLIP 0)",
     )  # fmt: skip
     data.add_argument(
         "--window", nargs="+", metavar="W",
-        help="CENTER WIDTH, auto or full: grey levels beyond 8 bits (default: the data set's, else the file's)",
+        help="how more than 8 bits are read: CENTER WIDTH, auto or full (default: the data set's, else the file's)",
     )  # fmt: skip
     data.add_argument(
-        "--plane", choices=PLANES, help="in which NIfTI volumes are cut (default: the data set's, else axial)"
+        "--plane", choices=PLANES, help="how NIfTI volumes are sliced (default: the data set's, else axial)"
     )
-    data.add_argument("--save_path", default="./ckpt/", type=nonempty_path, help="folder of checkpoints")
+    data.add_argument("--save_path", default="./ckpt/", type=nonempty_path, help="folder of <obj>.pth, the checkpoint")
     data.add_argument("--weights", type=nonempty_path, help="file with CLIP weights, instead of the one in CLIP/ckpt")
-    data.add_argument("--seed", type=integer(-(2**63), 2**64 - 1), default=111)  # as torch takes it
+    data.add_argument(
+        "--seed", type=integer(-(2**63), 2**64 - 1), default=111, help="of every random draw"
+    )  # torch's range
     data.add_argument("--out_json", type=nonempty_path, help="write the results to this file")
     data.add_argument(
         "--anonymous", action="store_true",
         help="hashes instead of file names in checkpoints, results, reports and W&B",
     )  # fmt: skip
     add_machine_flags(parser)
-    tokens = parser.add_argument_group("kept tokens (docs/speed.md)")
-    tokens.add_argument("--cache", default="auto", choices=CACHES, help="where the frozen tower's tokens are kept")
-    tokens.add_argument("--cache_dir", default=".cache/features", type=nonempty_path, help="folder of the disk store")
+    tokens = parser.add_argument_group("token store (docs/method.md)")
+    tokens.add_argument(
+        "--cache",
+        default="auto",
+        choices=CACHES,
+        help="where tokens are kept; auto: the first of gpu, ram, disk with room",
+    )
+    tokens.add_argument(
+        "--cache_dir", default=".cache/features", type=nonempty_path, help="folder of tokens kept on disk"
+    )
     tokens.add_argument(
         "--cache_dtype", default="auto", choices=CACHE_DTYPES,
-        help="precision of kept tokens; auto: as they are computed, float32 on a CPU, the autocast type on CUDA",
+        help="precision of kept tokens; auto: as computed, so float32 on a CPU and the autocast type on CUDA",
     )  # fmt: skip
 
 
@@ -322,9 +339,7 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--precision", default="auto", choices=PRECISIONS, help="auto: fp32 on a CPU, bf16 or fp16 on CUDA"
     )
-    machine.add_argument(
-        "--num_workers", type=integer(1, 256), default=2, help="threads that decode images beside the network"
-    )
+    machine.add_argument("--num_workers", type=integer(1, 256), default=2, help="threads that decode images")
     parser.add_argument("--version", action="version", version=f"MadCLIP {VERSION}")
 
 
@@ -339,27 +354,40 @@ def add_model_flags(parser: argparse.ArgumentParser, from_checkpoint: bool) -> N
 def add_shot_flags(group: Any, default: int | None) -> None:  # noqa: ANN401 - argparse's group is private
     """The number of labelled images."""
     group.add_argument("--shot", type=positive, default=default, help="labelled images of each class")
-    group.add_argument("--shot_normal", type=count, help="normal ones (default: --shot)")
-    group.add_argument("--shot_abnormal", type=count, help="abnormal ones, 0 for none (default: --shot)")
+    group.add_argument("--shot_normal", type=count, help="labelled normal images (default: --shot)")
+    group.add_argument("--shot_abnormal", type=count, help="labelled abnormal images, 0 for none (default: --shot)")
 
 
 def train_parser() -> Parser:
     """The command line of train.py: the published flags with the published defaults, and ours beside them."""
-    parser = Parser(prog="train.py", description="Train MadCLIP.", formatter_class=Formatter)
+    description = "Train MadCLIP on a few labelled images; docs/flags.md lists these flags too."
+    parser = Parser(prog="train.py", description=description, formatter_class=Formatter)
     add_data_flags(parser, obj="Liver")
     add_model_flags(parser, from_checkpoint=False)
     group = parser.add_argument_group("training")
     group.add_argument(
         "--exp_name", type=run_name, help="name of the run in W&B and under runs/ (default: made from the settings)"
     )
-    group.add_argument("--batch_size", type=integer(1, 65536), default=16, help="images a step; scoring takes twice")
-    group.add_argument("--epoch", type=positive, default=60, help="number of epochs")
-    group.add_argument("--learning_rate", type=positive_float, default=0.001, help="of Adam")
-    add_shot_flags(group, 16)
-    group.add_argument("--prompt_name", type=nonblank_text, help="what the prompts call the object (default: obj's)")
-    group.add_argument("--prompts", type=prompts_file, metavar="FILE", help="JSON with other state phrases")
     group.add_argument(
-        "--iterate", type=int, default=0, help="line of the few-shot list; negative: sample with the seed"
+        "--batch_size",
+        type=integer(1, 65536),
+        default=16,
+        help="images a training step; twice as many are scored together",
+    )
+    group.add_argument("--epoch", type=positive, default=60, help="number of epochs")
+    group.add_argument("--learning_rate", type=positive_float, default=0.001, help="learning rate of Adam")
+    add_shot_flags(group, 16)
+    group.add_argument(
+        "--prompt_name", type=nonblank_text, help="what the prompts call the object (default: the data set's)"
+    )
+    group.add_argument(
+        "--prompts", type=prompts_file, metavar="FILE", help="JSON file with other state phrases (docs/data.md)"
+    )
+    group.add_argument(
+        "--iterate",
+        type=int,
+        default=0,
+        help="K takes lines a-K: and n-K: of the list of shots; negative: sample with --seed",
     )
     group.add_argument(
         "--select", choices=tuple(SELECTS),
@@ -368,17 +396,18 @@ def train_parser() -> Parser:
     )  # fmt: skip
     group.add_argument(
         "--threshold_at", type=threshold_rule, default="f1", metavar="RULE",
-        help="threshold of the decision: f1 (max.), fpr=0.05, tpr=0.95",
+        help="how the decision threshold is set: f1 (the largest), fpr=RATE or tpr=RATE",
     )  # fmt: skip
     group.add_argument("--eval_every", type=positive, default=1, help="epochs between evaluations")
     group.add_argument(
         "--log_images_every", type=count, default=10,
-        help="epochs between pictures in W&B, and the last; 0: no picture and no file name leaves this machine",
+        help="epochs between uploads of pictures to W&B; the last epoch is always uploaded; 0: no picture and no file "
+        "name leaves this machine",
     )  # fmt: skip
     group.add_argument("--log_model", action="store_true", help="upload the checkpoint to W&B as an artifact")
-    group.add_argument("--save_model", action=Switch, default=True, help="write the checkpoint (published: off)")
-    group.add_argument("--run_dir", default="runs", type=nonempty_path, help="folder of the runs, a folder each")
-    group.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; its settings hold")
+    group.add_argument("--save_model", action=Switch, default=True, help="write <obj>.pth (published: off)")
+    group.add_argument("--run_dir", default="runs", type=nonempty_path, help="folder that holds a folder for each run")
+    group.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its settings")
     return parser
 
 
@@ -466,35 +495,38 @@ def as_flag(parser: argparse.ArgumentParser, name: str, value: object) -> list[s
 
 def test_parser() -> Parser:
     """The command line of test.py: every flag of the published one, and ours."""
-    parser = Parser(prog="test.py", description="Test a MadCLIP checkpoint.", formatter_class=Formatter)
+    description = "Test a MadCLIP checkpoint on a data set's test images."
+    parser = Parser(prog="test.py", description=description, formatter_class=Formatter)
     add_data_flags(parser, obj="Brain")
     add_model_flags(parser, from_checkpoint=True)
-    add_shot_flags(parser.add_argument_group("shots", "checked against the checkpoint, where it says"), None)
-    published = parser.add_argument_group("published flags without effect in a test")
+    add_shot_flags(parser.add_argument_group("shots", "checked against the checkpoint, if it names its shots"), None)
+    published = parser.add_argument_group("published flags", "accepted, but without effect in a test")
     for name, kind in (("exp_name", str), ("epoch", positive), ("learning_rate", positive_float), ("iterate", int)):
-        published.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
-    published.add_argument("--save_model", action=Switch, default=None, help="all of: " + " ".join(NO_EFFECT_IN_TEST))
+        published.add_argument(f"--{name}", type=kind)
+    published.add_argument("--save_model", action=Switch, default=None)
     parser.add_argument(
         "--batch_size", type=integer(1, 65536), default=16,
-        help="images through the tower at a time; they are scored as the checkpoint says, a published one by this many",
+        help="images through the tower at a time; a checkpoint in the published format also scores so many together",
     )  # fmt: skip
     parser.add_argument("--ckpt", type=nonempty_path, help="checkpoint (default: <save_path>/<obj>.pth)")
     parser.add_argument(
         "--prompt_name", type=nonblank_text, help="what the prompts call the object (default: as in training)"
     )
     parser.add_argument(
-        "--allow_other_weights", action="store_true", help="only warn of other CLIP weights than it was trained on"
+        "--allow_other_weights",
+        action="store_true",
+        help="warn, instead of stopping, where CLIP weights differ from training",
     )
-    parser.add_argument("--save_scores", metavar="FILE", type=nonempty_path, help="keep the evaluation (.npz)")
+    parser.add_argument("--save_scores", metavar="FILE", type=nonempty_path, help="keep the patch scores (.npz)")
     parser.add_argument(
         "--scores", metavar="FILE", type=nonempty_path,
-        help="make every number and figure from a kept evaluation, without weights and without the network",
+        help="make every number and figure from patch scores that were kept, without weights",
     )  # fmt: skip
-    parser.add_argument("--figures", type=nonempty_path, help="folder for PNG and SVG: images, ROC, PR, histogram, run")
-    parser.add_argument("--report", type=nonempty_path, help="folder for a page (index.html) with every image")
+    parser.add_argument("--figures", type=nonempty_path, help="folder for figures as PNG and SVG")
+    parser.add_argument("--report", type=nonempty_path, help="folder for the report page, index.html")
     parser.add_argument(
         "--history", type=nonempty_path,
-        help="metrics.jsonl for the run's curves (default: beside the checkpoint, else in runs/NAME of its run)",
+        help="metrics.jsonl, for the curves over the epochs (default: beside the checkpoint, else in its run's folder)",
     )  # fmt: skip
     return parser
 

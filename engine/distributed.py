@@ -23,7 +23,7 @@ from torch import nn
 from utils import InputError
 
 T = TypeVar("T")
-PATIENCE = timedelta(minutes=30)  # for the slowest process; one that dies is noticed at once
+TIMEOUT = timedelta(minutes=30)  # for the slowest process; one that dies is noticed at once
 
 
 def start() -> None:
@@ -32,7 +32,7 @@ def start() -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     if not is_main():
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
 

@@ -25,13 +25,13 @@ from utils import InputError
 if TYPE_CHECKING:
     from .evaluation import Evaluation, Masks
 
-GRID = 2**19  # most grid points: 20 MB of counts
+GRID = 2**19  # grid points at most: 20 MB of counts
 BATCH_PIXELS = 2**22  # of the maps that are made at a time: 72 images of 240 x 240
 CURVE_POINTS = 300  # finer than a figure can show
 AUPRO_LIMIT = 0.3  # false positive rate up to which MVTec's AUPRO integrates
 COARSE = 511  # most points of the bootstrap's grid: 1,023 bins, at, between and beside them
-DRAWS = 1000  # of a bootstrap
-LEVEL = 0.95  # of its intervals
+BOOTSTRAP_DRAWS = 1000  # of a bootstrap
+CONFIDENCE_LEVEL = 0.95  # of its intervals
 
 Value = float | int | list[float] | None  # None: not measurable
 Source = Callable[[slice], Tensor]  # images of a slice -> (B, S, S)
@@ -51,6 +51,13 @@ METRICS = {
     "pixel_f1_max_threshold_on_test": ("pixel threshold of the F1-max on the test set", ""),
     "aupro": ("AUPRO up to 30% false positives", "AUPRO"),
     "dice": ("Dice at the calibrated pixel threshold", "Dice"),
+}
+# What `measure_without` adds, for people.
+LABELS_WITHOUT = {
+    "auc_without_shot_patients": "image AUROC without the shots' patients",
+    "pauc_without_shot_patients": "pixel AUROC without the shots' patients",
+    "n_normal_without_shot_patients": "normal images without the shots' patients",
+    "n_abnormal_without_shot_patients": "abnormal images without the shots' patients",
 }
 
 
@@ -84,12 +91,14 @@ class Metrics:
 
     def table(self) -> str:
         """AUC and pAUC as `line` has them, and a line for each other value but thresholds that the test set set."""
-        rows = [self.line()]
-        for name, value in self.values.items():
-            if name not in ("auc", "pauc") and not name.endswith("_on_test"):
-                label = METRICS[name][0] if name in METRICS else name.replace("_", " ")
-                rows.append(f"  {label}: {readable_value(value)}")
-        return "\n".join(rows)
+        labels = {name: label for name, (label, _) in METRICS.items()} | LABELS_WITHOUT
+        hidden = {"auc", "pauc"} | ({"pauc_without_shot_patients"} if self.pauc is None else set())
+        rows = [
+            f"  {labels[name]}: {readable_value(value)}"
+            for name, value in self.values.items()
+            if name not in hidden and not name.endswith("_on_test")
+        ]
+        return "\n".join([self.line(), *rows])
 
     def line(self) -> str:
         """AUC and, with masks, pAUC; six decimals, so that two runs can be compared."""
@@ -212,7 +221,7 @@ def image_curves(labels: np.ndarray, scores: np.ndarray, points: int = CURVE_POI
     return {"image_roc": _thinned(fpr, tpr, points), "image_pr": _thinned(recall[1:], precision[1:], points)}
 
 
-def bootstrap_auroc(labels: np.ndarray, scores: np.ndarray, draws: int = DRAWS, seed: int = 0) -> list[float]:
+def bootstrap_auroc(labels: np.ndarray, scores: np.ndarray, draws: int = BOOTSTRAP_DRAWS, seed: int = 0) -> list[float]:
     """95% percentile interval of the image AUROC, [low, high]: labels, scores (M,), images drawn with replacement.
 
     Draws that hold one class only are drawn again. The same seed gives the same interval.
@@ -418,7 +427,7 @@ def per_image_metrics(
     batch: int,
     counts: PixelCounts,
     pixel_threshold: float | None = None,
-    draws: int = DRAWS,
+    draws: int = BOOTSTRAP_DRAWS,
     seed: int = 0,
 ) -> dict[str, Value]:
     """`pauc_ci95` and, with a threshold, `dice`, in a third pass over the same images as `counts`; not in the paper.
@@ -552,4 +561,4 @@ def _draw(normal: np.ndarray, abnormal: np.ndarray, draws: int, seed: int) -> np
 
 
 def _interval(values: np.ndarray) -> list[float]:
-    return [float(value) for value in np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])]
+    return [float(value) for value in np.quantile(values, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])]

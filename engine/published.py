@@ -29,7 +29,7 @@ ENCODER_PREFIX = "text_encoder."
 DEFAULTS = {"img_size": 240, "contrast_mood": "yes", "dec_type": "mean", "loss_type": "sigmoid", "fidelity": "released"}
 
 
-class Described(Protocol):
+class DatasetInfo(Protocol):
     """What a published checkpoint does not say and a data set does."""
 
     @property
@@ -51,7 +51,7 @@ def looks_published(payload: dict[str, Any]) -> bool:
 
 
 def infer_settings(
-    parts: dict[str, Any], path: object, dataset: Described, flags: argparse.Namespace
+    parts: dict[str, Any], path: object, dataset: DatasetInfo, flags: argparse.Namespace
 ) -> tuple[Settings, str]:
     """Settings from names and shapes, the rest from `flags` or the published defaults.
 
@@ -67,7 +67,9 @@ def infer_settings(
         raise InputError(f"--ckpt {path}: not a published checkpoint after all ({one_line(error)})") from error
 
 
-def _infer(parts: dict[str, Any], path: object, dataset: Described, flags: argparse.Namespace) -> tuple[Settings, str]:
+def _infer(
+    parts: dict[str, Any], path: object, dataset: DatasetInfo, flags: argparse.Namespace
+) -> tuple[Settings, str]:
     adapters = parts["normal_det_adapters"]
     names = {name.split(".", 1)[1] for name in adapters}
     kinds = {"MViTFC": "transformer_encoder.linear1.weight", "MFCFC": "fc3.0.weight", "MCNNFC": "cnn.0.weight"}

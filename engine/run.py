@@ -245,7 +245,7 @@ def open_run(
         "shots_from": re.sub(r"\S*(?=fewshot_seed/)", "", splits.shots.source),  # without the folder that holds it
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         **checkpoint.versions(),
-        **surroundings(device),
+        **environment_info(device),
     }
     if options.resume is None:
         default = f"{options.obj}-{shots_label(options)}-{options.fidelity}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -341,7 +341,7 @@ def _line(values: Mapping[str, Any]) -> str:
     return json.dumps(values) + "\n"
 
 
-def surroundings(device: torch.device) -> dict[str, Any]:
+def environment_info(device: torch.device) -> dict[str, Any]:
     """Where and from what a run was started: command, git commit, host, process, device. Only config.json holds it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {

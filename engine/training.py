@@ -18,7 +18,7 @@ from loss import training_loss
 from utils import JITTER_VIEW, VIEWS, InputError, augment, checked, preview, printable, sha256_file, warn
 
 from . import distributed
-from .calibration import Rule, calibrate, calibration_samples
+from .calibration import CHOSEN_SOURCE, VALID_SOURCE, VIEWS_SOURCE, Rule, calibrate, calibration_samples
 from .config import Settings, default_select
 from .detector import Detector, make_optimizers, seeded
 from .evaluation import Masks, evaluate, own_batches
@@ -297,17 +297,16 @@ def epoch_line(record: dict[str, Any], epochs: int, seconds: float) -> str:
 def calibrate_run(
     detector: Detector, store: TokenStore, splits: Splits, training: TrainingSet, rule: str
 ) -> dict[str, Any] | None:
-    """The decision's threshold: on images of valid/ that are no shots, or where there are none on the shots' views."""
+    """The decision's threshold: set on images of valid/ that are no shots, or else on the shots' augmented views."""
     settings = detector.settings
     if splits.calibration:
         evaluation = evaluate(detector, store, splits.calibration)
         masks = Masks.of(splits.calibration, settings, store.workers)
-        source = "images of valid/ that are no shots"
-        source += ", which chose the epoch too" if splits.select == "valid" else ""
+        source = CHOSEN_SOURCE if splits.select == "valid" else VALID_SOURCE
     else:
         evaluation = evaluate(detector, store, training.items)
         masks = None if training.masks is None else Masks.pack(training.masks)
-        source = "the shots' augmented views, which were trained on: optimistic"
+        source = VIEWS_SOURCE
     return calibrate(evaluation, masks, Rule.parse(rule), source)
 
 
@@ -345,10 +344,11 @@ class Splits:
             )
         if len(scored) < len(unused):
             print(
-                f"{len(unused) - len(scored)} images of valid/ have no mask and are no shots: left out of calibration"
+                f"{len(unused) - len(scored)} abnormal images of valid/ have no mask and are no shots: "
+                f"the threshold is set without them"
             )
         valid = scored if select == "valid" else []
-        test, calibration = dataset.samples("test"), calibration_samples(scored, dataset.pixel_metrics)
+        test, calibration = dataset.samples("test"), calibration_samples(scored)
         if options.anonymous:
             shots = shots.anonymous()
             test, valid, calibration, unused = map(anonymous, (test, valid, calibration, unused))

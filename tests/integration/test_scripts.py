@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,7 @@ def test_selection_protocols(command, phantoms, tmp_path, select):
     assert f"--select {select}" in output
     assert ["AUC" in line for line in epochs(output)] == [False, True, True]
     assert all(("valid AUC" in line) == (select == "valid") for line in epochs(output)[1:])
+    assert ("no shots, which chose the epoch too: optimistic; there" in output) == (select == "valid")
     stored = torch.load(tmp_path / "Brain.pth", weights_only=True)["about"]
     assert stored["select"] == select
     if select == "last":
@@ -233,10 +235,10 @@ def test_the_published_training_command_renames_a_foreign_checkpoint(command, pr
         (kept,) = (project / "ckpt").glob(f"{obj}.before-*.pth")
         assert re.fullmatch(rf"{obj}\.before-\d{{8}}-\d{{4}}\.pth", kept.name)
         assert kept.read_bytes() == before
-        assert f"ckpt/{obj}.pth was there already, of another run: it is now ckpt/{kept.name}" in output
+        assert f"ckpt/{obj}.pth is not of this run: renamed to ckpt/{kept.name}" in output
         assert torch.load(project / f"ckpt/{obj}.pth", weights_only=True)["format"] == "madclip-1"
     output = printed(command, "train.py", "--resume", "runs/one", "--epoch", "3", cwd=project)
-    assert "was there already" not in output
+    assert "is not of this run" not in output
     assert len(list((project / "ckpt").glob("Brain*"))) == 2
 
 
@@ -262,6 +264,22 @@ def test_kept_scores_give_every_number_again(command, trained, tmp_path):
     seen = printed(command, "test.py", *paths[:4], "--scores", scores, "--report", tmp_path / "seen")
     assert "no pictures" not in seen
     assert len((tmp_path / "seen/index.html").read_bytes()) > len((tmp_path / "page/index.html").read_bytes())
+
+
+def test_what_is_shared_names_no_folder_and_no_host(command, phantoms, tmp_path, tiny_clip):
+    """The checkpoint, the page, the results and the kept scores; of the run's folder config.json alone may."""
+    save_torchscript(tiny_clip(False), tmp_path / "archive.pt")
+    shared = ["--obj", "Brain", "--data_path", phantoms, "--save_path", tmp_path / "ckpt", "--device", "cpu"]
+    shared += ["--weights", tmp_path / "archive.pt", "--cache_dir", tmp_path / "store"]
+    model = ["--model_name", "ViT-tiny-14-56", "--shot", 1, "--epoch", 1, "--run_dir", tmp_path / "runs"]
+    printed(command, "train.py", *shared, *model, "--img_size", 42, "--exp_name", "one")
+    outputs = ["--report", tmp_path / "page", "--figures", tmp_path / "figures", "--save_scores", tmp_path / "s.npz"]
+    printed(command, "test.py", *shared, *outputs, "--out_json", tmp_path / "b.json")
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".pt"]
+    assert {path.name for path in written} >= {"Brain.pth", "best.pth", "b.json", "index.html", "Brain.svg", "s.npz"}
+    secrets = [str(tmp_path).encode(), str(phantoms).encode(), socket.gethostname().encode()]
+    telling = {path.name for path in written if any(s in part for part in unpacked(path) for s in secrets)}
+    assert telling == {"config.json", "result.json"}  # result.json names the run's folder
 
 
 def test_anonymous_runs_name_no_file(command, phantoms, tmp_path):

@@ -121,25 +121,13 @@ def sample(name: str, label: int, mask: str | None = None) -> SimpleNamespace:
 def test_samples_are_spread_evenly_and_of_both_classes() -> None:
     normal = [sample(f"n{i}", 0) for i in range(1000)]
     abnormal = [sample(f"a{i}", 1) for i in range(7)]
-    kept = calibration_samples([*normal, *abnormal], pixel_metrics=False)
+    kept = calibration_samples([*normal, *abnormal])
     assert [s.label for s in kept] == [0] * MAX_IMAGES + [1] * 7
     assert kept[0] is normal[0]
     assert kept[MAX_IMAGES - 1] is normal[-1]
     assert len({s.name for s in kept}) == MAX_IMAGES + 7
-    assert calibration_samples(normal, pixel_metrics=False) == []
-    assert calibration_samples(abnormal, pixel_metrics=False) == []
-
-
-def test_abnormal_images_without_a_mask_are_left_out_and_named(capsys: pytest.CaptureFixture[str]) -> None:
-    samples = [sample("n", 0), sample("with", 1, "m.png"), sample("without", 1)]
-    assert [s.name for s in calibration_samples(samples, pixel_metrics=True)] == ["n", "with"]
-    assert "warning: " in (message := capsys.readouterr().err)
-    assert message.rstrip().endswith("no mask are left out of the threshold: without")
-    assert len(calibration_samples(samples, pixel_metrics=False)) == 3
-    assert calibration_samples([samples[0], samples[2]], pixel_metrics=True) == []
-    capsys.readouterr()
-    calibration_samples(samples[:2], pixel_metrics=True)
-    assert capsys.readouterr().err == ""
+    assert calibration_samples(normal) == []
+    assert calibration_samples(abnormal) == []
 
 
 # --- evaluations ---
@@ -178,7 +166,10 @@ def test_calibrate(text: str) -> None:
     elif rule.tpr is not None:
         assert 0.8 <= tpr < 0.82
     line = describe_threshold(result)
-    assert line.startswith(f"threshold:  {value:.4f} for {rule} on 3 + 3 images that are made up; there sensitivity ")
+    expected = (
+        f"threshold:  {value:.4f} for {rule} on 3 normal and 3 abnormal images that are made up; there sensitivity "
+    )
+    assert line.startswith(expected)
 
 
 def test_calibrate_without_masks() -> None:

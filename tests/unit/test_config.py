@@ -64,6 +64,12 @@ def test_every_published_flag_is_taken(options):
     assert parsed["save_model"] is True
 
 
+def test_a_folder_whose_name_cannot_be_a_data_sets_asks_for_one():
+    with pytest.raises(InputError, match=r"--data_root /x/my knee!: .* give --obj NAME"):
+        train_options(["--data_root", "/x/my knee!"])
+    assert train_options(["--obj", "Knee", "--data_root", "/x/my knee!"]).obj == "Knee"
+
+
 def test_flags_without_effect_in_a_test_are_named(capsys):
     options_of_test(["--epoch", "3", "--save_model", "0"])
     assert capsys.readouterr().err == "--epoch --save_model: no effect in a test\n"

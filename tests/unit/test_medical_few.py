@@ -15,7 +15,7 @@ from PIL import Image
 
 from dataset import OBJECTS, MedicalDataset, ReadOptions, check_mask, images, leaks, load_image, load_mask
 from dataset.fewshot import read_shot_list
-from dataset.layout import FOLDER
+from dataset.layout import FOLDER, MADE_UP
 from dataset.medical_few import Sample
 from utils import InputError
 
@@ -249,7 +249,7 @@ def test_lists_are_taken_as_the_published_loader_does(tmp_path, capsys, text, na
     assert re.match(rf"warning: .*my2-shot\.txt.*{warning}", line)
 
 
-def test_a_list_none_of_whose_names_exist_is_an_error(tmp_path):
+def test_a_list_none_of_whose_names_exist_is_an_error(tmp_path, capsys):
     root = make(tmp_path) / "Brain_AD"
     (root / "fewshot_seed").mkdir()
     (root / "fewshot_seed/my2-shot.txt").write_text("a-0: x.png y.png\nn-0: z.png w.png")
@@ -259,6 +259,12 @@ def test_a_list_none_of_whose_names_exist_is_an_error(tmp_path):
         MedicalDataset.open("Brain", tmp_path).shots(2, 2, 0, 1)
     (root / "fewshot_seed/my2-shot.txt").unlink()  # the project's own list is for other images
     assert "sampled" in MedicalDataset.open("Brain", tmp_path).shots(2, 2, 0, 1).source
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2
+    assert "Brain/my2-shot.txt: none of its normal images is in valid, so the shots are not" in warnings[1]
+    (root / MADE_UP).touch()
+    assert "sampled" in MedicalDataset.open("Brain", tmp_path).shots(2, 2, 0, 1).source
+    assert capsys.readouterr().err == ""
 
 
 def picture(path: Path, seed: int = 0) -> Path:

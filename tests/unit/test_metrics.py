@@ -621,6 +621,10 @@ def test_without_the_shots_patients() -> None:
         "n_abnormal_without_shot_patients": 3,
     }
     assert measure_without(evaluation, None, set())["pauc_without_shot_patients"] is None
+    table = Metrics({"auc": 0.5, "pauc": 0.5} | measure_without(evaluation, masks, {"p1"})).table()
+    assert "  pixel AUROC without the shots' patients: " in table
+    assert "  abnormal images without the shots' patients: 4" in table and "_" not in table
+    assert "pixel" not in Metrics({"auc": 0.5} | measure_without(evaluation, None, set())).table()
     assert measure_without(evaluation, None, set())["auc_without_shot_patients"] == measure(evaluation).auc
     assert measure_without(make_evaluation("det")[0], masks, set())["pauc_without_shot_patients"] is None
 

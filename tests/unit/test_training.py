@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from CLIP.clip import create_model
+from dataset import phantom
 from dataset.images import load_mask
 from dataset.medical_few import Shots
+from engine.config import train_options
 from engine.detector import Detector, seeded
 from engine.metrics import Metrics
-from engine.training import TrainingSet, TrainingState, check_losses, view_masks
+from engine.training import Splits, TrainingSet, TrainingState, check_losses, view_masks
 from tests.helpers.data import draw_samples, small_settings
 from utils import VIEWS, InputError, augment
 
@@ -241,3 +243,18 @@ def test_a_run_that_stays_at_its_start_is_noticed(clip, capsys, det, epochs, cha
     finish(state, 0.5, det=det)
     state.warn_if_stuck(epochs)
     assert ("try --fidelity corrected" in capsys.readouterr().err) == warned
+
+
+def test_what_a_run_trains_on_is_said(tmp_path, capsys):
+    """An abnormal image of valid/ without a mask that is no shot is left out of the calibration, and nothing else."""
+    phantom.write(tmp_path, ["Brain"], valid=5, test=2, seed=0, size=32)
+    mask = sorted((tmp_path / "Brain_AD/valid/Ungood/anomaly_mask").iterdir())[-1]
+    mask.unlink()
+    (tmp_path / "Brain_AD/fewshot_seed/my2-shot.txt").unlink()
+    options = train_options(["--obj", "Brain", "--data_path", str(tmp_path), "--shot", "2", "--seed", "4"])
+    splits = Splits.open(options)
+    assert "1 abnormal images of valid/ have no mask and are no shots" in capsys.readouterr().out
+    assert (len(splits.unused), len(splits.calibration), splits.select) == (6, 5, "test")
+    assert mask.name not in {sample.path.name for sample in splits.calibration}
+    splits.describe()
+    assert "Brain: 4 test images (2 abnormal); shots sampled with seed 4 " in capsys.readouterr().out

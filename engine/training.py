@@ -18,7 +18,7 @@ from loss import training_loss
 from utils import JITTER_VIEW, VIEWS, InputError, augment, checked, preview, printable, sha256_file, warn
 
 from . import distributed
-from .calibration import Rule, calibrate, calibration_samples
+from .calibration import CHOSEN_SOURCE, VALID_SOURCE, VIEWS_SOURCE, Rule, calibrate, calibration_samples
 from .config import Settings, default_select
 from .detector import Detector, make_optimizers, seeded
 from .evaluation import Masks, evaluate, own_batches
@@ -302,12 +302,11 @@ def calibrate_run(
     if splits.calibration:
         evaluation = evaluate(detector, store, splits.calibration)
         masks = Masks.of(splits.calibration, settings, store.workers)
-        source = "images of valid/ that are no shots"
-        source += ", which chose the epoch too" if splits.select == "valid" else ""
+        source = CHOSEN_SOURCE if splits.select == "valid" else VALID_SOURCE
     else:
         evaluation = evaluate(detector, store, training.items)
         masks = None if training.masks is None else Masks.pack(training.masks)
-        source = "the shots' augmented views, which were trained on: optimistic"
+        source = VIEWS_SOURCE
     return calibrate(evaluation, masks, Rule.parse(rule), source)
 
 

@@ -89,7 +89,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("masks > 0.5, probability, 1 - probability", "masks > 0.5, 1 - probability, probability"),
         ("(2 * overlap + DICE_SMOOTHING)", "(overlap + DICE_SMOOTHING)"),
         ("focal_loss(probability, masks) + dice_loss(", "focal_loss(probability, masks) - dice_loss("),
-        ("upsample(difference, size).sigmoid_().sum(dim=1)", "upsample(difference, size).sigmoid_().mean(dim=1)"),
+        ("total += upsample(layer", "total = upsample(layer"),
     ),
     *_mutants(
         "CLIP/adapter_shared.py",

@@ -54,7 +54,9 @@ def _short(text: str) -> str:
 
 
 def _mutants(file: str, tests: Sequence[str], *changes: tuple[str, str]) -> tuple[Mutant, ...]:
-    return tuple(Mutant(file, old, new, tuple(f"tests/unit/{name}" for name in tests)) for old, new in changes)
+    """Changes of one file; tests are files of tests/unit, or of tests/ where a folder is named."""
+    paths = tuple(f"tests/{name}" if "/" in name else f"tests/unit/{name}" for name in tests)
+    return tuple(Mutant(file, old, new, paths) for old, new in changes)
 
 
 # Each field of the key of kept tokens, as it stands in engine/features.py.
@@ -87,7 +89,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("masks > 0.5, probability, 1 - probability", "masks > 0.5, 1 - probability, probability"),
         ("(2 * overlap + DICE_SMOOTHING)", "(overlap + DICE_SMOOTHING)"),
         ("focal_loss(probability, masks) + dice_loss(", "focal_loss(probability, masks) - dice_loss("),
-        ("upsample(difference, size).sigmoid_().sum(dim=1)", "upsample(difference, size).sigmoid_().mean(dim=1)"),
+        ("total += upsample(layer", "total = upsample(layer"),
     ),
     *_mutants(
         "CLIP/adapter_shared.py",
@@ -226,13 +228,50 @@ MUTANTS: tuple[Mutant, ...] = (
         ('f"{content} {self.view} {draws}"', 'f"{content} {draws}"'),
         ('f"{content} {self.view} {draws}"', 'f"{content} {self.view}"'),
     ),
-    # -----------------------------------------------------------------------------------------------------------------
-    # To be added when these are merged, each with the test that must fail:
-    #   engine/training.py      the views' order, the purpose of a generator, the learning rate, the mask's threshold
-    #   engine/checkpoint.py    a key of Settings left out, a file of another run not renamed
-    #   engine/published.py     the order of layers in a published checkpoint, the two prompts exchanged
-    #   engine/report/          the range of colours, `>=` of a decision, the order of the gallery
-    # -----------------------------------------------------------------------------------------------------------------
+    *_mutants(
+        "engine/training.py",
+        ["test_training.py"],
+        ("shots.normal), (1, 0), jitter", "shots.normal), (0, 1), jitter"),
+        ("for view in range(VIEWS) for sample in samples]", "for sample in samples for view in range(VIEWS)]"),
+        ("augment(grey)[:, 0] > (above + 0.5) / 255", "augment(grey)[:, 0] > 0.5"),
+        ("judged.selection_score > self.best_score", "judged.selection_score >= self.best_score"),
+        ('"valid": valid}.get(self.select)', '"valid": test}.get(self.select)'),
+        ("-(-epochs // 4)", "epochs // 4"),
+        ("values.mean(dim=0)", "values[-1]"),
+    ),
+    *_mutants(
+        "engine/detector.py",
+        ["integration/test_golden_e2e.py"],
+        ("betas=(0.5, 0.999)", "betas=(0.9, 0.999)"),
+        (
+            'return "seg" if self.settings.pixel_metrics else "det"',
+            'return "det" if self.settings.pixel_metrics else "seg"',
+        ),
+        ("across_tokens=corrected", "across_tokens=not corrected"),
+    ),
+    *_mutants(
+        "engine/config.py",
+        ["test_config.py"],
+        ("if obj in PAPER:", "if obj not in PAPER:"),
+        ("min(valid_left()) > 0", "max(valid_left()) > 0"),
+        ('return f"{normal}shot" if normal == abnormal', 'return f"{normal}shot" if normal != abnormal'),
+    ),
+    *_mutants(
+        "engine/published.py",
+        ["integration/test_published.py"],
+        (
+            '{2: "learnable_all", 1: "learnable_abnormal", 0: "fix"}',
+            '{2: "learnable_abnormal", 1: "learnable_all", 0: "fix"}',
+        ),
+        ("nan_to_num(nan=math.inf)", "nan_to_num(nan=0.0)"),
+        ("(width, embed_dim)]", "(embed_dim, width)]"),
+    ),
+    *_mutants(
+        "engine/checkpoint.py",
+        ["integration/test_published.py", "integration/test_scripts.py"],
+        ("== (run, started):", "!= (run, started):"),
+        ("weights.sha256 == trained_on:", "weights.sha256 != trained_on:"),
+    ),
 )
 
 

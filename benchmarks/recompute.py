@@ -78,7 +78,7 @@ def text_features(detector: Detector, clip: CLIP) -> Tensor:
         embeddings, eot = learner()
         x = embeddings + clip.text.positional_embedding
         for block in clip.text.transformer.resblocks:
-            x = block(x, detector.prompts.causal)
+            x = block(x, detector.settings.fidelity == "corrected")
         x = clip.text.ln_final(x)[torch.arange(len(x)), eot] @ clip.text.text_projection
         columns[kind] = F.normalize(x.mean(dim=0), dim=0)
     return torch.stack([columns["normal"], columns["abnormal"]], dim=1)

@@ -6,7 +6,7 @@ A data set's own rule is a regular expression (`patient` in its JSON file, `--pa
     CNV-6294785-2.jpeg           OCT2017: a word, the patient's number, the image's; not where the word is a camera's
     sub-01_T1w_slice003.jpg      BIDS
     BraTS2021_00124_80.png       BraTS, as it is distributed
-    patient12_slice3.png         also pat_0001_ax_12, subject-3_x, case_7_2
+    patient12_slice3.png         also pat_0001_ax_12, subject-3_x, case_7_2, person12_virus_3
     P012_S03.png, A001-0012.png  letters and a number, then the image's
     normal/patient01/x.jpg       a folder below a class's
 """
@@ -24,7 +24,8 @@ NUMBER = re.compile(r"(?:([A-Za-z]+)[_-])?(\d+)[_-]\d{1,6}")
 BIDS = re.compile(r"(?:^|[_-])(sub-[A-Za-z0-9]+)")
 RULES = (
     re.compile(r"(?i:^|[_-])((?i:brats\d*)[_-](?:[A-Za-z]+[_-])*\d+)"),
-    re.compile(r"(?:^|[_-])((?i:patient|pat|patid|subject|subj|sub|case|pid)[_-]?\d+)(?![A-Za-z0-9])"),
+    re.compile(r"(?:^|[_-])((?i:patient|person|pat|patid|subject|subj|sub|case|pid)[_-]?\d+)(?![A-Za-z0-9])"),
+    re.compile(r"^(NORMAL\d-IM-\d+)-\d+$"),  # Kermany's chest X-rays, beside person12_virus_3 and IM-0170-0001
     re.compile(r"^([A-Za-z]{1,3}\d{2,})[_-](?:[A-Za-z]{0,3})\d+$"),
 )
 CAMERAS = {"img", "image", "dsc", "dscn", "dscf", "dcim", "pxl", "pic", "photo", "p", "scan", "screenshot", "vid",

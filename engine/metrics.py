@@ -13,7 +13,7 @@ whatever the scores are, and in practice by some 1e-9; AP, F1-max and AUPRO in p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -259,19 +259,6 @@ class PixelCounts:
     overlap: np.ndarray | None = None
     regions: int = 0
 
-    def __add__(self, other: PixelCounts) -> PixelCounts:
-        """Add the counts of other images, for example of another process, on the same grid."""
-        if not np.array_equal(self.grid, other.grid) or (self.overlap is None) != (other.overlap is None):
-            raise ValueError("only counts on the same grid, with or without regions, can be added")
-        return replace(
-            self,
-            normal=self.normal + other.normal,
-            abnormal=self.abnormal + other.abnormal,
-            highest=max(self.highest, other.highest),
-            overlap=None if self.overlap is None or other.overlap is None else self.overlap + other.overlap,
-            regions=self.regions + other.regions,
-        )
-
     def auroc(self) -> float:
         """Area under the ROC curve, a tie counts half; InputError where a class is missing, as for all that follow."""
         self._above("pixel AUC")
@@ -349,9 +336,7 @@ class PixelCounts:
         return _cumulative(self.normal), _cumulative(self.abnormal)
 
 
-def count_pixels(
-    maps: Source, masks: Source, images: int, batch: int, regions: bool = False, grid: Tensor | None = None
-) -> PixelCounts:
+def count_pixels(maps: Source, masks: Source, images: int, batch: int, regions: bool = False) -> PixelCounts:
     """Count all pixels of some images in the two passes.
 
     Args:
@@ -360,11 +345,9 @@ def count_pixels(
         images: how many there are.
         batch: how many at a time.
         regions: also for AUPRO; regions are 8-connected, as in MVTec's evaluation.
-        grid: instead of the abnormal pixels' scores, where several processes that each have some of the images shall
-            add their counts up: what `score_grid` makes of the scores of all.
     """
     scores = _sorted(_abnormal_scores(maps, masks, images, batch))
-    grid = score_grid(scores) if grid is None else grid.to(scores.device)
+    grid = score_grid(scores)
     ranks = _ranks(scores, grid)
     total, pixels, highest = torch.zeros_like(ranks), 0, scores.new_full((), -torch.inf)
     overlap, n_regions = np.zeros(2 * len(grid) + 1), 0

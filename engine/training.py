@@ -202,11 +202,12 @@ class TrainingState:
         start = len(settings.features_list) * 2 * math.log(2)
         plain = settings.loss_type == "sigmoid" and settings.dec_type == "mean"
         if plain and self.epoch == -(-epochs // 4) and det > 0.99 * start and distributed.is_main():
-            other = "corrected" if settings.fidelity == "released" else "released"
+            reason = "the tower may see too little difference between the classes, or the learning rate is too low"
+            if settings.fidelity == "released":
+                reason = "the tower may need normalised pixels, which --fidelity corrected gives it"
             warn(
                 f"the detection loss ({det:.4f}) has not left its start (K 2 ln 2 = {start:.4f}) after a quarter of "
-                f"the epochs: the text features may not tell the classes apart, or learn too slowly; try --fidelity "
-                f"{other} (docs/results.md)"
+                f"the epochs: {reason} (docs/results.md)"
             )
 
     def state_dict(self) -> dict[str, Any]:

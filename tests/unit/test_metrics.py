@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +31,6 @@ from engine.metrics import (
     measure,
     measure_without,
     per_image_metrics,
-    score_grid,
 )
 from utils import InputError
 
@@ -207,35 +207,23 @@ def test_thresholds_by_brute_force(pixels: list[tuple[float, bool]], rate: float
     assert threshold == max(t for t in scores[labels] if rates(t)[1] >= rate)
 
 
-def test_batches_do_not_matter_and_processes_add_up() -> None:
+def test_batches_do_not_matter() -> None:
     scores, labels = draw("heavy ties", 60_000, 0.05)
-    other, theirs = draw("wide", 60_000, 0.01, seed=1)
-    theirs[:30_000] = False
-    both = np.concatenate([scores, other]), np.concatenate([labels, theirs])
-    whole = count(*both, batch=4, images=20)
-    again = count(*both, batch=7, images=20)
-    grid = score_grid(torch.from_numpy(np.sort(both[0][both[1]])))
-    first, second = count(scores, labels, grid=grid), count(other, theirs, batch=10, grid=grid)
-    parts = first + second
-    for result in (again, parts, second + first):
-        assert np.array_equal(result.grid, whole.grid)
-        assert np.array_equal(result.normal, whole.normal)
-        assert np.array_equal(result.abnormal, whole.abnormal)
-        assert result.highest == whole.highest == both[0].max()
-    assert parts.auroc() == whole.auroc() == pytest.approx(roc_auc_score(both[1], both[0]), abs=1e-12)
-    with pytest.raises(ValueError, match="same grid"):
-        count(scores, labels) + count(other, theirs)
+    whole, again = count(scores, labels, batch=4), count(scores, labels, batch=7)
+    assert np.array_equal(again.grid, whole.grid)
+    assert np.array_equal(again.normal, whole.normal)
+    assert np.array_equal(again.abnormal, whole.abnormal)
+    assert again.highest == whole.highest == scores.max()
+    assert again.auroc() == whole.auroc() == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
 
 
 def test_counts_beyond_int32() -> None:
     scores, labels = draw("wide", 50_000, 0.03)
     counts = count(scores, labels)
-    values = counts.auroc(), counts.average_precision(), counts.f1_max()
-    for _ in range(31):
-        counts = counts + counts
-    assert counts.normal.sum() == (~labels).sum() << 31
-    assert counts.auroc() == pytest.approx(values[0], abs=1e-12)
-    assert counts.f1_max() == pytest.approx(values[2], abs=1e-12)
+    many = replace(counts, normal=counts.normal << 31, abnormal=counts.abnormal << 31)
+    assert many.auroc() == pytest.approx(counts.auroc(), abs=1e-12)
+    assert many.average_precision() == pytest.approx(counts.average_precision(), abs=1e-4)
+    assert many.f1_max() == pytest.approx(counts.f1_max(), abs=1e-12)
 
 
 def test_other_devices_count_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,12 +373,6 @@ def test_aupro_is_mvtecs(shape: str) -> None:
     for limit in (0.3, 0.05, 1.0):
         assert counts.aupro(limit) == pytest.approx(mvtec_aupro(maps, masks, limit), abs=1e-9)
     assert counts.aupro() == counts.aupro(0.3)
-    grid = torch.from_numpy(counts.grid)
-    first, second = (
-        count_pixels(*sources(maps[part], masks[part]), 3, 3, regions=True, grid=grid)
-        for part in (slice(3), slice(3, 6))
-    )
-    assert (first + second).aupro() == pytest.approx(counts.aupro(), abs=1e-12)
 
 
 @settings(max_examples=100, deadline=None)

@@ -242,7 +242,7 @@ def test_a_run_that_stays_at_its_start_is_noticed(clip, capsys, det, epochs, cha
     state = start(clip, **changes)
     finish(state, 0.5, det=det)
     state.warn_if_stuck(epochs)
-    assert ("try --fidelity corrected" in capsys.readouterr().err) == warned
+    assert ("which --fidelity corrected gives" in capsys.readouterr().err) == warned
 
 
 def test_what_a_run_trains_on_is_said(tmp_path, capsys):

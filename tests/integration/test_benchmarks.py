@@ -9,7 +9,18 @@ import pytest
 
 def test_what_recomputes_everything_agrees(command, tmp_path):
     """The stand-in for the published program passes every image again in every epoch, and gets the same numbers."""
-    small = ["--model", "ViT-tiny-14-56", "--fidelity", "corrected", "--epochs", 1, "--recompute_epochs", 1, "--test", 4]
+    small = [
+        "--model",
+        "ViT-tiny-14-56",
+        "--fidelity",
+        "corrected",
+        "--epochs",
+        1,
+        "--recompute_epochs",
+        1,
+        "--test",
+        4,
+    ]
     done = command("benchmarks.train", *small, "--json", tmp_path / "t.json")
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "t.json").read_text())["rows"]

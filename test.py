@@ -84,7 +84,7 @@ def compute_scores(options: argparse.Namespace) -> Scores:
     dataset = MedicalDataset.from_options(options)
     options.ckpt = options.ckpt or str(default_checkpoint(options.save_path, options.obj))
     checkpoint = Checkpoint.load(options.ckpt, options, dataset)
-    check_against(checkpoint.settings, checkpoint.metadata.get("shots"), options)
+    check_against(checkpoint.settings, checkpoint.metadata, options)
     settings = checkpoint.settings.tested_with(options)
     device = pick_device(options.device)
     weights = find_trained_weights(checkpoint, options)

@@ -11,7 +11,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -289,21 +289,17 @@ def add_data_flags(parser: argparse.ArgumentParser, obj: str) -> None:
         "--data_root", action=DataRoot, type=nonempty_path,
         help="the data set's own folder, instead of <data_path>/<obj>_AD",
     )  # fmt: skip
-    data.add_argument(
-        "--patient", metavar="REGEX",
-        help="regular expression whose first group is the patient in an image's path (docs/data.md)",
-    )  # fmt: skip
+    data.add_argument("--patient", metavar="REGEX", help="finds the patient in a file's name (docs/data.md)")
     data.add_argument(
         "--mask_above", type=integer(0, 254), metavar="GREY",
-        help="grey level of a mask above which a pixel is abnormal (default: the data set's, else 127; BMAD uses 25, "
-        "AA-CLIP 0)",
+        help="a mask's grey above which a pixel is abnormal (default: the data set's, else 127; 25: BMAD, 0: AA-CLIP)",
     )  # fmt: skip
     data.add_argument(
         "--window", nargs="+", metavar="W",
-        help="how more than 8 bits are read: CENTER WIDTH, auto or full (default: the data set's, else the file's)",
+        help="CENTER WIDTH, auto or full: grey levels beyond 8 bits (default: the data set's, else the file's)",
     )  # fmt: skip
     data.add_argument(
-        "--plane", choices=PLANES, help="how NIfTI volumes are sliced (default: the data set's, else axial)"
+        "--plane", choices=PLANES, help="in which NIfTI volumes are cut (default: the data set's, else axial)"
     )
     data.add_argument("--save_path", default="./ckpt/", type=nonempty_path, help="folder of <obj>.pth, the checkpoint")
     data.add_argument("--weights", type=nonempty_path, help="file with CLIP weights, instead of the one in CLIP/ckpt")
@@ -540,20 +536,22 @@ def test_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def check_against(settings: Settings, shots: dict[str, list[str]] | None, options: argparse.Namespace) -> None:
-    """`InputError` where a flag contradicts the checkpoint; `shots` are its shots' names by class, None if unknown."""
+def check_against(settings: Settings, metadata: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """`InputError` where a flag contradicts the checkpoint; a published one's metadata do not name its shots."""
     for name in MODEL_FLAGS:
         given, stored = getattr(options, name), getattr(settings, name)
         if name == "model_name" and given is not None:
             given = ModelConfig.load(given).name
         if given is not None and given != (list(stored) if name == "features_list" else stored):
             raise contradiction(name, given, stored)
+    shots, trained = metadata.get("shots"), metadata.get("options", {})
     if shots is None:
         return
     for kind in ("normal", "abnormal"):
         given = getattr(options, f"shot_{kind}")
         name = "shot" if given is None else f"shot_{kind}"
-        given, stored = options.shot if given is None else given, len(shots.get(kind, []))
+        given = options.shot if given is None else given
+        stored = trained.get(f"shot_{kind}") or len(shots.get(kind, []))  # a list may name more than were asked for
         if given is not None and given != stored:
             raise contradiction(name, given, f"{stored} {kind} shots")
 

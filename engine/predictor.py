@@ -273,7 +273,7 @@ def read_checkpoint(options: argparse.Namespace) -> Checkpoint:
         if dataset is None and "not a checkpoint of this project" in str(error):
             raise InputError(f"{error}; if it is a published one, name its data set with --obj") from error
         raise
-    check_against(checkpoint.settings, None, options)
+    check_against(checkpoint.settings, {}, options)
     return checkpoint
 
 

@@ -84,6 +84,7 @@ def test_save_model(words, value):
 
 
 @pytest.mark.parametrize(("shots", "flags", "fits"), [
+    ({"normal": ["a"] * 5, "abnormal": ["b"] * 4}, ["--shot", "5"], False),
     ({"normal": ["a"] * 4, "abnormal": ["b"] * 4}, ["--shot", "4"], True),
     ({"normal": ["a"] * 4, "abnormal": ["b"] * 4}, ["--shot", "16"], False),
     ({"normal": ["a"] * 4, "abnormal": ["b"] * 2}, ["--shot", "4"], False),
@@ -91,17 +92,28 @@ def test_save_model(words, value):
     (None, ["--shot", "16"], True),
 ])  # fmt: skip
 def test_shots_are_checked_against_the_checkpoint(shots, flags, fits):
+    metadata = {"shots": shots}
     if fits:
-        check_against(small_settings(), shots, options_of_test(flags))
+        check_against(small_settings(), metadata, options_of_test(flags))
     else:
         with pytest.raises(InputError, match=r"--shot \d+ contradicts the checkpoint"):
-            check_against(small_settings(), shots, options_of_test(flags))
+            check_against(small_settings(), metadata, options_of_test(flags))
+
+
+def test_shots_are_those_that_were_asked_for_where_a_list_names_more():
+    metadata = {
+        "shots": {"normal": ["a"] * 3, "abnormal": ["b"] * 2},
+        "options": {"shot_normal": 2, "shot_abnormal": 2},
+    }
+    check_against(small_settings(), metadata, options_of_test(["--shot", "2"]))
+    with pytest.raises(InputError, match="--shot 3 contradicts the checkpoint, which was trained with 2 normal shots"):
+        check_against(small_settings(), metadata, options_of_test(["--shot", "3"]))
 
 
 def test_model_flags_are_checked_against_the_checkpoint():
-    check_against(small_settings(), None, options_of_test(["--features_list", "2", "4", "--img_size", "42"]))
+    check_against(small_settings(), {}, options_of_test(["--features_list", "2", "4", "--img_size", "42"]))
     with pytest.raises(InputError, match="--dec_type max contradicts the checkpoint, which was trained with mean"):
-        check_against(small_settings(), None, options_of_test(["--dec_type", "max"]))
+        check_against(small_settings(), {}, options_of_test(["--dec_type", "max"]))
 
 
 def test_settings_survive_json():

@@ -29,15 +29,15 @@ ATTACKS = (
 )
 FLAGS_HEAD = """# Every flag
 
-Written by `python -m docs.generate` from the parsers; a test compares. `--help` of each command says the same.
+Written by `python -m docs.generate` from the parsers; a test checks that it is up to date. `--help` shows the same.
 The published flags keep their names and, unless [method.md](method.md) or [reproduce.md](reproduce.md) says otherwise,
 their published defaults.
 """
-ROBUSTNESS_HEAD = """# What was tried, and is tested
+ROBUSTNESS_HEAD = """# Faulty and hostile input that is tested
 
-Written by `python -m docs.generate` from the names of the tests and what they say of themselves; a test compares. Each
-line is a test; most start the real commands. *Refused* means one line that names the file or flag and says what to do,
-and exit code 2.
+Written by `python -m docs.generate` from the names and docstrings of the tests; a test checks that it is up to date.
+Each line is a test, and most of them start the real commands. *Refused* means one line that names the file or flag and
+says what to do, and exit code 2.
 """
 
 

@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from docs.generate import parser_of
 from tests.helpers.docs import ROOT, DocCommand, doc_commands, pages
 
 # Commands without a mark, and the test that runs them. test_docs_commands.py runs them as they stand, in order.
@@ -111,6 +113,20 @@ def test_each_command_is_run_or_marked(shown: DocCommand):
 def test_no_pattern_is_left_over():
     unmarked = [shown.text for shown in doc_commands() if not shown.mark]
     assert [pattern for pattern in RUN_BY if not any(re.fullmatch(pattern, text) for text in unmarked)] == []
+
+
+@pytest.mark.parametrize("text", sorted({shown.text for shown in doc_commands() if shown.text.startswith("python ")}))
+def test_each_command_is_taken_by_its_parser(text: str):
+    """Also those that no test can run as they stand."""
+    words = shlex.split(text)[1:]
+    name = words.pop(0) if words[0] != "-m" else words.pop(1)
+    words = words[1:] if words[:1] == ["-m"] else words
+    parser = parser_of(name)
+    known, others = parser.parse_known_args(words)
+    if name == "reproduce.py":
+        parser_of("train.py").parse_args(others)
+    else:
+        assert others == [], known
 
 
 def test_targets_of_make():

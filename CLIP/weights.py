@@ -53,14 +53,14 @@ def find_weights(
         sha256 = hashlib.sha256(words.encode()).hexdigest()
         return Weights(pretrained, f"random, seed {seed}", sha256, config, None, seed)
     path, source = _locate(model_name, config, pretrained, weights)
-    check_file(path, config.name)
+    check_file(path, config.name, pretrained)
     try:
         return Weights(pretrained, source, sha256_file(path), config, path, seed)
     except OSError as error:
         raise InputError(f"cannot read the weight file {path}: {error.strerror}") from error
 
 
-def check_file(path: Path, model_name: str = "") -> None:
+def check_file(path: Path, model_name: str = "", pretrained: str = "openai") -> None:
     """`InputError` where `path` is no file with something in it."""
     try:
         if path.exists() and not path.is_file():  # reading a pipe or a device may never end
@@ -68,9 +68,10 @@ def check_file(path: Path, model_name: str = "") -> None:
         if not path.stat().st_size:
             raise InputError(f"the weight file {path} is empty: fetch it again")
     except FileNotFoundError as error:
-        name = model_name if model_name in list_models() else "ViT-L-14-336"
+        wanted = model_name if model_name in list_models() else "ViT-L-14-336"
+        wanted += "" if pretrained == "openai" else f" --pretrain {pretrained}"
         raise InputError(
-            f"there is no weight file {path}: fetch it with `python -m CLIP.download {name}`, "
+            f"there is no weight file {path}: fetch it with `python -m CLIP.download {wanted}`, "
             "pass another with --weights, or try the program without any: --pretrain random"
         ) from error
     except OSError as error:

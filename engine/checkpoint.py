@@ -289,7 +289,9 @@ def export_file(path: str, out: str, weights_file: str | None) -> None:
     write(export(detector, clip), out)
     print(f"{out}: written in the published format")
     if settings.fidelity != "released" or settings.states:
-        print(f"{out}: its script gives other numbers, as it knows neither --fidelity corrected nor --prompts")
+        print(
+            f"{out}: the published program gives other numbers, as it knows neither --fidelity corrected nor --prompts"
+        )
     elif settings.visionA == "MViTFC":
         print(
             f"{out}: MViTFC attends across the images of a batch: the published test program gives the numbers of this "
@@ -370,11 +372,11 @@ def main() -> None:
     parser = Parser(prog="python -m engine.checkpoint", description="Look at or convert checkpoints.")
     actions = parser.add_subparsers(dest="action", required=True)
     shower = actions.add_parser("show", help="print what a checkpoint holds")
-    shower.add_argument("ckpt")
+    shower.add_argument("ckpt", help="a checkpoint, also in the published format")
     exporter = actions.add_parser("export", help="write the published format")
-    exporter.add_argument("ckpt")
-    exporter.add_argument("out")
-    exporter.add_argument("--weights", help="file with CLIP weights, instead of the one under CLIP/ckpt")
+    exporter.add_argument("ckpt", help="a checkpoint of train.py")
+    exporter.add_argument("out", help="the file to write")
+    exporter.add_argument("--weights", help="file with CLIP weights, instead of the one in CLIP/ckpt")
     options = parser.parse_args()
     if options.action == "show":
         show(options.ckpt)

@@ -504,7 +504,9 @@ def describe(folder: Path) -> str:
 def main() -> None:
     """Command line."""
     parser = Parser(prog="python -m engine.features", description="List or free stored tokens.")
-    parser.add_argument("--cache_dir", type=nonempty_path, default=".cache/features")
+    parser.add_argument(
+        "--cache_dir", type=nonempty_path, default=".cache/features", help="folder of tokens kept on disk"
+    )
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--info", action="store_true", help="list the stores")
     action.add_argument("--prune", action="store_true", help="delete them; a run that reads one stops with a message")

@@ -79,6 +79,7 @@ def test_train_then_test(command, trained, tmp_path, obj):
     tested = printed(command, "test.py", *paths)
     assert figures(tested) == figures(one)
     assert tested.splitlines()[-1] == one.splitlines()[-1]
+    assert "image F1-max: " in tested and "F1-max on the test set" not in tested  # that threshold decides nothing
     assert (tmp_path / "figures" / f"{obj}.png").stat().st_size > 1000
 
     first, second = trained.result(obj), json.loads((tmp_path / "test.json").read_text())

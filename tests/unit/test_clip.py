@@ -129,6 +129,7 @@ def test_the_text_tower_alone():
         ({"model_name": "ViT-tiny-14-56", "pretrained": "random", "img_size": 13}, "smaller than a patch"),
         ({"model_name": "ViT-tiny-14-56", "pretrained": "random", "weights": "x.pt"}, "contradicts"),
         ({"model_name": "ViT-L-14-336", "weights": "nowhere.pt"}, "nowhere.pt"),
+        ({"model_name": "ViT-B-32", "pretrained": "laion2b"}, "CLIP.download ViT-B-32 --pretrain laion2b`"),
     ],
 )
 def test_what_cannot_be_made_says_why(arguments, words):

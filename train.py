@@ -103,7 +103,7 @@ def build(options: argparse.Namespace) -> Setup:
     print_weights_info(weights)
     settings = new_settings(options, splits.dataset, weights)
     training = TrainingSet.build(splits.shots, settings, options.seed)
-    splits.warn(training.masks)
+    splits.print_warnings(training.masks)
     masks = {name: Masks.of(getattr(splits, name), settings, options.num_workers, device) for name in ("test", "valid")}
     store = TokenStore(Tower.of(settings, weights, pick_autocast(options.precision, device), device), options)
     store.plan(training.items, splits.own_batches(settings.eval_batch))

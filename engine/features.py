@@ -196,7 +196,7 @@ class TokenStore:
                 break
             except (torch.OutOfMemoryError, RuntimeError, MemoryError):
                 smaller = "ram" if self.cache == "gpu" else "disk"
-                print(f"tokens: no room for {readable(total)} ({self.cache}), so {smaller}", flush=True)
+                print(f"tokens: no room for {readable_size(total)} ({self.cache}), so {smaller}", flush=True)
                 self.cache = smaller
                 if smaller == "disk":
                     self._make_folder()
@@ -205,7 +205,7 @@ class TokenStore:
             self.missing = [row for row, there in enumerate(loaded) if not there]
         kept = len(self.items) - len(self.missing)
         print(
-            f"tokens: {len(self.items)} images x {readable(self.image_bytes)} = {readable(total)}, "
+            f"tokens: {len(self.items)} images x {readable_size(self.image_bytes)} = {readable_size(total)}, "
             f"{describe_cache(self.cache, self.folder, self.tower.device)}; {kept} of them computed before",
             flush=True,
         )
@@ -464,15 +464,15 @@ def describe_cache(cache: str, folder: Path, device: torch.device) -> str:
     """Where tokens are kept, with the room that is left."""
     files = f", files in {folder}" if (folder / "meta.json").is_file() else ""
     if cache == "gpu":
-        return f"kept on {device} ({readable(torch.cuda.mem_get_info(device)[0])} free){files}"
+        return f"kept on {device} ({readable_size(torch.cuda.mem_get_info(device)[0])} free){files}"
     if cache == "ram":
-        return f"kept in memory ({readable(free_memory())} free){files}"
+        return f"kept in memory ({readable_size(free_memory())} free){files}"
     if cache == "disk":
-        return f"kept in {folder} ({readable(free_disk(folder))} free)"
+        return f"kept in {folder} ({readable_size(free_disk(folder))} free)"
     return "kept nowhere: computed on every use (--cache off)"
 
 
-def readable(size: float) -> str:
+def readable_size(size: float) -> str:
     """Bytes with a unit: 2.4 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
@@ -487,7 +487,7 @@ def stores(cache_dir: Path) -> list[Path]:
     return sorted(f for f in folders if re.fullmatch("[0-9a-f]{16}", f.name) and not f.is_symlink())
 
 
-def describe(folder: Path) -> str:
+def describe_store(folder: Path) -> str:
     """What a store holds."""
     files = list(folder.glob("layer*/*/*.tokens"))
     size = sum(path.stat().st_size for path in files)
@@ -498,7 +498,7 @@ def describe(folder: Path) -> str:
         words = f"{meta['model']} {meta['img_size']} px  {meta['fidelity']}  {meta['dtype'].removeprefix('torch.')}"
     except (OSError, ValueError, LookupError, TypeError, RecursionError, AttributeError):
         return "of an older version, or damaged; --prune removes it"
-    return f"{images} images  {readable(size)}  {words}  layers {' '.join(layers)}"
+    return f"{images} images  {readable_size(size)}  {words}  layers {' '.join(layers)}"
 
 
 def main() -> None:
@@ -514,11 +514,11 @@ def main() -> None:
     folders = stores(Path(options.cache_dir))
     for folder in folders:
         if options.info:
-            print(f"{folder}  {describe(folder)}")
+            print(f"{folder}  {describe_store(folder)}")
         else:
             size = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
             shutil.rmtree(folder)
-            print(f"{folder}  {readable(size)} freed")
+            print(f"{folder}  {readable_size(size)} freed")
     if not folders:
         print(f"{options.cache_dir}: no stores")
 

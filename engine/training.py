@@ -383,7 +383,7 @@ class Splits:
         for note in filter(None, notes):
             print(note)
 
-    def warn(self, masks: Tensor | None) -> None:
+    def print_warnings(self, masks: Tensor | None) -> None:
         """Print warnings for images in valid and in test, and for shots whose mask is empty or nearly everything."""
         if not distributed.is_main():
             return

@@ -48,10 +48,10 @@ from engine.checkpoint import Checkpoint
 from engine.config import NO_EFFECT_IN_TEST, as_flag, explicit, test_options, test_parser, train_options
 from engine.cost import grid_cost, measured_rate
 from engine.grid import COMPONENTS, Cell, Grid, layers_of
-from engine.jobs import one_line, run_jobs
+from engine.jobs import run_jobs
 from engine.metrics import METRICS
 from engine.report.tables import Figure, Published, Table, read_published
-from utils import InputError, checked, locked, probe_writable, read_text, tune_allocator, write_json
+from utils import InputError, checked, locked, one_line, probe_writable, read_text, tune_allocator, write_json
 
 SHOWN = ("auc", "pauc")  # of METRICS, what tables show
 EPOCHS = {"selected": "selected on test", "last": "last epoch"}
@@ -156,7 +156,7 @@ def attempt(grid: Grid, cell: Cell, on_line: Callable[[], None] = lambda: None) 
     except Exception as error:  # out of memory, a bug
         with grid.log(cell).open("a", encoding="utf-8") as log:
             traceback.print_exc(file=log)
-        reason = f"{type(error).__name__}: {one_line(error)}"
+        reason = one_line(error)
     torch.cuda.empty_cache()  # outside of the handler, which holds the failed cell's tensors
     return reason
 

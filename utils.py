@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -206,6 +207,22 @@ def warn(message: str) -> None:
 def printable(text: str) -> str:
     """The text with control characters written as escapes: names of files may hold what a terminal obeys."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def redact(text: str, secret: str = "") -> str:
+    """The text without user and password of its addresses, and without `secret`."""
+    text = re.sub(r"(?<=//)[^/\s]*@", "***@", text)
+    return text.replace(secret, "***") if secret else text
+
+
+def one_line(words: object, secret: str = "") -> str:
+    """A text, or an exception's type and message, in at most 200 characters of one line: it may quote a damaged file.
+
+    Passwords in addresses and `secret` are left out.
+    """
+    text = f"{type(words).__name__}: {words}" if isinstance(words, BaseException) else str(words)
+    shown = "".join(letter if letter.isprintable() else " " for letter in redact(text[:1000], secret))
+    return " ".join(shown.split())[:200]
 
 
 def preview(names: Sequence[str], most: int = 3) -> str:

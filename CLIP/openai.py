@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from utils import InputError
+from utils import InputError, one_line
 
-from .hub import one_line
 from .names import Loader, openai_names
 from .weights import check_file
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from utils import InputError, atomic_path, printable
+from utils import InputError, atomic_path, one_line, printable
 
 from ..evaluation import Evaluation, Masks
 from .images import COLOUR_MAP, alpha_blend, draw_outline, read_picture
@@ -223,8 +223,7 @@ def _style(salt: str, page: bool = False) -> Iterator[None]:
             try:
                 style.use(Path(STYLE_FILE).absolute())
             except (OSError, ValueError, KeyError, UnicodeDecodeError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise InputError(f"{STYLE_FILE}: not a style file of matplotlib ({reason})") from error
+                raise InputError(f"{STYLE_FILE}: not a style file of matplotlib ({one_line(error)})") from error
         # Text stays text, to be searched and edited; nothing differs from one run to the next.
         matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": salt})
         yield

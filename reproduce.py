@@ -399,14 +399,15 @@ def make_verdict(grid: Grid, table: Table) -> Table:
     result = Table(
         f"{table.name}-verdict", "Ours, selected on test, minus the published figure, in percentage points.",
         table.labels, table.heading,
-        ["inside: the published figure lies in our 95% interval over the test images; below, above: it lies below or "
-         "above that. docs/reproduce.md says where to look when it is outside.", *published_note(published)],
+        ["inside, outside: whether the published figure lies in our 95% interval over the test images. "
+         "docs/reproduce.md says where to look when it lies outside.", *published_note(published)],
     )  # fmt: skip
     names = [f"{entry.method} ({i})" for i, entry in enumerate(published, 1)]
     for (metric, row, obj), theirs in table.cells.items():
         ours = table.cells.get((metric, (*row[:-1], f"ours, {EPOCHS['selected']}"), obj))
         if row[-1] in names and isinstance(theirs, Figure) and isinstance(ours, Figure) and ours.interval:
             low, high = ours.interval
-            place = "below" if theirs.mean < low else "above" if theirs.mean > high else "inside"
-            result.add(metric, row, obj, f"{ours.mean - theirs.mean:+.2f} {place}")
+            difference = round(ours.mean - theirs.mean, 2) + 0.0  # no -0.00
+            place = "inside" if low <= theirs.mean <= high else "outside"
+            result.add(metric, row, obj, f"{difference:+.2f} {place}")
     return result

@@ -105,8 +105,7 @@ def write_page(
     }
     threshold, origin = threshold_of(metrics, metadata)
     scores, shown = evaluation.image_scores, _kept(evaluation.image_scores, evaluation.labels)
-    stored = metadata.get("threshold") or {}
-    heat_range = stored.get("heat_range") or _map_range(evaluation)
+    heat_range = (metadata.get("threshold") or {}).get("heat_range") or _map_range(evaluation)
     data = {
         "labelled": True,
         "threshold": threshold,

@@ -271,10 +271,10 @@ def test_the_paper_by_compare(grid_with_results, tmp_path):
     verdict = reproduce.make_verdict(grid, table)
     assert verdict.name == "main-verdict"
     assert "(8) MadCLIP: the paper, 4 shots" in verdict.markdown()
-    assert verdict.cells["image AUROC", ("MadCLIP (8)",), "Brain"] == "-2.50 above"
+    assert verdict.cells["image AUROC", ("MadCLIP (8)",), "Brain"] == "-2.50 outside"
     assert verdict.cells["pixel AUROC", ("MadCLIP (8)",), "Brain"] == "+0.50 inside"
-    assert verdict.cells["image AUROC", ("IQE-CLIP (6)",), "Brain"] == "+11.73 below"
-    assert "$-$2.50 above" in verdict.latex()
+    assert verdict.cells["image AUROC", ("IQE-CLIP (6)",), "Brain"] == "+11.73 outside"
+    assert "$-$2.50 outside" in verdict.latex()
 
 
 def test_clean_figures(grid_with_results):

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import test
 import train
-from CLIP import ModelConfig
+from CLIP.config import ModelConfig
 from dataset.check import PUBLISHED_COUNTS
 from dataset.layout import BENCHMARKS, MADE_UP
 from engine import baselines

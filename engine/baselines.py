@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from CLIP import find_weights
 from CLIP.clip import create_model
+from CLIP.weights import find_weights
 from Prompt.promptChooser import fixed_feature
 from utils import set_seed
 

@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from CLIP import ModelConfig
+from CLIP.config import ModelConfig
 from dataset.layout import BENCHMARKS, object_name
 from utils import InputError, Parser
 

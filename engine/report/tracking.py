@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from ..metrics import Metrics
     from ..run import RunFolder
 
+PROJECT = "MadCLIP"
+KEY_FILE = Path("key.json")
 KEY_SHAPE = re.compile(r"([\w-]+-)?[0-9a-f]{40}|wandb_v1_\w+")
 # Of config.json: the rest names this machine and its folders.
 SHOWN = ("shots", "shots_from", "started", "madclip", "python", "torch", "torchvision", "git_commit", "resumed")
@@ -96,8 +98,6 @@ class Tracker:
         run_dir: Path,
         tags: Sequence[str] = (),
         group: str | None = None,
-        project: str = "MadCLIP",
-        key_file: Path = Path("key.json"),
         run_id: str | None = None,
         pictures: bool = True,
     ) -> Tracker:
@@ -111,8 +111,6 @@ class Tracker:
             run_dir: the run's folder.
             tags: of the run.
             group: of runs.
-            project: in W&B.
-            key_file: key.json.
             run_id: another tracker's `id`: continues that run, online at once; offline in a second folder of the same
                 id, which `wandb sync` appends once the first is uploaded.
             pictures: False (--log_images_every 0): no picture and no name of a file is given to W&B, the names of the
@@ -124,15 +122,15 @@ class Tracker:
             return tracker
         try:
             shown = {name: value for name, value in config.items() if pictures or name != "shots"}
-            options = {"project": project, "name": exp_name, "config": shown, "tags": tags, "group": group}
+            options = {"project": PROJECT, "name": exp_name, "config": shown, "tags": tags, "group": group}
             if run_id:
                 options |= {"id": run_id, "resume": "allow"}
-            tracker._open({**options, "dir": os.environ.get("WANDB_DIR") or str(run_dir)}, Path(key_file))
+            tracker._open({**options, "dir": os.environ.get("WANDB_DIR") or str(run_dir)})
         except Exception as error:  # tracking is a convenience: nothing in it may end a training run
             tracker._fail("could not start", error)
         return tracker
 
-    def _open(self, options: dict[str, Any], key_file: Path) -> None:
+    def _open(self, options: dict[str, Any]) -> None:
         # wandb reads this when it is imported. Its crash reports could carry more than the user expects.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         # Where tables and artifacts wait for their upload; by default below the user's home, apart from the run.
@@ -143,7 +141,7 @@ class Tracker:
         resolved = wandb.setup(wandb.Settings(silent=True)).settings
         if resolved.mode == "disabled":  # `wandb disabled` was run in this folder
             return
-        file_key = _read_key_file(key_file)  # read in any case, for its warning
+        file_key = _read_key_file(KEY_FILE)  # read in any case, for its warning
         self._secret = resolved.api_key or file_key
         reason = "as asked for" if resolved.mode in ("offline", "dryrun") else self._online(options, file_key)
         if self._run is None:
@@ -518,7 +516,7 @@ def _threshold(metrics: Metrics) -> float:
 # --- keys and messages ---
 
 
-def warn_of_tracked_key(path: Path = Path("key.json")) -> None:
+def warn_of_tracked_key(path: Path = KEY_FILE) -> None:
     """Warn where key.json holds a key that looks real and git tracks it, whether or not W&B is used."""
     if not path.is_file():  # reading a pipe may never end
         return

@@ -11,7 +11,7 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 
-from CLIP import ModelConfig
+from CLIP.config import ModelConfig
 from CLIP.openai import NOT_WEIGHTS, stored_as_half
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from CLIP import create_model
+from CLIP.clip import create_model
 from dataset import phantom
 from engine.baselines import NAMES
 from engine.jobs import run_jobs

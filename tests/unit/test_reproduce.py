@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 import reproduce
-from CLIP import ModelConfig
+from CLIP.config import ModelConfig
 from dataset import MedicalDataset, phantom
 from engine import cost
 from engine.config import train_options

@@ -220,7 +220,9 @@ def one_line(words: object, secret: str = "") -> str:
 
     Passwords in addresses and `secret` are left out.
     """
-    text = f"{type(words).__name__}: {words}" if isinstance(words, BaseException) else str(words)
+    text = str(words)
+    if isinstance(words, BaseException):
+        text = f"{type(words).__name__}: {text}" if text else type(words).__name__
     shown = "".join(letter if letter.isprintable() else " " for letter in redact(text[:1000], secret))
     return " ".join(shown.split())[:200]
 

@@ -113,7 +113,7 @@ def test_the_checkpoints_threshold_is_the_one_of_predict(tmp_path):
 def test_numbers_without_the_shots_patients_stand_beside_the_others(tmp_path):
     evaluation, masks = make_world(tmp_path, LABELS, SCORES)
     metrics = measure(evaluation, masks, full=True)
-    metrics.values |= {"auc_without_shot_patients": 0.625, "pauc_without_shot_patients": None}
+    metrics.values.update({"auc_without_shot_patients": 0.625, "pauc_without_shot_patients": None})
     html = written(tmp_path / "page", evaluation, masks, metrics=metrics)
     assert html.count("without the patients of the shots") == 1
     assert "<small>0.625 without the patients of the shots" in html

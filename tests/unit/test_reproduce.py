@@ -302,7 +302,7 @@ def test_failed_cells_are_named_in_the_table(grid_with_results, tmp_path):
     [
         (InputError("--shot 9: too many"), "--shot 9: too many"),
         (RuntimeError("CUDA error:\n a device-side assert"), "RuntimeError: CUDA error: a device-side assert"),
-        (MemoryError(), "MemoryError: MemoryError"),
+        (MemoryError(), "MemoryError"),
     ],
 )
 def test_any_error_ends_its_cell_alone(tmp_path, monkeypatch, error, words):

@@ -177,7 +177,7 @@ def test_offline_run_can_be_read_by_the_command_that_the_line_names(tmp_path: Pa
         check=True,
         env={"HOME": str(tmp_path / "home"), "PATH": os.environ["PATH"], "WANDB_ERROR_REPORTING": "false"},
     )
-    assert "AUC+pAUCbest" in shown.stdout
+    assert "test/AUC" in shown.stdout
 
 
 def test_a_run_goes_on_under_the_same_id(tmp_path: Path) -> None:

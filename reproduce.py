@@ -347,7 +347,7 @@ def caption(grid: Grid) -> str:
 
 
 def describe(grid: Grid, failed: dict[Cell, str], published: Sequence[Published]) -> Iterator[str]:
-    """How the figures were made, how the epoch was chosen, what failed, and what they are worth."""
+    """How the figures were made, how the epoch was chosen, what failed, and why they may mean little."""
     options, base = grid.options, grid.base
     yield f"{sum(map(grid.done, grid.cells))} of {len(grid.cells)} cells are done."
     yield "Intervals: over the test images by bootstrap, the mean of the seeds' bounds."
@@ -368,9 +368,14 @@ def describe(grid: Grid, failed: dict[Cell, str], published: Sequence[Published]
         yield "Clean: without the test images of patients whose images are shots."
     if failed:
         yield "Failed: " + "; ".join(f"{cell.name} ({reason})" for cell, reason in failed.items()) + "."
-    if base.pretrain == "random":
+    yield from caveats(grid, published)
+
+
+def caveats(grid: Grid, published: Sequence[Published]) -> Iterator[str]:
+    """Why the figures mean little, or compare with none of the published ones, where that is so."""
+    if grid.base.pretrain == "random":
         yield "Nothing is pre-trained: these figures only show that the program runs."
-    datasets = {obj: grid.dataset(obj) for obj in options.obj}
+    datasets = {obj: grid.dataset(obj) for obj in grid.options.obj}
     if made_up := [obj for obj, data in datasets.items() if (data.root / MADE_UP).is_file()]:
         yield f"Made-up images ({', '.join(made_up)}): their figures compare with none that is published."
     for obj in datasets.keys() & PUBLISHED_COUNTS.keys() - set(made_up) if published else ():
@@ -400,7 +405,8 @@ def make_verdict(grid: Grid, table: Table) -> Table:
         f"{table.name}-verdict", "Ours, selected on test, minus the published figure, in percentage points.",
         table.labels, table.heading,
         ["inside, outside: whether the published figure lies in our 95% interval over the test images. "
-         "docs/reproduce.md says where to look when it lies outside.", *published_note(published)],
+         "docs/reproduce.md says where to look when it lies outside.",
+         *caveats(grid, published), *published_note(published)],
     )  # fmt: skip
     names = [f"{entry.method} ({i})" for i, entry in enumerate(published, 1)]
     for (metric, row, obj), theirs in table.cells.items():

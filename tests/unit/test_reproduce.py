@@ -271,6 +271,7 @@ def test_the_paper_by_compare(grid_with_results, tmp_path):
     verdict = reproduce.make_verdict(grid, table)
     assert verdict.name == "main-verdict"
     assert "(8) MadCLIP: the paper, 4 shots" in verdict.markdown()
+    assert "Made-up images (Brain, Chest)" in verdict.markdown()
     assert verdict.cells["image AUROC", ("MadCLIP (8)",), "Brain"] == "-2.50 outside"
     assert verdict.cells["pixel AUROC", ("MadCLIP (8)",), "Brain"] == "+0.50 inside"
     assert verdict.cells["image AUROC", ("IQE-CLIP (6)",), "Brain"] == "+11.73 outside"

@@ -204,11 +204,6 @@ def warn(message: str) -> None:
         print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
 
 
-def printable(text: str) -> str:
-    """The text with control characters written as escapes: names of files may hold what a terminal obeys."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
-
-
 def redact(text: str, secret: str = "") -> str:
     """The text without user and password of its addresses, and without `secret`."""
     text = re.sub(r"(?<=//)[^/\s]*@", "***@", text)
@@ -225,6 +220,11 @@ def one_line(words: object, secret: str = "") -> str:
         text = f"{type(words).__name__}: {text}" if text else type(words).__name__
     shown = "".join(letter if letter.isprintable() else " " for letter in redact(text[:1000], secret))
     return " ".join(shown.split())[:200]
+
+
+def printable(text: str) -> str:
+    """The text with control characters written as escapes: names of files may hold what a terminal obeys."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def preview(names: Sequence[str], most: int = 3) -> str:

@@ -351,6 +351,8 @@ def describe(grid: Grid, failed: dict[Cell, str], published: Sequence[Published]
     options, base = grid.options, grid.base
     yield f"{sum(map(grid.done, grid.cells))} of {len(grid.cells)} cells are done."
     yield "Intervals: over the test images by bootstrap, the mean of the seeds' bounds."
+    if levels := {str(data.mask_above) for data in map(grid.dataset, options.obj) if data.pixel_metrics}:
+        yield f"Abnormal pixels: a mask's grey above {' or '.join(sorted(levels))} (--mask_above)."
     yield "Last epoch: nothing is selected."
     if options.table == "leave_one_out":
         yield (

@@ -240,6 +240,7 @@ def test_figures_beside_published_ones(grid_with_results):
     assert "(1) MVFA: README of MVFA, 4 shots, best epoch on the test set" in text
     assert "its paper" not in text  # nothing of it is on record, so no empty column
     assert "Made-up images (Brain, Chest)" in text
+    assert "Abnormal pixels: a mask's grey above 127 (--mask_above)." in text
     assert len(table.caption) < 230  # three lines of an article
 
 

@@ -241,13 +241,18 @@ def _map_range(evaluation: Evaluation) -> tuple[float, float]:
 
 
 def _cards(evaluation: Evaluation, masks: Masks | None, shown: Sequence[int]) -> Iterator[Card]:
-    pictures = prefetch(lambda i: read_picture(evaluation.samples[i], THUMB), shown, WORKERS)
-    for start in range(0, len(shown), BATCH):
-        part = shown[start : start + BATCH]
-        heats, edges = evaluation.maps(part).cpu().numpy(), masks.get(part).cpu().numpy() if masks else [None] * BATCH
-        for i, heat, mask, picture in zip(part, heats, edges, pictures, strict=False):
-            name, score, label = evaluation.names[i], float(evaluation.image_scores[i]), int(evaluation.labels[i])
-            yield make_card(name, score, picture, heat, label=label, mask=mask)
+    def maps_and_masks() -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
+        for start in range(0, len(shown), BATCH):
+            part = shown[start : start + BATCH]
+            edges = [None] * len(part) if masks is None else masks.get(part).cpu().numpy()
+            yield from zip(part, evaluation.maps(part).cpu().numpy(), edges, strict=True)
+
+    def draw(item: tuple[int, np.ndarray, np.ndarray | None]) -> Card:
+        i, heat, mask = item
+        name, score, label = evaluation.names[i], float(evaluation.image_scores[i]), int(evaluation.labels[i])
+        return make_card(name, score, read_picture(evaluation.samples[i], THUMB), heat, label=label, mask=mask)
+
+    return prefetch(draw, maps_and_masks(), WORKERS)
 
 
 def make_card(

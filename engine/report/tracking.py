@@ -120,14 +120,12 @@ class Tracker:
         tracker._pictures = pictures
         if os.environ.get("WANDB_MODE", "").lower() == "disabled":
             return tracker
-        try:
-            shown = {name: value for name, value in config.items() if pictures or name != "shots"}
-            options = {"project": PROJECT, "name": exp_name, "config": shown, "tags": tags, "group": group}
-            if run_id:
-                options |= {"id": run_id, "resume": "allow"}
-            tracker._open({**options, "dir": os.environ.get("WANDB_DIR") or str(run_dir)})
-        except Exception as error:  # tracking is a convenience: nothing in it may end a training run
-            tracker._fail("could not start", error)
+        shown = {name: value for name, value in config.items() if pictures or name != "shots"}
+        options = {"project": PROJECT, "name": exp_name, "config": shown, "tags": tags, "group": group}
+        if run_id:
+            options |= {"id": run_id, "resume": "allow"}
+        options["dir"] = os.environ.get("WANDB_DIR") or str(run_dir)
+        tracker._or_end("could not start", lambda _: tracker._open(options))
         return tracker
 
     def _open(self, options: dict[str, Any]) -> None:
@@ -212,11 +210,7 @@ class Tracker:
     def picture(self, action: Callable[[Any], object]) -> None:
         """Call `action(run)`, which prepares or logs pictures; a failure ends the pictures and keeps the numbers."""
         if self.takes_pictures:
-            try:
-                action(self._run)
-            except Exception as error:
-                self._pictures = False
-                _say(f"warning: no pictures from here on ({one_line(error, self._secret)})")
+            self._pictures = self._succeeds("no pictures from here on", action)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set values of the run's summary, which the table of runs shows."""
@@ -224,19 +218,19 @@ class Tracker:
 
     def upload(self, path: Path, metadata: Mapping[str, Any]) -> None:
         """Give a checkpoint to W&B as an artifact; a failure costs the artifact."""
-        if self._run is None:
-            return
-        try:
+
+        def log_artifact(run: Any) -> None:  # noqa: ANN401 - a wandb.Run
             import wandb  # noqa: PLC0415
 
-            config = dict(self._run.config)
+            config = dict(run.config)
             shaped_by = {field.name: config[field.name] for field in fields(Settings) if field.name in config}
-            name, metadata = f"{config.get('obj', 'checkpoint')}-{self.id}", {**shaped_by, **metadata}
-            artifact = wandb.Artifact(name, "model", metadata=metadata)
+            name = f"{config.get('obj', 'checkpoint')}-{self.id}"
+            artifact = wandb.Artifact(name, "model", metadata={**shaped_by, **metadata})
             artifact.add_file(str(path))
-            self._run.log_artifact(artifact)
-        except Exception as error:
-            _say(f"warning: the checkpoint was not uploaded ({one_line(error, self._secret)})")
+            run.log_artifact(artifact)
+
+        if self._run is not None:
+            self._succeeds("the checkpoint was not uploaded", log_artifact)
 
     def finish(self, exit_code: int = 0) -> None:
         """Write and upload what is left, for about a minute at most; a second call does nothing."""
@@ -251,18 +245,24 @@ class Tracker:
 
     def _call(self, what: str, action: Callable[[Any], object]) -> None:
         if self._run is not None:
-            try:
-                action(self._run)
-            except Exception as error:
-                self._fail(what, error)
+            self._or_end(what, action)
 
-    def _fail(self, what: str, error: Exception) -> None:
-        """Say it once, keep what was logged so far, and be a no-op from here on."""
-        self._run = None
+    def _or_end(self, what: str, action: Callable[[Any], object]) -> None:
+        """Call `action(run)`; after a failure the tracker does nothing any more, and what was logged is kept."""
         files = f"; its files: {self._folder}" if self._folder else ""
-        _say(f"warning: {what}, tracking is off from here on ({one_line(error, self._secret)}){files}")
-        with contextlib.suppress(Exception, SystemExit):  # else wandb tries again, and louder, when Python exits
-            sys.modules["wandb"].teardown()
+        if not self._succeeds(f"{what}, tracking is off from here on{files}", action):
+            self._run = None
+            with contextlib.suppress(Exception, SystemExit):  # else wandb tries again, and louder, when Python exits
+                sys.modules["wandb"].teardown()
+
+    def _succeeds(self, consequence: str, action: Callable[[Any], object]) -> bool:
+        """Call `action(run)`; a failure is a warning: tracking is a convenience, and may not end a training run."""
+        try:
+            action(self._run)
+        except Exception as error:
+            _say(f"warning: {consequence} ({one_line(error, self._secret)})")
+            return False
+        return True
 
 
 # --- what a run shows ---

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from CLIP import ModelConfig, create_model
+from CLIP.clip import create_model
+from CLIP.config import ModelConfig
 from tests.conftest import tiny_state
 from tests.helpers.hub_server import COMMIT, HubServer, hub_server
 from tests.helpers.weights import open_clip_config, save_hugging_face
@@ -28,9 +29,9 @@ LOAD = """
 import sys
 from utils import run_cli
 def main():
-    from CLIP import find_weights
+    from CLIP.weights import find_weights
     found = find_weights(sys.argv[1], "openai")
-    from CLIP import create_model
+    from CLIP.clip import create_model
     clip = create_model(sys.argv[1], "openai", 42)
     print(found.source, found.sha256, float(clip.text.text_projection.double().sum()), clip.quick_gelu)
 run_cli(main)

@@ -22,8 +22,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dataset.images import PLANES, ReadOptions, parse_window, picture_notes, read, to_tensor
+from dataset.images import parse_window, picture_notes, read, to_tensor
 from dataset.layout import named_after, object_name
+from dataset.reading import PLANES, ReadOptions
 from engine.config import PAPER, Formatter, add_machine_flags, add_model_flags, nonempty_path, positive, threshold_rule
 from engine.scans import Entry, Listing, Opened, list_entries
 from utils import (

@@ -28,7 +28,6 @@ from utils import InputError, Parser, integer, prefetch, printable, run_cli
 from .fewshot import SEEDS, check_shot_names, parse_shot_list
 from .images import (
     ABNORMAL_ABOVE,
-    NoImageError,
     file_kind,
     frames,
     mask_notes,
@@ -40,7 +39,7 @@ from .images import (
 from .layout import KINDS, SPLITS, config_path, list_images, mask_folder, named_after, object_name
 from .medical_few import ImageFile, MedicalDataset, Sample, data_folder
 from .patients import compile_rule
-from .volumes import PLANES
+from .reading import PLANES, NoImageError
 
 SHOWN = 3  # examples of a finding
 NAMED = ("no mask", "valid mask")  # of these every example is shown: one cannot see what is not there
@@ -142,7 +141,7 @@ def inspect_image(sample: Sample, above: int, alone: bool) -> Inspection:
             if labels := notes.pop("labels", ""):
                 notes.pop("wide", None)
                 notes["mask range"] = labels
-            if mask.size != size:
+            if mask.size not in (size, picture.stored):
                 kind = "any size" if sample.any_mask_size else "mask size"
                 notes[kind] = f"{_size(mask.size)}, its image {_size(size)}"
             result.findings += [(kind, f"{sample.mask}: {text}") for kind, text in notes.items()]

@@ -24,11 +24,14 @@ from tqdm import tqdm
 
 from utils import InputError, Parser, atomic_path, run_cli, write_json
 
-from .images import ABNORMAL_ABOVE, ReadOptions, list_files, parse_window, read, read_mask, stem
+from .grey import square, stretch, to_rgb
+from .images import ABNORMAL_ABOVE, list_files, parse_window, read, read_mask, stem
 from .layout import KINDS, SPLITS, VALID_SHARE, named_after, object_name
 from .medical_few import MedicalDataset
+from .nifti import Volume, read_volume
+from .nifti import read as read_slice
 from .patients import compile_rule, falls_in_valid, patient
-from .volumes import PLANES, Volume, read_nifti, read_volume, square, stretch, to_rgb
+from .reading import PLANES, ReadOptions
 
 FOLDERS = ("good", "Ungood")  # of `KINDS`
 LABELLED = ((r"(.*)_seg(\.nii(?:\.gz)?)", r"\1_flair\2"), (r"segmentation(-.*\.nii(?:\.gz)?)", r"volume\1"))
@@ -110,7 +113,7 @@ def prepare(
 
         colours = colormaps["bone"](stretch(values, low, high))[..., :3]
         return to_rgb(colours).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-    return read_nifti(volume, index, options)[0]
+    return read_slice(volume, index, options).image
 
 
 def write(slices: Iterator[Slice], out: Path) -> Counter[str]:

@@ -32,8 +32,9 @@ from typing import Any
 
 from utils import InputError, read_text
 
-from .images import ABNORMAL_ABOVE, PLANES, ReadOptions, file_kind, parse_window, stem
+from .images import ABNORMAL_ABOVE, file_kind, parse_window, stem
 from .patients import compile_rule
+from .reading import PLANES, ReadOptions
 
 Classes = dict[str, list[Path]]  # `KINDS` -> folders
 FOLDER = Path(__file__).parent

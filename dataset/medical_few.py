@@ -20,8 +20,6 @@ from utils import InputError, anonymous_name, preview, warn
 from .fewshot import SEEDS, check_shot_names, parse_shot_list, pick_lines
 from .images import (
     EXTENSIONS,
-    NoImageError,
-    ReadOptions,
     Sample,
     file_kind,
     frames,
@@ -44,6 +42,7 @@ from .layout import (
     object_name,
 )
 from .patients import compile_rule, falls_in_valid, patient
+from .reading import NoImageError, ReadOptions
 
 if TYPE_CHECKING:
     import argparse

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from CLIP.config import ADAPTER_KINDS, FIDELITIES, PRETRAINS, ModelConfig
 from dataset.layout import described, named_after, object_name
-from dataset.volumes import PLANES
+from dataset.reading import PLANES
 from Prompt.states import TEXT_MOODS, read_prompts, states_fault
 from utils import InputError, Parser, checked, integer, printable
 

@@ -25,9 +25,11 @@ from torch import Tensor
 
 from CLIP.clip import create_model
 from CLIP.model import CLIP
-from dataset.images import AS_STORED, Frame, ReadOptions, load_image, pillow_to_rgb, read, to_rgb, to_tensor
+from dataset.grey import to_rgb
+from dataset.images import Frame, load_image, pillow_to_rgb, read, to_tensor
 from dataset.layout import config_path, read_config
 from dataset.medical_few import MedicalDataset, Sample
+from dataset.reading import AS_STORED, ReadOptions
 from loss import anomaly_map, image_score
 from utils import InputError, prefetch, warn
 

@@ -22,18 +22,18 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from utils import InputError, Parser, atomic_path, run_cli, write_json
+from utils import InputError, Parser, run_cli, write_json
 
 from .grey import square, stretch, to_rgb
 from .images import ABNORMAL_ABOVE, list_files, parse_window, read, read_mask, stem
-from .layout import KINDS, SPLITS, VALID_SHARE, named_after, object_name
+from .layout import SPLITS, VALID_SHARE, named_after, object_name
 from .medical_few import MedicalDataset
 from .nifti import Volume, read_volume
 from .nifti import read as read_slice
 from .patients import compile_rule, falls_in_valid, patient
 from .reading import PLANES, ReadOptions
+from .writer import Writer, new_folder
 
-FOLDERS = ("good", "Ungood")  # of `KINDS`
 LABELLED = ((r"(.*)_seg(\.nii(?:\.gz)?)", r"\1_flair\2"), (r"segmentation(-.*\.nii(?:\.gz)?)", r"volume\1"))
 SIZE = 240  # pixels a side of BMAD's brain slices
 LIVER_HU = (-200.0, 250.0)
@@ -116,22 +116,14 @@ def prepare(
     return read_slice(volume, index, options).image
 
 
-def write(slices: Iterator[Slice], out: Path) -> Counter[str]:
-    """Write the pictures and masks; how many of each split and class."""
-    counts: Counter[str] = Counter()
-    names: Counter[Path] = Counter()
+def write(slices: Iterator[Slice], writer: Writer) -> None:
+    """Write the pictures and masks; names that two slices have get a number."""
+    names: Counter[tuple[str, int, str]] = Counter()
     for entry in tqdm(slices, desc="convert", unit="image", mininterval=0.5):
-        folder = out / entry.split / FOLDERS[entry.label]
         name = re.sub(r"[^\w.=+-]+", "-", f"{entry.patient}__{entry.name}" if entry.patient else entry.name)[-150:]
-        names[folder / name] += 1
-        if names[folder / name] > 1:
-            name = f"{name}-{names[folder / name]}"
-        for kind, picture in (("img", entry.image), ("anomaly_mask", entry.mask)):
-            if picture is not None:
-                with atomic_path(folder / kind / f"{name}.png", "OUT") as path:
-                    picture.save(path, "PNG")
-        counts[f"{entry.split} {KINDS[entry.label]}"] += 1
-    return counts
+        names[entry.split, entry.label, name] += 1
+        number = names[entry.split, entry.label, name]
+        writer.add(entry.split, entry.label, f"{name}-{number}" if number > 1 else name, entry.image, entry.mask)
 
 
 def main() -> None:
@@ -147,8 +139,6 @@ def main() -> None:
     options = parser.parse_args()
     if not options.source.is_dir():
         raise InputError(f"IN {options.source}: no folder")
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise InputError(f"OUT {options.out}: it is there and not empty; name a new folder")
     how = ReadOptions(parse_window(options.window), options.plane)
     pairs = labelled_volumes(options.source)
     if options.like and not pairs:
@@ -160,13 +150,15 @@ def main() -> None:
     else:
         obj = options.obj or named_after(options.source)
         slices = from_samples(MedicalDataset.open(obj, "", options.source, options.patient, options=how))
-    counts = write(slices, options.out)
-    if not counts:
-        raise InputError(f"{options.source}: no slice to write")
-    name = named_after(options.out)
-    config = {"prompt_name": re.sub(r"[_-]+", " ", name), "patient": r"([^/]+?)__", "mask_above": ABNORMAL_ABOVE}
-    write_json(options.out / f"{name}.json", config, "OUT")
-    print(f"{options.out}: " + ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())))
+    with new_folder(options.out, "OUT") as folder:
+        writer = Writer(folder)
+        write(slices, writer)
+        if not any(writer.names.values()):
+            raise InputError(f"{options.source}: no slice to write")
+        name = named_after(options.out)
+        config = {"prompt_name": re.sub(r"[_-]+", " ", name), "patient": r"([^/]+?)__", "mask_above": ABNORMAL_ABOVE}
+        write_json(folder / f"{name}.json", config, "OUT")
+    print(f"{options.out}: {writer.counts()}")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def test_a_data_set_of_volumes_becomes_one_of_pictures(tmp_path, monkeypatch, ca
                     labels[..., 2] = 0
                     save(tmp_path / "scans" / split / "label" / kind / patient / "t1.nii.gz", labels)
     output = call(monkeypatch, capsys, tmp_path / "scans", tmp_path / "knee_AD", "--window", 40, 400)
-    assert "8 test abnormal, 10 test normal, 8 valid abnormal, 10 valid normal" in output
+    assert "valid 10 normal, 8 abnormal; test 10 normal, 8 abnormal" in output
 
     source = MedicalDataset.open("scans", "", tmp_path / "scans", options=ReadOptions((40.0, 400.0)))
     written = MedicalDataset.open("knee", tmp_path)

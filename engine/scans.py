@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -78,6 +78,16 @@ class Entry:
     def word(self, text: str) -> str:
         """A name or number of the scan as the results give it."""
         return hashlib.sha256(text.encode()).hexdigest()[:16] if self.hidden and text else printable(text)
+
+    def columns(self) -> dict[str, Any]:
+        """What the tables say of the file and its slice."""
+        said = self.slice
+        return {
+            "file": self.file, "frame": self.frame.index, "PatientID": self.word(said.patient_id) or None,
+            "StudyInstanceUID": self.word(said.study_uid) or None,
+            "SeriesInstanceUID": self.word(said.series_uid) or None, "InstanceNumber": said.instance_number,
+            "slice_position": said.position, "plane": said.plane or None, "orientation": said.orientation or None,
+        }  # fmt: skip
 
     def group(self, by: str) -> str:
         """What it is counted with in groups.csv."""

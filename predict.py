@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -347,8 +348,10 @@ def calibrate(model: Predictor, options: argparse.Namespace) -> None:
         name = object_name(named_after(folder))
     except InputError:  # its name cannot be a data set's, and none is needed
         name = "calibration"
-    given = None if (options.window, options.plane, model.settings.reading) == (None, None, None) else model.reading
-    dataset = MedicalDataset.open(name, folder.parent, folder, options=given)
+    dataset = MedicalDataset.open(name, folder.parent, folder)
+    if (options.window, options.plane, model.settings.reading) != (None, None, None):
+        layout = replace(dataset.layout, window=model.reading.window, plane=model.reading.plane)
+        dataset = replace(dataset, layout=layout)
     model.calibrate(dataset, options.threshold_at or "f1", options.batch_size, options.num_workers)
     print(describe_threshold(model.calibration))
     if options.save_ckpt:

@@ -36,10 +36,10 @@ from .images import (
     read,
     read_mask,
 )
-from .layout import KINDS, SPLITS, config_path, list_images, mask_folder, named_after, object_name
+from .layout import KINDS, SPLITS, add_reading_flags, config_path, list_images, mask_folder, named_after, object_name
 from .medical_few import ImageFile, MedicalDataset, Sample, data_folder
 from .patients import compile_rule
-from .reading import PLANES, NoImageError
+from .reading import NoImageError
 
 SHOWN = 3  # examples of a finding
 NAMED = ("no mask", "valid mask")  # of these every example is shown: one cannot see what is not there
@@ -358,11 +358,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--obj", type=object_name, help="data set (default: the name of --data_root)")
     parser.add_argument("--data_path", default="./data/", help="folder that holds <obj>_AD (default: ./data/)")
     parser.add_argument("--data_root", help="the data set's own folder, instead of <data_path>/<obj>_AD")
-    parser.add_argument("--patient", metavar="REGEX", help="finds the patient in an image's path below that folder")
-    parser.add_argument("--mask_above", type=integer(0, 254), help="grey of a mask above which it is abnormal (127)")
-    parser.add_argument("--window", nargs="+", default=[], metavar="W", help="CENTER WIDTH, auto or full, of grey "
-                        "values beyond 8 bits (default: the file's)")  # fmt: skip
-    parser.add_argument("--plane", choices=PLANES, help="in which NIfTI volumes are cut (axial)")
+    add_reading_flags(parser)
     parser.add_argument("--num_workers", type=integer(1, 256), default=2, help="threads that decode (default: 2)")
     options = parser.parse_args()
     if options.obj is None:

@@ -26,7 +26,7 @@ from utils import InputError, Parser, run_cli, write_json
 
 from .grey import square, stretch, to_rgb
 from .images import ABNORMAL_ABOVE, list_files, parse_window, read, read_mask, stem
-from .layout import SPLITS, VALID_SHARE, named_after, object_name
+from .layout import SPLITS, VALID_SHARE, add_reading_flags, named_after, object_name
 from .medical_few import MedicalDataset
 from .nifti import Volume, read_volume
 from .nifti import read as read_slice
@@ -132,14 +132,12 @@ def main() -> None:
     parser.add_argument("source", type=Path, metavar="IN", help="a data set's folder, or volumes beside their labels")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty")
     parser.add_argument("--obj", type=object_name, help="the data set's name (default: the name of IN)")
-    parser.add_argument("--window", nargs="+", default=[], metavar="W", help="CENTER WIDTH, auto or full")
-    parser.add_argument("--plane", default="axial", choices=PLANES, help="in which NIfTI volumes are cut (axial)")
+    add_reading_flags(parser)
     parser.add_argument("--like", choices=("Brain", "Liver"), help="as BMAD prepared FLAIR or CT volumes")
-    parser.add_argument("--patient", metavar="REGEX", help="finds the patient in an image's path below IN")
     options = parser.parse_args()
     if not options.source.is_dir():
         raise InputError(f"IN {options.source}: no folder")
-    how = ReadOptions(parse_window(options.window), options.plane)
+    how = ReadOptions(parse_window(options.window or ()), options.plane or "axial")
     pairs = labelled_volumes(options.source)
     if options.like and not pairs:
         expected = "X_flair.nii.gz and X_seg.nii.gz, or volume-X.nii and segmentation-X.nii"
@@ -149,7 +147,9 @@ def main() -> None:
         slices = from_labels(options.source, pairs, how, options.like, rule)
     else:
         obj = options.obj or named_after(options.source)
-        slices = from_samples(MedicalDataset.open(obj, "", options.source, options.patient, options=how))
+        slices = from_samples(
+            MedicalDataset.open(obj, "", options.source, options.patient, options.mask_above, how.window, options.plane)
+        )
     with new_folder(options.out, "OUT") as folder:
         writer = Writer(folder)
         write(slices, writer)

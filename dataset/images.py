@@ -242,21 +242,26 @@ def list_files(inputs: Iterable[Path]) -> Iterator[tuple[Path, str]]:
     """Files to read, each with its path below the input that it came from.
 
     Folders are walked in sorted order; hidden files and formats that are not read are left out. Other inputs are passed
-    on as they are, and so are folders that cannot be read, for `frames` to refuse.
+    on as they are, and so are folders that cannot be read, for `check_file` to refuse.
     """
     for given in inputs:
         if not given.is_dir():
             yield given, given.name
             continue
-        unreadable: list[Path] = []
-        walk = os.walk(given, onerror=lambda error, into=unreadable: into.append(Path(error.filename)))  # type: ignore[misc]
-        for folder, subfolders, names in walk:
+        unreadable: list[OSError] = []
+        for folder, subfolders, names in os.walk(given, onerror=unreadable.append, followlinks=True):
             here = Path(folder)
-            subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
+            subfolders[:] = sorted(name for name in subfolders if name[0] != "." and not _is_loop(here / name))
             for name in sorted(names):
                 if name[0] != "." and name != "DICOMDIR" and file_kind(here / name):
                     yield here / name, (here / name).relative_to(given).as_posix()
-        yield from ((path, path.relative_to(given).as_posix()) for path in unreadable)
+        for error in unreadable:
+            yield Path(error.filename), Path(error.filename).relative_to(given).as_posix()
+
+
+def _is_loop(folder: Path) -> bool:
+    """Whether a folder is a link to one above it."""
+    return folder.is_symlink() and folder.resolve() in (parent := folder.parent.resolve(), *parent.parents)
 
 
 def parse_window(words: Sequence[str]) -> Ends | str | None:

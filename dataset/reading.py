@@ -102,7 +102,8 @@ def check_file(path: Path) -> None:
             next(os.scandir(path), None)  # one that cannot be read is said to be that
             raise InputError(f"{path}: a folder, no image")
     except FileNotFoundError as error:
-        raise InputError(f"{path}: not found") from error
+        reason = "a link to a file that is not there" if path.is_symlink() else "not found"
+        raise InputError(f"{path}: {reason}") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if not stat.S_ISREG(mode):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import MedicalDataset, ReadOptions, convert, load_image, load_mask
+from dataset import MedicalDataset, convert, load_image, load_mask
 from utils import run_cli
 
 
@@ -43,7 +43,7 @@ def test_a_data_set_of_volumes_becomes_one_of_pictures(tmp_path, monkeypatch, ca
     output = call(monkeypatch, capsys, tmp_path / "scans", tmp_path / "knee_AD", "--window", 40, 400)
     assert "valid 10 normal, 8 abnormal; test 10 normal, 8 abnormal" in output
 
-    source = MedicalDataset.open("scans", "", tmp_path / "scans", options=ReadOptions((40.0, 400.0)))
+    source = MedicalDataset.open("scans", "", tmp_path / "scans", window=(40.0, 400.0))
     written = MedicalDataset.open("knee", tmp_path)
     assert written.pixel_metrics
     for split in ("valid", "test"):

@@ -55,11 +55,13 @@ def from_samples(dataset: MedicalDataset) -> Iterator[Slice]:
     """The slices of a data set whose folders say what is abnormal."""
     for split in SPLITS:
         for sample in dataset.samples(split):
-            mask = read_mask(sample)[0]
+            picture, mask = read(sample), read_mask(sample)[0]
             if mask is not None:
                 mask = mask.point([255 * (grey > dataset.mask_above) for grey in range(256)])
+                if mask.size == picture.stored:  # drawn before the pixels were made square
+                    mask = mask.resize(picture.image.size, Image.Resampling.NEAREST)
             name = stem(sample.path) + ("" if sample.index is None else f"_{sample.index}")
-            yield Slice(split, sample.label, name, sample.patient, read(sample).image, mask)
+            yield Slice(split, sample.label, name, sample.patient, picture.image, mask)
 
 
 def labelled_volumes(folder: Path) -> list[tuple[Path, Path]]:

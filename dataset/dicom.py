@@ -30,7 +30,7 @@ _lock = RLock()  # threads ask for frames of the same series: its range is measu
 def parse(file: BinaryIO, path: Path, header_only: bool = False) -> Dataset:
     """The data set in an open file; `NoImageError` where it holds no picture."""
     reader = optional("pydicom.filereader", path)
-    reader.read_preamble(file, force=False)
+    is_whole = reader.read_preamble(file, force=True) is not None  # some archives write files without a preamble
     syntax = reader._read_file_meta_info(file).get("TransferSyntaxUID")
     if syntax is not None and syntax.is_deflated:  # which `dcmread` unpacks whole, however large
         unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
@@ -40,11 +40,17 @@ def parse(file: BinaryIO, path: Path, header_only: bool = False) -> Dataset:
             if size > reading.MAX_BYTES:
                 raise InputError(f"{path}: unpacks to more than {reading.MAX_BYTES:,} bytes")
     file.seek(0)
-    header: Dataset = reader.dcmread(file, stop_before_pixels=header_only)
+    header: Dataset = reader.dcmread(file, force=True, stop_before_pixels=header_only)
+    kind = header.get("SOPClassUID")
+    if not is_whole and kind is None:
+        raise InputError(f"{path}: no DICOM file, or damaged: it has neither the mark DICM nor a SOPClassUID")
     modality = str(header.get("Modality") or "")
     if modality in NO_PICTURE or "Rows" not in header or "Columns" not in header:
-        kind = header.get("SOPClassUID")
         raise NoImageError(f"{path}: no image ({getattr(kind, 'name', '') or modality or 'a DICOM object'})")
+    if syntax is None:  # as a file without a preamble: pydicom has found out how it is written
+        uid, (implicit, little) = optional("pydicom.uid", path), header.original_encoding
+        explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
+        header.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
     return header
 
 
@@ -128,11 +134,13 @@ def _pixels(header: Dataset, path: Path, index: int) -> Array:
     try:
         values: Array = optional("pydicom.pixels", path).pixel_array(header, index=index)
     except RuntimeError as error:
-        if "missing dependencies" not in str(error):
-            raise
-        name = header.file_meta.TransferSyntaxUID.name
-        decoders = "pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
-        raise InputError(f"{path}: no decoder for {name}: pip install {decoders}") from error
+        name, decoders = header.file_meta.TransferSyntaxUID.name, "pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
+        if "missing dependencies" in str(error):
+            raise InputError(f"{path}: no decoder for {name}: pip install {decoders}") from error
+        reason = str(error).rpartition(": ")[2]
+        raise InputError(
+            f"{path}: {name} cannot be decoded ({reason}); other decoders: pip install {decoders}"
+        ) from error
     return values
 
 

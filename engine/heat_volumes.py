@@ -31,6 +31,10 @@ COPIED = (
     "StudyDescription", "FrameOfReferenceUID", "PositionReferenceIndicator", "Laterality", "SliceThickness",
     "SpacingBetweenSlices",
 )  # fmt: skip
+REQUIRED = (  # of a secondary capture: empty where they are not known
+    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
+    "AccessionNumber", "ReferringPhysicianName", "StudyInstanceUID", "Laterality", "PatientOrientation",
+)  # fmt: skip
 IDENTIFYING = (
     "PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex", "PatientAge", "AccessionNumber",
     "ReferringPhysicianName", "StudyID", "StudyDescription", "StudyDate", "StudyTime",
@@ -132,8 +136,7 @@ class DicomHeat:
         for name in COPIED:
             if name in source and not (self.anonymous and name in IDENTIFYING):
                 result[name] = source[name]
-        for name in ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
-                     "AccessionNumber", "ReferringPhysicianName", "StudyInstanceUID"):  # fmt: skip
+        for name in REQUIRED:
             if name not in result:
                 setattr(result, name, "")
         if self.anonymous:

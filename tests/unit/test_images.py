@@ -128,7 +128,21 @@ def test_dicom_of_many_kinds(name, count, size):
     assert pictures[0].std() > 5
 
 
+@pytest.mark.parametrize("implicit", [True, False])
+def test_dicom_without_a_preamble(tmp_path, implicit):
+    header, known = pydicom.dcmread(DICOM / "MR_small.dcm"), pixels(DICOM / "MR_small.dcm")
+    header.preamble, header.file_meta = None, pydicom.dataset.FileMetaDataset()
+    header.save_as(tmp_path / "old.dcm", implicit_vr=implicit, little_endian=True)
+    assert (tmp_path / "old.dcm").read_bytes()[128:132] != b"DICM"
+    assert np.array_equal(pixels(tmp_path / "old.dcm"), known)
+    (tmp_path / "junk.dcm").write_bytes(bytes(500))
+    with pytest.raises(InputError, match="neither the mark DICM nor a SOPClassUID"):
+        frames(tmp_path / "junk.dcm")
+
+
 def test_dicom_without_a_decoder():
+    with pytest.raises(InputError, match=r"JPEG Extended .* cannot be decoded \(.*12-bit precision\); other decoders"):
+        pixels(DICOM / "JPGExtended.dcm")
     with pytest.raises(InputError, match=r"JPEGLSNearLossless_16\.dcm: no decoder for JPEG-LS.*pip install pylibjpeg"):
         pixels(DICOM / "JPEGLSNearLossless_16.dcm")
 

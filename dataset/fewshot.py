@@ -45,11 +45,6 @@ def parse_shot_list(path: Path) -> tuple[Lines, list[str]]:
     return lines, warnings
 
 
-def read_shot_list(path: Path, iterate: int) -> tuple[list[str], list[str]]:
-    """The abnormal and the normal names in lines `a-<iterate>:` and `n-<iterate>:`; `InputError` without them."""
-    return pick_lines(*parse_shot_list(path), path, iterate)
-
-
 def pick_lines(lines: Lines, warnings: Sequence[str], path: Path, iterate: int) -> tuple[list[str], list[str]]:
     """The abnormal and normal names for `iterate`; `InputError` where there are none."""
     for kind in "an":

@@ -261,7 +261,7 @@ def new_settings(options: argparse.Namespace, dataset: MedicalDataset, weights: 
         model_name=config.name,  # not the flag, which may be a path of this machine
         **{name: getattr(options, name) for name in names},
         obj=dataset.obj,
-        features_list=check_layers(options.features_list, config.layers, config.name),
+        features_list=check_layers(options.features_list, config),
         prompt_name=options.prompt_name or dataset.prompt_name,
         states=options.prompts,
         pixel_metrics=dataset.pixel_metrics,
@@ -550,17 +550,17 @@ def contradiction(name: str, given: object, stored: object) -> InputError:
     return InputError(f"--{name} {given} contradicts the checkpoint, which was trained with {stored}; leave it out")
 
 
-def check_layers(layers: Sequence[int] | None, depth: int, model: str) -> tuple[int, ...]:
+def check_layers(layers: Sequence[int] | None, config: ModelConfig) -> tuple[int, ...]:
     """The layers to read: by default the quarters of the depth; adapter k reads the k-th layer of the list.
 
     Raises:
         InputError: a layer twice, or one that the tower does not have.
     """
     if layers is None:
-        return tuple(depth * quarter // 4 for quarter in (1, 2, 3, 4))
+        return tuple(config.default_features())
     words = " ".join(map(str, layers))
-    if min(layers) < 1 or max(layers) > depth:
-        raise InputError(f"--features_list {words}: {printable(model)} has layers 1 to {depth}")
+    if min(layers) < 1 or max(layers) > config.layers:
+        raise InputError(f"--features_list {words}: {printable(config.name)} has layers 1 to {config.layers}")
     if len(set(layers)) < len(layers):
         raise InputError(f"--features_list {words}: give each layer once")
     return tuple(layers)

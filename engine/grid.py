@@ -178,7 +178,7 @@ class Grid:
 def layers_of(options: Namespace) -> tuple[int, ...]:
     """The layers that adapters read."""
     config = ModelConfig.load(options.model_name)
-    return check_layers(options.features_list, config.layers, config.name)
+    return check_layers(options.features_list, config)
 
 
 def layer_choices(layers: tuple[int, ...]) -> list[str]:

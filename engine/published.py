@@ -85,7 +85,7 @@ def _infer(
     wanted = flags.model_name or MODEL_FLAGS["model_name"]["default"]  # ViT-L-14 has the sizes of ViT-L-14-336 too
     config = next((config for config in fitting if config.name == wanted), fitting[0])
     count = 1 + max(int(name.split(".")[0]) for name in adapters)
-    layers = check_layers(flags.features_list, config.layers, config.name)
+    layers = check_layers(flags.features_list, config)
     if len(layers) != count:
         raise InputError(f"--ckpt {path} holds adapters for {count} layers: name them with --features_list")
     learners = [branch for branch in BRANCHES if f"prompt_maker_{branch}" in parts]

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dataset.fewshot import parse_shot_list, pick_lines
 from dataset.medical_few import Sample
 from engine.config import Settings
 
@@ -59,3 +60,8 @@ def unpacked(path: Path) -> Iterator[bytes]:
             yield from (archive.read(name) for name in archive.namelist())
     elif content[:2] == b"\x1f\x8b":
         yield zlib.decompress(content, 31)
+
+
+def read_shot_list(path: Path, iterate: int) -> tuple[list[str], list[str]]:
+    """The abnormal and the normal names in the lines `a-<iterate>:` and `n-<iterate>:` of a list of shots."""
+    return pick_lines(*parse_shot_list(path), path, iterate)

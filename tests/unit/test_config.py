@@ -8,7 +8,7 @@ import pytest
 
 import loss
 from CLIP.adapter_shared import ADAPTERS
-from CLIP.config import ADAPTER_KINDS
+from CLIP.config import ADAPTER_KINDS, ModelConfig
 from engine import config
 from engine.config import Settings, check_against, check_layers, default_select, shareable, train_options, train_parser
 from engine.config import test_options as options_of_test
@@ -139,11 +139,11 @@ def test_missing_settings_are_named():
 
 
 def test_layers():
-    assert check_layers(None, 24, "x") == (6, 12, 18, 24)
-    assert check_layers([4, 2], 4, "x") == (4, 2)  # adapter 0 reads layer 4, as published
+    assert check_layers(None, ModelConfig.load("ViT-L-14-336")) == (6, 12, 18, 24)
+    assert check_layers([4, 2], ModelConfig.load("ViT-tiny-14-56")) == (4, 2)  # adapter 0 reads layer 4, as published
     for layers in ([0, 1], [1, 5], [2, 2]):
         with pytest.raises(InputError, match="--features_list"):
-            check_layers(layers, 4, "x")
+            check_layers(layers, ModelConfig.load("ViT-tiny-14-56"))
 
 
 def test_select_defaults_to_test_for_the_papers_data_sets_alone():

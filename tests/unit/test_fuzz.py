@@ -32,7 +32,6 @@ from CLIP.clip import create_model, load_state, random_state
 from CLIP.config import ModelConfig
 from CLIP.model import CLIP
 from CLIP.openai import is_plain, read_weights
-from dataset.fewshot import read_shot_list
 from dataset.layout import KINDS, SPLITS, Layout
 from dataset.medical_few import MedicalDataset
 from engine.checkpoint import Checkpoint
@@ -43,7 +42,7 @@ from engine.metrics import Metrics
 from engine.published import encoder_difference, export
 from engine.run import STATE, RunFolder
 from engine.training import TrainingState
-from tests.helpers.data import draw_samples, small_settings
+from tests.helpers.data import draw_samples, read_shot_list, small_settings
 from tests.helpers.weights import save_torchscript
 from utils import InputError
 

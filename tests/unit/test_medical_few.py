@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from dataset import OBJECTS, MedicalDataset, ReadOptions, check_mask, images, leaks, load_image, load_mask
-from dataset.fewshot import read_shot_list
 from dataset.layout import FOLDER, MADE_UP
 from dataset.medical_few import Sample
+from tests.helpers.data import read_shot_list
 from utils import InputError
 
 

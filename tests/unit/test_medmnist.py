@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dataset import MedicalDataset, medmnist
-from dataset.fewshot import read_shot_list
+from tests.helpers.data import read_shot_list
 from utils import InputError
 
 COUNTS = {"train": 24, "val": 8, "test": 12}

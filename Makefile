@@ -45,7 +45,7 @@ test: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 bench: $(VENV)/dev
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit; done

@@ -19,11 +19,14 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from dataset.images import PLANES, ReadOptions, parse_window, picture_notes, read, to_tensor
+from dataset.images import parse_window, picture_notes, read, to_tensor
 from dataset.layout import named_after, object_name
+from dataset.reading import PLANES, ReadOptions
 from engine.config import PAPER, Formatter, add_machine_flags, add_model_flags, nonempty_path, positive, threshold_rule
 from engine.scans import Entry, Listing, Opened, list_entries
 from utils import (
@@ -43,7 +46,6 @@ if TYPE_CHECKING:
     from engine.config import Settings
     from engine.predictor import Prediction, Predictor
     from engine.report.page import Card
-    from engine.report.predictions import Drawer
 
 NOTE = "research use, not a medical device"
 COLUMNS = (
@@ -69,19 +71,14 @@ PRESETS = {"Brain": " --like Brain", "Liver": " --like Liver"}  # of dataset.con
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(prog="predict.py", description=__doc__.split("\n\n")[0], formatter_class=Formatter)
-    parser.add_argument(
-        "images", nargs="*", type=nonempty_path, metavar="IMAGE_OR_FOLDER",
-        help="PNG, JPEG, BMP, TIFF, WebP, GIF, JPEG 2000; DICOM (with pydicom), NIfTI (with nibabel)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--ckpt", required=True, type=nonempty_path, help="checkpoint of train.py, or one in the published format"
-    )
-    parser.add_argument("--obj", help="of a published checkpoint: the data set that it was trained on")
-    parser.add_argument("--weights", type=nonempty_path, help="file with CLIP weights, instead of that in CLIP/ckpt")
-    parser.add_argument(
-        "--allow_other_weights", action="store_true", help="only warn when these are not the trained ones"
-    )
-    parser.add_argument("--batch_size", type=integer(1, 65536), default=16, help="images through the network at a time")
+    flag = parser.add_argument
+    flag("images", nargs="*", type=nonempty_path, metavar="IMAGE_OR_FOLDER",
+         help="PNG, JPEG, BMP, TIFF, WebP, GIF, JPEG 2000; DICOM (with pydicom), NIfTI (with nibabel)")  # fmt: skip
+    flag("--ckpt", required=True, type=nonempty_path, help="checkpoint of train.py, or one in the published format")
+    flag("--obj", help="of a published checkpoint: the data set that it was trained on")
+    flag("--weights", type=nonempty_path, help="file with CLIP weights, instead of that in CLIP/ckpt")
+    flag("--allow_other_weights", action="store_true", help="only warn when these are not the trained ones")
+    flag("--batch_size", type=integer(1, 65536), default=16, help="images through the network at a time")
     add_reading_flags(parser)
     add_result_flags(parser)
     add_machine_flags(parser)
@@ -97,51 +94,33 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def add_reading_flags(parser: argparse.ArgumentParser) -> None:
     """How files are read, and where the threshold lies."""
-    reading = parser.add_argument_group("reading")
-    reading.add_argument(
-        "--window", nargs="+", metavar=("C W|auto|full", ""),
-        help="centre and width of grey values beyond 8 bits; auto: robust percentiles of the series or volume; full: "
-        "its whole range (default: as in training, else the file's own window)",
-    )  # fmt: skip
-    reading.add_argument(
-        "--plane", choices=PLANES, help="in which NIfTI volumes are cut (default: as in training, else axial)"
-    )
-    decision = parser.add_argument_group("decisions")
-    decision.add_argument("--threshold", type=float, help="abnormal is score >= threshold (default: the checkpoint's)")
-    decision.add_argument(
-        "--threshold_at", type=threshold_rule, metavar="RULE",
-        help="set it on --calibrate's images: f1 (max., the default there), fpr=0.05, tpr=0.95",
-    )  # fmt: skip
-    decision.add_argument(
-        "--calibrate", type=nonempty_path, metavar="FOLDER",
-        help="labelled images, in any layout that dataset.check knows",
-    )  # fmt: skip
-    decision.add_argument(
-        "--save_ckpt", type=nonempty_path, metavar="FILE",
-        help="a copy of the checkpoint with the thresholds of --calibrate",
-    )  # fmt: skip
+    flag = parser.add_argument_group("reading").add_argument
+    flag("--window", nargs="+", metavar=("C W|auto|full", ""),
+         help="centre and width of grey values beyond 8 bits; auto: robust percentiles of the series or volume; full: "
+         "its whole range (default: as in training, else the file's own window)")  # fmt: skip
+    flag("--plane", choices=PLANES, help="in which NIfTI volumes are cut (default: as in training, else axial)")
+    flag = parser.add_argument_group("decisions").add_argument
+    flag("--threshold", type=float, help="abnormal is score >= threshold (default: the checkpoint's)")
+    flag("--threshold_at", type=threshold_rule, metavar="RULE",
+         help="set it on --calibrate's images: f1 (max., the default there), fpr=0.05, tpr=0.95")  # fmt: skip
+    flag("--calibrate", type=nonempty_path, metavar="FOLDER",
+         help="labelled images, in any layout that dataset.check knows")  # fmt: skip
+    flag("--save_ckpt", type=nonempty_path, metavar="FILE",
+         help="a copy of the checkpoint with the thresholds of --calibrate")  # fmt: skip
 
 
 def add_result_flags(parser: argparse.ArgumentParser) -> None:
     """What is written."""
-    results = parser.add_argument_group("results")
-    results.add_argument("--out", type=nonempty_path, help="folder of the results")
-    results.add_argument(
-        "--pictures", action=argparse.BooleanOptionalAction, default=True, help="write heat maps and contours"
-    )
-    results.add_argument(
-        "--volumes", action=argparse.BooleanOptionalAction, default=True,
-        help="with --pictures, write heat maps of NIfTI volumes and DICOM series in the scan's own space",
-    )  # fmt: skip
-    results.add_argument("--group_by", choices=("series", "patient", "folder"), help="a row for each, in groups.csv")
-    results.add_argument("--kth", type=positive, default=3, metavar="K", help="which largest score a group lists too")
-    results.add_argument(
-        "--report", type=nonempty_path, metavar="FOLDER",
-        help="a page (index.html) with every image, highest scores first",
-    )  # fmt: skip
-    results.add_argument(
-        "--anonymous", action="store_true", help="hashes instead of file names, patients and UIDs in all results"
-    )
+    flag, switch = parser.add_argument_group("results").add_argument, argparse.BooleanOptionalAction
+    flag("--out", type=nonempty_path, help="folder of the results")
+    flag("--pictures", action=switch, default=True, help="write heat maps and contours")
+    flag("--volumes", action=switch, default=True,
+         help="with --pictures, write heat maps of NIfTI volumes and DICOM series in the scan's own space")  # fmt: skip
+    flag("--group_by", choices=("series", "patient", "folder"), help="a row for each, in groups.csv")
+    flag("--kth", type=positive, default=3, metavar="K", help="which largest score a group lists too")
+    flag("--report", type=nonempty_path, metavar="FOLDER",
+         help="a page (index.html) with every image, highest scores first")  # fmt: skip
+    flag("--anonymous", action="store_true", help="hashes instead of file names, patients and UIDs in all results")
 
 
 def check(options: argparse.Namespace) -> argparse.Namespace:
@@ -170,17 +149,29 @@ def check(options: argparse.Namespace) -> argparse.Namespace:
 # --- reading ---
 
 
-def open_entry(entry: Entry, size: int, keep: bool) -> Opened | str:
-    """Read an image; what is wrong in words where that fails. `keep` also holds a small picture, for the overlay."""
+def opened(listing: Listing, model: Predictor, options: argparse.Namespace) -> Iterator[Opened]:
+    """The images, read beside the network; what cannot be read is said, and added to the listing's faults."""
     from engine.report.images import LONGEST, shrink  # noqa: PLC0415
 
-    try:
-        picture = read(entry.frame)
-    except InputError as error:
-        return str(error)
-    preview = shrink(picture.image, LONGEST)
-    notes = {**picture.notes, **picture_notes(preview)}
-    return Opened(entry, to_tensor(picture.image, size), preview if keep else None, picture.image.size, notes)
+    keep = options.pictures or bool(options.report)
+
+    def read_entry(entry: Entry) -> Opened | str:
+        try:
+            picture = read(entry.frame)
+        except InputError as error:
+            return str(error)
+        preview = shrink(picture.image, LONGEST)
+        notes = {**picture.notes, **picture_notes(preview)}
+        tensor = to_tensor(picture.image, model.settings.img_size)
+        return Opened(entry, tensor, preview if keep else None, picture.image.size, notes)
+
+    ahead = min(options.batch_size, 16)
+    for result in prefetch(read_entry, listing.entries, options.num_workers, ahead):
+        if isinstance(result, Opened):
+            yield result
+        else:
+            listing.faults.append(result)
+            _say(f"skipped: {result}")
 
 
 def reading_notes(settings: Settings, trained: ReadOptions, reading: ReadOptions, kinds: set[str]) -> list[str]:
@@ -209,20 +200,36 @@ def _words(value: object) -> str:
     return " ".join(f"{number:g}" for number in value) if isinstance(value, tuple) else str(value or "as in the file")
 
 
-def row_of(opened: Opened, prediction: Prediction, threshold: float | None) -> dict[str, Any]:
+# --- tables ---
+
+
+def row_of(image: Opened, prediction: Prediction, threshold: float | None) -> dict[str, Any]:
     """An image's row of the table, without its pictures."""
-    entry, slice_ = opened.entry, opened.entry.slice
-    return dict.fromkeys(COLUMNS) | {
-        "file": entry.file, "frame": entry.frame.index, "score": prediction.score, "threshold": threshold,
-        "abnormal": prediction.abnormal, "width": prediction.size[0], "height": prediction.size[1],
-        "PatientID": entry.word(slice_.patient_id) or None, "StudyInstanceUID": entry.word(slice_.study_uid) or None,
-        "SeriesInstanceUID": entry.word(slice_.series_uid) or None, "InstanceNumber": slice_.instance_number,
-        "slice_position": slice_.position, "plane": slice_.plane or None, "orientation": slice_.orientation or None,
-        "notes": "; ".join(opened.notes.values()) or None,
+    return dict.fromkeys(COLUMNS) | image.entry.columns() | {
+        "score": prediction.score, "threshold": threshold, "abnormal": prediction.abnormal,
+        "width": prediction.size[0], "height": prediction.size[1], "notes": "; ".join(image.notes.values()) or None,
     }  # fmt: skip
 
 
-# --- tables ---
+def group_rows(table: Table, threshold: float | None) -> list[dict[str, Any]]:
+    """A row for each group of --group_by, the highest first."""
+    import numpy as np  # noqa: PLC0415
+
+    members = defaultdict(list)
+    for entry, row in zip(table.entries, table.rows, strict=True):
+        members[entry.group(table.options.group_by)].append(row)
+    result = []
+    for group, rows in members.items():
+        rows.sort(key=lambda row: -row["score"])
+        scores = [row["score"] for row in rows]
+        k = min(table.options.kth, len(rows))
+        result.append({
+            "group": group, "images": len(rows), "largest": scores[0], "mean": float(np.mean(scores)),
+            "percentile_95": float(np.percentile(scores, 95)), "kth_largest": scores[k - 1], "k": k,
+            "deciding_file": rows[0]["file"], "deciding_frame": rows[0]["frame"], "threshold": threshold,
+            "abnormal": None if threshold is None else scores[0] >= threshold,
+        })  # fmt: skip
+    return sorted(result, key=lambda row: -row["largest"])
 
 
 class Table:
@@ -238,7 +245,7 @@ class Table:
         self.partial = self.out / "predictions.partial.csv"
         for name in ("predictions.csv", "predictions.json"):
             probe_writable(self.out / name, "--out")
-        self.file = self.partial.open("w", newline="", encoding="utf-8", errors="backslashreplace")
+        self.file = _open_csv(self.partial)
         self.table = csv.DictWriter(self.file, COLUMNS)
         self.table.writeheader()
 
@@ -255,65 +262,43 @@ class Table:
     def close(self, metadata: dict[str, Any], threshold: float | None) -> None:
         """Put the finished files in their places: never a table of one run beside a JSON file of another."""
         self.file.close()
-        groups = self.groups(threshold) if self.options.group_by else []
-        if groups:
-            with (
-                atomic_path(self.out / "groups.csv", "--out") as path,
-                path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-            ):
+        if self.options.group_by:
+            groups = group_rows(self, threshold)
+            with atomic_path(self.out / "groups.csv", "--out") as path, _open_csv(path) as file:
                 writer = csv.DictWriter(file, GROUP_COLUMNS)
                 writer.writeheader()
                 writer.writerows(groups)
-        grouped = {"group_by": self.options.group_by, "group_note": GROUP_NOTE, "groups": groups} if groups else {}
+            metadata |= {"group_by": self.options.group_by, "group_note": GROUP_NOTE, "groups": groups}
         with atomic_path(self.out / "predictions.json", "--out") as path:
-            write_json(path, {**metadata, **grouped, "predictions": self.rows}, "--out")
+            write_json(path, {**metadata, "predictions": self.rows}, "--out")
             (self.out / "predictions.json").unlink(missing_ok=True)
             self.partial.replace(self.out / "predictions.csv")
 
-    def groups(self, threshold: float | None) -> list[dict[str, Any]]:
-        """A row for each group, the highest first."""
-        import numpy as np  # noqa: PLC0415
 
-        members = defaultdict(list)
-        for entry, row in zip(self.entries, self.rows, strict=True):
-            members[entry.group(self.options.group_by)].append(row)
-        result = []
-        for group, rows in members.items():
-            rows.sort(key=lambda row: -row["score"])
-            scores = np.array([row["score"] for row in rows])
-            k = min(self.options.kth, len(rows))
-            result.append({
-                "group": group, "images": len(rows), "largest": rows[0]["score"], "mean": float(scores.mean()),
-                "percentile_95": float(np.percentile(scores, 95)), "kth_largest": rows[k - 1]["score"], "k": k,
-                "deciding_file": rows[0]["file"], "deciding_frame": rows[0]["frame"], "threshold": threshold,
-                "abnormal": None if threshold is None else rows[0]["score"] >= threshold,
-            })  # fmt: skip
-        return sorted(result, key=lambda row: -row["largest"])
+def _open_csv(path: Path) -> TextIO:
+    return path.open("w", newline="", encoding="utf-8", errors="backslashreplace")  # names may be no UTF-8
 
 
 class Remarks:
-    """What is said of single images: the first of a kind at once, the others counted."""
+    """What is said of single images: the first of a kind at once, and of ranges of grey five; the others counted."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        self.texts: dict[str, set[str]] = defaultdict(set)
+        self.said: dict[str, set[str]] = defaultdict(set)
 
     def add(self, entry: Entry, notes: dict[str, str]) -> None:
         """Say what is new."""
         for kind, text in notes.items():
             self.counts[kind] += 1
-            ranges = self.texts[kind]
-            if not ranges or (kind == "window" and text not in ranges and len(ranges) < 5):
+            if text not in self.said[kind] and len(self.said[kind]) < (5 if kind == "window" else 1):
                 _say(f"{'' if kind in HARMLESS else 'warning: '}{entry.file}: {text}")
-            ranges.add(text)
+                self.said[kind].add(text)
 
-    def summary(self) -> list[str]:
-        """A line for each kind that concerns several images."""
-        return [
-            f"{count} images: {REMARKS.get(kind, kind)}, see the column notes"
-            for kind, count in self.counts.items()
-            if count > 1
-        ]
+    def sum_up(self) -> None:
+        """Say of how many images each kind was noted, where of several."""
+        for kind, count in self.counts.items():
+            if count > 1:
+                _say(f"{count} images: {REMARKS.get(kind, kind)}, see the column notes")
 
 
 def _say(text: str) -> None:
@@ -348,8 +333,7 @@ def main(options: argparse.Namespace) -> None:
     if options.calibrate:
         calibrate(model, options)
     if table is not None:
-        kinds = {entry.kind for entry in listing.entries}
-        for note in reading_notes(model.settings, trained, reading, kinds):
+        for note in reading_notes(model.settings, trained, reading, {entry.kind for entry in listing.entries}):
             warn(note)
         predict(model, table, listing, options)
 
@@ -364,23 +348,15 @@ def calibrate(model: Predictor, options: argparse.Namespace) -> None:
         name = object_name(named_after(folder))
     except InputError:  # its name cannot be a data set's, and none is needed
         name = "calibration"
-    given = None if (options.window, options.plane, model.settings.reading) == (None, None, None) else model.reading
-    dataset = MedicalDataset.open(name, folder.parent, folder, options=given)
+    dataset = MedicalDataset.open(name, folder.parent, folder)
+    if (options.window, options.plane, model.settings.reading) != (None, None, None):
+        layout = replace(dataset.layout, window=model.reading.window, plane=model.reading.plane)
+        dataset = replace(dataset, layout=layout)
     model.calibrate(dataset, options.threshold_at or "f1", options.batch_size, options.num_workers)
     print(describe_threshold(model.calibration))
     if options.save_ckpt:
         model.save(options.save_ckpt)
         print(f"{options.save_ckpt}: the checkpoint with these thresholds")
-
-
-def describe(model: Predictor) -> Iterator[str]:
-    """What is to be known of the results before one looks at them."""
-    if model.threshold is None:
-        yield "decisions: none, as the checkpoint has no threshold; give one with --threshold or --calibrate"
-    if model.weak:
-        yield f"heat maps: weak localisation only, as the checkpoint was trained without masks ({model.settings.obj})"
-    if model.detector.adapters.mixes_images:
-        yield "scores: MViTFC as published looks across the images of a batch, so they depend on --batch_size"
 
 
 def predict(model: Predictor, table: Table, listing: Listing, options: argparse.Namespace) -> None:
@@ -393,21 +369,26 @@ def predict(model: Predictor, table: Table, listing: Listing, options: argparse.
         print(line)
     drawer, remarks, gallery = Drawer(options, model), Remarks(), Gallery()
 
+    def named() -> Iterator[tuple[Opened, Prediction, str]]:
+        images = opened(listing, model, options)
+        while batch := list(islice(images, options.batch_size)):
+            for image, prediction in zip(batch, model.predict_opened(batch), strict=True):
+                yield image, prediction, drawer.name(image.entry)
+
     def draw(item: tuple[Opened, Prediction, str]) -> tuple[Opened, dict[str, Any], Card | None]:
-        opened, prediction, name = item
-        row = row_of(opened, prediction, model.threshold) | drawer.files(opened, prediction, name)
-        return opened, row, drawer.card(opened.entry, opened.preview, prediction)
+        image, prediction, name = item
+        row = row_of(image, prediction, model.threshold) | drawer.files(image, prediction, name)
+        return image, row, drawer.card(image.entry, image.preview, prediction)
 
     start, previous = time.perf_counter(), ""
     try:
         with tqdm(total=len(listing.entries), desc="predict", unit="image", mininterval=1.0) as bar:
-            predicted = predictions(model, drawer, listing, options)
-            for opened, row, card in prefetch(draw, predicted, options.num_workers, ahead=4):
-                if previous not in ("", opened.entry.series):
+            for image, row, card in prefetch(draw, named(), options.num_workers, ahead=4):
+                if previous not in ("", image.entry.series):
                     drawer.finish(previous)
-                previous = opened.entry.series
-                table.add(opened.entry, row)
-                remarks.add(opened.entry, opened.notes)
+                previous = image.entry.series
+                table.add(image.entry, row)
+                remarks.add(image.entry, image.notes)
                 gallery.add(card)
                 bar.update()
         drawer.finish(previous)
@@ -417,35 +398,18 @@ def predict(model: Predictor, table: Table, listing: Listing, options: argparse.
     seconds = time.perf_counter() - start
     if options.report:
         print(f"report: {gallery.write(model, options)}")
-    finish(model, table, listing, remarks, seconds)
+    remarks.sum_up()
+    finish(model, table, listing, seconds)
 
 
-def predictions(
-    model: Predictor, drawer: Drawer, listing: Listing, options: argparse.Namespace
-) -> Iterator[tuple[Opened, Prediction, str]]:
-    """Images, read beside the network and predicted a batch at a time; what cannot be read is added to the faults."""
-    import torch  # noqa: PLC0415
-
-    size, keep = model.settings.img_size, options.pictures or bool(options.report)
-    batch: list[Opened] = []
-
-    def results() -> Iterator[tuple[Opened, Prediction, str]]:
-        tensors = torch.stack([opened.tensor for opened in batch])
-        pairs = zip(batch, model.predict_tensors(tensors, [opened.size for opened in batch]), strict=True)
-        yield from ((opened, prediction, drawer.name(opened.entry)) for opened, prediction in pairs)
-
-    ahead = min(options.batch_size, 16)
-    for opened in prefetch(lambda e: open_entry(e, size, keep), listing.entries, options.num_workers, ahead):
-        if isinstance(opened, str):
-            listing.faults.append(opened)
-            _say(f"skipped: {opened}")
-            continue
-        batch.append(opened)
-        if len(batch) == options.batch_size:
-            yield from results()
-            batch.clear()
-    if batch:
-        yield from results()
+def describe(model: Predictor) -> Iterator[str]:
+    """What is to be known of the results before one looks at them."""
+    if model.threshold is None:
+        yield "decisions: none, as the checkpoint has no threshold; give one with --threshold or --calibrate"
+    if model.weak:
+        yield f"heat maps: weak localisation only, as the checkpoint was trained without masks ({model.settings.obj})"
+    if model.detector.adapters.mixes_images:
+        yield "scores: MViTFC as published looks across the images of a batch, so they depend on --batch_size"
 
 
 def describe_run(model: Predictor, listing: Listing, options: argparse.Namespace) -> dict[str, Any]:
@@ -462,10 +426,8 @@ def describe_run(model: Predictor, listing: Listing, options: argparse.Namespace
     }  # fmt: skip
 
 
-def finish(model: Predictor, table: Table, listing: Listing, remarks: Remarks, seconds: float) -> None:
+def finish(model: Predictor, table: Table, listing: Listing, seconds: float) -> None:
     """The last lines; `InputError` where something could not be read."""
-    for line in remarks.summary():
-        _say(line)
     rows, out = table.rows, table.out
     abnormal = sum(bool(row["abnormal"]) for row in rows)
     count = f"{abnormal} of {len(rows)} abnormal" if model.threshold is not None else f"{len(rows)} images"

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import test
 import train
-from CLIP import ModelConfig
+from CLIP.config import ModelConfig
 from dataset.check import PUBLISHED_COUNTS
 from dataset.layout import BENCHMARKS, MADE_UP
 from engine import baselines
@@ -48,10 +48,10 @@ from engine.checkpoint import Checkpoint
 from engine.config import NO_EFFECT_IN_TEST, as_flag, explicit, test_options, test_parser, train_options
 from engine.cost import grid_cost, measured_rate
 from engine.grid import COMPONENTS, Cell, Grid, layers_of
-from engine.jobs import one_line, run_jobs
+from engine.jobs import run_jobs
 from engine.metrics import METRICS
 from engine.report.tables import Figure, Published, Table, read_published
-from utils import InputError, checked, locked, probe_writable, read_text, tune_allocator, write_json
+from utils import InputError, checked, locked, one_line, probe_writable, read_text, tune_allocator, write_json
 
 SHOWN = ("auc", "pauc")  # of METRICS, what tables show
 EPOCHS = {"selected": "selected on test", "last": "last epoch"}
@@ -156,7 +156,7 @@ def attempt(grid: Grid, cell: Cell, on_line: Callable[[], None] = lambda: None) 
     except Exception as error:  # out of memory, a bug
         with grid.log(cell).open("a", encoding="utf-8") as log:
             traceback.print_exc(file=log)
-        reason = f"{type(error).__name__}: {one_line(error)}"
+        reason = one_line(error)
     torch.cuda.empty_cache()  # outside of the handler, which holds the failed cell's tensors
     return reason
 
@@ -347,10 +347,12 @@ def caption(grid: Grid) -> str:
 
 
 def describe(grid: Grid, failed: dict[Cell, str], published: Sequence[Published]) -> Iterator[str]:
-    """How the figures were made, how the epoch was chosen, what failed, and what they are worth."""
+    """How the figures were made, how the epoch was chosen, what failed, and why they may mean little."""
     options, base = grid.options, grid.base
     yield f"{sum(map(grid.done, grid.cells))} of {len(grid.cells)} cells are done."
     yield "Intervals: over the test images by bootstrap, the mean of the seeds' bounds."
+    if levels := {str(data.mask_above) for data in map(grid.dataset, options.obj) if data.pixel_metrics}:
+        yield f"Abnormal pixels: a mask's grey above {' or '.join(sorted(levels))} (--mask_above)."
     yield "Last epoch: nothing is selected."
     if options.table == "leave_one_out":
         yield (
@@ -368,9 +370,14 @@ def describe(grid: Grid, failed: dict[Cell, str], published: Sequence[Published]
         yield "Clean: without the test images of patients whose images are shots."
     if failed:
         yield "Failed: " + "; ".join(f"{cell.name} ({reason})" for cell, reason in failed.items()) + "."
-    if base.pretrain == "random":
+    yield from caveats(grid, published)
+
+
+def caveats(grid: Grid, published: Sequence[Published]) -> Iterator[str]:
+    """Why the figures mean little, or compare with none of the published ones, where that is so."""
+    if grid.base.pretrain == "random":
         yield "Nothing is pre-trained: these figures only show that the program runs."
-    datasets = {obj: grid.dataset(obj) for obj in options.obj}
+    datasets = {obj: grid.dataset(obj) for obj in grid.options.obj}
     if made_up := [obj for obj, data in datasets.items() if (data.root / MADE_UP).is_file()]:
         yield f"Made-up images ({', '.join(made_up)}): their figures compare with none that is published."
     for obj in datasets.keys() & PUBLISHED_COUNTS.keys() - set(made_up) if published else ():
@@ -399,14 +406,16 @@ def make_verdict(grid: Grid, table: Table) -> Table:
     result = Table(
         f"{table.name}-verdict", "Ours, selected on test, minus the published figure, in percentage points.",
         table.labels, table.heading,
-        ["inside: the published figure lies in our 95% interval over the test images; below, above: it lies below or "
-         "above that. docs/reproduce.md says where to look when it is outside.", *published_note(published)],
+        ["inside, outside: whether the published figure lies in our 95% interval over the test images. "
+         "docs/reproduce.md says where to look when it lies outside.",
+         *caveats(grid, published), *published_note(published)],
     )  # fmt: skip
     names = [f"{entry.method} ({i})" for i, entry in enumerate(published, 1)]
     for (metric, row, obj), theirs in table.cells.items():
         ours = table.cells.get((metric, (*row[:-1], f"ours, {EPOCHS['selected']}"), obj))
         if row[-1] in names and isinstance(theirs, Figure) and isinstance(ours, Figure) and ours.interval:
             low, high = ours.interval
-            place = "below" if theirs.mean < low else "above" if theirs.mean > high else "inside"
-            result.add(metric, row, obj, f"{ours.mean - theirs.mean:+.2f} {place}")
+            difference = round(ours.mean - theirs.mean, 2) + 0.0  # no -0.00
+            place = "inside" if low <= theirs.mean <= high else "outside"
+            result.add(metric, row, obj, f"{difference:+.2f} {place}")
     return result

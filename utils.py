@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -201,6 +202,24 @@ def warn(message: str) -> None:
     """Print a warning on stderr, in one line; a closed or full stderr does not stop the run."""
     with contextlib.suppress(OSError, ValueError):
         print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
+
+
+def redact(text: str, secret: str = "") -> str:
+    """The text without user and password of its addresses, and without `secret`."""
+    text = re.sub(r"(?<=//)[^/\s]*@", "***@", text)
+    return text.replace(secret, "***") if secret else text
+
+
+def one_line(words: object, secret: str = "") -> str:
+    """A text, or an exception's type and message, in at most 200 characters of one line: it may quote a damaged file.
+
+    Passwords in addresses and `secret` are left out.
+    """
+    text = str(words)
+    if isinstance(words, BaseException):
+        text = f"{type(words).__name__}: {text}" if text else type(words).__name__
+    shown = "".join(letter if letter.isprintable() else " " for letter in redact(text[:1000], secret))
+    return " ".join(shown.split())[:200]
 
 
 def printable(text: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from utils import InputError, checked, preview, read_text
+from utils import InputError, checked, one_line, preview, read_text
 
 from . import hub
 
@@ -180,7 +180,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return _object(json.loads(read_text(path)), path)
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({hub.one_line(error)})") from error
+        raise InputError(f"{path}: cannot be read as JSON ({one_line(error)})") from error
 
 
 def _object(values: object, where: object) -> dict[str, Any]:
@@ -196,14 +196,14 @@ def _pixels(values: Mapping[str, Any], mean: str, std: str) -> dict[str, Any]:
 def _from_hugging_face(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """A CLIPModel's config.json in open_clip's words."""
     if values.get("model_type", "clip") != "clip":
-        raise refused(hub.one_line(values["model_type"]), path)
+        raise refused(one_line(values["model_type"]), path)
     result: dict[str, Any] = {"embed_dim": values.get("projection_dim", 512)}
     activations = []
     for part, names, defaults in (("vision", VISION, HF_VISION), ("text", TEXT, HF_TEXT)):
         given = [_object(values.get(f"{part}_{suffix}") or {}, path) for suffix in ("config", "config_dict")]
         tower = {**HF_BOTH, **defaults, **given[0], **given[1]}
         if tower["model_type"] not in ("clip", f"clip_{part}_model"):
-            raise refused(hub.one_line(tower["model_type"]), path)
+            raise refused(one_line(tower["model_type"]), path)
         if tower["layer_norm_eps"] != 1e-5:
             raise InputError(f"{path}: layer_norm_eps {tower['layer_norm_eps']!r:.40} is not CLIP's 1e-05")
         for name in ("hidden_size", "intermediate_size", "num_attention_heads"):
@@ -220,7 +220,7 @@ def _from_hugging_face(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
 def _check_family(values: Mapping[str, Any], where: str) -> None:
     """`InputError` that says what kind it is for a config with a tower that is not CLIP's."""
     vision, text = (_object(values.get(name), f"{where}: {name}") for name in ("vision_cfg", "text_cfg"))
-    timm, hf = (hub.one_line(name or "") for name in (vision.get("timm_model_name"), text.get("hf_model_name")))
+    timm, hf = (one_line(name or "") for name in (vision.get("timm_model_name"), text.get("hf_model_name")))
     names = f"{timm} {text.get('hf_tokenizer_name')}".lower()
     families = {
         "a SigLIP model": "siglip" in names or values.get("init_logit_bias") is not None,
@@ -240,7 +240,7 @@ def _check_family(values: Mapping[str, Any], where: str) -> None:
         if key not in known and value and value not in SAME.get(key, ())
     ]
     if others:
-        raise InputError(f"{where}: {hub.one_line(preview(others))}: not supported here")
+        raise InputError(f"{where}: {one_line(preview(others))}: not supported here")
 
 
 def _check_sizes(config: ModelConfig, where: str) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils import InputError, Parser, atomic_path, run_cli, sha256_file
+from utils import InputError, Parser, atomic_path, one_line, redact, run_cli, sha256_file
 
 from . import hub
 from .config import ModelConfig, list_models
@@ -46,7 +46,7 @@ def download(url: str, target: Path, sha256: str) -> bool:
     """
     from requests import RequestException  # noqa: PLC0415
 
-    shown, part = hub.redact(url), target.with_name(f"{target.name}.part")
+    shown, part = redact(url), target.with_name(f"{target.name}.part")
     new = target.with_name(f"{part.name}.new")
     if target.exists():
         if target.is_file() and sha256_file(target).startswith(sha256):
@@ -66,7 +66,7 @@ def download(url: str, target: Path, sha256: str) -> bool:
         whole.replace(target)
         part.unlink(missing_ok=True)
     except (RequestException, ValueError) as error:  # no address, or one that leads to none
-        raise InputError(f"{shown}: cannot be fetched ({hub.one_line(error)}): check the address") from error
+        raise InputError(f"{shown}: cannot be fetched ({one_line(error)}): check the address") from error
     except OSError as error:
         raise InputError(f"{part}: {error.strerror or error}; make room or choose another --out") from error
     finally:
@@ -97,7 +97,7 @@ def _attempt(session: Session, url: str, part: Path, new: Path, resume: bool = T
     import requests  # noqa: PLC0415
     from tqdm import tqdm  # noqa: PLC0415
 
-    shown, have = hub.redact(url), part.stat().st_size if resume and part.exists() else 0
+    shown, have = redact(url), part.stat().st_size if resume and part.exists() else 0
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     try:
         response = session.get(url, headers=headers, stream=True, timeout=TIMEOUT)
@@ -105,13 +105,13 @@ def _attempt(session: Session, url: str, part: Path, new: Path, resume: bool = T
         cause: BaseException = error
         while cause.__context__ is not None:  # the text of requests is a list of wrappers
             cause = cause.__context__
-        raise _Again(hub.Unreachable(f"cannot reach {shown} ({hub.one_line(cause)})")) from error
+        raise _Again(hub.Unreachable(f"cannot reach {shown} ({one_line(cause)})")) from error
     with response:
         status, answer = response.status_code, response.headers
         if status == 416 and have:  # nothing lies beyond `have`: the file is whole, or its sum will not be right
             return part
         if status not in (200, 206):
-            refusal = f"the server answers {status} {hub.one_line(response.reason)} for {shown}"
+            refusal = f"the server answers {status} {one_line(response.reason)} for {shown}"
             if status in BUSY:
                 raise _Again(hub.Unreachable(refusal))
             raise hub.Unreachable(f"{refusal}; {_kept(part)}: check the address")
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--url", help="another address of the file; a SHA-256 in its path is the one that must match")
     args = parser.parse_args(argv)
     if args.url and not args.url.startswith(("https://", "http://")):
-        raise InputError(f"--url {hub.redact(args.url)}: the address must start with https:// or http://")
+        raise InputError(f"--url {redact(args.url)}: the address must start with https:// or http://")
     config = ModelConfig.load(args.model)
     if args.model.startswith(hub.PREFIX):
         return _from_hub(args.model.removeprefix(hub.PREFIX), args.out)
@@ -162,10 +162,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _from_hub(config.hub[pretrain], args.out)
     sha256 = _sum_in(url) or _sum_in(official)
     if not sha256:
-        raise InputError(f"--url {hub.redact(url)}: put the file's SHA-256 into it (as .../SHA256/name): none is known")
+        raise InputError(f"--url {redact(url)}: put the file's SHA-256 into it (as .../SHA256/name): none is known")
     target = args.out or CKPT_FOLDER / config.weights.get(pretrain, url.rpartition("/")[2])
     try:
-        words = f"fetched from {hub.redact(url)}" if download(url, target, sha256) else "already there"
+        words = f"fetched from {redact(url)}" if download(url, target, sha256) else "already there"
     except hub.Unreachable as error:
         if args.url or pretrain not in config.hub:
             raise

@@ -10,14 +10,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils import InputError, sha256_file
+from utils import InputError, one_line, redact, sha256_file
 
 PREFIX = "hf-hub:"
 WEIGHT_FILES = (
     "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
     "model.safetensors", "pytorch_model.bin",
 )  # fmt: skip
-CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@")
 REASONS = {  # the hub's own words are pages
     "RepositoryNotFoundError": "no such model on the hub, or a private one (log in with `hf auth login`)",
     "GatedRepoError": "its owner asks for a consent first: open its page, then log in with `hf auth login`",
@@ -32,18 +31,6 @@ class Unreachable(InputError):
 
 class Missing(InputError):
     """A repository that holds none of the files asked for."""
-
-
-def redact(text: str) -> str:
-    """The text with `user:password@` in its addresses replaced by `***@`."""
-    return CREDENTIALS.sub("***@", text)
-
-
-def one_line(words: object) -> str:
-    """A text, or what an exception says, in at most 150 printable characters: it may quote a damaged file."""
-    text = f"{type(words).__name__} {words}" if isinstance(words, Exception) else str(words)
-    printable = "".join(letter if letter.isprintable() else " " for letter in redact(text[:1000]))
-    return " ".join(printable.split())[:150]
 
 
 def fetch(repository: str, names: Sequence[str]) -> Path:

@@ -1,4 +1,4 @@
-"""CLIP's byte-pair encoding: text to the ids that the text tower reads, and back."""
+"""CLIP's byte-pair encoding: text to the ids that the text tower reads."""
 
 from __future__ import annotations
 
@@ -58,12 +58,6 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of `text` in [0, 49408), without start, end and padding."""
         return [i for word in WORDS.findall(_clean(text)) for i in self._word_ids(word)]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, lower case, each word end a blank; bytes that are no UTF-8 become U+FFFD."""
-        bytes_of = {letter: byte for byte, letter in self._letters.items()}
-        letters = "".join(self._symbols[int(i)] for i in ids)
-        return bytes(bytes_of[letter] for letter in letters).decode("utf-8", "replace").replace(WORD_END, " ")
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
         """Ids of one word: join the pair of neighbours that ranks best, until no pair is in the table."""

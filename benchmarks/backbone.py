@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.common import print_table, write_json
-from CLIP import create_model
+from CLIP.clip import create_model
 from CLIP.model import CLIP
 from utils import Parser, run_cli
 

@@ -28,7 +28,6 @@ from utils import InputError, Parser, integer, prefetch, printable, run_cli
 from .fewshot import SEEDS, check_shot_names, parse_shot_list
 from .images import (
     ABNORMAL_ABOVE,
-    NoImageError,
     file_kind,
     frames,
     mask_notes,
@@ -37,10 +36,10 @@ from .images import (
     read,
     read_mask,
 )
-from .layout import KINDS, SPLITS, config_path, list_images, mask_folder, named_after, object_name
+from .layout import KINDS, SPLITS, add_reading_flags, config_path, list_images, mask_folder, named_after, object_name
 from .medical_few import ImageFile, MedicalDataset, Sample, data_folder
 from .patients import compile_rule
-from .volumes import PLANES
+from .reading import NoImageError
 
 SHOWN = 3  # examples of a finding
 NAMED = ("no mask", "valid mask")  # of these every example is shown: one cannot see what is not there
@@ -142,7 +141,7 @@ def inspect_image(sample: Sample, above: int, alone: bool) -> Inspection:
             if labels := notes.pop("labels", ""):
                 notes.pop("wide", None)
                 notes["mask range"] = labels
-            if mask.size != size:
+            if mask.size not in (size, picture.stored):
                 kind = "any size" if sample.any_mask_size else "mask size"
                 notes[kind] = f"{_size(mask.size)}, its image {_size(size)}"
             result.findings += [(kind, f"{sample.mask}: {text}") for kind, text in notes.items()]
@@ -359,11 +358,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--obj", type=object_name, help="data set (default: the name of --data_root)")
     parser.add_argument("--data_path", default="./data/", help="folder that holds <obj>_AD (default: ./data/)")
     parser.add_argument("--data_root", help="the data set's own folder, instead of <data_path>/<obj>_AD")
-    parser.add_argument("--patient", metavar="REGEX", help="finds the patient in an image's path below that folder")
-    parser.add_argument("--mask_above", type=integer(0, 254), help="grey of a mask above which it is abnormal (127)")
-    parser.add_argument("--window", nargs="+", default=[], metavar="W", help="CENTER WIDTH, auto or full, of grey "
-                        "values beyond 8 bits (default: the file's)")  # fmt: skip
-    parser.add_argument("--plane", choices=PLANES, help="in which NIfTI volumes are cut (axial)")
+    add_reading_flags(parser)
     parser.add_argument("--num_workers", type=integer(1, 256), default=2, help="threads that decode (default: 2)")
     options = parser.parse_args()
     if options.obj is None:

@@ -22,15 +22,18 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from utils import InputError, Parser, atomic_path, run_cli, write_json
+from utils import InputError, Parser, run_cli, write_json
 
-from .images import ABNORMAL_ABOVE, ReadOptions, list_files, parse_window, read, read_mask, stem
-from .layout import KINDS, SPLITS, VALID_SHARE, named_after, object_name
+from .grey import square, stretch, to_rgb
+from .images import ABNORMAL_ABOVE, list_files, parse_window, read, read_mask, stem
+from .layout import SPLITS, VALID_SHARE, add_reading_flags, named_after, object_name
 from .medical_few import MedicalDataset
+from .nifti import Volume, read_volume
+from .nifti import read as read_slice
 from .patients import compile_rule, falls_in_valid, patient
-from .volumes import PLANES, Volume, read_nifti, read_volume, square, stretch, to_rgb
+from .reading import PLANES, ReadOptions
+from .writer import Writer, new_folder
 
-FOLDERS = ("good", "Ungood")  # of `KINDS`
 LABELLED = ((r"(.*)_seg(\.nii(?:\.gz)?)", r"\1_flair\2"), (r"segmentation(-.*\.nii(?:\.gz)?)", r"volume\1"))
 SIZE = 240  # pixels a side of BMAD's brain slices
 LIVER_HU = (-200.0, 250.0)
@@ -52,11 +55,13 @@ def from_samples(dataset: MedicalDataset) -> Iterator[Slice]:
     """The slices of a data set whose folders say what is abnormal."""
     for split in SPLITS:
         for sample in dataset.samples(split):
-            mask = read_mask(sample)[0]
+            picture, mask = read(sample), read_mask(sample)[0]
             if mask is not None:
                 mask = mask.point([255 * (grey > dataset.mask_above) for grey in range(256)])
+                if mask.size == picture.stored:  # drawn before the pixels were made square
+                    mask = mask.resize(picture.image.size, Image.Resampling.NEAREST)
             name = stem(sample.path) + ("" if sample.index is None else f"_{sample.index}")
-            yield Slice(split, sample.label, name, sample.patient, read(sample).image, mask)
+            yield Slice(split, sample.label, name, sample.patient, picture.image, mask)
 
 
 def labelled_volumes(folder: Path) -> list[tuple[Path, Path]]:
@@ -110,25 +115,17 @@ def prepare(
 
         colours = colormaps["bone"](stretch(values, low, high))[..., :3]
         return to_rgb(colours).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-    return read_nifti(volume, index, options)[0]
+    return read_slice(volume, index, options).image
 
 
-def write(slices: Iterator[Slice], out: Path) -> Counter[str]:
-    """Write the pictures and masks; how many of each split and class."""
-    counts: Counter[str] = Counter()
-    names: Counter[Path] = Counter()
+def write(slices: Iterator[Slice], writer: Writer) -> None:
+    """Write the pictures and masks; names that two slices have get a number."""
+    names: Counter[tuple[str, int, str]] = Counter()
     for entry in tqdm(slices, desc="convert", unit="image", mininterval=0.5):
-        folder = out / entry.split / FOLDERS[entry.label]
         name = re.sub(r"[^\w.=+-]+", "-", f"{entry.patient}__{entry.name}" if entry.patient else entry.name)[-150:]
-        names[folder / name] += 1
-        if names[folder / name] > 1:
-            name = f"{name}-{names[folder / name]}"
-        for kind, picture in (("img", entry.image), ("anomaly_mask", entry.mask)):
-            if picture is not None:
-                with atomic_path(folder / kind / f"{name}.png", "OUT") as path:
-                    picture.save(path, "PNG")
-        counts[f"{entry.split} {KINDS[entry.label]}"] += 1
-    return counts
+        names[entry.split, entry.label, name] += 1
+        number = names[entry.split, entry.label, name]
+        writer.add(entry.split, entry.label, f"{name}-{number}" if number > 1 else name, entry.image, entry.mask)
 
 
 def main() -> None:
@@ -137,16 +134,12 @@ def main() -> None:
     parser.add_argument("source", type=Path, metavar="IN", help="a data set's folder, or volumes beside their labels")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty")
     parser.add_argument("--obj", type=object_name, help="the data set's name (default: the name of IN)")
-    parser.add_argument("--window", nargs="+", default=[], metavar="W", help="CENTER WIDTH, auto or full")
-    parser.add_argument("--plane", default="axial", choices=PLANES, help="in which NIfTI volumes are cut (axial)")
+    add_reading_flags(parser)
     parser.add_argument("--like", choices=("Brain", "Liver"), help="as BMAD prepared FLAIR or CT volumes")
-    parser.add_argument("--patient", metavar="REGEX", help="finds the patient in an image's path below IN")
     options = parser.parse_args()
     if not options.source.is_dir():
         raise InputError(f"IN {options.source}: no folder")
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise InputError(f"OUT {options.out}: it is there and not empty; name a new folder")
-    how = ReadOptions(parse_window(options.window), options.plane)
+    how = ReadOptions(parse_window(options.window or ()), options.plane or "axial")
     pairs = labelled_volumes(options.source)
     if options.like and not pairs:
         expected = "X_flair.nii.gz and X_seg.nii.gz, or volume-X.nii and segmentation-X.nii"
@@ -156,14 +149,18 @@ def main() -> None:
         slices = from_labels(options.source, pairs, how, options.like, rule)
     else:
         obj = options.obj or named_after(options.source)
-        slices = from_samples(MedicalDataset.open(obj, "", options.source, options.patient, options=how))
-    counts = write(slices, options.out)
-    if not counts:
-        raise InputError(f"{options.source}: no slice to write")
-    name = named_after(options.out)
-    config = {"prompt_name": re.sub(r"[_-]+", " ", name), "patient": r"([^/]+?)__", "mask_above": ABNORMAL_ABOVE}
-    write_json(options.out / f"{name}.json", config, "OUT")
-    print(f"{options.out}: " + ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())))
+        slices = from_samples(
+            MedicalDataset.open(obj, "", options.source, options.patient, options.mask_above, how.window, options.plane)
+        )
+    with new_folder(options.out, "OUT") as folder:
+        writer = Writer(folder)
+        write(slices, writer)
+        if not any(writer.names.values()):
+            raise InputError(f"{options.source}: no slice to write")
+        name = named_after(options.out)
+        config = {"prompt_name": re.sub(r"[_-]+", " ", name), "patient": r"([^/]+?)__", "mask_above": ABNORMAL_ABOVE}
+        write_json(folder / f"{name}.json", config, "OUT")
+    print(f"{options.out}: {writer.counts()}")
 
 
 if __name__ == "__main__":

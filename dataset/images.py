@@ -28,32 +28,12 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from utils import InputError, sha256_file, warn
 
-from .volumes import (
-    AS_STORED,
-    PLANES,
-    Ends,
-    MissingPackageError,
-    NoImageError,
-    Notes,
-    Range,
-    ReadOptions,
-    apply_window,
-    check_file,
-    count_dicom,
-    count_nifti,
-    read_bytes,
-    read_dicom,
-    read_nifti,
-    read_nifti_mask,
-    read_volume,
-    to_rgb,
-)
+from . import dicom, nifti
+from .grey import Ends, Range, apply_window, to_rgb
+from .reading import AS_STORED, Decoded, Notes, ReadOptions, Slice, check_file, read_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-__all__ = ["AS_STORED", "PLANES", "MissingPackageError", "NoImageError", "ReadOptions", "apply_window", "read_bytes",
-           "to_rgb"]  # fmt: skip
 
 ENDINGS = {
     "pillow": (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jp2"),
@@ -125,11 +105,12 @@ Source = Frame | Sample | str | Path
 class Picture:
     """A decoded image and what its file says of itself."""
 
-    image: Image.Image  # RGB, 8 bits, at its own size
+    image: Image.Image  # RGB, 8 bits, at its own size, with square pixels
     sha256: str  # of the very bytes that were decoded, with frame, options and a series' range where they matter
     mode: str  # Pillow's, as stored: L, RGB, I;16, ...; or DICOM, NIfTI
-    orientation: int = 1  # 1 is upright; ignored
-    notes: Notes = field(default_factory=dict)  # `wide`, `dark`, `window`, `pixels` -> what is to be said
+    stored: tuple[int, int]  # width and height before the pixels were made square
+    orientation: int  # 1 is upright; ignored
+    notes: Notes  # `wide`, `dark`, `window`, `pixels` -> what is to be said
 
 
 def read(source: Source) -> Picture:
@@ -144,23 +125,19 @@ def read(source: Source) -> Picture:
     with _naming(frame):
         kind = _kind(frame.path)
         if kind == "nifti":
-            volume = read_volume(frame.path)
-            image, notes = read_nifti(volume, frame.index or 0, frame.options)
-            return Picture(image, _content_hash(volume.sha256, frame), "NIfTI", 1, notes)
-        data = read_bytes(frame.path)
-        digest = _content_hash(hashlib.sha256(data).hexdigest(), frame)
-        if kind == "dicom":
-            image, notes, series = read_dicom(data, frame.path, frame.index or 0, frame.options)
-            if series:  # other files have a part in the picture
-                digest = hashlib.sha256(f"{digest} {series}".encode()).hexdigest()
-            return Picture(image, digest, "DICOM", 1, notes)
-        with _opened(BytesIO(data), frame) as opened:
-            mode = opened.mode
-            stored, orientation = _as_stored(opened, frame)
-            window = frame.options.window
-            pages = _page_range(data) if isinstance(window, str) and _is_wide(opened) else None
-            image, notes = to_mode(stored, "RGB", frame, window, pages)
-            return Picture(image, digest, mode, orientation, notes)
+            volume = nifti.read_volume(frame.path)
+            digest, result = volume.sha256, nifti.read(volume, frame.index or 0, frame.options)
+        else:
+            data = read_bytes(frame.path)
+            digest = hashlib.sha256(data).hexdigest()
+            if kind == "dicom":
+                result = dicom.read(data, frame.path, frame.index or 0, frame.options)
+            else:
+                result = _read_pillow(data, frame)
+        digest = _content_hash(digest, frame)
+        if result.series:  # other files have a part in the picture
+            digest = hashlib.sha256(f"{digest} {result.series}".encode()).hexdigest()
+        return Picture(result.image, digest, result.mode, result.stored, result.orientation, result.notes)
 
 
 def as_frame(source: Source) -> Frame:
@@ -207,13 +184,26 @@ def frames(path: Path, options: ReadOptions | None = None) -> list[Frame]:
     with _naming(path):
         kind = _kind(path)
         if kind == "dicom":
-            count = count_dicom(path)
+            count = dicom.count(path)
         elif kind == "nifti":
-            count = count_nifti(path, options.plane)
+            count = nifti.count(path, options.plane)
         elif path.suffix.lower() in (".tif", ".tiff"):
             with path.open("rb") as file, _opened(file, path) as image:
                 count = getattr(image, "n_frames", 1)
     return [Frame(path, None, options)] if count == 1 else [Frame(path, i, options) for i in range(count)]
+
+
+def describe(inside: Sequence[Frame]) -> list[Slice]:
+    """What a file says of its images, all of which `inside` names; nothing where its header is odd."""
+    path, kind = inside[0].path, file_kind(inside[0].path)
+    try:
+        if kind == "dicom":
+            return dicom.describe(path, len(inside))
+        if kind == "nifti":
+            return nifti.describe(path, inside[0].options.plane)
+    except (OSError, InputError, ValueError, TypeError, AttributeError):  # the reader says what is wrong
+        pass
+    return [Slice()] * len(inside)
 
 
 def _kind(path: Path) -> str:
@@ -252,21 +242,26 @@ def list_files(inputs: Iterable[Path]) -> Iterator[tuple[Path, str]]:
     """Files to read, each with its path below the input that it came from.
 
     Folders are walked in sorted order; hidden files and formats that are not read are left out. Other inputs are passed
-    on as they are, and so are folders that cannot be read, for `frames` to refuse.
+    on as they are, and so are folders that cannot be read, for `check_file` to refuse.
     """
     for given in inputs:
         if not given.is_dir():
             yield given, given.name
             continue
-        unreadable: list[Path] = []
-        walk = os.walk(given, onerror=lambda error, into=unreadable: into.append(Path(error.filename)))  # type: ignore[misc]
-        for folder, subfolders, names in walk:
+        unreadable: list[OSError] = []
+        for folder, subfolders, names in os.walk(given, onerror=unreadable.append, followlinks=True):
             here = Path(folder)
-            subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
+            subfolders[:] = sorted(name for name in subfolders if name[0] != "." and not _is_loop(here / name))
             for name in sorted(names):
                 if name[0] != "." and name != "DICOMDIR" and file_kind(here / name):
                     yield here / name, (here / name).relative_to(given).as_posix()
-        yield from ((path, path.relative_to(given).as_posix()) for path in unreadable)
+        for error in unreadable:
+            yield Path(error.filename), Path(error.filename).relative_to(given).as_posix()
+
+
+def _is_loop(folder: Path) -> bool:
+    """Whether a folder is a link to one above it."""
+    return folder.is_symlink() and folder.resolve() in (parent := folder.parent.resolve(), *parent.parents)
 
 
 def parse_window(words: Sequence[str]) -> Ends | str | None:
@@ -335,6 +330,15 @@ def _is_wide(image: Image.Image) -> bool:
     return image.mode == "F" or image.mode.startswith("I")
 
 
+def _read_pillow(data: bytes, frame: Frame) -> Decoded:
+    with _opened(BytesIO(data), frame) as opened:
+        mode, window = opened.mode, frame.options.window
+        stored, orientation = _as_stored(opened, frame)
+        pages = _page_range(data) if isinstance(window, str) and _is_wide(opened) else None
+        image, notes = to_mode(stored, "RGB", frame, window, pages)
+        return Decoded(image, notes, mode, image.size, orientation)
+
+
 @lru_cache(maxsize=2)
 def _page_range(data: bytes) -> Range:
     """The grey values of all pages of a file."""
@@ -343,7 +347,7 @@ def _page_range(data: bytes) -> Range:
         for page in range(getattr(image, "n_frames", 1)):
             image.seek(page)
             parts.append(np.asarray(image))
-    return Range.of(parts, "image")
+    return Range.measure(parts, "the file", "image")
 
 
 def to_mode(
@@ -361,8 +365,8 @@ def to_mode(
     if isinstance(window, tuple):
         return to_rgb(apply_window(values, *window)).convert(mode), {}
     if window is not None:
-        gray, words = (span or Range.of([values], path)).show(values, window, "the file")
-        return to_rgb(gray).convert(mode), {"window": words}
+        grey, words = (span or Range.measure([values], "the file", path)).show(values, window)
+        return to_rgb(grey).convert(mode), {"window": words}
     low, high = values.min(), values.max()
     # In floating point [0, 1] may be meant, and the published program would see black.
     if low >= 0 and high <= 255 and (image.mode != "F" or high > 1):
@@ -371,9 +375,13 @@ def to_mode(
         return Image.fromarray(values.astype(np.uint8)).convert(mode), {"wide": words}
     if image.mode == "F" or not 0 <= low <= high <= 65535:
         raise InputError(f"{path}: 32 bits a pixel have no known range; save it with 8 or 16 bits")
-    words = f"16-bit picture whose largest value is {high} of 65535: all but black; give --window"
-    eight = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
-    return eight.convert(mode), {"dark": words} if high < DARK else {}
+    eight = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert(mode)
+    if high >= DARK:
+        return eight, {}
+    high = int(high)
+    kind = f"a {high.bit_length()}-bit picture in a 16-bit file"
+    used = f"range used: {max(100 * high / 65535, 1):.0f}%, the largest value is {high} of 65535"
+    return eight, {"dark": f"{kind} ({used}): all but black; give --window"}
 
 
 def pillow_to_rgb(image: Image.Image, window: Ends | str | None = None, path: object = "image") -> Image.Image:
@@ -394,14 +402,18 @@ def picture_notes(image: Image.Image) -> Notes:
     return {}
 
 
-def picture_size(source: Source) -> tuple[int, int]:
-    """Width and height of a picture, of Pillow's formats from the header alone; errors are those of `read`."""
+def mask_sizes(source: Source) -> set[tuple[int, int]]:
+    """Width and height that a picture's mask may have: the picture's, before or after its pixels were made square.
+
+    Of Pillow's formats from the header alone; errors are those of `read`.
+    """
     frame = as_frame(source)
     with _naming(frame):
         if _kind(frame.path) != "pillow":
-            return read(frame).image.size
+            picture = read(frame)
+            return {picture.image.size, picture.stored}
         with frame.path.open("rb") as file, _opened(file, frame) as image:
-            return (image.tag_v2[256], image.tag_v2[257]) if isinstance(image, TiffImageFile) else image.size
+            return {(image.tag_v2[256], image.tag_v2[257]) if isinstance(image, TiffImageFile) else image.size}
 
 
 # --- masks ---
@@ -419,7 +431,7 @@ def read_mask(sample: Sample) -> tuple[Image.Image | None, Notes]:
     with _naming(sample.mask):
         kind = _kind(sample.mask)
         if kind == "nifti":
-            return read_nifti_mask(read_volume(sample.mask), sample.index or 0, sample.options.plane), {}
+            return nifti.read_mask(nifti.read_volume(sample.mask), sample.index or 0, sample.options.plane), {}
         if kind == "dicom":
             return read(Frame(sample.mask, sample.index, sample.options)).image.convert("L"), {}
         with _opened(BytesIO(read_bytes(sample.mask)), sample.mask) as image:
@@ -460,9 +472,9 @@ def load_grey_mask(sample: Sample, size: int) -> Tensor:
     mask, _ = read_mask(sample)
     if mask is None or sample.mask is None:
         return torch.zeros(1, size, size)
-    if mask.size != (expected := picture_size(sample)):
+    if mask.size not in (sizes := mask_sizes(sample)):
         if not sample.any_mask_size:
-            raise InputError(f"{sample.mask}: {mask.size} pixels, but its image has {expected}")
+            raise InputError(f"{sample.mask}: {mask.size} pixels, but its image has {' or '.join(map(str, sizes))}")
         words = "masks of another size than their images: resized, as the published loader does"
         warn_once(f"{sample.mask.parent}: {words}")
     return torch.from_numpy(np.array(mask.resize((size, size), Image.Resampling.NEAREST))).float()[None] / 255

@@ -1,21 +1,7 @@
 """Where a data set's images and masks lie: as its JSON file says, or as the folder itself shows.
 
-The file is <NAME>.json in the data set's own folder, or else in dataset/. Every key has a default:
-
-    prompt_name      what the prompts call the object; NAME with blanks for underscores
-    pixel_metrics    whether masks are used; true where there are any
-    valid, test      {"normal": FOLDER, "abnormal": FOLDER}, each a folder or a list of folders below the data set's,
-                     with the images in them, or in folders below (one for each patient); what the folder itself shows,
-                     see `detect`. A folder that both splits name is divided between them
-    valid_share      the part of such a folder that is valid; 0.3
-    masks            where an image's mask lies, without its extension; "{parent}/anomaly_mask/{stem}", where {stem} is
-                     the image's name, {folder} its folder's name, {parent} the path of the folder above that, {beside}
-                     that one's name and {above} the path of the folder above it
-    patient          a regular expression whose first group is the patient in an image's path below the data set's
-                     folder; what dataset/patients.py knows
-    mask_above       the grey of a mask (0 to 254 of 255) above which a pixel is abnormal; 127
-    window, plane    how DICOM, NIfTI and 16-bit files are read, as --window ([CENTER, WIDTH], "auto" or "full") and
-                     --plane of predict.py; the window in the file, and axial
+The file is <NAME>.json in the data set's own folder, or else in dataset/. docs/data.md explains its keys, which are the
+fields of `Layout`.
 """
 
 from __future__ import annotations
@@ -30,10 +16,11 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from utils import InputError, read_text
+from utils import InputError, integer, read_text
 
-from .images import ABNORMAL_ABOVE, PLANES, ReadOptions, file_kind, parse_window, stem
+from .images import ABNORMAL_ABOVE, list_files, parse_window, stem
 from .patients import compile_rule
+from .reading import PLANES, ReadOptions, check_file
 
 Classes = dict[str, list[Path]]  # `KINDS` -> folders
 FOLDER = Path(__file__).parent
@@ -49,7 +36,7 @@ BENCHMARKS = ("Brain", "Chest", "Histopathology", "Liver", "Retina_OCT2017", "Re
 NO_LAYOUT = (
     "no known layout; expected valid/ and test/ with good/ and Ungood/, normal/ and abnormal/ or 0/ and 1/ in each, "
     "those two alone, or MVTec's train/good and test/<defect>; or describe it in a JSON file, which `python -m "
-    "dataset.check` begins and dataset/layout.py explains"
+    "dataset.check` begins and docs/data.md explains"
 )
 MADE_UP = "PHANTOM.txt"  # marks what dataset.phantom has drawn
 # What `detect` knows, each in the order of preference; upper and lower case are the same.
@@ -126,6 +113,17 @@ class Layout:
         return json.dumps(values, indent=2)
 
 
+def add_reading_flags(group: Any) -> None:  # noqa: ANN401 - a parser or a group, which is private in argparse
+    """The flags that stand for what a data set's JSON file says."""
+    flag, otherwise = group.add_argument, "default: the data set's, else"
+    flag("--patient", metavar="REGEX", help="finds the patient in an image's path below its folder (docs/data.md)")
+    flag("--mask_above", type=integer(0, 254), metavar="GREY",
+         help=f"a mask's grey above which a pixel is abnormal ({otherwise} 127; 25: BMAD, 0: AA-CLIP)")  # fmt: skip
+    flag("--window", nargs="+", metavar="W",
+         help=f"CENTER WIDTH, auto or full: grey levels beyond 8 bits ({otherwise} the file's)")  # fmt: skip
+    flag("--plane", choices=PLANES, help=f"in which NIfTI volumes are cut ({otherwise} axial)")
+
+
 def described() -> tuple[str, ...]:
     """The names of the data sets that have a JSON file in dataset/, sorted."""
     return tuple(sorted(path.stem for path in FOLDER.glob("*.json") if path != PUBLISHED))
@@ -172,7 +170,7 @@ def read_config(path: Path) -> dict[str, Any]:
     }
     for key, test in tests.items():
         if key in config and not test(config[key]):
-            raise InputError(f"{path}: {key} cannot be {config[key]!r:.80}; dataset/layout.py says what it may be")
+            raise InputError(f"{path}: {key} cannot be {config[key]!r:.80}; docs/data.md says what it may be")
     for split in SPLITS:
         if split in config:
             config[split] = _read_folders(config[split], f"{path}: {split}")
@@ -212,26 +210,13 @@ def _is_mask_template(text: str) -> bool:
 def list_images(folder: Path) -> list[Path]:
     """The image files in a folder and below it (a folder for each patient), sorted; none where it is missing.
 
-    Hidden files, other formats, and folders of masks are left out. `InputError` for a folder that cannot be read, a
-    link to nothing, a pipe, socket or device: leaving it out would change the numbers.
+    Folders of masks are left out. `InputError` for a folder that cannot be read, a link to nothing, a pipe, socket or
+    device: leaving it out would change the numbers.
     """
-    if not folder.is_dir():
-        return []
     result = []
-    try:
-        entries = [path for path in folder.iterdir() if path.name[0] != "."]
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
-    for path in entries:
-        if path.is_dir():
-            inside = folder.resolve()
-            is_loop = path.is_symlink() and path.resolve() in (inside, *inside.parents)
-            if path.name.lower() not in MASK_FOLDERS and not is_loop:
-                result += list_images(path)
-        elif file_kind(path):
-            if not path.is_file():
-                reason = "a pipe, a socket or a device" if path.exists() else "a link to a file that is not there"
-                raise InputError(f"{path}: {reason}, no image")
+    for path, place in list_files([folder] if folder.is_dir() else []):
+        if not {part.lower() for part in Path(place).parts[:-1]} & set(MASK_FOLDERS):
+            check_file(path)
             result.append(path)
     return sorted(result)
 

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from utils import InputError, anonymous_name, preview, warn
 
 from .fewshot import SEEDS, check_shot_names, parse_shot_list, pick_lines
+from .grey import Ends
 from .images import (
     EXTENSIONS,
-    NoImageError,
-    ReadOptions,
     Sample,
     file_kind,
     frames,
@@ -44,6 +43,7 @@ from .layout import (
     object_name,
 )
 from .patients import compile_rule, falls_in_valid, patient
+from .reading import NoImageError, ReadOptions
 
 if TYPE_CHECKING:
     import argparse
@@ -117,12 +117,13 @@ class MedicalDataset:
         data_root: str | Path | None = None,
         patient: str | None = None,
         mask_above: int | None = None,
-        options: ReadOptions | None = None,
+        window: Ends | str | None = None,
+        plane: str | None = None,
     ) -> MedicalDataset:
         """Find `data_root`, or <data_path>/<obj>_AD; `InputError` where it or a part of it is missing.
 
         <obj>.json in the folder itself or in dataset/ may describe it. `patient` (a regular expression), `mask_above`
-        (0 to 254) and `options` stand for what that file says; see dataset/layout.py.
+        (0 to 254), `window` and `plane` stand for what that file says; see docs/data.md.
         """
         root = data_folder(obj, data_path, data_root)
         layout = Layout.load(obj, root)
@@ -133,23 +134,21 @@ class MedicalDataset:
                 raise InputError(f"{top} not found; {_hint(obj, data_path) if data_root is None else other}")
         if patient is not None:
             compile_rule(patient, "--patient")
-            layout = replace(layout, patient=patient)
-        if mask_above is not None:
-            if not 0 <= mask_above <= 254:
-                raise InputError(f"--mask_above {mask_above}: from 0 to 254, of 255")
-            layout = replace(layout, mask_above=mask_above)
-        if options is not None:
-            layout = replace(layout, window=options.window, plane=options.plane)
+        if mask_above is not None and not 0 <= mask_above <= 254:
+            raise InputError(f"--mask_above {mask_above}: from 0 to 254, of 255")
+        layout = replace(
+            layout, patient=patient or layout.patient, window=window or layout.window, plane=plane or layout.plane,
+            mask_above=layout.mask_above if mask_above is None else mask_above,
+        )  # fmt: skip
         return cls(obj, root, layout)
 
     @classmethod
     def from_options(cls, options: argparse.Namespace) -> MedicalDataset:
-        """`open` with the flags of a command line: obj, data_path, data_root, patient, mask_above, window, plane."""
-        window = parse_window(options.window or ())
-        dataset = cls.open(options.obj, options.data_path, options.data_root, options.patient, options.mask_above)
-        layout = dataset.layout
-        layout = replace(layout, window=window or layout.window, plane=options.plane or layout.plane)
-        return replace(dataset, layout=layout)
+        """`open` with the flags of a command line: obj, data_path, data_root, and those of `add_reading_flags`."""
+        return cls.open(
+            options.obj, options.data_path, options.data_root, options.patient, options.mask_above,
+            parse_window(options.window or ()), options.plane,
+        )  # fmt: skip
 
     @property
     def reading(self) -> dict[str, Any]:

@@ -10,12 +10,11 @@ is known. Afterwards: `python train.py --obj breastmnist --data_path data --shot
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,10 +23,10 @@ from PIL import Image
 
 from utils import InputError, Parser, integer, run_cli, write_json
 
+from .writer import Writer, new_folder
+
 SIZES = (28, 64, 128, 224)
-SHOTS = (2, 4, 8, 16)
-FOLDERS = ("good", "Ungood")  # label 0, label 1
-SPLITS = {"valid": ("train", "val"), "test": ("test",)}  # ours -> MedMNIST's
+PARTS = {"valid": ("train", "val"), "test": ("test",)}  # our split -> MedMNIST's
 CITATION = (
     "Yang J, Shi R, Wei D, et al. MedMNIST v2 - A large-scale lightweight benchmark for 2D and 3D biomedical image "
     "classification. Scientific Data 10, 41 (2023)."
@@ -114,40 +113,31 @@ def labels_of(path: Path, split: str, normal: int | None) -> np.ndarray:
     return values.any(axis=1).astype(int) if normal is None else (values[:, 0] != normal).astype(int)
 
 
-def convert(archive: Path, name: str, folder: Path, most_valid: int, seed: int) -> dict[str, list[str]]:
+def convert(archive: Path, name: str, folder: Path, most_valid: int, seed: int) -> Writer:
     """Write images, shot lists, NAME.json and LICENSE.txt below `folder`, which is empty.
 
-    At most `most_valid` images of a class (0: all) are drawn for valid/. Returns the names in each
-    `<split>/<class's folder>`.
+    At most `most_valid` images of a class (0: all) are drawn for valid/.
     """
-    source, rng = SOURCES[name], random.Random(seed)
-    names: dict[str, list[str]] = {f"{split}/{kind}": [] for split in SPLITS for kind in FOLDERS}
-    for split, parts in SPLITS.items():
-        labels = {part: labels_of(archive, part, source.normal) for part in parts}
-        most, chosen = most_valid if split == "valid" else 0, set()
-        for label, kind in enumerate(FOLDERS):
-            (folder / split / kind / "img").mkdir(parents=True)
+    source, rng, writer = SOURCES[name], random.Random(seed), Writer(folder)
+    labels = {part: labels_of(archive, part, source.normal) for part in chain(*PARTS.values())}
+    for split, parts in PARTS.items():
+        chosen = set[tuple[str, int]]()
+        for label in (0, 1):
             known = [(part, number) for part in parts for number in np.flatnonzero(labels[part] == label).tolist()]
-            chosen |= set(rng.sample(known, most) if 0 < most < len(known) else known)
+            is_drawn = split == "valid" and 0 < most_valid < len(known)
+            chosen |= set(rng.sample(known, most_valid) if is_drawn else known)
         for part in parts:
             for number, pixels in enumerate(rows(archive, f"{part}_images")):
-                if (part, number) not in chosen:
-                    continue
                 if pixels.ndim != 2 and pixels.shape[2:] != (3,):
                     raise InputError(f"{archive}: {part}_images are {pixels.shape}, not (S, S) or (S, S, 3)")
-                place, file = f"{split}/{FOLDERS[labels[part][number]]}", f"{part}{number:06d}.png"
-                Image.fromarray(pixels).save(folder / place / "img" / file)
-                names[place].append(file)
-    (folder / "fewshot_seed").mkdir()
-    shots = {tag: rng.sample(of, len(of)) for tag, of in (("n", names["valid/good"]), ("a", names["valid/Ungood"]))}
-    for count in SHOTS:  # each list the beginning of the next; none that a class has too few images for
-        if all(len(of) >= count for of in shots.values()):
-            lines = [f"{tag}-0: {' '.join(of[:count])}\n" for tag, of in shots.items()]
-            (folder / f"fewshot_seed/my{count}-shot.txt").write_text("".join(lines), encoding="utf-8")
+                if (part, number) in chosen:
+                    writer.add(split, int(labels[part][number]), f"{part}{number:06d}", Image.fromarray(pixels))
+    shots = {label: rng.sample(of, len(of)) for (split, label), of in writer.names.items() if split == "valid"}
+    writer.write_lists(shots)
     write_json(folder / f"{name}.json", {"prompt_name": source.prompt_name, "pixel_metrics": False})
     text = LICENCE_TEXT.format(name=name, licence=LICENCE, citation=CITATION, source=source)
     (folder / "LICENSE.txt").write_text(text, encoding="utf-8")
-    return names
+    return writer
 
 
 def download(name: str, size: int, folder: Path) -> Path:
@@ -179,21 +169,10 @@ def main() -> None:
     parser.add_argument("--download_dir", type=Path, default=Path(".cache/medmnist"), help="where downloads are kept")
     options = parser.parse_args()
     root = options.out / f"{options.name}_AD"
-    if root.exists():
-        raise InputError(f"--out {options.out}: {root} is there already; remove it or choose another folder")
-    archive = options.npz or download(options.name, options.size, options.download_dir)
-    temporary = root.with_name(f".{root.name}.{os.getpid()}.tmp")  # so that half a data set never has its name
-    try:
-        temporary.mkdir(parents=True)
-        names = convert(archive, options.name, temporary, options.valid, options.seed)
-        temporary.replace(root)
-    except OSError as error:
-        raise InputError(f"--out: {error.filename or root} cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for split in SPLITS:
-        normal, abnormal = (len(names[f"{split}/{kind}"]) for kind in FOLDERS)
-        print(f"{root / split}: {normal} normal and {abnormal} abnormal images")
+    with new_folder(root, "--out") as temporary:
+        archive = options.npz or download(options.name, options.size, options.download_dir)
+        writer = convert(archive, options.name, temporary, options.valid, options.seed)
+    print(f"{root}: {writer.counts()}")
     print(f"{options.name}: {LICENCE}; {root / 'LICENSE.txt'} says whom to cite")
     print(f"next: python train.py --obj {options.name} --data_path {options.out} --shot 16")
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from CLIP import find_weights
 from CLIP.clip import create_model
+from CLIP.weights import find_weights
 from Prompt.promptChooser import fixed_feature
 from utils import set_seed
 
@@ -177,7 +177,7 @@ def measure_baselines(options: argparse.Namespace) -> dict[str, Any]:
     which --dec_type summarises; but the nearest normal patch, as PatchCore, by the farthest patch.
 
     Returns:
-        {"obj": ..., "shots": ..., "baselines": {name: metrics}}.
+        {"obj": ..., "mask_above": ..., "shots": ..., "baselines": {name: metrics}}.
     """
     set_seed(options.seed)
     splits, device = Splits.open(options), pick_device(options.device)
@@ -214,4 +214,5 @@ def measure_baselines(options: argparse.Namespace) -> dict[str, Any]:
         metrics = measure(evaluation, masks if localised else None, full=True)
         results[name] = {**metrics.values, **measure_without(evaluation, masks, splits.shot_patients())}
         print(f"{name}: {metrics.line()}", flush=True)
-    return {"obj": options.obj, "shots": splits.shots.names(), "baselines": results}
+    result = {"obj": options.obj, "mask_above": settings.mask_above, "shots": splits.shots.names()}
+    return {**result, "baselines": results}

@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from CLIP.config import ModelConfig
-from CLIP.hub import one_line
 from CLIP.openai import check_archive, is_plain, refused_global
 from CLIP.weights import find_weights
 from Prompt.states import states_fault
-from utils import InputError, Parser, atomic_path, checked, printable, probe_writable, run_cli, warn
+from utils import InputError, Parser, atomic_path, checked, one_line, printable, probe_writable, run_cli, warn
 
 from .config import VERSION, Settings
 

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from CLIP.config import ADAPTER_KINDS, FIDELITIES, PRETRAINS, ModelConfig
-from dataset.layout import described, named_after, object_name
-from dataset.volumes import PLANES
+from dataset.layout import add_reading_flags, described, named_after, object_name
 from Prompt.states import TEXT_MOODS, read_prompts, states_fault
 from utils import InputError, Parser, checked, integer, printable
 
@@ -289,18 +288,7 @@ def add_data_flags(parser: argparse.ArgumentParser, obj: str) -> None:
         "--data_root", action=DataRoot, type=nonempty_path,
         help="the data set's own folder, instead of <data_path>/<obj>_AD",
     )  # fmt: skip
-    data.add_argument("--patient", metavar="REGEX", help="finds the patient in a file's name (docs/data.md)")
-    data.add_argument(
-        "--mask_above", type=integer(0, 254), metavar="GREY",
-        help="a mask's grey above which a pixel is abnormal (default: the data set's, else 127; 25: BMAD, 0: AA-CLIP)",
-    )  # fmt: skip
-    data.add_argument(
-        "--window", nargs="+", metavar="W",
-        help="CENTER WIDTH, auto or full: grey levels beyond 8 bits (default: the data set's, else the file's)",
-    )  # fmt: skip
-    data.add_argument(
-        "--plane", choices=PLANES, help="in which NIfTI volumes are cut (default: the data set's, else axial)"
-    )
+    add_reading_flags(data)
     data.add_argument("--save_path", default="./ckpt/", type=nonempty_path, help="folder of <obj>.pth, the checkpoint")
     data.add_argument("--weights", type=nonempty_path, help="file with CLIP weights, instead of the one in CLIP/ckpt")
     data.add_argument(

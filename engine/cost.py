@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from CLIP import ModelConfig
+from CLIP.config import ModelConfig
 from dataset.check import PUBLISHED_COUNTS
 from utils import VIEWS, InputError
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from CLIP import CLIP, DualBranchAdapters
-from CLIP.adapter_shared import BRANCHES, HEADS
+from CLIP.adapter_shared import BRANCHES, HEADS, DualBranchAdapters
+from CLIP.model import CLIP
 from loss import patch_difference
-from Prompt import PromptChooser
+from Prompt.promptChooser import PromptChooser
 
 from .config import Settings
 

@@ -12,8 +12,8 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from CLIP import ModelConfig
-from dataset.layout import BENCHMARKS, object_name
+from CLIP.config import ModelConfig
+from dataset.layout import BENCHMARKS, config_path, described, object_name, read_config
 from utils import InputError, Parser
 
 from .config import MODEL_FLAGS, RESUMABLE, Formatter, check_layers, nonempty_path, positive, train_options
@@ -122,11 +122,11 @@ class Grid:
         return MedicalDataset.from_options(Namespace(**{**vars(self.base), "obj": obj}))
 
     def has_masks(self, obj: str) -> bool:
-        """Whether a data set has masks; where it is not there, whether the published one has."""
+        """Whether a data set has masks; where it is not there, whether its JSON file says so."""
         try:
             return self.dataset(obj).pixel_metrics
         except InputError:
-            return obj in ("Brain", "Liver", "Retina_RESC")
+            return obj in described() and read_config(config_path(obj)).get("pixel_metrics", False)
 
     def arguments(self, cell: Cell) -> list[str]:
         """train.py's command line."""

@@ -5,18 +5,18 @@ from __future__ import annotations
 import gzip
 import shutil
 import time
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from dataset.images import PLANES, Frame
-from dataset.volumes import parse_dicom
+from dataset import dicom, nifti
+from dataset.images import Frame
+from dataset.reading import PLANES, optional
 from utils import InputError, atomic_path
 
-from .scans import MARK, frame_values, nifti_header, nifti_shape
+from .scans import MARK
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -30,6 +30,10 @@ COPIED = (
     "PatientAge", "StudyInstanceUID", "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName", "StudyID",
     "StudyDescription", "FrameOfReferenceUID", "PositionReferenceIndicator", "Laterality", "SliceThickness",
     "SpacingBetweenSlices",
+)  # fmt: skip
+REQUIRED = (  # of a secondary capture: empty where they are not known
+    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
+    "AccessionNumber", "ReferringPhysicianName", "StudyInstanceUID", "Laterality", "PatientOrientation",
 )  # fmt: skip
 IDENTIFYING = (
     "PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex", "PatientAge", "AccessionNumber",
@@ -56,11 +60,9 @@ class NiftiHeat:
     """
 
     def __init__(self, path: Path, source: Path, plane: str, layers: int, heat_range: tuple[float, float]) -> None:
-        orientations: Any = import_module("nibabel.orientations")  # optional, and without types
         self.path, self.layers, self.axis = path, layers, PLANES.index(plane)
-        original = nifti_header(source)
-        self.header, shape = original.copy(), nifti_shape(original)
-        self.header.set_data_shape(shape)
+        self.header = nifti.header_of(source).copy()
+        shape = self.header.get_data_shape()
         self.header.set_data_dtype(np.int16)
         self.header.set_slope_inter(layers / 32767, 0)
         self.header.set_data_offset(self.header.single_vox_offset)
@@ -74,16 +76,13 @@ class NiftiHeat:
             self.voxels = np.memmap(self.collected, self.header.get_data_dtype(), "w+", shape=shape, order="F")
         except OSError as error:
             raise InputError(f"--out {path}: cannot be written ({error.strerror or error})") from error
-        turn = orientations.io_orientation(original.get_best_affine())
-        view = orientations.apply_orientation(self.voxels, turn)  # a view, not a copy
+        turn = optional("nibabel.orientations", source).apply_orientation
+        view = turn(self.voxels, nifti.turn_of(source))  # a view, not a copy
         self.turned = view if view.ndim == 4 else view[..., None]
 
     def add(self, index: int, heat: np.ndarray) -> None:
         """Put in the heat map (S, S) of the slice with this index."""
-        time_point, place = divmod(index, self.turned.shape[self.axis])
-        fixed = {3: time_point, self.axis: place}
-        where = tuple(fixed.get(axis, slice(None)) for axis in range(4))
-        target = self.turned[where][::-1, ::-1].T  # as the reader shows it
+        target = nifti.slice_of(self.turned, index, self.axis)
         target[...] = (fit(heat, *target.shape) / self.layers * 32767).round()
 
     def close(self, keep: bool = True) -> None:
@@ -121,8 +120,7 @@ class DicomHeat:
 
     def add(self, frame: Frame, number: int, heat: np.ndarray) -> None:
         """Write the heat map (S, S) of an image as file `number` of the series."""
-        with frame.path.open("rb") as file:
-            source = parse_dicom(file, frame.path, header_only=True)
+        source = dicom.read_header(frame.path)
         result = self._dataset(source, frame.index or 0, number)
         values = fit(heat, source.Rows, source.Columns) / self.layers * 65535
         result.PixelData = values.round().clip(0, 65535).astype("<u2").tobytes()
@@ -138,8 +136,7 @@ class DicomHeat:
         for name in COPIED:
             if name in source and not (self.anonymous and name in IDENTIFYING):
                 result[name] = source[name]
-        for name in ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
-                     "AccessionNumber", "ReferringPhysicianName", "StudyInstanceUID"):  # fmt: skip
+        for name in REQUIRED:
             if name not in result:
                 setattr(result, name, "")
         if self.anonymous:
@@ -152,7 +149,7 @@ class DicomHeat:
             ("PlaneOrientationSequence", ("ImageOrientationPatient",)),
             ("PixelMeasuresSequence", ("PixelSpacing", "SliceThickness")),
         ):
-            holder = frame_values(source, index, sequence)
+            holder = dicom.frame_values(source, index, sequence)
             for name in names:
                 if holder.get(name) not in (None, ""):
                     result[name] = holder[name]
@@ -161,7 +158,7 @@ class DicomHeat:
             "SOPClassUID": SECONDARY_CAPTURE, "SOPInstanceUID": generate_uid(), "SeriesInstanceUID": self.uid,
             "ImageType": ["DERIVED", "SECONDARY"], "Modality": "OT", "ConversionType": "WSD",
             "Manufacturer": "MadCLIP", "SeriesDescription": MARK, "DerivationDescription": DERIVATION,
-            "SeriesNumber": (_integer(source.get("SeriesNumber")) or 0) % 100_000 * 1000 + 777,
+            "SeriesNumber": int(sum(dicom.numbers(source.get("SeriesNumber"))[:1])) % 100_000 * 1000 + 777,
             "InstanceNumber": number, "SeriesDate": self.date, "SeriesTime": self.time, "ContentDate": self.date,
             "ContentTime": self.time, "InstanceCreationDate": self.date, "InstanceCreationTime": self.time,
             "BurnedInAnnotation": "NO", "SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2",
@@ -180,10 +177,3 @@ class DicomHeat:
         result.file_meta = FileMetaDataset()
         result.file_meta.TransferSyntaxUID = UID(EXPLICIT_LITTLE_ENDIAN)
         return result
-
-
-def _integer(value: Any) -> int | None:  # noqa: ANN401 - whatever an element holds
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        return None

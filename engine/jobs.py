@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from utils import InputError
+from utils import InputError, one_line
 
 if TYPE_CHECKING:
     from submitit import AutoExecutor, Job
@@ -97,8 +97,3 @@ def run_jobs(
     finally:
         for job, _ in running.values():
             job.cancel()
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message without line breaks, or where it has none its type."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -25,9 +25,11 @@ from torch import Tensor
 
 from CLIP.clip import create_model
 from CLIP.model import CLIP
-from dataset.images import AS_STORED, Frame, ReadOptions, load_image, pillow_to_rgb, read, to_rgb, to_tensor
+from dataset.grey import to_rgb
+from dataset.images import Frame, load_image, pillow_to_rgb, read, to_tensor
 from dataset.layout import config_path, read_config
 from dataset.medical_few import MedicalDataset, Sample
+from dataset.reading import AS_STORED, ReadOptions
 from loss import anomaly_map, image_score
 from utils import InputError, prefetch, warn
 
@@ -35,6 +37,7 @@ from .checkpoint import Checkpoint, find_trained_weights
 from .config import MODEL_FLAGS, Settings, check_against, pick_autocast, pick_device
 from .detector import Detector
 from .evaluation import Evaluation, Masks
+from .scans import Opened
 
 ImageLike = str | Path | Image.Image | np.ndarray | Frame
 PIXEL_KEYS = ("pixel_value", "heat_range")  # of a threshold: what needs masks
@@ -124,6 +127,10 @@ class Predictor:
             tensors = torch.stack([to_tensor(picture, self.settings.img_size) for picture in pictures])
             predictions += self.predict_tensors(tensors, [picture.size for picture in pictures])
         return predictions
+
+    def predict_opened(self, batch: Sequence[Opened]) -> list[Prediction]:
+        """Predict a batch of images that are decoded."""
+        return self.predict_tensors(torch.stack([image.tensor for image in batch]), [image.size for image in batch])
 
     def predict_tensors(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
         """Predict a batch (B, 3, S, S) in [0, 1] of images that had the given sizes (W, H)."""

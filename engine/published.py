@@ -16,10 +16,9 @@ from torch import Tensor
 
 from CLIP.adapter_shared import BRANCHES
 from CLIP.config import ModelConfig, list_models
-from CLIP.hub import one_line
 from CLIP.model import CLIP
 from CLIP.openai import is_plain
-from utils import InputError
+from utils import InputError, one_line
 
 from .config import MODEL_FLAGS, VERSION, Settings, check_layers
 from .detector import Detector

@@ -1,72 +1,29 @@
-"""The images that are to be predicted, and what their files say of them: patient, series, position, orientation.
-
-Pictures without a patient's coordinate system (PNG, TIFF, ...) have empty answers. Positions are in millimetres.
-"""
+"""The images that are to be predicted: which files, which of their slices belong together, and in what order."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import math
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dataset.images import PLANES, Frame, MissingPackageError, NoImageError, ReadOptions, file_kind, frames, list_files
+from dataset.images import Frame, describe, file_kind, frames, list_files
 from dataset.patients import patient
-from dataset.volumes import parse_dicom
+from dataset.reading import MissingPackageError, NoImageError, ReadOptions, Slice
 from utils import InputError, anonymous_name, printable
 
 if TYPE_CHECKING:
     from PIL import Image
-    from pydicom import Dataset
     from torch import Tensor
 
 MARK = "MadCLIP heat map, research use"  # in the head of every picture that is written, so that none becomes an input
 TABLES = ("predictions.csv", "predictions.json", "predictions.partial.csv", "groups.csv")
-POSITIVE = {"dicom": "LPS", "nifti": "RAS"}  # where the coordinates x, y, z grow
-OPPOSITE = dict(zip("LRPASI", "RLAPIS", strict=True))
-
-
-@dataclass(frozen=True)
-class Slice:
-    """What a file says of one of its images."""
-
-    patient_id: str = ""
-    study_uid: str = ""
-    series_uid: str = ""
-    instance_number: int | None = None
-    position: float | None = None  # along the slices' normal (NIfTI: the axis that is cut)
-    plane: str = ""
-    normal: tuple[float, ...] = ()  # of DICOM slices
-    edges: str = ""  # the patient's sides at the left, right, top and bottom edge of the image, such as RLAP
-
-    @property
-    def orientation(self) -> str:
-        """The edges in words."""
-        names = ("left", "right", "top", "bottom")
-        return ", ".join(f"{name} {side}" for name, side in zip(names, self.edges, strict=False))
-
-
-def slices_of(frames: Sequence[Frame]) -> list[Slice]:
-    """What a file says of its frames, which are of one file; nothing where its header is odd."""
-    kind = file_kind(frames[0].path)
-    try:
-        if kind == "dicom":
-            with frames[0].path.open("rb") as file:
-                header = parse_dicom(file, frames[0].path, header_only=True)
-            return [_dicom_slice(header, frame.index, len(frames)) for frame in frames]
-        if kind == "nifti":
-            return _nifti_slices(frames)
-    except (OSError, InputError, ValueError, TypeError, AttributeError):  # the reader says what is wrong
-        pass
-    return [Slice()] * len(frames)
 
 
 def in_order(slices: Sequence[Slice]) -> list[int]:
@@ -74,11 +31,9 @@ def in_order(slices: Sequence[Slice]) -> list[int]:
     normals = [slice_.normal for slice_ in slices]
     parallel = len({bool(n) for n in normals}) == 1 and all(np.dot(n, normals[0]) > 0.99 for n in normals if n)
 
-    def key(i: int) -> tuple[float, float]:
-        position, number = slices[i].position, slices[i].instance_number
-        infinite = float("inf")
-        place = infinite if position is None else position
-        return (place if parallel else 0.0), (infinite if number is None else number)
+    def key(i: int) -> list[float]:
+        values = (slices[i].position if parallel else 0.0, slices[i].instance_number)
+        return [math.inf if value is None else value for value in values]
 
     return sorted(range(len(slices)), key=key)
 
@@ -94,110 +49,6 @@ def is_own_result(path: Path) -> bool:
             return MARK.encode() in file.read(4096)
     except (OSError, EOFError):
         return False
-
-
-# --- what a slice is ---
-
-
-def _dicom_slice(header: Dataset, index: int | None, count: int) -> Slice:
-    def numbers(sequence: str, keyword: str, size: int) -> np.ndarray | None:
-        holder = frame_values(header, index or 0, sequence)
-        if holder is header and count > 1:  # one position for many frames is not a frame's
-            return None if keyword == "ImagePositionPatient" else vector(header.get(keyword), size)
-        return vector(holder.get(keyword), size)
-
-    place = numbers("PlanePositionSequence", "ImagePositionPatient", 3)
-    directions = numbers("PlaneOrientationSequence", "ImageOrientationPatient", 6)
-    plane, edges, normal = "", "", None
-    if directions is not None:
-        across, down = directions[:3], directions[3:]
-        normal = np.cross(across, down)
-        plane = PLANES[int(np.abs(normal).argmax())]
-        right, bottom = _side(across, "dicom"), _side(down, "dicom")
-        edges = OPPOSITE[right] + right + OPPOSITE[bottom] + bottom
-    number = None
-    with suppress(TypeError, ValueError):
-        number = int(header.get("InstanceNumber")) if index is None else index + 1
-    return Slice(
-        str(header.get("PatientID") or ""),
-        str(header.get("StudyInstanceUID") or ""),
-        str(header.get("SeriesInstanceUID") or ""),
-        number,
-        None if place is None or normal is None else round(float(np.dot(place, normal)), 3),
-        plane,
-        () if normal is None else tuple(normal.tolist()),
-        edges,
-    )
-
-
-def frame_values(header: Dataset, index: int, sequence: str) -> Dataset:
-    """Where a frame's values stand: in enhanced files its own or the shared functional group, else the file itself."""
-    per_frame, shared = (header.get(f"{name}FunctionalGroupsSequence") or [] for name in ("PerFrame", "Shared"))
-    for group in (*per_frame[index : index + 1], *shared):
-        if group.get(sequence):
-            values: Dataset = group[sequence][0]
-            return values
-    return header
-
-
-def vector(value: Any, size: int) -> np.ndarray | None:  # noqa: ANN401 - whatever an element holds
-    """The element as `size` finite numbers; None for anything else."""
-    try:
-        numbers = np.array([float(number) for number in value or ()])
-    except (TypeError, ValueError):
-        return None
-    return numbers if numbers.shape == (size,) and np.isfinite(numbers).all() else None
-
-
-def _side(direction: np.ndarray, kind: str) -> str:
-    """The patient's side to which a direction mostly points."""
-    axis = int(np.abs(direction).argmax())
-    side = POSITIVE[kind][axis]
-    return side if direction[axis] > 0 else OPPOSITE[side]
-
-
-@lru_cache(maxsize=64)
-def nifti_header(path: Path) -> Any:  # noqa: ANN401 - nibabel has no types
-    """The header as it is in the file, unpacked where need be."""
-    nibabel: Any = import_module("nibabel")  # optional, and without types
-
-    with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    with gzip.open(path) if packed else path.open("rb") as file:
-        head = file.read(1024)
-    is_second = 540 in (int.from_bytes(head[:4], order) for order in ("little", "big"))
-    kind = nibabel.Nifti2Header if is_second else nibabel.Nifti1Header
-    return kind(head[: kind.template_dtype.itemsize])
-
-
-def nifti_shape(header: Any) -> tuple[int, ...]:  # noqa: ANN401
-    """The shape without trailing axes of 1 beyond three, as the reader takes it."""
-    shape = tuple(int(side) for side in header.get_data_shape())
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    return shape
-
-
-def _nifti_slices(frames: Sequence[Frame]) -> list[Slice]:
-    orientations: Any = import_module("nibabel.orientations")
-    header, plane = nifti_header(frames[0].path), frames[0].options.plane
-    shape, axis = nifti_shape(header), PLANES.index(plane)
-    affine = header.get_best_affine()
-    turned = orientations.io_orientation(affine)
-    affine = affine @ orientations.inv_ornt_aff(turned, shape[:3])  # of the axes turned to x right, y anterior, z up
-    sides = np.empty(3, dtype=int)
-    sides[turned[:, 0].astype(int)] = shape[:3]
-    known = int(header["qform_code"]) > 0 or int(header["sform_code"]) > 0  # else the axes' directions are a guess
-    edges = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}[plane] if known else ""
-    slices = []
-    for frame in frames:
-        center = np.append((sides - 1) / 2, 1.0)
-        center[axis] = (frame.index or 0) % sides[axis]
-        slices.append(Slice(position=round(float((affine @ center)[axis]), 3), plane=plane, edges=edges))
-    return slices
-
-
-# --- what there is to predict ---
 
 
 @dataclass(frozen=True)
@@ -227,6 +78,16 @@ class Entry:
     def word(self, text: str) -> str:
         """A name or number of the scan as the results give it."""
         return hashlib.sha256(text.encode()).hexdigest()[:16] if self.hidden and text else printable(text)
+
+    def columns(self) -> dict[str, Any]:
+        """What the tables say of the file and its slice."""
+        said = self.slice
+        return {
+            "file": self.file, "frame": self.frame.index, "PatientID": self.word(said.patient_id) or None,
+            "StudyInstanceUID": self.word(said.study_uid) or None,
+            "SeriesInstanceUID": self.word(said.series_uid) or None, "InstanceNumber": said.instance_number,
+            "slice_position": said.position, "plane": said.plane or None, "orientation": said.orientation or None,
+        }  # fmt: skip
 
     def group(self, by: str) -> str:
         """What it is counted with in groups.csv."""
@@ -263,7 +124,7 @@ def list_entries(inputs: Sequence[str], reading: ReadOptions, hidden: bool) -> L
         except InputError as error:
             result.faults.append(str(error))
         else:
-            files.append((place, inside, slices_of(inside)))
+            files.append((place, inside, describe(inside)))
     series: defaultdict[str, list[tuple[Frame, str, Slice]]] = defaultdict(list)
     for number, (place, inside, slices) in enumerate(files):
         for frame, slice_ in zip(inside, slices, strict=True):

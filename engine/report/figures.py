@@ -1,8 +1,8 @@
 """Figures for papers and for the report page, through matplotlib: curves, histograms, the run, a sheet of images.
 
-A user's style counts: matplotlib's own `matplotlibrc` (in the working folder, at MATPLOTLIBRC, ...) wherever it departs
-from matplotlib's defaults, and over it a style file `madclip.mplstyle` in the working folder. On the page the
-colours of this module follow the reader's light or dark screen. The same numbers give the same bytes.
+A user's style counts: matplotlib's own style file, `matplotlibrc` (in the working folder, at MATPLOTLIBRC, ...),
+wherever it departs from matplotlib's defaults. On the page the colours of this module follow the reader's light or dark
+screen. The same numbers give the same bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from utils import InputError, atomic_path, printable
+from utils import atomic_path, printable
 
 from ..evaluation import Evaluation, Masks
 from .images import COLOUR_MAP, alpha_blend, draw_outline, read_picture
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     from ..metrics import Metrics
 
-STYLE_FILE = "madclip.mplstyle"
 COLOURS = {"ink": "#16191d", "muted": "#5c636b", "grid": "#dfe3e7", "accent": "#0a5fb4"}  # page.html has them, and dark
 # Families for names of files that DejaVu Sans, which comes with matplotlib, has no letters for.
 FALLBACKS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "PingFang SC", "Hiragino Sans",
@@ -61,16 +60,6 @@ History = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Curve:
-    """A curve over the epochs."""
-
-    points: np.ndarray  # (2, points): epochs, values
-    name: str
-    colour: str
-    line: str  # style
-
-
-@dataclass(frozen=True)
 class Plot:
     """A titled figure of one pair of axes, which is drawn when it is written."""
 
@@ -79,13 +68,12 @@ class Plot:
 
     def svg(self, name: str) -> str:
         """An <svg> element for the page, whose CSS colours it; `name` sets its references apart from other figures'."""
-        with _style(name, page=True), _quiet():
+        with _style(name, page=True):
             text = _bytes(self._figure(), "svg").decode()
         text = re.sub(r"<(style|metadata)\b.*?</\1>", "", text[text.index("<svg") :], flags=re.DOTALL)
         text = text.replace("xlink:href", "href")
-        targets = set(
-            re.findall(r'(?:href="|url\()#([^")]+)', text)
-        )  # other names are in other figures of the page too
+        # Names that nothing refers to are in other figures of the page too.
+        targets = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
         text = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in targets else "", text)
         for word, colour in COLOURS.items():
             text = text.replace(colour, f"var(--{word})")
@@ -94,7 +82,7 @@ class Plot:
 
     def save(self, folder: Path, name: str) -> None:
         """Write NAME.svg and NAME.png."""
-        with _style(name), _quiet():
+        with _style(name):
             _save(self._figure(), folder, name)
 
     def _figure(self) -> Figure:
@@ -134,16 +122,13 @@ def plots(
     }
     epoch = (metadata.get("metrics") or {}).get("epoch")
     for name, (title, label, styles) in RUN_FIGURES.items():
-        curves = [Curve(_history_points(history, key), *style) for key, *style in styles]
-        curves = [
-            curve for curve in curves if curve.points.shape[1] > 1 and curve.points[1].any()
-        ]  # seg: 0 without masks
-        curves = [  # nor one that lies under a later one
-            curve for i, curve in enumerate(curves)
-            if not any(np.array_equal(curve.points, other.points) for other in curves[i + 1 :])
-        ]  # fmt: skip
+        curves: dict[bytes, tuple[np.ndarray, str, str, str]] = {}
+        for key, curve, colour, line in styles:
+            points = _history_points(history, key)
+            if points.shape[1] > 1 and points[1].any():  # the segmentation loss is 0 without masks
+                curves[points.tobytes()] = points, curve, colour, line  # of equal curves the last is drawn
         if curves:
-            figures[name] = Plot(title, partial(_run, curves=curves, label=label, epoch=epoch))
+            figures[name] = Plot(title, partial(_run, curves=list(curves.values()), label=label, epoch=epoch))
     return figures
 
 
@@ -159,9 +144,9 @@ def save_figures(
     """Write a sheet of images as OBJ.svg and .png, and the figures of `plots` as OBJ-NAME.svg and .png.
 
     Raises:
-        InputError: a file that cannot be written, a style file that cannot be read.
+        InputError: a file that cannot be written.
     """
-    with _style(obj), _quiet():
+    with _style(obj):
         _save(_sheet(evaluation, masks), Path(folder), obj, SHEET_DPI)
     for name, plot in plots(evaluation, metrics, metadata, history).items():
         plot.save(Path(folder), f"{obj}-{name}")
@@ -204,7 +189,7 @@ def _style(salt: str, page: bool = False) -> Iterator[None]:
     from cycler import cycler  # noqa: PLC0415
 
     matplotlib.use("agg")
-    from matplotlib import font_manager, style  # noqa: PLC0415
+    from matplotlib import font_manager  # noqa: PLC0415
 
     known = {font.name for font in font_manager.fontManager.ttflist}
     ours: dict[Any, Any] = {
@@ -218,23 +203,9 @@ def _style(salt: str, page: bool = False) -> Iterator[None]:
     }  # fmt: skip
     default, now = matplotlib.rcParamsDefault, matplotlib.rcParams
     kept = {name: value for name, value in ours.items() if now[name] == default[name]}
-    with matplotlib.rc_context(kept):
-        if Path(STYLE_FILE).is_file():
-            try:
-                style.use(Path(STYLE_FILE).absolute())
-            except (OSError, ValueError, KeyError, UnicodeDecodeError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise InputError(f"{STYLE_FILE}: not a style file of matplotlib ({reason})") from error
-        # Text stays text, to be searched and edited; nothing differs from one run to the next.
-        matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": salt})
-        yield
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No line for each letter that no font here has: it is drawn as a box."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+    # Text stays text, to be searched and edited; nothing differs from one run to the next.
+    with matplotlib.rc_context({**kept, "svg.fonttype": "none", "svg.hashsalt": salt}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # drawn as a box: one line a letter
         yield
 
 
@@ -290,11 +261,11 @@ def _history_points(history: History, key: str) -> np.ndarray:
     return np.ascontiguousarray(np.array(finite, dtype=np.float64).reshape(-1, 2).T)
 
 
-def _run(axes: Axes, curves: Sequence[Curve], label: str, epoch: float | None) -> None:
+def _run(axes: Axes, curves: Sequence[tuple[np.ndarray, str, str, str]], label: str, epoch: float | None) -> None:
     from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
 
-    for curve in curves:
-        axes.plot(*curve.points, color=curve.colour, linestyle=curve.line, label=curve.name)
+    for points, name, colour, line in curves:
+        axes.plot(*points, color=colour, linestyle=line, label=name)
     axes.set(xlabel="epoch", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if label == "AUROC":

@@ -24,7 +24,7 @@ from utils import atomic_path, prefetch
 
 from ..config import PAPER, Settings, shareable
 from ..evaluation import Evaluation, Masks
-from .figures import History, Plot, digits, plots, threshold_of
+from .figures import History, digits, plots, threshold_of
 from .images import OUTLINE, encode, fit_mask, outline, palette, read_picture, shrink
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ SELECTED = {
 }
 # Of a run's machine: not for whoever a page is given to.
 PRIVATE = ("host", "device", "device_name", "threads", "command", "wandb_id", "settings")
-WITHOUT = "_without_shot_patients"  # ends the names of metrics that leave out patients of whom there are shots
 # A local path and its last part, wherever it stands in a value.
 LOCAL_PATH = re.compile(r"(?<![\w:/\\.])(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[^\s/\\]+[/\\])*([^\s/\\]*)")
 
@@ -86,11 +85,10 @@ def write_page(
         folder: made if need be.
         evaluation: the scores; where a picture's file is missing the gallery has a placeholder.
         masks: of its images, None without.
-        metrics: of `measure(..., full=True)`.
+        metrics: of `measure(..., full=True)`, and of `measure_without`.
         settings: of the checkpoint.
         metadata: of the checkpoint: `select`, `metrics.epoch` and `threshold` are used, and what there is is listed,
-            without paths and what it says of a machine. Values named like a metric with WITHOUT, or in a dictionary
-            `without_shot_patients` (see `engine.metrics.measure_without`), stand beside it.
+            without paths and what it says of a machine.
         history: the run's epochs, see `read_history`.
         obj: the data set that was tested, where it is not the one trained on.
 
@@ -101,11 +99,13 @@ def write_page(
         InputError: it cannot be written.
     """
     obj = obj or settings.obj
-    figures = {name: _figure(name, plot) for name, plot in plots(evaluation, metrics, metadata, history).items()}
+    figures = {
+        name: f'<figure class="plot"><figcaption>{escape(plot.title)}</figcaption>{plot.svg(name)}</figure>'
+        for name, plot in plots(evaluation, metrics, metadata, history).items()
+    }
     threshold, origin = threshold_of(metrics, metadata)
     scores, shown = evaluation.image_scores, _kept(evaluation.image_scores, evaluation.labels)
-    stored = metadata.get("threshold") or {}
-    heat_range = stored.get("heat_range") or _map_range(evaluation)
+    heat_range = (metadata.get("threshold") or {}).get("heat_range") or _map_range(evaluation)
     data = {
         "labelled": True,
         "threshold": threshold,
@@ -113,7 +113,8 @@ def write_page(
         "cards": [astuple(card) for card in _cards(evaluation, masks, shown)],
         "sort": "worst",
     }
-    values = {**settings.to_dict(), **metadata, "options": _own_options(metadata, settings)}
+    known, options = settings.to_dict(), shareable(metadata.get("options") or {})
+    values = {**known, **metadata, "options": {k: v for k, v in options.items() if k not in known}}
     parts = {
         "kind": "MadCLIP test report",
         "title": escape(obj),
@@ -128,26 +129,6 @@ def write_page(
         "settings": _rows({name: value for name, value in values.items() if name not in PRIVATE}),
     }
     return _write(folder, parts, data, heat_range, scores, maps=True)
-
-
-def prediction_row(
-    name: str, score: float, image: Image.Image | None, heat: np.ndarray | None, group: str | None = None
-) -> Card:
-    """A row of `write_prediction_page`: small pictures alone are kept, some 12 kB.
-
-    Args:
-        name: what the page calls the image.
-        score: of the image.
-        image: of any size, RGB; None: a placeholder.
-        heat: its map (S, S); None without.
-        group: the volume or series that it is a slice of: shown as a strip, in the order of the rows.
-    """
-    width, height = image.size if image else (1, 1)
-    thumbnail = _thumbnail(shrink(image, THUMB)) if image else None
-    heats: tuple[str | None, float, float] = (None, 0.0, 0.0)
-    if heat is not None:
-        (heats,) = _heats(torch.from_numpy(heat.astype(np.float32))[None])
-    return Card(name, None, score, group, thumbnail, width, height, None, *heats)
 
 
 def write_prediction_page(
@@ -165,7 +146,7 @@ def write_prediction_page(
 
     Args:
         folder: made if need be.
-        rows: of `prediction_row`; beyond KEPT those with the highest scores are shown.
+        rows: of `make_card`; beyond KEPT those with the highest scores are shown.
         title: the page's heading, such as the checkpoint's data set.
         threshold: abnormal is score >= threshold; None: no decisions until one is set by hand.
         origin: where the threshold comes from.
@@ -260,22 +241,55 @@ def _map_range(evaluation: Evaluation) -> tuple[float, float]:
 
 
 def _cards(evaluation: Evaluation, masks: Masks | None, shown: Sequence[int]) -> Iterator[Card]:
-    pictures = prefetch(lambda i: _picture(evaluation, i), shown, WORKERS)
-    for start in range(0, len(shown), BATCH):
-        part = shown[start : start + BATCH]
-        heats = _heats(evaluation.maps(part))
-        edges = [None] * len(part) if masks is None else masks.get(part).cpu().numpy()
-        for i, heat, mask, picture in zip(part, heats, edges, pictures, strict=False):
-            image, width, height = picture
-            edge = None if mask is None or not mask.any() else _edge(mask, width, height)
-            score, label = float(evaluation.image_scores[i]), int(evaluation.labels[i])
-            yield Card(evaluation.names[i], label, score, None, image, width, height, edge, *heat)
+    def maps_and_masks() -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
+        for start in range(0, len(shown), BATCH):
+            part = shown[start : start + BATCH]
+            edges = [None] * len(part) if masks is None else masks.get(part).cpu().numpy()
+            yield from zip(part, evaluation.maps(part).cpu().numpy(), edges, strict=True)
+
+    def draw(item: tuple[int, np.ndarray, np.ndarray | None]) -> Card:
+        i, heat, mask = item
+        name, score, label = evaluation.names[i], float(evaluation.image_scores[i]), int(evaluation.labels[i])
+        return make_card(name, score, read_picture(evaluation.samples[i], THUMB), heat, label=label, mask=mask)
+
+    return prefetch(draw, maps_and_masks(), WORKERS)
 
 
-def _picture(evaluation: Evaluation, index: int) -> tuple[str | None, int, int]:
-    """A thumbnail and its size."""
-    picture = read_picture(evaluation.samples[index], THUMB)
-    return (None, THUMB, THUMB) if picture is None else (_thumbnail(picture), *picture.size)
+def make_card(
+    name: str,
+    score: float,
+    picture: Image.Image | None,
+    heat: np.ndarray | None,
+    *,
+    label: int | None = None,
+    group: str | None = None,
+    mask: np.ndarray | None = None,
+) -> Card:
+    """What the page shows of an image, some 12 kB whatever the size of its picture.
+
+    Args:
+        name: what the page calls it.
+        score: of the image.
+        picture: of any size, RGB; None: a placeholder.
+        heat: its map (S, S); None without.
+        label: 0 normal, 1 abnormal; None: not known.
+        group: the volume or series that it is a slice of: shown as a strip, in the order of the rows.
+        mask: (S, S) bool, whose outline is shown.
+    """
+    width, height = picture.size if picture else (THUMB, THUMB)
+    levels: tuple[str | None, float, float] = (None, 0.0, 0.0)
+    if heat is not None:
+        small = F.adaptive_avg_pool2d(torch.from_numpy(heat.astype(np.float32))[None], HEAT)[0].numpy()
+        low, high = float(small.min()), float(small.max())
+        steps = ((small - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8)
+        levels = base64.b64encode(steps.tobytes()).decode(), low, high
+    edge = None
+    if mask is not None and mask.any():
+        drawn = Image.fromarray(outline(fit_mask(mask, (width, height)), 2).astype(np.uint8))
+        drawn.putpalette([0, 0, 0, *OUTLINE])
+        edge = encode(drawn, "PNG", transparency=0, bits=1)
+    thumbnail = _thumbnail(shrink(picture, THUMB)) if picture else None
+    return Card(name, label, score, group, thumbnail, width, height, edge, *levels)
 
 
 def _thumbnail(picture: Image.Image) -> str:
@@ -284,21 +298,6 @@ def _thumbnail(picture: Image.Image) -> str:
         if len(image) <= THUMB_CHARS:
             break
     return image
-
-
-def _edge(mask: np.ndarray, width: int, height: int) -> str:
-    """The outline of a mask (S, S) as a transparent picture of the thumbnail's size."""
-    edge = Image.fromarray(outline(fit_mask(mask, (width, height)), 2).astype(np.uint8))
-    edge.putpalette([0, 0, 0, *OUTLINE])
-    return encode(edge, "PNG", transparency=0, bits=1)
-
-
-def _heats(maps: torch.Tensor) -> Iterator[tuple[str, float, float]]:
-    """Small maps (B, S, S) as bytes, with what 0 and 255 stand for."""
-    for heat in F.adaptive_avg_pool2d(maps.float(), HEAT).cpu().numpy():
-        low, high = float(heat.min()), float(heat.max())
-        levels = ((heat - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8)
-        yield base64.b64encode(levels.tobytes()).decode(), low, high
 
 
 def _gallery_note(shown: int, total: int, evaluation: Evaluation) -> str:
@@ -336,9 +335,7 @@ def _numbers(metrics: Metrics, metadata: Mapping[str, Any]) -> str:
     """Every number with its 95% interval, and without the shots' patients, where there are such; the AUROCs first."""
     from ..metrics import METRICS  # noqa: PLC0415 - scikit-learn
 
-    values: dict[str, Any] = {**metadata, **(metadata.get(WITHOUT[1:]) or {})}
-    values = {name: value for name, value in values.items() if name.endswith(WITHOUT)}
-    values |= {"auc": metrics.auc, "pauc": metrics.pauc, **metrics.values}
+    values: dict[str, Any] = {"auc": metrics.auc, "pauc": metrics.pauc, **metrics.values}
     cells = []
     for name, (words, _) in METRICS.items():
         value = values.get(name)
@@ -347,7 +344,7 @@ def _numbers(metrics: Metrics, metadata: Mapping[str, Any]) -> str:
         small = ""
         if interval := values.get(f"{name}_ci95"):
             small += f"<small>95% CI {interval[0]:.3f} to {interval[1]:.3f}</small>"
-        if isinstance(without := values.get(f"{name}{WITHOUT}"), int | float):
+        if (without := values.get(f"{name}_without_shot_patients")) is not None:
             small += f"<small>{without:.3f} without the patients of the shots</small>"
         main = ' class="main"' if name in ("auc", "pauc") else ""
         label = escape(words[0].upper() + words[1:])
@@ -374,17 +371,6 @@ def _confusion(scores: np.ndarray, labels: np.ndarray, threshold: float) -> str:
             f'<td>{words[2]} <span data-rate="{right_kind}">{right / max(len(positive), 1):.3f}</span></td></tr>'
         )
     return "\n".join(rows)
-
-
-def _figure(name: str, plot: Plot) -> str:
-    return f'<figure class="plot"><figcaption>{escape(plot.title)}</figcaption>{plot.svg(name)}</figure>'
-
-
-def _own_options(metadata: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """The options that the settings do not say already, and that are no path."""
-    known = settings.to_dict()
-    options = metadata.get("options")
-    return {k: v for k, v in shareable(options).items() if k not in known} if isinstance(options, dict) else {}
 
 
 def _rows(values: Mapping[str, Any], prefix: str = "") -> str:

@@ -22,7 +22,7 @@ from utils import atomic_path, printable
 from ..heat_volumes import DicomHeat, NiftiHeat
 from ..scans import MARK, Entry, Opened
 from .images import contours, overlay, raw, shrink
-from .page import KEPT, Card, prediction_row, write_prediction_page
+from .page import KEPT, Card, make_card, write_prediction_page
 
 if TYPE_CHECKING:
     from ..predictor import Prediction, Predictor
@@ -58,7 +58,7 @@ class Drawer:
         index = "" if entry.frame.index is None else f"#{entry.frame.index}"
         name = (entry.file if entry.hidden else printable(entry.place)) + index
         group = entry.word(entry.title) if entry.count > 1 else None
-        return prediction_row(name, prediction.score, preview, prediction.heat, group)
+        return make_card(name, prediction.score, preview, prediction.heat, group=group)
 
     def draw(self, name: str, preview: Image.Image, prediction: Prediction, edges: str) -> dict[str, Any]:
         """Overlay, raw heat map and contours as files."""

@@ -13,8 +13,8 @@ What a run shows: panels by prefix, and the published keys (epoch, sim_texts, lo
 ...best) beside them. The summary is the selected epoch's.
 
     train/   losses and the cosine of the text features       time/      seconds an epoch, images a second
-    test/    AUC, pAUC, AP, F1-max, their pixel versions      sys/       peak memory, and the GPU's on CUDA
-    valid/   the same, with --select valid                    pictures/  curves/  scores/
+    test/    AUC, pAUC, AP, F1-max, their pixel versions      pictures/  curves/  scores/
+    valid/   the same, with --select valid                    System     wandb's own: memory, CPU, GPU
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from utils import printable
+from utils import one_line, printable, redact
 
 from .. import distributed
 from ..config import Settings, shareable, shots_label
@@ -48,6 +47,8 @@ if TYPE_CHECKING:
     from ..metrics import Metrics
     from ..run import RunFolder
 
+PROJECT = "MadCLIP"
+KEY_FILE = Path("key.json")
 KEY_SHAPE = re.compile(r"([\w-]+-)?[0-9a-f]{40}|wandb_v1_\w+")
 # Of config.json: the rest names this machine and its folders.
 SHOWN = ("shots", "shots_from", "started", "madclip", "python", "torch", "torchvision", "git_commit", "resumed")
@@ -65,6 +66,10 @@ QUIET: dict[str, Any] = {  # bounded in time, and without what could carry secre
 }
 FIXED = 6  # test images that every set of pictures shows
 WORST = 4  # of the false positives, and of the false negatives
+# Plotted over the epoch; in the summary only as `log_epoch` puts them there.
+SCALARS = ("sim_texts", "loss", "AUC*", "pAUC*", "train/*", "test/*", "valid/*", "time/*")
+MEDIA = ("pictures/*", "curves/*", "scores/*")
+MEASURED_ONCE = ("test/AUPRO", "test/Dice")  # at a run's end, of the selected epoch; a run that goes on has old ones
 POINTS = 200  # of a curve
 BINS = 32  # of a histogram
 ROWS = 500  # of the table
@@ -80,7 +85,6 @@ class Tracker:
         self._folder = ""  # its files, quoted for a shell
         self._secret = ""  # the key, to keep it out of messages
         self._pictures = True  # False where none are wanted, and after a failure in one of them
-        self._names: set[str] = set()  # every scalar logged so far
         self._pictured = -1  # the last epoch with pictures
         self.step = 0  # the last one that was logged
         self.best: dict[str, float] = {}  # the published ...best values
@@ -94,8 +98,6 @@ class Tracker:
         run_dir: Path,
         tags: Sequence[str] = (),
         group: str | None = None,
-        project: str = "MadCLIP",
-        key_file: Path = Path("key.json"),
         run_id: str | None = None,
         pictures: bool = True,
     ) -> Tracker:
@@ -109,8 +111,6 @@ class Tracker:
             run_dir: the run's folder.
             tags: of the run.
             group: of runs.
-            project: in W&B.
-            key_file: key.json.
             run_id: another tracker's `id`: continues that run, online at once; offline in a second folder of the same
                 id, which `wandb sync` appends once the first is uploaded.
             pictures: False (--log_images_every 0): no picture and no name of a file is given to W&B, the names of the
@@ -120,17 +120,15 @@ class Tracker:
         tracker._pictures = pictures
         if os.environ.get("WANDB_MODE", "").lower() == "disabled":
             return tracker
-        try:
-            shown = {name: value for name, value in config.items() if pictures or name != "shots"}
-            options = {"project": project, "name": exp_name, "config": shown, "tags": tags, "group": group}
-            if run_id:
-                options |= {"id": run_id, "resume": "allow"}
-            tracker._open({**options, "dir": os.environ.get("WANDB_DIR") or str(run_dir)}, Path(key_file))
-        except Exception as error:  # tracking is a convenience: nothing in it may end a training run
-            tracker._fail("could not start", error)
+        shown = {name: value for name, value in config.items() if pictures or name != "shots"}
+        options = {"project": PROJECT, "name": exp_name, "config": shown, "tags": tags, "group": group}
+        if run_id:
+            options |= {"id": run_id, "resume": "allow"}
+        options["dir"] = os.environ.get("WANDB_DIR") or str(run_dir)
+        tracker._or_end("could not start", lambda _: tracker._open(options))
         return tracker
 
-    def _open(self, options: dict[str, Any], key_file: Path) -> None:
+    def _open(self, options: dict[str, Any]) -> None:
         # wandb reads this when it is imported. Its crash reports could carry more than the user expects.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         # Where tables and artifacts wait for their upload; by default below the user's home, apart from the run.
@@ -141,7 +139,7 @@ class Tracker:
         resolved = wandb.setup(wandb.Settings(silent=True)).settings
         if resolved.mode == "disabled":  # `wandb disabled` was run in this folder
             return
-        file_key = _read_key_file(key_file)  # read in any case, for its warning
+        file_key = _read_key_file(KEY_FILE)  # read in any case, for its warning
         self._secret = resolved.api_key or file_key
         reason = "as asked for" if resolved.mode in ("offline", "dryrun") else self._online(options, file_key)
         if self._run is None:
@@ -154,8 +152,11 @@ class Tracker:
                 "warning: pictures of the data set and the names of their files are uploaded; "
                 "--log_images_every 0 prevents both"
             )
-        self._run.define_metric("epoch")
-        self._run.define_metric("*", step_metric="epoch")
+        self._run.define_metric("epoch", summary="none")
+        for name in SCALARS:
+            self._run.define_metric(name, step_metric="epoch", summary="none")
+        for name in MEDIA:
+            self._run.define_metric(name, step_metric="epoch")
 
     def _online(self, options: dict[str, Any], file_key: str) -> str:
         """Start the run online; why that did not work, "" where it did."""
@@ -173,7 +174,7 @@ class Tracker:
             settings = wandb.Settings(**QUIET, api_key=key)
             self._run = wandb.init(**options, mode="online", settings=settings)
         except Exception as error:
-            return f"{redact(setup.settings.base_url)} did not take the run: {_one_line(error, self._secret)}"
+            return f"{redact(setup.settings.base_url)} did not take the run: {one_line(error, self._secret)}"
         return ""
 
     @property
@@ -206,47 +207,30 @@ class Tracker:
         self.step = self.step if step is None else step
         self._call("could not log", lambda run: run.log(dict(metrics), step=step, commit=commit))
 
-    def define(self, names: Iterable[str]) -> None:
-        """Plot new names over the epoch, and keep them out of the summary but for what `summary` puts there."""
-        for name in sorted(set(names) - self._names):
-            self._names.add(name)
-            self._call("could not define", partial(_define, name))
-
     def picture(self, action: Callable[[Any], object]) -> None:
         """Call `action(run)`, which prepares or logs pictures; a failure ends the pictures and keeps the numbers."""
         if self.takes_pictures:
-            try:
-                action(self._run)
-            except Exception as error:
-                self._pictures = False
-                _say(f"warning: no pictures from here on ({_one_line(error, self._secret)})")
+            self._pictures = self._succeeds("no pictures from here on", action)
 
-    def summary(self, values: Mapping[str, Any], whole: bool = False) -> None:
-        """Set values of the run's summary, which the table of runs shows.
-
-        `whole` leaves nothing there of what was logged so far and is not in `values`.
-        """
-        rest: dict[str, None] = dict.fromkeys(self._names) if whole else {}
-        self._call("could not write the summary", lambda run: run.summary.update({**rest, **values}))
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Set values of the run's summary, which the table of runs shows."""
+        self._call("could not write the summary", lambda run: run.summary.update(dict(values)))
 
     def upload(self, path: Path, metadata: Mapping[str, Any]) -> None:
         """Give a checkpoint to W&B as an artifact; a failure costs the artifact."""
+
+        def log_artifact(run: Any) -> None:  # noqa: ANN401 - a wandb.Run
+            import wandb  # noqa: PLC0415
+
+            config = dict(run.config)
+            shaped_by = {field.name: config[field.name] for field in fields(Settings) if field.name in config}
+            name = f"{config.get('obj', 'checkpoint')}-{self.id}"
+            artifact = wandb.Artifact(name, "model", metadata={**shaped_by, **metadata})
+            artifact.add_file(str(path))
+            run.log_artifact(artifact)
+
         if self._run is not None:
-            try:
-                self._run.log_artifact(self._artifact(path, metadata))
-            except Exception as error:
-                _say(f"warning: the checkpoint was not uploaded ({_one_line(error, self._secret)})")
-
-    def _artifact(self, path: Path, metadata: Mapping[str, Any]) -> wandb.Artifact:
-        import wandb  # noqa: PLC0415
-
-        config = dict(self._run.config)
-        shaped_by = {field.name: config[field.name] for field in fields(Settings) if field.name in config}
-        artifact = wandb.Artifact(
-            f"{config.get('obj', 'checkpoint')}-{self.id}", "model", metadata={**shaped_by, **metadata}
-        )
-        artifact.add_file(str(path))
-        return artifact
+            self._succeeds("the checkpoint was not uploaded", log_artifact)
 
     def finish(self, exit_code: int = 0) -> None:
         """Write and upload what is left, for about a minute at most; a second call does nothing."""
@@ -261,18 +245,24 @@ class Tracker:
 
     def _call(self, what: str, action: Callable[[Any], object]) -> None:
         if self._run is not None:
-            try:
-                action(self._run)
-            except Exception as error:
-                self._fail(what, error)
+            self._or_end(what, action)
 
-    def _fail(self, what: str, error: Exception) -> None:
-        """Say it once, keep what was logged so far, and be a no-op from here on."""
-        self._run = None
+    def _or_end(self, what: str, action: Callable[[Any], object]) -> None:
+        """Call `action(run)`; after a failure the tracker does nothing any more, and what was logged is kept."""
         files = f"; its files: {self._folder}" if self._folder else ""
-        _say(f"warning: {what}, tracking is off from here on ({_one_line(error, self._secret)}){files}")
-        with contextlib.suppress(Exception, SystemExit):  # else wandb tries again, and louder, when Python exits
-            sys.modules["wandb"].teardown()
+        if not self._succeeds(f"{what}, tracking is off from here on{files}", action):
+            self._run = None
+            with contextlib.suppress(Exception, SystemExit):  # else wandb tries again, and louder, when Python exits
+                sys.modules["wandb"].teardown()
+
+    def _succeeds(self, consequence: str, action: Callable[[Any], object]) -> bool:
+        """Call `action(run)`; a failure is a warning: tracking is a convenience, and may not end a training run."""
+        try:
+            action(self._run)
+        except Exception as error:
+            _say(f"warning: {consequence} ({one_line(error, self._secret)})")
+            return False
+        return True
 
 
 # --- what a run shows ---
@@ -336,16 +326,14 @@ def log_epoch(
     selected = record["best"] or (last and not tracker.best)
     tracker.remember_best({**record, "best": selected})
     values = scalars(record, seconds, images, test, valid) | tracker.best
-    tracker.define(values)
     tracker.log(values, step=record["epoch"] - 1, commit=not last)
     if selected:
-        tracker.summary(values, whole=True)
+        tracker.summary({**dict.fromkeys(MEASURED_ONCE), **values})
 
 
 def log_pictures(tracker: Tracker, epoch: int, evaluation: Evaluation, masks: Masks | None, metrics: Metrics) -> None:
     """Log pictures, curves and histograms of an epoch's test set; before `log_epoch`, which closes the epoch's row."""
-    tracker.picture(lambda run: run.log(pictures(evaluation, masks, metrics), step=epoch))
-    tracker.picture(lambda run: run.log(curves(evaluation), step=epoch))
+    tracker.picture(lambda run: run.log({**pictures(evaluation, masks, metrics), **curves(evaluation)}, step=epoch))
 
 
 def log_result(
@@ -382,7 +370,7 @@ def scalars(
     values = {
         "epoch": record["epoch"] - 1, "sim_texts": similarity, "loss": total,
         "train/det": record["det"], "train/seg": record["seg"], "train/total": total, "train/sim_texts": similarity,
-        "time/epoch": seconds, "time/images_per_second": images / max(seconds, 1e-9), **memory(),
+        "time/epoch": seconds, "time/images_per_second": images / max(seconds, 1e-9),
     }  # fmt: skip
     for split, metrics in (("test", test), ("valid", valid)):
         if metrics is not None:
@@ -402,21 +390,6 @@ def measured(split: str, metrics: Metrics) -> dict[str, float]:
     values: dict[str, Any] = {"auc": metrics.auc, "pauc": metrics.pauc, **metrics.values}
     named = {METRICS[key][1]: value for key, value in values.items() if key in METRICS and METRICS[key][1]}
     return {f"{split}/{name}": value for name, value in named.items() if isinstance(value, int | float)}
-
-
-def memory() -> dict[str, float]:
-    """Peak memory so far, in GiB: resident, where the system says it, and allocated on the GPU where CUDA is used."""
-    import torch  # noqa: PLC0415
-
-    values = {}
-    with contextlib.suppress(ImportError):  # Windows has no such module
-        import resource  # noqa: PLC0415
-
-        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-        values["sys/memory_GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-    if torch.cuda.is_initialized():
-        values["sys/gpu_memory_GiB"] = torch.cuda.max_memory_allocated() / 2**30
-    return values
 
 
 def pictures(evaluation: Evaluation, masks: Masks | None, metrics: Metrics) -> dict[str, Any]:
@@ -543,7 +516,7 @@ def _threshold(metrics: Metrics) -> float:
 # --- keys and messages ---
 
 
-def warn_of_tracked_key(path: Path = Path("key.json")) -> None:
+def warn_of_tracked_key(path: Path = KEY_FILE) -> None:
     """Warn where key.json holds a key that looks real and git tracks it, whether or not W&B is used."""
     if not path.is_file():  # reading a pipe may never end
         return
@@ -554,12 +527,6 @@ def warn_of_tracked_key(path: Path = Path("key.json")) -> None:
     if KEY_SHAPE.search(text) and _tracked(path):
         advice = f"run `wandb login` and restore the file, or run `git update-index --skip-worktree {path}`"
         _say(f"warning: {path} holds an API key and git tracks it: {advice}")
-
-
-def redact(text: str, secret: str = "") -> str:
-    """The text without the key, and without user and password of an address."""
-    text = re.sub(r"//\S*@", "//***@", text)
-    return text.replace(secret, "***") if secret else text
 
 
 def _read_key_file(path: Path) -> str:
@@ -592,14 +559,6 @@ def _tracked(path: Path) -> bool:
     except (OSError, subprocess.SubprocessError):  # no git
         return False
     return result.startswith(b"H")  # "S": --skip-worktree was set, so no commit can pick the key up
-
-
-def _define(name: str, run: Any) -> None:  # noqa: ANN401 - a wandb.Run
-    run.define_metric(name, step_metric=None if name == "epoch" else "epoch", summary="none")
-
-
-def _one_line(error: Exception, secret: str) -> str:
-    return redact(" ".join(f"{type(error).__name__}: {error}".split()), secret)[:300]
 
 
 def _say(message: str) -> None:

@@ -10,7 +10,10 @@ A command can be stopped at an event inside of it, so that no test depends on ho
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -28,6 +31,13 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[2]
 HALT = 0  # instead of a signal: wait until the test says `go`
+# What commands import, some of them in seconds. Not wandb: all processes forked after it share its temporary folder.
+WARM = (
+    "train", "test", "predict", "reproduce", "dataset.check", "engine.checkpoint", "engine.report.page",
+    "sklearn.metrics", "sklearn.linear_model", "sklearn.pipeline", "matplotlib.figure", "matplotlib.style",
+    "matplotlib.backends.backend_svg", "matplotlib.backends.backend_agg", "contourpy", "nibabel", "pydicom.pixels",
+    "torch.utils.serialization.config",
+)  # fmt: skip
 HANG = 900  # seconds after which a command is taken for hanging: it ends, and its test fails
 
 
@@ -144,8 +154,13 @@ class Commands:
 
 
 def _serve() -> None:
-    for module in ("train", "test", "sklearn.metrics", "matplotlib.figure", "matplotlib.backends.backend_svg"):
-        importlib.import_module(module)  # what every command would take seconds for
+    atexit.register(_end)  # before all that imports register, so that it runs after them
+    for module in WARM:
+        importlib.import_module(module)
+    importlib.import_module("PIL.Image").init()
+    importlib.import_module("CLIP.tokenizer").Tokenizer.default()
+    gc.collect()
+    gc.freeze()  # else each child goes through all of these objects, and so copies their memory
 
     for line in sys.stdin:
         request = json.loads(line)
@@ -175,15 +190,32 @@ def _become(
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     signal.alarm(HANG)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where pytest runs in the background
     if on:
         _install(**on, told=Path(folder))
     script = command[0]
     sys.argv = command
-    if script.endswith(".py"):
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    else:
-        runpy.run_module(script, run_name="__main__", alter_sys=True)
-    sys.exit()
+    try:
+        if script.endswith(".py"):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        else:
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+        sys.exit(0)
+    except SystemExit as left:
+        _codes.append(left.code)
+        raise
+
+
+_codes: list[object] = []  # with which a child ends
+
+
+def _end() -> None:
+    """Leave a child without taking half a second for its modules' ends, where there is nothing else left to do."""
+    if _codes and isinstance(_codes[0], int):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # the interpreter says what there is to say
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(_codes[0])
 
 
 def _install(event: str, action: int, number: int, told: Path, name: str = "", folder: str = "") -> None:

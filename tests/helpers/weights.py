@@ -11,9 +11,8 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 
-from CLIP import ModelConfig
-from CLIP.names import NOT_WEIGHTS
-from CLIP.openai import stored_as_half
+from CLIP.config import ModelConfig
+from CLIP.openai import NOT_WEIGHTS, stored_as_half
 
 
 def save_torchscript(model_or_state: torch.nn.Module | dict[str, torch.Tensor], path: str | Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from CLIP import ModelConfig
+from CLIP.config import ModelConfig
 from dataset import phantom
 from tests.conftest import tiny_state
 from tests.helpers.commands import Commands

@@ -7,8 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,9 +19,8 @@ from PIL import Image
 
 from dataset import MedicalDataset, phantom, read
 from dataset.layout import FOLDER
-from tests.helpers.commands import Commands, words
+from tests.helpers.commands import Commands
 
-ROOT = Path(__file__).parents[2]
 SMALL = ["--model_name", "ViT-tiny-14-56", "--pretrain", "random", "--img_size", "42", "--epoch", "1"]
 
 
@@ -50,19 +47,9 @@ def bottle(brain, tmp_path_factory) -> Path:
     return root
 
 
-def run(script: str, *arguments: object) -> str:
-    """Start a command; its stdout and stderr."""
-    environment = {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    module = ["-m"] if script.startswith("dataset.") else []
-    command = [sys.executable, *module, *words(script, *arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
 @pytest.fixture
 def call(command: Commands) -> Callable[..., str]:
-    """The same from a process that has imported everything; `code` is the exit code to expect."""
+    """What a command prints, stdout and stderr; `code` is the exit code to expect."""
 
     def start(script: str, *arguments: object, code: int = 0) -> str:
         done = command(script, *arguments)
@@ -76,10 +63,10 @@ def last_lines(output: str) -> list[str]:
     return [line for line in output.splitlines() if re.match(r"\w+ p?AUC : ", line)]
 
 
-def test_mvtecs_layout(bottle, tmp_path):
+def test_mvtecs_layout(bottle, call, tmp_path):
     paths = ["--obj", "bottle", "--data_root", bottle, "--save_path", tmp_path]
-    trained = run("train.py", *SMALL, *paths, "--shot", 2, "--out_json", tmp_path / "a.json")
-    tested = run("test.py", *paths)
+    trained = call("train.py", *SMALL, *paths, "--shot", 2, "--out_json", tmp_path / "a.json")
+    tested = call("test.py", *paths)
     assert last_lines(trained) == last_lines(tested)
     assert len(last_lines(trained)) == 2  # AUC and pAUC
 
@@ -96,7 +83,7 @@ def test_mvtecs_layout(bottle, tmp_path):
     assert len(stored["about"]["shots"]["abnormal"]) == 2
     assert not set(stored["about"]["shots"]["abnormal"]) & set(measured)
     assert all(name.startswith(("test/crack/", "test/hole/")) for name in stored["about"]["shots"]["abnormal"])
-    assert run("dataset.check", "--data_root", bottle).count("ground_truth/{folder}/{stem}_mask") == 1
+    assert call("dataset.check", "--data_root", bottle).count("ground_truth/{folder}/{stem}_mask") == 1
 
 
 @pytest.mark.parametrize("names", [("normal", "abnormal"), ("0", "1"), ("Good", "Ungood")])

@@ -16,6 +16,7 @@ import torch
 
 from tests.helpers.attacks import UNGOOD, Home, driver, fine, read_json, refused
 from tests.helpers.commands import ROOT
+from tests.integration.test_distributed import torchrun
 
 ENVIRONMENT = {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
 
@@ -98,11 +99,9 @@ def test_ctrl_c_while_python_imports_gives_no_traceback(tmp_path, command_line, 
 
 def test_several_processes_say_what_is_wrong_once(home, tmp_path):
     """Of a mistyped flag and of missing data one process of torchrun prints the line; its own report is torchrun's."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
-    flags = list(map(str, home.train(tmp_path)))
     for wrong, words in ((["--no_such_flag"], "--no_such_flag"), (["--data_path", "nowhere"], "--data_path nowhere")):
-        done = subprocess.run([*torchrun, *flags, *wrong], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
-                              check=False)  # fmt: skip
+        call = torchrun("train.py", *home.train(tmp_path), *wrong)
+        done = subprocess.run(call, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
         assert done.returncode != 0
         lines = [line for line in done.stderr.splitlines() if "error: " in line and words in line]
         assert len(lines) == 1, done.stderr

@@ -80,13 +80,12 @@ def test_panels(brain):
     metrics = {"AUC", "pAUC", "AP", "F1-max", "pixel_AP", "pixel_F1-max"}
     expected = PUBLISHED | {f"{part}/{name}" for part in ("test", "valid") for name in metrics}
     expected |= {"train/det", "train/seg", "train/total", "train/sim_texts"}
-    expected |= {"time/epoch", "time/images_per_second", "sys/memory_GiB"}
+    expected |= {"time/epoch", "time/images_per_second"}
     lines = [json.loads(line) for line in next(brain.folder.rglob("metrics.jsonl")).read_text().splitlines()]
     for row in history[0::2][:2]:
         assert not [name for name in row if "test/" in name or "valid/" in name]
     for row, line in ((history[i], lines[i]) for i in (1, 3, 4)):
         assert expected <= set(row)
-        assert 0.05 < row["sys/memory_GiB"] < 50
         # 16 views of 1 + 1 shots, 14 test images, 6 left of valid/
         assert row["time/images_per_second"] * row["time/epoch"] == pytest.approx(16 * 2 + 14 + 6)
         names = {"AUC": "auc", "pAUC": "pauc", "loss": "total", "valid/AUC": "valid_auc", "sim_texts": "similarity"}
@@ -95,17 +94,17 @@ def test_panels(brain):
 
 
 def test_epoch_is_the_axis_and_the_summary_is_the_selected_epochs(brain):
-    defined = {metric["name"]: metric for metric in wandb_runs.of_type(brain.records, "metric") if "name" in metric}
-    for name in ("test/AUC", "train/det", "loss", "sys/memory_GiB"):
-        assert defined[name]["step_metric"] == "epoch"
-        assert defined[name]["summary"] == {"none": True}
+    defined = wandb_runs.of_type(brain.records, "metric")
+    scalars = [metric for metric in defined if metric.get("glob_name", "").split("/")[0] in ("test", "train", "time")]
+    assert len(scalars) == 3
+    assert all((m["step_metric"], m["summary"]) == ("epoch", {"none": True}) for m in scalars)
     selected = int(re.search(r"^selected: .*\[epoch (\d+) of", brain.output, re.MULTILINE)[1]) - 1
     history, summary = brain.history, wandb_runs.summary(brain.records)
     assert selected in (1, 3)
     assert summary["epoch"] == selected
     row = history[selected]
     for name in row:
-        if name in PUBLISHED or name.split("/")[0] in ("train", "test", "valid", "time", "sys"):
+        if name in PUBLISHED or name.split("/")[0] in ("train", "test", "valid", "time"):
             assert summary[name] == pytest.approx(row[name]), name
     # Of the selected epoch alone there are those that are dear.
     assert 0 <= summary["test/AUPRO"] <= 1 and 0 <= summary["test/Dice"] <= 1

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from tests.helpers.commands import HANG, ROOT, Commands
 from tests.helpers.data import SMALL
@@ -28,10 +28,9 @@ def torchrun(*words: object) -> list[str]:
 
 def two(command: Commands, script: str, *arguments: object) -> str:
     """What rank 0 prints of two processes, started as torchrun starts them but for its seconds of imports."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has one
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+              "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
     ranks = [command.start(script, *arguments, env={**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
     first, second = [rank.wait() for rank in ranks]
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr

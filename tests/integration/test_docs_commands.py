@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
-
-import pytest
 
 from tests.helpers.docs import ROOT, doc_commands
 
 PREDICT_PAGE = ROOT / "docs" / "predict.md"
 # A training of one epoch is the same command as one of sixty; the run that goes on is extended by one.
 SHORTENED = {r"python train\.py (?!--resume)": "--epoch 1", r"python train\.py --resume": "--epoch 2"}
-# Commands that work as they stand only when another branch is merged; strike out what does.
-
-
-def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Start `python ...` from another folder than the project's."""
-    program = [str(ROOT / words[1]) if words[1].endswith(".py") else words[1], *words[2:]]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *program], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
 
 
 def typed(text: str, folder: Path) -> list[str]:
-    """The words of a command, its place holders filled in."""
+    """The words of a command behind `python`, its place holders filled in."""
     if "my_knee" in text and not (folder / "my_knee").exists():
         (folder / "my_knee").symlink_to(folder / "data" / "Brain_AD")  # the made-up data set under another name
     if "runs/NAME" in text:
         text = text.replace("runs/NAME", next(path for path in (folder / "runs").iterdir()).as_posix())
     more = " ".join(value for pattern, value in SHORTENED.items() if re.match(pattern, text))
-    return f"{text} {more}".split()
+    return f"{text} {more}".removeprefix("python ").removeprefix("-m ").split()
 
 
-@pytest.mark.slow
-def test_commands_as_they_stand(tmp_path):
-    shown = [command.text for command in doc_commands() if not command.mark and command.text.startswith("python ")]
+def test_commands_as_they_stand(command, tmp_path):
+    shown = [line.text for line in doc_commands() if not line.mark and line.text.startswith("python ")]
     assert len(set(shown)) >= 12
     for text in dict.fromkeys(shown):
-        done = run(typed(text, tmp_path), tmp_path)
+        done = command(*typed(text, tmp_path), cwd=tmp_path)  # another folder than the project's
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
     for made in ("ckpt/Brain.pth", "out.pth", "demo/report/Brain/index.html", "demo/pictures/Brain.png"):
         assert (tmp_path / made).stat().st_size > 1000
@@ -56,6 +40,7 @@ def test_commands_as_they_stand(tmp_path):
     (tmp_path / "a.png").write_bytes(image.read_bytes())
     before = "import numpy as np; from PIL import Image\npicture = Image.open('a.png'); array = np.asarray(picture)\n"
     after = "\n    print(f'{result.score:.3f} {result.abnormal} {result.heat.shape}')"
-    done = run(["python", "-c", before + snippet + after], tmp_path)
+    (tmp_path / "snippet.py").write_text(before + snippet + after)
+    done = command(str(tmp_path / "snippet.py"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 3

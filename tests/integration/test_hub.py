@@ -1,26 +1,25 @@
 """`--model_name hf-hub:owner/name` and `python -m CLIP.download` against a server that speaks the hub's protocol.
 
-Each command is a process of its own, since huggingface_hub reads its environment when it is imported.
+huggingface_hub reads its environment when it is imported, which the process that forks for each command has not done.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from CLIP import ModelConfig, create_model
+from CLIP.clip import create_model
+from CLIP.config import ModelConfig
 from tests.conftest import tiny_state
+from tests.helpers.commands import Commands
 from tests.helpers.hub_server import COMMIT, HubServer, hub_server
 from tests.helpers.weights import open_clip_config, save_hugging_face
 
-ROOT = Path(__file__).parents[2]
 TINY = ModelConfig.load("ViT-tiny-14-56")
 Run = Callable[..., subprocess.CompletedProcess[str]]
 # Prints where the config and the weights were found, then numbers of the model.
@@ -28,9 +27,9 @@ LOAD = """
 import sys
 from utils import run_cli
 def main():
-    from CLIP import find_weights
+    from CLIP.weights import find_weights
     found = find_weights(sys.argv[1], "openai")
-    from CLIP import create_model
+    from CLIP.clip import create_model
     clip = create_model(sys.argv[1], "openai", 42)
     print(found.source, found.sha256, float(clip.text.text_projection.double().sum()), clip.quick_gelu)
 run_cli(main)
@@ -61,21 +60,18 @@ def server(folders: dict[str, Path]) -> Iterator[HubServer]:
 
 
 @pytest.fixture
-def run(server: HubServer, tmp_path: Path) -> Run:
-    def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *map(str, arguments)],
-            cwd=ROOT,
-            env=os.environ | {
-                "HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "hf_home"), "no_proxy": "127.0.0.1",
-                "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-                **environment,
-            },
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )  # fmt: skip
+def run(command: Commands, server: HubServer, tmp_path: Path) -> Run:
+    """Start a module (`CLIP.download`) or, where the first word has a line break, a program."""
+
+    def run(program: str, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        if "\n" in program:
+            (tmp_path / "program.py").write_text(program)
+            program = str(tmp_path / "program.py")
+        shared = {
+            "HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "hf_home"), "no_proxy": "127.0.0.1",
+            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        }  # fmt: skip
+        return command(program, *arguments, env={**shared, **environment})
 
     return run
 
@@ -89,30 +85,30 @@ def one_line(result: subprocess.CompletedProcess[str], *words: str) -> None:
 
 
 def test_a_model_of_the_hub_is_fetched_once_then_read_offline(server: HubServer, run: Run, folders) -> None:
-    first = run("-c", LOAD, "hf-hub:me/tiny")
+    first = run(LOAD, "hf-hub:me/tiny")
     assert first.returncode == 0, first.stderr
     source, sha256, number, _ = first.stdout.split()
     assert source == "me/tiny/model.safetensors"
     clip = create_model(str(folders["me/tiny"]), "openai", 42)
     assert (sha256, float(number)) == (clip.info.sha256, float(clip.text.text_projection.double().sum()))
     server.log.clear()
-    assert run("-c", LOAD, "hf-hub:me/tiny").stdout == first.stdout
-    assert run("-c", LOAD, "hf-hub:me/tiny", HF_HUB_OFFLINE="1").stdout == first.stdout
+    assert run(LOAD, "hf-hub:me/tiny").stdout == first.stdout
+    assert run(LOAD, "hf-hub:me/tiny", HF_HUB_OFFLINE="1").stdout == first.stdout
     assert not server.log  # nothing was asked for again
 
 
 def test_open_clip_s_files_come_before_others_of_the_repository(run: Run) -> None:
-    result = run("-c", LOAD, "hf-hub:me/open@" + COMMIT)
+    result = run(LOAD, "hf-hub:me/open@" + COMMIT)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"me/open@{COMMIT}/open_clip_pytorch_model.bin ")
 
 
 def test_a_dropped_connection_is_resumed(server: HubServer, run: Run) -> None:
     server.drops = 1
-    result = run("-m", "CLIP.download", "hf-hub:me/tiny")
+    result = run("CLIP.download", "hf-hub:me/tiny")
     if result.returncode:  # huggingface_hub before 1.0 leaves another attempt to the user
         one_line(result, "run this again")
-        result = run("-m", "CLIP.download", "hf-hub:me/tiny")
+        result = run("CLIP.download", "hf-hub:me/tiny")
     assert result.returncode == 0, result.stderr
     gets = [wanted for method, name, wanted in server.log if (method, name) == ("GET", "model.safetensors")]
     assert len(gets) == 2
@@ -122,21 +118,21 @@ def test_a_dropped_connection_is_resumed(server: HubServer, run: Run) -> None:
 
 def test_damaged_files_are_noticed(server: HubServer, run: Run) -> None:
     server.wrong_bytes = True
-    result = run("-m", "CLIP.download", "hf-hub:me/open")
+    result = run("CLIP.download", "hf-hub:me/open")
     one_line(result, "wrong SHA-256", "delete")
 
 
 def test_what_the_hub_refuses_is_one_line(server: HubServer, run: Run) -> None:
-    one_line(run("-c", LOAD, "hf-hub:me/none"), "hf-hub:me/none", "no such model on the hub")
-    one_line(run("-c", LOAD, "hf-hub:me/tiny@other"), "no such revision")
-    one_line(run("-c", LOAD, "hf-hub:a b/c"), "not of the form owner/name")
-    one_line(run("-c", LOAD, "hf-hub:me/bert"), "bert is another family")
+    one_line(run(LOAD, "hf-hub:me/none"), "hf-hub:me/none", "no such model on the hub")
+    one_line(run(LOAD, "hf-hub:me/tiny@other"), "no such revision")
+    one_line(run(LOAD, "hf-hub:a b/c"), "not of the form owner/name")
+    one_line(run(LOAD, "hf-hub:me/bert"), "bert is another family")
     server.gated = ("me/tiny",)
-    one_line(run("-c", LOAD, "hf-hub:me/tiny"), "asks for a consent")
+    one_line(run(LOAD, "hf-hub:me/tiny"), "asks for a consent")
 
 
 def test_offline_without_a_cache_says_so(run: Run) -> None:
-    one_line(run("-c", LOAD, "hf-hub:me/tiny", HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set", "not in the cache")
+    one_line(run(LOAD, "hf-hub:me/tiny", HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set", "not in the cache")
 
 
 def test_a_password_in_the_endpoint_is_not_printed(server: HubServer, run: Run) -> None:
@@ -146,17 +142,17 @@ def test_a_password_in_the_endpoint_is_not_printed(server: HubServer, run: Run) 
         "import logging\nfrom CLIP import hub\nprint(hub.fetch('me/tiny', ['config.json']))\n"
         f"logging.getLogger('huggingface_hub.utils._http').warning('%s: retrying', '{endpoint}')"
     )
-    result = run("-c", code, HF_ENDPOINT=endpoint)
+    result = run(code, HF_ENDPOINT=endpoint)
     assert result.returncode == 0, result.stderr
     assert "http://***@127.0.0.1" in result.stderr
     assert "retrying" in result.stderr
-    one_line(run("-c", LOAD, "hf-hub:me/none", HF_ENDPOINT=endpoint), "no such model")
+    one_line(run(LOAD, "hf-hub:me/none", HF_ENDPOINT=endpoint), "no such model")
     assert "secret" not in result.stderr
 
 
 def test_without_the_package(run: Run) -> None:
     code = "import sys; sys.modules['huggingface_hub'] = None\n" + LOAD
-    one_line(run("-c", code, "hf-hub:me/tiny"), "pip install huggingface_hub")
+    one_line(run(code, "hf-hub:me/tiny"), "pip install huggingface_hub")
 
 
 # The official address is replaced by one that nobody answers at.
@@ -180,7 +176,7 @@ NOBODY = f"http://user:secret@127.0.0.1:9/{'0' * 64}/ViT-L-14-336px.pt"
 
 
 def test_the_hub_stands_in_where_the_official_address_cannot_be_reached(run: Run, tmp_path: Path) -> None:
-    result = run("-c", DOWNLOAD, NOBODY, tmp_path / "ckpt")
+    result = run(DOWNLOAD, NOBODY, tmp_path / "ckpt")
     assert result.returncode == 0, result.stderr
     assert "cannot reach http://***@127.0.0.1:9/" in result.stderr
     assert "comes from the hub instead" in result.stderr
@@ -190,10 +186,10 @@ def test_the_hub_stands_in_where_the_official_address_cannot_be_reached(run: Run
 
 
 def test_the_hub_s_file_goes_where_out_says(run: Run, tmp_path: Path, folders) -> None:
-    result = run("-c", DOWNLOAD, NOBODY, tmp_path / "ckpt", "--out", tmp_path / "own" / "file")
+    result = run(DOWNLOAD, NOBODY, tmp_path / "ckpt", "--out", tmp_path / "own" / "file")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "own" / "file").read_bytes() == (folders["me/tiny"] / "model.safetensors").read_bytes()
 
 
 def test_an_address_given_by_hand_is_not_replaced(run: Run, tmp_path: Path) -> None:
-    one_line(run("-c", DOWNLOAD, NOBODY, tmp_path, "--url", NOBODY, "--out", tmp_path / "f"), "cannot reach")
+    one_line(run(DOWNLOAD, NOBODY, tmp_path, "--url", NOBODY, "--out", tmp_path / "f"), "cannot reach")

@@ -12,7 +12,7 @@ def test_converted_trained_and_tested(command, tmp_path):
     data = ["--data_path", tmp_path / "data"]
     written = command("dataset.medmnist", "breastmnist", "--npz", tmp_path / "breastmnist.npz", "--out", data[1])
     assert written.returncode == 0, written.stderr
-    assert "6 normal and 6 abnormal images" in written.stdout
+    assert "test 6 normal, 6 abnormal" in written.stdout
     checked = command("dataset.check", "--obj", "breastmnist", *data)
     assert checked.returncode == 0, checked.stdout
     paths = [*data, "--save_path", tmp_path / "ckpt", "--cache", "ram", "--device", "cpu"]

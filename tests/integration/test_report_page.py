@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from dataset import phantom
-from engine.report.page import prediction_row, write_prediction_page
+from engine.report.page import make_card, write_prediction_page
 from tests.helpers.data import SMALL
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -167,8 +167,8 @@ def test_predictions_in_a_browser(tmp_path):
     """Highest scores first, slices of a volume as one strip, decisions that follow the threshold."""
     picture = Image.new("RGB", (64, 32), (90, 90, 90))
     heat = torch.linspace(0, 2, 64).reshape(8, 8).numpy()
-    entries = [prediction_row(f"slice {i}", 0.1 * i, picture, heat, "head.nii") for i in range(5)]
-    entries += [prediction_row(f"{i}.png", 0.1 * i, picture, heat) for i in (1, 6, 3)]
+    entries = [make_card(f"slice {i}", 0.1 * i, picture, heat, group="head.nii") for i in range(5)]
+    entries += [make_card(f"{i}.png", 0.1 * i, picture, heat) for i in (1, 6, 3)]
     page = write_prediction_page(tmp_path, entries, title="Brain", threshold=0.35, origin="the file", heat_range=(0, 2))
     order = ["6.png", *(f"slice {i}" for i in range(5)), "3.png", "1.png"]
     shown = strip(browse(page, "", tmp_path / "profile"))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from CLIP import create_model, list_models, tokenize
-from CLIP.clip import load_state, random_state, uses_quick_gelu
+from CLIP.clip import create_model, load_state, random_state, uses_quick_gelu
+from CLIP.config import list_models
 from CLIP.model import CLIP, ModelConfig
+from CLIP.tokenizer import tokenize
 from tests.conftest import tiny_state
 from tests.helpers.weights import open_clip_model, save_torchscript
 from utils import InputError

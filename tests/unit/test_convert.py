@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
 
 import nibabel
 import numpy as np
+import pydicom.data
 import pytest
 from PIL import Image
 
-from dataset import MedicalDataset, ReadOptions, convert, load_image, load_mask
+from dataset import MedicalDataset, convert, load_image, load_mask
 from utils import run_cli
 
 
@@ -41,9 +43,9 @@ def test_a_data_set_of_volumes_becomes_one_of_pictures(tmp_path, monkeypatch, ca
                     labels[..., 2] = 0
                     save(tmp_path / "scans" / split / "label" / kind / patient / "t1.nii.gz", labels)
     output = call(monkeypatch, capsys, tmp_path / "scans", tmp_path / "knee_AD", "--window", 40, 400)
-    assert "8 test abnormal, 10 test normal, 8 valid abnormal, 10 valid normal" in output
+    assert "valid 10 normal, 8 abnormal; test 10 normal, 8 abnormal" in output
 
-    source = MedicalDataset.open("scans", "", tmp_path / "scans", options=ReadOptions((40.0, 400.0)))
+    source = MedicalDataset.open("scans", "", tmp_path / "scans", window=(40.0, 400.0))
     written = MedicalDataset.open("knee", tmp_path)
     assert written.pixel_metrics
     for split in ("valid", "test"):
@@ -52,6 +54,24 @@ def test_a_data_set_of_volumes_becomes_one_of_pictures(tmp_path, monkeypatch, ca
             assert load_image(before, 24).equal(load_image(after, 24))
             assert load_mask(before, 24).equal(load_mask(after, 24))
     assert call(monkeypatch, capsys, tmp_path / "scans", tmp_path / "knee_AD", code=2).count("\n") == 1
+
+
+def test_masks_of_stretched_dicom_slices_are_stretched_with_them(tmp_path, monkeypatch, capsys):
+    template = pydicom.dcmread(pydicom.data.get_testdata_file("CT_small.dcm", download=False))
+    template.PixelSpacing = [2, 1]
+    marked = np.zeros((128, 128), np.uint8)
+    marked[10:20, 30:60] = 255
+    for split, kind in itertools.product(("valid", "test"), ("good", "Ungood")):
+        (tmp_path / "scans" / split / kind / "img").mkdir(parents=True)
+        template.save_as(tmp_path / "scans" / split / kind / "img" / f"P{split}{kind}_1.dcm")
+        if kind == "Ungood":
+            (tmp_path / "scans" / split / kind / "anomaly_mask").mkdir()
+            Image.fromarray(marked).save(tmp_path / "scans" / split / kind / "anomaly_mask" / f"P{split}{kind}_1.png")
+    call(monkeypatch, capsys, tmp_path / "scans", tmp_path / "knee_AD")
+    (sample,) = (sample for sample in MedicalDataset.open("knee", tmp_path).samples("test") if sample.label)
+    with Image.open(sample.path) as image, Image.open(sample.mask) as mask:
+        assert image.size == mask.size == (128, 256)
+        assert np.array_equal(np.asarray(mask), marked.repeat(2, axis=0))
 
 
 def test_like_brain(tmp_path, monkeypatch, capsys):

@@ -18,7 +18,6 @@ from engine.report.tracking import (
     log_epoch,
     log_pictures,
     log_result,
-    memory,
     pictures,
     scalars,
 )
@@ -34,7 +33,7 @@ class Run:
     id = "run"
 
     def __init__(self, broken: str = "nothing") -> None:
-        self.broken, self.rows, self.defined, self.artifacts = broken, [], {}, []
+        self.broken, self.rows, self.artifacts = broken, [], []
         self.summary: dict[str, Any] = {}
         self.config = {"obj": "Brain", "img_size": 28, "lr": 0.1}
 
@@ -43,10 +42,6 @@ class Run:
         if any(key.startswith(self.broken) for key in values):
             raise OSError("disk full\nsecond line")
         self.rows.append((step, values, commit))
-
-    def define_metric(self, name: str, **how: object) -> None:
-        """Keep the definition."""
-        self.defined[name] = how
 
     def log_artifact(self, artifact: Any) -> None:
         """Keep it, or fail."""
@@ -101,12 +96,6 @@ def test_image_only_sets_publish_their_auc_as_pauc(tmp_path):
 def test_epochs_without_evaluation_have_no_test_keys():
     logged = scalars(record_of(0), 2.0, 32, None, None)
     assert not [name for name in logged if "AUC" in name]
-
-
-def test_memory_is_in_gib_and_left_out_where_the_system_has_none(monkeypatch):
-    assert 0.05 < memory()["sys/memory_GiB"] < 50
-    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
-    assert "sys/memory_GiB" not in memory()
 
 
 def test_pictures_are_the_examples_and_the_worst_of_each_class(world):
@@ -180,15 +169,18 @@ def test_a_failure_in_a_picture_costs_one_line_and_the_numbers_go_on(world, caps
 def test_summary_is_the_best_epochs_and_leaves_nothing_of_an_earlier_one(world):
     run = Run()
     tracker, metrics = make_tracker(run), measure(*world)
-    epoch_of(tracker, 0, Metrics({**metrics.values, "aupro": 0.9}), best=True)
+    epoch_of(tracker, 0, metrics, best=True)
+    log_result(tracker, world[0], measure(*world, full=True), 0, None)  # a run that ended, and goes on
     epoch_of(tracker, 1, metrics, best=True)
     epoch_of(tracker, 2, Metrics({**metrics.values, "auc": 0.1, "aupro": 0.8}), last=True)
     assert (run.summary["epoch"], run.summary["test/AUPRO"]) == (1, None)
     assert run.summary["AUCbest"] == metrics.auc
-    assert run.rows[2][1]["AUCbest"] == metrics.auc
-    assert run.defined["test/AUPRO"] == {"step_metric": "epoch", "summary": "none"}
-    assert run.defined["epoch"]["step_metric"] is None
-    assert [commit for _, _, commit in run.rows] == [True, True, False]  # the last row waits for the table
+    assert run.rows[-1][1]["AUCbest"] == metrics.auc
+    assert [commit for _, row, commit in run.rows if "loss" in row] == [
+        True,
+        True,
+        False,
+    ]  # the last waits
 
 
 def test_best_survives_a_resumption(world):
@@ -216,7 +208,7 @@ def test_the_full_evaluation_completes_the_summary(world):
     tracker, metrics = make_tracker(run), measure(*world)
     tracker._pictures = False
     epoch_of(tracker, 0, metrics, best=True)
-    assert "test/AUPRO" not in run.summary
+    assert run.summary["test/AUPRO"] is None
     log_result(tracker, world[0], measure(*world, full=True), 0, None)
     assert 0 <= run.summary["test/AUPRO"] <= 1
     assert not [name for name in run.summary if "threshold" in name]

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from engine.metrics import Metrics, measure
-from engine.report.figures import STYLE_FILE, Plot, digits, examples, plots, save_figures, threshold_of
+from engine.report.figures import Plot, digits, examples, plots, save_figures, threshold_of
 from tests.helpers.evaluations import METADATA, make_evaluation, make_samples, make_world
 from utils import InputError
 
@@ -158,18 +158,6 @@ def test_the_page_colours_the_figures_and_their_names_do_not_collide(world):
         assert "#ffffff" not in svg  # no background of their own
         assert set(re.findall(r"url\(#([^)]+)\)", svg)) <= set(ids)
         assert ET.fromstring(svg).get("aria-label")
-
-
-def test_a_style_file_in_the_working_folder_restyles(world, tmp_path):
-    evaluation, _, metrics = world
-    Path(STYLE_FILE).write_text("axes.prop_cycle: cycler('color', ['ff0123', '00aa45'])\naxes.labelcolor: 123456\n")
-    shown = plots(evaluation, metrics, {})["roc"].svg("roc")
-    assert "#ff0123" in shown
-    assert "#123456" in shown
-    assert "var(--grid)" in shown  # what it leaves alone is ours
-    Path(STYLE_FILE).write_bytes(b"\xff\xfe\0not text")
-    with pytest.raises(InputError, match=rf"^{re.escape(STYLE_FILE)}: not a style file"):
-        plots(evaluation, metrics, {})["roc"].svg("roc")
 
 
 def test_a_matplotlibrc_counts_where_it_departs_from_the_default(world, monkeypatch):

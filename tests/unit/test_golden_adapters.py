@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from CLIP import ADAPTERS, DualBranchAdapters
-from CLIP.adapter_shared import Cosine
+from CLIP.adapter_shared import ADAPTERS, Cosine, DualBranchAdapters
 from tests.conftest import VARIANTS, load_golden
 from tests.unit.test_golden_backbone import close
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from CLIP import tokenize
 from CLIP.model import resize_positional_embedding
+from CLIP.tokenizer import tokenize
 from tests.conftest import tiny_state
 
 ACTIVATIONS = {"gelu": False, "quickgelu": True}

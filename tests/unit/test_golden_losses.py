@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import loss
-from CLIP import ADAPTERS
+from CLIP.adapter_shared import ADAPTERS
 from engine.detector import make_optimizers
 from tests.conftest import VARIANTS, load_golden
 from tests.unit.test_golden_adapters import golden_adapters, patch_tokens

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from CLIP import tokenize
 from CLIP.clip import load_state, random_state
 from CLIP.model import CLIP, ModelConfig, TextTower
-from Prompt import PromptChooser, PromptPass
+from CLIP.tokenizer import tokenize
+from Prompt.prompt_pass import PromptPass
+from Prompt.promptChooser import PromptChooser
 from Prompt.states import fixed_sentences, state_phrases
 from tests.conftest import VARIANTS, load_golden
 from tests.unit.test_golden_backbone import close

@@ -17,22 +17,11 @@ import pydicom.data
 import pytest
 from PIL import Image
 
-from dataset import Sample, images, load_grey_mask, load_image, load_image_with_hash, load_mask, volumes
-from dataset.images import (
-    MissingPackageError,
-    NoImageError,
-    ReadOptions,
-    apply_window,
-    check_mask,
-    file_kind,
-    frames,
-    list_files,
-    parse_window,
-    picture_notes,
-    read,
-    to_rgb,
-    to_tensor,
-)
+from dataset import Sample, grey, images, load_grey_mask, load_image, load_image_with_hash, load_mask, nifti, reading
+from dataset import dicom as dicom_reader
+from dataset.grey import apply_window, to_rgb
+from dataset.images import check_mask, file_kind, frames, list_files, parse_window, picture_notes, read, to_tensor
+from dataset.reading import MissingPackageError, NoImageError, ReadOptions
 from utils import InputError
 
 DICOM = Path(pydicom.data.__file__).parent / "test_files"
@@ -139,7 +128,21 @@ def test_dicom_of_many_kinds(name, count, size):
     assert pictures[0].std() > 5
 
 
+@pytest.mark.parametrize("implicit", [True, False])
+def test_dicom_without_a_preamble(tmp_path, implicit):
+    header, known = pydicom.dcmread(DICOM / "MR_small.dcm"), pixels(DICOM / "MR_small.dcm")
+    header.preamble, header.file_meta = None, pydicom.dataset.FileMetaDataset()
+    header.save_as(tmp_path / "old.dcm", implicit_vr=implicit, little_endian=True)
+    assert (tmp_path / "old.dcm").read_bytes()[128:132] != b"DICM"
+    assert np.array_equal(pixels(tmp_path / "old.dcm"), known)
+    (tmp_path / "junk.dcm").write_bytes(bytes(500))
+    with pytest.raises(InputError, match="neither the mark DICM nor a SOPClassUID"):
+        frames(tmp_path / "junk.dcm")
+
+
 def test_dicom_without_a_decoder():
+    with pytest.raises(InputError, match=r"JPEG Extended .* cannot be decoded \(.*12-bit precision\); other decoders"):
+        pixels(DICOM / "JPGExtended.dcm")
     with pytest.raises(InputError, match=r"JPEGLSNearLossless_16\.dcm: no decoder for JPEG-LS.*pip install pylibjpeg"):
         pixels(DICOM / "JPEGLSNearLossless_16.dcm")
 
@@ -237,12 +240,12 @@ def test_a_packed_bomb_is_not_unpacked(tmp_path, monkeypatch):
             asked.append(size)
             return super().read(size)
 
-    monkeypatch.setattr(volumes.gzip, "GzipFile", Spy)
+    monkeypatch.setattr(nifti.gzip, "GzipFile", Spy)
     assert len(frames(bomb)) == 4
     assert load_image(bomb, 4).shape == (3, 4, 4)
     assert 0 <= min(asked) <= max(asked) <= 1024
 
-    monkeypatch.setattr(volumes, "MAX_BYTES", 400)
+    monkeypatch.setattr(reading, "MAX_BYTES", 400)
     with pytest.raises(InputError, match="more than the 400 bytes"):
         frames(path)
 
@@ -254,7 +257,7 @@ def test_nifti_slices_get_square_pixels(tmp_path):
     axial, coronal = (read(frames(path, ReadOptions(plane=plane))[0]) for plane in ("axial", "coronal"))
     assert axial.image.size == (10, 12)
     assert coronal.image.size == (10, 20)
-    assert "pixels of 1 x 5 mm" in coronal.notes["pixels"]
+    assert "pixels 5 times as high as wide" in coronal.notes["pixels"]
     assert "pixels" not in axial.notes
     mask = save_nifti(tmp_path / "mask.nii", (values > 50).astype(np.uint8), affine)
     sample = Sample(path, 1, mask, "x", index=3, options=ReadOptions(plane="coronal"))
@@ -266,12 +269,12 @@ def test_large_volumes_in_fortran_order_are_not_copied_into_another(monkeypatch)
     """A view in the order of memory: ravelling a volume as C would copy it, slice by slice and slowly."""
     values = np.asfortranarray(np.arange(6000, dtype=np.float32).reshape(10, 20, 30))
     seen = []
-    monkeypatch.setattr(volumes.np, "isfinite", lambda piece, real=np.isfinite: seen.append(piece) or real(piece))
-    span = volumes.Range.of([values], "x")
+    monkeypatch.setattr(grey.np, "isfinite", lambda piece, real=np.isfinite: seen.append(piece) or real(piece))
+    span = grey.Range.measure([values], "x", "x")
     assert span.whole == (0, 5999)
     assert np.shares_memory(seen[0], values)
-    volume = volumes.Volume("", values[..., None], (1, 1, 1), span)
-    assert all(np.shares_memory(volume.plane(2, plane)[0], values) for plane in volumes.PLANES)
+    volume = nifti.Volume("", values[..., None], (1, 1, 1), span)
+    assert all(np.shares_memory(volume.plane(2, plane)[0], values) for plane in reading.PLANES)
 
 
 @pytest.mark.parametrize("window", ["auto", "full", None])
@@ -388,7 +391,8 @@ def test_orientation_is_ignored_in_every_format(tmp_path, name, orientation):
     Image.fromarray(GRADIENT).save(tmp_path / name, exif=exif, **options)
     picture = read(tmp_path / name)
     assert picture.orientation == orientation
-    assert picture.image.size == images.picture_size(tmp_path / name) == (48, 32)
+    assert picture.image.size == (48, 32)
+    assert images.mask_sizes(tmp_path / name) == {(48, 32)}
     assert np.abs(np.asarray(picture.image)[..., 0].astype(int) - GRADIENT).max() <= 2
     sample = Sample(tmp_path / name, 1, tmp_path / name, "x")
     assert (images.read_mask(sample)[0].size) == (48, 32)
@@ -408,7 +412,8 @@ def test_eight_bit_values_in_wider_files_are_read_as_the_published_program_reads
 
 def test_twelve_bits_in_sixteen_are_said(tmp_path):
     Image.fromarray(GRADIENT.astype(np.uint16) * 16).save(tmp_path / "x.png")
-    assert "largest value is 4080 of 65535" in read(tmp_path / "x.png").notes["dark"]
+    said = "a 12-bit picture in a 16-bit file (range used: 6%, the largest value is 4080 of 65535): all but black"
+    assert said in read(tmp_path / "x.png").notes["dark"]
     assert "dark" not in read(frames(tmp_path / "x.png", ReadOptions("full"))[0]).notes
 
 
@@ -565,17 +570,53 @@ def test_a_series_has_one_range(tmp_path):
     assert "the whole range of its series (4 files)" in last.notes["window"]
     assert Sample(tmp_path / "3.dcm", 0, None, "x").content_hash() == last.sha256
     # Other files have a part in this picture, so they have one in its hash.
-    volumes._ranges.clear()
-    volumes._series_in.cache_clear()
+    dicom_reader._ranges.clear()
+    dicom_reader._series_in.cache_clear()
     (tmp_path / "0.dcm").unlink()
     again = read(tmp_path / "3.dcm")
     assert again.sha256 != last.sha256
     assert np.asarray(again.image).mean() != np.asarray(last.image).mean()
 
 
+@pytest.mark.parametrize(
+    ("elements", "size", "said"),
+    [
+        ({"PixelSpacing": [2.5, 0.5]}, (48, 160), "pixels 5 times as high as wide"),
+        ({"PixelSpacing": [0.5, 1.0]}, (96, 32), ""),
+        ({"PixelSpacing": None, "PixelAspectRatio": ["1", "4"]}, (192, 32), "pixels 4 times as wide as high"),
+        ({"PixelSpacing": ["", ""]}, (48, 32), ""),
+        ({"PixelSpacing": [0, 1]}, (48, 32), ""),
+    ],
+)
+def test_dicom_slices_get_square_pixels(tmp_path, elements, size, said):
+    path = dicom(tmp_path / "a.dcm", GRADIENT, **elements)
+    picture = read(path)
+    assert (picture.image.size, picture.stored) == (size, (48, 32))
+    assert picture.notes.get("pixels", "").startswith(said)
+    assert ("pixels" in picture.notes) == bool(said)
+    expected = Image.fromarray(GRADIENT).convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(picture.image), np.asarray(expected))
+    for fits in {size, (48, 32)}:  # a mask drawn on either
+        Image.new("L", fits, 255).save(tmp_path / "mask.png")
+        assert load_mask(Sample(path, 1, tmp_path / "mask.png", "x"), 8).all()
+    Image.new("L", (9, 9), 255).save(tmp_path / "mask.png")
+    with pytest.raises(InputError, match="but its image has"):
+        load_mask(Sample(path, 1, tmp_path / "mask.png", "x"), 8)
+
+
+def test_an_enhanced_files_frames_have_a_spacing_of_their_own(tmp_path):
+    measures = pydicom.Dataset()
+    measures.PixelSpacing = [3, 1]
+    group = pydicom.Dataset()
+    group.PixelMeasuresSequence = [measures]
+    values = np.stack([GRADIENT, 255 - GRADIENT])
+    path = dicom(tmp_path / "a.dcm", values, NumberOfFrames=2, SharedFunctionalGroupsSequence=[group])
+    assert {frame.read().size for frame in frames(path)} == {(48, 96)}
+
+
 def test_a_deflated_bomb_is_not_unpacked(monkeypatch):
     data = (DICOM / "image_dfl.dcm").read_bytes()
-    monkeypatch.setattr(volumes, "MAX_BYTES", len(data) + 10)
+    monkeypatch.setattr(reading, "MAX_BYTES", len(data) + 10)
     with pytest.raises(InputError, match="unpacks to more than"):
         load_image(DICOM / "image_dfl.dcm", 8)
 

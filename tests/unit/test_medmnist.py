@@ -152,6 +152,6 @@ def test_what_is_refused(tmp_path, monkeypatch):
         with pytest.raises(InputError, match=words):
             convert(monkeypatch, *arguments, "--out", tmp_path / "data")
     assert not list((tmp_path / "data").glob("*"))
-    (tmp_path / "data/breastmnist_AD").mkdir(parents=True)
+    (tmp_path / "data/breastmnist_AD/mine").mkdir(parents=True)
     with pytest.raises(InputError, match="there already"):
         convert(monkeypatch, "breastmnist", "--npz", tmp_path / "set.npz", "--out", tmp_path / "data")

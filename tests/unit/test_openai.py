@@ -14,8 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from CLIP.names import NOT_WEIGHTS
-from CLIP.openai import check_state, read_weights, round_to_half, stored_as_half
+from CLIP.openai import NOT_WEIGHTS, check_state, read_weights, round_to_half, stored_as_half
 from tests.conftest import tiny_state
 from tests.helpers.weights import save_torchscript
 from utils import InputError

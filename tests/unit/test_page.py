@@ -17,7 +17,7 @@ from PIL import Image
 from dataset.medical_few import Sample
 from engine.metrics import Metrics, measure
 from engine.report import page
-from engine.report.page import HEAT, prediction_row, write_page, write_prediction_page
+from engine.report.page import HEAT, make_card, write_page, write_prediction_page
 from tests.helpers.evaluations import (
     METADATA,
     PICTURE,
@@ -112,13 +112,11 @@ def test_the_checkpoints_threshold_is_the_one_of_predict(tmp_path):
 
 def test_numbers_without_the_shots_patients_stand_beside_the_others(tmp_path):
     evaluation, masks = make_world(tmp_path, LABELS, SCORES)
-    for metadata in (
-        {**METADATA, "auc_without_shot_patients": 0.625},
-        {**METADATA, "without_shot_patients": {"auc_without_shot_patients": 0.625, "pauc_without_shot_patients": None}},
-    ):
-        html = written(tmp_path / "page", evaluation, masks, metadata)
-        assert html.count("without the patients of the shots") == 1
-        assert "<small>0.625 without the patients of the shots" in html
+    metrics = measure(evaluation, masks, full=True)
+    metrics.values.update({"auc_without_shot_patients": 0.625, "pauc_without_shot_patients": None})
+    html = written(tmp_path / "page", evaluation, masks, metrics=metrics)
+    assert html.count("without the patients of the shots") == 1
+    assert "<small>0.625 without the patients of the shots" in html
 
 
 def test_a_page_of_another_data_set_without_masks(tmp_path):
@@ -227,11 +225,11 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 def predictions(count: int, group: str | None = None) -> list[page.Card]:
     heat = np.linspace(0, 2, SIZE * SIZE, dtype=np.float32).reshape(SIZE, SIZE)
     picture = Image.new("RGB", PICTURE, (90, 90, 90))
-    return [prediction_row(f"{group}{i}.png", i / 10, picture, heat, group) for i in range(count)]
+    return [make_card(f"{group}{i}.png", i / 10, picture, heat, group=group) for i in range(count)]
 
 
 def test_predictions_share_the_page(tmp_path):
-    rows = [*predictions(3), *predictions(2, "head.nii"), prediction_row("none.png", 0.05, None, None)]
+    rows = [*predictions(3), *predictions(2, "head.nii"), make_card("none.png", 0.05, None, None)]
     path = write_prediction_page(
         tmp_path, rows, title=EVIL, threshold=0.15, origin="the checkpoint's", heat_range=(0.5, 1.5),
         metadata={"checkpoint": "/home/secret/Brain.pth", "host": "secret"},
@@ -253,7 +251,7 @@ def test_predictions_share_the_page(tmp_path):
 
 
 def test_predictions_without_a_threshold_and_without_maps(tmp_path):
-    rows = [prediction_row("a.png", 0.3, Image.new("RGB", (9, 9)), None)]
+    rows = [make_card("a.png", 0.3, Image.new("RGB", (9, 9)), None)]
     path = write_prediction_page(
         tmp_path, rows, title="Chest", threshold=None, origin="none", heat_range=(0, 2), weak=True
     )

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dataset import phantom
 from dataset.medical_few import MedicalDataset
-from dataset.phantom import LABELS, PAINTERS, SEGMENTED, SPLITS, draw, paint, write
+from dataset.phantom import KINDS, LABELS, SPLITS, draw, paint, write
 from utils import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +28,7 @@ def command(*arguments: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.mark.parametrize("obj", PAINTERS)
+@pytest.mark.parametrize("obj", KINDS)
 def test_layout_counts_and_masks(obj: str, tmp_path: Path):
     write(tmp_path, [obj], valid=2, test=3, seed=0, size=48)
     folder = tmp_path / f"{obj}_AD"
@@ -37,7 +37,7 @@ def test_layout_counts_and_masks(obj: str, tmp_path: Path):
         for label in LABELS:
             names = [f"{split}_{label}_{i:05d}.png" for i in range(count)]
             expected |= {f"{split}/{label}/img/{name}" for name in names}
-            if obj in SEGMENTED and label == "Ungood":
+            if KINDS[obj].has_masks and label == "Ungood":
                 expected |= {f"{split}/{label}/anomaly_mask/{name}" for name in names}
     assert set(files(folder)) == expected
     for path in folder.glob("*/*/img/*.png"):
@@ -61,7 +61,7 @@ def test_written_files_are_what_draw_returns(tmp_path: Path):
 
 def test_repeats_and_keeps_earlier_images(tmp_path: Path):
     for name, valid in (("once", 2), ("again", 2), ("more", 4)):
-        write(tmp_path / name, PAINTERS, valid=valid, test=1, seed=2, size=32)
+        write(tmp_path / name, KINDS, valid=valid, test=1, seed=2, size=32)
     once, again, more = (files(tmp_path / name) for name in ("once", "again", "more"))
     assert once == again
     kept = {name for name in once if not name.endswith("PHANTOM.txt")}
@@ -69,14 +69,14 @@ def test_repeats_and_keeps_earlier_images(tmp_path: Path):
     assert len(more) > len(once)
 
 
-@pytest.mark.parametrize("obj", PAINTERS)
+@pytest.mark.parametrize("obj", KINDS)
 def test_pictures_differ(obj: str):
     base = {"obj": obj, "split": "valid", "label": "good", "index": 0, "seed": 0, "size": 32}
     changes = [{}, {"split": "test"}, {"label": "Ungood"}, {"index": 1}, {"seed": 1}]
     assert len({draw(**{**base, **change})[0].tobytes() for change in changes}) == len(changes)
 
 
-@pytest.mark.parametrize("obj", PAINTERS)
+@pytest.mark.parametrize("obj", KINDS)
 @pytest.mark.parametrize("size", [32, 96])
 def test_a_lesion_changes_its_mask_and_nothing_else(obj: str, size: int):
     for index in range(12):
@@ -93,7 +93,7 @@ def test_a_lesion_changes_its_mask_and_nothing_else(obj: str, size: int):
 
 
 def test_good_images_have_no_lesion_and_abnormal_ones_do():
-    for obj in PAINTERS:
+    for obj in KINDS:
         for split in SPLITS:
             assert not draw(obj, split, "good", 0, 0, 32)[1].any()
             assert draw(obj, split, "Ungood", 0, 0, 32)[1].any()
@@ -168,7 +168,7 @@ def test_the_command_writes_and_says_what_it_is(tmp_path: Path):
     result = command("--out", tmp_path, "--obj", "Chest", "--valid", 1, "--test", 2, "--seed", 4, "--size", 32)
     assert result.returncode == 0
     assert result.stderr == ""
-    assert "valid 1 good + 1 Ungood, test 2 good + 2 Ungood" in result.stdout
+    assert "valid 1 normal, 1 abnormal; test 2 normal, 2 abnormal" in result.stdout
     assert "says nothing about medicine" in result.stdout
     marker = (tmp_path / "Chest_AD" / "PHANTOM.txt").read_text(encoding="utf-8")
     assert "--obj Chest --valid 1 --test 2 --seed 4 --size 32" in marker

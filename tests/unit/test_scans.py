@@ -11,10 +11,11 @@ from nibabel import orientations
 from PIL import Image
 from pydicom import dcmread
 
-from dataset.images import ReadOptions, frames
+from dataset.images import describe, frames
+from dataset.reading import ReadOptions, Slice
 from engine.heat_volumes import DicomHeat, NiftiHeat
 from engine.report.predictions import Drawer
-from engine.scans import Entry, Slice, in_order, is_own_result, list_entries, slices_of
+from engine.scans import Entry, in_order, is_own_result, list_entries
 from tests.helpers.scans import dicom_series
 
 SIDES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}
@@ -57,7 +58,7 @@ def test_a_hot_corner_lies_where_the_patient_has_it(tmp_path, axes, plane):
             assert world[side] == pytest.approx(high[side])
         else:  # the axis that is cut: the second slice
             assert world[side] == pytest.approx(-low[side] + (2, 3, 4)[side])
-    says = slices_of(inside)
+    says = describe(inside)
     assert {slice_.edges for slice_ in says} == {SIDES[plane]}
     axis = ("sagittal", "coronal", "axial").index(plane)
     steps = np.diff([slice_.position for slice_ in says])
@@ -71,7 +72,7 @@ def test_slices_of_time_points_and_headers_without_orientation(tmp_path):
     image.set_qform(None, 0)
     image.to_filename(tmp_path / "v.nii")
     inside = frames(tmp_path / "v.nii")
-    says = slices_of(inside)
+    says = describe(inside)
     assert len(says) == 6
     assert {slice_.edges for slice_ in says} == {""}  # which side is which would be a guess
     assert [slice_.position for slice_ in says[:3]] == [slice_.position for slice_ in says[3:]]

@@ -25,6 +25,7 @@ from utils import (
     atomic_path,
     checked,
     integer,
+    one_line,
     prefetch,
     preview,
     printable,
@@ -209,6 +210,14 @@ def test_processes_add_to_what_others_remember(hashes):
 def test_what_a_terminal_would_obey_is_written_out():
     assert printable("é x.png") == "é x.png"
     assert printable("a\x1b[2Jb\n\r\u202e\udcff") == "a\\x1b[2Jb\\n\\r\\u202e\\udcff"
+
+
+def test_one_line_of_an_error_says_its_kind_and_no_secret():
+    error = OSError("cannot reach\x1b[2J https://me:word@host/x\n with KEY")
+    assert one_line(error, "KEY") == "OSError: cannot reach [2J https://***@host/x with ***"
+    assert one_line(MemoryError()) == "MemoryError"
+    assert one_line("as it is") == "as it is"
+    assert len(one_line("a" * 5000)) == 200
 
 
 def test_previews():

@@ -1,0 +1,77 @@
+"""Write a data set as PNG files in the layout that everything reads: <split>/{good,Ungood}/{img,anomaly_mask}/NAME."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+
+from PIL import Image
+
+from utils import InputError
+
+from .layout import SPLITS
+
+FOLDERS = ("good", "Ungood")  # of the labels 0 and 1
+SHOTS = (1, 2, 4, 8, 16)
+
+
+@contextmanager
+def new_folder(root: Path, flag: str) -> Iterator[Path]:
+    """A temporary folder that becomes `root` when the block succeeds, so that half a data set never has its name.
+
+    Raises:
+        InputError: naming `flag` and `root`, which is there already, or cannot be written.
+    """
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise InputError(f"{flag} {root}: it is there already and not empty; remove it or name another folder")
+    temporary = root.with_name(f".{root.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.replace(root)  # an empty folder is replaced, too
+    except OSError as error:
+        raise InputError(f"{flag} {error.filename or root}: cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class Writer:
+    """Writes images below `root`; `names` has the files of each (split, label) in their order."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.names: dict[tuple[str, int], list[str]] = {key: [] for key in product(SPLITS, (0, 1))}
+        for split, label in self.names:
+            (root / split / FOLDERS[label] / "img").mkdir(parents=True, exist_ok=True)
+
+    def add(self, split: str, label: int, name: str, image: Image.Image, mask: Image.Image | None = None) -> None:
+        """Write an image, called `name` without an ending, and its mask; `OSError` where that fails."""
+        folder, file = self.root / split / FOLDERS[label], f"{name}.png"
+        image.save(folder / "img" / file)
+        if mask is not None:
+            (folder / "anomaly_mask").mkdir(exist_ok=True)
+            mask.save(folder / "anomaly_mask" / file)
+        self.names[split, label].append(file)
+
+    def write_lists(self, names: Mapping[int, Sequence[str]] | None = None) -> None:
+        """Write few-shot lists, each the beginning of the next, as far as there are images of both labels.
+
+        `names` are the images of each label in their order, by default those of valid as they were added.
+        """
+        names = names or {label: self.names["valid", label] for label in (0, 1)}
+        lists = self.root / "fewshot_seed"
+        lists.mkdir(exist_ok=True)
+        for shot in SHOTS:
+            if all(len(of) >= shot for of in names.values()):
+                lines = (f"{tag}-0: {' '.join(names[label][:shot])}\n" for tag, label in (("a", 1), ("n", 0)))
+                (lists / f"my{shot}-shot.txt").write_text("".join(lines), encoding="utf-8")
+
+    def counts(self) -> str:
+        """How many images there are, in words."""
+        return "; ".join(
+            f"{split} {len(self.names[split, 0])} normal, {len(self.names[split, 1])} abnormal" for split in SPLITS
+        )

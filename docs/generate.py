@@ -123,7 +123,8 @@ def _sentence(text: str) -> str:
 
 def main() -> int:
     """Write or compare the pages."""
-    options = argparse.ArgumentParser(prog="python -m docs.generate", description=__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    options = argparse.ArgumentParser(prog="python -m docs.generate", description=__doc__, formatter_class=raw)
     options.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a page is out of date")
     check = options.parse_args().check
     pages = {ROOT / "docs" / "flags.md": flags(), ROOT / "docs" / "robustness.md": robustness()}

@@ -48,7 +48,7 @@ def test_a_leaky_data_set_scores_lower_without_the_shots_patients(command, tmp_p
     assert result.returncode == 0, result.stderr
     found = {
         (row["metric"], row["method"]): float(row["mean"])
-        for row in csv.DictReader((tmp_path / "main.csv").open())
+        for row in csv.DictReader((tmp_path / "main.csv").read_text().splitlines())
         if row["mean"]
     }
     for metric in ("image AUROC", "pixel AUROC"):

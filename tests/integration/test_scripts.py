@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from CLIP import ModelConfig
+from CLIP.config import ModelConfig
 from dataset import phantom
 from tests.conftest import tiny_state
 from tests.helpers.commands import ROOT, Call, Commands

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from dataset import phantom
+from tests.helpers.attacks import fine, refused
 from tests.helpers.commands import ROOT, Call, Commands
 from tests.helpers.data import SMALL, unpacked
 from tests.helpers.weights import save_torchscript
@@ -32,18 +33,12 @@ CHOICES = {
 
 def printed(command: Commands, script: str, *arguments: object, **how: object) -> str:
     """What a command prints that has to succeed."""
-    done = command(script, *arguments, **how)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return fine(command(script, *arguments, **how))
 
 
 def refusal(command: Commands, script: str, *arguments: object, **how: object) -> str:
     """The one line with which a command refuses."""
-    done = command(script, *arguments, **how)
-    assert done.returncode == 2, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if "error: " in line]
-    assert "Traceback" not in done.stderr
-    return line
+    return refused(command(script, *arguments, **how))
 
 
 def figures(output: str) -> list[str]:

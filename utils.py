@@ -301,14 +301,13 @@ def sha256_file(path: str | Path) -> str:
             hasher.update(piece)
     digest = hasher.hexdigest()
     if time.time() - max(status.st_mtime, status.st_ctime) > SETTLED_SECONDS:
-        remembered[str(path)] = [*state, digest]
-        _new_hashes.append(str(path))
+        remembered[str(path)] = _new_hashes[str(path)] = [*state, digest]
         if len(_new_hashes) == 1:
             atexit.register(_write_hashes)
     return digest
 
 
-_new_hashes: list[str] = []
+_new_hashes: dict[str, list[Any]] = {}
 _tidied: set[Path] = set()  # folders in which this process has looked for what killed ones left
 
 
@@ -323,10 +322,9 @@ def _remembered_hashes() -> dict[str, Any]:
 
 def _write_hashes() -> None:
     """Add what this process has read to the file, beside what others have written meanwhile."""
-    mine = {path: _remembered_hashes()[path] for path in _new_hashes}
     _remembered_hashes.cache_clear()
     with contextlib.suppress(InputError, OSError):  # a folder that cannot be written: read again next time
-        write_json(HASHES, {**_remembered_hashes(), **mine})
+        write_json(HASHES, {**_remembered_hashes(), **_new_hashes})
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import subprocess
@@ -20,6 +21,19 @@ if sys.argv[0].endswith(".py"):
     runpy.run_path(sys.argv[0], run_name="__main__")
 else:
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+# For `driver`. A folder `closed` cannot be read: root may read every one, so the system's refusal is played.
+CLOSED = """
+import errno
+def closed(event, args):
+    if event in ("os.scandir", "os.listdir") and args and str(args[0]).endswith("/closed"):
+        raise PermissionError(errno.EACCES, "Permission denied", str(args[0]))
+sys.addaudithook(closed)
+"""
+# The most memory that it has held, in kB, as its last word on stdout.
+PEAK = """
+import atexit, resource
+atexit.register(lambda: print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 """
 
 
@@ -81,6 +95,12 @@ def fine(result: subprocess.CompletedProcess[str]) -> str:
     assert result.returncode == 0, (result.returncode, result.stderr[-3000:])
     assert "Traceback" not in result.stderr
     return result.stdout
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    """The table of a prediction, predictions.csv in `out`."""
+    with (out / "predictions.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def read_json(path: Path) -> Any:

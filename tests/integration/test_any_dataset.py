@@ -20,8 +20,9 @@ from PIL import Image
 from dataset import MedicalDataset, phantom, read
 from dataset.layout import FOLDER
 from tests.helpers.commands import Commands
+from tests.helpers.data import SMALL
 
-SMALL = ["--model_name", "ViT-tiny-14-56", "--pretrain", "random", "--img_size", "42", "--epoch", "1"]
+ONE_EPOCH = [*SMALL, "--epoch", 1]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def last_lines(output: str) -> list[str]:
 
 def test_mvtecs_layout(bottle, call, tmp_path):
     paths = ["--obj", "bottle", "--data_root", bottle, "--save_path", tmp_path]
-    trained = call("train.py", *SMALL, *paths, "--shot", 2, "--out_json", tmp_path / "a.json")
+    trained = call("train.py", *ONE_EPOCH, *paths, "--shot", 2, "--out_json", tmp_path / "a.json")
     tested = call("test.py", *paths)
     assert last_lines(trained) == last_lines(tested)
     assert len(last_lines(trained)) == 2  # AUC and pAUC
@@ -92,7 +93,7 @@ def test_bare_folders(brain, call, tmp_path, names):
     for name, source in zip(names, ("good", "Ungood"), strict=True):
         shutil.copytree(brain / "valid" / source / "img", root / name)
     paths = ["--obj", "knee", "--data_root", root, "--save_path", tmp_path]
-    output = call("train.py", *SMALL, *paths, "--shot", 2)
+    output = call("train.py", *ONE_EPOCH, *paths, "--shot", 2)
     assert len(last_lines(output)) == 1  # images only
     assert f"in both splits: {names[0]}, {names[1]}; of the 32 images there" in output
     assert last_lines(output) == last_lines(call("test.py", *paths))
@@ -118,7 +119,7 @@ def test_bmads_trees_train_and_test_under_the_papers_names(brain, call, tmp_path
             if kind == "Ungood":
                 shutil.copytree(brain / split / kind / "anomaly_mask", root / masks.format(**words))
     paths = ["--obj", obj, "--data_path", tmp_path / "data", "--save_path", tmp_path / "ckpt"]
-    trained = call("train.py", *SMALL, *paths, "--shot", 2)
+    trained = call("train.py", *ONE_EPOCH, *paths, "--shot", 2)
     assert len(last_lines(trained)) == 2  # AUC and pAUC
     assert last_lines(trained) == last_lines(call("test.py", *paths))
     settings = torch.load(tmp_path / f"ckpt/{obj}.pth", weights_only=True)["settings"]
@@ -148,7 +149,7 @@ def test_dicom_files_in_folders_of_patients(brain, call, tmp_path):
     assert "patients: 10 recognised in 40 names: P000t, P000v" in checked
     assert "warning" not in checked
     paths = ["--obj", "knee", "--data_root", root, "--save_path", tmp_path / "ckpt"]
-    trained = call("train.py", *SMALL, *paths, "--shot", 2, "--shot_abnormal", 0)
+    trained = call("train.py", *ONE_EPOCH, *paths, "--shot", 2, "--shot_abnormal", 0)
     assert last_lines(trained) == last_lines(call("test.py", *paths))
     # The same pictures as PNG files give the same numbers.
     samples = MedicalDataset.open("knee", "", root).samples("test")
@@ -167,7 +168,7 @@ def test_volumes_are_trained_slice_by_slice(call, tmp_path):
             (root / split / kind / folder).mkdir(parents=True, exist_ok=True)
             nibabel.save(nibabel.Nifti1Image(array.astype(np.int16), np.eye(4)), root / split / kind / folder / name)
     paths = ["--obj", "knee", "--data_root", root, "--save_path", tmp_path / "ckpt"]
-    trained = call("train.py", *SMALL, *paths, "--shot", 2, "--cache_dir", tmp_path / "cache", "--cache", "disk")
+    trained = call("train.py", *ONE_EPOCH, *paths, "--shot", 2, "--cache_dir", tmp_path / "cache", "--cache", "disk")
     assert "10 test images (4 abnormal)" in trained  # 2 x 3 normal slices, and the marked 2 of each abnormal volume
     assert len(last_lines(trained)) == 2
     assert last_lines(trained) == last_lines(call("test.py", *paths))
@@ -175,7 +176,9 @@ def test_volumes_are_trained_slice_by_slice(call, tmp_path):
 
 def test_an_unknown_name_in_the_known_layout(brain, call, tmp_path):
     shutil.copytree(brain, tmp_path / "My_Knee_AD")
-    output = call("train.py", *SMALL, "--obj", "My_Knee", "--data_path", tmp_path, "--save_path", tmp_path, "--shot", 2)
+    output = call(
+        "train.py", *ONE_EPOCH, "--obj", "My_Knee", "--data_path", tmp_path, "--save_path", tmp_path, "--shot", 2
+    )
     assert len(last_lines(output)) == 2
     assert torch.load(tmp_path / "My_Knee.pth", weights_only=True)["settings"]["prompt_name"] == "My Knee"
     (tmp_path / "My_Knee_AD/test/Ungood/anomaly_mask/test_Ungood_00002.png").unlink()
@@ -198,7 +201,7 @@ def test_a_file_names_layout_and_prompts(brain, call, tmp_path):
         "masks": "{parent}/../outlines/{stem}",
     }
     path = FOLDER / f"{name}.json"
-    arguments = [*SMALL, "--obj", name, "--data_root", root, "--save_path", tmp_path, "--shot", 2]
+    arguments = [*ONE_EPOCH, "--obj", name, "--data_root", root, "--save_path", tmp_path, "--shot", 2]
     try:
         path.write_text(json.dumps(config))
         assert "masks cannot be" in call("train.py", *arguments, code=2)  # leads out of the folder
@@ -216,7 +219,7 @@ def test_prompts_of_ones_own_are_in_the_checkpoint(brain, call, tmp_path, mood):
     states = {"normal": ["healthy {}", "{} of a volunteer"], "abnormal": ["{} with oedema", "ill {}", "{} with drusen"]}
     (tmp_path / "prompts.json").write_text(json.dumps(states))
     paths = ["--obj", "Brain", "--data_root", brain, "--save_path", tmp_path]
-    command = [*SMALL, *paths, "--shot", 2, "--text_mood", mood]
+    command = [*ONE_EPOCH, *paths, "--shot", 2, "--text_mood", mood]
     plain = call("train.py", *command)
     own = call("train.py", *command, "--prompts", tmp_path / "prompts.json", "--prompt_name", "retinal OCT")
     assert re.findall(r"cos\(text\) \S+", plain) != re.findall(r"cos\(text\) \S+", own)
@@ -257,7 +260,7 @@ def test_bad_arguments(brain, call, tmp_path, arguments, text, words):
     (tmp_path / "prompts.json").write_text(text)
     arguments = [tmp_path / "prompts.json" if word == "FILE" else word for word in arguments]
     paths = ["--obj", "Brain", "--data_root", brain, "--save_path", tmp_path]
-    message = call("train.py", *SMALL, *paths, "--shot", 2, *arguments, code=2)
+    message = call("train.py", *ONE_EPOCH, *paths, "--shot", 2, *arguments, code=2)
     assert words in message
     assert len([line for line in message.splitlines() if "error: " in line]) == 1
 
@@ -265,7 +268,7 @@ def test_bad_arguments(brain, call, tmp_path, arguments, text, words):
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
 def test_normal_shots_alone(bottle, call, tmp_path, loss):
     paths = ["--obj", "bottle", "--data_root", bottle, "--save_path", tmp_path]
-    few = [*SMALL, *paths, "--shot", 4, "--shot_abnormal", 0, "--epoch", 3, "--loss_type", loss]
+    few = [*ONE_EPOCH, *paths, "--shot", 4, "--shot_abnormal", 0, "--epoch", 3, "--loss_type", loss]
     output = call("train.py", *few)
     assert "abnormal shots: none" in output
     assert "losses: no abnormal shots" in output
@@ -280,17 +283,17 @@ def test_no_abnormal_images_but_the_tests(brain, call, tmp_path):
     root = shutil.copytree(brain, tmp_path / "Brain_AD")
     shutil.rmtree(root / "valid/Ungood")
     paths = ["--data_root", root, "--save_path", tmp_path, "--shot", 2]
-    output = call("train.py", *SMALL, "--obj", "Brain", *paths, "--shot_abnormal", 0)
+    output = call("train.py", *ONE_EPOCH, "--obj", "Brain", *paths, "--shot_abnormal", 0)
     assert "Brain: 8 test images (4 abnormal)" in output
     assert last_lines(output) == last_lines(call("test.py", "--obj", "Brain", "--data_root", root, *paths[2:4]))
-    assert "valid/Ungood/img not found" in call("train.py", *SMALL, "--obj", "Brain", *paths, code=2)
-    output = call("train.py", *SMALL, "--obj", "knee", *paths, "--shot_abnormal", 0)
+    assert "valid/Ungood/img not found" in call("train.py", *ONE_EPOCH, "--obj", "Brain", *paths, code=2)
+    output = call("train.py", *ONE_EPOCH, "--obj", "knee", *paths, "--shot_abnormal", 0)
     assert "in both splits: test/Ungood/img; of the 4 images there" in output
 
 
 def test_unequal_shots_take_each_classs_own_list(brain, call, tmp_path):
     output = call(
-        "train.py", *SMALL, "--obj", "Brain", "--data_root", brain, "--save_path", tmp_path, "--shot_normal", 8,
+        "train.py", *ONE_EPOCH, "--obj", "Brain", "--data_root", brain, "--save_path", tmp_path, "--shot_normal", 8,
         "--shot_abnormal", 2,
     )  # fmt: skip
     shots = torch.load(tmp_path / "Brain.pth", weights_only=True)["about"]["shots"]
@@ -304,7 +307,7 @@ def test_unequal_shots_take_each_classs_own_list(brain, call, tmp_path):
 def test_a_shot_in_the_test_set_is_said(brain, call, tmp_path):
     root = shutil.copytree(brain, tmp_path / "leaky")
     shutil.copy(root / "valid/good/img/valid_good_00001.png", root / "test/good/img/test_good_00000.png")
-    output = call("train.py", *SMALL, "--obj", "Brain", "--data_root", root, "--save_path", tmp_path, "--shot", 2)
+    output = call("train.py", *ONE_EPOCH, "--obj", "Brain", "--data_root", root, "--save_path", tmp_path, "--shot", 2)
     (line,) = [line for line in output.splitlines() if line.startswith("warning:") and "equal a shot" in line]
     assert "1 test images equal a shot" in line
     assert "test/good/img/test_good_00000.png is valid/good/img/valid_good_00001.png" in line

@@ -13,14 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers.attacks import Home, fine, refused
+from tests.helpers.attacks import fine, refused
 
 DEEP = "[" * 100_000
-
-
-@pytest.fixture(scope="session")
-def home(trained) -> Home:
-    return Home(trained.data, trained.ckpt / "Brain.pth", trained.run("Brain"))
 
 
 def settings(**values: object) -> Callable[[dict[str, Any]], dict[str, Any]]:

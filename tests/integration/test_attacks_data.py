@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 import os
 import shutil
@@ -18,26 +17,16 @@ from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
-from tests.helpers.attacks import UNGOOD, Home, driver, fine, read_json, refused
+from tests.helpers.attacks import CLOSED, PEAK, UNGOOD, Home, driver, fine, read_json, refused, rows
 
 FIRST = "valid_Ungood_00000.png"
 TURNED = 0x0112  # the orientation tag
-
-
-@pytest.fixture(scope="session")
-def home(trained) -> Home:
-    return Home(trained.data, trained.ckpt / "Brain.pth", trained.run("Brain"))
 
 
 @pytest.fixture
 def data(home, tmp_path) -> Path:
     """A copy of the data, to be spoiled."""
     return home.copy_data(tmp_path)
-
-
-def rows(out: Path) -> list[dict[str, str]]:
-    with (out / "predictions.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def scores(command, home: Home, out: Path, *images: Path) -> list[float]:
@@ -196,22 +185,16 @@ features.Item.load = swapped
 
 def test_memory_stays_small_with_large_pictures(command, home, tmp_path):
     """Only a few decoded pictures are held at a time, however many there are."""
-    peak = driver(tmp_path, "import atexit, resource\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss")
-    text = Path(peak).read_text().replace("if sys.argv[0].endswith", "try:\n  if sys.argv[0].endswith", 1)
-    lines = text.splitlines()
-    start = lines.index("try:")
-    body = [lines[start], *(f"  {line}" if i else line for i, line in enumerate(lines[start + 1 :]))]
-    end = "finally:\n  print('grown', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
-    Path(peak).write_text("\n".join([*lines[:start], *body, end]) + "\n")
     Image.effect_noise((300, 300), 60).resize((1600, 1600)).save(tmp_path / "large.jpg")  # 8 MB when decoded
-    grown = []
+    peaks = []
     for many in (3, 30):
         (tmp_path / str(many)).mkdir()
         for i in range(many):
             (tmp_path / str(many) / f"{i}.jpg").symlink_to(tmp_path / "large.jpg")
         flags = ["--ckpt", home.ckpt, "--device", "cpu", "--batch_size", 32, "--no-pictures", tmp_path / str(many)]
-        grown.append(int(fine(command(peak, "predict.py", *flags, "--out", tmp_path / "out")).split("grown ")[1]))
-    assert grown[1] - grown[0] < 60_000  # kB; 27 pictures more take 210 MB
+        done = command(driver(tmp_path, PEAK), "predict.py", *flags, "--out", tmp_path / "out")
+        peaks.append(int(fine(done).split("peak ")[1]))
+    assert peaks[1] - peaks[0] < 60_000  # kB; 27 pictures more take 210 MB
 
 
 # --- DICOM and NIfTI ---
@@ -291,14 +274,6 @@ def test_the_order_of_a_volume_in_memory_does_not_matter(command, home, tmp_path
 
 
 # --- folders and names ---
-
-CLOSED = """
-import errno
-def closed(event, args):
-    if event in ("os.scandir", "os.listdir") and args and str(args[0]).endswith("/closed"):
-        raise PermissionError(errno.EACCES, "Permission denied", str(args[0]))
-sys.addaudithook(closed)
-"""
 
 
 def test_a_folder_that_cannot_be_read_is_never_left_out(command, home, data, tmp_path):

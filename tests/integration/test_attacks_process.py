@@ -14,16 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.attacks import UNGOOD, Home, driver, fine, read_json, refused
+from tests.helpers.attacks import UNGOOD, driver, fine, read_json, refused
 from tests.helpers.commands import ROOT
 from tests.integration.test_distributed import torchrun
 
 ENVIRONMENT = {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="session")
-def home(trained) -> Home:
-    return Home(trained.data, trained.ckpt / "Brain.pth", trained.run("Brain"))
 
 
 # --- stdout and stderr ---

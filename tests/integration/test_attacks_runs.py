@@ -18,13 +18,8 @@ from PIL import Image
 
 from CLIP.clip import random_state
 from CLIP.model import ModelConfig
-from tests.helpers.attacks import Home, driver, fine, read_json, refused
+from tests.helpers.attacks import driver, fine, read_json, refused
 from tests.helpers.data import SMALL
-
-
-@pytest.fixture(scope="session")
-def home(trained) -> Home:
-    return Home(trained.data, trained.ckpt / "Brain.pth", trained.run("Brain"))
 
 
 @pytest.fixture

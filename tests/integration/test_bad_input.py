@@ -16,6 +16,7 @@ from PIL import Image
 
 from CLIP.clip import random_state
 from CLIP.config import ModelConfig
+from tests.helpers.attacks import refused
 from tests.helpers.commands import ROOT
 from tests.helpers.data import SMALL
 from utils import run_cli
@@ -45,17 +46,6 @@ def flags(folder: Path, script: str = "train.py") -> list[object]:
     """The flags that would do."""
     shared = ["--obj", "Brain", "--data_path", folder / "data", "--save_path", folder / "ckpt", "--device", "cpu"]
     return [*shared, *SMALL, "--shot", 2, "--epoch", 2] if script == "train.py" else shared
-
-
-def refused(result: subprocess.CompletedProcess, *words: str) -> str:
-    """The one line of an error, which must hold `words`."""
-    assert result.returncode == 2, result.stderr
-    assert "Traceback" not in result.stderr
-    lines = [line for line in result.stderr.splitlines() if "error: " in line]
-    assert len(lines) == 1, result.stderr
-    for word in words:
-        assert word in lines[0]
-    return lines[0]
 
 
 def test_without_warm_imports(folder):

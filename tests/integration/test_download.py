@@ -144,7 +144,6 @@ def fetch_here(monkeypatch: pytest.MonkeyPatch) -> Fetch:
     """Do the same in this process, with short pauses."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(download, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(download, "TIMEOUT", 0.5)
 
     def fetch_here(url: str, out: Path, model: str = "ViT-L-14-336") -> subprocess.CompletedProcess[str]:
         arguments = [model, "--url", url, "--out", str(out)]
@@ -249,7 +248,10 @@ def test_another_piece_than_asked_for_is_not_appended(server: Server, tmp_path: 
     assert server.requests == ["bytes=1000-", None]
 
 
-def test_a_server_that_falls_silent(server: Server, tmp_path: Path, fetch_here: Fetch) -> None:
+def test_a_server_that_falls_silent(
+    server: Server, tmp_path: Path, fetch_here: Fetch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "TIMEOUT", 0.5)
     server.stalls = 1
     succeeds(fetch_here(server.address(), tmp_path / "weights.pt"), tmp_path / "weights.pt")
     first, second = server.requests

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,10 +22,10 @@ from pydicom import dcmread
 from dataset import phantom
 from engine import load
 from engine.checkpoint import Checkpoint
+from tests.helpers.attacks import CLOSED, PEAK, driver, fine, rows
 from tests.helpers.commands import ROOT
+from tests.helpers.data import SMALL
 from tests.helpers.scans import dicom_series, mni
-
-SMALL = ["--model_name", "ViT-tiny-14-56", "--pretrain", "random", "--img_size", 42, "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +62,6 @@ def dicom(name: str) -> str:
     path = pydicom_data.get_testdata_file(name, download=False)
     assert path, f"pydicom ships no {name}"
     return path
-
-
-def rows(out: Path) -> list[dict[str, str]]:
-    with (out / "predictions.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_the_scores_of_the_test_program(command, home, tmp_path):
@@ -459,29 +455,26 @@ def test_results_are_replaced_whole_or_not_at_all(command, home, tmp_path):
 
 # Kills the process right before the n-th renaming onto predictions.csv or predictions.json.
 KILLED = """
-import os, runpy, signal, sys
-at, real, seen = int(sys.argv[1]), os.replace, 0
+seen = 0
 def hook(event, args):
     global seen
     if event == "os.rename" and str(args[1]).endswith(("predictions.csv", "predictions.json")):
         seen += 1
-        if seen == at:
+        if seen == {at}:
             os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(hook)
-sys.argv = sys.argv[2:]
-runpy.run_path("predict.py", run_name="__main__")
 """
 
 
 def test_a_kill_between_the_files_leaves_no_pair_of_two_runs(command, home, tmp_path):
     images = home / "data/Brain_AD/test"
-    (tmp_path / "killed.py").write_text(KILLED)
     for at in (1, 2):
         out = tmp_path / f"out{at}"
         predicted(command, home / "Brain.pth", out, images / "good/img")
         old = (out / "predictions.csv").read_bytes()
         flags = ["--ckpt", home / "Brain.pth", images / "Ungood/img", "--out", out]
-        assert command(str(tmp_path / "killed.py"), at, "predict.py", *flags).returncode == -9
+        killed = command(driver(tmp_path, KILLED.format(at=at)), "predict.py", *flags)
+        assert killed.returncode == -signal.SIGKILL
         is_old = (out / "predictions.csv").read_bytes() == old
         assert is_old == (at == 1)
         if (out / "predictions.json").exists():
@@ -512,20 +505,8 @@ def test_names_and_folders_that_cannot_be_used_as_they_are(command, home, tmp_pa
     names = ["病" * 83 + ".png", "\x1b[31mred.png", os.fsdecode(b"\xff.png")]
     for name in names:
         shutil.copy(image, tmp_path / "in" / name)
-    script = tmp_path / "closed.py"  # root may read every folder, so the system's refusal is played
-    script.write_text(
-        "import os, runpy, sys\n"
-        "scan = os.scandir\n"
-        "def refuse(path='.'):\n"
-        "    if str(path).endswith('closed'):\n"
-        "        raise PermissionError(13, 'Permission denied', str(path))\n"
-        "    return scan(path)\n"
-        "os.scandir = refuse\n"
-        "sys.argv = sys.argv[1:]\n"
-        "runpy.run_path('predict.py', run_name='__main__')\n"
-    )
     flags = ["--ckpt", home / "Brain.pth", tmp_path / "in", "--out", tmp_path / "out"]
-    done = command(str(script), "predict.py", *flags)
+    done = command(driver(tmp_path, CLOSED), "predict.py", *flags)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "\x1b[31m" not in done.stderr + (tmp_path / "out/predictions.csv").read_text()
@@ -537,13 +518,6 @@ def test_names_and_folders_that_cannot_be_used_as_they_are(command, home, tmp_pa
 
 @pytest.mark.parametrize(("side", "counts"), [(512, (10, 120)), (2400, (4, 24))])
 def test_memory_does_not_grow_with_the_images(command, home, tmp_path, side, counts):
-    script = tmp_path / "peak.py"
-    script.write_text(
-        "import resource, runpy, sys\n"
-        "sys.argv = sys.argv[1:]\n"
-        "try:\n    runpy.run_path('predict.py', run_name='__main__')\n"
-        "finally:\n    print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
-    )
     Image.linear_gradient("L").resize((side, side)).save(tmp_path / "image.png")
     peaks = []
     for many in counts:
@@ -552,9 +526,7 @@ def test_memory_does_not_grow_with_the_images(command, home, tmp_path, side, cou
         for i in range(many):
             (folder / f"{i}.png").symlink_to(tmp_path / "image.png")
         flags = ["--ckpt", home / "Brain.pth", "--batch_size", 4, folder, "--out", tmp_path / "out"]
-        done = command(str(script), "predict.py", *flags)
-        assert done.returncode == 0, done.stderr
-        peaks.append(int(done.stdout.split("peak ")[1]))
+        peaks.append(int(fine(command(driver(tmp_path, PEAK), "predict.py", *flags)).split("peak ")[1]))
     grown = (counts[1] - counts[0]) * 3 * side * side / 1024  # kB, if the pixels were kept
     assert peaks[1] - peaks[0] < grown / 3
 

@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from CLIP.clip import create_model
 from dataset import phantom
 from engine.baselines import NAMES
 from engine.jobs import run_jobs
+from tests.helpers.commands import Call
 
 ROOT = Path(__file__).parents[2]
 TABLES = ("md", "csv", "tex")
@@ -45,18 +45,6 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def kill_at(arguments: list[str], path: Path, runs: int) -> None:
-    """Start reproduce.py and end it by SIGKILL while it computes its cell number `runs`."""
-    environment = {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([sys.executable, "reproduce.py", *arguments], cwd=ROOT, env=environment, **quiet)
-    while process.poll() is None and len(list(path.glob("runs/*/metrics.jsonl"))) < runs:
-        time.sleep(0.005)
-    assert process.poll() is None, "it ended before the kill"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
 def test_an_ablation_killed_twice(command, small, tmp_path):
     """The tables and every epoch's losses are those of an undisturbed grid."""
     grid = ["--table", "ablation", "--obj", "Brain", "--seeds", "111", "--shots", "1", *small, "--features_list", "2"]
@@ -66,10 +54,11 @@ def test_an_ablation_killed_twice(command, small, tmp_path):
     assert "table ablation: 100%" in result.stderr
     assert "features" not in result.stderr  # one bar only; the cells' output is in their logs
     assert "epoch 2/2" in (undisturbed / "logs/Brain-1shot-seed111.txt").read_text()
-    for runs in (3, 7):
-        kill_at([*grid, "--out", str(killed)], killed, runs)
+    for runs, save in ((3, 6), (7, 9)):  # two epochs a cell: in the third one, and in the seventh after going on
+        event = (Call("engine.run.RunFolder.save", save), signal.SIGKILL)
+        assert command("reproduce.py", *grid, "--out", killed, on=event).returncode == -signal.SIGKILL
         done = len(list(killed.glob("runs/*/result.json")))
-        assert runs - 1 <= done < 10
+        assert done == runs - 1
         assert re.search(r"(\d+) of 10 cells are done", (killed / "ablation.md").read_text())
     listed = command("reproduce.py", *grid, "--out", killed, "--dry_run").stdout
     assert listed.count("done   ") == done
@@ -271,11 +260,11 @@ def test_cross_table(command, small, tmp_path):
 
 
 def wait_once(folder: Path) -> None:
-    """A job that takes a minute, but not when it is called again."""
+    """A job that takes ten minutes, but not when it is called again."""
     with (folder / "calls.txt").open("a") as file:
         file.write(f"{os.getpid()}\n")
     if (folder / "calls.txt").read_text().count("\n") == 1:
-        time.sleep(60)
+        time.sleep(600)
 
 
 def test_a_preempted_job_is_called_again(tmp_path):
@@ -286,7 +275,7 @@ def test_a_preempted_job_is_called_again(tmp_path):
     while not calls.is_file() or not calls.read_text():
         time.sleep(0.05)
     os.kill(int(calls.read_text()), signal.SIGUSR2)  # as Slurm does, the way submitit asks it to
-    waiting.join(50)
+    waiting.join(500)
     assert found == [(tmp_path, None)]
     assert calls.read_text().count("\n") == 2
 

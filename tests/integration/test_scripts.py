@@ -18,6 +18,7 @@ import torch
 from CLIP.config import ModelConfig
 from dataset import phantom
 from tests.conftest import tiny_state
+from tests.helpers.attacks import fine, refused
 from tests.helpers.commands import ROOT, Call, Commands
 from tests.helpers.data import SMALL, unpacked
 from tests.helpers.weights import save_hugging_face, save_torchscript
@@ -35,18 +36,12 @@ CHOICES = {
 
 def printed(command: Commands, script: str, *arguments: object, **how: object) -> str:
     """What a command prints that has to succeed."""
-    done = command(script, *arguments, **how)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return fine(command(script, *arguments, **how))
 
 
 def refusal(command: Commands, script: str, *arguments: object, **how: object) -> str:
     """The one line with which a command refuses."""
-    done = command(script, *arguments, **how)
-    assert done.returncode == 2, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if "error: " in line]
-    assert "Traceback" not in done.stderr
-    return line
+    return refused(command(script, *arguments, **how))
 
 
 def figures(output: str) -> list[str]:

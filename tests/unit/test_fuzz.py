@@ -502,6 +502,7 @@ def torchscript_of(pickled: bytes) -> bytes:
     return out.getvalue()
 
 
+@cache
 def zip_bomb(archive: bytes, suffix: str) -> bytes:
     """An archive with 512 MiB of zeros in half a MB, where the member that ends with `suffix` was."""
     out = io.BytesIO()

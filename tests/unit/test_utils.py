@@ -125,7 +125,7 @@ def test_names_that_no_run_may_have(name):
 def hashes(tmp_path, monkeypatch) -> Path:
     """A working folder without remembered hashes, with files that have settled."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(utils, "_new_hashes", [])
+    monkeypatch.setattr(utils, "_new_hashes", {})
     monkeypatch.setattr(utils, "SETTLED_SECONDS", -1.0)
     monkeypatch.setattr(utils.atexit, "register", lambda _: None)
     utils._remembered_hashes.cache_clear()

@@ -36,7 +36,7 @@ from .images import (
     read,
     read_mask,
 )
-from .layout import KINDS, SPLITS, add_reading_flags, config_path, list_images, mask_folder, named_after, object_name
+from .layout import KINDS, SPLITS, add_reading_flags, config_path, list_images, mask_folder, object_name, object_of
 from .medical_few import ImageFile, MedicalDataset, Sample, data_folder
 from .patients import compile_rule
 from .reading import NoImageError
@@ -364,13 +364,7 @@ def parse() -> argparse.Namespace:
     if options.obj is None:
         if options.data_root is None:
             raise InputError("give --obj NAME, or --data_root DIR")
-        options.obj = named_after(options.data_root)
-        try:
-            object_name(options.obj)
-        except InputError as error:
-            raise InputError(
-                f"--data_root {options.data_root}: its name cannot be a data set's; give --obj NAME"
-            ) from error
+        options.obj = object_of(options.data_root)
     return options
 
 

@@ -28,7 +28,7 @@ from .grey import square, stretch, to_rgb
 from .images import ABNORMAL_ABOVE, list_files, parse_window, read, read_mask, stem
 from .layout import SPLITS, VALID_SHARE, add_reading_flags, named_after, object_name
 from .medical_few import MedicalDataset
-from .nifti import Volume, read_volume
+from .nifti import Volume, mask_of, read_volume
 from .nifti import read as read_slice
 from .patients import compile_rule, falls_in_valid, patient
 from .reading import PLANES, ReadOptions
@@ -88,9 +88,8 @@ def from_labels(
             picture = prepare(volume, marks, index, options, like)
             if picture is None:
                 continue
-            abnormal = (marks >= TUMOUR if like == "Liver" else marks != 0).astype(np.uint8) * 255
-            mask = square(Image.fromarray(abnormal), spacing, Image.Resampling.NEAREST)
-            mask = mask.resize(picture.size, Image.Resampling.NEAREST)
+            abnormal = marks >= TUMOUR if like == "Liver" else marks != 0
+            mask = mask_of(abnormal, spacing).resize(picture.size, Image.Resampling.NEAREST)
             label = int(abnormal.any())
             yield Slice(split, label, f"{stem(path)}_{index}", number, picture, mask if label else None)
 
@@ -106,7 +105,7 @@ def prepare(
         inside = Image.fromarray((labels > 0).astype(np.uint8) * 255)
         grey = to_rgb(stretch(values, *LIVER_HU)).convert("L")
         picture = Image.composite(ImageOps.equalize(grey, mask=inside), Image.new("L", grey.size), inside)
-        return square(picture.convert("RGB"), spacing, Image.Resampling.BICUBIC)
+        return square(picture.convert("RGB"), spacing)
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     if not high > low:
         return None
@@ -139,6 +138,8 @@ def main() -> None:
     options = parser.parse_args()
     if not options.source.is_dir():
         raise InputError(f"IN {options.source}: no folder")
+    if options.like and options.window:
+        raise InputError(f"--window: --like {options.like} sets the grey levels itself; give one of the two")
     how = ReadOptions(parse_window(options.window or ()), options.plane or "axial")
     pairs = labelled_volumes(options.source)
     if options.like and not pairs:

@@ -138,9 +138,8 @@ def _pixels(header: Dataset, path: Path, index: int) -> Array:
         if "missing dependencies" in str(error):
             raise InputError(f"{path}: no decoder for {name}: pip install {decoders}") from error
         reason = str(error).rpartition(": ")[2]
-        raise InputError(
-            f"{path}: {name} cannot be decoded ({reason}); other decoders: pip install {decoders}"
-        ) from error
+        words = f"{name} cannot be decoded ({reason}); other decoders: pip install {decoders}"
+        raise InputError(f"{path}: {words}") from error
     return values
 
 

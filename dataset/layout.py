@@ -149,6 +149,14 @@ def named_after(folder: str | Path) -> str:
     return Path(folder).absolute().name.removesuffix("_AD")
 
 
+def object_of(data_root: str | Path) -> str:
+    """`named_after` where that may be a data set's name; else `InputError`."""
+    try:
+        return object_name(named_after(data_root))
+    except InputError as error:
+        raise InputError(f"--data_root {data_root}: its name cannot be a data set's; give --obj NAME") from error
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The checked content of a JSON file, folders as lists; `InputError` that names the file and the key."""
     try:

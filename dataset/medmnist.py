@@ -27,14 +27,8 @@ from .writer import Writer, new_folder
 
 SIZES = (28, 64, 128, 224)
 PARTS = {"valid": ("train", "val"), "test": ("test",)}  # our split -> MedMNIST's
-CITATION = (
-    "Yang J, Shi R, Wei D, et al. MedMNIST v2 - A large-scale lightweight benchmark for 2D and 3D biomedical image "
-    "classification. Scientific Data 10, 41 (2023)."
-)
-KERMANY = (
-    "Kermany DS, Goldbaum M, Cai W, et al. Identifying medical diagnoses and treatable diseases by image-based deep "
-    "learning. Cell 172(5), 1122-1131 (2018)."
-)
+CITATION = "Yang et al. MedMNIST v2. Scientific Data 10, 41 (2023)."
+KERMANY = "Kermany et al. Identifying medical diagnoses by image-based deep learning. Cell 172(5), 1122-1131 (2018)."
 LICENCE = "CC BY 4.0"  # of all of these, in medmnist 3.0.2
 
 
@@ -50,25 +44,21 @@ class Source(NamedTuple):
 SOURCES = {
     "breastmnist": Source(
         1, "0 malignant; 1 normal or benign, which counts as normal", "breast ultrasound",
-        "Al-Dhabyani W, Gomaa M, Khaled H, Fahmy A. Dataset of breast ultrasound images. Data in Brief 28, 104863 "
-        "(2020)."),
+        "Al-Dhabyani et al. Dataset of breast ultrasound images. Data in Brief 28, 104863 (2020)."),
     "chestmnist": Source(
         None, "14 findings, any number of them; normal is none", "chest x-ray",
-        "Wang X, Peng Y, Lu L, et al. ChestX-ray8: Hospital-scale chest X-ray database and benchmarks on "
-        "weakly-supervised classification and localization of common thorax diseases. CVPR, 3462-3471 (2017)."),
+        "Wang et al. ChestX-ray8: Hospital-scale chest X-ray database and benchmarks. CVPR, 3462-3471 (2017)."),
     "octmnist": Source(
         3, "0 choroidal neovascularization, 1 diabetic macular edema, 2 drusen, 3 normal", "retina OCT", KERMANY),
     "pathmnist": Source(
         6, "0 adipose, 1 background, 2 debris, 3 lymphocytes, 4 mucus, 5 smooth muscle, 6 normal colon mucosa, "
         "7 cancer-associated stroma, 8 colorectal adenocarcinoma epithelium: most of what counts as abnormal is "
         "another tissue, not a disease", "colon mucosa",
-        "Kather JN, Krisam J, Charoentong P, et al. Predicting survival from colorectal cancer histology slides using "
-        "deep learning: A retrospective multicenter study. PLOS Medicine 16(1), e1002730 (2019)."),
+        "Kather et al. Predicting survival from colorectal histology slides. PLOS Medicine 16(1), e1002730 (2019)."),
     "pneumoniamnist": Source(0, "0 normal, 1 pneumonia", "chest x-ray", KERMANY),
     "retinamnist": Source(
         0, "grades 0 to 4 of diabetic retinopathy; 0 is none", "retina",
-        "Liu R, Wang X, Wu Q, et al. DeepDRiD: Diabetic Retinopathy - Grading and Image Quality Estimation Challenge. "
-        "Patterns 3(6), 100512 (2022)."),
+        "Liu et al. DeepDRiD: Diabetic Retinopathy - Grading and Image Quality. Patterns 3(6), 100512 (2022)."),
 }  # fmt: skip
 LICENCE_TEXT = """{name} of MedMNIST v2. Licence: {licence}.
 

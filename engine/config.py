@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from CLIP.config import ADAPTER_KINDS, FIDELITIES, PRETRAINS, ModelConfig
-from dataset.layout import add_reading_flags, described, named_after, object_name
+from dataset.layout import add_reading_flags, described, object_name, object_of
 from Prompt.states import TEXT_MOODS, read_prompts, states_fault
 from utils import InputError, Parser, checked, integer, printable
 
@@ -124,10 +124,7 @@ class DataRoot(argparse.Action):
         """Keep the folder, and its name where no other is given so far."""
         namespace.data_root = values
         if namespace.obj == NOT_GIVEN:
-            try:
-                namespace.obj = object_name(named_after(values))
-            except InputError as error:
-                raise InputError(f"--data_root {values}: its name cannot be a data set's; give --obj NAME") from error
+            namespace.obj = object_of(values)
 
 
 class Switch(argparse.Action):

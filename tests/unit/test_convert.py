@@ -105,6 +105,8 @@ def test_like_liver(tmp_path, monkeypatch, capsys):
         labels[5:7, 5:7, 2] = 2
         save(tmp_path / f"lits/volume-{number}.nii", values)
         save(tmp_path / f"lits/segmentation-{number}.nii", labels)
+    both = ["--like", "Liver", "--window", "full"]
+    assert "give one of the two" in call(monkeypatch, capsys, tmp_path / "lits", tmp_path / "CT_AD", *both, code=2)
     output = call(monkeypatch, capsys, tmp_path / "lits", tmp_path / "CT_AD", "--like", "Liver")
     assert "12" not in output or "valid" in output
     dataset = MedicalDataset.open("CT", tmp_path)

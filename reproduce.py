@@ -336,12 +336,13 @@ def over_seeds(
 def caption(grid: Grid) -> str:
     """What the figures are: three lines of an article; no path of this machine."""
     options, base = grid.options, grid.base
-    shots = "" if len(options.shots) > 1 else f", {options.shots[0]} shots"
+    epochs = f"{base.epoch} epoch{'s' * (base.epoch > 1)}"
+    shots = "" if len(options.shots) > 1 else f", {options.shots[0]} shot{'s' * (options.shots[0] > 1)}"
     seeds = f"seeds {' '.join(map(str, options.seeds))}" if len(options.seeds) > 1 else f"seed {options.seeds[0]}"
     weights = Path(base.weights).name if base.weights else f"{base.pretrain} weights"
     return (
         f"MadCLIP, re-implemented: {grid.kind.title}. {ModelConfig.load(base.model_name).name}, {weights}, "
-        f"{base.img_size} px, {base.fidelity}, {base.epoch} epochs{shots}; percent, mean ± standard deviation over "
+        f"{base.img_size} px, {base.fidelity}, {epochs}{shots}; percent, mean ± standard deviation over "
         f"{seeds}."
     )
 

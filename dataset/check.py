@@ -400,7 +400,7 @@ def main() -> int:
     if not config.is_file() and not check.rows:
         print(beginning(root, config))
     elif not config.is_file() and not check.counts["layout"]:
-        print(f"layout found, not named by a file; to name or change it, put this into dataset/{config.name}:")
+        print(f"layout recognised without a JSON file; to change it, save this as dataset/{config.name}:")
         print(dataset.layout.to_json())
     return 1 if errors else 0
 

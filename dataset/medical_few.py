@@ -93,12 +93,12 @@ def data_folder(obj: str, data_path: str | Path, data_root: str | Path | None = 
 def _hint(obj: str, data_path: str | Path) -> str:
     if obj in BENCHMARKS:
         draw = f"`python -m dataset.phantom --obj {obj} --out {data_path}` draws a made-up one"
-        return f"the README says where to get {obj}, and {draw}"
-    advice = "may be your own: put the data set there, or name its folder with --data_root (README)"
+        return f"docs/data.md says where to get {obj}, and {draw}"
+    advice = "may be your own: put the data set there, or name its folder with --data_root (docs/data.md)"
     return f"--obj {obj} is none of {', '.join(described())}, but {advice}"
 
 
-HASHED = "the name (of the patient, where names have one)"
+HASHED = "the patient, or of the name where none is recognised"
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class MedicalDataset:
             if not (self.root / folder).is_dir():
                 if not required:
                     continue
-                raise InputError(f"{self.root / folder} not found; the README shows the layout of a data set")
+                raise InputError(f"{self.root / folder} not found; docs/data.md shows the layout of a data set")
             images = list_images(self.root / folder)
             if folder in self.layout.shared(kind):
                 divided += len(images)
@@ -303,8 +303,8 @@ class MedicalDataset:
             sum(file.folder in folders for kind, folders in shared.items() for file in self.find(split, kind))
             for split in SPLITS
         )
-        counts = f"of the {valid + test} images there {valid} are valid, for shots, and {test} test"
-        return f"{self.obj}: in both splits: {preview([*chain(*shared.values())])}; {counts}, by a hash of {HASHED}"
+        counts = f"of their {valid + test} images {valid} are valid, for shots, and {test} test"
+        return f"{self.obj}: {preview([*chain(*shared.values())])} serve both splits: {counts}, by a hash of {HASHED}"
 
     def patients_note(self) -> str:
         """A line on how many patients were recognised in the names, with examples; `warning: ...` where none was."""

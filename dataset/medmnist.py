@@ -82,6 +82,8 @@ def set_name(text: str) -> str:
 
 def rows(path: Path, key: str) -> Iterator[np.ndarray]:
     """The rows of an array of bytes in an .npz file, one at a time, as it may hold 14 GB; `InputError` for damage."""
+    if not path.is_file():
+        raise InputError(f"--npz {path}: not found")
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as stream:
             np.lib.format.read_magic(stream)

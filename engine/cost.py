@@ -117,7 +117,7 @@ def epoch_operations(
 
 def measured_rate(seconds: float = 1.0) -> tuple[float, str]:
     """Operations a second of a matrix product here, the best of some in `seconds`; and on what it was measured."""
-    device, size, dtype, name = "cpu", 2048, torch.float32, f"CPU, {torch.get_num_threads()} threads"
+    device, size, dtype, name = "cpu", 2048, torch.float32, f"CPU, threads: {torch.get_num_threads()}"
     if torch.cuda.is_available():
         device, size, dtype, name = "cuda", 8192, torch.bfloat16, torch.cuda.get_device_name(0)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

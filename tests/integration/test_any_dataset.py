@@ -72,9 +72,9 @@ def test_mvtecs_layout(bottle, call, tmp_path):
     assert len(last_lines(trained)) == 2  # AUC and pAUC
 
     # What serves as abnormal support is named, and never measured.
-    note = next(line for line in trained.splitlines() if "in both splits" in line)
+    note = next(line for line in trained.splitlines() if "both splits" in line)
     assert note in tested
-    valid, test = map(int, re.search(r"the 16 images there (\d+) are valid, for shots, and (\d+) test", note).groups())
+    valid, test = map(int, re.search(r"their 16 images (\d+) are valid, for shots, and (\d+) test", note).groups())
     stored = torch.load(tmp_path / "bottle.pth", weights_only=True)
     assert stored["settings"]["prompt_name"] == "bottle"
     assert stored["settings"]["states"] is None
@@ -95,7 +95,7 @@ def test_bare_folders(brain, call, tmp_path, names):
     paths = ["--obj", "knee", "--data_root", root, "--save_path", tmp_path]
     output = call("train.py", *ONE_EPOCH, *paths, "--shot", 2)
     assert len(last_lines(output)) == 1  # images only
-    assert f"in both splits: {names[0]}, {names[1]}; of the 32 images there" in output
+    assert f"{names[0]}, {names[1]} serve both splits: of their 32 images" in output
     assert last_lines(output) == last_lines(call("test.py", *paths))
     # The split depends on nothing but the names.
     first, second = (call("dataset.check", "--data_root", root, "--num_workers", n).splitlines()[1:6] for n in (1, 2))
@@ -288,7 +288,7 @@ def test_no_abnormal_images_but_the_tests(brain, call, tmp_path):
     assert last_lines(output) == last_lines(call("test.py", "--obj", "Brain", "--data_root", root, *paths[2:4]))
     assert "valid/Ungood/img not found" in call("train.py", *ONE_EPOCH, "--obj", "Brain", *paths, code=2)
     output = call("train.py", *ONE_EPOCH, "--obj", "knee", *paths, "--shot_abnormal", 0)
-    assert "in both splits: test/Ungood/img; of the 4 images there" in output
+    assert "test/Ungood/img serve both splits: of their 4 images" in output
 
 
 def test_unequal_shots_take_each_classs_own_list(brain, call, tmp_path):

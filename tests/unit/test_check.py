@@ -357,7 +357,7 @@ def test_a_file_in_the_data_sets_own_folder(fine, tmp_path, monkeypatch, capsys)
     code, output = call_check(monkeypatch, capsys, "--data_root", root)
     assert code == 0
     assert 'prompts say "left knee"; images and pixels are measured, a mask\'s grey above 25 is abnormal' in output
-    assert "layout found" not in output
+    assert "layout recognised" not in output
 
 
 def test_an_unknown_folder_gets_a_file_that_means_the_same(fine, tmp_path, monkeypatch):

@@ -141,7 +141,7 @@ def test_what_is_refused(tmp_path, monkeypatch):
     cases = [
         (["bloodmnist"], "no normal class"),
         (["nodulemnist3d"], "volumes"),
-        (["breastmnist", "--npz", tmp_path / "none.npz"], "No such file"),
+        (["breastmnist", "--npz", tmp_path / "none.npz"], "none.npz: not found"),
         (["breastmnist", "--npz", text], "not a zip"),
         (["breastmnist", "--npz", lacking], "val_labels is missing"),
         (["breastmnist", "--npz", wide], "14 columns"),

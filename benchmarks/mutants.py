@@ -272,6 +272,24 @@ MUTANTS: tuple[Mutant, ...] = (
         ("== (run, started):", "!= (run, started):"),
         ("weights.sha256 == trained_on:", "weights.sha256 != trained_on:"),
     ),
+    *_mutants(
+        "engine/report/images.py",
+        ["test_report_images.py"],
+        ("heat / high * 65535", "heat / high * 255"),
+        ('-abs(region["area"])', 'abs(region["area"])'),
+    ),
+    *_mutants(
+        "engine/report/page.py",
+        ["test_page.py"],
+        ("(scores >= threshold).sum()", "(scores > threshold).sum()"),
+        ('np.argsort(-scores, kind="stable")[:KEPT]', 'np.argsort(scores, kind="stable")[:KEPT]'),
+    ),
+    *_mutants(
+        "engine/report/tracking.py",
+        ["test_tracking.py"],
+        ("self._pictured >= every", "self._pictured > every"),
+        ("WORDS[int(scores[i] >= threshold)]", "WORDS[int(scores[i] <= threshold)]"),
+    ),
 )
 
 

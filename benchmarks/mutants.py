@@ -70,6 +70,7 @@ TOKEN_KEY = {
     "precision": "str(self.autocast or torch.float32)",
     "dtype": "str(dtype)",
     "device": "self.device.type",
+    "reader": "READER",
 }
 
 MUTANTS: tuple[Mutant, ...] = (

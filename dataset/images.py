@@ -42,6 +42,7 @@ ENDINGS = {
 }
 EXTENSIONS = tuple(ending for endings in ENDINGS.values() for ending in endings)
 # What Pillow may try, whatever a file is called: not EPS, for which it would start Ghostscript. JPEG includes MPO.
+READER = 2  # raised when the same file gives other pixels, so that tokens kept by an older reader are computed anew
 PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000")
 MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"GIF8", b"\0\0\0\x0cjP  ")
 MAX_PIXELS = 89_478_485  # 9,459 x 9,459, where Pillow warns: several are decoded at a time

@@ -32,7 +32,7 @@ from CLIP.adapter_shared import reads_class_token
 from CLIP.clip import create_model, uses_quick_gelu
 from CLIP.model import CLIP
 from CLIP.weights import Weights
-from dataset.images import load_image_with_hash
+from dataset.images import READER, load_image_with_hash
 from dataset.medical_few import Sample
 from utils import JITTER_VIEW, InputError, Parser, augment_view, prefetch, remove_stale, run_cli, write_json
 
@@ -123,6 +123,7 @@ class Tower:
             "precision": str(self.autocast or torch.float32),
             "dtype": str(dtype),
             "device": self.device.type,
+            "reader": READER,
         }
 
 

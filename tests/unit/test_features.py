@@ -103,6 +103,7 @@ FIELDS = [
     "device",
     "model",
     "architecture",
+    "reader",
 ]
 
 

@@ -323,6 +323,8 @@ class MedicalDataset:
     def shots(self, shot_normal: int, shot_abnormal: int, iterate: int, seed: int) -> Shots:
         """The few-shot images; a class's list is the one for its own number of shots. See `Shots`.
 
+        Without a list they are drawn; where the data set has masks, abnormal ones among those that have one.
+
         Raises:
             InputError: a list that names other images or too few, fewer images than shots, a shot without a mask.
         """
@@ -336,11 +338,15 @@ class MedicalDataset:
                 continue
             known = self.known_shots(kind)
             listed = self._listed(kind, count, iterate, known, warnings) if iterate >= 0 else None
-            if listed is None and len(known) < count:
+            able = sorted(
+                name for name, (file, _) in known.items() if file.masks or kind == "normal" or not self.pixel_metrics
+            )
+            if listed is None and len(able) < count:
                 flag = "--shot" if shot_normal == shot_abnormal else f"--shot_{kind}"
-                raise InputError(f"{flag} {count}: valid holds only {len(known)} {kind} images in {self.root}")
+                masked = " with a mask" * (len(able) < len(known))
+                raise InputError(f"{flag} {count}: valid holds only {len(able)} {kind} images{masked} in {self.root}")
             source = f"sampled with seed {seed} from the sorted names of valid/ (no list for {count} shots is used)"
-            names[kind], source = listed or (draw.sample(sorted(known), count), source)
+            names[kind], source = listed or (draw.sample(able, count), source)
             sources[source] = None
             files = {known[name][0].path: known[name][0] for name in names[kind]}
             self._check_masks(list(files.values()), kind)

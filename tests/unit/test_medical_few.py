@@ -223,6 +223,10 @@ def test_only_shots_and_test_images_need_masks(tmp_path):
     (root / "fewshot_seed/my2-shot.txt").write_text("a-0: img_0.png img_3.png\nn-0: img_0.png img_1.png\n")
     with pytest.raises(InputError, match=r"img_3\.png: no mask"):
         dataset.shots(2, 2, 0, 1)
+    drawn = {sample.path.name for seed in range(20) for sample in dataset.shots(2, 2, -1, seed).abnormal}
+    assert drawn == set(masks)  # only images with a mask are drawn
+    with pytest.raises(InputError, match=f"only {len(masks)} abnormal images with a mask"):
+        dataset.shots(4, 4, -1, 1)
 
 
 @pytest.mark.parametrize(

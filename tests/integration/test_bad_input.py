@@ -53,7 +53,7 @@ def test_without_warm_imports(folder):
     for script in ("train.py", "test.py"):
         arguments = [sys.executable, script, *map(str, flags(folder, script)), "--data_path", "nowhere"]
         result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
-        line = refused(result, "--data_path nowhere", "Brain_AD", "README", "python -m dataset.phantom")
+        line = refused(result, "--data_path nowhere", "Brain_AD", "docs/data.md", "python -m dataset.phantom")
         assert result.stderr == line + "\n"
 
 
@@ -164,7 +164,7 @@ def mask(change: Callable[[Path], object]) -> Callable[[Path], None]:
 
 
 SPOILED = {
-    "missing data": (shutil.rmtree, ["--data_path", "Brain_AD", "README", "python -m dataset.phantom"]),
+    "missing data": (shutil.rmtree, ["--data_path", "Brain_AD", "docs/data.md", "python -m dataset.phantom"]),
     "missing split": (lambda data: shutil.rmtree(data / "Brain_AD/test"), ["Brain_AD/test"]),
     "missing class": (lambda data: shutil.rmtree(data / UNGOOD), [UNGOOD]),
     "no images": (no_images, [UNGOOD, "no images"]),

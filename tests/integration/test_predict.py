@@ -124,7 +124,7 @@ def test_thresholds_given_missing_and_set_again(command, home, tmp_path):
     flags = ["--ckpt", tmp_path / "bare.pth", "--calibrate", tmp_path / "labelled"]
     done = command("predict.py", *flags, "--threshold_at", "tpr=1", "--save_ckpt", tmp_path / "new.pth")
     assert done.returncode == 0, done.stderr
-    assert "a sensitivity of at least 1 on 6 + 6 images of labelled" in done.stdout
+    assert "a sensitivity of at least 1 on 6 normal and 6 abnormal images of labelled" in done.stdout
     scores = {image["file"]: image["score"] for image in json.loads((home / "Brain.json").read_text())["per_image"]}
     abnormal = sorted(score for file, score in scores.items() if "Ungood" in file)
     normal = [score for file, score in scores.items() if "Ungood" not in file]

@@ -153,7 +153,7 @@ def test_baselines_of_a_tower_of_ones_own(command, small, tmp_path):
     config, weights, data = tmp_path / "tower.json", tmp_path / "tower.pt", small[small.index("--data_path") + 1]
     shutil.copyfile(ROOT / "CLIP/model_configs/ViT-tiny-14-56.json", config)
     torch.save(create_model("ViT-tiny-14-56", "random", 56).state_dict(), weights)
-    tower = ["--model_name", config, "--weights", weights, "--img_size", "42", "--epoch", "1", "--data_path", data]
+    tower = ["--model_name", config, "--weights", weights, "--img_size", "84", "--epoch", "1", "--data_path", data]
     grid = [
         "--table",
         "baselines",
@@ -172,7 +172,7 @@ def test_baselines_of_a_tower_of_ones_own(command, small, tmp_path):
     result = command("reproduce.py", *grid)
     assert result.returncode == 0, result.stderr
     caption = (tmp_path / "baselines.md").read_text().splitlines()[0]
-    assert "tower, tower.pt, 42 px, corrected, 1 epoch, 2 shots" in caption  # and no folder of this machine
+    assert "tower, tower.pt, 84 px, corrected, 1 epoch, 2 shots" in caption  # and no folder of this machine
     given = {"model_name": str(config), "weights": str(weights), "epoch": 1, "fidelity": "corrected", "data_path": data}
     for name in ("Brain-2shot-seed1", "Chest-2shot-seed1-baselines"):
         options = json.loads((tmp_path / "runs" / name / "config.json").read_text())["options"]

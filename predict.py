@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dataset.images import parse_window, picture_notes, read, to_tensor
-from dataset.layout import named_after, object_name
+from dataset.layout import object_of
 from dataset.reading import PLANES, ReadOptions
 from engine.config import PAPER, Formatter, add_machine_flags, add_model_flags, nonempty_path, positive, threshold_rule
 from engine.scans import Entry, Listing, Opened, list_entries
@@ -345,7 +345,7 @@ def calibrate(model: Predictor, options: argparse.Namespace) -> None:
 
     folder = Path(options.calibrate)
     try:
-        name = object_name(named_after(folder))
+        name = object_of(folder)
     except InputError:  # its name cannot be a data set's, and none is needed
         name = "calibration"
     dataset = MedicalDataset.open(name, folder.parent, folder)

@@ -206,7 +206,7 @@ def warn(message: str) -> None:
 
 def redact(text: str, secret: str = "") -> str:
     """The text without user and password of its addresses, and without `secret`."""
-    text = re.sub(r"(?<=//)[^/\s]*@", "***@", text)
+    text = re.sub(r"(?<=//)\S*@", "***@", text)  # to the last @: passwords may hold / and @
     return text.replace(secret, "***") if secret else text
 
 

@@ -456,6 +456,7 @@ def test_user_and_password_of_an_address_are_not_printed(tmp_path: Path) -> None
     assert "pass-word" not in done.stderr
     assert "somebody" not in done.stderr
     assert redact("at https://a:b@host/x and //c:d@e", "x") == "at https://***@host/*** and //***@e"
+    assert redact("https://me:pa/s@s@host") == "https://***@host"
 
 
 def test_without_pictures_no_name_of_a_shot_is_shown(tmp_path: Path) -> None:

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dataset.images import parse_window, picture_notes, read, to_tensor
-from dataset.layout import object_of
+from dataset.layout import MASK_FOLDERS, object_of
 from dataset.reading import PLANES, ReadOptions
 from engine.config import PAPER, Formatter, add_machine_flags, add_model_flags, nonempty_path, positive, threshold_rule
-from engine.scans import Entry, Listing, Opened, list_entries
+from engine.scans import Entry, InputList, OpenImage, list_entries
 from utils import (
     InputError,
     Parser,
@@ -149,29 +149,29 @@ def check(options: argparse.Namespace) -> argparse.Namespace:
 # --- reading ---
 
 
-def opened(listing: Listing, model: Predictor, options: argparse.Namespace) -> Iterator[Opened]:
+def open_images(listing: InputList, model: Predictor, options: argparse.Namespace) -> Iterator[OpenImage]:
     """The images, read beside the network; what cannot be read is said, and added to the listing's faults."""
-    from engine.report.images import LONGEST, shrink  # noqa: PLC0415
+    from engine.report.images import MAX_OVERLAY_SIDE, shrink  # noqa: PLC0415
 
     keep = options.pictures or bool(options.report)
 
-    def read_entry(entry: Entry) -> Opened | str:
+    def read_entry(entry: Entry) -> OpenImage | str:
         try:
             picture = read(entry.frame)
         except InputError as error:
             return str(error)
-        preview = shrink(picture.image, LONGEST)
+        preview = shrink(picture.image, MAX_OVERLAY_SIDE)
         notes = {**picture.notes, **picture_notes(preview)}
         tensor = to_tensor(picture.image, model.settings.img_size)
-        return Opened(entry, tensor, preview if keep else None, picture.image.size, notes)
+        return OpenImage(entry, tensor, preview if keep else None, picture.image.size, notes)
 
     ahead = min(options.batch_size, 16)
     for result in prefetch(read_entry, listing.entries, options.num_workers, ahead):
-        if isinstance(result, Opened):
+        if isinstance(result, OpenImage):
             yield result
         else:
             listing.faults.append(result)
-            _say(f"skipped: {result}")
+            _print(f"skipped: {result}")
 
 
 def reading_notes(settings: Settings, trained: ReadOptions, reading: ReadOptions, kinds: set[str]) -> list[str]:
@@ -203,7 +203,7 @@ def _words(value: object) -> str:
 # --- tables ---
 
 
-def row_of(image: Opened, prediction: Prediction, threshold: float | None) -> dict[str, Any]:
+def row_of(image: OpenImage, prediction: Prediction, threshold: float | None) -> dict[str, Any]:
     """An image's row of the table, without its pictures."""
     return dict.fromkeys(COLUMNS) | image.entry.columns() | {
         "score": prediction.score, "threshold": threshold, "abnormal": prediction.abnormal,
@@ -291,17 +291,17 @@ class Remarks:
         for kind, text in notes.items():
             self.counts[kind] += 1
             if text not in self.said[kind] and len(self.said[kind]) < (5 if kind == "window" else 1):
-                _say(f"{'' if kind in HARMLESS else 'warning: '}{entry.file}: {text}")
+                _print(f"{'' if kind in HARMLESS else 'warning: '}{entry.file}: {text}")
                 self.said[kind].add(text)
 
     def sum_up(self) -> None:
         """Say of how many images each kind was noted, where of several."""
         for kind, count in self.counts.items():
             if count > 1:
-                _say(f"{count} images: {REMARKS.get(kind, kind)}, see the column notes")
+                _print(f"{count} images: {REMARKS.get(kind, kind)}, see the column notes")
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     from tqdm import tqdm  # noqa: PLC0415
 
     tqdm.write(printable(text), file=sys.stderr)
@@ -319,9 +319,11 @@ def main(options: argparse.Namespace) -> None:
     reading = ReadOptions(options.window or trained.window, options.plane or trained.plane)
     listing = list_entries(options.images, reading, options.anonymous)
     for line in (*listing.no_image, *(f"skipped: {fault}" for fault in listing.faults)):
-        _say(line)
+        _print(line)
     if listing.own:
-        _say(f"{listing.own} files are results of an earlier run, and left out")
+        _print(f"{listing.own} files are results of an earlier run, and left out")
+    if listing.masks:
+        _print(f"{listing.masks} files lie in folders of masks ({', '.join(MASK_FOLDERS)}), and are left out")
     if options.images and not listing.entries:
         if listing.no_image and not listing.faults:
             print(f"no image in any of {len(listing.no_image)} files, see above")
@@ -359,7 +361,7 @@ def calibrate(model: Predictor, options: argparse.Namespace) -> None:
         print(f"{options.save_ckpt}: the checkpoint with these thresholds")
 
 
-def predict(model: Predictor, table: Table, listing: Listing, options: argparse.Namespace) -> None:
+def predict(model: Predictor, table: Table, listing: InputList, options: argparse.Namespace) -> None:
     """Images -> rows, pictures, page."""
     from tqdm import tqdm  # noqa: PLC0415
 
@@ -369,13 +371,13 @@ def predict(model: Predictor, table: Table, listing: Listing, options: argparse.
         print(line)
     drawer, remarks, gallery = Drawer(options, model), Remarks(), Gallery()
 
-    def named() -> Iterator[tuple[Opened, Prediction, str]]:
-        images = opened(listing, model, options)
+    def named() -> Iterator[tuple[OpenImage, Prediction, str]]:
+        images = open_images(listing, model, options)
         while batch := list(islice(images, options.batch_size)):
-            for image, prediction in zip(batch, model.predict_opened(batch), strict=True):
+            for image, prediction in zip(batch, model.predict_images(batch), strict=True):
                 yield image, prediction, drawer.name(image.entry)
 
-    def draw(item: tuple[Opened, Prediction, str]) -> tuple[Opened, dict[str, Any], Card | None]:
+    def draw(item: tuple[OpenImage, Prediction, str]) -> tuple[OpenImage, dict[str, Any], Card | None]:
         image, prediction, name = item
         row = row_of(image, prediction, model.threshold) | drawer.files(image, prediction, name)
         return image, row, drawer.card(image.entry, image.preview, prediction)
@@ -412,7 +414,7 @@ def describe(model: Predictor) -> Iterator[str]:
         yield "scores: MViTFC as published looks across the images of a batch, so they depend on --batch_size"
 
 
-def describe_run(model: Predictor, listing: Listing, options: argparse.Namespace) -> dict[str, Any]:
+def describe_run(model: Predictor, listing: InputList, options: argparse.Namespace) -> dict[str, Any]:
     """What predictions.json says beside its rows."""
     from engine.predictor import WEAK  # noqa: PLC0415
 
@@ -426,7 +428,7 @@ def describe_run(model: Predictor, listing: Listing, options: argparse.Namespace
     }  # fmt: skip
 
 
-def finish(model: Predictor, table: Table, listing: Listing, seconds: float) -> None:
+def finish(model: Predictor, table: Table, listing: InputList, seconds: float) -> None:
     """The last lines; `InputError` where something could not be read."""
     rows, out = table.rows, table.out
     abnormal = sum(bool(row["abnormal"]) for row in rows)

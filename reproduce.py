@@ -45,7 +45,7 @@ from dataset.check import PUBLISHED_COUNTS
 from dataset.layout import BENCHMARKS, MADE_UP
 from engine import baselines
 from engine.checkpoint import Checkpoint
-from engine.config import NO_EFFECT_IN_TEST, as_flag, explicit, test_options, test_parser, train_options
+from engine.config import NO_EFFECT_IN_TEST, given_options, test_options, test_parser, to_arguments, train_options
 from engine.cost import grid_cost, measured_rate
 from engine.grid import COMPONENTS, Cell, Grid, layers_of
 from engine.jobs import run_jobs
@@ -71,10 +71,12 @@ def main(options: Namespace) -> None:
     probe_writable(grid.out / f"{options.table}.md", "--out")
     failed: dict[Cell, str] = {}
     with Progress(grid) as progress:
-        ended: Iterator[tuple[Cell, str | None]] = ((cell, attempt(grid, cell, progress.look)) for cell in waiting)
+        ended: Iterator[tuple[Cell, str | None]] = (
+            (cell, run_cell(grid, cell, progress.refresh_bar)) for cell in waiting
+        )
         if options.executor != "here":
             places = options.executor, grid.out / "jobs", options.jobs, options.job_options
-            ended = run_jobs(partial(attempt, grid), waiting, *places, progress.look)
+            ended = run_jobs(partial(run_cell, grid), waiting, *places, progress.refresh_bar)
         make_table(grid, failed).write(grid.out)
         try:
             for cell, error in ended:
@@ -82,7 +84,7 @@ def main(options: Namespace) -> None:
                     failed[cell] = error
                     tqdm.write(f"{cell.name}: {error} (log: {grid.log(cell)})", file=sys.stderr)
                 make_table(grid, failed).write(grid.out)
-                progress.look(cell)
+                progress.refresh_bar(cell)
         except KeyboardInterrupt:
             tqdm.write("stopped; the same command goes on from here", file=sys.stderr)
             raise
@@ -119,7 +121,7 @@ class Progress(tqdm):  # type: ignore[type-arg]
         started = sum(min(most, path.read_bytes().count(b"\n")) for path, most in waiting if path.is_file())
         return started + sum(self.epochs[cell] for cell in self.ended)
 
-    def look(self, ended: Cell | None = None) -> None:
+    def refresh_bar(self, ended: Cell | None = None) -> None:
         """Look how far the cells have come; nothing more comes of one that has ended."""
         self.ended |= {ended} if ended else set()
         self.set_postfix_str(f"{len(self.ended)} of {len(self.epochs)} cells", refresh=False)
@@ -145,7 +147,7 @@ class Log(io.TextIOWrapper):
         return count
 
 
-def attempt(grid: Grid, cell: Cell, on_line: Callable[[], None] = lambda: None) -> str | None:
+def run_cell(grid: Grid, cell: Cell, on_line: Callable[[], None] = lambda: None) -> str | None:
     """Compute a cell; returns what was wrong with it, whatever that is, so that the others go on."""
     tune_allocator()  # of a job, which has a process of its own
     reason = None
@@ -196,8 +198,8 @@ def test_on(grid: Grid, cell: Cell, obj: str) -> None:
         metrics = {name: state["history"][-1][name] for name in ("epoch", "auc", "pauc")}
         metadata = {**selected.metadata, "select": "last", "metrics": metrics}
         replace(selected, parts=state["parts"], metadata=metadata).save(last)
-    given = explicit(["--cache", "disk", *grid.options.flags])
-    flags = [word for name in given.keys() - set(NO_EFFECT_IN_TEST) for word in as_flag(parser, name, given[name])]
+    given = given_options(["--cache", "disk", *grid.options.flags])
+    flags = [word for name in given.keys() - set(NO_EFFECT_IN_TEST) for word in to_arguments(parser, name, given[name])]
     for epoch, ckpt in (("selected", run.best), ("last", last)):
         path = grid.result(cell, obj, epoch)
         if not path.is_file():
@@ -267,7 +269,7 @@ def make_table(grid: Grid, failed: dict[Cell, str]) -> Table:
             for obj in (first.obj, *first.others):
                 metrics = SHOWN if masks[first.obj] and masks[obj] else ("auc",)
                 for metric, (words, key, suffix) in product(metrics, list(our_rows(grid, first))):
-                    figure = over_seeds(grid, cells, obj, key, f"{metric}{suffix}", failed)
+                    figure = mean_over_seeds(grid, cells, obj, key, f"{metric}{suffix}", failed)
                     table.add(METRICS[metric][0], [words[label] for label in labels], obj, figure)
         for (i, entry), metric, obj in product(enumerate(published, 1), SHOWN, options.obj):
             words = {"shots": str(shot), "method": f"{entry.method} ({i})"}
@@ -316,7 +318,7 @@ def read_result(path: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def over_seeds(
+def mean_over_seeds(
     grid: Grid, cells: Sequence[Cell], obj: str, key: str, metric: str, failed: dict[Cell, str]
 ) -> Figure | str | None:
     """A figure of cells that differ in their seeds, or why there is none."""

@@ -74,7 +74,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     is closed, or on a full disk, does not end it (see `Stream`). Ctrl-C is code 130.
     """
     tune_allocator()
-    _take_ctrl_c()
+    _raise_on_ctrl_c()
     _open_standard_files()
     before, code = (sys.stdout, sys.stderr), 1
     sys.stdout, sys.stderr = Stream(sys.stdout, safe=True), Stream(sys.stderr)
@@ -84,14 +84,14 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     except InputError as error:
         code = _refuse(error)
     except BrokenPipeError:
-        _to_nowhere(before[0])  # else Python complains when it ends
+        _discard(before[0])  # else Python complains when it ends
         code = 128 + signal.SIGPIPE
     except OSError as error:
         if error.filename is None:
             raise
         code = _refuse(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
-        _say_first("interrupted")
+        _print_once("interrupted")
         code = 130
     finally:
         for stream in (sys.stdout, sys.stderr):
@@ -110,13 +110,13 @@ def run_script(module: str, parse: Callable[[], argparse.Namespace]) -> NoReturn
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # libraries may turn the exception into another
         script = importlib.import_module(module)
         if ctrl_c:
-            _take_ctrl_c()
+            _raise_on_ctrl_c()
         script.main(options)
 
     run_cli(main)
 
 
-def _take_ctrl_c() -> None:
+def _raise_on_ctrl_c() -> None:
     """From here on Ctrl-C is an exception, unless it is ignored, as under nohup."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -155,14 +155,14 @@ class Stream:
         except BrokenPipeError:
             if self._safe:
                 raise
-            _to_nowhere(self._stream)
+            _discard(self._stream)
         except (OSError, ValueError) as error:  # ValueError: closed
-            _to_nowhere(self._stream)
+            _discard(self._stream)
             if self._safe:
                 warn(f"stdout cannot be written ({getattr(error, 'strerror', error)}): the rest of it is lost")
 
 
-def _to_nowhere(stream: TextIO) -> None:
+def _discard(stream: TextIO) -> None:
     """Let all that is still to be written to a stream, its buffer first, vanish."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -182,11 +182,11 @@ def _open_standard_files() -> None:
 
 
 def _refuse(message: object) -> int:
-    _say_first(f"error: {printable(' '.join(str(message).split()))}")
+    _print_once(f"error: {printable(' '.join(str(message).split()))}")
     return 2
 
 
-def _say_first(line: str) -> None:
+def _print_once(line: str) -> None:
     """Print why this process ends on stderr; of those that torchrun started on a machine only the first to end does."""
     with contextlib.suppress(OSError, ValueError, IndexError):  # stderr may be closed, or on a full disk
         if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):

@@ -50,7 +50,7 @@ HF_VISION = {
 HF_BOTH = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "model_type": "clip"}
 # Entries of open_clip's configs that change nothing here; any other must be absent or false.
 HARMLESS = {"patch_dropout", "output_tokens", "name", "hub", "urls", "weights", "custom_text", "init_logit_scale"}
-SAME = {"pool_type": ("tok", "argmax"), "proj_type": ("linear",), "act_layer": ("gelu",)}
+IGNORED = {"pool_type": ("tok", "argmax"), "proj_type": ("linear",), "act_layer": ("gelu",)}
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def _check_family(values: Mapping[str, Any], where: str) -> None:
         f"{part}.{key}"
         for part, tower in (("vision_cfg", vision), ("text_cfg", text))
         for key, value in tower.items()
-        if key not in known and value and value not in SAME.get(key, ())
+        if key not in known and value and value not in IGNORED.get(key, ())
     ]
     if others:
         raise InputError(f"{where}: {one_line(preview(others))}: not supported here")

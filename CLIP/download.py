@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 ATTEMPTS = 4
 FIRST_PAUSE = 0.5  # seconds before the second attempt, doubled before each further one
 TIMEOUT = 30  # seconds without a byte
-PIECE = 2**16
+CHUNK_BYTES = 2**16
 BUSY = (429, 500, 502, 503, 504)  # answers after which another attempt may help
 
 
-class _Again(Exception):
+class _Retry(Exception):
     """An attempt failed, with the `InputError` to raise where the next ones fail too."""
 
 
@@ -87,7 +87,7 @@ def _fetch(url: str, part: Path, new: Path) -> Path:
             time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) if attempt else 0)
             try:
                 return _attempt(session, url, part, new)
-            except _Again as error:
+            except _Retry as error:
                 (failure,) = error.args
     raise type(failure)(f"{failure} after {ATTEMPTS} attempts; {_kept(part)}: check the network and run this again")
 
@@ -105,7 +105,7 @@ def _attempt(session: Session, url: str, part: Path, new: Path, resume: bool = T
         cause: BaseException = error
         while cause.__context__ is not None:  # the text of requests is a list of wrappers
             cause = cause.__context__
-        raise _Again(hub.Unreachable(f"cannot reach {shown} ({one_line(cause)})")) from error
+        raise _Retry(hub.Unreachable(f"cannot reach {shown} ({one_line(cause)})")) from error
     with response:
         status, answer = response.status_code, response.headers
         if status == 416 and have:  # nothing lies beyond `have`: the file is whole, or its sum will not be right
@@ -113,7 +113,7 @@ def _attempt(session: Session, url: str, part: Path, new: Path, resume: bool = T
         if status not in (200, 206):
             refusal = f"the server answers {status} {one_line(response.reason)} for {shown}"
             if status in BUSY:
-                raise _Again(hub.Unreachable(refusal))
+                raise _Retry(hub.Unreachable(refusal))
             raise hub.Unreachable(f"{refusal}; {_kept(part)}: check the address")
         if answer.get("Content-Type", "").lower().startswith("text/html"):
             raise hub.Unreachable(f"{shown} gives a web page (a log-in?); {_kept(part)}: open it in a browser")
@@ -126,11 +126,11 @@ def _attempt(session: Session, url: str, part: Path, new: Path, resume: bool = T
         bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=whole.stem, disable=None)
         with bar, whole.open("ab" if start else "wb") as file:
             try:
-                for piece in response.iter_content(PIECE):
+                for piece in response.iter_content(CHUNK_BYTES):
                     bar.update(file.write(piece))
             except requests.RequestException as error:  # also where fewer bytes came than were announced
                 closed = f"the connection closed at {file.tell()} of {total or 'unknown'} bytes"
-                raise _Again(InputError(f"cannot fetch {shown} ({closed})")) from error
+                raise _Retry(InputError(f"cannot fetch {shown} ({closed})")) from error
     return whole
 
 

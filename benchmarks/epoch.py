@@ -25,6 +25,7 @@ from benchmarks.common import peak_memory, print_table, write_json
 from CLIP.clip import create_model
 from dataset.medical_few import Sample
 from engine.config import Settings, pick_autocast, pick_device
+from engine.cost import DATA_SHEETS
 from engine.detector import Detector
 from engine.evaluation import Evaluation, Masks
 from engine.metrics import measure
@@ -36,8 +37,8 @@ TEST = {"Brain": (640, 3075), "Liver": (833, 660), "Retina_RESC": (1041, 764), "
         "Chest": (1000, 16194), "Histopathology": (1028, 1008)}  # fmt: skip
 WITH_MASKS = ("Brain", "Liver", "Retina_RESC")
 LESION = 0.02  # of an abnormal image's pixels, as in Brain
-# Dense products (TFLOP/s: bfloat16 with float32 sums) and memory (TB/s) of the data sheets.
-DATA_SHEETS = {"RTX 4090 s, PREDICTED": (165e12, 1.01e12), "H100 s, PREDICTED": (989e12, 3.35e12)}
+MEMORY_RATES = {"RTX 4090": 1.01e12, "H100": 3.35e12}  # bytes a second, from the data sheets
+PREDICTED = {f"{name} s, PREDICTED": (DATA_SHEETS[name], rate) for name, rate in MEMORY_RATES.items()}
 
 
 @dataclass
@@ -200,7 +201,7 @@ def main() -> None:
     device = pick_device(options.device)
     epoch = Epoch(options, device)
     flops, copies = matmul_peak(str(device)) * 1e9, copy_rate(device)
-    rates = {"floor s": (flops, copies)} | ({} if device.type == "cuda" else DATA_SHEETS)
+    rates = {"floor s": (flops, copies)} | ({} if device.type == "cuda" else PREDICTED)
     rows: list[dict[str, object]] = []
     whole = dict.fromkeys(("s", *rates), 0.0)
     for part in epoch.parts():

@@ -39,7 +39,7 @@ def child(options: argparse.Namespace, data: str, out: str) -> list[float]:
     grid = plan(options, data, out)
     stamps = [time.perf_counter()]
     for cell in grid.cells[: options.cells]:
-        if error := reproduce.attempt(grid, cell):
+        if error := reproduce.run_cell(grid, cell):
             raise SystemExit(f"{cell.name}: {error}")
         stamps.append(time.perf_counter())
     return [after - before for before, after in pairwise(stamps)]

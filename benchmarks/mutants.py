@@ -283,7 +283,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "engine/report/page.py",
         ["test_page.py"],
         ("(scores >= threshold).sum()", "(scores > threshold).sum()"),
-        ('np.argsort(-scores, kind="stable")[:KEPT]', 'np.argsort(scores, kind="stable")[:KEPT]'),
+        ('np.argsort(-scores, kind="stable")[:MAX_CARDS]', 'np.argsort(scores, kind="stable")[:MAX_CARDS]'),
     ),
     *_mutants(
         "engine/report/tracking.py",

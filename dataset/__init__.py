@@ -18,7 +18,7 @@ _HOMES = {
     ),
     "layout": "BENCHMARKS PUBLISHED described named_after object_name",
     "reading": "NoImageError ReadOptions",
-    "medical_few": "MedicalDataset Sample Shots leaks",
+    "medical_few": "MedicalDataset Sample Shots equal_images",
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -89,7 +89,7 @@ WARNINGS = {
     "unused": "masks that are not used: their names fit no image, or pixel_metrics is false",
     "list": "few-shot lists",
 }
-KNOWN = ("leak", "patient", "two labels")  # of the paper's own files, where they are listed, but no error
+TOLERATED = ("leak", "patient", "two labels")  # of the paper's own files, where they are listed, but no error
 Finding = tuple[str, str]  # kind, words
 
 
@@ -110,7 +110,7 @@ def inspect_file(dataset: MedicalDataset, file: ImageFile, kind: str) -> list[In
     masks = file.masks if len(file.masks) == 1 else []
     try:
         frames(file.path, dataset.options)
-        samples = dataset.expand(file._replace(masks=masks), kind)
+        samples = dataset.samples_in(file._replace(masks=masks), kind)
     except NoImageError as error:
         return [Inspection(name, [("no image", str(error))])]
     except InputError as error:
@@ -199,12 +199,12 @@ class Check:
 
     def run(self, dataset: MedicalDataset, workers: int = 2) -> None:
         """Examine every class of every split, then the few-shot lists."""
-        self.known = KNOWN if dataset.is_benchmark else ()
+        self.known = TOLERATED if dataset.is_benchmark else ()
         files: dict[tuple[str, str], list[ImageFile]] = {}
         for split, kind in product(SPLITS, KINDS):
             if dataset.layout.folders(split, kind):
                 try:
-                    files[split, kind] = dataset.find(split, kind)
+                    files[split, kind] = dataset.image_files(split, kind)
                 except InputError as error:
                     self.add("layout", str(error))
                     files[split, kind] = []
@@ -338,7 +338,7 @@ def table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def beginning(root: Path, config: Path) -> str:
+def json_template(root: Path, config: Path) -> str:
     """What a JSON file for an unknown layout may look like, for the user to fill in."""
     counts = Counter(path.parent.relative_to(root).as_posix() for path in list_images(root))
     folders = [f"    {folder}: {count}" for folder, count in sorted(counts.items())]
@@ -398,7 +398,7 @@ def main() -> int:
     print(f"errors: {errors}, warnings: {warnings}" if errors or warnings else "fine")
     config = config_path(options.obj, root)
     if not config.is_file() and not check.rows:
-        print(beginning(root, config))
+        print(json_template(root, config))
     elif not config.is_file() and not check.counts["layout"]:
         print(f"layout recognised without a JSON file; to change it, save this as dataset/{config.name}:")
         print(dataset.layout.to_json())

@@ -51,7 +51,7 @@ FULL_MASK = 0.9  # the part of an image above which a mask is said
 DARK = 8192  # of 65535: the largest value, below which a 16-bit picture is all but black
 ORIENTATION = 0x0112
 # What undoes the turn that Pillow makes of a TIFF's orientation.
-UNDO = dict(zip(range(2, 9), (
+INVERSE_ORIENTATION = dict(zip(range(2, 9), (
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_90, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_270,
 ), strict=True))  # fmt: skip
@@ -324,7 +324,8 @@ def _as_stored(image: Image.Image, frame: Frame) -> tuple[Image.Image, int]:
         return image, image.getexif().get(ORIENTATION, 1)
     orientation = image.tag_v2.get(ORIENTATION, 1)
     image.load()  # a TIFF loses its orientation by that
-    return (image.transpose(UNDO[orientation]) if orientation in UNDO else image), orientation
+    inverse = INVERSE_ORIENTATION.get(orientation)
+    return (image if inverse is None else image.transpose(inverse)), orientation
 
 
 def _is_wide(image: Image.Image) -> bool:

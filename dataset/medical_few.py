@@ -64,7 +64,7 @@ class ImageFile(NamedTuple):
     folder: str  # the class's, relative to the data set's: the file lies in it or below
 
 
-def leaks(
+def equal_images(
     samples_a: Iterable[Sample],
     samples_b: Iterable[Sample],
     content_hash: Callable[[Sample], str] = Sample.content_hash,
@@ -154,7 +154,7 @@ class MedicalDataset:
     def reading(self) -> dict[str, Any]:
         """How pictures beyond 8 bits are read, in plain values: what a checkpoint keeps."""
         window, plane = self.layout.window, self.layout.plane
-        kinds = {file_kind(file.path) for file in self.find("valid", "normal", required=False)}
+        kinds = {file_kind(file.path) for file in self.image_files("valid", "normal", required=False)}
         formats = sorted(kind for kind in kinds if kind)
         return {"window": list(window) if isinstance(window, tuple) else window, "plane": plane, "formats": formats}
 
@@ -196,12 +196,12 @@ class MedicalDataset:
         Raises:
             InputError: a class without images, or with pixel metrics a test image without a mask of its own.
         """
-        found = {kind: self.find(split, kind, (split, kind) != ("valid", "abnormal")) for kind in KINDS}
+        found = {kind: self.image_files(split, kind, (split, kind) != ("valid", "abnormal")) for kind in KINDS}
         for kind in KINDS:
             self._check_masks(found[kind], kind, may_lack_mask=split == "valid")
-        return [sample for kind in KINDS for file in found[kind] for sample in self.expand(file, kind)]
+        return [sample for kind in KINDS for file in found[kind] for sample in self.samples_in(file, kind)]
 
-    def find(self, split: str, kind: str, required: bool = True) -> list[ImageFile]:
+    def image_files(self, split: str, kind: str, required: bool = True) -> list[ImageFile]:
         """The image files of a class (`normal`, `abnormal`) in a split, folder by folder and sorted, with their masks.
 
         Raises:
@@ -264,7 +264,7 @@ class MedicalDataset:
         if ambiguous:
             raise InputError(f"{preview(ambiguous)}: give each image a name of its own, and its mask the same")
 
-    def expand(self, file: ImageFile, kind: str) -> list[Sample]:
+    def samples_in(self, file: ImageFile, kind: str) -> list[Sample]:
         """The samples in a file: one, or of a DICOM series and a NIfTI volume one for each frame and slice.
 
         Of an abnormal volume whose mask is a volume, only the slices that the mask marks are abnormal; the others are
@@ -300,7 +300,7 @@ class MedicalDataset:
         if not shared:
             return None
         valid, test = (
-            sum(file.folder in folders for kind, folders in shared.items() for file in self.find(split, kind))
+            sum(file.folder in folders for kind, folders in shared.items() for file in self.image_files(split, kind))
             for split in SPLITS
         )
         counts = f"of their {valid + test} images {valid} are valid, for shots, and {test} test"
@@ -310,7 +310,7 @@ class MedicalDataset:
         """A line on how many patients were recognised in the names, with examples; `warning: ...` where none was."""
         if (self.root / MADE_UP).is_file():
             return "patients: none, as the images are made up"
-        files = [file for split in SPLITS for kind in KINDS for file in self.find(split, kind, required=False)]
+        files = [file for split in SPLITS for kind in KINDS for file in self.image_files(split, kind, required=False)]
         known = {file.path: self.patient(file.path, file.folder) for file in files}
         patients = sorted({number for number in known.values() if number})
         if not patients:
@@ -360,12 +360,12 @@ class MedicalDataset:
 
         The path where a class has several folders or folders below, and `#INDEX` behind it for a slice.
         """
-        files = self.find("valid", kind)
+        files = self.image_files("valid", kind)
         flat = len(self.layout.valid[kind]) == 1 and all(file.path.parent == self.root / file.folder for file in files)
         return {
             PurePosixPath(sample.name).name if flat else sample.name: (file, sample)
             for file in files
-            for sample in self.expand(file, kind)
+            for sample in self.samples_in(file, kind)
         }
 
     def _listed(

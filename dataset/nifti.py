@@ -67,14 +67,14 @@ def header_of(path: Path) -> Any:  # noqa: ANN401 - nibabel has no types
     return _header(path, _state(path))
 
 
-def turn_of(path: Path) -> Array:
+def orientation_of(path: Path) -> Array:
     """Which of x, y, z each axis on disk is, and its direction: (3, 2), as `nibabel.orientations` has it."""
     turn: Array = optional("nibabel.orientations", path).io_orientation(header_of(path).get_best_affine())
     return turn
 
 
 def _axes(path: Path) -> list[int]:
-    return [int(axis) for axis in turn_of(path)[:, 0]]
+    return [int(axis) for axis in orientation_of(path)[:, 0]]
 
 
 def _state(path: Path) -> tuple[int, int]:
@@ -175,7 +175,7 @@ def mask_of(marked: Array, spacing: Ends) -> Image.Image:
 
 def describe(path: Path, plane: str) -> list[Slice]:
     """What the header says of each slice along a plane."""
-    header, turn, axis = header_of(path), turn_of(path), PLANES.index(plane)
+    header, turn, axis = header_of(path), orientation_of(path), PLANES.index(plane)
     shape = header.get_data_shape()
     turned = header.get_best_affine() @ optional("nibabel.orientations", path).inv_ornt_aff(turn, shape[:3])
     sides = np.empty(3, dtype=int)

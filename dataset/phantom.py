@@ -67,7 +67,7 @@ def ellipse(size: int, cx: float, cy: float, rx: float, ry: float) -> Array:
     return np.hypot((x - cx) / rx, (y - cy) / ry) - 1
 
 
-def mix(image: Array, cover: Array, value: float | Array) -> Array:
+def blend(image: Array, cover: Array, value: float | Array) -> Array:
     """The image (S, S) or (S, S, 3) with `value` in the part that `cover` (S, S) in [0, 1] says."""
     return image + (cover if image.ndim == 2 else cover[..., None]) * (value - image)
 
@@ -80,10 +80,10 @@ def brain(size: int, rng: Rng) -> tuple[Array, Array]:
     wide, tall = rng.uniform(0.68, 0.78), rng.uniform(0.82, 0.92)
     head = ellipse(size, rng.uniform(-0.05, 0.05), rng.uniform(-0.05, 0.05), wide, tall)
     head += 0.02 * smooth(rng, size, 6)
-    image = mix(0.02 + 0.36 * inside(head), inside(head + 0.07), 0.06)
-    image = mix(image, inside(head + 0.14), 0.4 + 0.05 * smooth(rng, size, 16))
+    image = blend(0.02 + 0.36 * inside(head), inside(head + 0.07), 0.06)
+    image = blend(image, inside(head + 0.14), 0.4 + 0.05 * smooth(rng, size, 16))
     for side in (-1, 1):
-        image = mix(image, inside(ellipse(size, side * rng.uniform(0.08, 0.16), 0, 0.07, 0.25), 0.2), 0.1)
+        image = blend(image, inside(ellipse(size, side * rng.uniform(0.08, 0.16), 0, 0.07, 0.25), 0.2), 0.1)
     return image + 0.025 * rng.standard_normal(head.shape), inside(head + 0.3)
 
 
@@ -91,11 +91,11 @@ def liver(size: int, rng: Rng) -> tuple[Array, Array]:
     """Like an axial CT slice of the abdomen: a wide body with a spine and one large, even organ."""
     wide, tall = rng.uniform(0.88, 0.95), rng.uniform(0.7, 0.78)
     body = ellipse(size, rng.uniform(-0.03, 0.03), rng.uniform(-0.03, 0.03), wide, tall)
-    image = mix(0.02 + 0.4 * inside(body), inside(body + 0.16), 0.22 + 0.04 * smooth(rng, size, 10))
-    image = mix(image, inside(ellipse(size, 0, 0.45, 0.13, 0.13), 0.1), 0.95)
+    image = blend(0.02 + 0.4 * inside(body), inside(body + 0.16), 0.22 + 0.04 * smooth(rng, size, 10))
+    image = blend(image, inside(ellipse(size, 0, 0.45, 0.13, 0.13), 0.1), 0.95)
     organ = ellipse(size, -0.35, -0.08, rng.uniform(0.42, 0.48), rng.uniform(0.4, 0.48)) + 0.08 * smooth(rng, size, 6)
     lobe = inside(np.maximum(organ, body + 0.2))
-    image = mix(image, lobe, rng.uniform(0.56, 0.62))
+    image = blend(image, lobe, rng.uniform(0.56, 0.62))
     return image + 0.035 * rng.standard_normal(body.shape), lobe
 
 
@@ -117,7 +117,7 @@ def chest(size: int, rng: Rng) -> tuple[Array, Array]:
     image = 0.03 + inside(np.abs(x) - rng.uniform(0.88, 0.96)) * (rng.uniform(0.53, 0.57) + 0.1 * y)
     wide, tall = rng.uniform(0.3, 0.36), rng.uniform(0.7, 0.8)
     lungs = inside(np.minimum(*(ellipse(size, side * 0.45, 0, wide, tall) for side in (-1, 1))), 0.05)
-    image = mix(image, lungs, rng.uniform(0.14, 0.18) + 0.03 * smooth(rng, size, 12))
+    image = blend(image, lungs, rng.uniform(0.14, 0.18) + 0.03 * smooth(rng, size, 12))
     image += 0.05 * np.cos(rng.uniform(18, 22) * (y + 0.4 * x**2) + rng.uniform(0, 6)) * inside(np.abs(x) - 0.85)
     return image + 0.02 * rng.standard_normal(x.shape), lungs
 
@@ -126,7 +126,7 @@ def tissue(size: int, rng: Rng) -> tuple[Array, Array]:
     """Like a stained tissue tile, in colour: pink ground with purple dots."""
     pink, purple = np.array([[0.88, 0.66, 0.78], [0.42, 0.26, 0.55]]) + rng.uniform(-0.03, 0.03, (2, 3))
     image = pink + 0.04 * smooth(rng, size, 40)[..., None] * np.array([0.5, 1.0, 0.6])
-    image = mix(image, 0.85 * inside(1.0 - smooth(rng, size, 26), 0.2), purple)
+    image = blend(image, 0.85 * inside(1.0 - smooth(rng, size, 26), 0.2), purple)
     return image + 0.02 * rng.standard_normal(image.shape), np.ones((size, size))
 
 
@@ -172,7 +172,7 @@ def paint(key: Sequence[int], obj: str, size: int, abnormal: bool) -> tuple[Arra
         ill = healthy + kind.tone * rng.uniform(*CONTRAST)
         for _ in range(rng.integers(*kind.lesions)):
             cover = lesion(rng, room, rng.uniform(*kind.radius))
-            image, mask = mix(image, np.where(cover >= FAINT, cover, 0.0), ill), mask | (cover >= FAINT)
+            image, mask = blend(image, np.where(cover >= FAINT, cover, 0.0), ill), mask | (cover >= FAINT)
     return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8), mask
 
 

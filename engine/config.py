@@ -414,7 +414,7 @@ def resumed_options(folder: str, arguments: Sequence[str]) -> argparse.Namespace
     prompts = stored.pop("prompts", None)
     if prompts is not None and (fault := states_fault(prompts)):
         raise InputError(f"--resume {folder}: its config.json is damaged (prompts: {fault})")
-    words = [word for name, value in stored.items() for word in as_flag(parser, name, value)]
+    words = [word for name, value in stored.items() for word in to_arguments(parser, name, value)]
     parser.where = f"--resume {folder}: its config.json is damaged"
     before = parser.parse_args(words)
     parser.where = ""
@@ -429,7 +429,7 @@ def resumed_options(folder: str, arguments: Sequence[str]) -> argparse.Namespace
             raise InputError(
                 f"--{name} {getattr(options, name)} contradicts the run, started with {value}: leave it out"
             )
-    given = explicit(arguments)
+    given = given_options(arguments)
     safe = (Path.cwd().resolve(), Path(folder).resolve())
     for name in WRITTEN_PATHS:
         value = getattr(options, name)
@@ -442,7 +442,7 @@ def resumed_options(folder: str, arguments: Sequence[str]) -> argparse.Namespace
     return options
 
 
-def explicit(arguments: Sequence[str]) -> dict[str, Any]:
+def given_options(arguments: Sequence[str]) -> dict[str, Any]:
     """The options that a command line of train.py names, without defaults."""
     parser = train_parser()
     for action in parser._actions:
@@ -450,7 +450,7 @@ def explicit(arguments: Sequence[str]) -> dict[str, Any]:
     return vars(parser.parse_args(list(arguments)))
 
 
-def as_flag(parser: argparse.ArgumentParser, name: str, value: object) -> list[str]:
+def to_arguments(parser: argparse.ArgumentParser, name: str, value: object) -> list[str]:
     """A stored option as words of a command line; none for what is not set, or not known any more.
 
     Raises:

@@ -45,20 +45,20 @@ class Cost(NamedTuple):
     def describe(self, rate: float, device: str) -> str:
         """The lines of a dry run, for the rate that was measured on `device`."""
         size, shares = self.images * self.image_bytes / 1e9, CPU_SHARES if device.startswith("CPU") else GPU_SHARES
-        predictions = [f"{name} {in_words(self.hours(of, GPU_SHARES))}" for name, of in DATA_SHEETS.items()]
+        predictions = [f"{name} {readable_hours(self.hours(of, GPU_SHARES))}" for name, of in DATA_SHEETS.items()]
         lines = [
             f"images: at most {self.images:,} through the frozen tower, once each",
             f"store:  {size:,.1f} GB ({self.image_bytes / 1e6:.2f} MB an image) in float16 or bfloat16, as CUDA "
             f"computes; {2 * size:,.1f} GB in float32, as a CPU does",
-            f"here:   about {in_words(self.hours(rate, shares))}, from {rate / 1e9:,.0f} GFLOP/s of matrix products "
-            f"here just now ({device})",
+            f"here:   about {readable_hours(self.hours(rate, shares))}, from {rate / 1e9:,.0f} GFLOP/s of matrix "
+            f"products here just now ({device})",
             f"PREDICTIONS from data-sheet rates, not measured: {', '.join(predictions)}",
         ]
         unknown = f"not counted, as they are not there: the test images of {', '.join(self.unknown)}"
         return "\n".join([*lines, *[unknown] * bool(self.unknown)])
 
 
-def in_words(hours: float) -> str:
+def readable_hours(hours: float) -> str:
     """Hours, or below one minutes."""
     return f"{hours:,.0f} hours" if hours >= 10 else f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
 

@@ -4,8 +4,9 @@ python -m engine.features --info          what is stored, and how large
 python -m engine.features --prune         free it
 
 In files, the tokens of an image and a layer are one: <cache_dir>/<what shaped them>/<layer>/<image>.tokens, raw numbers
-and their CRC-32. A file appears under its name whole or not at all, and its name says its content, so any number of
-processes may read and write at once, on a network file system too.
+and their CRC-32, which is checked once a run; then they are mapped into memory. A file appears under its name whole or
+not at all, and its name says its content, so any number of processes may read and write at once, on a network file
+system too.
 """
 
 from __future__ import annotations
@@ -270,7 +271,7 @@ class TokenStore:
         elif self._resident is not None:
             tokens = self._resident[rows].to(device, non_blocking=True)
         else:
-            tokens = torch.stack([self._read(row) for row in rows.tolist()]).to(device, non_blocking=True)
+            tokens = self._read(rows.tolist()).to(device, non_blocking=True)
         tokens = tokens if tokens.dtype == self.tower.autocast else tokens.float()
         return [layer.contiguous() for layer in tokens.unbind(1)]
 
@@ -362,39 +363,43 @@ class TokenStore:
                 f"free some room or use --cache ram"
             ) from error
 
-    def _bytes(self, row: int, layer: int) -> bytes | None:
-        """An item's stored numbers; None where there is no file, or a damaged one."""
+    def _map(self, row: int, layer: int) -> np.ndarray | None:
+        """An item's file of a layer, mapped into memory: (bytes,) uint8; None for none, or one of another size."""
         try:
-            data = self._path(row, layer).read_bytes()
-        except OSError:
+            data = np.memmap(self._path(row, layer), np.uint8, mode="c")  # torch takes no read-only array
+        except (OSError, ValueError):  # ValueError: an empty file
             return None
-        values, crc = data[:-CRC_BYTES], data[-CRC_BYTES:]
-        whole = len(values) == self.image_bytes // len(self.tower.layers)
-        return values if whole and zlib.crc32(values).to_bytes(CRC_BYTES, "little") == crc else None
+        return data if len(data) == self.image_bytes // len(self.tower.layers) + CRC_BYTES else None
+
+    def _as_tokens(self, data: np.ndarray) -> Tensor:
+        """What `_map` gives as (T, C), without a copy."""
+        return torch.from_numpy(data[:-CRC_BYTES]).view(self.dtype).view(self.tower.shape[1:])
 
     def _load(self, row: int) -> bool:
         """Whether files hold all layers of an item, undamaged; they are read into memory where tokens live there."""
         for k, layer in enumerate(self.tower.layers):
-            values = self._bytes(row, layer)
-            if values is None:
+            data = self._map(row, layer)
+            if data is None:
+                return False
+            if zlib.crc32(data[:-CRC_BYTES].data).to_bytes(CRC_BYTES, "little") != data[-CRC_BYTES:].tobytes():
                 return False
             if self._resident is not None:
-                self._resident[row, k] = self._as_tensor(values)
+                self._resident[row, k] = self._as_tokens(data)
         return True
 
-    def _read(self, row: int) -> Tensor:
-        """(K, T, C) of an item from its files."""
-        layers = [self._bytes(row, layer) for layer in self.tower.layers]
-        held = [self._as_tensor(values) for values in layers if values is not None]
-        if len(held) < len(layers):
-            raise InputError(
-                f"{self.folder}: tokens of {self.items[row].sample.name} are gone or damaged, though they were there "
-                f"at the start (pruned by another command?); start again"
-            )
-        return torch.stack(held)
-
-    def _as_tensor(self, values: bytes) -> Tensor:
-        return torch.frombuffer(bytearray(values), dtype=self.dtype).view(self.tower.shape[1:])
+    def _read(self, rows: list[int]) -> Tensor:
+        """Tokens (B, K, T, C) of items from their files, whose CRC `plan` has checked."""
+        tokens = torch.empty((len(rows), *self.tower.shape), dtype=self.dtype)
+        for i, row in enumerate(rows):
+            for k, layer in enumerate(self.tower.layers):
+                data = self._map(row, layer)
+                if data is None:
+                    raise InputError(
+                        f"{self.folder}: tokens of {self.items[row].sample.name} are gone or damaged, though they were "
+                        f"there at the start (pruned by another command?); start again"
+                    )
+                tokens[i, k] = self._as_tokens(data)
+        return tokens
 
 
 def free_memory(root: Path = Path("/")) -> int:

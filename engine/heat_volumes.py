@@ -77,7 +77,7 @@ class NiftiHeat:
         except OSError as error:
             raise InputError(f"--out {path}: cannot be written ({error.strerror or error})") from error
         turn = optional("nibabel.orientations", source).apply_orientation
-        view = turn(self.voxels, nifti.turn_of(source))  # a view, not a copy
+        view = turn(self.voxels, nifti.orientation_of(source))  # a view, not a copy
         self.turned = view if view.ndim == 4 else view[..., None]
 
     def add(self, index: int, heat: np.ndarray) -> None:

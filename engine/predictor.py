@@ -37,7 +37,7 @@ from .checkpoint import Checkpoint, find_trained_weights
 from .config import MODEL_FLAGS, Settings, check_against, pick_autocast, pick_device
 from .detector import Detector
 from .evaluation import Evaluation, Masks
-from .scans import Opened
+from .scans import OpenImage
 
 ImageLike = str | Path | Image.Image | np.ndarray | Frame
 PIXEL_KEYS = ("pixel_value", "heat_range")  # of a threshold: what needs masks
@@ -128,7 +128,7 @@ class Predictor:
             predictions += self.predict_tensors(tensors, [picture.size for picture in pictures])
         return predictions
 
-    def predict_opened(self, batch: Sequence[Opened]) -> list[Prediction]:
+    def predict_images(self, batch: Sequence[OpenImage]) -> list[Prediction]:
         """Predict a batch of images that are decoded."""
         return self.predict_tensors(torch.stack([image.tensor for image in batch]), [image.size for image in batch])
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dataset.images import Frame, describe, file_kind, frames, list_files
+from dataset.layout import MASK_FOLDERS
 from dataset.patients import patient
 from dataset.reading import MissingPackageError, NoImageError, ReadOptions, Slice
 from utils import InputError, anonymous_name, printable
@@ -99,21 +100,25 @@ class Entry:
 
 
 @dataclass
-class Listing:
+class InputList:
     """Every image, and what is none."""
 
     entries: list[Entry] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)  # could not be read
     no_image: list[str] = field(default_factory=list)  # sound, but without a picture
     own: int = 0  # results of an earlier run
+    masks: int = 0  # files in folders of masks below an input
 
 
-def list_entries(inputs: Sequence[str], reading: ReadOptions, hidden: bool) -> Listing:
+def list_entries(inputs: Sequence[str], reading: ReadOptions, hidden: bool) -> InputList:
     """Walk the inputs; the slices of a series follow each other in the order of their position."""
-    result, files = Listing(), []
+    result, files = InputList(), []
     for path, place in list_files(map(Path, inputs)):
         if is_own_result(path):
             result.own += 1
+            continue
+        if {part.lower() for part in Path(place).parts[:-1]} & set(MASK_FOLDERS):
+            result.masks += 1
             continue
         try:
             inside = frames(path, reading)
@@ -140,7 +145,7 @@ def list_entries(inputs: Sequence[str], reading: ReadOptions, hidden: bool) -> L
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenImage:
     """A decoded image: what the network and the pictures need of it, not its own pixels."""
 
     entry: Entry

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dataset.images import FULL_MASK, check_mask, load_grey_mask, load_mask
-from dataset.medical_few import MedicalDataset, Sample, Shots, anonymous, leaks
+from dataset.medical_few import MedicalDataset, Sample, Shots, anonymous, equal_images
 from loss import training_loss
 from utils import JITTER_VIEW, VIEWS, InputError, augment, checked, preview, printable, sha256_file, warn
 
@@ -389,7 +389,7 @@ class Splits:
             return
         shots = (*self.shots.normal, *self.shots.abnormal)
         for samples, what in ((shots, "a shot, which flatters every number"), (self.unused, "another image of valid/")):
-            if pairs := leaks(samples, self.test):
+            if pairs := equal_images(samples, self.test):
                 sample, twin = pairs[0]
                 warn(
                     f"{len(pairs)} test images equal {what}: {twin.name} is {sample.name}; "

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 COLOUR_MAP = "inferno"  # bright is abnormal, also in grey and for every kind of colour vision
 OUTLINE = (0, 229, 200)
 HEAT_OPACITY = 0.55
-LONGEST = 1024  # pixels of an overlay's longer side
+MAX_OVERLAY_SIDE = 1024  # pixels of an overlay's longer side
 
 
 def read_picture(sample: Sample, longest: int) -> Image.Image | None:
@@ -93,8 +93,8 @@ def draw_outline(image: Image.Image, mask: np.ndarray, width: int = 1) -> Image.
 def overlay(
     image: Image.Image, heat: np.ndarray, heat_range: tuple[float, float], regions: Sequence[dict[str, Any]]
 ) -> Image.Image:
-    """The image, at most LONGEST pixels a side, under its heat map (S, S) and the outlines of `contours`."""
-    picture = alpha_blend(shrink(image, LONGEST), heat, heat_range, 0.5)
+    """The image, at most MAX_OVERLAY_SIDE pixels a side, under its heat map (S, S) and the outlines of `contours`."""
+    picture = alpha_blend(shrink(image, MAX_OVERLAY_SIDE), heat, heat_range, 0.5)
     scale_x, scale_y = (after / before for after, before in zip(picture.size, image.size, strict=True))
     draw = ImageDraw.Draw(picture)
     for region in regions:

@@ -34,7 +34,7 @@ THUMB = 192  # pixels of a thumbnail's longer side
 QUALITIES = (75, 30, 15)  # of WebP: the first that takes no more than THUMB_CHARS; only noise comes to the last
 THUMB_CHARS = 19_000  # base64
 HEAT = 48
-KEPT = 2000  # images: bounds memory, and the page to 50 MB
+MAX_CARDS = 2000  # images: bounds memory, and the page to 50 MB
 BATCH = 32  # maps at a time
 WORKERS = 4  # threads that draw thumbnails
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -146,7 +146,7 @@ def write_prediction_page(
 
     Args:
         folder: made if need be.
-        rows: of `make_card`; beyond KEPT those with the highest scores are shown.
+        rows: of `make_card`; beyond MAX_CARDS those with the highest scores are shown.
         title: the page's heading, such as the checkpoint's data set.
         threshold: abnormal is score >= threshold; None: no decisions until one is set by hand.
         origin: where the threshold comes from.
@@ -161,13 +161,14 @@ def write_prediction_page(
         InputError: it cannot be written.
     """
     scores = np.array([row.score for row in rows], dtype=np.float64)
-    cards = [rows[i] for i in sorted(np.argsort(-scores, kind="stable")[:KEPT])]
+    cards = [rows[i] for i in sorted(np.argsort(-scores, kind="stable")[:MAX_CARDS])]
     volumes, slices = len({card.group for card in rows} - {None}), sum(card.group is not None for card in rows)
     of_volumes = f", {slices:,} of them slices (volumes or series: {volumes:,})" if volumes else ""
     data = {"labelled": False, "threshold": threshold, "scores": [scores.tolist()],
             "cards": [astuple(card) for card in cards], "sort": "score"}  # fmt: skip
     above = 0 if threshold is None else int((scores >= threshold).sum())
-    kept = "" if len(cards) == len(rows) else f"The gallery holds the {KEPT:,} highest scores of {len(rows):,} images."
+    fewer = len(cards) < len(rows)
+    kept = f"The gallery holds the {MAX_CARDS:,} highest scores of {len(rows):,} images." if fewer else ""
     parts = {
         "kind": "MadCLIP predictions",
         "title": escape(title),
@@ -219,10 +220,10 @@ def _write(
 
 
 def _kept(scores: np.ndarray, labels: np.ndarray) -> list[int]:
-    """At most KEPT images: the highest and the lowest scores of each class, as many of each class as there are."""
+    """At most MAX_CARDS images: the highest and the lowest scores of each class, as many of each class as there are."""
     order = [np.flatnonzero(labels == label)[np.argsort(scores[labels == label], kind="stable")] for label in (0, 1)]
-    half = KEPT // 2
-    room = [max(half, KEPT - len(other)) for other in reversed(order)]
+    half = MAX_CARDS // 2
+    room = [max(half, MAX_CARDS - len(other)) for other in reversed(order)]
     parts = []
     for indices, most in zip(order, room, strict=True):
         lower = min(len(indices), most) // 2

@@ -20,9 +20,9 @@ from dataset.images import stem
 from utils import atomic_path, printable
 
 from ..heat_volumes import DicomHeat, NiftiHeat
-from ..scans import MARK, Entry, Opened
+from ..scans import MARK, Entry, OpenImage
 from .images import contours, overlay, raw, shrink
-from .page import KEPT, Card, make_card, write_prediction_page
+from .page import MAX_CARDS, Card, make_card, write_prediction_page
 
 if TYPE_CHECKING:
     from ..predictor import Prediction, Predictor
@@ -41,7 +41,7 @@ class Drawer:
         self.volume_names: dict[str, str] = {}  # by series: that of its first image
         self._lock = Lock()
 
-    def files(self, opened: Opened, prediction: Prediction, name: str) -> dict[str, Any]:
+    def files(self, opened: OpenImage, prediction: Prediction, name: str) -> dict[str, Any]:
         """Write an image's pictures, called by `name`: the columns that name them."""
         entry, options = opened.entry, self.options
         if not options.pictures or opened.preview is None:
@@ -160,8 +160,8 @@ class Gallery:
         if card is None:
             return
         self.cards.append(card)
-        if len(self.cards) % KEPT == 0:
-            highest = {id(kept) for kept in sorted(self.cards, key=lambda card: -card.score)[:KEPT]}
+        if len(self.cards) % MAX_CARDS == 0:
+            highest = {id(kept) for kept in sorted(self.cards, key=lambda card: -card.score)[:MAX_CARDS]}
             self.cards = [c if id(c) in highest else replace(c, image=None, heat=None) for c in self.cards]
 
     def write(self, model: Predictor, options: argparse.Namespace) -> Path:

@@ -125,7 +125,7 @@ class Tracker:
         if run_id:
             options |= {"id": run_id, "resume": "allow"}
         options["dir"] = os.environ.get("WANDB_DIR") or str(run_dir)
-        tracker._or_end("could not start", lambda _: tracker._open(options))
+        tracker._call_or_stop("could not start", lambda _: tracker._open(options))
         return tracker
 
     def _open(self, options: dict[str, Any]) -> None:
@@ -146,9 +146,9 @@ class Tracker:
             self._run = wandb.init(**options, mode="offline", settings=wandb.Settings(**QUIET))
         self._folder = shlex.quote(str(Path(self._run.dir).parent))
         look = f"look: `wandb leet {self._folder}`; upload: `wandb sync {self._folder}`"
-        _say(f"offline ({reason}); {look}" if reason else f"online at {redact(self._run.url or '')}")
+        _print(f"offline ({reason}); {look}" if reason else f"online at {redact(self._run.url or '')}")
         if not reason and self._pictures:
-            _say(
+            _print(
                 "warning: pictures of the data set and the names of their files are uploaded; "
                 "--log_images_every 0 prevents both"
             )
@@ -245,9 +245,9 @@ class Tracker:
 
     def _call(self, what: str, action: Callable[[Any], object]) -> None:
         if self._run is not None:
-            self._or_end(what, action)
+            self._call_or_stop(what, action)
 
-    def _or_end(self, what: str, action: Callable[[Any], object]) -> None:
+    def _call_or_stop(self, what: str, action: Callable[[Any], object]) -> None:
         """Call `action(run)`; after a failure the tracker does nothing any more, and what was logged is kept."""
         files = f"; its files: {self._folder}" if self._folder else ""
         if not self._succeeds(f"{what}, tracking is off from here on{files}", action):
@@ -260,7 +260,7 @@ class Tracker:
         try:
             action(self._run)
         except Exception as error:
-            _say(f"warning: {consequence} ({one_line(error, self._secret)})")
+            _print(f"warning: {consequence} ({one_line(error, self._secret)})")
             return False
         return True
 
@@ -358,7 +358,7 @@ def log_result(
     tracker.picture(lambda run: run.log({"scores/table": _table(evaluation, metrics)}, step=tracker.step))
     if ckpt_path is not None:
         if not tracker.takes_pictures:
-            _say("warning: --log_model uploads the checkpoint, which names its shots; --anonymous hides their names")
+            _print("warning: --log_model uploads the checkpoint, which names its shots; --anonymous hides their names")
         tracker.upload(ckpt_path, {"epoch": epoch, "auc": metrics.auc, "pauc": metrics.pauc})
 
 
@@ -499,7 +499,7 @@ def _table(evaluation: Evaluation, metrics: Metrics) -> wandb.Table:
     margins = np.where(labels == 1, scores - threshold, threshold - scores)
     order = np.argsort(margins, kind="stable")[:ROWS]
     if len(order) < len(margins):
-        _say(f"scores/table holds the {ROWS} most wrong of {len(margins)} images")
+        _print(f"scores/table holds the {ROWS} most wrong of {len(margins)} images")
     table = wandb.Table(columns=["image", "file", "label", "score", "decision", "margin"])
     for i in order:
         picture = read_picture(evaluation.samples[i], THUMBNAIL)
@@ -526,7 +526,7 @@ def warn_of_tracked_key(path: Path = KEY_FILE) -> None:
         return
     if KEY_SHAPE.search(text) and _tracked(path):
         advice = f"run `wandb login` and restore the file, or run `git update-index --skip-worktree {path}`"
-        _say(f"warning: {path} holds an API key and git tracks it: {advice}")
+        _print(f"warning: {path} holds an API key and git tracks it: {advice}")
 
 
 def _read_key_file(path: Path) -> str:
@@ -539,7 +539,7 @@ def _read_key_file(path: Path) -> str:
         values = json.loads(path.read_text(encoding="utf-8"))
         key = values["api_key" if "api_key" in values else "wandb_api_key"].strip()
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # may quote it: not shown
-        _say(f'warning: {path} is not {{"api_key": "..."}}, so it is ignored')
+        _print(f'warning: {path} is not {{"api_key": "..."}}, so it is ignored')
         return ""
     return "" if key in PLACE_HOLDERS else str(key)
 
@@ -548,7 +548,7 @@ def _skip_netrc_that_is_no_file() -> None:
     """Let wandb read no netrc where that is a pipe or the like, which it would wait for."""
     path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
     if path.exists() and not path.is_file() and str(path) != os.devnull:
-        _say(f"warning: {path} is no file, so it is ignored")
+        _print(f"warning: {path} is no file, so it is ignored")
         os.environ["NETRC"] = os.devnull
 
 
@@ -561,6 +561,6 @@ def _tracked(path: Path) -> bool:
     return result.startswith(b"H")  # "S": --skip-worktree was set, so no commit can pick the key up
 
 
-def _say(message: str) -> None:
+def _print(message: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # stderr may be closed, or on a full disk
         print(f"W&B: {printable(message)}", file=sys.stderr, flush=True)

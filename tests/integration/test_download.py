@@ -195,9 +195,9 @@ def test_resumes_when_the_connection_drops(server: Server, tmp_path: Path) -> No
     half = len(CONTENT) // 2
     first, second, third = server.requests
     assert first is None
-    assert half - download.PIECE < position(second) <= half  # at most the piece being read is asked for again
+    assert half - download.CHUNK_BYTES < position(second) <= half  # at most the piece being read is asked for again
     left = len(CONTENT) - position(second)
-    assert position(second) + left // 2 - download.PIECE < position(third) <= position(second) + left // 2
+    assert position(second) + left // 2 - download.CHUNK_BYTES < position(third) <= position(second) + left // 2
 
 
 def test_a_dropping_server_is_given_up_and_resumed_by_the_next_run(
@@ -207,7 +207,7 @@ def test_a_dropping_server_is_given_up_and_resumed_by_the_next_run(
     server.drops = 4
     fails(fetch_here(server.address(), out), out, "after 4 attempts", "connection closed", "run this again", str(part))
     assert part.read_bytes() == CONTENT[: part.stat().st_size]
-    assert part.stat().st_size > len(CONTENT) * 0.9 - 2 * download.PIECE
+    assert part.stat().st_size > len(CONTENT) * 0.9 - 2 * download.CHUNK_BYTES
     have = part.stat().st_size
     server.requests.clear()
     succeeds(fetch_here(server.address(), out), out)
@@ -256,7 +256,7 @@ def test_a_server_that_falls_silent(
     succeeds(fetch_here(server.address(), tmp_path / "weights.pt"), tmp_path / "weights.pt")
     first, second = server.requests
     assert first is None
-    assert len(CONTENT) // 2 - download.PIECE < position(second) <= len(CONTENT) // 2
+    assert len(CONTENT) // 2 - download.CHUNK_BYTES < position(second) <= len(CONTENT) // 2
 
 
 def test_an_answer_without_length_that_drops_is_noticed(server: Server, tmp_path: Path, fetch_here: Fetch) -> None:

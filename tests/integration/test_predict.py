@@ -482,6 +482,16 @@ def test_a_kill_between_the_files_leaves_no_pair_of_two_runs(command, home, tmp_
             assert [row["file"] for row in listed] == [row["file"] for row in rows(out)]
 
 
+def test_masks_of_a_labelled_folder_are_no_input(command, home, tmp_path):
+    test = home / "data/Brain_AD/test"
+    done = predicted(command, home / "Brain.pth", tmp_path / "out", test)
+    assert "files lie in folders of masks (anomaly_mask, label, labels, mask, masks, ground_truth)" in done.stderr
+    assert len(rows(tmp_path / "out")) == len(list(test.glob("*/img/*.png")))
+    # A folder of masks that is named itself is what its user wants to predict.
+    predicted(command, home / "Brain.pth", tmp_path / "named", test / "Ungood/anomaly_mask")
+    assert len(rows(tmp_path / "named")) == len(list(test.glob("Ungood/anomaly_mask/*.png")))
+
+
 def test_its_own_pictures_are_no_input(command, home, scans, tmp_path):
     shutil.copytree(scans / "series", tmp_path / "in/series")
     shutil.copy(scans / "mni.nii.gz", tmp_path / "in")

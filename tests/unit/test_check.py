@@ -16,7 +16,7 @@ import pydicom.data
 import pytest
 from PIL import Image
 
-from dataset import MedicalDataset, leaks, load_image, load_mask, phantom
+from dataset import MedicalDataset, equal_images, load_image, load_mask, phantom
 from dataset import check as check_script
 from dataset.medical_few import Sample
 from dataset.patients import falls_in_valid, patient
@@ -489,8 +489,8 @@ def test_leaks_are_found_by_content(tmp_path):
     paths = [gray(noise(9, 9) // (i + 1), tmp_path / f"{i}.png") for i in range(3)]
     shutil.copy(paths[0], tmp_path / "copy.png")
     samples = [Sample(path, 0, None, path.name) for path in (*paths, tmp_path / "copy.png")]
-    assert [(a.name, b.name) for a, b in leaks(samples[:2], samples[2:])] == [("0.png", "copy.png")]
-    assert leaks(samples[:2], samples[2:3]) == []
+    assert [(a.name, b.name) for a, b in equal_images(samples[:2], samples[2:])] == [("0.png", "copy.png")]
+    assert equal_images(samples[:2], samples[2:3]) == []
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.tif"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import OBJECTS, MedicalDataset, ReadOptions, check_mask, images, leaks, load_image, load_mask
+from dataset import OBJECTS, MedicalDataset, ReadOptions, check_mask, equal_images, images, load_image, load_mask
 from dataset.layout import FOLDER, MADE_UP
 from dataset.medical_few import Sample
 from tests.helpers.data import read_shot_list
@@ -360,7 +360,7 @@ def test_leaks_read_no_file_twice(tmp_path, monkeypatch):
     dataset = MedicalDataset.open("Brain", tmp_path)
     asked = []
     monkeypatch.setattr(images, "sha256_file", lambda path: asked.append(path) or path.name)
-    pairs = leaks(dataset.samples("valid"), dataset.samples("test"))
+    pairs = equal_images(dataset.samples("valid"), dataset.samples("test"))
     assert len(pairs) == 16
     assert len(asked) == 16
 

@@ -182,7 +182,7 @@ def test_no_path_host_or_user_is_on_the_page(tmp_path):
 
 
 def test_of_many_images_the_extremes_of_each_class_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "KEPT", 10)
+    monkeypatch.setattr(page, "MAX_CARDS", 10)
     labels = [1] * 5 + [0] * 31
     scores = (torch.randperm(36, generator=torch.Generator().manual_seed(0)) / 40 + 0.05).tolist()
     evaluation, masks = make_world(tmp_path, labels, scores)
@@ -198,7 +198,7 @@ def test_of_many_images_the_extremes_of_each_class_are_kept(tmp_path, monkeypatc
 
 
 def test_the_smaller_class_leaves_its_room_to_the_larger(monkeypatch):
-    monkeypatch.setattr(page, "KEPT", 10)
+    monkeypatch.setattr(page, "MAX_CARDS", 10)
     labels = np.array([0] * 20 + [1] * 3)
     kept = page._kept(np.arange(23.0), labels)
     assert sorted(kept) == [0, 1, 2, 16, 17, 18, 19, 20, 21, 22]
@@ -209,7 +209,7 @@ def test_pages_of_noise_stay_small(tmp_path):
     thumbnail = page._thumbnail(Image.fromarray(noise))
     assert 1000 < len(thumbnail) <= page.THUMB_CHARS
     assert len(page._thumbnail(Image.new("RGB", (page.THUMB, page.THUMB), (50, 60, 70)))) < 1000
-    assert page.KEPT * (page.THUMB_CHARS + 2 * HEAT * HEAT) < 50e6
+    assert page.MAX_CARDS * (page.THUMB_CHARS + 2 * HEAT * HEAT) < 50e6
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
@@ -262,7 +262,7 @@ def test_predictions_without_a_threshold_and_without_maps(tmp_path):
 
 
 def test_of_many_predictions_the_highest_scores_are_shown(tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "KEPT", 3)
+    monkeypatch.setattr(page, "MAX_CARDS", 3)
     path = write_prediction_page(tmp_path, predictions(8), title="a", threshold=0.5, origin="b", heat_range=(0, 2))
     html = path.read_text(encoding="utf-8")
     assert list(cards_of(html)) == ["None5.png", "None6.png", "None7.png"]

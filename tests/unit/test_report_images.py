@@ -11,7 +11,7 @@ from PIL import Image
 
 from dataset.medical_few import Sample
 from engine.report.images import (
-    LONGEST,
+    MAX_OVERLAY_SIDE,
     OUTLINE,
     alpha_blend,
     colours,
@@ -66,10 +66,10 @@ def test_an_outline_and_a_heat_map_lie_over_a_picture_that_is_not_square():
 
 
 def test_overlay_is_bounded_and_draws_regions():
-    picture = Image.new("RGB", (2 * LONGEST, LONGEST))
+    picture = Image.new("RGB", (2 * MAX_OVERLAY_SIDE, MAX_OVERLAY_SIDE))
     region = {"points": [[200.0, 100.0], [200.0, 900.0], [1800.0, 900.0], [1800.0, 100.0]]}
     drawn = overlay(picture, np.zeros((4, 4), np.float32), (0.0, 1.0), [region])
-    assert drawn.size == (LONGEST, LONGEST // 2)
+    assert drawn.size == (MAX_OVERLAY_SIDE, MAX_OVERLAY_SIDE // 2)
     assert drawn.getpixel((100, 250)) == OUTLINE
     assert drawn.getpixel((500, 250)) != OUTLINE
 

@@ -315,7 +315,7 @@ def test_any_error_ends_its_cell_alone(tmp_path, monkeypatch, error, words):
         raise error
 
     monkeypatch.setattr("train.train", broken)
-    assert [reproduce.attempt(grid, cell) for cell in cells] == [words, words]
+    assert [reproduce.run_cell(grid, cell) for cell in cells] == [words, words]
     log = grid.log(cells[0]).read_text()
     assert "as far as it came" in log
     assert ("Traceback" in log) == (not isinstance(error, InputError))
@@ -329,7 +329,7 @@ def test_a_killed_grid_is_not_a_failed_cell(tmp_path, monkeypatch):
 
     monkeypatch.setattr("train.train", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        reproduce.attempt(grid, cells[0])
+        reproduce.run_cell(grid, cells[0])
 
 
 def test_the_bar_moves_with_the_epochs(tmp_path, monkeypatch):
@@ -348,8 +348,8 @@ def test_the_bar_moves_with_the_epochs(tmp_path, monkeypatch):
     monkeypatch.setattr("train.train", pretend)
     with reproduce.Progress(grid) as progress:
         for cell in cells:
-            reproduce.attempt(grid, cell, progress.look)
-            progress.look(cell)
+            reproduce.run_cell(grid, cell, progress.refresh_bar)
+            progress.refresh_bar(cell)
     assert seen == [1, 2, 4, 5]
     assert (progress.n, progress.total) == (6, 6)
 

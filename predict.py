@@ -33,6 +33,7 @@ from utils import (
     InputError,
     Parser,
     atomic_path,
+    bar_seconds,
     integer,
     prefetch,
     printable,
@@ -384,7 +385,7 @@ def predict(model: Predictor, table: Table, listing: InputList, options: argpars
 
     start, previous = time.perf_counter(), ""
     try:
-        with tqdm(total=len(listing.entries), desc="predict", unit="image", mininterval=1.0) as bar:
+        with tqdm(total=len(listing.entries), desc="predict", unit="image", mininterval=bar_seconds()) as bar:
             for image, row, card in prefetch(draw, named(), options.num_workers, ahead=4):
                 if previous not in ("", image.entry.series):
                     drawer.finish(previous)

@@ -51,7 +51,17 @@ from engine.grid import COMPONENTS, Cell, Grid, layers_of
 from engine.jobs import run_jobs
 from engine.metrics import METRICS
 from engine.report.tables import Figure, Published, Table, read_published
-from utils import InputError, checked, locked, one_line, probe_writable, read_text, tune_allocator, write_json
+from utils import (
+    InputError,
+    bar_seconds,
+    checked,
+    locked,
+    one_line,
+    probe_writable,
+    read_text,
+    tune_allocator,
+    write_json,
+)
 
 SHOWN = ("auc", "pauc")  # of METRICS, what tables show
 EPOCHS = {"selected": "selected on test", "last": "last epoch"}
@@ -113,7 +123,7 @@ class Progress(tqdm):  # type: ignore[type-arg]
         self.grid, self.ended = grid, set(filter(grid.done, grid.cells))
         self.epochs = {cell: 1 if cell.baselines else grid.parse(cell).epoch for cell in grid.cells}
         total, title = sum(self.epochs.values()), f"table {grid.options.table}"
-        super().__init__(total=total, desc=title, unit="epoch", initial=self.finished())
+        super().__init__(total=total, desc=title, unit="epoch", initial=self.finished(), mininterval=bar_seconds())
 
     def finished(self) -> int:
         """Epochs that are finished; a cell that has ended counts as all of its own."""

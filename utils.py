@@ -474,6 +474,13 @@ def prefetch(function: Callable[[In], Out], inputs: Iterable[In], workers: int =
             yield waiting.popleft().result()
 
 
+def bar_seconds() -> float:
+    """Seconds between two updates of a progress bar: one on a terminal, 30 in a file, which keeps every update."""
+    with contextlib.suppress(AttributeError, ValueError):  # stderr is closed
+        return 1.0 if sys.stderr.isatty() else 30.0
+    return 30.0
+
+
 def anonymous_name(name: str) -> str:
     """A hash instead of a file's name, with its ending: names may be patients'."""
     return hashlib.sha256(os.fsencode(name)).hexdigest()[:16] + Path(name).suffix.lower()

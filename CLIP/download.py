@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils import InputError, Parser, atomic_path, one_line, redact, run_cli, sha256_file
+from utils import InputError, Parser, atomic_path, bar_seconds, one_line, redact, run_cli, sha256_file
 
 from . import hub
 from .config import ModelConfig, list_models
@@ -123,7 +123,7 @@ def _attempt(session: Session, url: str, part: Path, new: Path, resume: bool = T
         length = answer.get("Content-Length", "")
         total = start + int(length) if length.isdecimal() and len(length) < 16 else None
         whole = part if start or not part.exists() else new
-        bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=whole.stem, disable=None)
+        bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=whole.stem, mininterval=bar_seconds())
         with bar, whole.open("ab" if start else "wb") as file:
             try:
                 for piece in response.iter_content(CHUNK_BYTES):

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils import InputError, Parser, integer, prefetch, printable, run_cli
+from utils import InputError, Parser, bar_seconds, integer, prefetch, printable, run_cli
 
 from .fewshot import SEEDS, check_shot_names, parse_shot_list
 from .images import (
@@ -209,7 +209,7 @@ class Check:
                     self.add("layout", str(error))
                     files[split, kind] = []
         patients: dict[str, set[str | None]] = {split: set() for split in SPLITS}
-        with tqdm(total=sum(map(len, files.values())), desc="check", unit="file", mininterval=0.5) as bar:
+        with tqdm(total=sum(map(len, files.values())), desc="check", unit="file", mininterval=bar_seconds()) as bar:
             for (split, kind), found in files.items():
                 self.names(dataset, split, kind, found)
                 row = ClassSummary(split, kind)

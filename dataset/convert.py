@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from utils import InputError, Parser, run_cli, write_json
+from utils import InputError, Parser, bar_seconds, run_cli, write_json
 
 from .grey import square, stretch, to_rgb
 from .images import ABNORMAL_ABOVE, list_files, parse_window, read, read_mask, stem
@@ -120,7 +120,7 @@ def prepare(
 def write(slices: Iterator[Slice], writer: Writer) -> None:
     """Write the pictures and masks; names that two slices have get a number."""
     names: Counter[tuple[str, int, str]] = Counter()
-    for entry in tqdm(slices, desc="convert", unit="image", mininterval=0.5):
+    for entry in tqdm(slices, desc="convert", unit="image", mininterval=bar_seconds()):
         name = re.sub(r"[^\w.=+-]+", "-", f"{entry.patient}__{entry.name}" if entry.patient else entry.name)[-150:]
         names[entry.split, entry.label, name] += 1
         number = names[entry.split, entry.label, name]

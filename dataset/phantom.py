@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from utils import InputError, Parser, run_cli
+from utils import InputError, Parser, bar_seconds, run_cli
 
 from .layout import MADE_UP, SPLITS
 from .writer import FOLDERS as LABELS
@@ -198,7 +198,7 @@ def write_object(folder: Path, obj: str, counts: dict[str, int], seed: int, size
         path.unlink()
     writer = Writer(folder)
     for split, label in product(SPLITS, LABELS):
-        bar = tqdm(range(counts[split]), f"{obj} {split} {label}", unit="image", mininterval=1, delay=3, disable=None)
+        bar = tqdm(range(counts[split]), f"{obj} {split} {label}", unit="image", mininterval=bar_seconds(), delay=3)
         for index in bar:
             image, marked = draw(obj, split, label, index, seed, size)
             mask = Image.fromarray(marked.astype(np.uint8) * 255) if KINDS[obj].has_masks and marked.any() else None

@@ -35,7 +35,17 @@ from CLIP.model import CLIP
 from CLIP.weights import Weights
 from dataset.images import READER, load_image_with_hash
 from dataset.medical_few import Sample
-from utils import JITTER_VIEW, InputError, Parser, augment_view, prefetch, remove_stale, run_cli, write_json
+from utils import (
+    JITTER_VIEW,
+    InputError,
+    Parser,
+    augment_view,
+    bar_seconds,
+    prefetch,
+    remove_stale,
+    run_cli,
+    write_json,
+)
 
 from . import distributed
 from .config import Settings, nonempty_path
@@ -241,7 +251,8 @@ class TokenStore:
         missing = set(self.missing)
         common, own = ([rows for rows in batches if missing & set(rows)] for batches in (self._common, self._own))
         total = len(missing)
-        with tqdm(total=total, desc="tokens", unit="image", mininterval=1.0, disable=not distributed.is_main()) as bar:
+        quiet = not distributed.is_main()
+        with tqdm(total=total, desc="tokens", unit="image", mininterval=bar_seconds(), disable=quiet) as bar:
             mine = self._pass(distributed.share(common), missing)
             for _ in range(0, len(common), distributed.world()):
                 for rows, tokens in filter(None, distributed.all_gather(next(mine, None))):

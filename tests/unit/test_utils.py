@@ -376,3 +376,13 @@ def test_names_become_hashes_with_their_ending():
     assert one != other and one == anonymous_name("a/Meyer.PNG")
     assert re.fullmatch(r"[0-9a-f]{16}\.png", one)
     assert re.fullmatch(r"[0-9a-f]{16}\.png", anonymous_name("\udcff.png"))
+
+
+@pytest.mark.parametrize(("stderr", "seconds"), [("terminal", 1.0), ("file", 30.0), ("closed", 30.0), ("none", 30.0)])
+def test_a_bar_that_goes_to_a_file_is_updated_rarely(tmp_path, monkeypatch, stderr, seconds):
+    with (tmp_path / "log").open("w") as file:
+        monkeypatch.setattr(file, "isatty", lambda: True, raising=False) if stderr == "terminal" else None
+        if stderr == "closed":
+            file.close()
+        monkeypatch.setattr(sys, "stderr", None if stderr == "none" else file)
+        assert utils.bar_seconds() == seconds

@@ -4,9 +4,9 @@ python -m engine.features --info          what is stored, and how large
 python -m engine.features --prune         free it
 
 In files, the tokens of an image and a layer are one: <cache_dir>/<what shaped them>/<layer>/<image>.tokens, raw numbers
-and their CRC-32, which is checked once a run; then they are mapped into memory. A file appears under its name whole or
-not at all, and its name says its content, so any number of processes may read and write at once, on a network file
-system too.
+and their CRC-32. A file appears under its name whole or not at all, and its name says its content, so any number of
+processes may read and write at once, on a network file system too. Files are read straight into the batch and checked
+at every use, so what changes is noticed; mapping them into memory was not faster (docs/speed.md).
 """
 
 from __future__ import annotations
@@ -275,16 +275,14 @@ class TokenStore:
 
         Float32, or the autocast type where mixed precision would make that of them anyway.
         """
-        device = self.tower.device
         if self.cache == "off":
-            assert self._clip is not None
-            tokens = self._tokens(self._images(rows.tolist()))
+            layers = self._tokens(self._images(rows.tolist())).unbind(1)
         elif self._resident is not None:
-            tokens = self._resident[rows].to(device, non_blocking=True)
+            layers = tuple(self._resident[rows, k] for k in range(len(self.tower.layers)))
         else:
-            tokens = self._read(rows.tolist()).to(device, non_blocking=True)
-        tokens = tokens if tokens.dtype == self.tower.autocast else tokens.float()
-        return [layer.contiguous() for layer in tokens.unbind(1)]
+            layers = self._read(rows.tolist())
+        layers = tuple(layer.to(self.tower.device, non_blocking=True) for layer in layers)
+        return [(x if x.dtype == self.tower.autocast else x.float()).contiguous() for x in layers]
 
     @property
     def _index_device(self) -> torch.device:
@@ -310,7 +308,7 @@ class TokenStore:
         if tower.device.type == "cuda":
             images = images.pin_memory()
         images = images.to(tower.device, non_blocking=True)
-        assert self._clip is not None
+        assert self._clip is not None  # `fill` keeps it
         with torch.autocast(tower.device.type, dtype=tower.autocast, enabled=tower.autocast is not None):
             tokens = self._clip.image_tokens(images, tower.layers)
         return torch.stack(tokens, dim=1)[:, :, 0 if tower.class_token else 1 :]
@@ -374,42 +372,35 @@ class TokenStore:
                 f"free some room or use --cache ram"
             ) from error
 
-    def _map(self, row: int, layer: int) -> np.ndarray | None:
-        """An item's file of a layer, mapped into memory: (bytes,) uint8; None for none, or one of another size."""
+    def _read_file(self, row: int, layer: int, target: Tensor) -> bool:
+        """Read an item's file of a layer into `target` (T, C), on the CPU; False for no file, or a damaged one."""
+        memory = target.flatten().view(torch.uint8).numpy()
         try:
-            data = np.memmap(self._path(row, layer), np.uint8, mode="c")  # torch takes no read-only array
-        except (OSError, ValueError):  # ValueError: an empty file
-            return None
-        return data if len(data) == self.image_bytes // len(self.tower.layers) + CRC_BYTES else None
-
-    def _as_tokens(self, data: np.ndarray) -> Tensor:
-        """What `_map` gives as (T, C), without a copy."""
-        return torch.from_numpy(data[:-CRC_BYTES]).view(self.dtype).view(self.tower.shape[1:])
+            with self._path(row, layer).open("rb") as file:
+                size, crc = file.readinto(memory.data), file.read(CRC_BYTES + 1)
+        except OSError:
+            return False
+        return size == len(memory) and crc == zlib.crc32(memory.data).to_bytes(CRC_BYTES, "little")
 
     def _load(self, row: int) -> bool:
         """Whether files hold all layers of an item, undamaged; they are read into memory where tokens live there."""
-        for k, layer in enumerate(self.tower.layers):
-            data = self._map(row, layer)
-            if data is None:
-                return False
-            if zlib.crc32(data[:-CRC_BYTES].data).to_bytes(CRC_BYTES, "little") != data[-CRC_BYTES:].tobytes():
-                return False
-            if self._resident is not None:
-                self._resident[row, k] = self._as_tokens(data)
-        return True
+        tokens = torch.empty(self.tower.shape, dtype=self.dtype)
+        found = all(self._read_file(row, layer, tokens[k]) for k, layer in enumerate(self.tower.layers))
+        if found and self._resident is not None:
+            self._resident[row] = tokens.to(self._index_device)
+        return found
 
-    def _read(self, rows: list[int]) -> Tensor:
-        """Tokens (B, K, T, C) of items from their files, whose CRC `plan` has checked."""
-        tokens = torch.empty((len(rows), *self.tower.shape), dtype=self.dtype)
+    def _read(self, rows: list[int]) -> tuple[Tensor, ...]:
+        """K tensors (B, T, C) of items from their files."""
+        _, *shape = self.tower.shape
+        tokens = tuple(torch.empty(len(rows), *shape, dtype=self.dtype) for _ in self.tower.layers)
         for i, row in enumerate(rows):
-            for k, layer in enumerate(self.tower.layers):
-                data = self._map(row, layer)
-                if data is None:
+            for layer, target in zip(self.tower.layers, tokens, strict=True):
+                if not self._read_file(row, layer, target[i]):
                     raise InputError(
                         f"{self.folder}: tokens of {self.items[row].sample.name} are gone or damaged, though they were "
                         f"there at the start (pruned by another command?); start again"
                     )
-                tokens[i, k] = self._as_tokens(data)
         return tokens
 
 

@@ -123,7 +123,10 @@ def _attempt(session: Session, url: str, part: Path, new: Path, resume: bool = T
         length = answer.get("Content-Length", "")
         total = start + int(length) if length.isdecimal() and len(length) < 16 else None
         whole = part if start or not part.exists() else new
-        bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=whole.stem, mininterval=bar_seconds())
+        pause = bar_seconds()
+        bar = tqdm(
+            total=total, initial=start, unit="B", unit_scale=True, desc=whole.stem, mininterval=pause, delay=pause
+        )
         with bar, whole.open("ab" if start else "wb") as file:
             try:
                 for piece in response.iter_content(CHUNK_BYTES):

@@ -198,7 +198,8 @@ def write_object(folder: Path, obj: str, counts: dict[str, int], seed: int, size
         path.unlink()
     writer = Writer(folder)
     for split, label in product(SPLITS, LABELS):
-        bar = tqdm(range(counts[split]), f"{obj} {split} {label}", unit="image", mininterval=bar_seconds(), delay=3)
+        title, pause = f"{obj} {split} {label}", bar_seconds()
+        bar = tqdm(range(counts[split]), title, unit="image", mininterval=pause, delay=pause)
         for index in bar:
             image, marked = draw(obj, split, label, index, seed, size)
             mask = Image.fromarray(marked.astype(np.uint8) * 255) if KINDS[obj].has_masks and marked.any() else None

@@ -70,8 +70,8 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and leave with its exit code.
 
     An `InputError` becomes one line on stderr and code 2, and so does a file that the system refuses (permissions, a
-    name that is too long). A reader of stdout that leaves, such as `head`, ends it quietly; a stdout or stderr that
-    is closed, or on a full disk, does not end it (see `Stream`). Ctrl-C is code 130.
+    name that is too long), and too little memory. A reader of stdout that leaves, such as `head`, ends it quietly; a
+    stdout or stderr that is closed, or on a full disk, does not end it (see `Stream`). Ctrl-C is code 130.
     """
     tune_allocator()
     _raise_on_ctrl_c()
@@ -90,6 +90,10 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         if error.filename is None:
             raise
         code = _refuse(f"{error.filename}: {error.strerror}")
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        code = _refuse(f"out of memory ({one_line(error)}); try a smaller --batch_size, or --cache disk for tokens")
     except KeyboardInterrupt:
         _print_once("interrupted")
         code = 130
@@ -184,6 +188,12 @@ def _open_standard_files() -> None:
 def _refuse(message: object) -> int:
     _print_once(f"error: {printable(' '.join(str(message).split()))}")
     return 2
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python's own error, CUDA's, or that of torch's allocator on a CPU: by their words, as torch is not imported."""
+    words = ("CUDA out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def _print_once(line: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -263,8 +263,12 @@ def evaluate(
     settings, tower = detector.settings, store.tower
     text = detector.prompts() if text_features is None else text_features  # float32, as published
     batches = eval_batches(items, settings.eval_batch)
+
+    def score(batch: Sequence[Any]) -> Tensor:
+        return detector.patch_scores(store.get(store.rows(batch)), text)
+
     with torch.autocast(tower.device.type, dtype=tower.autocast, enabled=tower.autocast is not None):
-        mine = [detector.patch_scores(store.get(store.rows(batch)), text) for batch in distributed.share(batches)]
+        mine = [store.with_room(partial(score, batch)) for batch in distributed.share(batches)]
     if distributed.world() > 1:
         shares = distributed.all_gather([scores.cpu() for scores in mine])
         mine = [shares[i % distributed.world()][i // distributed.world()].to(text.device) for i in range(len(batches))]

@@ -19,10 +19,11 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -50,6 +51,7 @@ from utils import (
 from . import distributed
 from .config import Settings, nonempty_path
 
+Out = TypeVar("Out")
 GPU_SHARE = 0.6  # of the GPU's free memory that tokens may take: steps and evaluation need the rest
 RAM_SHARE = 0.5
 CUDA_PASS_BATCH = 64  # images through the tower at a time: 18,560 tokens at ViT-L-14, 240 px; no gradients to keep
@@ -278,11 +280,33 @@ class TokenStore:
         if self.cache == "off":
             layers = self._tokens(self._images(rows.tolist())).unbind(1)
         elif self._resident is not None:
+            rows = rows.to(self._index_device)  # not there any more after `leave_gpu`
             layers = tuple(self._resident[rows, k] for k in range(len(self.tower.layers)))
         else:
             layers = self._read(rows.tolist())
         layers = tuple(layer.to(self.tower.device, non_blocking=True) for layer in layers)
         return [(x if x.dtype == self.tower.autocast else x.float()).contiguous() for x in layers]
+
+    def with_room(self, action: Callable[[], Out]) -> Out:
+        """What `action` gives; where the GPU has no room for it beside the tokens, they leave, and it is called again.
+
+        Raises:
+            torch.OutOfMemoryError: no room for it without them either.
+        """
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return action()
+        self.leave_gpu()  # outside of the handler, which holds the tensors of the call that failed
+        return action()
+
+    def leave_gpu(self) -> None:
+        """Move tokens that are kept on the GPU to memory, and print that."""
+        if self.cache != "gpu" or self._resident is None:
+            return
+        print("tokens: moved from the GPU to memory, as it has no room for the work beside them", flush=True)
+        self._resident, self.cache = self._resident.cpu(), "ram"
+        if self.tower.device.type == "cuda":
+            torch.cuda.empty_cache()
+            self._resident = self._resident.pin_memory()
 
     @property
     def _index_device(self) -> torch.device:
@@ -317,7 +341,7 @@ class TokenStore:
         """Rows and their tokens (B, K, T, C) in the store's dtype, batch by batch."""
         batches = [[row for row in rows if row in missing] for rows in batches]
         for rows, images in zip(batches, prefetch(self._images, batches, self.workers), strict=True):
-            tokens = self._tokens(images).to(self.dtype)
+            tokens = self.with_room(partial(self._tokens, images)).to(self.dtype)
             if not bool(tokens.isfinite().all()):
                 bad = rows[int(tokens.flatten(1).isfinite().all(dim=1).to(torch.uint8).argmin())]
                 raise InputError(

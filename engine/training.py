@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -135,7 +135,7 @@ class TrainingState:
         """
         settings, device = self.detector.settings, labels.device.type
         heads = ("det", "seg") if masks is not None else ("det",)
-        with torch.autocast(device, dtype=self.autocast) if self.autocast else nullcontext():
+        with torch.autocast(device, dtype=self.autocast) if self.autocast else contextlib.nullcontext():
             features = self.detector.prompts() if text is None else text
             det, *seg = self.detector(tokens, features, heads)
         parts = training_loss(
@@ -154,6 +154,18 @@ class TrainingState:
             for optimizer in self.optimizers:
                 optimizer.step()
         return torch.stack([part.detach() for part in parts])
+
+    def step_from(
+        self, store: TokenStore, rows: Tensor, labels: Tensor, masks: Tensor | None, text: Tensor | None
+    ) -> Tensor:
+        """`step` on what stands in `rows` of the store; where the GPU has no room, the tokens leave it first.
+
+        A step that fails has changed nothing yet: the optimizers come last.
+        """
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return self.step(store.get(rows), labels, masks, text)
+        store.leave_gpu()
+        return self.step(store.get(rows), labels, masks, None)  # the graph of `text` may be used up
 
     @property
     def selected_epoch(self) -> int:

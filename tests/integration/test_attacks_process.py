@@ -208,3 +208,30 @@ def test_escape_sequences_never_reach_the_terminal(command, home, tmp_path):
 def test_a_refusal_is_one_line_and_exit_code_2(command, home):
     """As all of the other tests here say of theirs."""
     refused(command("test.py", *home.flags(), "--ckpt", "nowhere.pth"), "nowhere.pth")
+
+
+# A step, the scoring and the pass through the tower need more memory than there is.
+NO_MEMORY = """
+import torch
+def none(*_, **__):
+    raise {error}
+import {module}
+{module}.{name} = none
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [("torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB')", "CUDA out of memory"),
+     ("RuntimeError('DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes')", "DefaultCPUAllocator"),
+     ("MemoryError()", "MemoryError")],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("engine.training", "TrainingState.step"), ("engine.detector", "Detector.patch_scores"),
+     ("engine.features", "TokenStore._tokens")],
+)  # fmt: skip
+def test_too_little_memory_is_one_line(command, home, tmp_path, error, words, module, name):
+    script = driver(tmp_path, NO_MEMORY.format(error=error, module=module, name=name))
+    done = command(script, "train.py", *home.train(tmp_path))
+    refused(done, f"out of memory ({error.partition('(')[0].rpartition('.')[2]}", words, "smaller --batch_size")

@@ -126,6 +126,9 @@ class FakeStore:
         self.asked.append(rows.tolist())
         return [rows.float()[:, None, None]] * 2
 
+    def with_room(self, action):
+        return action()
+
 
 class FakeDetector:
     """Returns the tokens as scores, NaN for one of them."""

@@ -222,6 +222,27 @@ def test_no_room_on_the_gpu_falls_back_to_memory(samples, tmp_path, monkeypatch,
     assert len(store.get(store.rows(samples))) == 2
 
 
+def test_work_without_room_beside_the_tokens_makes_them_leave_the_gpu(samples, tmp_path, capsys):
+    store, _ = filled(make_tower(), [], tmp_path, samples, cache="ram")
+    tokens = store.get(store.rows(samples))
+    calls = []
+
+    def work():
+        calls.append(store.cache)
+        if len(calls) < 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return store.get(store.rows(samples))
+
+    store.cache = "gpu"  # as if
+    assert all(map(torch.equal, store.with_room(work), tokens))
+    assert calls == ["gpu", "ram"] and "moved from the GPU to memory" in capsys.readouterr().out
+    calls.clear()
+    store.with_room(work)
+    assert calls == ["ram", "ram"] and capsys.readouterr().out == ""  # nothing left to move
+    with pytest.raises(torch.OutOfMemoryError):
+        store.with_room(lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+
+
 def test_the_gpu_is_refused_where_there_is_none(tmp_path):
     with pytest.raises(InputError, match="--cache gpu: no CUDA device"):
         choose_cache("gpu", 1, tmp_path, CPU)

@@ -101,6 +101,43 @@ def test_a_step_trains_adapters_and_contexts_alone(clip):
     assert all(torch.equal(value, weights[name]) for name, value in clip.state_dict().items())
 
 
+class GpuWithoutRoom:
+    """A store whose tokens leave little room: a step fails at one of its places, until they have left."""
+
+    def __init__(self, state, monkeypatch, place):
+        self.full, backward = True, torch.Tensor.backward
+
+        def backward_or_fail(loss, *arguments, **options):
+            if place == "before the gradients":
+                self.check()
+            backward(loss, *arguments, **options)
+            self.check()
+
+        monkeypatch.setattr(torch.Tensor, "backward", backward_or_fail)
+
+    def check(self):
+        if self.full:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def get(self, rows):
+        assert rows.tolist() == [7]
+        return batch()[0]
+
+    def leave_gpu(self):
+        self.full = False
+
+
+@pytest.mark.parametrize("place", ["before the gradients", "after the gradients"])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_step_without_room_is_taken_again_and_is_the_same(clip, monkeypatch, place, given):
+    one, other = start(clip), start(clip)
+    expected = one.step(*batch(), None)
+    store, text = GpuWithoutRoom(other, monkeypatch, place), other.detector.prompts() if given else None
+    assert torch.equal(other.step_from(store, torch.tensor([7]), *batch()[1:], text), expected)
+    assert not store.full
+    assert all(torch.equal(value, parameters(other)[name]) for name, value in parameters(one).items())
+
+
 def test_text_features_given_are_used_and_give_the_same_step(clip):
     one, other = start(clip), start(clip)
     assert torch.equal(one.step(*batch(), None), other.step(*batch(), other.detector.prompts()))

@@ -151,7 +151,7 @@ def check(options: argparse.Namespace) -> argparse.Namespace:
 
 
 def open_images(listing: InputList, model: Predictor, options: argparse.Namespace) -> Iterator[OpenImage]:
-    """The images, read beside the network; what cannot be read is said, and added to the listing's faults."""
+    """The images, read beside the network; what cannot be read is printed, and added to the listing's faults."""
     from engine.report.images import MAX_OVERLAY_SIDE, shrink  # noqa: PLC0415
 
     keep = options.pictures or bool(options.report)
@@ -281,19 +281,19 @@ def _open_csv(path: Path) -> TextIO:
 
 
 class Remarks:
-    """What is said of single images: the first of a kind at once, and of ranges of grey five; the others counted."""
+    """Prints notes on single images: the first of a kind, and five ranges of grey; the others are counted."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        self.said: dict[str, set[str]] = defaultdict(set)
+        self.printed: dict[str, set[str]] = defaultdict(set)
 
     def add(self, entry: Entry, notes: dict[str, str]) -> None:
         """Say what is new."""
         for kind, text in notes.items():
             self.counts[kind] += 1
-            if text not in self.said[kind] and len(self.said[kind]) < (5 if kind == "window" else 1):
+            if text not in self.printed[kind] and len(self.printed[kind]) < (5 if kind == "window" else 1):
                 _print(f"{'' if kind in HARMLESS else 'warning: '}{entry.file}: {text}")
-                self.said[kind].add(text)
+                self.printed[kind].add(text)
 
     def sum_up(self) -> None:
         """Say of how many images each kind was noted, where of several."""

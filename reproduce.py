@@ -50,7 +50,7 @@ from engine.cost import grid_cost, measured_rate
 from engine.grid import COMPONENTS, Cell, Grid, layers_of
 from engine.jobs import run_jobs
 from engine.metrics import METRICS
-from engine.report.tables import Figure, Published, Table, read_published
+from engine.report.tables import Published, Statistic, Table, read_published
 from utils import (
     InputError,
     bar_seconds,
@@ -127,8 +127,10 @@ class Progress(tqdm):  # type: ignore[type-arg]
 
     def finished(self) -> int:
         """Epochs that are finished; a cell that has ended counts as all of its own."""
-        waiting = [(self.grid.run(cell).metrics, most) for cell, most in self.epochs.items() if cell not in self.ended]
-        started = sum(min(most, path.read_bytes().count(b"\n")) for path, most in waiting if path.is_file())
+        waiting = [
+            (self.grid.run(cell).metrics, epochs) for cell, epochs in self.epochs.items() if cell not in self.ended
+        ]
+        started = sum(min(epochs, path.read_bytes().count(b"\n")) for path, epochs in waiting if path.is_file())
         return started + sum(self.epochs[cell] for cell in self.ended)
 
     def refresh_bar(self, ended: Cell | None = None) -> None:
@@ -303,7 +305,7 @@ def our_rows(grid: Grid, cell: Cell) -> Iterator[tuple[dict[str, str], str, str]
 
 
 # What tables show of a result: a metric, its interval, and both without the shots' patients.
-FIGURES = make_dataclass("Figures", [
+SHOWN_METRICS = make_dataclass("ShownMetrics", [
     (name, kind, field(default=None))
     for metric in SHOWN for suffix in ("", CLEAN)
     for name, kind in ((f"{metric}{suffix}", float | None), (f"{metric}{suffix}_ci95", tuple[float, float] | None))
@@ -323,14 +325,14 @@ def read_result(path: Path) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{where} ({one_line(error)})") from error
     return {
-        key: {name: value for name, value in vars(checked(FIGURES, part, where)).items() if name in part}
+        key: {name: value for name, value in vars(checked(SHOWN_METRICS, part, where)).items() if name in part}
         for key, part in parts.items()
     }
 
 
 def mean_over_seeds(
     grid: Grid, cells: Sequence[Cell], obj: str, key: str, metric: str, failed: dict[Cell, str]
-) -> Figure | str | None:
+) -> Statistic | str | None:
     """A figure of cells that differ in their seeds, or why there is none."""
     files = [grid.result(cell, obj, key) for cell in cells]
     here = key if obj == cells[0].obj else "selected"  # each epoch's test on another data set has a file of its own
@@ -342,7 +344,7 @@ def mean_over_seeds(
         return "not measurable" if metric.endswith(CLEAN) and any(metric in values for values in done) else None
     intervals = [values[f"{metric}_ci95"] for values in measured if values.get(f"{metric}_ci95")]
     complete = len(intervals) == len(measured)
-    return Figure.over([values[metric] for values in measured], intervals if complete else [], len(cells))
+    return Statistic.over([values[metric] for values in measured], intervals if complete else [], len(cells))
 
 
 def caption(grid: Grid) -> str:
@@ -426,7 +428,7 @@ def make_verdict(grid: Grid, table: Table) -> Table:
     names = [f"{entry.method} ({i})" for i, entry in enumerate(published, 1)]
     for (metric, row, obj), theirs in table.cells.items():
         ours = table.cells.get((metric, (*row[:-1], f"ours, {EPOCHS['selected']}"), obj))
-        if row[-1] in names and isinstance(theirs, Figure) and isinstance(ours, Figure) and ours.interval:
+        if row[-1] in names and isinstance(theirs, Statistic) and isinstance(ours, Statistic) and ours.interval:
             low, high = ours.interval
             difference = round(ours.mean - theirs.mean, 2) + 0.0  # no -0.00
             place = "inside" if low <= theirs.mean <= high else "outside"

@@ -188,7 +188,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ["test_medical_few.py"],
         ('[0 if kind == "abnormal" else 1]', '[1 if kind == "abnormal" else 0]'),
         ("            KINDS.index(kind),\n", "            1 - KINDS.index(kind),\n"),
-        ("draw.sample(able, count)", "able[:count]"),
+        ("draw.sample(eligible, count)", "eligible[:count]"),
     ),
     *_mutants(
         "engine/metrics.py",

@@ -210,12 +210,12 @@ class Check:
                     files[split, kind] = []
         patients: dict[str, set[str | None]] = {split: set() for split in SPLITS}
         with tqdm(total=sum(map(len, files.values())), desc="check", unit="file", mininterval=bar_seconds()) as bar:
-            for (split, kind), found in files.items():
-                self.names(dataset, split, kind, found)
+            for (split, kind), listed in files.items():
+                self.names(dataset, split, kind, listed)
                 row = ClassSummary(split, kind)
                 self.rows.append(row)
                 inspect = partial(inspect_file, dataset, kind=kind)
-                for file, results in zip(found, prefetch(inspect, found, workers), strict=True):
+                for file, results in zip(listed, prefetch(inspect, listed, workers), strict=True):
                     row.masks += bool(file.masks)
                     for result in results:
                         self.image(row, result)
@@ -248,10 +248,10 @@ class Check:
         elif kind == row.kind and other != result.name:
             self.add("duplicate", f"{other} = {result.name}")
 
-    def names(self, dataset: MedicalDataset, split: str, kind: str, found: list[ImageFile]) -> None:
+    def names(self, dataset: MedicalDataset, split: str, kind: str, files: list[ImageFile]) -> None:
         """Names that are alike, and masks that are missing or ambiguous."""
         if kind == "abnormal" and dataset.pixel_metrics:
-            missing, ambiguous = dataset.mask_problems(found)
+            missing, ambiguous = dataset.mask_problems(files)
             if split == "valid":
                 self.without_mask |= set(missing)  # an error only where it is a shot
                 missing = []
@@ -259,7 +259,7 @@ class Check:
                 for words in faults:
                     self.add(name, words)
             return
-        for path, count in Counter(file.path.with_name(file.path.stem) for file in found).items():
+        for path, count in Counter(file.path.with_name(file.path.stem) for file in files).items():
             if count > 1:
                 self.add("same name", f"{path}.*: {count} images ({split})")
 

@@ -74,14 +74,14 @@ def count(path: Path) -> int:
     size = path.stat().st_size
     pixel_bytes = header.Rows * header.Columns * header.get("SamplesPerPixel", 1) * header.BitsAllocated / 8
     syntax = header.file_meta.TransferSyntaxUID
-    most = size // 8 if syntax.is_compressed else int(size // max(pixel_bytes, 1))  # a fragment's own header: 8 bytes
+    held = size // 8 if syntax.is_compressed else int(size // max(pixel_bytes, 1))  # a fragment's own header: 8 bytes
     if syntax.is_deflated:
-        most = claimed  # `parse` has unpacked it; a frame that is missing shows when it is read
-    elif syntax.is_compressed and 1 <= claimed <= most:
+        held = claimed  # `parse` has unpacked it; a frame that is missing shows when it is read
+    elif syntax.is_compressed and 1 <= claimed <= held:
         with path.open("rb") as file:
-            most = optional("pydicom.encaps", path).parse_fragments(parse(file, path).PixelData)[0]
-    if not 1 <= claimed <= most:
-        raise InputError(f"{path}: NumberOfFrames is {claimed}, but the file holds at most {most}")
+            held = optional("pydicom.encaps", path).parse_fragments(parse(file, path).PixelData)[0]
+    if not 1 <= claimed <= held:
+        raise InputError(f"{path}: NumberOfFrames is {claimed}, but the file holds at most {held}")
     return claimed
 
 

@@ -276,7 +276,7 @@ def detect(root: Path) -> dict[str, Any]:
     if splits is None and root.is_dir():
         known = {"test", *SUPPORT_NAMES, *(name for names in CLASS_NAMES for name in names)}
         inside = [path for path in sorted(root.iterdir()) if path.is_dir() and path.name.lower() not in known]
-        below = [found for path in inside if (found := _splits(path))]
+        below = [nested for path in inside if (nested := _splits(path))]
         splits = below[0] if len(below) == 1 else None
     if splits is None:
         raise InputError(f"{root}: {NO_LAYOUT}")

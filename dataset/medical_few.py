@@ -196,10 +196,10 @@ class MedicalDataset:
         Raises:
             InputError: a class without images, or with pixel metrics a test image without a mask of its own.
         """
-        found = {kind: self.image_files(split, kind, (split, kind) != ("valid", "abnormal")) for kind in KINDS}
+        files = {kind: self.image_files(split, kind, (split, kind) != ("valid", "abnormal")) for kind in KINDS}
         for kind in KINDS:
-            self._check_masks(found[kind], kind, may_lack_mask=split == "valid")
-        return [sample for kind in KINDS for file in found[kind] for sample in self.samples_in(file, kind)]
+            self._check_masks(files[kind], kind, may_lack_mask=split == "valid")
+        return [sample for kind in KINDS for file in files[kind] for sample in self.samples_in(file, kind)]
 
     def image_files(self, split: str, kind: str, required: bool = True) -> list[ImageFile]:
         """The image files of a class (`normal`, `abnormal`) in a split, folder by folder and sorted, with their masks.
@@ -207,7 +207,7 @@ class MedicalDataset:
         Raises:
             InputError: a folder is missing or there are no images; not where none are `required`.
         """
-        found: list[ImageFile] = []
+        result: list[ImageFile] = []
         folders = self.layout.folders(split, kind)
         divided = 0  # images in folders that both splits share
         for folder in folders:
@@ -222,14 +222,14 @@ class MedicalDataset:
                 images = [p for p in images if falls_in_valid(self.name(p), share, self.patient(p, folder)) == is_valid]
             with_masks = kind == "abnormal" and self.pixel_metrics
             masks = find_masks(self.root, folder, self.layout.masks, images) if with_masks else [[]] * len(images)
-            found += [ImageFile(path, fitting, folder) for path, fitting in zip(images, masks, strict=True)]
-        if required and not found:
+            result += [ImageFile(path, fitting, folder) for path, fitting in zip(images, masks, strict=True)]
+        if required and not result:
             where = ", ".join(str(self.root / folder) for folder in folders) or "its JSON file names no folder"
             if divided:
                 fault = f"{where}: divided by a hash of {HASHED}, none of the {divided} {kind} images is {split}"
                 raise InputError(f"{fault}; give the splits folders of their own, in dataset/{self.obj}.json")
             raise InputError(f"{where}: no images ({', '.join(EXTENSIONS)}) for {split}, {kind}")
-        return found
+        return result
 
     def name(self, path: Path) -> str:
         """The path below the data set's folder."""
@@ -239,26 +239,26 @@ class MedicalDataset:
         """The patient of an image in a class's folder, or below it, as far as the name tells."""
         return patient(self.name(path), self._patient_rule, path.relative_to(self.root / folder).as_posix())
 
-    def mask_problems(self, found: Sequence[ImageFile]) -> tuple[list[str], list[str]]:
+    def mask_problems(self, files: Sequence[ImageFile]) -> tuple[list[str], list[str]]:
         """The images that have no mask, and those whose mask is ambiguous, in words."""
-        names = [file.path.with_name(stem(file.path)) for file in found]
+        names = [file.path.with_name(stem(file.path)) for file in files]
         count = Counter(names)
         ambiguous = [
             f"{file.path} ({len(file.masks)} masks fit {count[name]} images of that name)"
-            for file, name in zip(found, names, strict=True)
+            for file, name in zip(files, names, strict=True)
             if file.masks and (len(file.masks) > 1 or count[name] > 1)
         ]
-        return [str(file.path) for file in found if not file.masks], ambiguous
+        return [str(file.path) for file in files if not file.masks], ambiguous
 
-    def _check_masks(self, found: Sequence[ImageFile], kind: str, may_lack_mask: bool = False) -> None:
+    def _check_masks(self, files: Sequence[ImageFile], kind: str, may_lack_mask: bool = False) -> None:
         """`InputError` where an abnormal image has no mask of its own."""
         if kind == "normal" or not self.pixel_metrics:
             return
-        missing, ambiguous = self.mask_problems(found)
+        missing, ambiguous = self.mask_problems(files)
         if missing and not may_lack_mask:
-            image = next(file for file in found if not file.masks)
+            image = next(file for file in files if not file.masks)
             place = mask_folder(self.root, image.folder, self.layout.masks)
-            fault = f"{preview(missing)}: no mask ({len(missing)} of {len(found)} abnormal images)"
+            fault = f"{preview(missing)}: no mask ({len(missing)} of {len(files)} abnormal images)"
             advice = f'add them, or set "pixel_metrics": false in dataset/{self.obj}.json'
             raise InputError(f"{fault}; they are sought in {place}; `python -m dataset.check` names them all; {advice}")
         if ambiguous:
@@ -317,8 +317,8 @@ class MedicalDataset:
             fault = f"none recognised in the names{f' (such as {self.name(files[0].path)})' if files else ''}"
             advice = f"say how to find them with --patient REGEX, or `patient` in {self.obj}.json"
             return f"warning: patients: {fault}, so that one may be in both splits without a word; {advice}"
-        some = "" if all(known.values()) else f" ({sum(v is None for v in known.values())} images without)"
-        return f"patients: {len(patients)} recognised in {len(known)} names{some}: {preview(patients)}"
+        unknown = "" if all(known.values()) else f" ({sum(v is None for v in known.values())} images without)"
+        return f"patients: {len(patients)} recognised in {len(known)} names{unknown}: {preview(patients)}"
 
     def shots(self, shot_normal: int, shot_abnormal: int, iterate: int, seed: int) -> Shots:
         """The few-shot images; a class's list is the one for its own number of shots. See `Shots`.
@@ -338,15 +338,17 @@ class MedicalDataset:
                 continue
             known = self.known_shots(kind)
             listed = self._listed(kind, count, iterate, known, warnings) if iterate >= 0 else None
-            able = sorted(
+            eligible = sorted(
                 name for name, (file, _) in known.items() if file.masks or kind == "normal" or not self.pixel_metrics
             )
-            if listed is None and len(able) < count:
+            if listed is None and len(eligible) < count:
                 flag = "--shot" if shot_normal == shot_abnormal else f"--shot_{kind}"
-                masked = " with a mask" * (len(able) < len(known))
-                raise InputError(f"{flag} {count}: valid holds only {len(able)} {kind} images{masked} in {self.root}")
+                masked = " with a mask" * (len(eligible) < len(known))
+                raise InputError(
+                    f"{flag} {count}: valid holds only {len(eligible)} {kind} images{masked} in {self.root}"
+                )
             source = f"sampled with seed {seed} from the sorted names of valid/ (no list for {count} shots is used)"
-            names[kind], source = listed or (draw.sample(able, count), source)
+            names[kind], source = listed or (draw.sample(eligible, count), source)
             sources[source] = None
             files = {known[name][0].path: known[name][0] for name in names[kind]}
             self._check_masks(list(files.values()), kind)

@@ -222,12 +222,12 @@ def write(out: str | Path, objs: Sequence[str], valid: int, test: int, seed: int
             raise InputError(f"--obj {obj}: unknown, choose from {', '.join(KINDS)}")
         if folder.exists() and not (folder / MADE_UP).is_file():
             raise InputError(f"{folder} exists and is not a phantom; choose another --out")
-    for flag, value, least, most in (
+    for flag, value, lowest, highest in (
         ("--valid", valid, 0, MAX_IMAGES), ("--test", test, 0, MAX_IMAGES), ("--seed", seed, 0, math.inf),
         ("--size", size, 32, 4096),
     ):  # fmt: skip
-        if not least <= value <= most:
-            raise InputError(f"{flag} {value}: must be at {f'least {least}' if value < least else f'most {most}'}")
+        if not lowest <= value <= highest:
+            raise InputError(f"{flag} {value}: must be at {f'least {lowest}' if value < lowest else f'most {highest}'}")
     for obj, folder in folders.items():
         try:
             counts = write_object(folder, obj, {"valid": valid, "test": test}, seed, size)

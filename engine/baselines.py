@@ -89,15 +89,15 @@ def neighbourhoods(tokens: Tensor) -> Tensor:
     return F.normalize(pooled.flatten(2).transpose(1, 2), dim=-1)
 
 
-def coreset(bank: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Indices of at most `most` rows of (P, C) that lie far apart: each is the farthest from those before it."""
-    if len(bank) <= most:
+def coreset(bank: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Indices of at most `size` rows of (P, C) that lie far apart: each is the farthest from those before it."""
+    if len(bank) <= size:
         return torch.arange(len(bank), device=bank.device)
     projection = torch.randn(bank.shape[1], SKETCH, generator=generator) / SKETCH**0.5
     sketch = bank @ projection.to(bank)
     chosen = [torch.randint(len(bank), (), generator=generator).to(bank.device)]
     distance = torch.full((len(bank),), torch.inf, device=bank.device)
-    while len(chosen) < most:
+    while len(chosen) < size:
         distance = torch.minimum(distance, (sketch - sketch[chosen[-1]]).square().sum(dim=1))
         chosen.append(distance.argmax())
     return torch.stack(chosen)

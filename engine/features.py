@@ -409,10 +409,10 @@ class TokenStore:
     def _load(self, row: int) -> bool:
         """Whether files hold all layers of an item, undamaged; they are read into memory where tokens live there."""
         tokens = torch.empty(self.tower.shape, dtype=self.dtype)
-        found = all(self._read_file(row, layer, tokens[k]) for k, layer in enumerate(self.tower.layers))
-        if found and self._resident is not None:
+        complete = all(self._read_file(row, layer, tokens[k]) for k, layer in enumerate(self.tower.layers))
+        if complete and self._resident is not None:
             self._resident[row] = tokens.to(self._index_device)
-        return found
+        return complete
 
     def _read(self, rows: list[int]) -> tuple[Tensor, ...]:
         """K tensors (B, T, C) of items from their files."""

@@ -67,10 +67,10 @@ def visible_gpus() -> list[str]:
 
 
 def run_jobs(
-    function: Callable[[Task], str | None], tasks: Sequence[Task], executor: str, folder: Path, most: int,
+    function: Callable[[Task], str | None], tasks: Sequence[Task], executor: str, folder: Path, limit: int,
     parameters: Sequence[str] = (), on_poll: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[Task, str | None]]:  # fmt: skip
-    """Run `function` on each task, at most `most` jobs at once; leaving the loop cancels the jobs that still run.
+    """Run `function` on each task, at most `limit` jobs at once; leaving the loop cancels the jobs that still run.
 
     `function` goes on from its own files when it is called again, and returns None, or what went wrong. `executor` is
     one of `EXECUTORS`; its files go to `folder`, its `parameters` are KEY=VALUE. `on_poll` is called whenever the jobs
@@ -82,7 +82,7 @@ def run_jobs(
     running: dict[Task, tuple[Job[str | None], str | None]] = {}
     try:
         while waiting or running:
-            while waiting and len(running) < most:
+            while waiting and len(running) < limit:
                 gpu = min(gpus, key=[used for _, used in running.values()].count, default=None)
                 task = waiting.pop(0)
                 running[task] = pool.submit(Resumable(function, gpu), task), gpu

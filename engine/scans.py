@@ -82,12 +82,12 @@ class Entry:
 
     def columns(self) -> dict[str, Any]:
         """What the tables say of the file and its slice."""
-        said = self.slice
+        info = self.slice
         return {
-            "file": self.file, "frame": self.frame.index, "PatientID": self.word(said.patient_id) or None,
-            "StudyInstanceUID": self.word(said.study_uid) or None,
-            "SeriesInstanceUID": self.word(said.series_uid) or None, "InstanceNumber": said.instance_number,
-            "slice_position": said.position, "plane": said.plane or None, "orientation": said.orientation or None,
+            "file": self.file, "frame": self.frame.index, "PatientID": self.word(info.patient_id) or None,
+            "StudyInstanceUID": self.word(info.study_uid) or None,
+            "SeriesInstanceUID": self.word(info.series_uid) or None, "InstanceNumber": info.instance_number,
+            "slice_position": info.position, "plane": info.plane or None, "orientation": info.orientation or None,
         }  # fmt: skip
 
     def group(self, by: str) -> str:

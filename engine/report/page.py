@@ -225,9 +225,9 @@ def _kept(scores: np.ndarray, labels: np.ndarray) -> list[int]:
     half = MAX_CARDS // 2
     room = [max(half, MAX_CARDS - len(other)) for other in reversed(order)]
     parts = []
-    for indices, most in zip(order, room, strict=True):
-        lower = min(len(indices), most) // 2
-        upper = min(len(indices), most) - lower
+    for indices, limit in zip(order, room, strict=True):
+        lower = min(len(indices), limit) // 2
+        upper = min(len(indices), limit) - lower
         parts += [*indices[:lower].tolist(), *indices[len(indices) - upper :].tolist()]
     return parts
 

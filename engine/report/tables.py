@@ -23,7 +23,7 @@ LATEX = {
 
 
 @dataclass(frozen=True)
-class Figure:
+class Statistic:
     """A metric in percent over seeds."""
 
     mean: float
@@ -33,7 +33,7 @@ class Figure:
     planned: int | None = None  # seeds that the table asks for
 
     @classmethod
-    def over(cls, values: Sequence[float], intervals: Sequence[Sequence[float]], planned: int) -> Figure:
+    def over(cls, values: Sequence[float], intervals: Sequence[Sequence[float]], planned: int) -> Statistic:
         """From one value in [0, 1] and one interval a seed, or no intervals."""
         low_high = [100 * mean(bound) for bound in zip(*intervals, strict=True)]
         std = 100 * stdev(values) if len(values) > 1 else None
@@ -69,9 +69,9 @@ class Table:
     labels: Sequence[str]
     heading: str = "data set"
     notes: Sequence[str] = ()
-    cells: dict[tuple[str, tuple[str, ...], str], Figure | str] = field(default_factory=dict)
+    cells: dict[tuple[str, tuple[str, ...], str], Statistic | str] = field(default_factory=dict)
 
-    def add(self, metric: str, row: Sequence[str], column: str, value: Figure | str | None) -> None:
+    def add(self, metric: str, row: Sequence[str], column: str, value: Statistic | str | None) -> None:
         """Put a cell at the end of the table's order; None is no cell, and a row or column without any is not shown."""
         if value is not None:
             self.cells[metric, tuple(row), column] = value
@@ -80,7 +80,7 @@ class Table:
         """One block a metric: of the figures and texts, or of the intervals of those figures that have one."""
         shown = {key: str(value) for key, value in self.cells.items()}
         if intervals:
-            known = {key: value.interval for key, value in self.cells.items() if isinstance(value, Figure)}
+            known = {key: value.interval for key, value in self.cells.items() if isinstance(value, Statistic)}
             shown = {key: f"[{bounds[0]:.2f}, {bounds[1]:.2f}]" for key, bounds in known.items() if bounds}
         for metric in dict.fromkeys(metric for metric, _, _ in shown):
             here = {column for other, _, column in shown if other == metric}
@@ -148,7 +148,7 @@ class Table:
         names = ("metric", "mean", "std", "ci95_low", "ci95_high", "seeds", "note")
         writer.writerow([*self.labels, self.heading, *names])
         for (metric, row, column), value in self.cells.items():
-            if isinstance(value, Figure):
+            if isinstance(value, Statistic):
                 numbers = [value.mean, value.std, *(value.interval or (None, None))]
                 texts = ["" if number is None else f"{number:.6f}" for number in numbers]
                 writer.writerow([*row, column, metric, *texts, value.seeds, ""])
@@ -198,10 +198,10 @@ class Published:
                 raise InputError(f"{where}: figures need their number of `shots`, from 1 on")
         return entry
 
-    def figure(self, obj: str, shots: int, metric: str) -> Figure | None:
+    def figure(self, obj: str, shots: int, metric: str) -> Statistic | None:
         """`auc` or `pauc` of a data set; None where the source has none for it or for so many shots."""
         percent = (getattr(self, metric) or {}).get(obj) if shots == self.shots else None
-        return None if percent is None else Figure(percent)
+        return None if percent is None else Statistic(percent)
 
     def note(self) -> str:
         """Where the figures are from, and how they came about."""

@@ -15,7 +15,7 @@ from engine import cost
 from engine.config import train_options
 from engine.cost import grid_cost
 from engine.grid import Cell, Grid, layer_choices, parse
-from engine.report.tables import Figure
+from engine.report.tables import Statistic
 from utils import InputError
 
 
@@ -233,7 +233,7 @@ def test_figures_beside_published_ones(grid_with_results):
     assert ours.interval == pytest.approx((91, 95))
     assert table.cells["image AUROC", ("ours, last epoch",), "Brain"].mean == pytest.approx(83)
     assert str(table.cells["image AUROC", ("ours, selected on test",), "Chest"]) == "80.00 (1 of 2 seeds)"
-    assert table.cells["image AUROC", ("MVFA (1)",), "Brain"] == Figure(92.44)
+    assert table.cells["image AUROC", ("MVFA (1)",), "Brain"] == Statistic(92.44)
     assert ("pixel AUROC", ("ours, last epoch",), "Chest") not in table.cells  # it has no masks
     text = table.markdown()
     assert "3 of 4 cells are done" in text

@@ -13,32 +13,32 @@ import subprocess
 import pytest
 
 from dataset import OBJECTS, object_name
-from engine.report.tables import Figure, Table, latex, read_published
+from engine.report.tables import Statistic, Table, latex, read_published
 from utils import InputError
 
 
 def test_a_figure_over_seeds():
-    figure = Figure.over([0.9, 0.8, 0.85], [[0.8, 1.0], [0.6, 0.9], [0.7, 0.95]], planned=3)
+    figure = Statistic.over([0.9, 0.8, 0.85], [[0.8, 1.0], [0.6, 0.9], [0.7, 0.95]], planned=3)
     assert figure.mean == pytest.approx(85)
     assert figure.std == pytest.approx(statistics.stdev([90, 80, 85]))
     assert figure.interval == pytest.approx((70, 95))
     assert str(figure) == "85.00 ± 5.00"
-    assert str(Figure.over([0.9, 0.8], [[0.8, 1.0], [0.6, 0.9]], planned=3)).endswith("(2 of 3 seeds)")
-    assert str(Figure.over([0.9], [[0.8, 1.0]], planned=1)) == "90.00"  # one seed has no deviation
-    assert Figure.over([0.9, 0.8], [], planned=2).interval is None
-    assert str(Figure(92.4)) == "92.40"
+    assert str(Statistic.over([0.9, 0.8], [[0.8, 1.0], [0.6, 0.9]], planned=3)).endswith("(2 of 3 seeds)")
+    assert str(Statistic.over([0.9], [[0.8, 1.0]], planned=1)) == "90.00"  # one seed has no deviation
+    assert Statistic.over([0.9, 0.8], [], planned=2).interval is None
+    assert str(Statistic(92.4)) == "92.40"
 
 
 @pytest.fixture
 def table():
     result = Table("main", "AUC of 50% & more (--select test).", ["method"], notes=["Note_1."])
-    result.add("image AUC", ["a|b"], "Brain", Figure.over([0.5, 0.7], [[0.4, 0.6], [0.6, 0.8]], planned=2))
+    result.add("image AUC", ["a|b"], "Brain", Statistic.over([0.5, 0.7], [[0.4, 0.6], [0.6, 0.8]], planned=2))
     result.add("image AUC", ["a|b"], "Retina_RESC", "to do")
-    result.add("image AUC", ["theirs"], "Brain", Figure(92.0))
+    result.add("image AUC", ["theirs"], "Brain", Statistic(92.0))
     result.add("image AUC", ["theirs"], "Retina_RESC", None)
     result.add("image AUC", ["nobody's"], "Brain", None)
     result.add("image AUC", ["a|b"], "Chest", None)
-    result.add("pixel AUC", ["a|b"], "Brain", Figure.over([0.99], [[0.98, 1.0]], planned=1))
+    result.add("pixel AUC", ["a|b"], "Brain", Statistic.over([0.99], [[0.98, 1.0]], planned=1))
     return result
 
 
@@ -77,7 +77,7 @@ def test_a_label_that_stands_above_is_not_repeated_in_latex():
     result = Table("shots", "Caption.", ["shots", "method"])
     for shots in ("2", "4"):
         for method in ("a", "b"):
-            result.add("image AUC", [shots, method], "Brain", Figure(50))
+            result.add("image AUC", [shots, method], "Brain", Statistic(50))
     assert [line for line in result.latex().splitlines() if "50.00" in line] == [
         r"2 & a & 50.00 \\", r" & b & 50.00 \\", r"4 & a & 50.00 \\", r" & b & 50.00 \\"
     ]  # fmt: skip
@@ -106,7 +106,7 @@ def six_by(rows: int, caption_words: int = 35) -> Table:
     for metric in ("image AUROC", "pixel AUROC"):
         for i in range(rows):
             for obj in OBJECTS:
-                figure = Figure(99.99, 12.34, (88.88, 99.99), 3, 3)
+                figure = Statistic(99.99, 12.34, (88.88, 99.99), 3, 3)
                 result.add(metric, ["dual objective", f"selected on test, clean {i}"], obj, figure)
     return result
 

@@ -208,7 +208,7 @@ class TokenStore:
             try:
                 self._resident = self._allocate()
                 break
-            except (torch.OutOfMemoryError, RuntimeError, MemoryError):
+            except (torch.cuda.OutOfMemoryError, RuntimeError, MemoryError):
                 smaller = "ram" if self.cache == "gpu" else "disk"
                 print(f"tokens: no room for {readable_size(total)} ({self.cache}), so {smaller}", flush=True)
                 self.cache = smaller
@@ -291,9 +291,9 @@ class TokenStore:
         """What `action` gives; where the GPU has no room for it beside the tokens, they leave, and it is called again.
 
         Raises:
-            torch.OutOfMemoryError: no room for it without them either.
+            torch.cuda.OutOfMemoryError: no room for it without them either.
         """
-        with contextlib.suppress(torch.OutOfMemoryError):
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
             return action()
         self.leave_gpu()  # outside of the handler, which holds the tensors of the call that failed
         return action()

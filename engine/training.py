@@ -162,7 +162,7 @@ class TrainingState:
 
         A step that fails has changed nothing yet: the optimizers come last.
         """
-        with contextlib.suppress(torch.OutOfMemoryError):
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
             return self.step(store.get(rows), labels, masks, text)
         store.leave_gpu()
         return self.step(store.get(rows), labels, masks, None)  # the graph of `text` may be used up

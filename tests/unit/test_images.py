@@ -667,3 +667,14 @@ def test_a_socket_is_named(tmp_path, monkeypatch):
         assert [place for _, place in list_files([tmp_path])] == ["s.png"]
         with pytest.raises(InputError, match=r"s\.png: a pipe, a socket or a device"):
             frames(tmp_path / "s.png")
+
+
+@pytest.mark.parametrize(
+    ("greys", "kind"),
+    [((0,), "empty"), ((0, 1), "labels"), ((0, 127), "labels"), ((0, 128), "grey"), ((0, 255), None), ((255,), "full")],
+)
+def test_what_is_odd_about_a_mask(greys, kind):
+    """Abnormal is above 127: a mask that reaches exactly that marks nothing."""
+    values = np.full((20, 20), greys[0], np.uint8)
+    values[5:9, 5:9] = greys[-1]
+    assert list(images.mask_notes(Image.fromarray(values))) == ([kind] if kind else [])

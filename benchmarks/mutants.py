@@ -242,7 +242,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_mutants(
         "engine/detector.py",
-        ["integration/test_golden_e2e.py"],
+        ["integration/test_golden_e2e.py", "test_training.py"],
         ("betas=(0.5, 0.999)", "betas=(0.9, 0.999)"),
         (
             'return "seg" if self.settings.pixel_metrics else "det"',
@@ -287,7 +287,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_mutants(
         "engine/report/tracking.py",
-        ["test_tracking.py"],
+        ["test_dashboard.py"],
         ("self._pictured >= every", "self._pictured > every"),
         ("WORDS[int(scores[i] >= threshold)]", "WORDS[int(scores[i] <= threshold)]"),
     ),

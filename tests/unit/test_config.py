@@ -199,3 +199,9 @@ def test_what_is_shared_holds_no_path():
     assert "/home/me" not in json.dumps(shareable(options))
     every_path = {a.dest for a in train_parser()._actions if a.type is config.nonempty_path} | {"resume"}
     assert every_path <= set(config.PATHS)
+
+
+def test_the_label_names_both_classes_where_they_differ():
+    options = train_options(["--shot", "16"])
+    assert config.shots_label(options) == "16shot"
+    assert config.shots_label(train_options(["--shot", "16", "--shot_abnormal", "4"])) == "16n4a-shot"

@@ -260,6 +260,12 @@ def test_valid_chooses_where_it_is_asked_to(clip):
     assert state.best_score == 0.7
 
 
+@pytest.mark.parametrize(("fidelity", "across_images"), [("released", True), ("corrected", False)])
+def test_fidelity_says_across_what_mvitfc_attends(clip, fidelity, across_images):
+    adapters = Detector(clip, small_settings(visionA="MViTFC", fidelity=fidelity)).adapters
+    assert (adapters.mixes_images, adapters.reads_class_token) == (across_images, not across_images)
+
+
 def test_losses_are_averaged_and_a_bad_one_is_named():
     losses = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 5.0]])
     assert check_losses(losses, 4).tolist() == [2.0, 2.0, 4.0]
@@ -272,6 +278,8 @@ def test_losses_are_averaged_and_a_bad_one_is_named():
     (2.77, 4, {}, True),  # two layers: 4 ln 2 = 2.7726; the first of four epochs is a quarter
     (2.5, 4, {}, False),
     (2.77, 8, {}, False),  # the second of eight will be
+    (2.77, 5, {}, False),  # and of five
+    (2.77, 3, {}, True),
     (2.77, 4, {"loss_type": "softmax"}, False),
     (2.77, 4, {"dec_type": "max"}, False),
 ])  # fmt: skip

@@ -123,7 +123,7 @@ def train_epochs(setup: Setup, tracker: Tracker, signals: StopSignals) -> None:
         order = torch.randperm(len(setup.training), generator=state.shuffle)
         losses = []
         for rows, labels, view_masks in setup.training.batches(order, options.batch_size):
-            losses.append(state.step_from(store, rows, labels, view_masks, text))  # (3,) on the device
+            losses.append(state.step(store, rows, labels, view_masks, text))  # (3,) on the device
             text = None
         loss = check_losses(torch.stack(losses), epoch)  # (3,); before a diverged detector scores any image
         distributed.align(setup.detector)

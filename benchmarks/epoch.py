@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -154,6 +155,7 @@ class Epoch:
         det = torch.randn(self.layers, batch, self.patches, 2, device=self.device, requires_grad=True)
         seg = det.detach().clone().requires_grad_() if masked else None
         evaluation, packed = self.evaluation()
+        store = SimpleNamespace(get=self.gather, with_room=lambda action: action())
 
         def losses() -> None:
             pixels = None if masks is None else masks.float()
@@ -166,7 +168,7 @@ class Epoch:
         steps, batches = self.views / batch, self.images / scored
         parts = [
             Part("step: text, adapters, losses, Adam", steps,
-                 lambda: self.state.step(self.gather(batch), labels, masks, None),
+                 lambda: self.state.step(store, batch, labels, masks, None),
                  batch * 3 * (trunks + (1 + masked) * head) + self.text_operations(), batch * 2 * tokens),
             Part("  text, forward and backward", steps, lambda: self.detector.prompts().sum().backward(),
                  self.text_operations()),

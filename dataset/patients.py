@@ -8,7 +8,7 @@ A data set's own rule is a regular expression (`patient` in its JSON file, `--pa
     BraTS2021_00124_80.png       BraTS, as it is distributed
     patient12_slice3.png         also pat_0001_ax_12, subject-3_x, case_7_2, person12_virus_3
     P012_S03.png, A001-0012.png  letters and a number, then the image's
-    10003_left.jpeg              a number, then the side; also right, OD, OS, L, R
+    10003_left.jpeg              the same with a side instead: left, right, OD, OS, L, R
     TCGA_CS_4941_19960909_1.tif  TCIA: TCGA, LIDC-IDRI-0001, and CBIS-DDSM's P_00001
     normal/patient01/x.jpg       a folder below a class's
 """
@@ -22,7 +22,7 @@ from pathlib import PurePosixPath
 
 from utils import InputError
 
-NUMBER = re.compile(r"(?:([A-Za-z]+)[_-])?(\d+)[_-]\d{1,6}")
+NUMBER = re.compile(r"(?:([A-Za-z]+)[_-])?(\d+)[_-](?:\d{1,6}|(?i:left|right|od|os|l|r)(?:[_-]\d{1,6})?)")
 # Whatever follows, dates too.
 ARCHIVES = re.compile(
     r"(?:^|[_-])(sub-[A-Za-z0-9]+|TCGA[_-][A-Z0-9]{2}[_-][A-Z0-9]{4}|LIDC-IDRI-\d{4}|P_\d{5})(?![A-Za-z0-9])"
@@ -32,7 +32,6 @@ RULES = (
     re.compile(r"(?:^|[_-])((?i:patient|person|pat|patid|subject|subj|sub|case|pid)[_-]?\d+)(?![A-Za-z0-9])"),
     re.compile(r"^(NORMAL\d-IM-\d+)-\d+$"),  # Kermany's chest X-rays, beside person12_virus_3 and IM-0170-0001
     re.compile(r"^([A-Za-z]{1,3}\d{2,})[_-](?:[A-Za-z]{0,3})\d+$"),
-    re.compile(r"^((?:[A-Za-z]+[_-])?\d+)[_-](?i:left|right|od|os|l|r)(?![A-Za-z0-9])"),
 )
 CAMERAS = {"img", "image", "dsc", "dscn", "dscf", "dcim", "pxl", "pic", "photo", "p", "scan", "screenshot", "vid",
            "mvimg"}  # fmt: skip

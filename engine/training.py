@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -121,11 +121,16 @@ class TrainingState:
         """How many epochs are finished."""
         return len(self.history)
 
-    def step(self, tokens: Sequence[Tensor], labels: Tensor, masks: Tensor | None, text: Tensor | None) -> Tensor:
+    def step(
+        self, store: TokenStore, rows: Tensor, labels: Tensor, masks: Tensor | None, text: Tensor | None
+    ) -> Tensor:
         """One step of Adam on a batch. It does not wait for the device.
 
+        Where a GPU has no room for the gradients beside the tokens, these leave it first (`TokenStore.with_room`).
+
         Args:
-            tokens: K tensors (B, T, C).
+            store: has the tokens.
+            rows: (B,) int64, where they stand in it.
             labels: (B,) float32, 1 = abnormal.
             masks: (B, S, S) bool, or None on image-only data sets.
             text: (D, 2) text features with their graph, where the caller has them for these very contexts.
@@ -133,9 +138,24 @@ class TrainingState:
         Returns:
             (3,) float32 on the device: detection, segmentation and total loss.
         """
+        shared = [text]  # for the first attempt alone: one that fails may have used up the graph
+        losses = store.with_room(
+            lambda: self.backward(store.get(rows), labels, masks, shared.pop() if shared else None)
+        )
+        for optimizer in self.optimizers:
+            if self.scaler:
+                self.scaler.step(optimizer)
+            else:
+                optimizer.step()
+        if self.scaler:
+            self.scaler.update()
+        return losses
+
+    def backward(self, tokens: Sequence[Tensor], labels: Tensor, masks: Tensor | None, text: Tensor | None) -> Tensor:
+        """The losses of `step`, and the gradients of all that learns: `tokens` are K tensors (B, T, C)."""
         settings, device = self.detector.settings, labels.device.type
         heads = ("det", "seg") if masks is not None else ("det",)
-        with torch.autocast(device, dtype=self.autocast) if self.autocast else contextlib.nullcontext():
+        with torch.autocast(device, dtype=self.autocast) if self.autocast else nullcontext():
             features = self.detector.prompts() if text is None else text
             det, *seg = self.detector(tokens, features, heads)
         parts = training_loss(
@@ -144,28 +164,8 @@ class TrainingState:
         )  # fmt: skip
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        if self.scaler:
-            self.scaler.scale(parts.total).backward()
-            for optimizer in self.optimizers:
-                self.scaler.step(optimizer)
-            self.scaler.update()
-        else:
-            parts.total.backward()
-            for optimizer in self.optimizers:
-                optimizer.step()
+        (self.scaler.scale(parts.total) if self.scaler else parts.total).backward()
         return torch.stack([part.detach() for part in parts])
-
-    def step_from(
-        self, store: TokenStore, rows: Tensor, labels: Tensor, masks: Tensor | None, text: Tensor | None
-    ) -> Tensor:
-        """`step` on what stands in `rows` of the store; where the GPU has no room, the tokens leave it first.
-
-        A step that fails has changed nothing yet: the optimizers come last.
-        """
-        with contextlib.suppress(torch.cuda.OutOfMemoryError):
-            return self.step(store.get(rows), labels, masks, text)
-        store.leave_gpu()
-        return self.step(store.get(rows), labels, masks, None)  # the graph of `text` may be used up
 
     @property
     def selected_epoch(self) -> int:

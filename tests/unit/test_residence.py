@@ -86,13 +86,13 @@ def test_tokens_and_masks_stay_on_the_device(data_path, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "describe_cache", lambda *_: "on the fake GPU")
     use_numpy = metrics._use_numpy
     monkeypatch.setattr(metrics, "_use_numpy", lambda tensor: not isinstance(tensor, OnDevice) and use_numpy(tensor))
-    step, held = TrainingState.step, []
+    backward, held = TrainingState.backward, []
 
-    def checked_step(self, tokens, labels, masks, text):
+    def checked_backward(self, tokens, labels, masks, text):
         held.append(all(isinstance(tensor, OnDevice) for tensor in (*tokens, labels, masks)))
-        return step(self, tokens, labels, masks, text)
+        return backward(self, tokens, labels, masks, text)
 
-    monkeypatch.setattr(TrainingState, "step", checked_step)
+    monkeypatch.setattr(TrainingState, "backward", checked_backward)
     copies = []
     device = FakeDevice()
 

@@ -13,6 +13,7 @@ from dataset.images import load_mask
 from dataset.medical_few import Shots
 from engine.config import train_options
 from engine.detector import Detector, seeded
+from engine.features import TokenStore
 from engine.metrics import Metrics
 from engine.training import Splits, TrainingSet, TrainingState, check_losses, view_masks
 from tests.helpers.data import draw_samples, small_settings
@@ -39,6 +40,25 @@ def batch(count=4):
 
 def start(clip, seed=5, **changes):
     return TrainingState.start(Detector(clip, small_settings(**changes), seed), None, 0.001, seed)
+
+
+class Served:
+    """A store that serves the tokens of one batch, whatever the rows; `with_room` is that of a real one."""
+
+    with_room = TokenStore.with_room
+
+    def __init__(self, tokens):
+        self.tokens, self.cache = tokens, "ram"
+
+    def get(self, rows):
+        return self.tokens
+
+    def leave_gpu(self):
+        self.cache = "ram"
+
+
+def step(state, tokens, labels, masks, text=None):
+    return state.step(Served(tokens), None, labels, masks, text)
 
 
 def parameters(state):
@@ -86,7 +106,7 @@ def test_grey_above_another_value_is_abnormal(shots, tmp_path):
 
 def test_two_runs_with_a_seed_take_the_same_steps(clip):
     states = [start(clip) for _ in range(2)]
-    losses = [[state.step(*batch(), None).tolist() for _ in range(3)] for state in states]
+    losses = [[step(state, *batch()).tolist() for _ in range(3)] for state in states]
     assert losses[0] == losses[1] and losses[0][0] != losses[0][2]
     for name, value in parameters(states[0]).items():
         assert torch.equal(value, parameters(states[1])[name])
@@ -96,51 +116,50 @@ def test_a_step_trains_adapters_and_contexts_alone(clip):
     weights = {name: value.clone() for name, value in clip.state_dict().items()}
     state = start(clip)
     before = parameters(state)
-    state.step(*batch(), None)
+    step(state, *batch())
     assert all(not torch.equal(value, before[name]) for name, value in parameters(state).items())
     assert all(torch.equal(value, weights[name]) for name, value in clip.state_dict().items())
-
-
-class GpuWithoutRoom:
-    """A store whose tokens leave little room: a step fails at one of its places, until they have left."""
-
-    def __init__(self, state, monkeypatch, place):
-        self.full, backward = True, torch.Tensor.backward
-
-        def backward_or_fail(loss, *arguments, **options):
-            if place == "before the gradients":
-                self.check()
-            backward(loss, *arguments, **options)
-            self.check()
-
-        monkeypatch.setattr(torch.Tensor, "backward", backward_or_fail)
-
-    def check(self):
-        if self.full:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    def get(self, rows):
-        assert rows.tolist() == [7]
-        return batch()[0]
-
-    def leave_gpu(self):
-        self.full = False
 
 
 @pytest.mark.parametrize("place", ["before the gradients", "after the gradients"])
 @pytest.mark.parametrize("given", [False, True])
 def test_a_step_without_room_is_taken_again_and_is_the_same(clip, monkeypatch, place, given):
-    one, other = start(clip), start(clip)
-    expected = one.step(*batch(), None)
-    store, text = GpuWithoutRoom(other, monkeypatch, place), other.detector.prompts() if given else None
-    assert torch.equal(other.step_from(store, torch.tensor([7]), *batch()[1:], text), expected)
-    assert not store.full
+    one, other, backward = start(clip), start(clip), torch.Tensor.backward
+    expected = step(one, *batch())
+    store, text = Served(batch()[0]), other.detector.prompts() if given else None
+    store.cache = "gpu"
+
+    def backward_or_fail(loss, *arguments, **options):
+        if place == "after the gradients":
+            backward(loss, *arguments, **options)
+        if store.cache == "gpu":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if place == "before the gradients":
+            backward(loss, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward_or_fail)
+    assert torch.equal(other.step(store, None, *batch()[1:], text), expected)
+    assert store.cache == "ram"
     assert all(torch.equal(value, parameters(other)[name]) for name, value in parameters(one).items())
+
+
+def test_an_optimizer_without_room_is_not_called_again(clip, monkeypatch):
+    """The one before it has changed its parameters already: the run ends, and --resume goes on from last.pth."""
+    state, steps = start(clip), []
+
+    def no_room(*_):
+        steps.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(state.optimizers[1], "step", no_room)
+    with pytest.raises(torch.OutOfMemoryError):
+        step(state, *batch())
+    assert len(steps) == 1
 
 
 def test_text_features_given_are_used_and_give_the_same_step(clip):
     one, other = start(clip), start(clip)
-    assert torch.equal(one.step(*batch(), None), other.step(*batch(), other.detector.prompts()))
+    assert torch.equal(step(one, *batch()), step(other, *batch(), other.detector.prompts()))
     assert all(torch.equal(value, parameters(other)[name]) for name, value in parameters(one).items())
 
 
@@ -200,7 +219,7 @@ def test_the_line_of_an_epoch(clip):
 
 def test_the_state_comes_back_whole(clip):
     state = start(clip)
-    state.step(*batch(), None)
+    step(state, *batch())
     torch.randperm(5, generator=state.shuffle)
     assert finish(state, 0.7, seconds=2.5)["best"]
     stored = copy.deepcopy(state.state_dict())
@@ -208,7 +227,7 @@ def test_the_state_comes_back_whole(clip):
     again.load_state_dict(stored)
     assert (again.epoch, again.best_epoch, again.best_score, again.seconds) == (1, 1, 0.7, 2.5)
     for other in (state, again):
-        other.step(*batch(), None)
+        step(other, *batch())
     assert all(torch.equal(value, parameters(again)[name]) for name, value in parameters(state).items())
     assert torch.equal(torch.randperm(9, generator=state.shuffle), torch.randperm(9, generator=again.shuffle))
 

@@ -21,6 +21,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -73,6 +74,9 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     name that is too long), and too little memory. A reader of stdout that leaves, such as `head`, ends it quietly; a
     stdout or stderr that is closed, or on a full disk, does not end it (see `Stream`). Ctrl-C is code 130.
     """
+    if "--debug" in sys.argv:  # before any flag is read, as reading them may refuse one
+        sys.argv.remove("--debug")
+        os.environ["MADCLIP_DEBUG"] = "1"
     tune_allocator()
     _raise_on_ctrl_c()
     _open_standard_files()
@@ -82,6 +86,8 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         code = main() or 0
         sys.stdout.flush()
     except InputError as error:
+        if os.environ.get("MADCLIP_DEBUG"):
+            traceback.print_exc()
         code = _refuse(error)
     except BrokenPipeError:
         _discard(before[0])  # else Python complains when it ends
@@ -230,6 +236,41 @@ def one_line(words: object, secret: str = "") -> str:
         text = f"{type(words).__name__}: {text}" if text else type(words).__name__
     shown = "".join(letter if letter.isprintable() else " " for letter in redact(text[:1000], secret))
     return " ".join(shown.split())[:200]
+
+
+# What a parser raises over a damaged file from outside. A fault of the program itself, such as a TypeError, is not here.
+EXPECTED = (OSError, ValueError, EOFError, LookupError, OverflowError, RecursionError)
+
+
+@contextlib.contextmanager
+def blame(what: object, hint: str = "", errors: tuple[type[BaseException], ...] = EXPECTED) -> Iterator[None]:
+    """Turn an expected error over what comes from outside into one line: the boundary where faults are checked.
+
+    Args:
+        what: the file or flag that is to blame; the line begins with it.
+        hint: what to do; the line ends with it.
+        errors: which errors are expected; any other one is a fault of the program, and keeps its traceback.
+
+    Raises:
+        InputError: in place of an expected error; one raised inside passes unchanged.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except errors as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        raise InputError(f"{what}: {reason}" + (f"; {hint}" if hint else "")) from error
+
+
+def read_json(path: str | Path, hint: str = "") -> Any:  # noqa: ANN401 - whatever JSON holds
+    """The contents of a JSON file from outside.
+
+    Raises:
+        InputError: naming the file, where it cannot be read or holds no JSON.
+    """
+    with blame(path, hint):
+        return json.loads(read_text(path))
 
 
 def printable(text: str) -> str:

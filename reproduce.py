@@ -14,7 +14,7 @@ unless --cache says otherwise, for all cells together: the frozen tower sees an 
 
 from __future__ import annotations
 
-from engine.grid import parse
+from engine.study.grid import parse
 from utils import run_script
 
 if __name__ == "__main__":  # reads the flags before it imports torch; jobs look for their functions under this name
@@ -46,11 +46,11 @@ from dataset.layout import BENCHMARKS, MADE_UP
 from engine import baselines
 from engine.checkpoint import Checkpoint
 from engine.config import NO_EFFECT_IN_TEST, given_options, test_options, test_parser, to_arguments, train_options
-from engine.cost import grid_cost, measured_rate
-from engine.grid import COMPONENTS, Cell, Grid, layers_of
-from engine.jobs import run_jobs
 from engine.metrics import METRICS
-from engine.report.tables import Published, Statistic, Table, read_published
+from engine.study.cost import grid_cost, measured_rate
+from engine.study.grid import COMPONENTS, Cell, Grid, layers_of
+from engine.study.jobs import run_jobs
+from engine.study.tables import Published, Statistic, Table, read_published
 from utils import (
     InputError,
     bar_seconds,

@@ -22,7 +22,7 @@ from statistics import median
 import reproduce
 from benchmarks.common import print_table, write_json
 from dataset import phantom
-from engine.grid import Grid, parse
+from engine.study.grid import Grid, parse
 from utils import Parser, run_cli
 
 

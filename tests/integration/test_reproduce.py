@@ -19,7 +19,7 @@ import torch
 from CLIP.clip import create_model
 from dataset import phantom
 from engine.baselines import NAMES
-from engine.jobs import run_jobs
+from engine.study.jobs import run_jobs
 from tests.helpers.commands import Call
 
 ROOT = Path(__file__).parents[2]

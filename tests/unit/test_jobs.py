@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from engine import jobs
-from engine.jobs import Resumable, run_jobs, visible_gpus
+from engine.study import jobs
+from engine.study.jobs import Resumable, run_jobs, visible_gpus
 from utils import InputError
 
 

@@ -11,11 +11,11 @@ import pytest
 import reproduce
 from CLIP.config import ModelConfig
 from dataset import MedicalDataset, phantom
-from engine import cost
 from engine.config import train_options
-from engine.cost import grid_cost
-from engine.grid import Cell, Grid, layer_choices, parse
-from engine.report.tables import Statistic
+from engine.study import cost
+from engine.study.cost import grid_cost
+from engine.study.grid import Cell, Grid, layer_choices, parse
+from engine.study.tables import Statistic
 from utils import InputError
 
 

@@ -13,7 +13,7 @@ import subprocess
 import pytest
 
 from dataset import OBJECTS, object_name
-from engine.report.tables import Statistic, Table, latex, read_published
+from engine.study.tables import Statistic, Table, latex, read_published
 from utils import InputError
 
 

@@ -27,7 +27,15 @@ from typing import TYPE_CHECKING, Any, TextIO
 from dataset.images import parse_window, picture_notes, read, to_tensor
 from dataset.layout import MASK_FOLDERS, object_of
 from dataset.reading import PLANES, ReadOptions
-from engine.config import PAPER, Formatter, add_machine_flags, add_model_flags, nonempty_path, positive, threshold_rule
+from engine.files.config import (
+    PAPER,
+    Formatter,
+    add_machine_flags,
+    add_model_flags,
+    nonempty_path,
+    positive,
+    threshold_rule,
+)
 from engine.scans import Entry, InputList, OpenImage, list_entries
 from utils import (
     InputError,
@@ -44,7 +52,7 @@ from utils import (
 )
 
 if TYPE_CHECKING:
-    from engine.config import Settings
+    from engine.files.config import Settings
     from engine.predictor import Prediction, Predictor
     from engine.report.page import Card
 
@@ -137,7 +145,7 @@ def check(options: argparse.Namespace) -> argparse.Namespace:
     if options.save_ckpt and os.path.realpath(options.save_ckpt) == os.path.realpath(options.ckpt):
         raise InputError(f"--save_ckpt {options.save_ckpt}: is the checkpoint itself; give another name")
     if options.save_ckpt:
-        from engine.checkpoint import read as read_ckpt  # noqa: PLC0415 - imports torch
+        from engine.files.checkpoint import read as read_ckpt  # noqa: PLC0415 - imports torch
 
         probe_writable(options.save_ckpt, "--save_ckpt", "checkpoint", read_ckpt)
     if not options.images and not options.calibrate:

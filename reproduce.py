@@ -44,8 +44,8 @@ from CLIP.config import ModelConfig
 from dataset.check import PUBLISHED_COUNTS
 from dataset.layout import BENCHMARKS, MADE_UP
 from engine import baselines
-from engine.checkpoint import Checkpoint
-from engine.config import NO_EFFECT_IN_TEST, given_options, test_options, test_parser, to_arguments, train_options
+from engine.files.checkpoint import Checkpoint
+from engine.files.config import NO_EFFECT_IN_TEST, given_options, test_options, test_parser, to_arguments, train_options
 from engine.metrics import METRICS
 from engine.study.cost import grid_cost, measured_rate
 from engine.study.grid import COMPONENTS, Cell, Grid, layers_of

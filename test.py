@@ -10,7 +10,7 @@ Flags -> checkpoint -> patch scores -> numbers. Everything that shaped the check
 
 from __future__ import annotations
 
-from engine.config import test_options as parse
+from engine.files.config import test_options as parse
 from utils import run_script
 
 if __name__ == "__main__":  # reads the flags before it imports torch: --help and a mistyped flag take no time
@@ -22,16 +22,16 @@ from typing import Any
 from dataset.medical_few import MedicalDataset, anonymous
 from engine import distributed
 from engine.calibration import describe_threshold, threshold_metrics
-from engine.checkpoint import Checkpoint, check_metadata, default_checkpoint, find_trained_weights
-from engine.config import Settings, check_against, pick_autocast, pick_device
 from engine.detector import Detector
 from engine.evaluation import Evaluation, Masks, evaluate, load_evaluation, own_batches
 from engine.features import TokenStore, Tower
+from engine.files.checkpoint import Checkpoint, check_metadata, default_checkpoint, find_trained_weights
+from engine.files.config import Settings, check_against, pick_autocast, pick_device
+from engine.files.run import check_outputs, describe_test, published_lines, result_json, shot_patients
 from engine.metrics import measure, measure_without
 from engine.report.figures import save_figures
 from engine.report.history import find_history, read_history
 from engine.report.page import write_page
-from engine.run import check_outputs, describe_test, published_lines, result_json, shot_patients
 from utils import InputError, set_seed, write_json
 
 

@@ -11,7 +11,7 @@ Flags -> data -> towers -> tokens -> detector -> epochs -> result. The frozen to
 
 from __future__ import annotations
 
-from engine.config import train_options as parse
+from engine.files.config import train_options as parse
 from utils import run_script
 
 if __name__ == "__main__":  # reads the flags before it imports torch: --help and a mistyped flag take no time
@@ -29,15 +29,15 @@ from CLIP.model import CLIP
 from CLIP.weights import find_weights
 from engine import distributed
 from engine.calibration import describe_threshold
-from engine.checkpoint import Checkpoint, copy, print_weights_info, set_aside
-from engine.config import SELECTS, Settings, new_settings, pick_autocast, pick_device
 from engine.detector import Detector
 from engine.evaluation import Masks, evaluate
 from engine.features import TokenStore, Tower
+from engine.files.checkpoint import Checkpoint, copy, print_weights_info, set_aside
+from engine.files.config import SELECTS, Settings, new_settings, pick_autocast, pick_device
+from engine.files.run import RunFolder, StopSignals, check_outputs, open_run, published_lines, result_json
 from engine.metrics import measure, measure_without
 from engine.report.page import write_page
 from engine.report.tracking import Tracker, log_epoch, log_pictures, log_result, start_tracker, warn_of_tracked_key
-from engine.run import RunFolder, StopSignals, check_outputs, open_run, published_lines, result_json
 from engine.training import Splits, TrainingSet, TrainingState, calibrate_run, check_losses, epoch_line
 from Prompt.promptChooser import text_similarity
 from utils import set_seed, write_json

@@ -25,9 +25,9 @@ from benchmarks.backbone import matmul_peak
 from benchmarks.common import peak_memory, print_table, write_json
 from CLIP.clip import create_model
 from dataset.medical_few import Sample
-from engine.config import Settings, pick_autocast, pick_device
 from engine.detector import Detector
 from engine.evaluation import Evaluation, Masks
+from engine.files.config import Settings, pick_autocast, pick_device
 from engine.metrics import measure
 from engine.study.cost import DATA_SHEETS
 from engine.training import TrainingState

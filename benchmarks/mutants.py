@@ -251,14 +251,14 @@ MUTANTS: tuple[Mutant, ...] = (
         ("across_tokens=corrected", "across_tokens=not corrected"),
     ),
     *_mutants(
-        "engine/config.py",
+        "engine/files/config.py",
         ["test_config.py"],
         ("if obj in PAPER:", "if obj not in PAPER:"),
         ("min(valid_left()) > 0", "max(valid_left()) > 0"),
         ('return f"{normal}shot" if normal == abnormal', 'return f"{normal}shot" if normal != abnormal'),
     ),
     *_mutants(
-        "engine/published.py",
+        "engine/files/published.py",
         ["integration/test_published.py"],
         (
             '{2: "learnable_all", 1: "learnable_abnormal", 0: "fix"}',
@@ -268,7 +268,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("(width, embed_dim)]", "(embed_dim, width)]"),
     ),
     *_mutants(
-        "engine/checkpoint.py",
+        "engine/files/checkpoint.py",
         ["integration/test_published.py", "integration/test_scripts.py"],
         ("== (run, started):", "!= (run, started):"),
         ("weights.sha256 == trained_on:", "weights.sha256 != trained_on:"),

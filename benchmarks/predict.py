@@ -21,9 +21,9 @@ from CLIP.clip import create_model
 from CLIP.weights import find_weights
 from dataset import phantom
 from dataset.images import load_image
-from engine.checkpoint import Checkpoint
-from engine.config import Settings
 from engine.detector import Detector
+from engine.files.checkpoint import Checkpoint
+from engine.files.config import Settings
 from engine.predictor import Predictor, build, reading_of
 from engine.scans import list_entries
 from predict import Table, parse, predict

@@ -23,8 +23,8 @@ import train
 from benchmarks import recompute
 from benchmarks.common import peak_memory, print_table, write_json
 from dataset import phantom
+from engine.files.run import StopSignals
 from engine.report.tracking import Tracker
-from engine.run import StopSignals
 from utils import Parser, run_cli
 
 EPOCHS = 60

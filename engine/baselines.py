@@ -19,10 +19,10 @@ from CLIP.weights import find_weights
 from Prompt.promptChooser import fixed_feature
 from utils import set_seed
 
-from .config import new_settings, pick_autocast, pick_device
 from .detector import seeded
 from .evaluation import Evaluation, Masks, eval_batches
 from .features import TokenStore, Tower
+from .files.config import new_settings, pick_autocast, pick_device
 from .metrics import measure, measure_without
 from .training import Splits, TrainingSet
 

@@ -14,7 +14,7 @@ from CLIP.model import CLIP
 from loss import patch_difference
 from Prompt.promptChooser import PromptChooser
 
-from .config import Settings
+from .files.config import Settings
 
 
 def seeded(seed: int, purpose: str) -> torch.Generator:

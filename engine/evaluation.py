@@ -19,14 +19,14 @@ from loss import anomaly_map, image_score
 from utils import InputError, atomic_path, prefetch, preview
 
 from . import distributed
-from .config import DEC_TYPES, MAX_IMG_SIZE
+from .files.config import DEC_TYPES, MAX_IMG_SIZE
 
 if TYPE_CHECKING:
     from dataset.medical_few import MedicalDataset
 
-    from .config import Settings
     from .detector import Detector
     from .features import Item, TokenStore
+    from .files.config import Settings
 
 FORMAT = "madclip-scores-1"
 MAX_PACKING = 100  # what a file of scores unpacks to, of its size: scores hardly pack, and masks are not much more

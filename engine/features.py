@@ -49,7 +49,7 @@ from utils import (
 )
 
 from . import distributed
-from .config import Settings, nonempty_path
+from .files.config import Settings, nonempty_path
 
 Out = TypeVar("Out")
 GPU_SHARE = 0.6  # of the GPU's free memory that tokens may take: steps and evaluation need the rest

@@ -33,10 +33,10 @@ from dataset.reading import AS_STORED, ReadOptions
 from loss import anomaly_map, image_score
 from utils import InputError, prefetch, warn
 
-from .checkpoint import Checkpoint, find_trained_weights
-from .config import MODEL_FLAGS, Settings, check_against, pick_autocast, pick_device
 from .detector import Detector
 from .evaluation import Evaluation, Masks
+from .files.checkpoint import Checkpoint, find_trained_weights
+from .files.config import MODEL_FLAGS, Settings, check_against, pick_autocast, pick_device
 from .scans import OpenImage
 
 ImageLike = str | Path | Image.Image | np.ndarray | Frame

@@ -19,10 +19,10 @@ from utils import JITTER_VIEW, VIEWS, InputError, augment, checked, preview, pri
 
 from . import distributed
 from .calibration import CHOSEN_SOURCE, VALID_SOURCE, VIEWS_SOURCE, Rule, calibrate, calibration_samples
-from .config import Settings, default_select
 from .detector import Detector, make_optimizers, seeded
 from .evaluation import Masks, evaluate, own_batches
 from .features import Item, TokenStore
+from .files.config import Settings, default_select
 from .metrics import Metrics
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from utils import InputError, checked, read_text
 
-from ..config import run_name
+from ..files.config import run_name
 
 FILE = "metrics.jsonl"
 MAX_VALUE = 1e30  # of a loss or an epoch: nothing that could be drawn is larger

@@ -22,8 +22,8 @@ from PIL import Image
 
 from utils import atomic_path, prefetch
 
-from ..config import PAPER, Settings, shareable
 from ..evaluation import Evaluation, Masks
+from ..files.config import PAPER, Settings, shareable
 from .figures import History, digits, plots, threshold_of
 from .images import OUTLINE, encode, fit_mask, outline, palette, read_picture, shrink
 

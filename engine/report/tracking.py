@@ -36,7 +36,7 @@ import numpy as np
 from utils import one_line, printable, redact
 
 from .. import distributed
-from ..config import Settings, shareable, shots_label
+from ..files.config import Settings, shareable, shots_label
 
 if TYPE_CHECKING:
     import argparse
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     import wandb
 
     from ..evaluation import Evaluation, Masks
+    from ..files.run import RunFolder
     from ..metrics import Metrics
-    from ..run import RunFolder
 
 PROJECT = "MadCLIP"
 KEY_FILE = Path("key.json")

@@ -16,13 +16,13 @@ from CLIP.config import ModelConfig
 from dataset.layout import BENCHMARKS, config_path, described, object_name, read_config
 from utils import InputError, Parser
 
-from ..config import MODEL_FLAGS, RESUMABLE, Formatter, check_layers, nonempty_path, positive, train_options
+from ..files.config import MODEL_FLAGS, RESUMABLE, Formatter, check_layers, nonempty_path, positive, train_options
 from .jobs import EXECUTORS
 
 if TYPE_CHECKING:
     from dataset.medical_few import MedicalDataset
 
-    from ..run import RunFolder
+    from ..files.run import RunFolder
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Grid:
 
     def run(self, cell: Cell) -> RunFolder:
         """The cell's folder, whether it is there or not."""
-        from ..run import RunFolder  # noqa: PLC0415 - imports torch
+        from ..files.run import RunFolder  # noqa: PLC0415 - imports torch
 
         return RunFolder(self.out / "runs" / cell.name)
 

@@ -3,7 +3,7 @@
 Exit code, stdout and stderr are those of a process of its own; what differs from a fresh start is the warm imports.
 A command can be stopped at an event inside of it, so that no test depends on how long something takes:
 
-    command("train.py", ..., on=(Call("engine.run.RunFolder.save", 3), signal.SIGKILL))     a signal to itself
+    command("train.py", ..., on=(Call("engine.files.run.RunFolder.save", 3), signal.SIGKILL))     a signal to itself
     running = command.start("train.py", ..., on=(Call("train.evaluate"), HALT))             it waits for `go`
     running.halted(); ...; running.go(); result = running.wait()
 """

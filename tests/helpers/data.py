@@ -13,7 +13,7 @@ from PIL import Image
 
 from dataset.fewshot import parse_shot_list, pick_lines
 from dataset.medical_few import Sample
-from engine.config import Settings
+from engine.files.config import Settings
 
 # Flags of a small model that needs no weights: seconds on one core.
 SMALL = ["--model_name", "ViT-tiny-14-56", "--pretrain", "random", "--img_size", "42", "--device", "cpu"]

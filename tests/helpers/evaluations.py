@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from dataset.medical_few import Sample
-from engine.config import Settings
 from engine.evaluation import Evaluation, Masks
+from engine.files.config import Settings
 
 SIZE = 28  # pixels a side of the maps: 2 x 2 patches
 LAYERS = 2

@@ -21,7 +21,7 @@ from pydicom import dcmread
 
 from dataset import phantom
 from engine import load
-from engine.checkpoint import Checkpoint
+from engine.files.checkpoint import Checkpoint
 from tests.helpers.attacks import CLOSED, PEAK, driver, fine, rows
 from tests.helpers.commands import ROOT
 from tests.helpers.data import SMALL

@@ -55,7 +55,7 @@ def test_an_ablation_killed_twice(command, small, tmp_path):
     assert "features" not in result.stderr  # one bar only; the cells' output is in their logs
     assert "epoch 2/2" in (undisturbed / "logs/Brain-1shot-seed111.txt").read_text()
     for runs, save in ((3, 6), (7, 9)):  # two epochs a cell: in the third one, and in the seventh after going on
-        event = (Call("engine.run.RunFolder.save", save), signal.SIGKILL)
+        event = (Call("engine.files.run.RunFolder.save", save), signal.SIGKILL)
         assert command("reproduce.py", *grid, "--out", killed, on=event).returncode == -signal.SIGKILL
         done = len(list(killed.glob("runs/*/result.json")))
         assert done == runs - 1

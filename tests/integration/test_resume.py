@@ -115,7 +115,7 @@ MOMENTS = {
     "in the pass": (Call("engine.features.TokenStore._keep", 2), 0),
     "in a step": (Call(STEP, 2 * STEPS + 2), 2),
     "in an evaluation": (Call("train.evaluate", 2), 5),
-    "while files are written": (Call("engine.run.RunFolder.save", 3), 3),  # it waits for the epoch's last file
+    "while files are written": (Call("engine.files.run.RunFolder.save", 3), 3),  # it waits for the epoch's last file
     "at the end": (Call("train.calibrate_run"), EPOCHS),
 }
 
@@ -138,7 +138,7 @@ def test_stopped_by_a_signal(command, phantoms, tmp_path, undisturbed, number, w
 
 def test_a_run_has_one_writer(command, phantoms, tmp_path, undisturbed):
     """While it lives, --resume is refused and changes nothing; the lock of a dead process is taken over."""
-    run, third_epoch = tmp_path / "runs" / "one", Call("engine.run.RunFolder.save", 3)
+    run, third_epoch = tmp_path / "runs" / "one", Call("engine.files.run.RunFolder.save", 3)
     running = command.start("train.py", *flags(tmp_path, phantoms), on=(third_epoch, HALT), cwd=tmp_path)
     running.halted()
     before = {path.name: path.read_bytes() for path in run.iterdir()}

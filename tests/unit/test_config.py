@@ -9,9 +9,17 @@ import pytest
 import loss
 from CLIP.adapter_shared import ADAPTERS
 from CLIP.config import ADAPTER_KINDS, ModelConfig
-from engine import config
-from engine.config import Settings, check_against, check_layers, default_select, shareable, train_options, train_parser
-from engine.config import test_options as options_of_test
+from engine.files import config
+from engine.files.config import (
+    Settings,
+    check_against,
+    check_layers,
+    default_select,
+    shareable,
+    train_options,
+    train_parser,
+)
+from engine.files.config import test_options as options_of_test
 from tests.helpers.data import small_settings
 from utils import InputError
 

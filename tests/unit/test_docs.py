@@ -166,9 +166,11 @@ def test_one_version():
         "CITATION.cff": re.search(r"^version: (\S+)", text_of(ROOT / "CITATION.cff"), re.MULTILINE)[1],
         "CHANGELOG.md": re.search(r"^## (\d\S+)", text_of(ROOT / "CHANGELOG.md"), re.MULTILINE)[1],
     }
-    config = ROOT / "engine" / "config.py"
+    config = ROOT / "engine" / "files" / "config.py"
     if config.is_file():  # without importing it: what stands in the file
-        versions["engine/config.py"] = re.search(r'^VERSION(?:: \w+)? = "([^"]+)"', text_of(config), re.MULTILINE)[1]
+        versions["engine/files/config.py"] = re.search(
+            r'^VERSION(?:: \w+)? = "([^"]+)"', text_of(config), re.MULTILINE
+        )[1]
     assert len(set(versions.values())) == 1, versions
 
 

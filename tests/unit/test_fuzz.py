@@ -34,13 +34,13 @@ from CLIP.model import CLIP
 from CLIP.openai import is_plain, read_weights
 from dataset.layout import KINDS, SPLITS, Layout
 from dataset.medical_few import MedicalDataset
-from engine.checkpoint import Checkpoint
-from engine.config import MODEL_FLAGS, Settings
 from engine.detector import Detector
 from engine.evaluation import Evaluation, Masks, load_evaluation
+from engine.files.checkpoint import Checkpoint
+from engine.files.config import MODEL_FLAGS, Settings
+from engine.files.published import encoder_difference, export
+from engine.files.run import STATE, RunFolder
 from engine.metrics import Metrics
-from engine.published import encoder_difference, export
-from engine.run import STATE, RunFolder
 from engine.training import TrainingState
 from tests.helpers.data import draw_samples, read_shot_list, small_settings
 from tests.helpers.weights import save_torchscript

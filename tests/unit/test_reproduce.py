@@ -11,7 +11,7 @@ import pytest
 import reproduce
 from CLIP.config import ModelConfig
 from dataset import MedicalDataset, phantom
-from engine.config import train_options
+from engine.files.config import train_options
 from engine.study import cost
 from engine.study.cost import grid_cost
 from engine.study.grid import Cell, Grid, layer_choices, parse

@@ -11,9 +11,9 @@ from CLIP.clip import create_model
 from dataset import phantom
 from dataset.images import load_mask
 from dataset.medical_few import Shots
-from engine.config import train_options
 from engine.detector import Detector, seeded
 from engine.features import TokenStore
+from engine.files.config import train_options
 from engine.metrics import Metrics
 from engine.training import Splits, TrainingSet, TrainingState, check_losses, view_masks
 from tests.helpers.data import draw_samples, small_settings

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import utils
-from engine.config import run_name
+from engine.files.config import run_name
 from utils import (
     InputError,
     Parser,

@@ -20,8 +20,8 @@ from CLIP.model import CLIP
 from CLIP.openai import is_plain
 from utils import InputError, one_line
 
+from ..detector import Detector
 from .config import MODEL_FLAGS, VERSION, Settings, check_layers
-from .detector import Detector
 
 ENCODER_PREFIX = "text_encoder."
 # What no tensor tells, as the published test program has it by default.

@@ -407,7 +407,7 @@ def train_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def resumed_options(folder: str, arguments: Sequence[str]) -> argparse.Namespace:
     """The options in a run's config.json, read as a command line would be, and over them those that are given."""
-    from engine.run import RunFolder  # noqa: PLC0415 - imports torch
+    from engine.files.run import RunFolder  # noqa: PLC0415 - imports torch
 
     stored = RunFolder.open(folder).read_config()["options"]
     parser = train_parser()

@@ -36,18 +36,19 @@ from filelock import FileLock, Timeout
 
 from utils import InputError, atomic_path, preview, printable, probe_writable, read_text, remove_stale, write_json
 
-from . import checkpoint, distributed
+from .. import distributed
+from ..evaluation import load_evaluation
+from . import checkpoint
 from .config import Settings, shareable, shots_label
-from .evaluation import load_evaluation
 
 if TYPE_CHECKING:
     from dataset.medical_few import MedicalDataset
 
-    from .evaluation import Evaluation
-    from .metrics import Metrics
-    from .training import Splits, TrainingState
+    from ..evaluation import Evaluation
+    from ..metrics import Metrics
+    from ..training import Splits, TrainingState
 
-PROJECT = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[2]
 STATE = "madclip-run-2"
 
 

@@ -24,9 +24,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from dataset.images import parse_window, picture_notes, read, to_tensor
 from dataset.layout import MASK_FOLDERS, object_of
-from dataset.reading import PLANES, ReadOptions
+from dataset.readers import PLANES, ReadOptions, parse_window, picture_notes, read, to_tensor
 from engine.files.config import (
     PAPER,
     Formatter,

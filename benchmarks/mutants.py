@@ -175,7 +175,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("< share * 2**64", "> share * 2**64"),
     ),
     *_mutants(
-        "dataset/images.py",
+        "dataset/readers/images.py",
         ["test_images.py", "test_golden_augment.py"],
         ("> (above + 0.5) / 255", "> (above - 0.5) / 255"),  # `> 127` to `>= 127`, of 255
         ("Image.Resampling.BICUBIC", "Image.Resampling.BILINEAR"),

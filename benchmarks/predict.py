@@ -20,7 +20,7 @@ from benchmarks.common import peak_memory, print_table, write_json
 from CLIP.clip import create_model
 from CLIP.weights import find_weights
 from dataset import phantom
-from dataset.images import load_image
+from dataset.readers import load_image
 from engine.detector import Detector
 from engine.files.checkpoint import Checkpoint
 from engine.files.config import Settings

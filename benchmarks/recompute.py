@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from CLIP.model import CLIP
-from dataset.images import load_mask
+from dataset.readers import load_mask
 from engine.detector import Detector, make_optimizers, seeded
 from engine.features import Item
 from loss import anomaly_map, patch_difference, training_loss

@@ -12,12 +12,11 @@ from typing import Any
 import utils  # noqa: F401 - before what takes long, so that Ctrl-C meanwhile gives no traceback
 
 _HOMES = {
-    "images": (
+    "readers": (
         "Frame Picture check_mask frames list_files load_grey_mask load_image load_image_with_hash load_mask "
-        "parse_window picture_notes read to_tensor"
+        "NoImageError ReadOptions parse_window picture_notes read to_tensor"
     ),
     "layout": "BENCHMARKS PUBLISHED described named_after object_name",
-    "reading": "NoImageError ReadOptions",
     "medical_few": "MedicalDataset Sample Shots equal_images",
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names.split()}

@@ -26,8 +26,12 @@ from tqdm import tqdm
 from utils import InputError, Parser, bar_seconds, integer, prefetch, printable, run_cli
 
 from .fewshot import SEEDS, check_shot_names, parse_shot_list
-from .images import (
+from .layout import KINDS, SPLITS, add_reading_flags, config_path, list_images, mask_folder, object_name, object_of
+from .medical_few import ImageFile, MedicalDataset, Sample, data_folder
+from .patients import compile_rule
+from .readers import (
     ABNORMAL_ABOVE,
+    NoImageError,
     file_kind,
     frames,
     mask_notes,
@@ -36,10 +40,6 @@ from .images import (
     read,
     read_mask,
 )
-from .layout import KINDS, SPLITS, add_reading_flags, config_path, list_images, mask_folder, object_name, object_of
-from .medical_few import ImageFile, MedicalDataset, Sample, data_folder
-from .patients import compile_rule
-from .reading import NoImageError
 
 SHOWN = 3  # examples of a finding
 NAMED = ("no mask", "valid mask")  # of these every example is shown: one cannot see what is not there

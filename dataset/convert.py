@@ -24,14 +24,24 @@ from tqdm import tqdm
 
 from utils import InputError, Parser, bar_seconds, run_cli, write_json
 
-from .grey import square, stretch, to_rgb
-from .images import ABNORMAL_ABOVE, list_files, parse_window, read, read_mask, stem
 from .layout import SPLITS, VALID_SHARE, add_reading_flags, named_after, object_name
 from .medical_few import MedicalDataset
-from .nifti import Volume, mask_of, read_volume
-from .nifti import read as read_slice
 from .patients import compile_rule, falls_in_valid, patient
-from .reading import PLANES, ReadOptions
+from .readers import (
+    ABNORMAL_ABOVE,
+    PLANES,
+    ReadOptions,
+    list_files,
+    parse_window,
+    read,
+    read_mask,
+    square,
+    stem,
+    stretch,
+    to_rgb,
+)
+from .readers.nifti import Volume, mask_of, read_volume
+from .readers.nifti import read as read_slice
 from .writer import Writer, new_folder
 
 LABELLED = ((r"(.*)_seg(\.nii(?:\.gz)?)", r"\1_flair\2"), (r"segmentation(-.*\.nii(?:\.gz)?)", r"volume\1"))

@@ -18,9 +18,8 @@ from typing import Any
 
 from utils import InputError, integer, read_text
 
-from .images import ABNORMAL_ABOVE, list_files, parse_window, stem
 from .patients import compile_rule
-from .reading import PLANES, ReadOptions, check_file
+from .readers import ABNORMAL_ABOVE, PLANES, ReadOptions, check_file, list_files, parse_window, stem
 
 Classes = dict[str, list[Path]]  # `KINDS` -> folders
 FOLDER = Path(__file__).parent

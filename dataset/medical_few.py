@@ -18,17 +18,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from utils import InputError, anonymous_name, preview, warn
 
 from .fewshot import SEEDS, check_shot_names, parse_shot_list, pick_lines
-from .grey import Ends
-from .images import (
-    EXTENSIONS,
-    Sample,
-    file_kind,
-    frames,
-    parse_window,
-    read_mask,
-    stem,
-    warn_once,
-)
 from .layout import (
     BENCHMARKS,
     FOLDER,
@@ -43,7 +32,19 @@ from .layout import (
     object_name,
 )
 from .patients import compile_rule, falls_in_valid, patient
-from .reading import NoImageError, ReadOptions
+from .readers import (
+    EXTENSIONS,
+    Ends,
+    NoImageError,
+    ReadOptions,
+    Sample,
+    file_kind,
+    frames,
+    parse_window,
+    read_mask,
+    stem,
+    warn_once,
+)
 
 if TYPE_CHECKING:
     import argparse

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset.images import load_mask
 from dataset.medical_few import Sample
+from dataset.readers import load_mask
 from loss import anomaly_map, image_score
 from utils import InputError, atomic_path, prefetch, preview
 

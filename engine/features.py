@@ -34,8 +34,8 @@ from CLIP.adapter_shared import reads_class_token
 from CLIP.clip import create_model, uses_quick_gelu
 from CLIP.model import CLIP
 from CLIP.weights import Weights
-from dataset.images import READER, load_image_with_hash
 from dataset.medical_few import Sample
+from dataset.readers import READER, load_image_with_hash
 from utils import (
     JITTER_VIEW,
     InputError,

@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from dataset import dicom, nifti
-from dataset.images import Frame
-from dataset.reading import PLANES, optional
+from dataset.readers import PLANES, Frame, dicom, nifti, optional
 from utils import InputError, atomic_path
 
 from .scans import MARK

@@ -25,11 +25,9 @@ from torch import Tensor
 
 from CLIP.clip import create_model
 from CLIP.model import CLIP
-from dataset.grey import to_rgb
-from dataset.images import Frame, load_image, pillow_to_rgb, read, to_tensor
 from dataset.layout import config_path, read_config
 from dataset.medical_few import MedicalDataset, Sample
-from dataset.reading import AS_STORED, ReadOptions
+from dataset.readers import AS_STORED, Frame, ReadOptions, load_image, pillow_to_rgb, read, to_rgb, to_tensor
 from loss import anomaly_map, image_score
 from utils import InputError, prefetch, warn
 
@@ -103,8 +101,8 @@ class Predictor:
         """Predict one or more images.
 
         Args:
-            images: paths (every format of `dataset.images`, one picture each), Pillow images, arrays (H, W) or
-                (H, W, 3) of uint8, uint16 or floats in [0, 1], frames of `dataset.images.frames`; one, or an iterable
+            images: paths (every format of `dataset.readers`, one picture each), Pillow images, arrays (H, W) or
+                (H, W, 3) of uint8, uint16 or floats in [0, 1], frames of `dataset.readers.frames`; one, or an iterable
                 of them, an array (B, H, W, 3) too. A generator is read a batch at a time.
             batch_size: images through the network at a time.
 

@@ -13,10 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dataset.images import Frame, describe, file_kind, frames, list_files
 from dataset.layout import MASK_FOLDERS
 from dataset.patients import patient
-from dataset.reading import MissingPackageError, NoImageError, ReadOptions, Slice
+from dataset.readers import (
+    Frame,
+    MissingPackageError,
+    NoImageError,
+    ReadOptions,
+    Slice,
+    describe,
+    file_kind,
+    frames,
+    list_files,
+)
 from utils import InputError, anonymous_name, printable
 
 if TYPE_CHECKING:

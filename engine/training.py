@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataset.images import FULL_MASK, check_mask, load_grey_mask, load_mask
 from dataset.medical_few import MedicalDataset, Sample, Shots, anonymous, equal_images
+from dataset.readers import FULL_MASK, check_mask, load_grey_mask, load_mask
 from loss import training_loss
 from utils import JITTER_VIEW, VIEWS, InputError, augment, checked, preview, printable, sha256_file, warn
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dataset.images import read
+from dataset.readers import read
 from utils import InputError
 
 if TYPE_CHECKING:

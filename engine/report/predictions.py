@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from dataset.images import stem
+from dataset.readers import stem
 from utils import atomic_path, printable
 
 from ..heat_volumes import DicomHeat, NiftiHeat

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.images import load_mask
+from dataset.readers import load_mask
 from engine.evaluation import Evaluation, Masks, eval_batches, evaluate, load_evaluation
 from loss import decide
 from tests.helpers.data import draw_samples, small_settings

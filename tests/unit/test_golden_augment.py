@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.images import load_image, load_mask
 from dataset.medical_few import Sample
+from dataset.readers import load_image, load_mask
 from tests.unit.test_golden_backbone import close
 from utils import VIEWS, augment, augment_view
 

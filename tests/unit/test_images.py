@@ -17,11 +17,26 @@ import pydicom.data
 import pytest
 from PIL import Image
 
-from dataset import Sample, grey, images, load_grey_mask, load_image, load_image_with_hash, load_mask, nifti, reading
-from dataset import dicom as dicom_reader
-from dataset.grey import apply_window, to_rgb
-from dataset.images import check_mask, file_kind, frames, list_files, parse_window, picture_notes, read, to_tensor
-from dataset.reading import MissingPackageError, NoImageError, ReadOptions
+from dataset import Sample, load_grey_mask, load_image, load_image_with_hash, load_mask
+from dataset.readers import (
+    MissingPackageError,
+    NoImageError,
+    ReadOptions,
+    check_mask,
+    file_kind,
+    frames,
+    grey,
+    images,
+    list_files,
+    nifti,
+    parse_window,
+    picture_notes,
+    read,
+    reading,
+    to_tensor,
+)
+from dataset.readers import dicom as dicom_reader
+from dataset.readers.grey import apply_window, to_rgb
 from utils import InputError
 
 DICOM = Path(pydicom.data.__file__).parent / "test_files"

@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import OBJECTS, MedicalDataset, ReadOptions, check_mask, equal_images, images, load_image, load_mask
+from dataset import OBJECTS, MedicalDataset, ReadOptions, check_mask, equal_images, load_image, load_mask
 from dataset.layout import FOLDER, MADE_UP
 from dataset.medical_few import Sample
+from dataset.readers import images
 from tests.helpers.data import read_shot_list
 from utils import InputError
 

@@ -11,8 +11,7 @@ from nibabel import orientations
 from PIL import Image
 from pydicom import dcmread
 
-from dataset.images import describe, frames
-from dataset.reading import ReadOptions, Slice
+from dataset.readers import ReadOptions, Slice, describe, frames
 from engine.heat_volumes import DicomHeat, NiftiHeat
 from engine.report.predictions import Drawer
 from engine.scans import Entry, in_order, is_own_result, list_entries

@@ -9,8 +9,8 @@ import torch
 
 from CLIP.clip import create_model
 from dataset import phantom
-from dataset.images import load_mask
 from dataset.medical_few import Shots
+from dataset.readers import load_mask
 from engine.detector import Detector, seeded
 from engine.features import TokenStore
 from engine.files.config import train_options

@@ -73,7 +73,6 @@ REMARKS = {
 }  # fmt: skip
 HARMLESS = ("window", "wide", "pixels")
 NAMES = {"dicom": "DICOM", "nifti": "NIfTI", "pillow": "picture"}
-PRESETS = {"Brain": " --like Brain", "Liver": " --like Liver"}  # of dataset.convert
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -189,8 +188,7 @@ def reading_notes(settings: Settings, trained: ReadOptions, reading: ReadOptions
         words = " and ".join(NAMES[kind] for kind in sorted(scans))
         return [
             f"the checkpoint was trained on {settings.obj}'s prepared PNG files, and these are {words}: their pixels "
-            f"differ, so scores and threshold may not hold; prepare them with `python -m dataset.convert"
-            f"{PRESETS.get(settings.obj, '')}` first"
+            f"differ, so scores and threshold may not hold"
         ]
     notes = []
     for name, words in (("window", "--window"), ("plane", "--plane")):

@@ -1,7 +1,7 @@
 """Data sets: where they lie (layout), samples and shots (medical_few, fewshot), the one reader of pictures (images).
 
-`python -m dataset.check` examines one before any training, `python -m dataset.phantom` draws one, `python -m
-dataset.convert` makes one from DICOM and NIfTI files. Nothing is imported before it is used, torch least of all.
+`python -m dataset.check` examines one before any training, `python -m dataset.phantom` draws one. Nothing is imported
+before it is used, torch least of all.
 """
 
 from __future__ import annotations

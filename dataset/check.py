@@ -135,15 +135,15 @@ def inspect_image(sample: Sample, above: int, alone: bool) -> Inspection:
         result.findings += [(kind, f"{sample.path}: {text}") for kind, text in notes.items()]
         result.mode, result.size = picture.mode, size
         result.digest = hashlib.sha256(f"{size}".encode() + picture.image.tobytes()).digest()
-        mask, notes = read_mask(sample)
+        mask = read_mask(sample)
         if mask is not None:
-            notes |= mask_notes(mask, above)
+            notes = mask.notes | mask_notes(mask, above)
             if labels := notes.pop("labels", ""):
                 notes.pop("wide", None)
                 notes["mask range"] = labels
-            if mask.size not in (size, picture.stored):
-                kind = "any size" if sample.any_mask_size else "mask size"
-                notes[kind] = f"{_size(mask.size)}, its image {_size(size)}"
+            if mask.image.size not in (size, picture.stored):
+                kind = "any size" if sample.published else "mask size"
+                notes[kind] = f"{_size(mask.image.size)}, its image {_size(size)}"
             result.findings += [(kind, f"{sample.mask}: {text}") for kind, text in notes.items()]
     except InputError as error:
         result.findings.append(("unusable", str(error)))

@@ -279,7 +279,7 @@ class MedicalDataset:
             name,
             self.patient(file.path, file.folder),
             options=self.options,
-            any_mask_size=self.is_benchmark,
+            published=self.is_benchmark,
         )
         if file_kind(file.path) == "pillow":
             return [sample]
@@ -293,7 +293,7 @@ class MedicalDataset:
         slices = [replace(sample, index=frame.index, name=f"{name}#{frame.index}") for frame in inside]
         if mask is None or file_kind(mask) != "nifti":
             return slices
-        return [entry for entry in slices if (marks := read_mask(entry)[0]) and marks.getbbox()]
+        return [entry for entry in slices if (marks := read_mask(entry)) and marks.image.getbbox()]
 
     def split_note(self) -> str | None:
         """A line on the folders that are divided between the splits; None where none is."""

@@ -19,7 +19,7 @@ from unittest import mock
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
     *("train.py", "test.py", "predict.py", "reproduce.py"),
-    *("dataset.check", "dataset.phantom", "dataset.convert", "dataset.medmnist"),
+    *("dataset.check", "dataset.phantom", "dataset.medmnist"),
     *("CLIP.download", "engine.features", "engine.checkpoint"),
 )
 # Tests that start real commands with hostile input, or damage what they read and write.

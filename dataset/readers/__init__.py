@@ -6,40 +6,45 @@ a data set's layout here, and nothing of a data set but `Sample` is known.
 
 from .grey import Ends, square, stretch, to_rgb
 from .images import (
-    ABNORMAL_ABOVE,
     EXTENSIONS,
-    FULL_MASK,
     READER,
     Frame,
     Picture,
     Sample,
     as_frame,
-    check_mask,
     describe,
     file_kind,
     frames,
     list_files,
-    load_grey_mask,
     load_image,
     load_image_with_hash,
-    load_mask,
-    mask_notes,
     mask_sizes,
     parse_window,
     picture_notes,
     pillow_to_rgb,
     read,
-    read_mask,
     stem,
     to_tensor,
+)
+from .masks import (
+    ABNORMAL_ABOVE,
+    FULL_MASK,
+    Levels,
+    Mask,
+    check_mask,
+    levels_note,
+    load_grey_mask,
+    load_mask,
+    mask_notes,
+    read_mask,
     warn_once,
 )
 from .reading import AS_STORED, PLANES, MissingPackageError, NoImageError, ReadOptions, Slice, check_file, optional
 
 __all__ = [
-    "ABNORMAL_ABOVE", "AS_STORED", "EXTENSIONS", "FULL_MASK", "PLANES", "READER", "Ends", "Frame",
+    "ABNORMAL_ABOVE", "AS_STORED", "EXTENSIONS", "FULL_MASK", "PLANES", "READER", "Ends", "Frame", "Levels", "Mask",
     "MissingPackageError", "NoImageError", "Picture", "ReadOptions", "Sample", "Slice", "as_frame", "check_file",
-    "check_mask", "describe", "file_kind", "frames", "list_files", "load_grey_mask", "load_image",
+    "check_mask", "describe", "file_kind", "frames", "levels_note", "list_files", "load_grey_mask", "load_image",
     "load_image_with_hash", "load_mask", "mask_notes", "mask_sizes", "optional", "parse_window", "picture_notes",
     "pillow_to_rgb", "read", "read_mask", "square", "stem", "stretch", "to_rgb", "to_tensor", "warn_once",
 ]  # fmt: skip

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from utils import InputError, sha256_file, warn
+from utils import InputError, sha256_file
 
 from . import dicom, nifti
 from .grey import Ends, Range, apply_window, to_rgb
@@ -46,8 +46,6 @@ READER = 2  # raised when the same file gives other pixels, so that tokens kept 
 PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000")
 MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"GIF8", b"\0\0\0\x0cjP  ")
 MAX_PIXELS = 89_478_485  # 9,459 x 9,459, where Pillow warns: several are decoded at a time
-ABNORMAL_ABOVE = 127  # of 255, in a mask
-FULL_MASK = 0.9  # the part of an image above which a mask is said
 DARK = 8192  # of 65535: the largest value, below which a 16-bit picture is all but black
 ORIENTATION = 0x0112
 # What undoes the turn that Pillow makes of a TIFF's orientation.
@@ -87,7 +85,8 @@ class Sample:
     patient: str | None = None  # as far as the name tells
     index: int | None = None  # the frame of a series or slice of a volume, counted from 0
     options: ReadOptions = field(default=AS_STORED, compare=False)
-    any_mask_size: bool = field(default=False, compare=False)  # a mask of another size than the image is resized
+    published: bool = field(default=False, compare=False)  # of the paper's own data: masks are read as it read them
+    more_masks: tuple[Path, ...] = ()  # united with `mask`
 
     def content_hash(self) -> str:
         """What `load_image_with_hash` gives for the file as it is now: a changed file is another image."""
@@ -123,8 +122,8 @@ def read(source: Source) -> Picture:
         InputError: unreadable, cut short, too large, several pictures in a file that has no index.
     """
     frame = as_frame(source)
-    with _naming(frame):
-        kind = _kind(frame.path)
+    with naming(frame):
+        kind = kind_of(frame.path)
         if kind == "nifti":
             volume = nifti.read_volume(frame.path)
             digest, result = volume.sha256, nifti.read(volume, frame.index or 0, frame.options)
@@ -182,8 +181,8 @@ def frames(path: Path, options: ReadOptions | None = None) -> list[Frame]:
         InputError: the header cannot be read, or claims more than the file holds.
     """
     options, count = options or AS_STORED, 1
-    with _naming(path):
-        kind = _kind(path)
+    with naming(path):
+        kind = kind_of(path)
         if kind == "dicom":
             count = dicom.count(path)
         elif kind == "nifti":
@@ -207,7 +206,7 @@ def describe(inside: Sequence[Frame]) -> list[Slice]:
     return [Slice()] * len(inside)
 
 
-def _kind(path: Path) -> str:
+def kind_of(path: Path) -> str:
     """`InputError` unless `path` is a file in a format that is read."""
     check_file(path)
     kind = file_kind(path)
@@ -284,7 +283,7 @@ def parse_window(words: Sequence[str]) -> Ends | str | None:
 
 
 @contextmanager
-def _naming(what: object) -> Iterator[None]:
+def naming(what: object) -> Iterator[None]:
     """Whatever a damaged file provokes in three parsers becomes an `InputError` of one line that names it."""
     try:
         yield
@@ -328,15 +327,22 @@ def _as_stored(image: Image.Image, frame: Frame) -> tuple[Image.Image, int]:
     return (image if inverse is None else image.transpose(inverse)), orientation
 
 
-def _is_wide(image: Image.Image) -> bool:
+def is_wide(image: Image.Image) -> bool:
+    """Whether a picture has more than 8 bits."""
     return image.mode == "F" or image.mode.startswith("I")
+
+
+def as_stored(path: Path) -> tuple[Image.Image, int]:
+    """The picture in a file of one of Pillow's formats, in its own mode, and its orientation."""
+    with _opened(BytesIO(read_bytes(path)), path) as image:
+        return _as_stored(image, Frame(path))
 
 
 def _read_pillow(data: bytes, frame: Frame) -> Decoded:
     with _opened(BytesIO(data), frame) as opened:
         mode, window = opened.mode, frame.options.window
         stored, orientation = _as_stored(opened, frame)
-        pages = _page_range(data) if isinstance(window, str) and _is_wide(opened) else None
+        pages = _page_range(data) if isinstance(window, str) and is_wide(opened) else None
         image, notes = to_mode(stored, "RGB", frame, window, pages)
         return Decoded(image, notes, mode, image.size, orientation)
 
@@ -359,7 +365,7 @@ def to_mode(
 
     `window` as in `ReadOptions`, over `span`, or else this picture's own range; it concerns more than 8 bits alone.
     """
-    if not _is_wide(image):
+    if not is_wide(image):
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # the same colours, without Pillow's advice on stderr to do so
         return image.convert(mode), {}
@@ -410,102 +416,9 @@ def mask_sizes(source: Source) -> set[tuple[int, int]]:
     Of Pillow's formats from the header alone; errors are those of `read`.
     """
     frame = as_frame(source)
-    with _naming(frame):
-        if _kind(frame.path) != "pillow":
+    with naming(frame):
+        if kind_of(frame.path) != "pillow":
             picture = read(frame)
             return {picture.image.size, picture.stored}
         with frame.path.open("rb") as file, _opened(file, frame) as image:
             return {(image.tag_v2[256], image.tag_v2[257]) if isinstance(image, TiffImageFile) else image.size}
-
-
-# --- masks ---
-
-
-def read_mask(sample: Sample) -> tuple[Image.Image | None, Notes]:
-    """A mask as 8-bit grey at its own size, None where there is none; and what is to be said of its file.
-
-    Orientation is ignored as ever (note `orientation`). Colours become their luminance; where they are constant and the
-    alpha channel is not, the mask is the alpha channel (note `alpha`). Of a NIfTI file the slice of the same number;
-    every label but 0 is abnormal.
-    """
-    if sample.mask is None:
-        return None, {}
-    with _naming(sample.mask):
-        kind = _kind(sample.mask)
-        if kind == "nifti":
-            return nifti.read_mask(nifti.read_volume(sample.mask), sample.index or 0, sample.options.plane), {}
-        if kind == "dicom":
-            return read(Frame(sample.mask, sample.index, sample.options)).image.convert("L"), {}
-        with _opened(BytesIO(read_bytes(sample.mask)), sample.mask) as image:
-            stored, orientation = _as_stored(image, Frame(sample.mask))
-            grey, notes = to_mode(stored, "L", sample.mask)
-            if orientation != 1:
-                notes["orientation"] = f"orientation {orientation}"
-            if stored.has_transparency_data:
-                alpha = stored.convert("RGBA").getchannel("A")
-                colours, shades = grey.getextrema(), alpha.getextrema()
-                if colours[0] == colours[1] and shades[0] != shades[1]:
-                    return alpha, {**notes, "alpha": "the mask lies in the alpha channel"}
-            return grey, notes
-
-
-@cache
-def warn_once(text: str) -> None:
-    """A warning on stderr, once a process."""
-    warn(text)
-
-
-def load_mask(sample: Sample, size: int, above: int = ABNORMAL_ABOVE) -> Tensor:
-    """A mask resized by nearest neighbour: (size, size) bool, True where it is above `above` of 255.
-
-    All False where there is no mask. `InputError` where it cannot be read or is of another size than its image.
-    """
-    return load_grey_mask(sample, size)[0] > (above + 0.5) / 255
-
-
-def load_grey_mask(sample: Sample, size: int) -> Tensor:
-    """A mask's greys resized by nearest neighbour: (1, size, size) float32 in [0, 1], zeros where there is no mask.
-
-    The published training augments these and thresholds afterwards: above 0.5 for 127, in general (above + 0.5) / 255.
-    Another size than its image's is refused, or said once where `any_mask_size`.
-    """
-    import torch  # noqa: PLC0415 (half a second, which `--help` need not wait for)
-
-    mask, _ = read_mask(sample)
-    if mask is None or sample.mask is None:
-        return torch.zeros(1, size, size)
-    if mask.size not in (sizes := mask_sizes(sample)):
-        if not sample.any_mask_size:
-            raise InputError(f"{sample.mask}: {mask.size} pixels, but its image has {' or '.join(map(str, sizes))}")
-        words = "masks of another size than their images: resized, as the published loader does"
-        warn_once(f"{sample.mask.parent}: {words}")
-    return torch.from_numpy(np.array(mask.resize((size, size), Image.Resampling.NEAREST))).float()[None] / 255
-
-
-def mask_notes(mask: Image.Image, above: int = ABNORMAL_ABOVE) -> Notes:
-    """What is odd about a mask: `empty`, `labels` (marks something, but nothing above `above`), `full`, `grey`."""
-    counts = np.asarray(mask.histogram())
-    greys = np.flatnonzero(counts)
-    share = counts[above + 1 :].sum() / max(counts.sum(), 1)
-    if greys[-1] == 0:
-        return {"empty": "empty"}
-    if greys[-1] <= above:
-        return {"labels": f"its largest value is {greys[-1]} of 255, and abnormal is above {above}: save 0 and 255"}
-    if share > FULL_MASK:
-        return {"full": f"{share:.0%} of the image is abnormal" + (" (a constant mask)" if len(greys) == 1 else "")}
-    return {} if {0, 255}.issuperset(greys.tolist()) else {"grey": f"{len(greys)} greys"}
-
-
-def check_mask(sample: Sample, above: int = ABNORMAL_ABOVE) -> list[str]:
-    """Warnings about a shot's mask: constant, or nearly all of the image.
-
-    A test mask of labels counts as empty, as published, and `dataset.check` reports it.
-
-    Raises:
-        InputError: the mask marks something, but nothing as abnormal: labels 0 and 1 where 0 and 255 are meant.
-    """
-    mask, _ = read_mask(sample)
-    notes = {} if mask is None else mask_notes(mask, above)
-    if "labels" in notes:
-        raise InputError(f"{sample.mask}: {notes['labels']}")
-    return [f"{sample.mask}: {notes[kind]}" for kind in ("empty", "full") if kind in notes]

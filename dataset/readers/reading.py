@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +40,7 @@ class ReadOptions:
 
     window: Ends | str | None = None
     plane: str = "axial"  # of NIfTI volumes
+    mask_labels: tuple[int, ...] = field(default=(), compare=False)  # of masks: what is abnormal; none: the default
 
     def key(self) -> str:
         """What tells pictures apart that these options make of the same bytes; empty for the defaults."""

@@ -214,7 +214,6 @@ def test_what_training_saw_decides(command, home, tmp_path):
     image = dicom("CT_small.dcm")
     done = predicted(command, home / "Brain.pth", tmp_path / "a", image)
     assert "warning: the checkpoint was trained on Brain's prepared PNG files, and these are DICOM" in done.stderr
-    assert "dataset.convert --like Brain" in done.stderr
     mine = Checkpoint.load(home / "Mine.pth")
     reading = {"window": [40.0, 400.0], "plane": "coronal", "formats": ["dicom"]}
     Checkpoint(replace(mine.settings, reading=reading), mine.parts, mine.metadata).save(tmp_path / "ct.pth")

@@ -28,6 +28,7 @@ from dataset.readers import (
     grey,
     images,
     list_files,
+    masks,
     nifti,
     parse_window,
     picture_notes,
@@ -277,7 +278,7 @@ def test_nifti_slices_get_square_pixels(tmp_path):
     mask = save_nifti(tmp_path / "mask.nii", (values > 50).astype(np.uint8), affine)
     sample = Sample(path, 1, mask, "x", index=3, options=ReadOptions(plane="coronal"))
     expected = (values[:, 3] > 50)[::-1, ::-1].T.repeat(5, axis=0)
-    assert (np.asarray(images.read_mask(sample)[0]) == expected * 255).all()
+    assert (np.asarray(masks.read_mask(sample)[0]) == expected * 255).all()
 
 
 def test_large_volumes_in_fortran_order_are_not_copied_into_another(monkeypatch):
@@ -410,7 +411,7 @@ def test_orientation_is_ignored_in_every_format(tmp_path, name, orientation):
     assert images.mask_sizes(tmp_path / name) == {(48, 32)}
     assert np.abs(np.asarray(picture.image)[..., 0].astype(int) - GRADIENT).max() <= 2
     sample = Sample(tmp_path / name, 1, tmp_path / name, "x")
-    assert (images.read_mask(sample)[0].size) == (48, 32)
+    assert (masks.read_mask(sample)[0].size) == (48, 32)
 
 
 @pytest.mark.parametrize(("kind", "bits"), [(np.uint16, 16), (np.int32, 32), (np.float32, 32)])
@@ -489,7 +490,7 @@ def test_masks_in_the_alpha_channel(tmp_path, colour):
     Image.fromarray(rgba).save(tmp_path / "mask.png")
     sample = Sample(tmp_path / "mask.png", 1, tmp_path / "mask.png", "x")
     assert np.array_equal(load_mask(sample, 20).numpy(), lesion > 0)
-    assert "alpha channel" in images.read_mask(sample)[1]["alpha"]
+    assert "alpha channel" in masks.read_mask(sample)[1]["alpha"]
     # Where the colours hold the mask, transparency is dropped as ever.
     Image.fromarray(np.dstack([*[lesion] * 3, 255 - lesion // 2])).save(tmp_path / "mask.png")
     assert np.array_equal(load_mask(sample, 20).numpy(), lesion > 0)
@@ -505,8 +506,8 @@ def test_full_masks_of_shots_are_said(tmp_path):
 def test_a_mask_of_another_size_is_resized_where_the_data_set_may_have_it(tmp_path, capsys):
     Image.fromarray(GRADIENT).save(tmp_path / "x.png")
     Image.fromarray(GRADIENT).resize((20, 20)).save(tmp_path / "mask.png")
-    sample = Sample(tmp_path / "x.png", 1, tmp_path / "mask.png", "x", any_mask_size=True)
-    images.warn_once.cache_clear()
+    sample = Sample(tmp_path / "x.png", 1, tmp_path / "mask.png", "x", published=True)
+    masks.warn_once.cache_clear()
     assert load_mask(sample, 16).any()
     assert load_mask(sample, 32).any()
     assert capsys.readouterr().err.count("masks of another size than their images") == 1
@@ -692,4 +693,4 @@ def test_what_is_odd_about_a_mask(greys, kind):
     """Abnormal is above 127: a mask that reaches exactly that marks nothing."""
     values = np.full((20, 20), greys[0], np.uint8)
     values[5:9, 5:9] = greys[-1]
-    assert list(images.mask_notes(Image.fromarray(values))) == ([kind] if kind else [])
+    assert list(masks.mask_notes(masks._grey_mask(Image.fromarray(values), {}, ()))) == ([kind] if kind else [])

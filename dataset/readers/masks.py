@@ -1,0 +1,200 @@
+"""Masks: which pixels of an image are abnormal.
+
+A mask's levels are its greys; with a palette of colours the palette's indices; of a volume its labels. Of greys those
+above `mask_above` are abnormal, of labels all but 0, of either those that `ReadOptions.mask_labels` names, if any. The
+paper's own data are read as published: by luminance, and resized where their size differs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageChops
+
+from utils import InputError, warn
+
+from . import nifti
+from .grey import Array
+from .images import Frame, Sample, as_stored, is_wide, kind_of, mask_sizes, naming, read, to_mode
+from .reading import AS_STORED, Notes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Levels = Counter[float]  # a level -> how many pixels have it
+
+ABNORMAL_ABOVE = 127  # of 255, in a mask
+FULL_MASK = 0.9  # the part of an image above which a mask is said
+SHOWN = 8  # levels in a line
+
+
+class Mask(NamedTuple):
+    """A mask as it was read, or several of one image united."""
+
+    image: Image.Image  # 8-bit grey at its own size; 0 and 255 where labels say what is abnormal
+    notes: Notes  # `orientation`, `alpha`, `wide`, ...: what is to be said of the file
+    levels: Levels
+    by_label: bool  # labels say what is abnormal, not the grey
+
+    def marks(self, above: int) -> bool:
+        """Whether any pixel is abnormal."""
+        return self.image.getextrema()[1] > (0 if self.by_label else above)  # type: ignore[operator]
+
+
+def read_mask(sample: Sample) -> Mask | None:
+    """The mask of an image, None where it has none.
+
+    Orientation is ignored as ever (note `orientation`). Colours become their luminance; where they are constant and the
+    alpha channel is not, the mask is the alpha channel (note `alpha`). Of a volume the slice of the same number. The
+    window is for images: it never changes a mask.
+
+    Raises:
+        InputError: a file cannot be read, or several masks of the image differ in size.
+    """
+    if sample.mask is None:
+        return None
+    mask = _read(sample.mask, sample)
+    for path in sample.more_masks:
+        other = _read(path, sample)
+        if other.image.size != mask.image.size:
+            raise InputError(f"{path}: {other.image.size} pixels, but {sample.mask} has {mask.image.size}")
+        mask = Mask(
+            ImageChops.lighter(mask.image, other.image), {**mask.notes, **other.notes}, mask.levels + other.levels,
+            mask.by_label or other.by_label,
+        )  # fmt: skip
+    return mask
+
+
+def _read(path: Path, sample: Sample) -> Mask:
+    labels = sample.options.mask_labels
+    with naming(path):
+        kind = kind_of(path)
+        if kind == "nifti":
+            values, spacing = nifti.read_volume(path).plane(sample.index or 0, sample.options.plane)
+            values = np.nan_to_num(values)
+            return Mask(nifti.mask_of(_abnormal(values, labels), spacing), {}, _levels(values), by_label=True)
+        if kind == "dicom":
+            return _grey_mask(read(Frame(path, sample.index, AS_STORED)).image.convert("L"), {}, labels)
+        stored, orientation = as_stored(path)
+        notes = {} if orientation == 1 else {"orientation": f"orientation {orientation}"}
+        is_indexed = stored.mode == "P" and (labels or _is_coloured(stored))
+        if not sample.published and (is_indexed or (is_wide(stored) and labels)):
+            values = np.asarray(stored)
+            return Mask(_image(_abnormal(values, labels)), notes, _levels(values), by_label=True)
+        grey, more = to_mode(stored, "L", path)
+        if stored.has_transparency_data:
+            alpha = stored.convert("RGBA").getchannel("A")
+            colours, shades = grey.getextrema(), alpha.getextrema()
+            if colours[0] == colours[1] and shades[0] != shades[1]:
+                grey, more = alpha, {**more, "alpha": "the mask lies in the alpha channel"}
+        return _grey_mask(grey, {**notes, **more}, labels)
+
+
+def _grey_mask(grey: Image.Image, notes: Notes, labels: tuple[int, ...]) -> Mask:
+    levels = Levels({level: count for level, count in enumerate(grey.histogram()) if count})
+    if labels:
+        grey = grey.point([255 * (level in labels) for level in range(256)])
+    return Mask(grey, notes, levels, bool(labels))
+
+
+def _abnormal(values: Array, labels: tuple[int, ...]) -> Array:
+    return np.isin(values, labels) if labels else values != 0
+
+
+def _image(marked: Array) -> Image.Image:
+    return Image.fromarray(marked.astype(np.uint8) * 255)
+
+
+def _levels(values: Array) -> Levels:
+    found, counts = np.unique(values, return_counts=True)
+    return Levels(dict(zip(found.tolist(), counts.tolist(), strict=True)))
+
+
+def _is_coloured(image: Image.Image) -> bool:
+    """Whether a palette's colours that are used are no greys."""
+    palette = np.asarray(image.getpalette() or []).reshape(-1, 3)[np.unique(np.asarray(image))]
+    return bool((palette != palette[:, :1]).any())
+
+
+def levels_note(levels: Levels, by_label: bool, above: int, labels: tuple[int, ...]) -> str | None:
+    """A line on the levels of some masks, their shares, and which count as abnormal; None for 0 and 255 alone."""
+    if not by_label and set(levels) <= {0, 255}:
+        return None
+    total = max(sum(levels.values()), 1)
+    shown = [f"{level:g} ({count / total:.2%})" for level, count in levels.most_common(SHOWN)]
+    more = f", and {len(levels) - SHOWN} more" if len(levels) > SHOWN else ""
+    if labels:
+        rule = f"abnormal are {', '.join(map(str, labels))}, by mask_labels"
+    else:
+        rule = "abnormal is every label but 0" if by_label else f"abnormal is above {above}"
+    return f"masks have {len(levels)} levels: {', '.join(shown)}{more}; {rule} (--mask_labels picks others)"
+
+
+@cache
+def warn_once(text: str) -> None:
+    """A warning on stderr, once a process."""
+    warn(text)
+
+
+def load_mask(sample: Sample, size: int, above: int = ABNORMAL_ABOVE, levels: Levels | None = None) -> Tensor:
+    """A mask resized by nearest neighbour: (size, size) bool, True where it is above `above` of 255.
+
+    All False where there is no mask. The mask's levels are added to `levels`. `InputError` where it cannot be read or
+    is of another size than its image.
+    """
+    return load_grey_mask(sample, size, levels)[0] > (above + 0.5) / 255
+
+
+def load_grey_mask(sample: Sample, size: int, levels: Levels | None = None) -> Tensor:
+    """A mask's greys resized by nearest neighbour: (1, size, size) float32 in [0, 1], zeros where there is no mask.
+
+    The published training augments these and thresholds afterwards: above 0.5 for 127, in general (above + 0.5) / 255.
+    Another size than its image's is refused, or said once where `published`.
+    """
+    import torch  # noqa: PLC0415 (half a second, which `--help` need not wait for)
+
+    found = read_mask(sample)
+    if found is None or sample.mask is None:
+        return torch.zeros(1, size, size)
+    if levels is not None:
+        levels.update(found.levels)
+    mask = found.image
+    if mask.size not in (sizes := mask_sizes(sample)):
+        if not sample.published:
+            raise InputError(f"{sample.mask}: {mask.size} pixels, but its image has {' or '.join(map(str, sizes))}")
+        words = "masks of another size than their images: resized, as the published loader does"
+        warn_once(f"{sample.mask.parent}: {words}")
+    return torch.from_numpy(np.array(mask.resize((size, size), Image.Resampling.NEAREST))).float()[None] / 255
+
+
+def mask_notes(mask: Mask, above: int = ABNORMAL_ABOVE) -> Notes:
+    """What is odd about a mask: `empty`, `labels` (marks something, but nothing above `above`), `full`, `grey`."""
+    counts = np.asarray(mask.image.histogram())
+    greys = np.flatnonzero(counts)
+    share = counts[above + 1 :].sum() / max(counts.sum(), 1)
+    if greys[-1] == 0:
+        return {"empty": "empty"}
+    if greys[-1] <= above:
+        return {"labels": f"its largest value is {greys[-1]} of 255, and abnormal is above {above}: save 0 and 255"}
+    if share > FULL_MASK:
+        return {"full": f"{share:.0%} of the image is abnormal" + (" (a constant mask)" if len(greys) == 1 else "")}
+    return {} if {0, 255}.issuperset(greys.tolist()) else {"grey": f"{len(greys)} greys"}
+
+
+def check_mask(sample: Sample, above: int = ABNORMAL_ABOVE) -> list[str]:
+    """Warnings about a shot's mask: constant, or nearly all of the image.
+
+    A test mask of labels counts as empty, as published, and `dataset.check` reports it.
+
+    Raises:
+        InputError: the mask marks something, but nothing as abnormal: labels 0 and 1 where 0 and 255 are meant.
+    """
+    mask = read_mask(sample)
+    notes = {} if mask is None else mask_notes(mask, above)
+    if "labels" in notes:
+        raise InputError(f"{sample.mask}: {notes['labels']}")
+    return [f"{sample.mask}: {notes[kind]}" for kind in ("empty", "full") if kind in notes]

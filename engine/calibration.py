@@ -9,16 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from dataset.medical_few import Sample
+
+from .evaluation import Evaluation, Masks
 from .metrics import PixelCounts, count_pixels, maps_at_a_time
-
-if TYPE_CHECKING:
-    from dataset.medical_few import Sample
-
-    from .evaluation import Evaluation, Masks
 
 MAX_IMAGES = 100  # of a class: enough for a threshold, and each passes the tower once
 HEAT_QUANTILES = (0.02, 0.9995)  # of the pixels: the range of colours in pictures
@@ -127,17 +125,17 @@ def describe_threshold(threshold: dict[str, Any] | None) -> str:
 
 def select_threshold(labels: np.ndarray, scores: np.ndarray, rule: Rule) -> float:
     """The threshold by the rule, half way down to the next score against rounding: labels, scores (M,)."""
-    values = np.unique(scores)[::-1]  # candidates, highest first
-    rows = [threshold_metrics(labels, scores, value) for value in values]
+    values, place = np.unique(-scores, return_inverse=True)  # candidates, highest first
+    true, false = (np.bincount(place[labels == label], minlength=len(values)).cumsum() for label in (1, 0))
     if rule.fpr is not None:
-        best = sum(row["fpr"] is None or row["fpr"] <= rule.fpr for row in rows) - 1
+        best = int((false / max(false[-1], 1) <= rule.fpr).sum()) - 1
     elif rule.tpr is not None:
-        best = next(i for i, row in enumerate(rows) if row["tpr"] is not None and row["tpr"] >= rule.tpr)
+        best = int((true / true[-1] >= rule.tpr).argmax())
     else:
-        best = int(np.argmax([row["f1"] or 0.0 for row in rows]))
+        best = int((2 * true / (true + false + true[-1])).argmax())
     if best < 0:  # even the highest score is a normal image's
-        return float(np.nextafter(values[0], np.inf))
-    return float((values[best] + values[min(best + 1, len(values) - 1)]) / 2)
+        return float(np.nextafter(-values[0], np.inf))
+    return float((-values[best] - values[min(best + 1, len(values) - 1)]) / 2)
 
 
 def threshold_metrics(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict[str, Any]:

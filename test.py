@@ -28,7 +28,7 @@ from engine.features import TokenStore, Tower
 from engine.files.checkpoint import Checkpoint, check_metadata, default_checkpoint, find_trained_weights
 from engine.files.config import Settings, check_against, pick_autocast, pick_device
 from engine.files.run import check_outputs, describe_test, published_lines, result_json, shot_patients
-from engine.metrics import measure, measure_without
+from engine.metrics import measure, measure_without, patient_metrics
 from engine.report.figures import save_figures
 from engine.report.history import find_history, read_history
 from engine.report.page import write_page
@@ -53,6 +53,7 @@ def test(options: argparse.Namespace) -> dict[str, Any]:
     threshold = metadata.get("threshold") or {}
     metrics = measure(evaluation, masks, full=True, pixel_threshold=threshold.get("pixel_value"))
     metrics.values.update(measure_without(evaluation, masks, shot_patients(settings, metadata, options.obj)))
+    metrics.values.update(patient_metrics(evaluation))
     result = {**result_json(settings, evaluation, metrics, metadata["select"]), "obj": options.obj}
     result["trained_on"] = settings.obj
     print(source)

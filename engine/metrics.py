@@ -1,4 +1,4 @@
-"""Numbers from an `Evaluation` and its masks: image metrics, exact pixel metrics, bootstrap intervals.
+"""Numbers from an `Evaluation` and its masks: image metrics, exact pixel metrics, intervals.
 
 Pixel metrics take two passes over the maps. Abnormal pixels are few: the first pass collects their scores and sorts
 them; these are the grid. The second pass sorts each batch of maps and counts how many pixels lie below and at each grid
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 
 from utils import InputError
@@ -31,7 +32,8 @@ CURVE_POINTS = 300  # finer than a figure can show
 AUPRO_LIMIT = 0.3  # false positive rate up to which MVTec's AUPRO integrates
 COARSE = 511  # most points of the bootstrap's grid: 1,023 bins, at, between and beside them
 BOOTSTRAP_DRAWS = 1000  # of a bootstrap
-CONFIDENCE_LEVEL = 0.95  # of its intervals
+CONFIDENCE_LEVEL = 0.95  # of all intervals
+Z_95 = 1.959964  # standard errors on either side at this level
 
 Value = float | int | list[float] | None  # None: not measurable
 Source = Callable[[slice], Tensor]  # images of a slice -> (B, S, S)
@@ -58,6 +60,13 @@ LABELS_WITHOUT = {
     "pauc_without_shot_patients": "pixel AUROC without the shots' patients",
     "n_normal_without_shot_patients": "normal images without the shots' patients",
     "n_abnormal_without_shot_patients": "abnormal images without the shots' patients",
+}
+# What `patient_metrics` adds, for people.
+LABELS_OF_PATIENTS = {
+    "auc_patients": "AUROC over patients, each with his highest score",
+    "auc_patients_ci95": "AUROC over patients, 95% interval",
+    "n_normal_patients": "normal patients",
+    "n_abnormal_patients": "abnormal patients",
 }
 
 
@@ -91,7 +100,7 @@ class Metrics:
 
     def table(self) -> str:
         """AUC and pAUC as `line` has them, and a line for each other value but thresholds that the test set set."""
-        labels = {name: label for name, (label, _) in METRICS.items()} | LABELS_WITHOUT
+        labels = {name: label for name, (label, _) in METRICS.items()} | LABELS_WITHOUT | LABELS_OF_PATIENTS
         hidden = {"auc", "pauc"} | ({"pauc_without_shot_patients"} if self.pauc is None else set())
         rows = [
             f"  {labels[name]}: {readable_value(value)}"
@@ -126,7 +135,7 @@ def measure(
     Args:
         evaluation: M images.
         masks: theirs; None on image-only data sets. The maps of detection heads are never measured.
-        full: also AUPRO, Dice, bootstrap intervals over images, and curves.
+        full: also AUPRO, Dice, intervals over images, and curves.
         aupro: also AUPRO, which costs more than the other metrics.
         pixel_threshold: for Dice: abnormal is score >= threshold.
 
@@ -137,7 +146,7 @@ def measure(
     values: dict[str, Value] = {**image_metrics(labels, scores)}
     curves = {}
     if full:
-        values["auc_ci95"] = bootstrap_auroc(labels, scores)
+        values["auc_ci95"] = auroc_interval(labels, scores)
         curves = image_curves(labels, scores)
     if masks is not None and evaluation.head == "seg":
         pixels = evaluation.maps, masks.get, len(labels), maps_at_a_time(evaluation)
@@ -221,19 +230,69 @@ def image_curves(labels: np.ndarray, scores: np.ndarray, points: int = CURVE_POI
     return {"image_roc": _thinned(fpr, tpr, points), "image_pr": _thinned(recall[1:], precision[1:], points)}
 
 
-def bootstrap_auroc(labels: np.ndarray, scores: np.ndarray, draws: int = BOOTSTRAP_DRAWS, seed: int = 0) -> list[float]:
-    """95% percentile interval of the image AUROC, [low, high]: labels, scores (M,), images drawn with replacement.
+def placements(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """DeLong's placement values of labels, scores (M,), whose mean is the AUROC; a tie counts half.
 
-    Draws that hold one class only are drawn again. The same seed gives the same interval.
+    Returns:
+        Of each abnormal image the share of normal ones below it, of each normal image that of abnormal ones above it.
+
+    Raises:
+        InputError: one class only.
     """
     _check_classes((labels == 0).sum(), (labels == 1).sum(), "image", "image AUC")
-    _, bins = np.unique(scores, return_inverse=True)
-    classes = labels == 0, labels == 1
-    values = [
-        _auroc(*(np.bincount(bins[members], draw[members], minlength=bins.max() + 1) for members in classes))
-        for draw in _draw(*classes, draws, seed)
-    ]
-    return _interval(np.array(values))
+    normal, abnormal = np.sort(scores[labels == 0]), np.sort(scores[labels == 1])
+    below, above = (
+        (np.searchsorted(other, own) + np.searchsorted(other, own, "right")) / (2 * len(other))
+        for own, other in ((scores[labels == 1], normal), (scores[labels == 0], abnormal))
+    )
+    return below, 1 - above
+
+
+def auroc_interval(labels: np.ndarray, scores: np.ndarray) -> list[float]:
+    """95% interval of the image AUROC of labels, scores (M,), [low, high]; at an AUROC of 0 or 1 it keeps its width.
+
+    At each end the wider of two: DeLong's (1988) on the logit scale, which is undefined at 0 and 1 and too short near
+    them, and Newcombe's (2006, method 5), which is too short where the classes vary unequally. docs/method.md has the
+    coverage.
+    """
+    below, above = placements(labels, scores)
+    auc, pairs, images = float(below.mean()), len(below) * len(above), (len(below) + len(above)) / 2 - 1
+
+    def distance(value: float) -> float:  # to what Newcombe's interval takes for just plausible
+        spread = 1 + images * ((1 - value) / (2 - value) + value / (1 + value))
+        return (auc - value) ** 2 - Z_95**2 * value * (1 - value) * spread / pairs
+
+    margin = 1e-9
+    low = brentq(distance, margin, auc - margin) if auc > 2 * margin and distance(margin) > 0 else 0.0
+    high = brentq(distance, auc + margin, 1 - margin) if auc < 1 - 2 * margin and distance(1 - margin) > 0 else 1.0
+    if 0 < auc < 1 and min(len(below), len(above)) > 1:
+        error = (below.var(ddof=1) / len(below) + above.var(ddof=1) / len(above)) ** 0.5 / (auc * (1 - auc))
+        centre = np.log(auc / (1 - auc))
+        ends = 1 / (1 + np.exp(-(centre + np.array([-Z_95, Z_95]) * error)))
+        low, high = min(low, ends[0]), max(high, ends[1])
+    return [float(low), float(high)]
+
+
+def patient_metrics(evaluation: Evaluation) -> dict[str, Value]:
+    """AUROC over patients, each with the highest score of his images, and abnormal where one of them is.
+
+    Returns:
+        `auc_patients`, its interval `auc_patients_ci95`, `n_normal_patients` and `n_abnormal_patients`. Nothing where
+        an image has no known patient, no patient has two images, or there are not both classes of patients.
+    """
+    patients = [sample.patient for sample in evaluation.samples]
+    names, index = np.unique([patient or "" for patient in patients], return_inverse=True)
+    labels, scores = np.zeros(len(names), dtype=np.int64), np.full(len(names), -np.inf)
+    np.maximum.at(labels, index, evaluation.labels)
+    np.maximum.at(scores, index, evaluation.image_scores)
+    if not all(patients) or len(names) == len(patients) or len(set(labels.tolist())) < 2:
+        return {}
+    return {
+        "auc_patients": image_metrics(labels, scores)["auc"],
+        "auc_patients_ci95": auroc_interval(labels, scores),
+        "n_normal_patients": int((labels == 0).sum()),
+        "n_abnormal_patients": int(labels.sum()),
+    }
 
 
 # --- pixels ---

@@ -80,6 +80,14 @@ def test_rules_by_brute_force(images: list[tuple[int, int]], text: str) -> None:
         assert result["f1"] == max(row["f1"] for row in everything)
 
 
+def test_a_threshold_of_many_images() -> None:
+    scores = np.random.default_rng(0).permutation(400_000) / 400_000  # n squared would take hours
+    labels = (scores >= 0.75).astype(int)
+    assert select_threshold(labels, scores, Rule()) == pytest.approx(0.75, abs=2e-6)
+    assert select_threshold(labels, scores, Rule(tpr=0.5)) == pytest.approx(0.875, abs=2e-6)
+    assert select_threshold(labels, scores, Rule(fpr=0.5)) == pytest.approx(0.375, abs=2e-6)
+
+
 def test_the_highest_score_is_normal() -> None:
     assert select_threshold(np.array([1, 0]), np.array([1.0, 2.0]), Rule(0.0)) > 2.0
 

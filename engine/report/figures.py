@@ -7,6 +7,7 @@ screen. The same numbers give the same bytes.
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 import re
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from ..metrics import Metrics
 
-COLOURS = {"ink": "#16191d", "muted": "#5c636b", "grid": "#dfe3e7", "accent": "#0a5fb4"}  # page.html has them, and dark
+COLOURS = {"ink": "#16191d", "muted": "#5c636b", "grid": "#dfe3e7", "accent": "#0a5fb4"}  # base.html has them, and dark
 # Families for names of files that DejaVu Sans, which comes with matplotlib, has no letters for.
 FALLBACKS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "PingFang SC", "Hiragino Sans",
              "Microsoft YaHei", "Malgun Gothic", "Noto Sans", "Arial Unicode MS")  # fmt: skip
@@ -95,6 +96,12 @@ class Plot:
         if names:
             figure.legend(handles, names, loc="outside upper left", ncols=3 if len(names) == 3 else 2)
         return figure
+
+
+def draw(plot: Plot) -> str:
+    """A figure as the address of itself, for the page: a PNG without a background."""
+    with _style("page", page=True):
+        return "data:image/png;base64," + base64.b64encode(_bytes(plot._figure(), "png", 192)).decode()
 
 
 def plots(

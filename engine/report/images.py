@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 COLOUR_MAP = "inferno"  # bright is abnormal, also in grey and for every kind of colour vision
 OUTLINE = (0, 229, 200)
-HEAT_OPACITY = 0.55
+HEAT_OPACITY = 0.75  # of the highest heat
+CLEAR = 60  # of 255: how far below 0 the opacity of the lowest heat would be
 MAX_OVERLAY_SIDE = 1024  # pixels of an overlay's longer side
 
 
@@ -48,27 +49,29 @@ def shrink(image: Image.Image, longest: int, enlarge: bool = False) -> Image.Ima
 
 
 @cache
-def palette() -> np.ndarray:
-    """(256, 3) uint8: the colours of a heat map, from low to high."""
+def heat_colours() -> np.ndarray:
+    """(256, 4) uint8: red, green, blue and opacity of heat, from low to high: low leaves the anatomy clear."""
     from matplotlib import colormaps  # noqa: PLC0415
 
-    return np.asarray(colormaps[COLOUR_MAP](np.arange(256), bytes=True))[:, :3]
+    rgba = np.array(colormaps[COLOUR_MAP](np.arange(256), bytes=True))
+    rgba[:, 3] = np.linspace(-CLEAR, HEAT_OPACITY * 255, 256).clip(0).round()
+    return rgba
 
 
-def colours(heat: np.ndarray, heat_range: tuple[float, float]) -> np.ndarray:
-    """Heat (...) -> RGB (..., 3) uint8; what lies outside `heat_range` has the colour of its end."""
+def heat_picture(heat: np.ndarray, heat_range: tuple[float, float]) -> Image.Image:
+    """A heat map (S, S) in the colours of `heat_colours`, which it has as its palette, over `heat_range`."""
     low, high = heat_range
     steps = (heat.astype(np.float64) - low) / max(high - low, 1e-12) * 255
-    coloured: np.ndarray = palette()[steps.round().clip(0, 255).astype(np.uint8)]
-    return coloured
+    picture = Image.fromarray(steps.round().clip(0, 255).astype(np.uint8))
+    picture.putpalette(heat_colours().tobytes(), "RGBA")
+    return picture
 
 
-def alpha_blend(
-    image: Image.Image, heat: np.ndarray, heat_range: tuple[float, float], opacity: float = HEAT_OPACITY
-) -> Image.Image:
+def alpha_blend(image: Image.Image, heat: np.ndarray, heat_range: tuple[float, float]) -> Image.Image:
     """The image under its heat map (S, S), coloured over `heat_range`."""
     stretched = Image.fromarray(heat.astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
-    return Image.blend(image, Image.fromarray(colours(np.asarray(stretched), heat_range)), opacity)
+    layer = heat_picture(np.asarray(stretched), heat_range).convert("RGBA")
+    return Image.alpha_composite(image.convert("RGBA"), layer).convert("RGB")
 
 
 def outline(mask: np.ndarray, width: int = 1) -> np.ndarray:
@@ -94,7 +97,7 @@ def overlay(
     image: Image.Image, heat: np.ndarray, heat_range: tuple[float, float], regions: Sequence[dict[str, Any]]
 ) -> Image.Image:
     """The image, at most MAX_OVERLAY_SIDE pixels a side, under its heat map (S, S) and the outlines of `contours`."""
-    picture = alpha_blend(shrink(image, MAX_OVERLAY_SIDE), heat, heat_range, 0.5)
+    picture = alpha_blend(shrink(image, MAX_OVERLAY_SIDE), heat, heat_range)
     scale_x, scale_y = (after / before for after, before in zip(picture.size, image.size, strict=True))
     draw = ImageDraw.Draw(picture)
     for region in regions:
@@ -138,8 +141,8 @@ def contours(heat: np.ndarray, level: float, size: tuple[int, int]) -> list[dict
     return sorted(regions, key=lambda region: -abs(region["area"]))
 
 
-def encode(image: Image.Image, kind: str, **options: Any) -> str:  # noqa: ANN401 - Pillow's options
-    """The bytes of a picture file as base64, for a data URI; without any metadata of the original."""
+def data_uri(image: Image.Image, kind: str, **options: Any) -> str:  # noqa: ANN401 - Pillow's options
+    """A picture as the address of itself, for an <img>; without any metadata of the original."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,20 +1,23 @@
-"""The report page: one HTML file with numbers, figures and a gallery of the images, and nothing from a network.
+"""The pages: one HTML file with numbers, figures and a gallery of the images, and nothing from a network.
 
-`write_page` shows a test set, `write_prediction_page` images without labels; both fill page.html. A heat map is kept as
-HEAT x HEAT bytes between its own lowest and highest value, and the browser colours all of them on one scale.
+A page is a template of templates/, filled by jinja2. All extend base.html: style, threshold, a gallery whose heat maps
+and outlines can be switched off and whose pictures enlarge on a click, for screens (light, dark, phones) and paper.
+
+    card = make_card(name, score, picture, heat, heat_range)          for each image
+    write(folder, "predictions.html", cards, title=..., ...)          a page about them
+
+`write_page` shows a test set by report.html.
 """
 
 from __future__ import annotations
 
-import base64
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
-from html import escape
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,50 +26,146 @@ from PIL import Image
 from utils import atomic_path, prefetch
 
 from ..evaluation import Evaluation, Masks
-from ..files.config import PAPER, Settings, shareable
-from .figures import History, digits, plots, threshold_of
-from .images import OUTLINE, encode, fit_mask, outline, palette, read_picture, shrink
+from ..files.config import Settings, shareable
+from .figures import History, digits, draw, plots, threshold_of
+from .images import OUTLINE, data_uri, fit_mask, heat_colours, heat_picture, outline, read_picture, shrink
 
 if TYPE_CHECKING:
     from ..metrics import Metrics
 
-THUMB = 192  # pixels of a thumbnail's longer side
-QUALITIES = (75, 30, 15)  # of WebP: the first that takes no more than THUMB_CHARS; only noise comes to the last
-THUMB_CHARS = 19_000  # base64
-HEAT = 48
-MAX_CARDS = 2000  # images: bounds memory, and the page to 50 MB
+SIDE = 480  # pixels of a picture's longer side: shown at 240 and more, enlarged on a click
+HEAT = 60  # pixels a side of a heat map, which the browser enlarges
+MAX_CARDS = 1000  # images: some 25 MB
 BATCH = 32  # maps at a time
-WORKERS = 4  # threads that draw thumbnails
-TEMPLATE = Path(__file__).with_name("page.html")
-NOTE = "Research use, not a medical device."
-MEANING = "A score says how abnormal an image looks to the model; it is no probability"
-WEAK = "weak localisation from the detection heads, not measured"
-SELECTED = {
-    "test": "the best of the run on {obj}'s test set (--select test{paper})",
-    "valid": "the best of the run on images of valid/ that are no shots (--select valid)",
-    "last": "the last of the run (--select last)",
-}
-# Of a run's machine: not for whoever a page is given to.
-PRIVATE = ("host", "device", "device_name", "threads", "command", "wandb_id", "settings")
-# A local path and its last part, wherever it stands in a value.
-LOCAL_PATH = re.compile(r"(?<![\w:/\\.])(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[^\s/\\]+[/\\])*([^\s/\\]*)")
+WORKERS = 4  # threads that draw pictures
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True,
+    trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Card:
-    """What the gallery shows of an image; pictures are base64. The fields' order is known to page.html."""
+    """What the gallery shows of an image; pictures are data URIs. Make it with `make_card`."""
 
     name: str
-    label: int | None  # None: not known, a prediction
     score: float
+    label: int | None  # None: not known, a prediction
     group: str | None  # the volume or series that it is a slice of
-    image: str | None  # WebP; None where the file is not there
+    picture: str | None  # None where the file is not there
     width: int  # of the picture, in any unit
     height: int
-    outline: str | None  # PNG, transparent but for the mask's edge
-    heat: str | None  # (HEAT, HEAT) bytes: 0 stands for `low`, 255 for `high`
-    low: float
-    high: float
+    heat: str | None  # transparent where the heat is low
+    outline: str | None  # transparent but for the mask's edge
+
+    @property
+    def longest(self) -> int:
+        """The longer side."""
+        return max(self.width, self.height)
+
+
+def make_card(
+    name: str,
+    score: float,
+    picture: Image.Image | None,
+    heat: np.ndarray | None,
+    heat_range: tuple[float, float],
+    *,
+    label: int | None = None,
+    group: str | None = None,
+    mask: np.ndarray | None = None,
+) -> Card:
+    """What the page shows of an image, some 25 kB whatever the size of its picture.
+
+    Args:
+        name: what the page calls it.
+        score: of the image.
+        picture: of any size, RGB; None: a placeholder.
+        heat: its map (S, S); None without.
+        heat_range: of the colours, one for all cards of a page.
+        label: 0 normal, 1 abnormal; None: not known.
+        group: the volume or series that it is a slice of: shown as a strip, in the order of the cards.
+        mask: (S, S) bool, whose outline is shown.
+    """
+    small = shrink(picture, SIDE) if picture else None
+    width, height = small.size if small else (SIDE, SIDE)
+    layer = edge = None
+    if heat is not None:
+        pooled = F.adaptive_avg_pool2d(torch.from_numpy(heat.astype(np.float32))[None], HEAT)[0].numpy()
+        layer = data_uri(heat_picture(pooled, heat_range), "PNG")
+    if mask is not None and mask.any():
+        drawn = Image.fromarray(outline(fit_mask(mask, (width, height)), 2).astype(np.uint8))
+        drawn.putpalette([0, 0, 0, *OUTLINE])
+        edge = data_uri(drawn, "PNG", transparency=0, bits=1)
+    shown = data_uri(small.convert("RGB"), "WEBP", quality=75) if small else None
+    return Card(name, score, label, group, shown, width, height, layer, edge)
+
+
+def write(
+    folder: str | Path,
+    template: str,
+    cards: Sequence[Card],
+    *,
+    scores: Sequence[np.ndarray],
+    threshold: float | None,
+    heat_range: tuple[float, float],
+    **values: Any,  # noqa: ANN401 - what a template shows
+) -> Path:
+    """Write index.html.
+
+    Args:
+        folder: made if need be.
+        template: a file of templates/.
+        cards: in the order in which they are shown without JavaScript; cards of one group follow each other.
+        scores: of all images, shown or not: of the normal and of the abnormal ones, or one array where labels are not
+            known.
+        threshold: abnormal is score >= threshold; None: no decisions until one is set by hand.
+        heat_range: the colours' ends.
+        **values: what else base.html and the template use. base.html: `kind` and `title`, `lead` and `notes` (lines
+            below the title and above the gallery), `origin` (the threshold in words), `weak` (the maps are from
+            detection heads), `made` (a mapping, see `flatten`).
+
+    Returns:
+        The page's path.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    every = np.concatenate([*scores, [] if threshold is None else [threshold]])
+    low, high = (float(every.min()), float(every.max())) if len(every) else (0.0, 1.0)
+    decimals = digits(np.concatenate(scores))
+    data = {
+        "labelled": len(scores) == 2, "threshold": threshold, "range": [low, high], "digits": decimals,
+        "scores": [of_class.tolist() for of_class in [*scores, np.zeros(0)][:2]],
+    }  # fmt: skip
+    stops = [f"rgb({r} {g} {b} / {a / 255:.2f})" for r, g, b, a in heat_colours()[::15].tolist()]
+    html = TEMPLATES.get_template(template).render(
+        **{**values, "made": flatten(values["made"])},
+        data=data, scale=heat_range, gradient=", ".join(stops), outline=f"rgb{OUTLINE}",
+        groups=[list(group) for _, group in groupby(cards, key=lambda card: card.group)],
+        has_heat=any(card.heat for card in cards), has_outline=any(card.outline for card in cards),
+        number=lambda value: f"{value:.{decimals}f}",
+        place=lambda value: round((value - low) / (high - low or 1), 4),
+    )  # fmt: skip
+    page = Path(folder) / "index.html"
+    with atomic_path(page, "--report") as temporary:  # a file's name may hold bytes that are no UTF-8
+        temporary.write_text(html, encoding="utf-8", errors="backslashreplace")
+    return page
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested values as rows of name and words; what is None is left out."""
+    rows: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            rows += flatten(value, f"{prefix}{name}.")
+        elif value is not None:
+            words = value if isinstance(value, list | tuple) else [value]
+            rows.append((prefix + name, " ".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in words)))
+    return rows
+
+
+# --- a test set ---
 
 
 def write_page(
@@ -79,7 +178,7 @@ def write_page(
     history: History = (),
     obj: str | None = None,
 ) -> Path:
-    """Write index.html about a test set.
+    """Write index.html about a test set, the worst errors first.
 
     Args:
         folder: made if need be.
@@ -87,8 +186,7 @@ def write_page(
         masks: of its images, None without.
         metrics: of `measure(..., full=True)`, and of `measure_without`.
         settings: of the checkpoint.
-        metadata: of the checkpoint: `select`, `metrics.epoch` and `threshold` are used, and what there is is listed,
-            without paths and what it says of a machine.
+        metadata: of the checkpoint, all of which is listed.
         history: the run's epochs, see `read_history`.
         obj: the data set that was tested, where it is not the one trained on.
 
@@ -99,137 +197,23 @@ def write_page(
         InputError: it cannot be written.
     """
     obj = obj or settings.obj
-    figures = {
-        name: f'<figure class="plot"><figcaption>{escape(plot.title)}</figcaption>{plot.svg(name)}</figure>'
-        for name, plot in plots(evaluation, metrics, metadata, history).items()
-    }
+    scores, labels = evaluation.image_scores, evaluation.labels
     threshold, origin = threshold_of(metrics, metadata)
-    scores, shown = evaluation.image_scores, _kept(evaluation.image_scores, evaluation.labels)
     heat_range = (metadata.get("threshold") or {}).get("heat_range") or _map_range(evaluation)
-    data = {
-        "labelled": True,
-        "threshold": threshold,
-        "scores": [scores[evaluation.labels == label].tolist() for label in (0, 1)],
-        "cards": [astuple(card) for card in _cards(evaluation, masks, shown)],
-        "sort": "worst",
-    }
+    worst = np.argsort(np.where(labels == 1, scores - threshold, threshold - scores), kind="stable")[:MAX_CARDS]
+    called = scores >= threshold
     known, options = settings.to_dict(), shareable(metadata.get("options") or {})
-    values = {**known, **metadata, "options": {k: v for k, v in options.items() if k not in known}}
-    parts = {
-        "kind": "MadCLIP test report",
-        "title": escape(obj),
-        "lead": _lead(evaluation, settings, metadata, obj),
-        "numbers": _numbers(metrics, metadata),
-        "origin": escape(origin),
-        "decisions": _confusion(scores, evaluation.labels, threshold),
-        "histogram": figures.pop("histogram"),
-        "figures": f'<div class="figures">{"".join(figures.values())}</div>',
-        "note": escape(_gallery_note(len(shown), len(scores), evaluation)),
-        "scale_words": "pixel score, one scale for all" if evaluation.head == "seg" else WEAK,
-        "settings": _rows({name: value for name, value in values.items() if name not in PRIVATE}),
-    }
-    return _write(folder, parts, data, heat_range, scores, maps=True)
-
-
-def write_prediction_page(
-    folder: str | Path,
-    rows: Sequence[Card],
-    *,
-    title: str,
-    threshold: float | None,
-    origin: str,
-    heat_range: tuple[float, float],
-    weak: bool = False,
-    metadata: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write index.html about predictions: highest scores first, volumes as strips, a threshold that can be moved.
-
-    Args:
-        folder: made if need be.
-        rows: of `make_card`; beyond MAX_CARDS those with the highest scores are shown.
-        title: the page's heading, such as the checkpoint's data set.
-        threshold: abnormal is score >= threshold; None: no decisions until one is set by hand.
-        origin: where the threshold comes from.
-        heat_range: of the colours.
-        weak: the maps come from the detection heads of a checkpoint that was trained without masks.
-        metadata: what to list of the checkpoint, see `write_page`.
-
-    Returns:
-        The page's path.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    scores = np.array([row.score for row in rows], dtype=np.float64)
-    cards = [rows[i] for i in sorted(np.argsort(-scores, kind="stable")[:MAX_CARDS])]
-    volumes, slices = len({card.group for card in rows} - {None}), sum(card.group is not None for card in rows)
-    of_volumes = f", {slices:,} of them slices (volumes or series: {volumes:,})" if volumes else ""
-    data = {"labelled": False, "threshold": threshold, "scores": [scores.tolist()],
-            "cards": [astuple(card) for card in cards], "sort": "score"}  # fmt: skip
-    above = 0 if threshold is None else int((scores >= threshold).sum())
-    fewer = len(cards) < len(rows)
-    kept = f"The gallery holds the {MAX_CARDS:,} highest scores of {len(rows):,} images." if fewer else ""
-    parts = {
-        "kind": "MadCLIP predictions",
-        "title": escape(title),
-        "lead": f"{len(rows):,} images{of_volumes}. {MEANING}. {NOTE}",
-        "numbers": "",
-        "origin": escape(origin),
-        "decisions": f'<tr><td><span data-count="p">{above:,}</span> of {len(rows):,} images abnormal</td></tr>',
-        "histogram": "",
-        "figures": "",
-        "note": escape(kept),
-        "scale_words": WEAK if weak else "pixel score, one scale for all",
-        "settings": _rows({k: v for k, v in shareable(dict(metadata or {})).items() if k not in PRIVATE}),
-    }
-    return _write(folder, parts, data, heat_range, scores, maps=any(card.heat for card in cards))
-
-
-def _write(
-    folder: str | Path,
-    parts: Mapping[str, str],
-    data: Mapping[str, Any],
-    heat_range: Sequence[float],
-    scores: np.ndarray,
-    maps: bool,
-) -> Path:
-    """Fill the template."""
-    threshold, decimals = data["threshold"], digits(scores)
-    ends = [*scores.tolist(), *([] if threshold is None else [threshold])] or [0.0]
-    shared = {"digits": decimals, "range": [min(ends), max(ends)], "scale": list(heat_range),
-              "colours": palette().tolist(), "heat": HEAT}  # fmt: skip
-    anchors = ", ".join(f"rgb{tuple(colour)}" for colour in palette()[::15].tolist())
-    values = {
-        **parts,
-        "body": "maps" if maps else "plain",
-        "threshold": "none" if threshold is None else f"{threshold:.{decimals}f}",
-        "gradient": f"linear-gradient(to right, {anchors})",
-        "low": f"{heat_range[0]:.3f}",
-        "high": f"{heat_range[1]:.3f}",
-        "footer": NOTE,
-        "data": json.dumps({**data, **shared}, separators=(",", ":")).replace("<", "\\u003c"),
-    }
-    html = re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], TEMPLATE.read_text(encoding="utf-8"))
-    page = Path(folder) / "index.html"
-    with atomic_path(page, "--report") as temporary:  # a file's name may hold bytes that are no UTF-8
-        temporary.write_text(html, encoding="utf-8", errors="backslashreplace")
-    return page
-
-
-# --- the gallery ---
-
-
-def _kept(scores: np.ndarray, labels: np.ndarray) -> list[int]:
-    """At most MAX_CARDS images: the highest and the lowest scores of each class, as many of each class as there are."""
-    order = [np.flatnonzero(labels == label)[np.argsort(scores[labels == label], kind="stable")] for label in (0, 1)]
-    half = MAX_CARDS // 2
-    room = [max(half, MAX_CARDS - len(other)) for other in reversed(order)]
-    parts = []
-    for indices, limit in zip(order, room, strict=True):
-        lower = min(len(indices), limit) // 2
-        upper = min(len(indices), limit) - lower
-        parts += [*indices[:lower].tolist(), *indices[len(indices) - upper :].tolist()]
-    return parts
+    return write(
+        folder, "report.html", list(_cards(evaluation, masks, worst.tolist(), heat_range)),
+        scores=[scores[labels == 0], scores[labels == 1]], threshold=threshold, heat_range=heat_range,
+        kind="MadCLIP test report", title=obj, lead=_lead(evaluation, settings, metadata, obj), origin=origin,
+        notes=_notes(len(worst), len(scores)), weak=evaluation.head != "seg", numbers=_numbers(metrics, metadata),
+        plots={name: {"title": plot.title, "picture": draw(plot)}
+               for name, plot in plots(evaluation, metrics, metadata, history).items()},
+        counts={name: int(((called == positive) & (labels == label)).sum()) for name, positive, label in
+                (("tp", True, 1), ("fn", False, 1), ("tn", False, 0), ("fp", True, 0))},
+        made={**known, **metadata, "options": {name: v for name, v in options.items() if name not in known}},
+    )  # fmt: skip
 
 
 def _map_range(evaluation: Evaluation) -> tuple[float, float]:
@@ -241,151 +225,68 @@ def _map_range(evaluation: Evaluation) -> tuple[float, float]:
     return low, high
 
 
-def _cards(evaluation: Evaluation, masks: Masks | None, shown: Sequence[int]) -> Iterator[Card]:
+def _cards(
+    evaluation: Evaluation, masks: Masks | None, shown: Sequence[int], heat_range: tuple[float, float]
+) -> Iterator[Card]:
     def maps_and_masks() -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
         for start in range(0, len(shown), BATCH):
             part = shown[start : start + BATCH]
             edges = [None] * len(part) if masks is None else masks.get(part).cpu().numpy()
             yield from zip(part, evaluation.maps(part).cpu().numpy(), edges, strict=True)
 
-    def draw(item: tuple[int, np.ndarray, np.ndarray | None]) -> Card:
+    def make(item: tuple[int, np.ndarray, np.ndarray | None]) -> Card:
         i, heat, mask = item
         name, score, label = evaluation.names[i], float(evaluation.image_scores[i]), int(evaluation.labels[i])
-        return make_card(name, score, read_picture(evaluation.samples[i], THUMB), heat, label=label, mask=mask)
+        picture = read_picture(evaluation.samples[i], SIDE)
+        return make_card(name, score, picture, heat, heat_range, label=label, mask=mask)
 
-    return prefetch(draw, maps_and_masks(), WORKERS)
-
-
-def make_card(
-    name: str,
-    score: float,
-    picture: Image.Image | None,
-    heat: np.ndarray | None,
-    *,
-    label: int | None = None,
-    group: str | None = None,
-    mask: np.ndarray | None = None,
-) -> Card:
-    """What the page shows of an image, some 12 kB whatever the size of its picture.
-
-    Args:
-        name: what the page calls it.
-        score: of the image.
-        picture: of any size, RGB; None: a placeholder.
-        heat: its map (S, S); None without.
-        label: 0 normal, 1 abnormal; None: not known.
-        group: the volume or series that it is a slice of: shown as a strip, in the order of the rows.
-        mask: (S, S) bool, whose outline is shown.
-    """
-    width, height = picture.size if picture else (THUMB, THUMB)
-    levels: tuple[str | None, float, float] = (None, 0.0, 0.0)
-    if heat is not None:
-        small = F.adaptive_avg_pool2d(torch.from_numpy(heat.astype(np.float32))[None], HEAT)[0].numpy()
-        low, high = float(small.min()), float(small.max())
-        steps = ((small - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8)
-        levels = base64.b64encode(steps.tobytes()).decode(), low, high
-    edge = None
-    if mask is not None and mask.any():
-        drawn = Image.fromarray(outline(fit_mask(mask, (width, height)), 2).astype(np.uint8))
-        drawn.putpalette([0, 0, 0, *OUTLINE])
-        edge = encode(drawn, "PNG", transparency=0, bits=1)
-    thumbnail = _thumbnail(shrink(picture, THUMB)) if picture else None
-    return Card(name, label, score, group, thumbnail, width, height, edge, *levels)
+    return prefetch(make, maps_and_masks(), WORKERS)
 
 
-def _thumbnail(picture: Image.Image) -> str:
-    for quality in QUALITIES:
-        image = encode(picture.convert("RGB"), "WEBP", quality=quality)
-        if len(image) <= THUMB_CHARS:
-            break
-    return image
-
-
-def _gallery_note(shown: int, total: int, evaluation: Evaluation) -> str:
-    notes = []
-    if shown < total:
-        notes.append(
-            f"The gallery holds {shown:,} of {total:,} images: the highest and the lowest scores of each class. "
-            "All images count in the numbers and figures."
-        )
-    if evaluation.head != "seg":
-        notes.append(f"The heat maps are a {WEAK}: no number counts them.")
-    return " ".join(notes)
-
-
-# --- words and numbers ---
-
-
-def _lead(evaluation: Evaluation, settings: Settings, metadata: Mapping[str, Any], obj: str) -> str:
+def _lead(evaluation: Evaluation, settings: Settings, metadata: Mapping[str, Any], obj: str) -> list[str]:
     """What was tested, and how the epoch was selected."""
     total, abnormal, trained_on = len(evaluation.labels), int(evaluation.labels.sum()), settings.obj
     select, epoch = metadata.get("select", "unknown"), (metadata.get("metrics") or {}).get("epoch", "unknown")
-    sentences = [f"{total:,} images: {total - abnormal:,} normal, {abnormal:,} abnormal."]
+    lines = [f"{total:,} test images: {total - abnormal:,} normal, {abnormal:,} abnormal."]
     if trained_on != obj:
-        sentences.append(f"The model was trained on {trained_on}; curves over epochs come from there.")
-    paper = ", the published protocol" if trained_on in PAPER else ""
-    way = SELECTED[select].format(obj=trained_on, paper=paper) if select in SELECTED else f"selected by: {select}"
+        lines.append(f"The model was trained on {trained_on}; curves over epochs come from there.")
+    ways = {
+        "test": f"the best of the run on {trained_on}'s test set itself (--select test), as the published code selects",
+        "valid": "the best of the run on validation images that are not shots (--select valid)",
+        "last": "the last of the run (--select last)",
+    }
     optimistic = ", so these numbers are optimistic" if select == "test" and trained_on == obj else ""
-    sentences.append(f"Epoch {epoch}: {way}{optimistic}.")
+    lines.append(f"Epoch {epoch}: {ways.get(select, f'selected by: {select}')}{optimistic}.")
     if settings.pretrain == "random":
-        sentences.append("CLIP's weights are random, not pre-trained: the numbers show only that the program runs.")
-    return re.sub(r"--\w+ \w+", r"<code>\g<0></code>", escape(" ".join(sentences)))
+        lines.append("CLIP's weights are random, not pre-trained: the numbers show only that the program runs.")
+    return lines
 
 
-def _numbers(metrics: Metrics, metadata: Mapping[str, Any]) -> str:
+def _notes(shown: int, total: int) -> list[str]:
+    if shown == total:
+        return []
+    return [f"The gallery holds the {shown:,} of {total:,} images that are most wrong or least clearly right at the "
+            "threshold. All images count in the numbers and figures."]  # fmt: skip
+
+
+def _numbers(metrics: Metrics, metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every number with its 95% interval, and without the shots' patients, where there are such; the AUROCs first."""
     from ..metrics import METRICS  # noqa: PLC0415 - scikit-learn
 
-    values: dict[str, Any] = {"auc": metrics.auc, "pauc": metrics.pauc, **metrics.values}
-    cells = []
+    rows = []
     for name, (words, _) in METRICS.items():
-        value = values.get(name)
+        value = metrics.values.get(name)
         if not isinstance(value, int | float):
             continue  # an interval, or not measured
-        small = ""
-        if interval := values.get(f"{name}_ci95"):
-            small += f"<small>95% CI {interval[0]:.3f} to {interval[1]:.3f}</small>"
-        if (without := values.get(f"{name}_without_shot_patients")) is not None:
-            small += f"<small>{without:.3f} without the patients of the shots</small>"
-        main = ' class="main"' if name in ("auc", "pauc") else ""
-        label = escape(words[0].upper() + words[1:])
-        cells.append(f"<div{main}><dt>{label}</dt><dd>{value:.3f}{small}</dd></div>")
+        small = []
+        if interval := metrics.values.get(f"{name}_ci95"):
+            small.append("95% CI {:.3f} to {:.3f}".format(*interval))
+        if (without := metrics.values.get(f"{name}_without_shot_patients")) is not None:
+            small.append(f"{without:.3f} without the patients of the shots")
+        main = name in ("auc", "pauc")
+        rows.append({"words": words[0].upper() + words[1:], "value": f"{value:.3f}", "small": small, "main": main})
     pixel = (metadata.get("threshold") or {}).get("pixel_value")
     if pixel is not None:
-        cells.append(f"<div><dt>Pixel threshold of the checkpoint, as in predict.py</dt><dd>{pixel:.3f}</dd></div>")
-    return "\n".join(cells)
-
-
-def _confusion(scores: np.ndarray, labels: np.ndarray, threshold: float) -> str:
-    """Counts at the threshold, which lead to the images; the page's script keeps them up to date."""
-    rows = []
-    for truth, name, right_kind, wrong_kind, words in (
-        (1, "abnormal", "tp", "fn", ("true positive", "false negative", "sensitivity")),
-        (0, "normal", "tn", "fp", ("true negative", "false positive", "specificity")),
-    ):
-        positive = scores[labels == truth] >= threshold
-        right, wrong = int((positive == truth).sum()), int((positive != truth).sum())
-        rows.append(
-            f'<tr><th scope="row">{name}</th>'
-            f'<td><span data-count="{right_kind}">{right:,}</span> {words[0]}</td>'
-            f'<td><a href="#filter={wrong_kind}"><span data-count="{wrong_kind}">{wrong:,}</span> {words[1]}</a></td>'
-            f'<td>{words[2]} <span data-rate="{right_kind}">{right / max(len(positive), 1):.3f}</span></td></tr>'
-        )
-    return "\n".join(rows)
-
-
-def _rows(values: Mapping[str, Any], prefix: str = "") -> str:
-    """Nested values as rows of a definition list."""
-    rows = []
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            rows.append(_rows(value, f"{prefix}{name}."))
-        elif value is not None:
-            words = " ".join(map(_word, value if isinstance(value, list | tuple) else [value]))
-            rows.append(f"<div><dt>{escape(prefix + str(name))}</dt><dd>{escape(words)}</dd></div>")
-    return "\n".join(row for row in rows if row)
-
-
-def _word(value: object) -> str:
-    """A value as text, of a local path the last part."""
-    return f"{value:.6g}" if isinstance(value, float) else LOCAL_PATH.sub(r"\1", str(value))
+        words = "Pixel threshold of the checkpoint, as in predict.py"
+        rows.append({"words": words, "value": f"{pixel:.3f}", "small": [], "main": False})
+    return rows

@@ -22,7 +22,7 @@ from utils import atomic_path, printable
 from ..heat_volumes import DicomHeat, NiftiHeat
 from ..scans import MARK, Entry, OpenImage
 from .images import contours, overlay, raw, shrink
-from .page import MAX_CARDS, Card, make_card, write_prediction_page
+from .page import MAX_CARDS, Card, make_card, write
 
 if TYPE_CHECKING:
     from ..predictor import Prediction, Predictor
@@ -58,7 +58,7 @@ class Drawer:
         index = "" if entry.frame.index is None else f"#{entry.frame.index}"
         name = (entry.file if entry.hidden else printable(entry.place)) + index
         group = entry.word(entry.title) if entry.count > 1 else None
-        return make_card(name, prediction.score, preview, prediction.heat, group=group)
+        return make_card(name, prediction.score, preview, prediction.heat, self.model.heat_range, group=group)
 
     def draw(self, name: str, preview: Image.Image, prediction: Prediction, edges: str) -> dict[str, Any]:
         """Overlay, raw heat map and contours as files."""
@@ -162,13 +162,19 @@ class Gallery:
         self.cards.append(card)
         if len(self.cards) % MAX_CARDS == 0:
             highest = {id(kept) for kept in sorted(self.cards, key=lambda card: -card.score)[:MAX_CARDS]}
-            self.cards = [c if id(c) in highest else replace(c, image=None, heat=None) for c in self.cards]
+            self.cards = [c if id(c) in highest else replace(c, picture=None, heat=None) for c in self.cards]
 
     def write(self, model: Predictor, options: argparse.Namespace) -> Path:
-        """Write the page."""
+        """Write the page; beyond MAX_CARDS images it shows those with the highest scores."""
         source = model.calibration.get("from")
         origin = "given with --threshold" if options.threshold is not None else str(source or "none")
-        return write_prediction_page(
-            options.report, self.cards, title=model.settings.obj, threshold=model.threshold, origin=origin,
-            heat_range=model.heat_range, weak=model.weak, metadata=model.settings.to_dict(),
+        scores = np.array([card.score for card in self.cards])
+        kept = [self.cards[i] for i in sorted(np.argsort(-scores, kind="stable")[:MAX_CARDS])]
+        note = f"The gallery holds the {MAX_CARDS:,} highest scores of {len(scores):,} images."
+        return write(
+            options.report, "predictions.html", kept, scores=[scores], threshold=model.threshold,
+            heat_range=model.heat_range, kind="MadCLIP predictions", title=model.settings.obj, origin=origin,
+            lead=[f"{len(scores):,} images."], notes=[note] if len(kept) < len(scores) else [], weak=model.weak,
+            above=int((scores >= (np.inf if model.threshold is None else model.threshold)).sum()),
+            made=model.settings.to_dict(),
         )  # fmt: skip

@@ -279,8 +279,9 @@ def _numbers(metrics: Metrics, metadata: Mapping[str, Any]) -> list[dict[str, An
         if not isinstance(value, int | float):
             continue  # an interval, or not measured
         small = []
-        if interval := metrics.values.get(f"{name}_ci95"):
-            small.append("95% CI {:.3f} to {:.3f}".format(*interval))
+        interval = metrics.values.get(f"{name}_ci95")
+        if isinstance(interval, list):
+            small.append(f"95% CI {interval[0]:.3f} to {interval[1]:.3f}")
         if (without := metrics.values.get(f"{name}_without_shot_patients")) is not None:
             small.append(f"{without:.3f} without the patients of the shots")
         main = name in ("auc", "pauc")

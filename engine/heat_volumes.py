@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import gzip
-import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from dataset.readers import PLANES, Frame, dicom, nifti, optional
-from utils import InputError, atomic_path
+from dataset.readers import Frame, optional
+from dataset.readers.volumes import frame_values, numbers, slices_of
+from utils import atomic_path
 
 from .scans import MARK
-
-if TYPE_CHECKING:
-    from pydicom import Dataset
 
 DERIVATION = "Anomaly heat map (MadCLIP), in thousandths of a score. Research use, not a medical device."
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
@@ -47,7 +44,7 @@ def fit(heat: np.ndarray, height: int, width: int) -> np.ndarray:
 class NiftiHeat:
     """The heat maps of a volume as a NIfTI file with its shape, affine and zooms: it opens over the scan in viewers.
 
-    Values are int16 with the header's slope; they lie in [0, layers]. Slices are collected in a file, not in memory.
+    Values are int16 with the header's slope; they lie in [0, layers].
 
     Args:
         path: of the result, .nii.gz.
@@ -58,9 +55,9 @@ class NiftiHeat:
     """
 
     def __init__(self, path: Path, source: Path, plane: str, layers: int, heat_range: tuple[float, float]) -> None:
-        self.path, self.layers, self.axis = path, layers, PLANES.index(plane)
-        self.header = nifti.header_of(source).copy()
-        shape = self.header.get_data_shape()
+        nibabel, orientations = optional("nibabel", source), optional("nibabel.orientations", source)
+        image = nibabel.squeeze_image(nibabel.load(source))
+        self.path, self.layers, self.header = path, layers, image.header.copy()
         self.header.set_data_dtype(np.int16)
         self.header.set_slope_inter(layers / 32767, 0)
         self.header.set_data_offset(self.header.single_vox_offset)
@@ -68,33 +65,20 @@ class NiftiHeat:
         self.header["descrip"] = f"{MARK}, {plane}"
         self.header["aux_file"] = self.header["db_name"] = ""  # may name a patient
         self.header["cal_min"], self.header["cal_max"] = heat_range
-        self.collected = path.with_name(f".{path.name}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.voxels = np.memmap(self.collected, self.header.get_data_dtype(), "w+", shape=shape, order="F")
-        except OSError as error:
-            raise InputError(f"--out {path}: cannot be written ({error.strerror or error})") from error
-        turn = optional("nibabel.orientations", source).apply_orientation
-        view = turn(self.voxels, nifti.orientation_of(source))  # a view, not a copy
-        self.turned = view if view.ndim == 4 else view[..., None]
+        self.voxels = np.zeros(image.shape, self.header.get_data_dtype(), order="F")
+        turned = orientations.apply_orientation(self.voxels, orientations.io_orientation(image.affine))
+        self.slices = slices_of(turned, plane)  # views, not copies
 
     def add(self, index: int, heat: np.ndarray) -> None:
         """Put in the heat map (S, S) of the slice with this index."""
-        target = nifti.slice_of(self.turned, index, self.axis)
-        target[...] = (fit(heat, *target.shape) / self.layers * 32767).round()
+        self.slices[index][...] = (fit(heat, *self.slices[index].shape) / self.layers * 32767).round()
 
-    def close(self, keep: bool = True) -> None:
-        """Write the file; without `keep` drop what was collected."""
-        try:
-            if keep:
-                self.voxels.flush()
-                with atomic_path(self.path, "--out") as path, gzip.open(path, "wb", compresslevel=4) as file:
-                    file.write(self.header.binaryblock)
-                    file.write(bytes(int(self.header.single_vox_offset) - len(self.header.binaryblock)))
-                    with self.collected.open("rb") as voxels:
-                        shutil.copyfileobj(voxels, file, 2**20)
-        finally:
-            self.collected.unlink(missing_ok=True)
+    def close(self) -> None:
+        """Write the file."""
+        with atomic_path(self.path, "--out") as path, gzip.open(path, "wb", compresslevel=4) as file:
+            file.write(self.header.binaryblock)
+            file.write(bytes(int(self.header.single_vox_offset) - len(self.header.binaryblock)))
+            file.write(self.voxels.tobytes(order="F"))
 
 
 class DicomHeat:
@@ -111,26 +95,23 @@ class DicomHeat:
     """
 
     def __init__(self, folder: Path, layers: int, heat_range: tuple[float, float], anonymous: bool) -> None:
-        from pydicom.uid import generate_uid  # noqa: PLC0415 (optional)
-
+        self.pydicom = optional("pydicom", folder)
         self.folder, self.layers, self.heat_range, self.anonymous = folder, layers, heat_range, anonymous
-        self.uid, self.date, self.time = generate_uid(), time.strftime("%Y%m%d"), time.strftime("%H%M%S")
+        self.uid, now = self.pydicom.uid.generate_uid(), time.localtime()
+        self.date, self.time = time.strftime("%Y%m%d", now), time.strftime("%H%M%S", now)
 
     def add(self, frame: Frame, number: int, heat: np.ndarray) -> None:
         """Write the heat map (S, S) of an image as file `number` of the series."""
-        source = dicom.read_header(frame.path)
+        source = self.pydicom.dcmread(frame.path, force=True, stop_before_pixels=True)
         result = self._dataset(source, frame.index or 0, number)
         values = fit(heat, source.Rows, source.Columns) / self.layers * 65535
         result.PixelData = values.round().clip(0, 65535).astype("<u2").tobytes()
         with atomic_path(self.folder / f"{number:05d}.dcm", "--out") as path:
             result.save_as(path, enforce_file_format=True)
 
-    def _dataset(self, source: Dataset, index: int, number: int) -> Dataset:
+    def _dataset(self, source: Any, index: int, number: int) -> Any:  # noqa: ANN401 - pydicom's Dataset
         """All but the pixels."""
-        from pydicom.dataset import Dataset, FileMetaDataset  # noqa: PLC0415 (optional)
-        from pydicom.uid import UID, generate_uid  # noqa: PLC0415 (optional)
-
-        result = Dataset()
+        generate_uid, result = self.pydicom.uid.generate_uid, self.pydicom.Dataset()
         for name in COPIED:
             if name in source and not (self.anonymous and name in IDENTIFYING):
                 result[name] = source[name]
@@ -147,7 +128,7 @@ class DicomHeat:
             ("PlaneOrientationSequence", ("ImageOrientationPatient",)),
             ("PixelMeasuresSequence", ("PixelSpacing", "SliceThickness")),
         ):
-            holder = dicom.frame_values(source, index, sequence)
+            holder = frame_values(source, index, sequence)
             for name in names:
                 if holder.get(name) not in (None, ""):
                     result[name] = holder[name]
@@ -156,7 +137,7 @@ class DicomHeat:
             "SOPClassUID": SECONDARY_CAPTURE, "SOPInstanceUID": generate_uid(), "SeriesInstanceUID": self.uid,
             "ImageType": ["DERIVED", "SECONDARY"], "Modality": "OT", "ConversionType": "WSD",
             "Manufacturer": "MadCLIP", "SeriesDescription": MARK, "DerivationDescription": DERIVATION,
-            "SeriesNumber": int(sum(dicom.numbers(source.get("SeriesNumber"))[:1])) % 100_000 * 1000 + 777,
+            "SeriesNumber": int(sum(numbers(source, "SeriesNumber")[:1])) % 100_000 * 1000 + 777,
             "InstanceNumber": number, "SeriesDate": self.date, "SeriesTime": self.time, "ContentDate": self.date,
             "ContentTime": self.time, "InstanceCreationDate": self.date, "InstanceCreationTime": self.time,
             "BurnedInAnnotation": "NO", "SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2",
@@ -168,10 +149,10 @@ class DicomHeat:
         for name, value in values.items():
             setattr(result, name, value)
         if source.get("SOPClassUID") and source.get("SOPInstanceUID") and not self.anonymous:
-            reference = Dataset()
+            reference = self.pydicom.Dataset()
             reference.ReferencedSOPClassUID = source.SOPClassUID
             reference.ReferencedSOPInstanceUID = source.SOPInstanceUID
             result.SourceImageSequence = [reference]
-        result.file_meta = FileMetaDataset()
-        result.file_meta.TransferSyntaxUID = UID(EXPLICIT_LITTLE_ENDIAN)
+        result.file_meta = self.pydicom.dataset.FileMetaDataset()
+        result.file_meta.TransferSyntaxUID = self.pydicom.uid.UID(EXPLICIT_LITTLE_ENDIAN)
         return result

@@ -1,21 +1,157 @@
-"""Grey levels become 8 bits by a window or over a range, and pixels become square: whatever the format."""
+"""What all formats share: the options of reading, what a read image is, and how grey levels become 8 bits."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+import os
+import stat
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from utils import InputError
+from utils import EXPECTED, InputError, blame, warn
 
 Array = np.ndarray
 Ends = tuple[float, float]
+Notes = dict[str, str]  # a kind of remark -> what is to be said of this picture
+PLANES = ("sagittal", "coronal", "axial")  # which of the axes x, y, z is cut
 ROBUST = (0.5, 99.5)  # the percentiles of `--window auto`
 SAMPLED = 2**20  # values that percentiles are taken from
 MAX_SIDE = 16_384  # pixels of a slice after it was resampled
+# What Pillow, pydicom and nibabel raise over damaged files, beside what `utils.blame` expects.
+DAMAGE = (*EXPECTED, AttributeError, RuntimeError, SyntaxError, TypeError, struct.error, zlib.error)
+
+
+class MissingPackageError(InputError):
+    """A format needs a package that is not installed: nothing that skipping a file would help."""
+
+
+class NoImageError(InputError):
+    """A DICOM object that is sound but holds no picture: a report, a plan, a dose, a waveform."""
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How files with more than 8 bits or more than one slice become images.
+
+    `window` is (centre, width): centre - width/2 is black, centre + width/2 white; `auto`: robust percentiles of the
+    whole volume, series or file; `full`: its lowest to its highest value; None: the window in the file where there
+    is one, else `full` (16-bit pictures: the range of 16 bits).
+    """
+
+    window: Ends | str | None = None
+    plane: str = "axial"  # of NIfTI volumes
+    mask_labels: tuple[int, ...] = field(default=(), compare=False)  # of masks: what is abnormal; none: the default
+    deep: bool = False  # values up to 255 are not taken as 8 bits, as files beside this one hold more: see `is_deep`
+
+    def key(self) -> str:
+        """What tells pictures apart that these options make of the same bytes; empty for the defaults."""
+        return "" if self == type(self)() else f"window {self.window} plane {self.plane}" + " deep" * self.deep
+
+
+AS_STORED = ReadOptions()  # the defaults
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One image: a file, or a frame, page or slice of it (counted from 0; of a 4-D volume time by time)."""
+
+    path: Path
+    index: int | None = None
+    options: ReadOptions = AS_STORED
+
+    def __str__(self) -> str:
+        return str(self.path) if self.index is None else f"{self.path}, frame {self.index}"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image or a mask that was read, and what its file says of it."""
+
+    image: Image.Image  # at its own size, with square pixels: RGB, of a mask L; 8 bits
+    sha256: str  # of the very bytes that were decoded, with frame, options and a series' range where they matter
+    mode: str  # Pillow's, as stored: L, RGB, I;16, ...; or DICOM, NIfTI
+    stored: tuple[int, int]  # width and height before the pixels were made square
+    orientation: int = 1  # 1 is upright; ignored
+    notes: Notes = field(default_factory=dict)  # `wide`, `dark`, `window`, `pixels`, ... -> what is to be said
+    levels: Array | None = None  # (H, W), of a mask: labels as they are stored, where these are not the grey
+    is_labelled: bool = False  # of a mask: labels say what is abnormal, not the grey
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether there is nothing to see, as at the ends of a volume: all pixels are nearly one colour."""
+        extremes = np.asarray(self.image.getextrema())
+        return bool((extremes[..., 1] - extremes[..., 0]).max() < 8)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What a file says of one of its images; pictures without a patient's coordinate system say nothing."""
+
+    patient_id: str = ""
+    study_uid: str = ""
+    series_uid: str = ""
+    instance_number: int | None = None
+    position: float | None = None  # in millimetres along the slices' normal (NIfTI: the axis that is cut)
+    plane: str = ""
+    normal: tuple[float, ...] = ()  # of DICOM slices
+    edges: str = ""  # the patient's sides at the left, right, top and bottom edge of the image, such as RLAP
+    description: str = ""  # of the series
+    localizer: bool = False  # an overview on which other slices are planned
+
+    @property
+    def orientation(self) -> str:
+        """The edges in words."""
+        names = ("left", "right", "top", "bottom")
+        return ", ".join(f"{name} {side}" for name, side in zip(names, self.edges, strict=False))
+
+
+# --- files ---
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's content, read once."""
+    check_file(path)
+    with blame(path):
+        return path.read_bytes()
+
+
+def check_file(path: Path) -> None:
+    """`InputError` unless `path` is a file that is there: a pipe may never end."""
+    with blame(f"{path}: cannot be read"):
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            next(os.scandir(path), None)  # one that cannot be read is said to be that
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: a folder, a pipe, a socket or a device, no image")
+
+
+def optional(name: str, path: object) -> Any:  # noqa: ANN401 - a module, which may not be installed
+    """A module of pydicom or nibabel; `MissingPackageError` that names `path`."""
+    package = name.split(".", maxsplit=1)[0]
+    try:
+        import_module(package)
+        return import_module(name)
+    except ImportError as error:
+        kind, advice = ("DICOM", "'pydicom>=3'") if package == "pydicom" else ("NIfTI", package)
+        raise MissingPackageError(f"{path}: {kind} needs {package}: pip install {advice}") from error
+
+
+@cache
+def warn_once(text: str) -> None:
+    """A warning on stderr, once a process."""
+    warn(text)
+
+
+# --- grey levels ---
 
 
 def to_rgb(values: Array) -> Image.Image:
@@ -59,9 +195,10 @@ class Range(NamedTuple):
     whole: Ends
     robust: Ends  # the percentiles `ROBUST`, or the whole range where these are equal
     of: str  # what has these values, in words
+    shared: bool = False  # with other files: they have a part in the picture
 
     @classmethod
-    def measure(cls, parts: Sequence[Array], of: str, path: object) -> Range:
+    def measure(cls, parts: Sequence[Array], of: str, path: object, shared: bool = False) -> Range:
         """Over arrays of any shape; `InputError` where none holds a finite number."""
         extremes: list[float] = []
         sample = []
@@ -78,12 +215,47 @@ class Range(NamedTuple):
         values = np.concatenate(sample).astype(np.float64)
         values = values[np.isfinite(values)]
         low, high = map(float, np.percentile(values, ROBUST)) if values.size else whole
-        return cls(whole, (low, high) if high > low else whole, of)
+        return cls(whole, (low, high) if high > low else whole, of, shared)
 
-    def show(self, values: Array, window: str | None) -> tuple[Array, str]:
-        """Values -> [0, 1] over the robust (`auto`) or the whole range, and that in words."""
-        (low, high), words = (self.robust, "robust") if window == "auto" else (self.whole, "whole")
-        return stretch(values, low, high), f"shown from {low:g} to {high:g}, the {words} range of {self.of}"
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """The images of a file: a DICOM file's frames, a NIfTI file's slices, or a picture of more than 8 bits."""
+
+    values: Sequence[Array]  # (H, W) in the file's units, or (H, W, 3) colours; decoded when they are asked for
+    spacing: Sequence[Ends]  # of each, the millimetres of a row and of a column
+    axes: Sequence[Slice]  # of each, where in the patient it lies
+    window: Sequence[Callable[[Array], Array] | None]  # how the file wants each shown: values -> [0, 1]; or its range
+    span: Callable[[Array], Range]  # the range of which these values are a part
+    mode: str
+    sha256: str  # of the file's bytes
+    is_inverted: bool = False  # low values are white
+    grid: Any = None  # nibabel's image, with its axes turned
+
+    def show(self, index: int, window: Ends | str | None) -> tuple[Picture, Range | None]:
+        """An image by a window as in `ReadOptions`, which leaves 8-bit colours alone; and the range if that was used.
+
+        Pixels that are not square are made so.
+        """
+        values, own, span, notes = self.values[index], self.window[index], None, Notes()
+        if values.dtype == np.uint8:
+            grey = values
+        elif isinstance(window, tuple):
+            grey = apply_window(values, *window)
+        elif window is None and own is not None:
+            grey = own(values)
+        else:
+            span = self.span(values)
+            (low, high), words = (span.robust, "robust") if window == "auto" else (span.whole, "whole")
+            grey = stretch(values, low, high)
+            notes["window"] = f"shown from {low:g} to {high:g}, the {words} range of {span.of}"
+        if values.dtype != np.uint8:
+            grey = np.nan_to_num(1 - grey if self.is_inverted else grey).clip(0, 1)
+        image, (down, across) = to_rgb(grey), self.spacing[index]
+        if is_stretched((down, across), 3):
+            times, sides = max(down / across, across / down), "high as wide" if down > across else "wide as high"
+            notes["pixels"] = f"pixels {times:.3g} times as {sides}, resampled to square ones"
+        return Picture(square(image, (down, across)), self.sha256, self.mode, image.size, notes=notes), span
 
 
 def is_stretched(spacing: Ends, ratio: float) -> bool:

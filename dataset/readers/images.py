@@ -1,10 +1,11 @@
-"""The one reader of pictures, for training and prediction: PNG, JPEG, BMP, TIFF, WebP, GIF, JPEG 2000, DICOM, NIfTI.
+"""Every format's reader by one protocol, and Pillow's: PNG, JPEG, BMP, TIFF, WebP, GIF, JPEG 2000.
 
 Whatever the format, a picture becomes 8-bit RGB at its own size. Three rules hold for all formats:
 
     orientation   tags (EXIF, TIFF) are ignored, in image and mask alike, as the published program does for PNG and JPEG
-    grey levels   8 bits as they are; 16 bits divided by 257, where Pillow would saturate to white; but 8-bit values in
-                  a wider file (largest at most 255) are taken as 8 bits, as the published program takes them
+    grey levels   8 bits as they are; 16 bits divided by 257, where Pillow would saturate to white; but whole values up
+                  to 255 in a wider file are taken as 8 bits, as the published program takes them, unless other files
+                  of the data set hold more (`ReadOptions.deep`)
     identity      what is hashed is what was decoded: the file is read once
 """
 
@@ -14,64 +15,59 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from io import BytesIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from utils import InputError, sha256_file
+from utils import InputError, blame, sha256_file
 
-from . import dicom, nifti
-from .grey import Ends, Range, apply_window, to_rgb
-from .reading import AS_STORED, Decoded, Notes, ReadOptions, Slice, check_file, read_bytes
+from .grey import (
+    AS_STORED,
+    DAMAGE,
+    Array,
+    Ends,
+    Frame,
+    Notes,
+    Picture,
+    Range,
+    ReadOptions,
+    Slice,
+    Volume,
+    check_file,
+    read_bytes,
+    stretch,
+    to_rgb,
+)
+from .volumes import Scans, open_dicom, open_nifti
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ENDINGS = {
-    "pillow": (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jp2"),
-    "dicom": (".dcm", ".dicom"),
-    "nifti": (".nii", ".nii.gz"),
-}
-EXTENSIONS = tuple(ending for endings in ENDINGS.values() for ending in endings)
+READER = 3  # raised when the same file gives other pixels, so that tokens kept by an older reader are computed anew
 # What Pillow may try, whatever a file is called: not EPS, for which it would start Ghostscript. JPEG includes MPO.
-READER = 2  # raised when the same file gives other pixels, so that tokens kept by an older reader are computed anew
 PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000")
 MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"GIF8", b"\0\0\0\x0cjP  ")
 MAX_PIXELS = 89_478_485  # 9,459 x 9,459, where Pillow warns: several are decoded at a time
 DARK = 8192  # of 65535: the largest value, below which a 16-bit picture is all but black
-ORIENTATION = 0x0112
+ORIENTATION, PHOTOMETRIC = 0x0112, 0x0106  # tags
 # What undoes the turn that Pillow makes of a TIFF's orientation.
 INVERSE_ORIENTATION = dict(zip(range(2, 9), (
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_90, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_270,
 ), strict=True))  # fmt: skip
+LOW_BYTES = {"16B": "16L", "16L": "16B", "16N": "16B"}  # how Pillow calls the other byte of 16-bit colours
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_opened` refuses such pictures
 for _package in ("PIL", "pydicom"):  # remarks on damaged tags, of which an error follows where it matters
     warnings.filterwarnings("ignore", category=UserWarning, module=_package)
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One image: a file, or a frame, page or slice of it (counted from 0; of a 4-D volume time by time)."""
-
-    path: Path
-    index: int | None = None
-    options: ReadOptions = AS_STORED
-
-    def __str__(self) -> str:
-        return str(self.path) if self.index is None else f"{self.path}, frame {self.index}"
-
-    def read(self) -> Image.Image:
-        """The image, RGB at its own size; `InputError` naming the file where it cannot be read."""
-        return read(self).image
 
 
 @dataclass(frozen=True)
@@ -90,27 +86,98 @@ class Sample:
 
     def content_hash(self) -> str:
         """What `load_image_with_hash` gives for the file as it is now: a changed file is another image."""
-        if file_kind(self.path) == "dicom" and not isinstance(self.options.window, tuple):
-            return read(self).sha256  # other files of its series may have a part in it
-        try:
-            return _content_hash(sha256_file(self.path), as_frame(self))
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be read ({error.strerror})") from error
+        frame = as_frame(self)
+        if not _reader(self.path).alone and not isinstance(self.options.window, tuple):
+            return read(frame).sha256
+        with blame(self.path):
+            return _content_hash(sha256_file(self.path), frame)
 
 
 Source = Frame | Sample | str | Path
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A decoded image and what its file says of itself."""
+class Reader(Protocol):
+    """A format's reader; all three raise `InputError` that names the file."""
 
-    image: Image.Image  # RGB, 8 bits, at its own size, with square pixels
-    sha256: str  # of the very bytes that were decoded, with frame, options and a series' range where they matter
-    mode: str  # Pillow's, as stored: L, RGB, I;16, ...; or DICOM, NIfTI
-    stored: tuple[int, int]  # width and height before the pixels were made square
-    orientation: int  # 1 is upright; ignored
-    notes: Notes  # `wide`, `dark`, `window`, `pixels` -> what is to be said
+    @property
+    def alone(self) -> bool:
+        """Whether no other file has a part in a picture."""
+
+    def describe(self, path: Path, plane: str) -> Sequence[Slice]:
+        """What the file says of each of the images in it: how many there are, too."""
+
+    def read(self, frame: Frame) -> Picture:
+        """One of them; `sha256` is that of the file, and of what other files add."""
+
+    def read_mask(self, path: Path, of: Frame, count: int) -> Picture:
+        """The mask of an image, of which its file holds `count`."""
+
+
+class Pictures:
+    """The reader of Pillow's formats."""
+
+    alone = True
+
+    def describe(self, path: Path, _plane: str) -> Sequence[Slice]:
+        """A TIFF's pages are images; of other files, such as a GIF or a camera's MPO, none but the first is meant."""
+        count = 1
+        if path.suffix.lower() in (".tif", ".tiff"):
+            with path.open("rb") as file, _opened(file, path) as image:
+                count = getattr(image, "n_frames", 1)
+        return [Slice()] * count
+
+    def read(self, frame: Frame) -> Picture:
+        """8 bits as they are, wider ones by the options."""
+        data, window = read_bytes(frame.path), frame.options.window
+        picture, values, is_inverted = _decode(data, frame)
+        if values is None:
+            return replace(picture, image=_narrow(picture.image, "RGB"))
+        own, notes = (None, Notes()) if window else _own_window(values, frame)
+        wide = Volume(
+            [values],
+            [(1, 1)],
+            [Slice()],
+            [own],
+            lambda _: _pages(data, frame.path),
+            picture.mode,
+            picture.sha256,
+            is_inverted,
+        )
+        shown, _ = wide.show(0, window)
+        return replace(shown, orientation=picture.orientation, notes={**shown.notes, **notes})
+
+    def read_mask(self, path: Path, of: Frame, count: int) -> Picture:
+        """A mask's greys: colours become their luminance, or the alpha channel where that alone holds a mask."""
+        pages = len(self.describe(path, ""))
+        if pages != count:
+            raise InputError(f"{path}: {pages} pictures, but its image's file has {count}")
+        frame = Frame(path, of.index if pages > 1 else None)
+        picture, values, _ = _decode(read_bytes(path), frame)
+        stored, notes = picture.image, Notes()
+        if picture.orientation != 1:
+            notes["orientation"] = f"orientation {picture.orientation}"
+        if values is not None:
+            own, remarks = _own_window(values, frame)
+            grey = to_rgb(own(values)).convert("L")
+            return replace(picture, image=grey, levels=values, notes={**notes, **remarks})
+        grey = _narrow(stored, "L")
+        if stored.has_transparency_data:
+            alpha = stored.convert("RGBA").getchannel("A")
+            colours, shades = grey.getextrema(), alpha.getextrema()
+            if colours[0] == colours[1] and shades[0] != shades[1]:
+                return replace(picture, image=alpha, notes={**notes, "alpha": "the mask lies in the alpha channel"})
+        levels = np.asarray(stored) if stored.mode == "P" else None
+        is_labelled = levels is not None and _is_coloured(stored)
+        return replace(picture, image=grey, levels=levels, is_labelled=is_labelled, notes=notes)
+
+
+READERS: dict[str, Reader] = {"pillow": Pictures(), "dicom": Scans(open_dicom, alone=False), "nifti": Scans(open_nifti)}
+ENDINGS = {
+    "pillow": (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jp2"),
+    "dicom": (".dcm", ".dicom"),
+    "nifti": (".nii", ".nii.gz"),
+}
+EXTENSIONS = tuple(ending for endings in ENDINGS.values() for ending in endings)
 
 
 def read(source: Source) -> Picture:
@@ -119,31 +186,31 @@ def read(source: Source) -> Picture:
     Raises:
         MissingPackageError: DICOM without pydicom, NIfTI without nibabel.
         NoImageError: a DICOM object without a picture.
-        InputError: unreadable, cut short, too large, several pictures in a file that has no index.
+        InputError: unreadable, cut short, too large, several pictures in a file where no index is given.
     """
     frame = as_frame(source)
-    with naming(frame):
-        kind = kind_of(frame.path)
-        if kind == "nifti":
-            volume = nifti.read_volume(frame.path)
-            digest, result = volume.sha256, nifti.read(volume, frame.index or 0, frame.options)
-        else:
-            data = read_bytes(frame.path)
-            digest = hashlib.sha256(data).hexdigest()
-            if kind == "dicom":
-                result = dicom.read(data, frame.path, frame.index or 0, frame.options)
-            else:
-                result = _read_pillow(data, frame)
-        digest = _content_hash(digest, frame)
-        if result.series:  # other files have a part in the picture
-            digest = hashlib.sha256(f"{digest} {result.series}".encode()).hexdigest()
-        return Picture(result.image, digest, result.mode, result.stored, result.orientation, result.notes)
+    reader = _reader(frame.path)
+    count = 1 if frame.index is not None else len(reader.describe(frame.path, frame.options.plane))
+    if count > 1:
+        raise InputError(f"{frame.path}: holds {count} pictures; say which one is meant, or save it as its own file")
+    picture = reader.read(frame)
+    return replace(picture, sha256=_content_hash(picture.sha256, frame))
+
+
+def read_mask_file(path: Path, of: Source) -> Picture:
+    """A mask of an image as grey (L) at its own size, with its labels as `levels`.
+
+    Raises:
+        InputError: it cannot be read, or is none of that image: other counts, another place in the patient.
+    """
+    frame, reader, count = as_frame(of), _reader(path), 1
+    if frame.index is not None:
+        count = len(_reader(frame.path).describe(frame.path, frame.options.plane))
+    return reader.read_mask(path, frame, count)
 
 
 def as_frame(source: Source) -> Frame:
-    """A path, a `Sample` or a `Frame` as a `Frame`."""
-    if isinstance(source, Frame):
-        return source
+    """Whatever says where an image lies as a `Frame`."""
     return Frame(Path(source)) if isinstance(source, str | Path) else Frame(source.path, source.index, source.options)
 
 
@@ -172,7 +239,7 @@ def to_tensor(image: Image.Image, size: int) -> Tensor:
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
 
 
-def frames(path: Path, options: ReadOptions | None = None) -> list[Frame]:
+def frames(path: Path, options: ReadOptions = AS_STORED) -> list[Frame]:
     """The images in a file: DICOM frames, TIFF pages, slices of a NIfTI volume; a file of one image has index None.
 
     Raises:
@@ -180,39 +247,38 @@ def frames(path: Path, options: ReadOptions | None = None) -> list[Frame]:
         NoImageError: a DICOM object without a picture.
         InputError: the header cannot be read, or claims more than the file holds.
     """
-    options, count = options or AS_STORED, 1
-    with naming(path):
-        kind = kind_of(path)
-        if kind == "dicom":
-            count = dicom.count(path)
-        elif kind == "nifti":
-            count = nifti.count(path, options.plane)
-        elif path.suffix.lower() in (".tif", ".tiff"):
-            with path.open("rb") as file, _opened(file, path) as image:
-                count = getattr(image, "n_frames", 1)
+    count = len(_reader(path).describe(path, options.plane))
     return [Frame(path, None, options)] if count == 1 else [Frame(path, i, options) for i in range(count)]
 
 
-def describe(inside: Sequence[Frame]) -> list[Slice]:
-    """What a file says of its images, all of which `inside` names; nothing where its header is odd."""
-    path, kind = inside[0].path, file_kind(inside[0].path)
-    try:
-        if kind == "dicom":
-            return dicom.describe(path, len(inside))
-        if kind == "nifti":
-            return nifti.describe(path, inside[0].options.plane)
-    except (OSError, InputError, ValueError, TypeError, AttributeError):  # the reader says what is wrong
-        pass
-    return [Slice()] * len(inside)
+def describe(inside: Sequence[Frame]) -> Sequence[Slice]:
+    """What a file says of its images, all of which `inside` names; errors are those of `frames`."""
+    return _reader(inside[0].path).describe(inside[0].path, inside[0].options.plane)
 
 
-def kind_of(path: Path) -> str:
+def is_deep(paths: Sequence[Path]) -> bool:
+    """Whether pictures hold more than 8 bits, so that a dark one among them is not taken as 8 bits.
+
+    Of a long list some 64 headers are read; only where one of these promises more than 8 bits, are pixels.
+    """
+    for path in paths[:: max(len(paths) // 64, 1)]:
+        if path.suffix.lower() in (".png", ".tif", ".tiff", ".jp2"):
+            with suppress(InputError):  # it is reported where it is read
+                with path.open("rb") as file, _opened(file, path) as image:
+                    is_wide = _is_wide(image) or _raw_mode(image).partition(";")[2] in LOW_BYTES
+                values = _decode(read_bytes(path), Frame(path, 0))[1] if is_wide else None
+                if values is not None and values.max() > 255:
+                    return True
+    return False
+
+
+def _reader(path: Path) -> Reader:
     """`InputError` unless `path` is a file in a format that is read."""
     check_file(path)
     kind = file_kind(path)
     if kind is None:
         raise InputError(f"{path}: not one of the formats that are read ({', '.join(EXTENSIONS)})")
-    return kind
+    return READERS[kind]
 
 
 def file_kind(path: Path) -> str | None:
@@ -283,24 +349,13 @@ def parse_window(words: Sequence[str]) -> Ends | str | None:
 
 
 @contextmanager
-def naming(what: object) -> Iterator[None]:
-    """Whatever a damaged file provokes in three parsers becomes an `InputError` of one line that names it."""
+def _opened(file: IO[bytes], path: object) -> Iterator[ImageFile]:
+    """The picture in a file; `InputError` where it is none, damaged, or has too many pixels."""
     try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):
-            reason = f"none of {', '.join(PILLOW_FORMATS)}"
-        raise InputError(f"{what}: not a readable image, or cut short ({reason})") from error
-
-
-@contextmanager
-def _opened(file: IO[bytes], path: object) -> Iterator[Image.Image]:
-    """The picture in a file; `InputError` where it has too many pixels."""
-    try:
-        with Image.open(file, formats=PILLOW_FORMATS) as image:
+        with (
+            blame(f"{path}: not a readable image, or cut short", errors=DAMAGE),
+            Image.open(file, formats=PILLOW_FORMATS) as image,
+        ):
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             yield image
@@ -308,16 +363,46 @@ def _opened(file: IO[bytes], path: object) -> Iterator[Image.Image]:
         raise InputError(f"{path}: more than {MAX_PIXELS:,} pixels; scale it down or cut it into tiles") from error
 
 
-def _as_stored(image: Image.Image, frame: Frame) -> tuple[Image.Image, int]:
-    """The picture that is meant, loaded and as it is stored, and its orientation.
+def _raw_mode(image: ImageFile) -> str:
+    """How pixels lie in the file, as Pillow calls it: RGB;16B, ..."""
+    arguments = image.tile[0][3] if image.tile else ""
+    return arguments if isinstance(arguments, str) else str((*(arguments or ("",)),)[0])
+
+
+def _is_wide(image: Image.Image) -> bool:
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def _decode(data: bytes, frame: Frame) -> tuple[Picture, Array | None, bool]:
+    """The picture that is meant in its own mode, its values where they are wider than 8 bits, and whether 0 is white.
 
     A file with several pictures needs an index, as the first slice of a volume would be a guess; the previews that
     cameras add (MPO) are not meant by that.
     """
-    if frame.index is not None:
-        image.seek(frame.index)
-    elif (count := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
-        raise InputError(f"{frame.path}: holds {count} pictures; save the one that is meant as its own file")
+    with _opened(BytesIO(data), frame) as image:
+        if frame.index is None and (count := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
+            raise InputError(f"{frame.path}: holds {count} pictures; save the one that is meant as its own file")
+        image.seek(frame.index or 0)
+        mode, (layout, _, order) = image.mode, _raw_mode(image).partition(";")
+        is_inverted = isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC) == 0
+        stored, orientation = _as_stored(image)
+        values = np.asarray(stored) if _is_wide(stored) else None
+    if order in LOW_BYTES and layout in ("RGB", "RGBA", "LA"):  # Pillow has kept the high byte alone
+        with _opened(BytesIO(data), frame) as image:
+            image.seek(frame.index or 0)
+            raw = f"{layout};{LOW_BYTES[order]}"
+            if layout == "LA":  # both bytes of both channels as four channels
+                raw = image._mode = "RGBA"
+            image.tile = [t._replace(args=(raw, *t[3][1:]) if isinstance(t[3], tuple) else raw) for t in image.tile]
+            both = np.asarray(_as_stored(image)[0]).astype(np.uint16)
+        high = both[..., 0] if layout == "LA" else np.asarray(stored).astype(np.uint16)[..., :3]
+        values = high * 256 + (both[..., 1] if layout == "LA" else both[..., :3])
+    digest = hashlib.sha256(data).hexdigest()
+    return Picture(stored, digest, mode, stored.size, orientation), values, is_inverted
+
+
+def _as_stored(image: ImageFile) -> tuple[Image.Image, int]:
+    """The picture, loaded and without the turn that Pillow makes of a TIFF's orientation; and the orientation."""
     if not isinstance(image, TiffImageFile):
         image.load()  # before the orientation, which in a PNG may follow the pixels
         return image, image.getexif().get(ORIENTATION, 1)
@@ -327,74 +412,53 @@ def _as_stored(image: Image.Image, frame: Frame) -> tuple[Image.Image, int]:
     return (image if inverse is None else image.transpose(inverse)), orientation
 
 
-def is_wide(image: Image.Image) -> bool:
-    """Whether a picture has more than 8 bits."""
-    return image.mode == "F" or image.mode.startswith("I")
-
-
-def as_stored(path: Path) -> tuple[Image.Image, int]:
-    """The picture in a file of one of Pillow's formats, in its own mode, and its orientation."""
-    with _opened(BytesIO(read_bytes(path)), path) as image:
-        return _as_stored(image, Frame(path))
-
-
-def _read_pillow(data: bytes, frame: Frame) -> Decoded:
-    with _opened(BytesIO(data), frame) as opened:
-        mode, window = opened.mode, frame.options.window
-        stored, orientation = _as_stored(opened, frame)
-        pages = _page_range(data) if isinstance(window, str) and is_wide(opened) else None
-        image, notes = to_mode(stored, "RGB", frame, window, pages)
-        return Decoded(image, notes, mode, image.size, orientation)
-
-
 @lru_cache(maxsize=2)
-def _page_range(data: bytes) -> Range:
+def _pages(data: bytes, path: Path) -> Range:
     """The grey values of all pages of a file."""
-    parts = []
-    with _opened(BytesIO(data), "image") as image:
-        for page in range(getattr(image, "n_frames", 1)):
-            image.seek(page)
-            parts.append(np.asarray(image))
-    return Range.measure(parts, "the file", "image")
+    with _opened(BytesIO(data), path) as image:
+        count = getattr(image, "n_frames", 1)
+    pages = [_decode(data, Frame(path, page))[1] for page in range(count)]
+    return Range.measure([values for values in pages if values is not None], "the file", path)
 
 
-def to_mode(
-    image: Image.Image, mode: str, path: object, window: Ends | str | None = None, span: Range | None = None
-) -> tuple[Image.Image, Notes]:
-    """A Pillow picture in 8 bits, `RGB` or `L`, and what is to be said of its grey levels; transparency is dropped.
+def _narrow(image: Image.Image, mode: str) -> Image.Image:
+    """A picture of at most 8 bits as `RGB` or `L`, without its transparency."""
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colours, without Pillow's advice on stderr to do so
+    return image.convert(mode)
 
-    `window` as in `ReadOptions`, over `span`, or else this picture's own range; it concerns more than 8 bits alone.
-    """
-    if not is_wide(image):
-        if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")  # the same colours, without Pillow's advice on stderr to do so
-        return image.convert(mode), {}
-    values = np.asarray(image)
-    if isinstance(window, tuple):
-        return to_rgb(apply_window(values, *window)).convert(mode), {}
-    if window is not None:
-        grey, words = (span or Range.measure([values], "the file", path)).show(values, window)
-        return to_rgb(grey).convert(mode), {"window": words}
+
+def _own_window(values: Array, frame: Frame) -> tuple[Callable[[Array], Array], Notes]:
+    """How values wider than 8 bits are shown without a window: all of 8 or of 16 bits; and what is to be said."""
     low, high = values.min(), values.max()
-    # In floating point [0, 1] may be meant, and the published program would see black.
-    if low >= 0 and high <= 255 and (image.mode != "F" or high > 1):
-        bits = 16 if image.mode.startswith("I;16") else 32
-        words = f"8-bit values in a {bits}-bit file (largest {high:g}): read as 8 bits"
-        return Image.fromarray(values.astype(np.uint8)).convert(mode), {"wide": words}
-    if image.mode == "F" or not 0 <= low <= high <= 65535:
-        raise InputError(f"{path}: 32 bits a pixel have no known range; save it with 8 or 16 bits")
-    eight = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert(mode)
-    if high >= DARK:
-        return eight, {}
-    high = int(high)
-    kind = f"a {high.bit_length()}-bit picture in a 16-bit file"
-    used = f"range used: {max(100 * high / 65535, 1):.0f}%, the largest value is {high} of 65535"
-    return eight, {"dark": f"{kind} ({used}): all but black; give --window"}
+    is_float = values.dtype.kind == "f"  # in which [0, 1] may be meant, and the published program would see black
+    is_whole = not is_float or bool(high > 1 and (values == values.round()).all())
+    if low >= 0 and high <= 255 and is_whole and not frame.options.deep:
+        words = f"8-bit values in a {8 * values.dtype.itemsize}-bit file (largest {high:g}): read as 8 bits"
+        return partial(stretch, low=0, high=255), {"wide": words}
+    if is_float or not 0 <= low <= high <= 65535:
+        raise InputError(f"{frame.path}: 32 bits a pixel have no known range; save it with 8 or 16, or give --window")
+    notes, high = {}, int(high)
+    if high < DARK:
+        used = f"range used: {max(100 * high / 65535, 1):.0f}%, the largest value is {high} of 65535"
+        kind = f"a {high.bit_length()}-bit picture in a 16-bit file"
+        notes["dark"] = f"{kind} ({used}): all but black; give --window"
+    return partial(stretch, low=0, high=65535), notes
 
 
-def pillow_to_rgb(image: Image.Image, window: Ends | str | None = None, path: object = "image") -> Image.Image:
+def _is_coloured(image: Image.Image) -> bool:
+    """Whether a palette's colours that are used are no greys."""
+    palette = np.asarray(image.getpalette() or []).reshape(-1, 3)[np.unique(np.asarray(image))]
+    return bool((palette != palette[:, :1]).any())
+
+
+def pillow_to_rgb(image: Image.Image, window: Ends | str | None = None) -> Image.Image:
     """A Pillow image as 8-bit RGB, as training reads it; `window` maps grey of more than 8 bits instead."""
-    return to_mode(image, "RGB", path, window)[0]
+    if not _is_wide(image):
+        return _narrow(image, "RGB")
+    values, frame = np.asarray(image), Frame(Path("image"))
+    own, span = None if window else _own_window(values, frame)[0], lambda v: Range.measure([v], "the image", "image")
+    return Volume([values], [(1, 1)], [Slice()], [own], span, image.mode, "").show(0, window)[0].image
 
 
 def picture_notes(image: Image.Image) -> Notes:
@@ -411,14 +475,6 @@ def picture_notes(image: Image.Image) -> Notes:
 
 
 def mask_sizes(source: Source) -> set[tuple[int, int]]:
-    """Width and height that a picture's mask may have: the picture's, before or after its pixels were made square.
-
-    Of Pillow's formats from the header alone; errors are those of `read`.
-    """
-    frame = as_frame(source)
-    with naming(frame):
-        if kind_of(frame.path) != "pillow":
-            picture = read(frame)
-            return {picture.image.size, picture.stored}
-        with frame.path.open("rb") as file, _opened(file, frame) as image:
-            return {(image.tag_v2[256], image.tag_v2[257]) if isinstance(image, TiffImageFile) else image.size}
+    """Width and height that a picture's mask may have: the picture's, before or after its pixels were made square."""
+    picture = read(source)
+    return {picture.image.size, picture.stored}

@@ -8,19 +8,16 @@ paper's own data are read as published: by luminance, and resized where their si
 from __future__ import annotations
 
 from collections import Counter
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageChops
 
-from utils import InputError, warn
+from utils import InputError
 
-from . import nifti
-from .grey import Array
-from .images import Frame, Sample, as_stored, is_wide, kind_of, mask_sizes, naming, read, to_mode
-from .reading import AS_STORED, Notes
+from .grey import Notes, warn_once
+from .images import Sample, mask_sizes, read_mask_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,28 +67,13 @@ def read_mask(sample: Sample) -> Mask | None:
 
 
 def _read(path: Path, sample: Sample) -> Mask:
-    labels = sample.options.mask_labels
-    with naming(path):
-        kind = kind_of(path)
-        if kind == "nifti":
-            values, spacing = nifti.read_volume(path).plane(sample.index or 0, sample.options.plane)
-            values = np.nan_to_num(values)
-            return Mask(nifti.mask_of(_abnormal(values, labels), spacing), {}, _levels(values), by_label=True)
-        if kind == "dicom":
-            return _grey_mask(read(Frame(path, sample.index, AS_STORED)).image.convert("L"), {}, labels)
-        stored, orientation = as_stored(path)
-        notes = {} if orientation == 1 else {"orientation": f"orientation {orientation}"}
-        is_indexed = stored.mode == "P" and (labels or _is_coloured(stored))
-        if not sample.published and (is_indexed or (is_wide(stored) and labels)):
-            values = np.asarray(stored)
-            return Mask(_image(_abnormal(values, labels)), notes, _levels(values), by_label=True)
-        grey, more = to_mode(stored, "L", path)
-        if stored.has_transparency_data:
-            alpha = stored.convert("RGBA").getchannel("A")
-            colours, shades = grey.getextrema(), alpha.getextrema()
-            if colours[0] == colours[1] and shades[0] != shades[1]:
-                grey, more = alpha, {**more, "alpha": "the mask lies in the alpha channel"}
-        return _grey_mask(grey, {**notes, **more}, labels)
+    picture, labels = read_mask_file(path, sample), sample.options.mask_labels
+    if picture.levels is None or sample.published or not (labels or picture.is_labelled):
+        return _grey_mask(picture.image, picture.notes, labels)
+    marked = np.isin(picture.levels, labels) if labels else picture.levels != 0
+    levels, counts = np.unique(picture.levels, return_counts=True)
+    counted = Levels(dict(zip(levels.tolist(), counts.tolist(), strict=True)))
+    return Mask(Image.fromarray(marked.astype(np.uint8) * 255), picture.notes, counted, by_label=True)
 
 
 def _grey_mask(grey: Image.Image, notes: Notes, labels: tuple[int, ...]) -> Mask:
@@ -99,25 +81,6 @@ def _grey_mask(grey: Image.Image, notes: Notes, labels: tuple[int, ...]) -> Mask
     if labels:
         grey = grey.point([255 * (level in labels) for level in range(256)])
     return Mask(grey, notes, levels, bool(labels))
-
-
-def _abnormal(values: Array, labels: tuple[int, ...]) -> Array:
-    return np.isin(values, labels) if labels else values != 0
-
-
-def _image(marked: Array) -> Image.Image:
-    return Image.fromarray(marked.astype(np.uint8) * 255)
-
-
-def _levels(values: Array) -> Levels:
-    found, counts = np.unique(values, return_counts=True)
-    return Levels(dict(zip(found.tolist(), counts.tolist(), strict=True)))
-
-
-def _is_coloured(image: Image.Image) -> bool:
-    """Whether a palette's colours that are used are no greys."""
-    palette = np.asarray(image.getpalette() or []).reshape(-1, 3)[np.unique(np.asarray(image))]
-    return bool((palette != palette[:, :1]).any())
 
 
 def levels_note(levels: Levels, by_label: bool, above: int, labels: tuple[int, ...]) -> str | None:
@@ -132,12 +95,6 @@ def levels_note(levels: Levels, by_label: bool, above: int, labels: tuple[int, .
     else:
         rule = "abnormal is every label but 0" if by_label else f"abnormal is above {above}"
     return f"masks have {len(levels)} levels: {', '.join(shown)}{more}; {rule} (--mask_labels picks others)"
-
-
-@cache
-def warn_once(text: str) -> None:
-    """A warning on stderr, once a process."""
-    warn(text)
 
 
 def load_mask(sample: Sample, size: int, above: int = ABNORMAL_ABOVE, levels: Levels | None = None) -> Tensor:

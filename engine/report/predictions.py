@@ -108,8 +108,8 @@ class Drawer:
     def finish(self, series: str, keep: bool = True) -> None:
         """Write the file of a volume that is complete."""
         volume = self.volumes.pop(series, None)
-        if isinstance(volume, NiftiHeat):
-            volume.close(keep)
+        if keep and isinstance(volume, NiftiHeat):
+            volume.close()
 
     def drop(self) -> None:
         """Leave nothing of volumes that are not complete."""

@@ -167,7 +167,7 @@ def test_dicom_files_objects_without_a_picture_and_damaged_ones(command, home, t
     assert row["InstanceNumber"] == str(header.InstanceNumber)
     assert float(row["slice_position"]) == pytest.approx(header.ImagePositionPatient[2], abs=1e-3)
     assert (row["plane"], row["orientation"]) == ("axial", "left R, right L, top A, bottom P")
-    assert "no window in the header" in row["notes"]
+    assert "shown from" in row["notes"]
     assert "the whole range" in done.stderr
 
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
@@ -377,7 +377,7 @@ def test_names_that_collide(command, home, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere.png"], ["nowhere.png", "not found"]),
+        (["nowhere.png"], ["nowhere.png", "No such file"]),
         (["tests/golden"], ["tests/golden", "no image"]),
         (["docs/demo-brain.png", "--window", 10, 0], ["--window"]),
         (["docs/demo-brain.png", "--window", 10, "nan"], ["--window 10 nan"]),
@@ -519,7 +519,7 @@ def test_names_and_folders_that_cannot_be_used_as_they_are(command, home, tmp_pa
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "\x1b[31m" not in done.stderr + (tmp_path / "out/predictions.csv").read_text()
-    assert f"skipped: {tmp_path / 'in/closed'}: cannot be read (Permission denied)" in done.stderr
+    assert f"skipped: {tmp_path / 'in/closed'}: cannot be read: Permission denied" in done.stderr
     table = rows(tmp_path / "out")
     assert len(table) == 3
     assert all((tmp_path / "out" / row[kind]).is_file() for row in table for kind in ("overlay", "raw", "contours"))

@@ -83,12 +83,6 @@ def test_slices_of_time_points_and_headers_without_orientation(tmp_path):
     np.testing.assert_allclose(values[0, 0].T.ravel(), np.arange(6) / 2, atol=1e-3)
 
 
-def test_a_dropped_volume_leaves_nothing(tmp_path):
-    volume(tmp_path / "v.nii.gz")
-    NiftiHeat(tmp_path / "h.nii.gz", tmp_path / "v.nii.gz", "axial", 4, (0.0, 4.0)).close(keep=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["v.nii.gz"]
-
-
 def test_dicom_slices_follow_their_position_and_say_their_sides(tmp_path):
     paths = dicom_series(tmp_path / "series", volume(tmp_path / "v.nii.gz"), shuffle=3)
     entries = list_entries([tmp_path / "series"], ReadOptions(), hidden=False).entries

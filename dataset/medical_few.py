@@ -9,9 +9,10 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,6 +41,7 @@ from .readers import (
     Sample,
     file_kind,
     frames,
+    is_deep,
     parse_window,
     read_mask,
     stem,
@@ -157,7 +159,8 @@ class MedicalDataset:
         window, plane = self.layout.window, self.layout.plane
         kinds = {file_kind(file.path) for file in self.image_files("valid", "normal", required=False)}
         formats = sorted(kind for kind in kinds if kind)
-        return {"window": list(window) if isinstance(window, tuple) else window, "plane": plane, "formats": formats}
+        shown = {"window": list(window) if isinstance(window, tuple) else window, "plane": plane, "formats": formats}
+        return {**shown, "deep": True} if self.options.deep else shown
 
     @property
     def prompt_name(self) -> str:
@@ -174,10 +177,14 @@ class MedicalDataset:
         """The grey of a mask above which a pixel is abnormal, of 255."""
         return self.layout.mask_above
 
-    @property
+    @cached_property
     def options(self) -> ReadOptions:
-        """How files with more than 8 bits or more than one slice are read."""
-        return self.layout.options
+        """How files with more than 8 bits or more than one slice are read; one depth holds for all of its pictures."""
+        paths: list[Path] = []
+        for split, kind in product(SPLITS, KINDS):
+            with suppress(InputError):  # it is reported where the images are used
+                paths += [file.path for file in self.image_files(split, kind, required=False)]
+        return replace(self.layout.options, deep=is_deep(paths))
 
     @property
     def is_benchmark(self) -> bool:

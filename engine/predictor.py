@@ -210,8 +210,9 @@ def reading_of(settings: Settings) -> ReadOptions:
     reading = settings.reading or {}
     window = reading.get("window")
     return ReadOptions(
-        tuple(window) if isinstance(window, list | tuple) else window, reading.get("plane") or AS_STORED.plane
-    )
+        tuple(window) if isinstance(window, list | tuple) else window, reading.get("plane") or AS_STORED.plane,
+        deep=bool(reading.get("deep")),
+    )  # fmt: skip
 
 
 def open_image(image: ImageLike, reading: ReadOptions = AS_STORED) -> Image.Image:

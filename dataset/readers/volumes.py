@@ -83,11 +83,12 @@ class Scans:
         DICOM whose values reach from 128 to 255 holds greys instead.
         """
         volume, index = self.volume(path, of.options.plane), of.index or 0
-        slices = volume.values
-        if volume.grid is not None:
+        if not isinstance(volume.values, Frames):
             slices = _onto(volume, self.volume(of.path, of.options.plane), path, of.options.plane)
-        elif len(slices) != count:
-            raise InputError(f"{path}: {len(slices)} frames, but its image has {count}")
+        elif len(volume.values) == count:
+            slices = replace(volume.values, is_rescaled=False)
+        else:
+            raise InputError(f"{path}: {len(volume.values)} frames, but its image has {count}")
         values = np.nan_to_num(slices[index]).astype(np.float32)
         if values.ndim == 3:
             values = values.max(axis=2)
@@ -178,6 +179,7 @@ class Frames(Sequence[Array]):
     header: Header
     path: Path
     length: int
+    is_rescaled: bool = True  # into the modality's units; else as stored
 
     def __len__(self) -> int:
         return self.length
@@ -195,7 +197,7 @@ class Frames(Sequence[Array]):
                 raise InputError(f"{self.path}: {fault}; {hint}") from error
             if header.PhotometricInterpretation == "PALETTE COLOR":
                 return np.asarray(to_rgb(pixels.apply_color_lut(values, header)))
-            if values.ndim == 3:
+            if values.ndim == 3 or not self.is_rescaled:
                 return values
             line = _line(header, index)
             if line is None:

@@ -432,3 +432,14 @@ def test_volumes_are_samples_slice_by_slice(tmp_path):
     coronal = MedicalDataset.open("knee", "data", tmp_path)
     assert coronal.options == ReadOptions((40.0, 400.0), "coronal")
     assert [sample.index for sample in coronal.samples("test") if sample.label] == [1, 3]
+
+
+def test_one_depth_holds_for_all_pictures_of_a_data_set(tmp_path):
+    """A dark slice of a 12-bit set is not taken for 8 bits, wherever it lies."""
+    make(tmp_path)
+    for number, path in enumerate(sorted((tmp_path / "Brain_AD").rglob("img/*.png"))):
+        Image.fromarray(np.full((20, 20), 200 if number else 4000, np.uint16)).save(path)
+    dataset = MedicalDataset.open("Brain", tmp_path)
+    assert all(sample.options.deep for sample in dataset.samples("test"))
+    assert dataset.reading["deep"]
+    assert load_image(dataset.samples("test")[-1], 8).max() < 0.02

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from dataclasses import replace
 
 import nibabel
 import numpy as np
@@ -11,11 +12,12 @@ from nibabel import orientations
 from PIL import Image
 from pydicom import dcmread
 
-from dataset.readers import ReadOptions, Slice, describe, frames
+from dataset.readers import ReadOptions, Sample, Slice, describe, frames, read, read_mask
 from engine.heat_volumes import DicomHeat, NiftiHeat
 from engine.report.predictions import Drawer
 from engine.scans import Entry, in_order, is_own_result, list_entries
 from tests.helpers.scans import dicom_series
+from utils import InputError
 
 SIDES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}
 # The corner of a slice's picture (row, column) that is dark everywhere else -> the side of the patient on each axis.
@@ -157,3 +159,87 @@ def test_pictures_of_prediction_are_recognised(tmp_path):
     NiftiHeat(tmp_path / "v_heat.nii.gz", tmp_path / "v.nii.gz", "axial", 4, (0.0, 4.0)).close()
     assert is_own_result(tmp_path / "v_heat.nii.gz")
     assert not is_own_result(tmp_path / "v.nii.gz")
+
+
+# --- masks of volumes ---
+
+
+def labels_and(folder, image_affine, mask_affine, mask_shape=(6, 8, 5)):
+    """A sample of a volume (6, 8, 5), whose mask marks the voxels at the front left corner of slice 1: 1, and 2."""
+    nibabel.Nifti1Image(np.arange(240, dtype=np.int16).reshape(6, 8, 5), image_affine).to_filename(folder / "v.nii")
+    labels = np.zeros(mask_shape, np.uint8)
+    labels[0, -1, 1], labels[1, -1, 1] = 1, 2
+    nibabel.Nifti1Image(labels, mask_affine).to_filename(folder / "m.nii")
+    return [Sample(folder / "v.nii", 1, folder / "m.nii", "v", index=i) for i in range(5)]
+
+
+def marked(sample, **options):
+    mask = read_mask(replace(sample, options=ReadOptions(**options))).image
+    return {(x, y) for y, x in np.argwhere(np.asarray(mask) > 0)}
+
+
+def test_labels_of_a_volume_are_chosen(tmp_path):
+    samples = labels_and(tmp_path, np.eye(4), np.eye(4))
+    assert [marked(sample) for sample in samples[:2]] == [set(), {(5, 0), (4, 0)}]
+    assert marked(samples[1], mask_labels=(2,)) == {(4, 0)}
+
+
+def test_a_mask_with_other_axes_lies_where_the_headers_say(tmp_path, capsys):
+    """The same voxels stored from the other side; and another grid, onto which it is resampled, which is said."""
+    turned = np.diag([-1.0, -1, 1, 1])
+    turned[:2, 3] = 5, 7
+    samples = labels_and(tmp_path, np.eye(4), turned)
+    assert [marked(sample) for sample in samples[:2]] == [set(), {(0, 7), (1, 7)}]
+    assert capsys.readouterr().err == ""
+    finer = np.diag([1.0, 1, 0.5, 1])
+    samples = labels_and(tmp_path, np.eye(4), finer, (6, 8, 12))  # its slice 1 lies between slices 0 and 1
+    labels = np.zeros((6, 8, 12), np.uint8)
+    labels[2, 3, 6:8] = 1
+    nibabel.Nifti1Image(labels, finer).to_filename(tmp_path / "m.nii")
+    assert [len(marked(sample)) for sample in samples] == [0, 0, 0, 1, 0]
+    assert "resampled" in capsys.readouterr().err
+
+
+def test_masks_that_cannot_belong_to_their_image_are_refused(tmp_path):
+    far, unknown = np.eye(4), nibabel.Nifti1Image(np.ones((6, 8, 12), np.uint8), np.eye(4))
+    far[:3, 3] = 1000
+    samples = labels_and(tmp_path, np.eye(4), far)
+    with pytest.raises(InputError, match=r"m\.nii: nothing .* lies in its image"):
+        read_mask(samples[1])
+    unknown.set_sform(None, 0)
+    unknown.set_qform(None, 0)
+    unknown.to_filename(tmp_path / "m.nii")
+    with pytest.raises(InputError, match=r"m\.nii: .*headers do not say"):
+        read_mask(samples[1])
+    Image.new("L", (8, 6)).save(tmp_path / "single.png")
+    with pytest.raises(InputError):  # a volume as the mask of a single picture
+        read_mask(Sample(tmp_path / "single.png", 1, tmp_path / "m.nii", "x"))
+    pages = [Image.new("L", (6, 8), 255)] * 3
+    pages[0].save(tmp_path / "m.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(InputError, match=r"m\.tif: 3 pictures, but its image's file has 5"):
+        read_mask(replace(samples[1], mask=tmp_path / "m.tif"))
+
+
+@pytest.mark.parametrize("frames_of_mask", [1, 3])
+def test_multi_frame_dicom_masks_are_read_frame_by_frame_without_the_window(tmp_path, frames_of_mask):
+    paths = dicom_series(tmp_path / "series", volume(tmp_path / "v.nii.gz"))
+    header, size = dcmread(paths[0]), dcmread(paths[0]).pixel_array.shape
+    for name, count in (("image", 3), ("mask", frames_of_mask)):
+        values = np.zeros((count, *size), np.uint16)
+        values[-1, 2, 3] = 1
+        header.NumberOfFrames, header.PixelData = count, values.tobytes()
+        header.WindowCenter, header.WindowWidth, header.PixelSpacing = 5000, 1, [1, 1]
+        header.save_as(tmp_path / f"{name}.dcm")
+    last = Sample(tmp_path / "image.dcm", 1, tmp_path / "mask.dcm", "x", index=2)
+    if frames_of_mask == 1:
+        with pytest.raises(InputError, match=r"mask\.dcm: 1 frames, but its image has 3"):
+            read_mask(last)
+        return
+    assert np.asarray(read_mask(replace(last, index=0, options=ReadOptions((0, 1)))).image).max() == 0
+    assert np.argwhere(np.asarray(read_mask(last).image) == 255).tolist() == [[2, 3]]
+
+
+def test_several_pictures_need_an_index(tmp_path):
+    volume(tmp_path / "v.nii.gz")
+    with pytest.raises(InputError, match=r"v\.nii\.gz: holds 5 pictures"):
+        read(tmp_path / "v.nii.gz")

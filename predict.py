@@ -24,7 +24,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from dataset.layout import MASK_FOLDERS, object_of
+from dataset.layout import object_of
+from dataset.pairing import MASK_FOLDERS
 from dataset.readers import PLANES, ReadOptions, parse_window, picture_notes, read, to_tensor
 from engine.files.config import (
     PAPER,

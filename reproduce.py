@@ -41,8 +41,7 @@ from tqdm import tqdm
 import test
 import train
 from CLIP.config import ModelConfig
-from dataset.check import PUBLISHED_COUNTS
-from dataset.layout import BENCHMARKS, MADE_UP
+from dataset.layout import BENCHMARKS, MADE_UP, PUBLISHED_COUNTS
 from engine import baselines
 from engine.files.checkpoint import Checkpoint
 from engine.files.config import NO_EFFECT_IN_TEST, given_options, test_options, test_parser, to_arguments, train_options

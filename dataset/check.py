@@ -4,8 +4,7 @@
     python -m dataset.check --data_root /path/bottle          any folder; proposes a dataset/bottle.json
 
 Errors stop a training or make its numbers false: exit code 1. Warnings are for a look and leave it 0, and so does what
-the paper's own six data sets are known for. A bad argument is code 2. Every image is decoded once; what is kept of it
-is a hash of its pixels.
+the paper's own six data sets are known for. A bad argument is code 2. What is kept of an image is a hash of its pixels.
 """
 
 from __future__ import annotations
@@ -25,13 +24,16 @@ from tqdm import tqdm
 
 from utils import InputError, Parser, bar_seconds, integer, prefetch, printable, run_cli
 
+from . import notes
 from .fewshot import SEEDS, check_shot_names, parse_shot_list
-from .layout import KINDS, SPLITS, add_reading_flags, config_path, list_images, mask_folder, object_name, object_of
-from .medical_few import ImageFile, MedicalDataset, Sample, data_folder
+from .layout import KINDS, SPLITS, add_reading_flags, config_path, object_name, object_of
+from .medical_few import ImageFile, MedicalDataset, data_folder
+from .pairing import list_pictures
 from .patients import compile_rule
 from .readers import (
     ABNORMAL_ABOVE,
     NoImageError,
+    Sample,
     file_kind,
     frames,
     mask_notes,
@@ -44,15 +46,6 @@ from .readers import (
 SHOWN = 3  # examples of a finding
 NAMED = ("no mask", "valid mask")  # of these every example is shown: one cannot see what is not there
 SMALL = 32  # pixels a side
-# Images of the paper's data sets, (normal, abnormal) or all of them; where sources disagree, each.
-PUBLISHED_COUNTS: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
-    "Brain": {"valid": ((39, 44),), "test": ((640, 3075),)},
-    "Liver": {"valid": ((93, 73),), "test": ((833, 660),)},
-    "Retina_RESC": {"valid": ((45, 70),), "test": ((1041, 764),)},
-    "Retina_OCT2017": {"test": ((242, 726),)},
-    "Chest": {"valid": ((1490,),), "test": ((17194,),)},
-    "Histopathology": {"test": ((1028, 1008), (1003, 994))},
-}
 
 # What is found, and what it is called. Errors first, in the order of the report.
 ERRORS = {
@@ -63,7 +56,7 @@ ERRORS = {
     "mask size": "masks of another size than their image",
     "mask range": "masks with no pixel above --mask_above, though not empty: they count as empty",
     "leak": "the same picture in valid and in test",
-    "patient": "patients, by the names, in valid and in test",
+    "patient": "patients in valid and in test",
     "two labels": "the same picture among the normal and the abnormal",
     "bad list": "few-shot lists",
 }
@@ -86,73 +79,14 @@ WARNINGS = {
     "orientation": "images or masks with an orientation tag, which is ignored, whatever the format: do they fit?",
     "no image": "DICOM objects without a picture, left out",
     "ignored": "files that are no image by their extension, left out",
-    "unused": "masks that are not used: their names fit no image, or pixel_metrics is false",
     "list": "few-shot lists",
 }
 TOLERATED = ("leak", "patient", "two labels")  # of the paper's own files, where they are listed, but no error
-Finding = tuple[str, str]  # kind, words
 
 
 @dataclass
-class Inspection:
-    """What one image and its mask showed."""
-
-    name: str
-    findings: list[Finding]
-    mode: str = ""
-    size: tuple[int, int] | None = None  # width, height; None where it could not be read
-    digest: bytes = b""  # of the pixels: a picture saved anew without loss is the same
-
-
-def inspect_file(dataset: MedicalDataset, file: ImageFile, kind: str) -> list[Inspection]:
-    """Decode every image in a file, and its mask where it has one of its own."""
-    name = dataset.name(file.path)
-    masks = file.masks if len(file.masks) == 1 else []
-    try:
-        frames(file.path, dataset.options)
-        samples = dataset.samples_in(file._replace(masks=masks), kind)
-    except NoImageError as error:
-        return [Inspection(name, [("no image", str(error))])]
-    except InputError as error:
-        return [Inspection(name, [("unusable", str(error))])]
-    if not samples:
-        return [Inspection(name, [("empty", f"{masks[0]}: no slice is marked")])]
-    return [inspect_image(sample, dataset.mask_above, alone=len(samples) == 1) for sample in samples]
-
-
-def inspect_image(sample: Sample, above: int, alone: bool) -> Inspection:
-    """Decode an image and its mask; `alone` is False for slices, of which some may be black."""
-    result = Inspection(sample.name, [])
-    try:
-        picture = read(sample)
-        size, notes = picture.image.size, dict(picture.notes)
-        if alone and min(size) >= SMALL and "dark" not in notes:
-            notes |= picture_notes(picture.image)
-        if min(size) < SMALL:
-            notes["small"] = _size(size)
-        if picture.orientation != 1:
-            notes["orientation"] = f"orientation {picture.orientation}"
-        result.findings += [(kind, f"{sample.path}: {text}") for kind, text in notes.items()]
-        result.mode, result.size = picture.mode, size
-        result.digest = hashlib.sha256(f"{size}".encode() + picture.image.tobytes()).digest()
-        mask = read_mask(sample)
-        if mask is not None:
-            notes = mask.notes | mask_notes(mask, above)
-            if labels := notes.pop("labels", ""):
-                notes.pop("wide", None)
-                notes["mask range"] = labels
-            if mask.image.size not in (size, picture.stored):
-                kind = "any size" if sample.published else "mask size"
-                notes[kind] = f"{_size(mask.image.size)}, its image {_size(size)}"
-            result.findings += [(kind, f"{sample.mask}: {text}") for kind, text in notes.items()]
-    except InputError as error:
-        result.findings.append(("unusable", str(error)))
-    return result
-
-
-@dataclass
-class ClassSummary:
-    """A row of the table."""
+class Row:
+    """A class of a split in the table."""
 
     split: str
     kind: str
@@ -164,7 +98,67 @@ class ClassSummary:
     def cells(self) -> tuple[str, ...]:
         """The row's texts."""
         modes = ", ".join(mode if count == self.images else f"{mode} {count}" for mode, count in self.modes.items())
-        return self.split, self.kind, f"{self.images}", f"{self.masks or '-'}", _span(self.sizes), modes
+        size = "".join(map(_size, self.sizes))
+        if len(self.sizes) > 1:
+            spans = (f"{min(sides)}-{max(sides)}" for sides in zip(*self.sizes, strict=True))
+            size = f"{' x '.join(spans)} ({len(self.sizes)} sizes)"
+        return self.split, self.kind, f"{self.images}", f"{self.masks or '-'}", size, modes
+
+
+@dataclass
+class Seen:
+    """What one image and its mask showed."""
+
+    name: str
+    findings: dict[str, str]  # kind -> words
+    mode: str = ""
+    size: tuple[int, int] | None = None  # width, height; None where it could not be read
+    digest: bytes = b""  # of the pixels: a picture saved anew without loss is the same
+
+
+def look_into(dataset: MedicalDataset, file: ImageFile, kind: str) -> list[Seen]:
+    """Decode every image in a file, and its mask where it has one."""
+    try:
+        frames(file.path, dataset.options)
+        samples = dataset.samples_in(file, kind, judged=False)
+    except NoImageError as error:
+        return [Seen(dataset.name(file.path), {"no image": str(error)})]
+    except InputError as error:
+        return [Seen(dataset.name(file.path), {"unusable": str(error)})]
+    seen = [look_at(sample, dataset.mask_above, alone=len(samples) == 1) for sample in samples]
+    if not any("unusable" in entry.findings for entry in seen):
+        dataset.samples_in(file, kind)  # what is left out is among the data set's notes
+    return seen
+
+
+def look_at(sample: Sample, above: int, alone: bool) -> Seen:
+    """Decode an image and its mask; `alone` is False for slices, of which some may be black."""
+    seen = Seen(sample.name, {})
+    try:
+        picture = read(sample)
+        remarks = dict(picture.notes)
+        seen.mode, seen.size = picture.mode, picture.image.size
+        seen.digest = hashlib.sha256(f"{seen.size}".encode() + picture.image.tobytes()).digest()
+        if alone and min(seen.size) >= SMALL and "dark" not in remarks:
+            remarks |= picture_notes(picture.image)
+        if min(seen.size) < SMALL:
+            remarks["small"] = _size(seen.size)
+        if picture.orientation != 1:
+            remarks["orientation"] = f"orientation {picture.orientation}"
+        seen.findings = {kind: f"{sample.path}: {text}" for kind, text in remarks.items()}
+        if mask := read_mask(sample):
+            remarks = mask.notes | mask_notes(mask, above)
+            if labels := remarks.pop("labels", ""):
+                remarks.pop("wide", None)
+                remarks["mask range"] = labels
+            if mask.image.size not in (seen.size, picture.stored):
+                remarks["any size" if sample.published else "mask size"] = (
+                    f"{_size(mask.image.size)}, its image {_size(seen.size)}"
+                )
+            seen.findings |= {kind: f"{sample.mask}: {text}" for kind, text in remarks.items()}
+    except InputError as error:
+        seen.findings["unusable"] = str(error)
+    return seen
 
 
 class Check:
@@ -173,7 +167,7 @@ class Check:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()  # of `ERRORS` and `WARNINGS`
         self.examples: defaultdict[str, list[str]] = defaultdict(list)  # the first few of each, and all of `NAMED`
-        self.rows: list[ClassSummary] = []
+        self.rows: list[Row] = []
         self.notes: list[str] = []
         self.known: tuple[str, ...] = ()  # kinds that are no error here
         self.first: dict[bytes, tuple[str, str, str]] = {}  # digest -> split, class, name of the first such picture
@@ -199,81 +193,65 @@ class Check:
 
     def run(self, dataset: MedicalDataset, workers: int = 2) -> None:
         """Examine every class of every split, then the few-shot lists."""
-        self.known = TOLERATED if dataset.is_benchmark else ()
-        files: dict[tuple[str, str], list[ImageFile]] = {}
-        for split, kind in product(SPLITS, KINDS):
-            if dataset.layout.folders(split, kind):
-                try:
-                    files[split, kind] = dataset.image_files(split, kind)
-                except InputError as error:
-                    self.add("layout", str(error))
-                    files[split, kind] = []
         patients: dict[str, set[str | None]] = {split: set() for split in SPLITS}
-        with tqdm(total=sum(map(len, files.values())), desc="check", unit="file", mininterval=bar_seconds()) as bar:
-            for (split, kind), listed in files.items():
-                self.names(dataset, split, kind, listed)
-                row = ClassSummary(split, kind)
-                self.rows.append(row)
-                inspect = partial(inspect_file, dataset, kind=kind)
-                for file, results in zip(listed, prefetch(inspect, listed, workers), strict=True):
-                    row.masks += bool(file.masks)
-                    for result in results:
-                        self.image(row, result)
-                    patients[split].add(dataset.patient(file.path, file.folder))
-                    bar.update()
+        try:
+            self.known = TOLERATED if dataset.is_benchmark else ()
+            for split, kind in product(SPLITS, KINDS):
+                if dataset.layout.folders(split, kind):
+                    files = dataset.image_files(split, kind)
+                    patients[split] |= {dataset.patient(file.path, file.folder) for file in files}
+                    self.look(dataset, Row(split, kind), files, workers)
+        except InputError as error:
+            self.add("layout", str(error))
+            return
         for number in sorted(filter(None, patients["valid"] & patients["test"])):
             self.add("patient", number)
-        self.folders(dataset)
+        for folder in sorted({path.parent for path, _ in dataset.pictures}):
+            others = [path for path in folder.glob("[!.]*") if path.is_file() and file_kind(path) is None]
+            for suffix, count in Counter(path.suffix.lower() or "no extension" for path in others).items():
+                self.add("ignored", f"{folder}: {count} x {suffix}", count)
         self.lists(dataset)
         for path in sorted(self.without_mask):
             self.add("valid mask", path)
-        self.compare_counts(dataset)
-        if not self.counts["layout"]:
-            self.notes.append(dataset.patients_note())
+        self.notes += notes.describe(dataset)
 
-    def image(self, row: ClassSummary, result: Inspection) -> None:
-        """Add one image to its row and to the findings."""
-        row.images += all(kind != "no image" for kind, _ in result.findings)
-        for finding in result.findings:
-            self.add(*finding)
-        if not result.size:
-            return
-        row.sizes[result.size] += 1
-        row.modes[result.mode] += 1
-        split, kind, other = self.first.setdefault(result.digest, (row.split, row.kind, result.name))
-        if kind != row.kind:
-            self.add("two labels", f"{other} = {result.name}")
-        if split != row.split:
-            self.add("leak", f"{other} = {result.name}")
-        elif kind == row.kind and other != result.name:
-            self.add("duplicate", f"{other} = {result.name}")
-
-    def names(self, dataset: MedicalDataset, split: str, kind: str, files: list[ImageFile]) -> None:
-        """Names that are alike, and masks that are missing or ambiguous."""
-        if kind == "abnormal" and dataset.pixel_metrics:
+    def look(self, dataset: MedicalDataset, row: Row, files: list[ImageFile], workers: int) -> None:
+        """Examine the files of a class."""
+        self.rows.append(row)
+        if row.kind == "abnormal" and dataset.pixel_metrics:
             missing, ambiguous = dataset.mask_problems(files)
-            if split == "valid":
+            if row.split == "valid":
                 self.without_mask |= set(missing)  # an error only where it is a shot
                 missing = []
             for name, faults in (("no mask", missing), ("ambiguous", ambiguous)):
                 for words in faults:
                     self.add(name, words)
-            return
-        for path, count in Counter(file.path.with_name(file.path.stem) for file in files).items():
-            if count > 1:
-                self.add("same name", f"{path}.*: {count} images ({split})")
+            row.masks = sum(bool(file.masks) for file in files)
+        else:
+            for path, count in Counter(file.path.with_name(file.path.stem) for file in files).items():
+                if count > 1:
+                    self.add("same name", f"{path}.*: {count} images ({row.split})")
+        results = prefetch(partial(look_into, dataset, kind=row.kind), files, workers)
+        title, pause = f"{row.split} {row.kind}", bar_seconds()
+        for seen in chain.from_iterable(tqdm(results, title, len(files), unit="file", mininterval=pause, delay=pause)):
+            self.image(row, seen)
 
-    def folders(self, dataset: MedicalDataset) -> None:
-        """Files beside the images that are left out, and masks that are not used."""
-        listed = {name for split, kind in product(SPLITS, KINDS) for name in dataset.layout.folders(split, kind)}
-        for name in sorted(listed):
-            folder = dataset.root / name
-            others = [path for path in folder.glob("[!.]*") if path.is_file() and file_kind(path) is None]
-            for suffix, count in Counter(path.suffix.lower() or "no extension" for path in others).items():
-                self.add("ignored", f"{folder}: {count} x {suffix}", count)
-            masks = mask_folder(dataset.root, name, dataset.layout.masks)
-            if masks.is_dir() and not dataset.pixel_metrics and masks != folder:
-                self.add("unused", str(masks))
+    def image(self, row: Row, seen: Seen) -> None:
+        """Add one image to its row and to the findings."""
+        row.images += "no image" not in seen.findings
+        for finding in seen.findings.items():
+            self.add(*finding)
+        if not seen.size:
+            return
+        row.sizes[seen.size] += 1
+        row.modes[seen.mode] += 1
+        split, kind, other = self.first.setdefault(seen.digest, (row.split, row.kind, seen.name))
+        if kind != row.kind:
+            self.add("two labels", f"{other} = {seen.name}")
+        if split != row.split:
+            self.add("leak", f"{other} = {seen.name}")
+        elif kind == row.kind and other != seen.name:
+            self.add("duplicate", f"{other} = {seen.name}")
 
     def lists(self, dataset: MedicalDataset) -> None:
         """Every line of every few-shot list that a training could use."""
@@ -306,30 +284,9 @@ class Check:
             for text in warnings:
                 self.add("list", text)
 
-    def compare_counts(self, dataset: MedicalDataset) -> None:
-        """A line that compares the numbers of images with the published ones, for the paper's six."""
-        parts, complete = [], True
-        for split, accepted in (PUBLISHED_COUNTS.get(dataset.obj, {}) if dataset.is_benchmark else {}).items():
-            images = tuple(row.images for row in self.rows if row.split == split)
-            match = images in accepted or (sum(images),) in accepted
-            complete &= match
-            published = " or ".join(" + ".join(map(str, counts)) for counts in accepted)
-            parts.append(f"{split} {' + '.join(map(str, images))}" + ("" if match else f" (published: {published})"))
-        words = "counts as published" if complete else "warning: counts: other than published: is the copy whole?"
-        if parts:
-            self.notes.append(f"{words}: {'; '.join(parts)} (normal + abnormal)")
-
 
 def _size(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]}"
-
-
-def _span(sizes: Counter[tuple[int, int]]) -> str:
-    """One size, or the smallest and largest width and height."""
-    if len(sizes) <= 1:
-        return "".join(map(_size, sizes))
-    spans = (f"{min(sides)}-{max(sides)}" for sides in zip(*sizes, strict=True))
-    return f"{' x '.join(spans)} ({len(sizes)} sizes)"
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
@@ -340,7 +297,7 @@ def table(rows: list[tuple[str, ...]]) -> str:
 
 def json_template(root: Path, config: Path) -> str:
     """What a JSON file for an unknown layout may look like, for the user to fill in."""
-    counts = Counter(path.parent.relative_to(root).as_posix() for path in list_images(root))
+    counts = Counter(path.parent.relative_to(root).as_posix() for path in list_pictures(root))
     folders = [f"    {folder}: {count}" for folder, count in sorted(counts.items())]
     classes = dict.fromkeys(KINDS, "FOLDER")
     values = {"prompt_name": config.stem, "pixel_metrics": False, **dict.fromkeys(SPLITS, classes)}
@@ -387,10 +344,11 @@ def main() -> int:
         if dataset.pixel_metrics and dataset.mask_above != ABNORMAL_ABOVE:
             metrics += f", a mask's grey above {dataset.mask_above} is abnormal"
         print(printable(f'{options.obj}: {root}; prompts say "{dataset.prompt_name}"; {metrics}'))
-        if not check.counts["layout"] and (note := dataset.split_note()):
-            print(printable(note))
-        heads = ("split", "class", "images", "masks", "width x height", "modes")
-        print(table([heads, *(row.cells() for row in check.rows)]))
+        print(
+            table(
+                [("split", "class", "images", "masks", "width x height", "modes"), *(row.cells() for row in check.rows)]
+            )
+        )
     for line in (*check.lines(), *check.notes):
         print(printable(line))
     errors = sum(check.counts[kind] for kind in ERRORS if kind not in check.known)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from utils import InputError, preview, read_text
+from utils import InputError, blame, preview, read_text
 
 Lines = dict[tuple[str, int], list[str]]  # (`a` or `n`, index) -> names
 SEEDS = Path(__file__).parent / "fewshot_seed"  # the project's lists: SEEDS / obj
+NAME = re.compile(r'"([^"]+)"|\'([^\']+)\'|(\S+)')  # with blanks in quotes, else without
+
+
+def list_paths(folder: Path) -> list[Path]:
+    """The few-shot lists in a folder, sorted by name."""
+    return [path for path in sorted(folder.glob("*")) if re.fullmatch(r"my\d+-shot\.txt", path.name)]
 
 
 def parse_shot_list(path: Path) -> tuple[Lines, list[str]]:
     """Lines `a-K: name name ...` and `n-K: name name ...` of a few-shot list, as the published program takes them.
+
+    Names that hold blanks stand in quotes.
 
     Returns:
         The names of each line, and warnings: lines of another form are left out, of two for the same K the first
@@ -23,10 +32,8 @@ def parse_shot_list(path: Path) -> tuple[Lines, list[str]]:
     Raises:
         InputError: the file cannot be read.
     """
-    try:
+    with blame(path):
         text = read_text(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as a few-shot list ({error})") from error
     lines: Lines = {}
     warnings = []
     for number, line in enumerate(text.splitlines(), start=1):
@@ -39,10 +46,15 @@ def parse_shot_list(path: Path) -> tuple[Lines, list[str]]:
         elif (key := (match[1], int(match[2]))) in lines:
             warnings.append(f"{where}: left out, as a line for {key[0]}-{key[1]} stands before it")
         else:
-            lines[key] = match[3].split()
+            lines[key] = [next(filter(None, groups)) for groups in NAME.findall(match[3])]
             if repeated := [name for name, count in Counter(lines[key]).items() if count > 1]:
                 warnings.append(f"{where}: names {preview(repeated)} more than once; each time is a shot")
     return lines, warnings
+
+
+def quoted(names: Sequence[str]) -> str:
+    """Names as a line of a list holds them."""
+    return " ".join(f'"{name}"' if re.search(r"\s", name) else name for name in names)
 
 
 def pick_lines(lines: Lines, warnings: Sequence[str], path: Path, iterate: int) -> tuple[list[str], list[str]]:
@@ -72,3 +84,28 @@ def check_shot_names(names: Sequence[str], known: Collection[str], count: int, s
     if len(names) > count:
         return [f"{source}: names {len(names)} images where {count} shots are meant; all of them are used"]
     return []
+
+
+def draw_shots(draw: random.Random, patients: Mapping[str, str | None], count: int) -> list[str]:
+    """`count` of the names, at random, each of another patient as far as there are so many.
+
+    Args:
+        draw: the generator, which goes on where several of the first draw are one patient's.
+        patients: name -> patient, None where that is not known.
+        count: at most as many as there are names.
+    """
+    chosen: list[str] = []
+
+    def take(names: Sequence[str]) -> None:
+        for name in names:
+            seen = {patients[other] for other in chosen} - {None}
+            if len(chosen) < count and patients[name] not in seen:
+                chosen.append(name)
+
+    names = draw.sample(sorted(patients), count)
+    take(names)
+    if len(chosen) < count:
+        take(draw.sample(rest := sorted(patients.keys() - chosen), len(rest)))
+        again = [name for name in names if name not in chosen]  # fewer patients than shots
+        chosen += again[: count - len(chosen)]
+    return chosen

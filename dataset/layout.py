@@ -6,51 +6,50 @@ fields of `Layout`.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from utils import InputError, integer, read_text
+from utils import InputError, integer, read_json
 
+from .pairing import MASK_FOLDERS, PLACEHOLDERS, is_clutter, list_images, mask_places, one_form
 from .patients import compile_rule
-from .readers import ABNORMAL_ABOVE, PLANES, ReadOptions, check_file, list_files, parse_window, stem
+from .readers import ABNORMAL_ABOVE, PLANES, ReadOptions, list_files, parse_window
 
-Classes = dict[str, list[Path]]  # `KINDS` -> folders
 FOLDER = Path(__file__).parent
 PUBLISHED = FOLDER / "published_results.json"  # figures to compare with, the one JSON file that is no data set
 SPLITS = ("valid", "test")
 KINDS = ("normal", "abnormal")  # label 0, label 1
 VALID_SHARE = 0.3
-MVFA = {split: {"normal": [f"{split}/good/img"], "abnormal": [f"{split}/Ungood/img"]} for split in SPLITS}
 MVFA_MASKS = "{parent}/anomaly_mask/{stem}"
-PLACEHOLDERS = ("parent", "folder", "above", "beside")
-# The paper's data sets: trees of other papers are accepted under their names, and their known leaks are no error.
-BENCHMARKS = ("Brain", "Chest", "Histopathology", "Liver", "Retina_OCT2017", "Retina_RESC")
+# Images of the paper's data sets, (normal, abnormal) or all of them; where sources disagree, each.
+PUBLISHED_COUNTS: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
+    "Brain": {"valid": ((39, 44),), "test": ((640, 3075),)},
+    "Chest": {"valid": ((1490,),), "test": ((17194,),)},
+    "Histopathology": {"test": ((1028, 1008), (1003, 994))},
+    "Liver": {"valid": ((93, 73),), "test": ((833, 660),)},
+    "Retina_OCT2017": {"test": ((242, 726),)},
+    "Retina_RESC": {"valid": ((45, 70),), "test": ((1041, 764),)},
+}
+BENCHMARKS = tuple(PUBLISHED_COUNTS)
 NO_LAYOUT = (
     "no known layout; expected valid/ and test/ with good/ and Ungood/, normal/ and abnormal/ or 0/ and 1/ in each, "
-    "those two alone, or MVTec's train/good and test/<defect>; or describe it in a JSON file, which `python -m "
-    "dataset.check` begins and docs/data.md explains"
+    "those two alone, normal/ beside folders of defects, or MVTec's train/good and test/<defect>; or describe it in a "
+    "JSON file, which `python -m dataset.check` begins and docs/data.md explains"
 )
 MADE_UP = "PHANTOM.txt"  # marks what dataset.phantom has drawn
+UNMARKED = ("out", "normal", "abnormal")
 # What `detect` knows, each in the order of preference; upper and lower case are the same.
 CLASS_NAMES = (("good", "ungood"), ("normal", "abnormal"), ("0", "1"))
 SUPPORT_NAMES = ("valid", "val", "train")
-MASK_FOLDERS = ("anomaly_mask", "label", "labels", "mask", "masks", "ground_truth")
-MASK_PLACES = (
-    *(f"{place}/{{stem}}".replace("NAME", name)
-      for place in ("{parent}/NAME", "{parent}/{folder}/NAME", "{parent}/NAME/{folder}")
-      for name in ("anomaly_mask", "label", "mask", "masks")),
-    "{above}/label/{folder}/{stem}",  # BMAD's older Liver: valid/img/Ungood, valid/label/Ungood
-    "{above}/{beside}_label/{folder}/{stem}",  # its older RESC: Val/val/Ungood, Val/val_label/Ungood
-    "ground_truth/{folder}/{stem}_mask",
-    "ground_truth/{folder}/{stem}",
-)  # fmt: skip
+
+Classes = dict[str, list[Path]]  # `KINDS` -> folders
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,12 @@ class Layout:
     pixel_metrics: bool
     valid: dict[str, list[str]]  # `KINDS` -> folders
     test: dict[str, list[str]]
-    masks: str = MVFA_MASKS
+    masks: tuple[str, ...] = (MVFA_MASKS,)  # the first by which an image has masks
     valid_share: float = VALID_SHARE
     patient: str | None = None  # a regular expression; None: the known names
     mask_above: int = ABNORMAL_ABOVE
+    mask_labels: tuple[int, ...] = ()  # what counts in a mask instead of the grey above `mask_above`
+    unmarked: str | None = None  # what an abnormal image is whose mask marks nothing, of `UNMARKED`; None: see `check`
     window: tuple[float, float] | str | None = None
     plane: str = "axial"
 
@@ -73,22 +74,18 @@ class Layout:
         """What the data set's JSON file says, or without one what lies in `root`; `InputError` for faults."""
         path = config_path(name, root)
         given = read_config(path) if path.is_file() else {}
-        if not (given.keys() & set(SPLITS)) and not (path.is_file() and _is_mvfa(root)):
-            try:
-                given = {**detect(root), **given}
-            except InputError:
-                if not path.is_file():
-                    raise
-        given = {**MVFA, **given}
+        if not set(SPLITS) <= given.keys():
+            given = {**detect(root), **given}
         given.setdefault("prompt_name", re.sub(r"[_-]+", " ", name).strip() or name)
-        if "pixel_metrics" not in given:
-            given["pixel_metrics"] = any(mask_places(root, given, [given.get("masks", MVFA_MASKS)]))
+        places = mask_places(root, _abnormal_folders(given)) if not {"masks", "pixel_metrics"} <= given.keys() else []
+        given.setdefault("masks", tuple(places) or (MVFA_MASKS,))
+        given.setdefault("pixel_metrics", bool(places))
         return cls(**given)
 
     @property
     def options(self) -> ReadOptions:
-        """How files with more than 8 bits or more than one slice are read."""
-        return ReadOptions(self.window, self.plane)
+        """How files with more than 8 bits or more than one slice are read, and what counts in masks."""
+        return ReadOptions(self.window, self.plane, self.mask_labels)
 
     def folders(self, split: str, kind: str) -> list[str]:
         """The folders of a class in a split, relative to the data set's."""
@@ -107,9 +104,18 @@ class Layout:
         }
         if any(map(self.shared, KINDS)):
             values["valid_share"] = self.valid_share
+        values["masks"] = _short(self.masks)
         for split in SPLITS:
-            values[split] = {k: folders[0] if len(folders) == 1 else folders for k, folders in values[split].items()}
+            values[split] = {kind: _short(folders) for kind, folders in values[split].items()}
         return json.dumps(values, indent=2)
+
+
+def _short(values: list[str] | tuple[str, ...]) -> Any:  # noqa: ANN401 - a text or several
+    return values[0] if len(values) == 1 else values
+
+
+def _abnormal_folders(given: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(folder for split in SPLITS for folder in given[split]["abnormal"]))
 
 
 def add_reading_flags(group: Any) -> None:  # noqa: ANN401 - a parser or a group, which is private in argparse
@@ -118,6 +124,11 @@ def add_reading_flags(group: Any) -> None:  # noqa: ANN401 - a parser or a group
     flag("--patient", metavar="REGEX", help="finds the patient in an image's path below its folder (docs/data.md)")
     flag("--mask_above", type=integer(0, 254), metavar="GREY",
          help=f"a mask's grey above which a pixel is abnormal ({otherwise} 127; 25: BMAD, 0: AA-CLIP)")  # fmt: skip
+    flag("--mask_labels", type=integer(0, 65535), nargs="+", metavar="LABEL",
+         help="the greys, palette indices or labels of masks that are abnormal, instead of --mask_above")  # fmt: skip
+    flag("--unmarked", choices=UNMARKED,
+         help="abnormal images and slices whose mask marks nothing: left out, or of that class "
+              f"({otherwise} out; the paper's six: abnormal, as published)")  # fmt: skip
     flag("--window", nargs="+", metavar="W",
          help=f"CENTER WIDTH, auto or full: grey levels beyond 8 bits ({otherwise} the file's)")  # fmt: skip
     flag("--plane", choices=PLANES, help=f"in which NIfTI volumes are cut ({otherwise} axial)")
@@ -156,12 +167,12 @@ def object_of(data_root: str | Path) -> str:
         raise InputError(f"--data_root {data_root}: its name cannot be a data set's; give --obj NAME") from error
 
 
+# --- the JSON file ---
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The checked content of a JSON file, folders as lists; `InputError` that names the file and the key."""
-    try:
-        config: Any = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    config = read_json(path)
     known = Layout.__dataclass_fields__
     if unknown := sorted(set(config) - set(known)) if isinstance(config, dict) else ["not an object"]:
         raise InputError(f"{path}: unknown {unknown[0]!r:.80}; it may hold {', '.join(known)}")
@@ -169,37 +180,45 @@ def read_config(path: Path) -> dict[str, Any]:
         "prompt_name": lambda value: isinstance(value, str) and value.strip() and len(value) <= 200,
         "pixel_metrics": lambda value: isinstance(value, bool),
         "valid_share": lambda value: isinstance(value, int | float) and 0 < value < 1,
-        "masks": lambda value: isinstance(value, str) and _is_mask_template(value),
+        "masks": lambda value: all(isinstance(text, str) and _is_mask_template(text) for text in _several(value)),
         "patient": lambda value: isinstance(value, str) and compile_rule(value, f"{path}: patient"),
         "mask_above": lambda value: type(value) is int and 0 <= value <= 254,
+        "mask_labels": lambda value: all(type(label) is int and 0 <= label <= 65535 for label in _several(value)),
+        "unmarked": lambda value: value in UNMARKED,
         "window": _is_window,
         "plane": lambda value: value in PLANES,
+        **dict.fromkeys(SPLITS, _are_folders),
     }
-    for key, test in tests.items():
-        if key in config and not test(config[key]):
-            raise InputError(f"{path}: {key} cannot be {config[key]!r:.80}; docs/data.md says what it may be")
-    for split in SPLITS:
-        if split in config:
-            config[split] = _read_folders(config[split], f"{path}: {split}")
+    for key, value in config.items():
+        if not tests[key](value):
+            raise InputError(f"{path}: {key} cannot be {value!r:.80}; docs/data.md says what it may be")
+    for split in set(SPLITS) & config.keys():
+        config[split] = {kind: _several(folders) for kind, folders in config[split].items()}
+    for key in {"masks", "mask_labels"} & config.keys():
+        config[key] = tuple(_several(config[key]))
     if isinstance(config.get("window"), list):
         config["window"] = tuple(map(float, config["window"]))
     return dict(config)
 
 
+def _several(value: Any) -> list[Any]:  # noqa: ANN401 - whatever JSON holds
+    return value if isinstance(value, list) else [value]
+
+
 def _is_window(value: object) -> bool:
-    with contextlib.suppress(InputError):
-        return parse_window([str(part) for part in value] if isinstance(value, list) else [str(value)]) is not None
+    with suppress(InputError):
+        return parse_window([str(part) for part in _several(value)]) is not None
     return False
 
 
-def _read_folders(value: object, where: str) -> dict[str, list[str]]:
-    if not isinstance(value, dict) or set(value) != set(KINDS):
-        raise InputError(f'{where} must be {{"normal": folders, "abnormal": folders}}')
-    folders = {kind: [given] if isinstance(given, str) else given for kind, given in value.items()}
-    for kind, listed in folders.items():
-        if not isinstance(listed, list) or not all(isinstance(folder, str) and _is_below(folder) for folder in listed):
-            raise InputError(f"{where}, {kind}: name folders below the data set's own, without '..'")
-    return folders
+def _are_folders(value: object) -> bool:
+    """Whether it is {"normal": folders, "abnormal": folders}, below the data set's own."""
+    listed = [_several(folders) for folders in value.values()] if isinstance(value, dict) else []
+    return (
+        isinstance(value, dict)
+        and set(value) == set(KINDS)
+        and all(isinstance(folder, str) and _is_below(folder) for folders in listed for folder in folders)
+    )
 
 
 def _is_below(folder: str) -> bool:
@@ -214,118 +233,77 @@ def _is_mask_template(text: str) -> bool:
     return "{stem}" in name and not re.search(r"[{}]", plain) and _is_below(text)
 
 
-def list_images(folder: Path) -> list[Path]:
-    """The image files in a folder and below it (a folder for each patient), sorted; none where it is missing.
-
-    Folders of masks are left out. `InputError` for a folder that cannot be read, a link to nothing, a pipe, socket or
-    device: leaving it out would change the numbers.
-    """
-    result = []
-    for path, place in list_files([folder] if folder.is_dir() else []):
-        if not {part.lower() for part in Path(place).parts[:-1]} & set(MASK_FOLDERS):
-            check_file(path)
-            result.append(path)
-    return sorted(result)
-
-
-def mask_folder(root: Path, folder: str, template: str) -> Path:
-    """Where the masks of the images in `folder` lie."""
-    path = PurePosixPath(folder)
-    places = {"parent": path.parent, "folder": path.name, "above": path.parent.parent, "beside": path.parent.name}
-    return root / template.rpartition("/")[0].format(**places)
-
-
-def find_masks(root: Path, folder: str, template: str, images: Iterable[Path]) -> list[list[Path]]:
-    """For each image of `folder` the files that fit as its mask: one, unless something is wrong.
-
-    The mask of an image in a folder below lies in a folder of that name, too.
-    """
-    masks, by_name = mask_folder(root, folder, template), defaultdict(list)
-    for path in list_images(masks):
-        by_name[path.parent.relative_to(masks), stem(path)].append(path)
-    name, home = template.rpartition("/")[2], root / folder
-    return [by_name[image.parent.relative_to(home), name.replace("{stem}", stem(image), 1)] for image in images]
-
-
-def mask_places(root: Path, splits: Mapping[str, Any], places: Iterable[str]) -> Iterator[str]:
-    """Those of some templates by which an abnormal image has a mask; `splits` as in a JSON file."""
-    images = {folder: list_images(root / folder) for split in SPLITS for folder in splits[split]["abnormal"]}
-    return (place for place in places if any(any(find_masks(root, f, place, i)) for f, i in images.items()))
-
-
-def _is_mvfa(root: Path) -> bool:
-    """Whether the published layout is meant, complete or not: some of its folders, and none that only BMAD's has."""
-    folders = [root / folder for split in SPLITS for kind in KINDS for folder in MVFA[split][kind]]
-    expected = {folder.parent for folder in folders} | {root / split for split in SPLITS}
-    other_names = [_entry(path.parent, path.name.lower()) not in (path, None) for path in expected]
-    labels = [(folder.parent / "label").is_dir() for folder in folders]
-    return any(folder.is_dir() for folder in folders) and not any(other_names) and not any(labels)
+# --- what a folder shows ---
 
 
 def detect(root: Path) -> dict[str, Any]:
-    """What a JSON file for this folder would say; `InputError` where no known layout is found.
+    """The folders of each class of each split, as a JSON file for `root` would name them; `InputError` where none fit.
 
-    Known are <valid|val|train>/ and test/ with a folder for each class; the same with normal images alone beside test/,
-    as in MVTec's train/good, test/good and test/<defect>; and the two classes alone. Classes are called good and
-    Ungood, normal and abnormal, or 0 and 1, and hold their images directly, in img/, or in folders below. So do the
-    trees of BMAD: masks in label/, classes in valid/img/ or Val/val/, all of it in a single folder below the root.
-    Where there are no abnormal images beside the test's, or no splits, folders are shared between the splits.
+    Known are <valid|val|train>/ and test/ with a folder for each class; the two classes beside test/; normal images
+    alone beside test/, as in MVTec's train/good, test/good and test/<defect>; and the classes alone; all of it also in
+    a single folder below the root. Classes are called good and Ungood, normal and abnormal, or 0 and 1; beside good or
+    normal without its counterpart, every other folder of images is abnormal. They hold their images in img/, or else
+    directly or in folders below. Where there are no abnormal images beside the test's, or no splits, folders are shared
+    between the splits.
     """
     splits = _splits(root)
-    if splits is None and root.is_dir():
+    if splits is None:
         known = {"test", *SUPPORT_NAMES, *(name for names in CLASS_NAMES for name in names)}
-        inside = [path for path in sorted(root.iterdir()) if path.is_dir() and path.name.lower() not in known]
-        below = [nested for path in inside if (nested := _splits(path))]
+        below = [nested for path in _folders(root) if path.name.lower() not in known and (nested := _splits(path))]
         splits = below[0] if len(below) == 1 else None
     if splits is None:
         raise InputError(f"{root}: {NO_LAYOUT}")
-    result: dict[str, Any] = {
+    return {
         split: {kind: [path.relative_to(root).as_posix() for path in folders] for kind, folders in classes.items()}
         for split, classes in splits.items()
     }
-    masks = next(mask_places(root, result, MASK_PLACES), None)
-    return {**result, "pixel_metrics": masks is not None, **({"masks": masks} if masks else {})}
 
 
 def _splits(root: Path) -> dict[str, Classes] | None:
     """The folders of each class of each split; None where they are not all found."""
-    test_folder = _entry(root, "test") or root / "test"
-    test = _classes(test_folder)
-    supports = [_classes(folder) for name in SUPPORT_NAMES if (folder := _entry(root, name))]
-    support = next((classes for classes in supports if len(classes) == 2), None)
-    normal = next((classes["normal"] for classes in supports if "normal" in classes), None)
-    if support and len(test) == 2:
-        return {"valid": support, "test": test}
-    if "normal" in test and normal:
-        inside = [_images_folder(path) for path in sorted(test_folder.iterdir()) if path.is_dir()]
-        defects = [path for path in inside if [path] != test["normal"] and list_images(path)]
-        splits = {"valid": {"normal": normal, "abnormal": defects}, "test": {**test, "abnormal": defects}}
-    else:
-        splits = dict.fromkeys(SPLITS, _classes(root))
-    complete = all(splits[split].get(kind) for split in SPLITS for kind in KINDS)
-    return splits if complete else None
+    test, own = _classes(_entry(root, "test")), _classes(root)
+    supports = [_classes(_entry(root, name)) for name in SUPPORT_NAMES] + [own]
+    if len(test) == 2:
+        if support := next((classes for classes in supports if len(classes) == 2), None):
+            return {"valid": support, "test": test}
+        if support := next((classes for classes in supports if "normal" in classes), None):
+            return {"valid": {"normal": support["normal"], "abnormal": test["abnormal"]}, "test": test}
+    return dict.fromkeys(SPLITS, own) if len(own) == 2 else None
+
+
+def _folders(folder: Path | None) -> list[Path]:
+    """The folders in another one, sorted, without hidden ones and those of masks."""
+    inside = sorted(folder.iterdir()) if folder and folder.is_dir() else []
+    names = {path: one_form(path.name).lower() for path in inside if path.is_dir()}
+    return [
+        path for path, name in names.items() if name[0] != "." and not is_clutter(name) and name not in MASK_FOLDERS
+    ]
 
 
 def _entry(folder: Path, name: str) -> Path | None:
     """The folder of that name in another one, whatever its letters' case."""
-    if not folder.is_dir():
-        return None
-    return next((path for path in sorted(folder.iterdir()) if path.name.lower() == name and path.is_dir()), None)
+    return next((path for path in _folders(folder) if path.name.lower() == name), None)
 
 
-def _classes(folder: Path) -> Classes:
-    """The folder with each class's images, as far as there are such folders."""
-    for holder in (folder, _entry(folder, "img"), _entry(folder, folder.name.lower())):
-        if holder is None or not holder.is_dir():
-            continue
-        inside = {path.name.lower(): path for path in holder.iterdir() if path.is_dir()}
-        for names in CLASS_NAMES:
-            result = {kind: [_images_folder(inside[n])] for kind, n in zip(KINDS, names, strict=True) if n in inside}
-            if result:
-                return result
+def _classes(folder: Path | None) -> Classes:
+    """The folders with each class's images, as far as there are such folders."""
+    inside = {path.name.lower(): path for path in _folders(folder)}
+    for normal, abnormal in CLASS_NAMES:
+        found = {kind: [inside[name]] for kind, name in zip(KINDS, (normal, abnormal), strict=True) if name in inside}
+        if "normal" in found and "abnormal" not in found and normal != "0":
+            others = [path for name, path in inside.items() if name not in (normal, "test", *SUPPORT_NAMES)]
+            if defects := [path for path in others if list_images(path)]:
+                found["abnormal"] = defects
+        if found:
+            return {kind: [_entry(path, "img") or path for path in paths] for kind, paths in found.items()}
     return {}
 
 
-def _images_folder(path: Path) -> Path:
-    """Where a class's images lie: in img/ as in MVFA's layout, or in its folder."""
-    return path / "img" if (path / "img").is_dir() else path
+def unused(root: Path, used: set[Path]) -> list[str]:
+    """The folders of a data set that hold pictures which are neither images nor masks of it, and how many."""
+    counts = Counter(
+        str(PurePosixPath(place).parent)
+        for path, place in list_files([root])
+        if path not in used and not is_clutter(place)
+    )
+    return [f"{folder} ({count})" for folder, count in sorted(counts.items())]

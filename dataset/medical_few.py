@@ -5,44 +5,39 @@ The six published data sets lie as <data_path>/<obj>_AD/{valid,test}/{good,Ungoo
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain, product
+from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from PIL import Image
+
 from utils import InputError, anonymous_name, preview, warn
 
-from .fewshot import SEEDS, check_shot_names, parse_shot_list, pick_lines
-from .layout import (
-    BENCHMARKS,
-    FOLDER,
-    KINDS,
-    MADE_UP,
-    SPLITS,
-    Layout,
-    described,
-    find_masks,
-    list_images,
-    mask_folder,
-    object_name,
-)
-from .patients import compile_rule, falls_in_valid, patient
+from .fewshot import SEEDS, check_shot_names, draw_shots, list_paths, parse_shot_list, pick_lines
+from .layout import BENCHMARKS, FOLDER, KINDS, MADE_UP, PUBLISHED_COUNTS, SPLITS, Layout, described, object_name
+from .pairing import find_masks, list_pictures, mask_folder, tell_apart
+from .patients import compile_rule, falls_in_valid, patient, spelled_alike
 from .readers import (
     EXTENSIONS,
-    Ends,
+    Levels,
+    Mask,
     NoImageError,
     ReadOptions,
     Sample,
+    describe,
     file_kind,
     frames,
     is_deep,
+    levels_note,
     parse_window,
+    read,
     read_mask,
     stem,
     warn_once,
@@ -53,18 +48,27 @@ if TYPE_CHECKING:
 
 __all__ = ["Sample"]
 
-
-def anonymous(samples: Iterable[Sample]) -> list[Sample]:
-    """Samples with hashes for names and patients, which may be people's: what is shared shows these."""
-    return [replace(s, name=anonymous_name(s.name), patient=s.patient and anonymous_name(s.patient)) for s in samples]
+HASHED = "the patient, or of the name where none is recognised"
+FLAT = 8  # of 255: a slice whose greys differ by less shows nothing
+NOTHING = Image.new("L", (1, 1))
+# Why something is no sample.
+UNMARKED_MASK = "abnormal images whose mask marks nothing"
+EMPTY_SLICE = "slices that show nothing"
+COPY = "copies of another slice of their series"
 
 
 class ImageFile(NamedTuple):
     """An image file of a class."""
 
     path: Path
-    masks: list[Path]  # the files that fit as its mask: one, unless something is wrong
+    masks: list[Path]  # the files that fit as its mask; several are united
     folder: str  # the class's, relative to the data set's: the file lies in it or below
+    place: str = ""  # the template by which the masks were found
+
+
+def anonymous(samples: Iterable[Sample]) -> list[Sample]:
+    """Samples with hashes for names and patients, which may be people's: what is shared shows these."""
+    return [replace(s, name=anonymous_name(s.name), patient=s.patient and anonymous_name(s.patient)) for s in samples]
 
 
 def equal_images(
@@ -72,15 +76,16 @@ def equal_images(
     samples_b: Iterable[Sample],
     content_hash: Callable[[Sample], str] = Sample.content_hash,
 ) -> list[tuple[Sample, Sample]]:
-    """Pairs of samples whose files are equal, byte for byte, one of each list.
+    """Samples of the second list whose file equals one of the first, byte for byte, each with the first such one.
 
     `content_hash` lets a caller that has the hashes already (a token store) save the reading; by default they are
     remembered by path, size and time (`utils.sha256_file`).
     """
-    by_hash = defaultdict(list)
+    by_hash: dict[str, Sample] = {}
     for sample in samples_a:
-        by_hash[content_hash(sample)].append(sample)
-    return [(first, second) for second in samples_b for first in by_hash.get(content_hash(second), ())]
+        by_hash.setdefault(content_hash(sample), sample)
+    pairs = ((by_hash.get(content_hash(sample)), sample) for sample in samples_b)
+    return [(first, second) for first, second in pairs if first]
 
 
 def data_folder(obj: str, data_path: str | Path, data_root: str | Path | None = None) -> Path:
@@ -101,16 +106,20 @@ def _hint(obj: str, data_path: str | Path) -> str:
     return f"--obj {obj} is none of {', '.join(described())}, but {advice}"
 
 
-HASHED = "the patient, or of the name where none is recognised"
-
-
 @dataclass(frozen=True)
 class MedicalDataset:
-    """A data set: its name, its folder and how that is laid out."""
+    """A data set: its name, its folder and how that is laid out. What is read of the folder is kept."""
 
     obj: str
     root: Path
     layout: Layout
+    left_out: dict[str, set[str]] = field(init=False, compare=False, repr=False)  # why -> names of what is no sample
+    levels: dict[str, Mask] = field(init=False, compare=False, repr=False)  # name of a sample -> its mask's levels
+    _known: dict[Any, Any] = field(init=False, compare=False, repr=False)  # what was read so far
+
+    def __post_init__(self) -> None:
+        for name, empty in (("left_out", defaultdict(set)), ("levels", {}), ("_known", {})):
+            object.__setattr__(self, name, empty)
 
     @classmethod
     def open(
@@ -118,39 +127,31 @@ class MedicalDataset:
         obj: str,
         data_path: str | Path,
         data_root: str | Path | None = None,
-        patient: str | None = None,
-        mask_above: int | None = None,
-        window: Ends | str | None = None,
-        plane: str | None = None,
+        **given: Any,  # noqa: ANN401 - fields
     ) -> MedicalDataset:
         """Find `data_root`, or <data_path>/<obj>_AD; `InputError` where it or a part of it is missing.
 
-        <obj>.json in the folder itself or in dataset/ may describe it. `patient` (a regular expression), `mask_above`
-        (0 to 254), `window` and `plane` stand for what that file says; see docs/data.md.
+        <obj>.json in the folder itself or in dataset/ may describe it. What is `given` and not None, of the fields of
+        `Layout`, stands for what that file says; see docs/data.md.
         """
         root = data_folder(obj, data_path, data_root)
         layout = Layout.load(obj, root)
-        for folder in chain(*layout.valid.values(), *layout.test.values()):
+        for folder in [folder for split, kind in product(SPLITS, KINDS) for folder in layout.folders(split, kind)]:
             top = root / PurePosixPath(folder).parts[0]
             if not top.is_dir():
                 other = f"dataset/{obj}.json names it; under a new --obj the folder's own layout would be found"
                 raise InputError(f"{top} not found; {_hint(obj, data_path) if data_root is None else other}")
-        if patient is not None:
-            compile_rule(patient, "--patient")
-        if mask_above is not None and not 0 <= mask_above <= 254:
-            raise InputError(f"--mask_above {mask_above}: from 0 to 254, of 255")
-        layout = replace(
-            layout, patient=patient or layout.patient, window=window or layout.window, plane=plane or layout.plane,
-            mask_above=layout.mask_above if mask_above is None else mask_above,
-        )  # fmt: skip
-        return cls(obj, root, layout)
+        if given.get("patient") is not None:
+            compile_rule(given["patient"], "--patient")
+        return cls(obj, root, replace(layout, **{name: value for name, value in given.items() if value is not None}))
 
     @classmethod
     def from_options(cls, options: argparse.Namespace) -> MedicalDataset:
         """`open` with the flags of a command line: obj, data_path, data_root, and those of `add_reading_flags`."""
         return cls.open(
-            options.obj, options.data_path, options.data_root, options.patient, options.mask_above,
-            parse_window(options.window or ()), options.plane,
+            options.obj, options.data_path, options.data_root, patient=options.patient, mask_above=options.mask_above,
+            mask_labels=tuple(options.mask_labels or ()) or None, unmarked=options.unmarked,
+            window=parse_window(options.window or ()), plane=options.plane,
         )  # fmt: skip
 
     @property
@@ -179,35 +180,36 @@ class MedicalDataset:
 
     @cached_property
     def options(self) -> ReadOptions:
-        """How files with more than 8 bits or more than one slice are read; one depth holds for all of its pictures."""
-        paths: list[Path] = []
-        for split, kind in product(SPLITS, KINDS):
-            with suppress(InputError):  # it is reported where the images are used
-                paths += [file.path for file in self.image_files(split, kind, required=False)]
-        return replace(self.layout.options, deep=is_deep(paths))
+        """How files with more than 8 bits or more than one slice are read, and what counts in masks."""
+        return replace(self.layout.options, deep=is_deep([path for path, _ in self.pictures]))
 
-    @property
-    def is_benchmark(self) -> bool:
-        """Whether this is one of the paper's six: what others measured on its very files is accepted as it is."""
-        return self.obj in BENCHMARKS and not (self.root / MADE_UP).is_file()
+    # --- which of the paper's data sets it is ---
 
     @cached_property
-    def _patient_rule(self) -> re.Pattern[str] | None:
-        return compile_rule(self.layout.patient, "--patient") if self.layout.patient else None
+    def is_benchmark(self) -> bool:
+        """Whether this is one of the paper's six: what others measured on its very files is accepted as it is.
 
-    def samples(self, split: str) -> list[Sample]:
-        """The images of `valid` or `test`, normal first, each class sorted by name; `valid` may lack abnormal ones.
-
-        In `valid` an abnormal image without a mask has mask None although the data set has masks: it may be no shot,
-        and cannot be calibrated on.
-
-        Raises:
-            InputError: a class without images, or with pixel metrics a test image without a mask of its own.
+        Its name says so, and it has as many images as the published one.
         """
-        files = {kind: self.image_files(split, kind, (split, kind) != ("valid", "abnormal")) for kind in KINDS}
-        for kind in KINDS:
-            self._check_masks(files[kind], kind, may_lack_mask=split == "valid")
-        return [sample for kind in KINDS for file in files[kind] for sample in self.samples_in(file, kind)]
+        return self.obj in BENCHMARKS and not self.is_made_up and not self.other_counts
+
+    @property
+    def is_made_up(self) -> bool:
+        """Whether dataset.phantom has drawn it."""
+        return (self.root / MADE_UP).is_file()
+
+    @cached_property
+    def other_counts(self) -> list[str]:
+        """Where the numbers of images are not the published ones, in words."""
+        parts = []
+        for split, accepted in PUBLISHED_COUNTS.get(self.obj, {}).items():
+            images = tuple(len(self.image_files(split, kind, required=False)) for kind in KINDS)
+            if images not in accepted and (sum(images),) not in accepted:
+                published = " or ".join(" + ".join(map(str, counts)) for counts in accepted)
+                parts.append(f"{split} {' + '.join(map(str, images))} (published: {published})")
+        return parts
+
+    # --- files ---
 
     def image_files(self, split: str, kind: str, required: bool = True) -> list[ImageFile]:
         """The image files of a class (`normal`, `abnormal`) in a split, folder by folder and sorted, with their masks.
@@ -219,18 +221,13 @@ class MedicalDataset:
         folders = self.layout.folders(split, kind)
         divided = 0  # images in folders that both splits share
         for folder in folders:
-            if not (self.root / folder).is_dir():
-                if not required:
-                    continue
+            if required and not (self.root / folder).is_dir():
                 raise InputError(f"{self.root / folder} not found; docs/data.md shows the layout of a data set")
-            images = list_images(self.root / folder)
+            files = self.files_in(folder)
             if folder in self.layout.shared(kind):
-                divided += len(images)
-                share, is_valid = self.layout.valid_share, split == "valid"
-                images = [p for p in images if falls_in_valid(self.name(p), share, self.patient(p, folder)) == is_valid]
-            with_masks = kind == "abnormal" and self.pixel_metrics
-            masks = find_masks(self.root, folder, self.layout.masks, images) if with_masks else [[]] * len(images)
-            result += [ImageFile(path, fitting, folder) for path, fitting in zip(images, masks, strict=True)]
+                divided += len(files)
+                files = [file for file in files if self._is_valid(file, kind) == (split == "valid")]
+            result += files
         if required and not result:
             where = ", ".join(str(self.root / folder) for folder in folders) or "its JSON file names no folder"
             if divided:
@@ -239,13 +236,125 @@ class MedicalDataset:
             raise InputError(f"{where}: no images ({', '.join(EXTENSIONS)}) for {split}, {kind}")
         return result
 
+    def files_in(self, folder: str) -> list[ImageFile]:
+        """The image files in a class's folder, with their masks; `InputError` for a mask that fits no image."""
+        if folder not in self._known:
+            pairs = tell_apart(list_pictures(self.root / folder))
+            if pairs.lost:
+                raise InputError(
+                    f"{preview([str(path) for path in pairs.lost])}: named like masks, but no image of that name lies "
+                    f"beside them ({len(pairs.lost)} files); rename them, or describe the data set (docs/data.md)"
+                )
+            found = zip(pairs.images, find_masks(self.root, folder, self.layout.masks, pairs.images), strict=True)
+            self._known[folder] = [ImageFile(path, masks, folder, place) for path, (place, masks) in found]
+        files: list[ImageFile] = self._known[folder]
+        return files
+
+    def _is_valid(self, file: ImageFile, kind: str) -> bool:
+        """Whether a file of a divided folder is in valid: by its hash, or as a list of the data set's own names it."""
+        known = self.patient(file.path, file.folder)
+        if self._list_name(file.path, kind) in self._pinned[kind] or (known and known in self._pinned["patients"]):
+            return True
+        return falls_in_valid(self.name(file.path), self.layout.valid_share, known)
+
+    @cached_property
+    def _pinned(self) -> dict[str, set[str]]:
+        """What the data set's own lists name as shots of each class, for any --shot and --iterate, and the patients."""
+        names: dict[str, set[str]] = {"normal": set(), "abnormal": set(), "patients": set()}
+        for path in list_paths(self.root / "fewshot_seed"):
+            for (letter, _), line in parse_shot_list(path)[0].items():
+                names["abnormal" if letter == "a" else "normal"] |= {name.partition("#")[0] for name in line}
+        for kind in KINDS:
+            for file in (file for folder in self.layout.shared(kind) for file in self.files_in(folder)):
+                if self._list_name(file.path, kind) in names[kind] and (known := self.patient(file.path, file.folder)):
+                    names["patients"].add(known)
+        return names
+
+    def _list_name(self, path: Path, kind: str) -> str:
+        """What lists call a file: its name, or where a class has several folders or folders below its path."""
+        if ("flat", kind) not in self._known:
+            folders = [self.root / folder for folder in self.layout.valid[kind]]
+            self._known["flat", kind] = len(folders) == 1 and {
+                file.path.parent for file in self.files_in(self.layout.valid[kind][0])
+            } <= {folders[0]}
+        return path.name if self._known["flat", kind] else self.name(path)
+
     def name(self, path: Path) -> str:
         """The path below the data set's folder."""
         return path.relative_to(self.root).as_posix()
 
+    # --- patients ---
+
     def patient(self, path: Path, folder: str) -> str | None:
-        """The patient of an image in a class's folder, or below it, as far as the name tells."""
-        return patient(self.name(path), self._patient_rule, path.relative_to(self.root / folder).as_posix())
+        """The patient of an image in a class's folder, or below it: by the rule, the DICOM header, or the name.
+
+        Of several spellings of one patient the first in order stands for all.
+        """
+        known = self._spelled(path, folder)
+        return known and self._spellings[spelled_alike(known) or known]
+
+    def _spelled(self, path: Path, folder: str) -> str | None:
+        if self.patient_rule is None and self.headers_tell and (number := self._headers.get(path, ("", ""))[0]):
+            return number
+        return patient(self.name(path), self.patient_rule, path.relative_to(self.root / folder).as_posix())
+
+    @cached_property
+    def patient_rule(self) -> re.Pattern[str] | None:
+        """What finds the patient in a name; None for the known forms."""
+        return compile_rule(self.layout.patient, "--patient") if self.layout.patient else None
+
+    @cached_property
+    def pictures(self) -> list[tuple[Path, str]]:
+        """Every image of every class, with its class's folder."""
+        folders = dict.fromkeys(
+            name for split, kind in product(SPLITS, KINDS) for name in self.layout.folders(split, kind)
+        )
+        return [(file.path, folder) for folder in folders for file in self.files_in(folder)]
+
+    @cached_property
+    def _headers(self) -> dict[Path, tuple[str, str]]:
+        """PatientID and SeriesInstanceUID of every DICOM file that has a readable header."""
+        headers = {}
+        for path, _ in self.pictures:
+            if file_kind(path) == "dicom":
+                try:
+                    first = describe(frames(path))[0]
+                except InputError:  # it is reported where it is read
+                    continue
+                headers[path] = (first.patient_id, first.series_uid)
+        return headers
+
+    @cached_property
+    def headers_tell(self) -> bool:
+        """Whether PatientIDs tell anybody apart: one for all files is what some programs leave to hide names."""
+        return len({number for number, _ in self._headers.values()}) > 1
+
+    @cached_property
+    def _spellings(self) -> dict[str, str]:
+        known = sorted(filter(None, (self._spelled(path, folder) for path, folder in self.pictures)), reverse=True)
+        return {spelled_alike(name) or name: name for name in known}
+
+    # --- samples ---
+
+    def samples(self, split: str) -> list[Sample]:
+        """The images of `valid` or `test`, normal first, each class sorted by name; `valid` may lack abnormal ones.
+
+        In `valid` an abnormal image without a mask has mask None although the data set has masks: it may be no shot,
+        and cannot be calibrated on.
+
+        Raises:
+            InputError: a class without images, or with pixel metrics a test image without a mask of its own.
+        """
+        result: list[Sample] = []
+        for kind in KINDS:
+            files = self.image_files(split, kind, (split, kind) != ("valid", "abnormal"))
+            self._check_masks(files, kind, may_lack_mask=split == "valid")
+            found = [sample for file in files for sample in self.samples_in(file, kind)]
+            if split == "test" and not found:
+                why = "; ".join((*self.left_out_lines(), self.levels_line() or "no slice"))
+                raise InputError(f"{self.root}: none of the {len(files)} {kind} files of test gives an image: {why}")
+            result += found
+        return sorted(result, key=lambda sample: sample.label)  # slices without a mark may have become normal
 
     def mask_problems(self, files: Sequence[ImageFile]) -> tuple[list[str], list[str]]:
         """The images that have no mask, and those whose mask is ambiguous, in words."""
@@ -254,7 +363,7 @@ class MedicalDataset:
         ambiguous = [
             f"{file.path} ({len(file.masks)} masks fit {count[name]} images of that name)"
             for file, name in zip(files, names, strict=True)
-            if file.masks and (len(file.masks) > 1 or count[name] > 1)
+            if file.masks and (count[name] > 1 or len({stem(mask) for mask in file.masks}) < len(file.masks))
         ]
         return [str(file.path) for file in files if not file.masks], ambiguous
 
@@ -265,73 +374,97 @@ class MedicalDataset:
         missing, ambiguous = self.mask_problems(files)
         if missing and not may_lack_mask:
             image = next(file for file in files if not file.masks)
-            place = mask_folder(self.root, image.folder, self.layout.masks)
+            places = [
+                str(mask_folder(self.root, image.folder, place, image.path.parent)) for place in self.layout.masks
+            ]
             fault = f"{preview(missing)}: no mask ({len(missing)} of {len(files)} abnormal images)"
             advice = f'add them, or set "pixel_metrics": false in dataset/{self.obj}.json'
-            raise InputError(f"{fault}; they are sought in {place}; `python -m dataset.check` names them all; {advice}")
+            where = ", ".join(dict.fromkeys(places))
+            raise InputError(f"{fault}; they are sought in {where}; `python -m dataset.check` names them all; {advice}")
         if ambiguous:
             raise InputError(f"{preview(ambiguous)}: give each image a name of its own, and its mask the same")
 
-    def samples_in(self, file: ImageFile, kind: str) -> list[Sample]:
+    def samples_in(self, file: ImageFile, kind: str, judged: bool = True) -> list[Sample]:
         """The samples in a file: one, or of a DICOM series and a NIfTI volume one for each frame and slice.
 
-        Of an abnormal volume whose mask is a volume, only the slices that the mask marks are abnormal; the others are
-        left out, as nobody has said that they are normal. DICOM objects without a picture give none, with a warning.
+        DICOM objects without a picture give none, with a warning. Where they are `judged`, slices that show nothing and
+        copies within a series are left out, and so are abnormal images and slices whose mask marks nothing, unless
+        `unmarked` says otherwise.
+
+        Raises:
+            InputError: a mask has another number of slices than its image.
         """
-        mask, name = file.masks[0] if file.masks else None, self.name(file.path)
+        if judged:
+            if (file.path, kind) not in self._known:
+                found = map(self._judged, self.samples_in(file, kind, judged=False))
+                self._known[file.path, kind] = [sample for sample in found if sample]
+            known: list[Sample] = self._known[file.path, kind]
+            return known
+        masks, name = file.masks if kind == "abnormal" and self.pixel_metrics else [], self.name(file.path)
         sample = Sample(
-            file.path,
-            KINDS.index(kind),
-            mask,
-            name,
-            self.patient(file.path, file.folder),
-            options=self.options,
-            published=self.is_benchmark,
-        )
-        if file_kind(file.path) == "pillow":
-            return [sample]
-        try:
-            inside = frames(file.path, self.options)
-        except NoImageError as error:
-            warn_once(f"{error}; left out")
-            return []
-        if len(inside) == 1:
-            return [sample]
-        slices = [replace(sample, index=frame.index, name=f"{name}#{frame.index}") for frame in inside]
-        if mask is None or file_kind(mask) != "nifti":
-            return slices
-        return [entry for entry in slices if (marks := read_mask(entry)) and marks.image.getbbox()]
+            file.path, KINDS.index(kind), masks[0] if masks else None, name, self.patient(file.path, file.folder),
+            options=self.options, published=self.is_benchmark, more_masks=tuple(masks[1:]),
+        )  # fmt: skip
+        samples = [sample]
+        if file_kind(file.path) != "pillow":
+            try:
+                inside = frames(file.path, self.options)
+            except NoImageError as error:
+                warn_once(f"{error}; left out")
+                return []
+            if len(inside) > 1:
+                samples = [replace(sample, index=frame.index, name=f"{name}#{frame.index}") for frame in inside]
+        for mask in masks:
+            if file_kind(mask) != "pillow" and (count := len(frames(mask, self.options))) != len(samples):
+                raise InputError(f"{mask}: {count} slices, but {file.path} has {len(samples)}: no mask of it")
+        return samples
 
-    def split_note(self) -> str | None:
-        """A line on the folders that are divided between the splits; None where none is."""
-        shared = {kind: folders for kind in KINDS if (folders := self.layout.shared(kind))}
-        if not shared:
+    def _judged(self, sample: Sample) -> Sample | None:
+        """A sample by what its mask and, of DICOM and NIfTI, its picture shows; None where it is left out."""
+        unmarked, mask = self.layout.unmarked or "out", None
+        if not self.is_benchmark and (mask := read_mask(sample)):
+            self.levels[sample.name] = mask._replace(image=NOTHING)
+            if not mask.marks(self.mask_above) and unmarked != "abnormal":
+                self.left_out[UNMARKED_MASK].add(sample.name)
+                if unmarked == "out":
+                    return None
+                sample = replace(sample, label=0, mask=None, more_masks=())
+        kind = file_kind(sample.path)
+        if kind == "pillow" or (kind == "nifti" and sample.mask):
+            return sample
+        picture = read(sample)
+        low, high = picture.image.convert("L").getextrema()
+        if high - low < FLAT and not sample.mask:  # type: ignore[operator]
+            self.left_out[EMPTY_SLICE].add(sample.name)
             return None
-        valid, test = (
-            sum(file.folder in folders for kind, folders in shared.items() for file in self.image_files(split, kind))
-            for split in SPLITS
-        )
-        counts = f"of their {valid + test} images {valid} are valid, for shots, and {test} test"
-        return f"{self.obj}: {preview([*chain(*shared.values())])} serve both splits: {counts}, by a hash of {HASHED}"
+        if kind == "dicom" and (series := self._headers.get(sample.path, ("", ""))[1]):
+            key = (series, sample.index, hashlib.sha256(picture.image.tobytes()).digest())
+            if self._known.setdefault(key, sample.name) != sample.name:
+                self.left_out[COPY].add(sample.name)
+                return None
+        return sample
 
-    def patients_note(self) -> str:
-        """A line on how many patients were recognised in the names, with examples; `warning: ...` where none was."""
-        if (self.root / MADE_UP).is_file():
-            return "patients: none, as the images are made up"
-        files = [file for split in SPLITS for kind in KINDS for file in self.image_files(split, kind, required=False)]
-        known = {file.path: self.patient(file.path, file.folder) for file in files}
-        patients = sorted({number for number in known.values() if number})
-        if not patients:
-            fault = f"none recognised in the names{f' (such as {self.name(files[0].path)})' if files else ''}"
-            advice = f"say how to find them with --patient REGEX, or `patient` in {self.obj}.json"
-            return f"warning: patients: {fault}, so that one may be in both splits without a word; {advice}"
-        unknown = "" if all(known.values()) else f" ({sum(v is None for v in known.values())} images without)"
-        return f"patients: {len(patients)} recognised in {len(known)} names{unknown}: {preview(patients)}"
+    def left_out_lines(self) -> list[str]:
+        """A line for each reason why something is no sample, of the samples that were asked for so far."""
+        words = {UNMARKED_MASK: f"{self.layout.unmarked or 'out'} by --unmarked"}
+        return [
+            f"{len(names)} {why}: {words.get(why, 'left out')}, such as {preview(sorted(names), 1)}"
+            for why, names in sorted(self.left_out.items())
+        ]
+
+    def levels_line(self) -> str | None:
+        """A line on masks of other levels than 0 and 255, as far as they were read; the paper's are not looked at."""
+        total = sum((mask.levels for mask in self.levels.values()), Levels())
+        by_label = any(mask.by_label for mask in self.levels.values())
+        return levels_note(total, by_label, self.mask_above, self.options.mask_labels) if total else None
+
+    # --- shots ---
 
     def shots(self, shot_normal: int, shot_abnormal: int, iterate: int, seed: int) -> Shots:
         """The few-shot images; a class's list is the one for its own number of shots. See `Shots`.
 
-        Without a list they are drawn; where the data set has masks, abnormal ones among those that have one.
+        Without a list they are drawn, each of another patient as far as patients are known and there are so many (not
+        on the paper's data); where the data set has masks, abnormal ones among those that have one.
 
         Raises:
             InputError: a list that names other images or too few, fewer images than shots, a shot without a mask.
@@ -346,17 +479,11 @@ class MedicalDataset:
                 continue
             known = self.known_shots(kind)
             listed = self._listed(kind, count, iterate, known, warnings) if iterate >= 0 else None
-            eligible = sorted(
-                name for name, (file, _) in known.items() if file.masks or kind == "normal" or not self.pixel_metrics
-            )
-            if listed is None and len(eligible) < count:
-                flag = "--shot" if shot_normal == shot_abnormal else f"--shot_{kind}"
-                masked = " with a mask" * (len(eligible) < len(known))
-                raise InputError(
-                    f"{flag} {count}: valid holds only {len(eligible)} {kind} images{masked} in {self.root}"
-                )
             source = f"sampled with seed {seed} from the sorted names of valid/ (no list for {count} shots is used)"
-            names[kind], source = listed or (draw.sample(eligible, count), source)
+            names[kind], source = listed or (
+                self._drawn(kind, count, draw, known, f"shot_{kind}" if shot_normal != shot_abnormal else "shot"),
+                source,
+            )
             sources[source] = None
             files = {known[name][0].path: known[name][0] for name in names[kind]}
             self._check_masks(list(files.values()), kind)
@@ -366,17 +493,27 @@ class MedicalDataset:
         return Shots(chosen["abnormal"], chosen["normal"], ", ".join(sources), names)
 
     def known_shots(self, kind: str) -> dict[str, tuple[ImageFile, Sample]]:
-        """The images of a class in valid by what lists call them: the name, or the path below the root.
-
-        The path where a class has several folders or folders below, and `#INDEX` behind it for a slice.
-        """
-        files = self.image_files("valid", kind)
-        flat = len(self.layout.valid[kind]) == 1 and all(file.path.parent == self.root / file.folder for file in files)
+        """The images of a class in valid by what lists call them, `#INDEX` behind it for a slice."""
         return {
-            PurePosixPath(sample.name).name if flat else sample.name: (file, sample)
-            for file in files
-            for sample in self.samples_in(file, kind)
+            self._list_name(file.path, kind) + sample.name.removeprefix(self.name(file.path)): (file, sample)
+            for file in self.image_files("valid", kind)
+            for sample in self.samples_in(file, kind, judged=False)
         }
+
+    def _drawn(
+        self, kind: str, count: int, draw: random.Random, known: dict[str, tuple[ImageFile, Sample]], flag: str
+    ) -> list[str]:
+        """The names of `count` images, drawn from those that may be shots."""
+        patients = {
+            name: None if self.is_benchmark else sample.patient
+            for name, (file, sample) in known.items()
+            if (file.masks or kind == "normal" or not self.pixel_metrics)
+            and any(judged == sample for judged in self.samples_in(file, kind))
+        }
+        if len(patients) < count:
+            masked = " with a mask" * (len(patients) < len(known))
+            raise InputError(f"--{flag} {count}: valid holds only {len(patients)} {kind} images{masked} in {self.root}")
+        return draw_shots(draw, patients, count)
 
     def _listed(
         self, kind: str, count: int, iterate: int, known: Collection[str], warnings: dict[str, None]
@@ -391,7 +528,7 @@ class MedicalDataset:
         if SEEDS in path.parents:
             source = path.relative_to(FOLDER.parent).as_posix()
             if not set(names) & set(known):  # other images under the same name, as with the phantom
-                if self.is_benchmark:
+                if self.obj in BENCHMARKS and not self.is_made_up:
                     fault = f"{source}: none of its {kind} images is in valid, so the shots are not the published ones"
                     warnings[f"{fault}: is the copy whole?"] = None
                 return None
@@ -401,8 +538,7 @@ class MedicalDataset:
 
     def shot_lists(self) -> list[Path]:
         """The few-shot lists, the data set's own first: they win over the project's of the same name."""
-        files = [file for folder in (self.root / "fewshot_seed", SEEDS / self.obj) for file in sorted(folder.glob("*"))]
-        return [file for file in files if re.fullmatch(r"my\d+-shot\.txt", file.name)]
+        return [*list_paths(self.root / "fewshot_seed"), *list_paths(SEEDS / self.obj)]
 
 
 @dataclass(frozen=True)

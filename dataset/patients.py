@@ -3,7 +3,7 @@
 A data set's own rule is a regular expression (`patient` in its JSON file, `--patient`); without one these are known:
 
     00124_80.png                 BraTS, LiTS, RESC: a number, then the slice's; not where the first is a date
-    CNV-6294785-2.jpeg           OCT2017: a word, the patient's number, the image's; not where the word is a camera's
+    CNV-6294785-2.jpeg           OCT2017: one of its four classes, the patient's number, the image's
     sub-01_T1w_slice003.jpg      BIDS
     BraTS2021_00124_80.png       BraTS, as it is distributed
     patient12_slice3.png         also pat_0001_ax_12, subject-3_x, case_7_2, person12_virus_3
@@ -11,6 +11,8 @@ A data set's own rule is a regular expression (`patient` in its JSON file, `--pa
     10003_left.jpeg              the same with a side instead: left, right, OD, OS, L, R
     TCGA_CS_4941_19960909_1.tif  TCIA: TCGA, LIDC-IDRI-0001, and CBIS-DDSM's P_00001
     normal/patient01/x.jpg       a folder below a class's
+
+Another word and two numbers, as in tile_12_40.png, are a place as often as a patient: they are none.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from pathlib import PurePosixPath
 
 from utils import InputError
 
-NUMBER = re.compile(r"(?:([A-Za-z]+)[_-])?(\d+)[_-](?:\d{1,6}|(?i:left|right|od|os|l|r)(?:[_-]\d{1,6})?)")
+SIDE = r"(?i:left|right|od|os|l|r)(?:[_-]\d{1,6})?"
+NUMBER = re.compile(rf"(?:(\d+)[_-]\d{{1,6}}|(?:CNV|DME|DRUSEN|NORMAL)-(\d+)-\d+|(?:[A-Za-z]+[_-])?(\d+)[_-]{SIDE})")
 # Whatever follows, dates too.
 ARCHIVES = re.compile(
     r"(?:^|[_-])(sub-[A-Za-z0-9]+|TCGA[_-][A-Z0-9]{2}[_-][A-Z0-9]{4}|LIDC-IDRI-\d{4}|P_\d{5})(?![A-Za-z0-9])"
@@ -30,7 +33,8 @@ ARCHIVES = re.compile(
 RULES = (
     re.compile(r"(?i:^|[_-])((?i:brats\d*)[_-](?:[A-Za-z]+[_-])*\d+)"),
     re.compile(r"(?:^|[_-])((?i:patient|person|pat|patid|subject|subj|sub|case|pid)[_-]?\d+)(?![A-Za-z0-9])"),
-    re.compile(r"^(NORMAL\d-IM-\d+)-\d+$"),  # Kermany's chest X-rays, beside person12_virus_3 and IM-0170-0001
+    re.compile(r"^(NORMAL\d-IM-\d+)-\d+$"),  # Kermany's chest X-rays, beside person12_virus_3
+    re.compile(r"^IM-(\d{4})-\d{4}$"),
     re.compile(r"^([A-Za-z]{1,3}\d{2,})[_-](?:[A-Za-z]{0,3})\d+$"),
 )
 CAMERAS = {"img", "image", "dsc", "dscn", "dscf", "dcim", "pxl", "pic", "photo", "p", "scan", "screenshot", "vid",
@@ -76,7 +80,14 @@ def _known(text: str) -> str | None:
         if (match := rule.search(text)) and re.split(r"[\d_-]", match[1])[0].lower() not in CAMERAS - {"p"}:
             return match[1]
     match = NUMBER.fullmatch(text)
-    return None if match is None or (match[1] or "").lower() in CAMERAS else match[2]
+    is_camera = re.split(r"[\d_-]", text)[0].lower() in CAMERAS
+    return None if match is None or is_camera else next(filter(None, match.groups()))
+
+
+def spelled_alike(name: str) -> str:
+    """What one patient's spellings share: Patient12, patient_12 and patient-012 are one."""
+    joined = re.sub(r"(?<!\d)[\W_]+|[\W_]+(?!\d)", "", name.casefold())  # what parts two numbers stays
+    return re.sub(r"(?<!\d)0+(?=\d)", "", joined)
 
 
 def falls_in_valid(name: str, share: float, patient_id: str | None = None) -> bool:

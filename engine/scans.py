@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dataset.layout import MASK_FOLDERS
+from dataset.pairing import MASK_FOLDERS
 from dataset.patients import patient
 from dataset.readers import (
     Frame,

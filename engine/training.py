@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dataset import notes
+from dataset.fewshot import quoted
 from dataset.medical_few import MedicalDataset, Sample, Shots, anonymous, equal_images
 from dataset.readers import FULL_MASK, check_mask, load_grey_mask, load_mask
 from loss import training_loss
@@ -349,7 +351,7 @@ class Splits:
         scored = [sample for sample in unused if sample.mask or not (sample.label and dataset.pixel_metrics)]
         abnormal = sum(sample.label for sample in scored)
         counts = (len(scored) - abnormal, abnormal)
-        select = options.select or default_select(options.obj, lambda: counts)
+        select = options.select or default_select(dataset.is_benchmark, lambda: counts)
         if select == "valid" and not min(counts):
             raise InputError(
                 f"--select valid: beside the shots valid/ holds {counts[0]} normal and {counts[1]} abnormal images, "
@@ -390,10 +392,9 @@ class Splits:
         source = self.shots.source if self.shots.source.startswith("sampled") else f"from {self.shots.source}"
         print(f"{self.dataset.obj}: {len(self.test)} test images ({abnormal} abnormal); shots {printable(source)}")
         for kind, names in self.shots.names().items():
-            print(f"  {kind} shots: {' '.join(map(printable, names)) or 'none'}")
-        notes = (self.dataset.split_note(), self.dataset.patients_note(), losses_note(self.shots))
-        for note in filter(None, notes):
-            print(note)
+            print(f"  {kind} shots: {printable(quoted(names)) or 'none'}")
+        for note in filter(None, (*notes.describe(self.dataset), losses_note(self.shots))):
+            print(printable(note))
 
     def print_warnings(self, masks: Tensor | None) -> None:
         """Print warnings for images in valid and in test, and for shots whose mask is empty or nearly everything."""

@@ -97,16 +97,15 @@ def levels_note(levels: Levels, by_label: bool, above: int, labels: tuple[int, .
     return f"masks have {len(levels)} levels: {', '.join(shown)}{more}; {rule} (--mask_labels picks others)"
 
 
-def load_mask(sample: Sample, size: int, above: int = ABNORMAL_ABOVE, levels: Levels | None = None) -> Tensor:
+def load_mask(sample: Sample, size: int, above: int = ABNORMAL_ABOVE) -> Tensor:
     """A mask resized by nearest neighbour: (size, size) bool, True where it is above `above` of 255.
 
-    All False where there is no mask. The mask's levels are added to `levels`. `InputError` where it cannot be read or
-    is of another size than its image.
+    All False where there is no mask. `InputError` where it cannot be read or is of another size than its image.
     """
-    return load_grey_mask(sample, size, levels)[0] > (above + 0.5) / 255
+    return load_grey_mask(sample, size)[0] > (above + 0.5) / 255
 
 
-def load_grey_mask(sample: Sample, size: int, levels: Levels | None = None) -> Tensor:
+def load_grey_mask(sample: Sample, size: int) -> Tensor:
     """A mask's greys resized by nearest neighbour: (1, size, size) float32 in [0, 1], zeros where there is no mask.
 
     The published training augments these and thresholds afterwards: above 0.5 for 127, in general (above + 0.5) / 255.
@@ -117,8 +116,6 @@ def load_grey_mask(sample: Sample, size: int, levels: Levels | None = None) -> T
     found = read_mask(sample)
     if found is None or sample.mask is None:
         return torch.zeros(1, size, size)
-    if levels is not None:
-        levels.update(found.levels)
     mask = found.image
     if mask.size not in (sizes := mask_sizes(sample)):
         if not sample.published:

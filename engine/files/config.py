@@ -575,9 +575,12 @@ def shareable(options: argparse.Namespace | dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in PATHS}
 
 
-def default_select(obj: str, valid_left: Callable[[], tuple[int, int]]) -> str:
-    """--select where it is not given; `valid_left` counts the normal and abnormal images of valid/ beside the shots."""
-    if obj in PAPER:
+def default_select(is_papers: bool, valid_left: Callable[[], tuple[int, int]]) -> str:
+    """--select where it is not given: `is_papers` says whether the data are the paper's own.
+
+    `valid_left` counts the normal and abnormal images of valid/ beside the shots.
+    """
+    if is_papers:
         return "test"
     return "valid" if min(valid_left()) > 0 else "last"
 

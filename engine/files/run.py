@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock, Timeout
 
+from dataset import notes
 from utils import InputError, atomic_path, preview, printable, probe_writable, read_text, remove_stale, write_json
 
 from .. import distributed
@@ -323,7 +324,8 @@ def describe_test(
     reading_note = None
     if any(dataset.reading.get(name) != value for name, value in (settings.reading or {}).items()):
         reading_note = f"warning: training read pictures with {settings.reading}, this test with {dataset.reading}"
-    lines = (f"{options.obj}: {images} test images", dataset.split_note(), masks_note, reading_note, printable(what))
+    first = f"{options.obj}: {images} test images"
+    lines = (first, *map(printable, notes.describe(dataset)), masks_note, reading_note, printable(what))
     return "\n".join(filter(None, lines))
 
 

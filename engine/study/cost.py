@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from CLIP.config import ModelConfig
-from dataset.check import PUBLISHED_COUNTS
+from dataset.layout import PUBLISHED_COUNTS
 from utils import VIEWS, InputError
 
 from .grid import Cell, Grid, layers_of

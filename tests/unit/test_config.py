@@ -155,9 +155,9 @@ def test_layers():
 
 
 def test_select_defaults_to_test_for_the_papers_data_sets_alone():
-    assert default_select("Brain", lambda: (0, 0)) == "test"
-    assert default_select("knee", lambda: (3, 2)) == "valid"
-    assert default_select("knee", lambda: (3, 0)) == "last"
+    assert default_select(True, lambda: (0, 0)) == "test"
+    assert default_select(False, lambda: (3, 2)) == "valid"
+    assert default_select(False, lambda: (3, 0)) == "last"
 
 
 def stored(folder, **changes):

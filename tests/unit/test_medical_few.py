@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from dataset import OBJECTS, MedicalDataset, ReadOptions, check_mask, equal_images, load_image, load_mask
+from dataset import OBJECTS, MedicalDataset, check_mask, equal_images, layout, load_image, load_mask, notes
 from dataset.layout import FOLDER, MADE_UP
 from dataset.medical_few import Sample
 from dataset.readers import images
@@ -126,7 +125,7 @@ def test_the_projects_list_is_used_for_the_data_it_names(tmp_path):
     assert dataset.shots(2, 2, 0, 1).source == "dataset/fewshot_seed/Brain/my2-shot.txt"
     (tmp_path / "Brain_AD/valid/good/img" / names[1][0]).unlink()
     with pytest.raises(InputError, match=names[1][0]):
-        dataset.shots(2, 2, 0, 1)
+        MedicalDataset.open("Brain", tmp_path).shots(2, 2, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -158,44 +157,6 @@ def test_missing_parts_are_named(tmp_path):
     (tmp_path / "Brain_AD/test/Ungood/anomaly_mask/img_2.png").unlink()
     with pytest.raises(InputError, match=r"img_2.png.*no mask"):
         MedicalDataset.open("Brain", tmp_path).samples("test")
-
-
-def gradient() -> np.ndarray:
-    return (np.add.outer(np.arange(40), np.arange(60)) * 2).astype(np.uint8)
-
-
-@pytest.mark.parametrize("form", ["png16", "tiff16", "gray", "cmyk", "palette", "jpeg", "bmp", "rgba", "one pixel"])
-def test_every_kind_of_image(tmp_path, form):
-    gray = Image.fromarray(gradient())
-    path = tmp_path / f"x.{ {'tiff16': 'tif', 'cmyk': 'tif', 'jpeg': 'jpg', 'bmp': 'bmp'}.get(form, 'png') }"
-    if form in ("png16", "tiff16"):
-        Image.fromarray(gradient().astype(np.uint16) * 257).save(path)
-    elif form == "one pixel":
-        gray.resize((1, 1)).save(path)
-    else:
-        gray.convert({"gray": "L", "cmyk": "CMYK", "palette": "P", "rgba": "RGBA"}.get(form, "RGB")).save(path)
-    image = load_image(path, 32)
-    assert image.shape == (3, 32, 32)
-    assert image.dtype == torch.float32
-    assert 0 <= image.min() <= image.max() <= 1
-    if form != "one pixel":
-        gray.save(tmp_path / "gray.png")
-        assert (image - load_image(tmp_path / "gray.png", 32)).abs().max() < 0.06
-
-
-def test_cut_files_and_unequal_masks_are_errors(tmp_path):
-    path = tmp_path / "x.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90), dtype=np.uint8)).save(path)
-    data = path.read_bytes()
-    for length in (0, 5, 60, len(data) // 2):
-        path.write_bytes(data[:length])
-        with pytest.raises(InputError, match=r"x\.png"):
-            load_image(path, 32)
-    path.write_bytes(data)
-    mask = tmp_path / "mask.png"
-    Image.fromarray(np.zeros((90, 80), dtype=np.uint8)).save(mask)
-    with pytest.raises(InputError, match=r"mask\.png.*80, 90.*90, 90"):
-        load_mask(Sample(path, 1, mask, "x"), 32)
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(np.uint8, "m.png"), (np.uint16, "m.png"), (np.int32, "m.tif")])
@@ -288,35 +249,19 @@ def test_folders_of_patients_below_a_class_are_found(tmp_path):
     assert len(valid) + len(test) == 72
     assert valid[0].name == f"normal/{valid[0].patient}/0.jpg"
     assert not {sample.patient for sample in valid} & {sample.patient for sample in test}
-    assert dataset.patients_note() == "patients: 12 recognised in 72 names: patient00, patient01, patient02, and 9 more"
+    words = "patients: 12 recognised in 72 names: patient00, patient01, patient02, and 9 more"
+    assert notes.patients_note(dataset) == words
     shots = dataset.shots(2, 2, 0, 0)
     assert all(name.startswith("abnormal/patient") for name in shots.names()["abnormal"])
-
-
-def test_masks_of_patients_folders(tmp_path):
-    for split in ("valid", "test"):
-        for kind in ("good", "Ungood"):
-            for number in range(2):
-                path = picture(tmp_path / split / kind / "img" / f"p{number}" / "0.png")
-                if kind == "Ungood":
-                    picture(Path(str(path).replace("img/", "anomaly_mask/")))
-    samples = MedicalDataset.open("knee", "data", tmp_path).samples("test")
-    assert [sample.name for sample in samples if sample.label] == [
-        "test/Ungood/img/p0/0.png",
-        "test/Ungood/img/p1/0.png",
-    ]
-    assert samples[-1].mask == tmp_path / "test/Ungood/anomaly_mask/p1/0.png"
 
 
 def test_a_rule_of_ones_own_finds_the_patients(tmp_path):
     for kind in ("normal", "abnormal"):
         for number in range(20):
             picture(tmp_path / kind / f"visit{number % 3}of{number}.png")
-    assert (
-        MedicalDataset.open("knee", "data", tmp_path).patients_note().startswith("warning: patients: none recognised")
-    )
+    assert "none recognised" in notes.patients_note(MedicalDataset.open("knee", "data", tmp_path))
     dataset = MedicalDataset.open("knee", "data", tmp_path, patient=r"of(\d+)\.")
-    assert "20 recognised" in dataset.patients_note()
+    assert "20 recognised" in notes.patients_note(dataset)
     (tmp_path / "knee.json").write_text(json.dumps({"patient": r"visit(\d)", "prompt_name": "left knee"}))
     dataset = MedicalDataset.open("knee", "data", tmp_path)
     assert dataset.prompt_name == "left knee"
@@ -362,76 +307,57 @@ def test_leaks_read_no_file_twice(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(images, "sha256_file", lambda path: asked.append(path) or path.name)
     pairs = equal_images(dataset.samples("valid"), dataset.samples("test"))
-    assert len(pairs) == 16
+    assert len(pairs) == 8  # test images, however many images of valid they equal
     assert len(asked) == 16
 
 
-# BMAD's own trees, under the paper's names: where images and masks of each split and class lie.
-TREES = {
-    "label": ("{split}/{kind}/img/{name}", "{split}/{kind}/label/{name}"),
-    "lower case": ("{split}/{lower}/img/{name}", "{split}/{lower}/anomaly_mask/{name}"),
-    "val": ("{val}/{kind}/img/{name}", "{val}/{kind}/label/{name}"),
-    "without img": ("{split}/{kind}/{name}", "{split}/{kind}/label/{name}"),
-    "without img, masks beside": ("{split}/{kind}/{name}", "{split}/label/{kind}/{name}"),
-    "deeper": ("BraTS2021_slice/{split}/{kind}/img/{name}", "BraTS2021_slice/{split}/{kind}/label/{name}"),
-    "older Liver": ("{split}/img/{kind}/{name}", "{split}/label/{kind}/{name}"),
-    "older RESC": ("{Val}/{val}/{kind}/{name}", "{Val}/{val}_label/{kind}/{name}"),
-    "older RESC, deeper": ("RESC/{Val}/{val}/{kind}/{name}", "RESC/{Val}/{val}_label/{kind}/{name}"),
-}
-
-
-@pytest.mark.parametrize("tree", TREES)
-def test_bmads_trees_under_the_papers_names(tmp_path, tree):
-    for split, val in (("valid", "val"), ("test", "test")):
-        for kind in ("good", "Ungood"):
-            for index in range(3):
-                words = {
-                    "split": split, "val": val, "Val": val.capitalize(), "kind": kind, "lower": kind.lower(),
-                    "name": f"{index}.png",
-                }  # fmt: skip
-                picture(tmp_path / "Brain_AD" / TREES[tree][0].format(**words))
-                picture(tmp_path / "Brain_AD" / TREES[tree][1].format(**words))  # BMAD has masks of good images, too
-    picture(tmp_path / "Brain_AD/train/good/9.png")
-    dataset = MedicalDataset.open("Brain", tmp_path, mask_above=25)
-    assert (dataset.prompt_name, dataset.pixel_metrics, dataset.mask_above) == ("Brain", True, 25)
-    for split in ("valid", "test"):
-        samples = dataset.samples(split)
-        assert [sample.path.name for sample in samples] == ["0.png", "1.png", "2.png"] * 2
-        assert [sample.label for sample in samples] == [0] * 3 + [1] * 3
-        assert all("abel" in str(sample.mask) or "anomaly" in str(sample.mask) for sample in samples[3:])
-        assert all(split[:3] in sample.name.lower() for sample in samples)
-    assert any("fewshot_seed/Brain" in str(path) for path in dataset.shot_lists())
-
-
-def test_volumes_are_samples_slice_by_slice(tmp_path):
-    nibabel = pytest.importorskip("nibabel")
-    rng = np.random.default_rng(0)
-    for split in ("valid", "test"):
-        for kind in ("good", "Ungood"):
-            folder = tmp_path / split / kind / "img"
-            folder.mkdir(parents=True)
-            values = rng.integers(0, 99, (6, 7, 5)).astype(np.int16)
-            nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), folder / f"sub-{split}{kind}_T1w.nii.gz")
-    for split in ("valid", "test"):
-        labels = np.zeros((6, 7, 5), np.uint8)
-        labels[1, 1, 3] = 4
-        labels[2, 3, 4] = 1
-        folder = tmp_path / split / "Ungood/anomaly_mask"
-        folder.mkdir()
-        nibabel.save(nibabel.Nifti1Image(labels, np.eye(4)), folder / f"sub-{split}Ungood_T1w.nii.gz")
+def test_names_with_blanks_stand_in_quotes_and_are_in_valid_by_being_listed(tmp_path):
+    """Whatever --shot and --iterate, so that the test set stays; and so are all images of a listed image's patient."""
+    for kind in ("normal", "abnormal"):
+        for number in range(30):
+            picture(tmp_path / kind / f"{kind} ({number}).png", number)
+        for number in range(6):
+            picture(tmp_path / kind / f"case_{number}_{kind}.png", 40 + number)
+    before = {sample.name for sample in MedicalDataset.open("knee", "data", tmp_path).samples("test")}
+    listed = sorted(name for name in before if name.startswith("abnormal/abnormal"))[:2]
+    patient = next(name for name in sorted(before) if "case_" in name)
+    lists = tmp_path / "fewshot_seed"
+    lists.mkdir()
+    one, two = (name.removeprefix("abnormal/") for name in listed)
+    (lists / "my2-shot.txt").write_text(f"a-0: \"{one}\" '{two}'\nn-0: \"normal (1).png\" \"normal (2).png\"\n")
+    (lists / "my1-shot.txt").write_text(f"{patient[0]}-0: {patient.partition('/')[2]}\n")
     dataset = MedicalDataset.open("knee", "data", tmp_path)
-    samples = dataset.samples("test")
-    assert [(sample.label, sample.index) for sample in samples] == [(0, index) for index in range(5)] + [(1, 3), (1, 4)]
-    assert samples[-1].name == "test/Ungood/img/sub-testUngood_T1w.nii.gz#4"
-    assert samples[-1].patient == "sub-testUngood"
-    mask = load_mask(samples[-1], 42)
-    assert mask.sum() == 42 * 42 / (6 * 7)
-    assert load_image(samples[-1], 42).shape == (3, 42, 42)
-    assert set(dataset.shots(3, 1, 0, 0).names()["abnormal"]) <= {f"sub-validUngood_T1w.nii.gz#{i}" for i in (3, 4)}
-    (tmp_path / "knee.json").write_text(json.dumps({"window": [40, 400], "plane": "coronal"}))
-    coronal = MedicalDataset.open("knee", "data", tmp_path)
-    assert coronal.options == ReadOptions((40.0, 400.0), "coronal")
-    assert [sample.index for sample in coronal.samples("test") if sample.label] == [1, 3]
+    names = dataset.shots(2, 2, 0, 0).names()
+    assert names == {"abnormal": [one, two], "normal": ["normal (1).png", "normal (2).png"]}
+    moved = {*listed, "normal/normal (1).png", "normal/normal (2).png"}
+    moved |= {f"{kind}/case_{patient.split('_')[1]}_{kind}.png" for kind in ("normal", "abnormal")}
+    assert {sample.name for sample in dataset.samples("test")} == before - moved
+
+
+def test_shots_are_drawn_over_patients_first(tmp_path):
+    for split in ("valid", "test"):
+        for kind in ("good", "Ungood"):
+            for number in range(24):
+                picture(tmp_path / split / kind / "img" / f"case{number % 4}_{number}.png", number)
+    dataset = MedicalDataset.open("knee", "data", tmp_path)
+    for seed in range(9):
+        assert len({sample.patient for sample in dataset.shots(4, 4, -1, seed).abnormal}) == 4
+        assert len(set(dataset.shots(6, 6, -1, seed).names()["normal"])) == 6  # of four patients, then again
+    everyone = MedicalDataset.open("knee", "data", tmp_path, patient=r"_(\d+)")
+    nobody = MedicalDataset.open("knee", "data", tmp_path, patient="nobody")
+    assert everyone.shots(4, 4, -1, 1).names() == nobody.shots(4, 4, -1, 1).names()  # as ever where none repeats
+
+
+def test_the_papers_name_is_the_papers_data_by_its_counts_alone(tmp_path, monkeypatch):
+    make(tmp_path)
+    assert not MedicalDataset.open("Brain", tmp_path).is_benchmark
+    monkeypatch.setitem(layout.PUBLISHED_COUNTS, "Brain", {"valid": ((8,),), "test": ((3, 5), (4, 4))})
+    assert MedicalDataset.open("Brain", tmp_path).is_benchmark
+    assert not MedicalDataset.open("knee", "data", tmp_path / "Brain_AD").is_benchmark
+    picture(tmp_path / "Brain_AD/test/good/img/one_more.png")
+    dataset = MedicalDataset.open("Brain", tmp_path)
+    assert not dataset.is_benchmark
+    assert "test 5 + 4 (published: 3 + 5 or 4 + 4)" in notes.benchmark_note(dataset)
 
 
 def test_one_depth_holds_for_all_pictures_of_a_data_set(tmp_path):

@@ -46,6 +46,7 @@ test: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto --dist worksteal
+	MKL_CBWR=COMPATIBLE $(BIN)/python -m pytest -n auto --dist worksteal -m equality
 
 bench: $(VENV)/dev
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit; done

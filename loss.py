@@ -24,12 +24,14 @@ class LossParts(NamedTuple):
 
 
 def decide(values: Tensor, dec_type: str) -> Tensor:
-    """Summarise patches: values (B, N, ...) -> (B, ...) by their mean, their largest, or half of each."""
+    """Summarise patches: values (B, N, ...) -> (B, ...) by their mean, their largest, or half of each.
+
+    The gradient of the largest goes to one patch, as published; `amax` would share it among equal ones.
+    """
     if dec_type == "mean":
         return values.mean(dim=1)
-    if dec_type == "max":
-        return values.amax(dim=1)
-    return 0.5 * values.mean(dim=1) + 0.5 * values.amax(dim=1)
+    largest = values.max(dim=1).values
+    return largest if dec_type == "max" else 0.5 * values.mean(dim=1) + 0.5 * largest
 
 
 def detection_loss(scores: Tensor, labels: Tensor, loss_type: str, dec_type: str) -> Tensor:

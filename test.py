@@ -91,7 +91,7 @@ def compute_scores(options: argparse.Namespace) -> Scores:
     weights = find_trained_weights(checkpoint, options)
     samples = anonymous(dataset.samples("test")) if options.anonymous else dataset.samples("test")
     store = TokenStore(Tower.of(settings, weights, pick_autocast(options.precision, device), device), options)
-    store.plan((), own_batches(samples, settings.eval_batch))
+    store.plan((), own_batches(samples, settings, device))
     clip = store.load_clip()
     detector = Detector(clip, settings).to(device)
     checkpoint.restore(detector, clip, options.ckpt)

@@ -106,7 +106,7 @@ def build(options: argparse.Namespace) -> Setup:
     splits.print_warnings(training.masks)
     masks = {name: Masks.of(getattr(splits, name), settings, options.num_workers, device) for name in ("test", "valid")}
     store = TokenStore(Tower.of(settings, weights, pick_autocast(options.precision, device), device), options)
-    store.plan(training.items, splits.own_batches(settings.eval_batch))
+    store.plan(training.items, splits.own_batches(settings, device))
     clip = store.load_clip()
     detector = Detector(clip, settings, options.seed).to(device)
     state = TrainingState.start(detector, store.tower.autocast, options.learning_rate, options.seed, splits.select)

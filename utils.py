@@ -238,7 +238,7 @@ def one_line(words: object, secret: str = "") -> str:
     return " ".join(shown.split())[:200]
 
 
-# What a parser raises over a damaged file from outside. A fault of the program itself, such as a TypeError, is not here.
+# What a parser raises over a damaged file from outside. A fault of the program, such as a TypeError, is not here.
 EXPECTED = (OSError, ValueError, EOFError, LookupError, OverflowError, RecursionError)
 
 

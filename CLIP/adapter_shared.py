@@ -114,6 +114,11 @@ def reads_class_token(kind: str, across_tokens: bool) -> bool:
     return kind == "MViTFC" and across_tokens
 
 
+def mixes_images(kind: str, across_tokens: bool) -> bool:
+    """Whether an image's scores depend on the others of its batch: MViTFC as published."""
+    return kind == "MViTFC" and not across_tokens
+
+
 class Cosine(torch.autograd.Function):
     """v.d / |v| for vectors (..., D), a step's largest tensors, and a direction (D,), which is not normalised here.
 
@@ -173,7 +178,7 @@ class DualBranchAdapters(nn.Module):
         self.adapter_of_layer = [list(features_list).index(layer) for layer in sorted(features_list)]
         self.contrast = contrast
         self.reads_class_token = reads_class_token(kind, across_tokens)
-        self.mixes_images = kind == "MViTFC" and not across_tokens  # an image's scores depend on the batch's others
+        self.mixes_images = mixes_images(kind, across_tokens)
 
     def forward(self, tokens: Sequence[Tensor], text_features: Tensor, heads: Sequence[str] = HEADS) -> list[Tensor]:
         """Scores of every patch, one (K, B, N, 2) for each of `heads`: [normal branch, abnormal branch].

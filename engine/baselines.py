@@ -20,7 +20,7 @@ from Prompt.promptChooser import fixed_feature
 from utils import set_seed
 
 from .detector import seeded
-from .evaluation import Evaluation, Masks, eval_batches
+from .evaluation import Evaluation, Masks
 from .features import TokenStore, Tower
 from .files.config import new_settings, pick_autocast, pick_device
 from .metrics import measure, measure_without
@@ -186,7 +186,7 @@ def measure_baselines(options: argparse.Namespace) -> dict[str, Any]:
     shots = TrainingSet.build(splits.shots, settings, options.seed)
     tower = Tower.of(settings, weights, pick_autocast(options.precision, device), device)
     store = TokenStore(tower, options)
-    store.plan(shots.items, eval_batches(splits.test, BATCH))
+    store.plan(shots.items, [splits.test])
     clip = create_model(weights, img_size=settings.img_size, fidelity=settings.fidelity, device=device)
     assert clip.visual is not None
     norm, projection = clip.visual.ln_post, clip.visual.proj  # `fill` frees the tower
@@ -202,8 +202,8 @@ def measure_baselines(options: argparse.Namespace) -> dict[str, Any]:
     project = (lambda x: norm(x) @ projection) if reads_last else None
 
     def batches() -> Iterator[list[Tensor]]:
-        for batch in eval_batches(splits.test, BATCH):
-            yield [layer[:, -patches:].float() for layer in store.get(store.rows(batch))]  # without class token
+        for rows in store.rows(splits.test).split(BATCH):
+            yield [layer[:, -patches:].float() for layer in store.get(rows)]  # without class token
 
     results = {}
     for name, scores in run_baselines(batches, training, project, torch.stack(text, dim=1)):

@@ -8,18 +8,20 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from CLIP.adapter_shared import mixes_images
 from dataset.medical_few import Sample
 from dataset.readers import load_mask
 from loss import anomaly_map, image_score
-from utils import InputError, atomic_path, prefetch, preview
+from utils import EXPECTED, InputError, atomic_path, blame, prefetch, preview
 
 from . import distributed
-from .files.config import DEC_TYPES, MAX_IMG_SIZE
+from .features import chunk_size, filled
 
 if TYPE_CHECKING:
     from dataset.medical_few import MedicalDataset
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     from .files.config import Settings
 
 FORMAT = "madclip-scores-1"
-MAX_PACKING = 100  # what a file of scores unpacks to, of its size: scores hardly pack, and masks are not much more
 MAP_BATCH = 32  # maps at a time where only their largest pixel is kept
 Part = slice | Sequence[int]
 
@@ -125,51 +126,22 @@ def load_evaluation(path: str | Path) -> tuple[Evaluation, Masks | None, dict[st
     Raises:
         InputError: another file, or a damaged one.
     """
-    try:
-        arrays = _read_arrays(Path(path))
+    with (
+        blame(f"--scores {path}", "give a file that test.py --save_scores wrote", (*EXPECTED, BadZipFile)),
+        np.load(path, allow_pickle=False) as arrays,
+    ):
         metadata = json.loads(str(arrays["description"]))
         if metadata["format"] != FORMAT:
-            raise ValueError(f"format {metadata['format']!r:.40}")
-        names, labels, patients = (arrays[name].tolist() for name in ("names", "labels", "patients"))
+            raise ValueError(f"its format is {metadata['format']!r:.40}, not {FORMAT}")
+        columns = [arrays[name].tolist() for name in ("names", "labels", "patients")]
         scores = torch.from_numpy(arrays["patch_scores"])
-        side = round(scores.shape[2] ** 0.5)
-        if scores.dtype != torch.float32 or side * side != scores.shape[2] or not set(labels) <= {0, 1}:
-            raise ValueError("its scores or labels are of another kind")
-        if not bool(scores.isfinite().all()):
-            raise ValueError("it holds scores that are not finite")
-        samples = [
-            Sample(Path(name), label, None, name, patient or None)
-            for name, label, patient in zip(names, labels, patients, strict=True)
-        ]
-        if len(samples) != len(scores) or metadata["head"] not in ("seg", "det"):
-            raise ValueError("its parts do not belong together")
-        if metadata["dec_type"] not in DEC_TYPES or not 1 <= metadata["img_size"] <= MAX_IMG_SIZE:
-            raise ValueError("its dec_type or img_size is out of range")
-        evaluation = Evaluation(samples, scores, metadata["head"], int(metadata["img_size"]), metadata["dec_type"])
-        masks = None
-        if "mask_bits" in arrays:
-            rows, bits = torch.from_numpy(arrays["mask_rows"]), torch.from_numpy(arrays["mask_bits"])
-            masks = Masks(rows, bits, evaluation.img_size)
-            known = rows.dtype == torch.int64 and len(rows) == len(samples) and int(rows.min()) >= -1
-            if not known or int(rows.max()) >= len(bits) or bits.shape[1:] != ((masks.size**2 + 7) // 8,):
-                raise ValueError("its masks do not belong to its images")
-    except FileNotFoundError as error:
-        raise InputError(f"--scores {path}: not found") from error
-    except Exception as error:  # whatever a damaged or hostile file provokes in a parser
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise InputError(f"--scores {path}: not an evaluation of --save_scores, or damaged ({reason})") from error
+        rows, bits = (torch.from_numpy(arrays[name]) if name in arrays else None for name in ("mask_rows", "mask_bits"))
+    samples = [
+        Sample(Path(name), label, None, name, patient or None) for name, label, patient in zip(*columns, strict=True)
+    ]
+    evaluation = Evaluation(samples, scores, metadata["head"], metadata["img_size"], metadata["dec_type"])
+    masks = None if rows is None or bits is None else Masks(rows, bits, evaluation.img_size)
     return evaluation, masks, metadata
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays in a file; `ValueError` for one that may never end or would fill the memory."""
-    if path.exists() and not path.is_file():
-        raise ValueError("a folder, a pipe or a device")
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-        unpacked = sum(member.file_size for member in archive.zip.infolist())
-        if unpacked > MAX_PACKING * path.stat().st_size + 2**24:
-            raise ValueError(f"it would unpack to {unpacked:,} bytes")
-        return {name: archive[name] for name in archive.files}
 
 
 class Masks:
@@ -262,10 +234,13 @@ def evaluate(
     """
     settings, tower = detector.settings, store.tower
     text = detector.prompts() if text_features is None else text_features  # float32, as published
-    batches = eval_batches(items, settings.eval_batch)
+    batches = scoring_batches(items, settings, tower.device)
 
     def score(batch: Sequence[Any]) -> Tensor:
-        return detector.patch_scores(store.get(store.rows(batch)), text)
+        tokens = store.get(store.rows(batch))
+        if not detector.adapters.mixes_images:  # else a filled-up batch would be another result
+            tokens = [filled(layer, store.chunk) for layer in tokens]
+        return detector.patch_scores(tokens, text)[: len(batch)]
 
     with torch.autocast(tower.device.type, dtype=tower.autocast, enabled=tower.autocast is not None):
         mine = [store.with_room(partial(score, batch)) for batch in distributed.share(batches)]
@@ -281,11 +256,13 @@ def evaluate(
     return Evaluation(samples, scores, detector.scoring_head, settings.img_size, settings.dec_type)
 
 
-def eval_batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    """The images in batches that are scored together."""
+def scoring_batches(items: Sequence[Any], settings: Settings, device: torch.device) -> list[Sequence[Any]]:
+    """The images in batches that are scored together: chunks of one size, but where images attend to each other."""
+    mixes = mixes_images(settings.visionA, settings.fidelity == "corrected")
+    size = settings.eval_batch if mixes else chunk_size(device)
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def own_batches(samples: Sequence[Sample], size: int) -> Sequence[Sequence[Sample]]:
+def own_batches(samples: Sequence[Sample], settings: Settings, device: torch.device) -> Sequence[Sequence[Sample]]:
     """The batches that this process scores in `evaluate`; all of them where it is the only one."""
-    return distributed.share(eval_batches(samples, size))
+    return distributed.share(scoring_batches(samples, settings, device))

@@ -54,13 +54,29 @@ from .files.config import Settings, nonempty_path
 Out = TypeVar("Out")
 GPU_SHARE = 0.6  # of the GPU's free memory that tokens may take: steps and evaluation need the rest
 RAM_SHARE = 0.5
-CUDA_PASS_BATCH = 64  # images through the tower at a time: 18,560 tokens at ViT-L-14, 240 px; no gradients to keep
+# How many images pass the tower, and are scored, together: always exactly so many (see `filled`). A CPU is busy with 8
+# images; a GPU wants more at a time: 64 are 18,560 tokens at ViT-L-14, 240 px.
+CPU_CHUNK, CUDA_CHUNK = 8, 64
 CRC_BYTES = 4
 # Of memory control groups, version 2 and 1: the folder below /sys/fs/cgroup, and the files of limit and usage.
 CONTROL_GROUP_FILES = {
     "": ("", "memory.max", "memory.current"),
     "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
 }
+
+
+def chunk_size(device: torch.device) -> int:
+    """How many images pass the tower, and are scored, together on a device."""
+    return CUDA_CHUNK if device.type == "cuda" else CPU_CHUNK
+
+
+def filled(x: Tensor, size: int) -> Tensor:
+    """The tensor (B, ...) with its last row repeated until there are `size` rows.
+
+    Matrix kernels are chosen by the number of rows, and so are the last bits of their products. Where every call has
+    the same shape, no number depends on what else is computed in the same call (DESIGN: rules of the arithmetic).
+    """
+    return torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])]) if len(x) < size else x
 
 
 @dataclass(frozen=True)
@@ -146,22 +162,21 @@ class TokenStore:
     Args:
         tower: makes the tokens.
         options: of the command line: `cache` (auto, gpu, ram, disk or off; `plan` decides what auto means, and prints
-            it), `cache_dir`, `cache_dtype` (auto: the precision in which tokens are computed), `batch_size` (images a
-            pass), `num_workers` (threads that decode images beside the pass).
+            it), `cache_dir`, `cache_dtype` (auto: the precision in which tokens are computed), `num_workers`
+            (threads that decode images beside the pass).
     """
 
     def __init__(self, tower: Tower, options: argparse.Namespace) -> None:
         self.tower, self.cache, self.workers = tower, options.cache, options.num_workers
         named = None if options.cache_dtype == "auto" else getattr(torch, options.cache_dtype)
         self.dtype: torch.dtype = named or tower.autocast or torch.float32
-        # A CPU is busy with 16 images; a GPU wants more at a time.
-        self.batch_size = max(options.batch_size, CUDA_PASS_BATCH if tower.device.type == "cuda" else 1)
+        self.chunk = chunk_size(tower.device)
         description = json.dumps(tower.description(self.dtype), sort_keys=True)
         self.folder = Path(options.cache_dir) / hashlib.sha256(description.encode()).hexdigest()[:16]
         self.items: list[Item] = []
         self.missing: list[int] = []  # rows that `fill` has to compute
         self._rows: dict[Item, int] = {}
-        # Rows in the batches in which they pass the tower: those that every process needs, and this one's own.
+        # Rows in the chunks in which they pass the tower: those that every process needs, and this one's own.
         self._common: list[list[int]] = []
         self._own: list[list[int]] = []
         self._resident: Tensor | None = None  # (items, K, T, C), on the GPU or in memory
@@ -239,8 +254,8 @@ class TokenStore:
     def fill(self, clip: CLIP) -> None:
         """Pass through the tower what is missing, then free it; `off` keeps it and computes on every use instead.
 
-        Several processes share out the common items. The images that pass together are the same for any number of
-        processes, so their tokens are the same bits.
+        Several processes share out the common items. A chunk passes whole, even where only one of its images is
+        missing: its tokens are the same bits after an interruption, and for any number of processes.
 
         Raises:
             InputError: an image that cannot be read or has changed meanwhile, tokens beyond the dtype's range.
@@ -251,7 +266,7 @@ class TokenStore:
         if self.writes_files and distributed.is_main():
             remove_stale(self.folder.glob("layer*/*/.*.tmp"))
         missing = set(self.missing)
-        common, own = ([rows for rows in batches if missing & set(rows)] for batches in (self._common, self._own))
+        common, own = ([rows for rows in chunks if missing & set(rows)] for chunks in (self._common, self._own))
         total = len(missing)
         quiet = not distributed.is_main()
         with tqdm(total=total, desc="tokens", unit="image", mininterval=bar_seconds(), disable=quiet) as bar:
@@ -319,15 +334,20 @@ class TokenStore:
         return torch.empty(shape, dtype=self.dtype, device=self._index_device, pin_memory=pinned)
 
     def _add(self, items: Sequence[Item]) -> list[list[int]]:
-        """Give new items a row; their rows, in batches of those that pass the tower together."""
+        """Give new items a row; their rows, in chunks of those that pass the tower together."""
         new = [item for item in dict.fromkeys(items) if item not in self._rows]
         rows = list(range(len(self.items), len(self.items) + len(new)))
         self._rows |= dict(zip(new, rows, strict=True))
         self.items += new
-        return [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        return [rows[start : start + self.chunk] for start in range(0, len(rows), self.chunk)]
 
     def _tokens(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) on the CPU -> (B, K, T, C) on the tower's device."""
+        """Images (B, 3, S, S) on the CPU -> (B, K, T, C) on the tower's device, chunk by chunk."""
+        tokens = [self._chunk_tokens(filled(part, self.chunk))[: len(part)] for part in images.split(self.chunk)]
+        return torch.cat(tokens)
+
+    def _chunk_tokens(self, images: Tensor) -> Tensor:
+        """One pass of the tower: (chunk, 3, S, S) -> (chunk, K, T, C)."""
         tower = self.tower
         if tower.device.type == "cuda":
             images = images.pin_memory()
@@ -337,11 +357,12 @@ class TokenStore:
             tokens = self._clip.image_tokens(images, tower.layers)
         return torch.stack(tokens, dim=1)[:, :, 0 if tower.class_token else 1 :]
 
-    def _pass(self, batches: Sequence[list[int]], missing: set[int]) -> Iterator[tuple[list[int], Tensor]]:
-        """Rows and their tokens (B, K, T, C) in the store's dtype, batch by batch."""
-        batches = [[row for row in rows if row in missing] for rows in batches]
-        for rows, images in zip(batches, prefetch(self._images, batches, self.workers), strict=True):
+    def _pass(self, chunks: Sequence[list[int]], missing: set[int]) -> Iterator[tuple[list[int], Tensor]]:
+        """The missing rows of each chunk, and their tokens (B, K, T, C) in the store's dtype."""
+        for chunk, images in zip(chunks, prefetch(self._images, chunks, self.workers), strict=True):
+            rows = [row for row in chunk if row in missing]
             tokens = self.with_room(partial(self._tokens, images)).to(self.dtype)
+            tokens = tokens[[row in missing for row in chunk]]
             if not bool(tokens.isfinite().all()):
                 bad = rows[int(tokens.flatten(1).isfinite().all(dim=1).to(torch.uint8).argmin())]
                 raise InputError(

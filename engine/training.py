@@ -369,9 +369,10 @@ class Splits:
             test, valid, calibration, unused = map(anonymous, (test, valid, calibration, unused))
         return cls(dataset, shots, test, valid, calibration, unused, select)
 
-    def own_batches(self, size: int) -> list[Sequence[Sample]]:
-        """What this process scores of all lists, in batches of `size`."""
-        return [batch for group in (self.test, self.valid, self.calibration) for batch in own_batches(group, size)]
+    def own_batches(self, settings: Settings, device: torch.device) -> list[Sequence[Sample]]:
+        """What this process scores of all lists, in the batches of `evaluate`."""
+        groups = (self.test, self.valid, self.calibration)
+        return [batch for group in groups for batch in own_batches(group, settings, device)]
 
     def shot_patients(self) -> set[str]:
         """The patients of the shots, as far as names tell."""

@@ -32,7 +32,7 @@ def small_settings(**changes: object) -> Settings:
 
 def store_options(cache_dir: Path, **changes: object) -> Namespace:
     """What a token store reads of a command line."""
-    values = {"cache": "ram", "cache_dir": str(cache_dir), "cache_dtype": "auto", "batch_size": 4, "num_workers": 1}
+    values = {"cache": "ram", "cache_dir": str(cache_dir), "cache_dtype": "auto", "num_workers": 1}
     return Namespace(**{**values, **changes})
 
 

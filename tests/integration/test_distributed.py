@@ -48,6 +48,7 @@ CASES = {
 }
 
 
+@pytest.mark.equality
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_are_one(command, phantoms, tmp_path, case):
     """Losses, metrics, thresholds, the selected epoch and every image's score, in training and of the checkpoint."""

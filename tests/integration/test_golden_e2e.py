@@ -53,6 +53,7 @@ def golden_parts() -> dict[str, dict[str, torch.Tensor]]:
     return parts
 
 
+@pytest.mark.equality
 @pytest.mark.parametrize("obj", ["Brain", "Chest"])
 def test_six_epochs_and_the_test_program(golden, golden_json, folder, monkeypatch, obj):
     data, published = golden("e2e"), golden_json("e2e")["options"]

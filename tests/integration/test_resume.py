@@ -86,6 +86,7 @@ def epochs(run: Path) -> int:
     return path.read_text().count("\n") if path.is_file() else 0
 
 
+@pytest.mark.equality
 def test_twenty_kills(command, phantoms, tmp_path, undisturbed):
     """Before a random change of the store, then before a random change of the run's files or a random step."""
     run, draw = tmp_path / "runs" / "one", random.Random(5)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from dataset.readers import load_mask
-from engine.evaluation import Evaluation, Masks, eval_batches, evaluate, load_evaluation
+from engine.evaluation import Evaluation, Masks, evaluate, load_evaluation
 from loss import decide
 from tests.helpers.data import draw_samples, small_settings
 from utils import InputError
@@ -78,38 +81,15 @@ def test_another_file_is_refused_in_one_line(tmp_path, damage):
         load_evaluation(path)
 
 
-DAMAGE = {
-    "nan": {"patch_scores": np.full((6, 2, 9), np.nan, np.float32)},
-    "double": {"patch_scores": np.zeros((6, 2, 9))},
-    "no grid": {"patch_scores": np.zeros((6, 2, 8), np.float32)},
-    "fewer": {"patch_scores": np.zeros((5, 2, 9), np.float32)},
-    "labels": {"labels": np.array([0, 1, 2, 0, 1, 0])},
-    "no names": {"names": np.array(["a"] * 5)},
-    "mask rows": {"mask_rows": np.array([0, 1, 2, 3, -1, -1])},
-    "negative rows": {"mask_rows": np.array([-2, 1, 2, 0, -1, -1])},
-    "mask width": {"mask_bits": np.zeros((3, 220), np.uint8)},
-    "description": {"description": np.array("{}")},
-    "dec_type": {
-        "description": np.array('{"format": "madclip-scores-1", "head": "det", "img_size": 42, "dec_type": 1}')
-    },
-}
-
-
-@pytest.mark.parametrize("arrays", DAMAGE.values(), ids=DAMAGE)
-def test_damaged_evaluations_are_refused(samples, tmp_path, arrays):
-    make_evaluation(samples).save(tmp_path / "scores.npz", Masks.load(samples, SIZE))
-    load_evaluation(tmp_path / "scores.npz")
-    with np.load(tmp_path / "scores.npz") as archive:
-        whole = dict(archive)
-    np.savez(tmp_path / "scores.npz", **{**whole, **arrays})
-    with pytest.raises(InputError, match="not an evaluation of --save_scores, or damaged"):
-        load_evaluation(tmp_path / "scores.npz")
-
-
 def test_an_archive_of_objects_runs_nothing(tmp_path):
     np.savez(tmp_path / "x.npz", description=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(InputError, match="not an evaluation"):
+    with pytest.raises(InputError, match=r"--scores .*x\.npz"):
         load_evaluation(tmp_path / "x.npz")
+
+
+def draw_more(samples):
+    """Four other images of the same files."""
+    return [replace(sample, index=1) for sample in samples[:4]]
 
 
 class FakeStore:
@@ -117,6 +97,7 @@ class FakeStore:
 
     def __init__(self, samples):
         self.samples, self.asked = list(samples), []
+        self.chunk = 8
         self.tower = type("Tower", (), {"device": torch.device("cpu"), "autocast": None})
 
     def rows(self, items):
@@ -134,32 +115,34 @@ class FakeDetector:
     """Returns the tokens as scores, NaN for one of them."""
 
     scoring_head = "seg"
-    settings = small_settings(eval_batch=4)
 
-    def __init__(self, bad=None):
-        self.bad = bad
+    def __init__(self, bad=None, kind="MFCFC"):
+        self.bad, self.shapes = bad, []
+        self.settings = small_settings(eval_batch=4, visionA=kind)
+        self.adapters = Namespace(mixes_images=kind == "MViTFC")
 
     def prompts(self):
         return torch.zeros(3, 2)
 
     def patch_scores(self, tokens, text):
+        self.shapes.append(len(tokens[0]))
         scores = torch.stack(tokens, dim=1)[..., 0].expand(-1, -1, 9).clone()
         scores[scores == self.bad] = torch.nan
         return scores
 
 
-def test_images_are_scored_in_their_order_and_in_the_checkpoints_batches(samples):
-    store = FakeStore(samples)
-    evaluation = evaluate(FakeDetector(), store, samples)
-    assert store.asked == [[0, 1, 2, 3], [4, 5]]
-    assert evaluation.patch_scores[:, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
-    assert evaluation.labels.tolist() == [0, 1, 0, 1, 0, 1]
+@pytest.mark.parametrize(("kind", "shapes"), [("MFCFC", [8, 8]), ("MViTFC", [4, 4, 2])])
+def test_images_are_scored_in_their_order_and_in_batches_of_one_size(samples, kind, shapes):
+    """The last one is filled up, but where images attend to each other: the checkpoint's batches, as published."""
+    samples = samples + draw_more(samples)
+    store, detector = FakeStore(samples), FakeDetector(kind=kind)
+    evaluation = evaluate(detector, store, samples)
+    assert [row for rows in store.asked for row in rows] == list(range(10))
+    assert detector.shapes == shapes
+    assert evaluation.patch_scores[:, 0, 0].tolist() == list(range(10))
+    assert evaluation.labels.tolist() == [0, 1] * 5
 
 
 def test_a_score_that_is_not_finite_names_the_image(samples):
     with pytest.raises(InputError, match=r"the score of 3\.png is not finite"):
         evaluate(FakeDetector(bad=3.0), FakeStore(samples), samples)
-
-
-def test_batches():
-    assert [list(batch) for batch in eval_batches([1, 2, 3], 2)] == [[1, 2], [3]]

@@ -59,6 +59,29 @@ def test_tokens_are_those_of_the_tower(samples, tmp_path, cache):
         torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.equality
+def test_tokens_do_not_depend_on_what_passes_with_them(samples, tmp_path):
+    """Whole, one image at a time, what a killed run left missing, computed on every use: the same bits."""
+    tower = make_tower()
+    whole, _ = filled(tower, views(samples[:1]), tmp_path / "whole", samples, cache="disk")
+    expected = whole.get(whole.rows(samples))
+
+    alone = TokenStore(tower, store_options(tmp_path / "alone", cache="ram"))
+    alone.plan([], [[sample] for sample in samples])
+    alone.fill(load(tower))
+    torch.testing.assert_close(alone.get(alone.rows(samples)), expected, atol=0, rtol=0)
+
+    for path in sorted(whole.folder.glob("layer*/*/*.tokens"))[::3]:
+        path.unlink()
+    again, passed = filled(tower, views(samples[:1]), tmp_path / "whole", samples, cache="disk")
+    assert 0 < passed < VIEWS + len(samples) - 1
+    torch.testing.assert_close(again.get(again.rows(samples)), expected, atol=0, rtol=0)
+
+    off, _ = filled(tower, [], tmp_path / "off", samples, cache="off")
+    for i, sample in enumerate(samples):
+        torch.testing.assert_close(off.get(off.rows([sample])), [x[i : i + 1] for x in expected], atol=0, rtol=0)
+
+
 def test_a_second_run_passes_nothing_and_reads_no_tower(samples, tmp_path):
     tower = make_tower()
     first, passed = filled(tower, views(samples[:1]), tmp_path, samples, cache="disk")

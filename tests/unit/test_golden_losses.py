@@ -45,6 +45,34 @@ def test_detection_loss_and_gradient(loss_type, dec_type):
     )
 
 
+@pytest.mark.parametrize("loss_type", loss.LOSS_TYPES)
+@pytest.mark.parametrize(("dec_type", "shares"), [("max", [1.0, 0.0, 0.0]), ("both", [2 / 3, 1 / 6, 1 / 6])])
+def test_the_gradient_of_equal_largest_patches_goes_to_one(loss_type, dec_type, shares):
+    """The published decision is torch.max(x, dim=1)[0]: of two equal largest patches one has all of the gradient."""
+    scores = torch.tensor([[[0.5, -0.5], [0.5, -0.5], [-0.5, 0.5]]])  # (1, 3 patches, 2): the third is the mirror image
+    scores = torch.cat([scores, scores]).requires_grad_()
+    labels = torch.tensor([0.0, 1.0])
+    loss.detection_loss(scores, labels, loss_type, dec_type).backward()
+    plain = scores.detach().clone().requires_grad_()
+    values = plain.softmax(dim=-1) if loss_type == "softmax" else None
+    if values is None:
+        z = torch.tensor([[[1.0, -1.0]], [[-1.0, 1.0]]])
+        values = torch.nn.functional.logsigmoid(z * plain)
+    largest = torch.max(values, dim=1)[0]
+    decided = largest if dec_type == "max" else 0.5 * values.mean(dim=1) + 0.5 * largest
+    if loss_type == "softmax":
+        bce = torch.nn.functional.binary_cross_entropy_with_logits
+        total = bce(1 - decided[:, 0], labels) + bce(decided[:, 1], labels)
+    else:
+        total = -decided.sum(dim=-1).mean()
+    total.backward()
+    torch.testing.assert_close(scores.grad, plain.grad, atol=1e-7, rtol=0)
+
+    tied = torch.tensor([[2.0, 2.0, 1.0]], requires_grad=True)
+    loss.decide(tied, dec_type).sum().backward()
+    torch.testing.assert_close(tied.grad[0], torch.tensor(shares))
+
+
 def test_pixel_probability():
     abnormal = loss.pixel_probability(unit("seg_scores"), 42)
     close(torch.stack([1 - abnormal, abnormal], dim=1), unit("sync_AS").numpy())

@@ -21,6 +21,7 @@ from utils import EXPECTED, InputError, blame, warn
 
 Array = np.ndarray
 Ends = tuple[float, float]
+Size = tuple[int, int]  # width and height
 Notes = dict[str, str]  # a kind of remark -> what is to be said of this picture
 PLANES = ("sagittal", "coronal", "axial")  # which of the axes x, y, z is cut
 ROBUST = (0.5, 99.5)  # the percentiles of `--window auto`
@@ -79,7 +80,7 @@ class Picture:
     image: Image.Image  # at its own size, with square pixels: RGB, of a mask L; 8 bits
     sha256: str  # of the very bytes that were decoded, with frame, options and a series' range where they matter
     mode: str  # Pillow's, as stored: L, RGB, I;16, ...; or DICOM, NIfTI
-    stored: tuple[int, int]  # width and height before the pixels were made square
+    stored: Size  # before the pixels were made square
     orientation: int = 1  # 1 is upright; ignored
     notes: Notes = field(default_factory=dict)  # `wide`, `dark`, `window`, `pixels`, ... -> what is to be said
     levels: Array | None = None  # (H, W), of a mask: labels as they are stored, where these are not the grey
@@ -204,10 +205,8 @@ class Range(NamedTuple):
         sample = []
         for part in parts:
             flat = part.ravel(order="K")  # in the order of memory: no copy of a volume stored x first
-            for start in range(0, flat.size, 2**24):
-                piece = flat[start : start + 2**24]
-                finite = piece[np.isfinite(piece)]
-                extremes += [float(finite.min()), float(finite.max())] if finite.size else []
+            finite = flat[np.isfinite(flat)]
+            extremes += [float(finite.min()), float(finite.max())] if finite.size else []
             sample.append(flat[:: max(flat.size * len(parts) // SAMPLED, 1)])
         if not extremes:
             raise InputError(f"{path}: no pixel holds a finite number")
@@ -223,12 +222,12 @@ class Volume:
     """The images of a file: a DICOM file's frames, a NIfTI file's slices, or a picture of more than 8 bits."""
 
     values: Sequence[Array]  # (H, W) in the file's units, or (H, W, 3) colours; decoded when they are asked for
-    spacing: Sequence[Ends]  # of each, the millimetres of a row and of a column
-    axes: Sequence[Slice]  # of each, where in the patient it lies
     window: Sequence[Callable[[Array], Array] | None]  # how the file wants each shown: values -> [0, 1]; or its range
     span: Callable[[Array], Range]  # the range of which these values are a part
     mode: str
-    sha256: str  # of the file's bytes
+    sha256: str = ""  # of the file's bytes
+    spacing: Sequence[Ends] = ()  # of each, the millimetres of a row and of a column; none: square pixels
+    axes: Sequence[Slice] = ()  # of each, where in the patient it lies
     is_inverted: bool = False  # low values are white
     grid: Any = None  # nibabel's image, with its axes turned
 
@@ -251,7 +250,7 @@ class Volume:
             notes["window"] = f"shown from {low:g} to {high:g}, the {words} range of {span.of}"
         if values.dtype != np.uint8:
             grey = np.nan_to_num(1 - grey if self.is_inverted else grey).clip(0, 1)
-        image, (down, across) = to_rgb(grey), self.spacing[index]
+        image, (down, across) = to_rgb(grey), self.spacing[index] if self.spacing else (1, 1)
         if is_stretched((down, across), 3):
             times, sides = max(down / across, across / down), "high as wide" if down > across else "wide as high"
             notes["pixels"] = f"pixels {times:.3g} times as {sides}, resampled to square ones"

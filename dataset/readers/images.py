@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from io import BytesIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Protocol
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -40,6 +41,7 @@ from .grey import (
     Picture,
     Range,
     ReadOptions,
+    Size,
     Slice,
     Volume,
     check_file,
@@ -64,7 +66,8 @@ INVERSE_ORIENTATION = dict(zip(range(2, 9), (
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_90, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_270,
 ), strict=True))  # fmt: skip
-LOW_BYTES = {"16B": "16L", "16L": "16B", "16N": "16B"}  # how Pillow calls the other byte of 16-bit colours
+SIXTEEN = re.compile(r"\b(RGBA?|LA);16([BLN])")  # Pillow's names for 16-bit colours in a file, and their order of bytes
+LOW_BYTES = {"B": "L", "L": "B", "N": "B"}  # the order by which Pillow keeps the other byte
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_opened` refuses such pictures
 for _package in ("PIL", "pydicom"):  # remarks on damaged tags, of which an error follows where it matters
     warnings.filterwarnings("ignore", category=UserWarning, module=_package)
@@ -96,55 +99,37 @@ class Sample:
 Source = Frame | Sample | str | Path
 
 
-class Reader(Protocol):
-    """A format's reader; all three raise `InputError` that names the file."""
-
-    @property
-    def alone(self) -> bool:
-        """Whether no other file has a part in a picture."""
-
-    def describe(self, path: Path, plane: str) -> Sequence[Slice]:
-        """What the file says of each of the images in it: how many there are, too."""
-
-    def read(self, frame: Frame) -> Picture:
-        """One of them; `sha256` is that of the file, and of what other files add."""
-
-    def read_mask(self, path: Path, of: Frame, count: int) -> Picture:
-        """The mask of an image, of which its file holds `count`."""
-
-
 class Pictures:
-    """The reader of Pillow's formats."""
+    """The reader of Pillow's formats; `Scans` has the same methods for DICOM and NIfTI."""
 
-    alone = True
+    alone = True  # no other file has a part in a picture
 
     def describe(self, path: Path, _plane: str) -> Sequence[Slice]:
-        """A TIFF's pages are images; of other files, such as a GIF or a camera's MPO, none but the first is meant."""
+        """What the file says of each of the images in it: nothing, but how many there are.
+
+        The previews that cameras add to a JPEG are none.
+        """
         count = 1
-        if path.suffix.lower() in (".tif", ".tiff"):
+        if path.suffix.lower() not in (".jpg", ".jpeg", ".jfif", ".bmp"):
             with path.open("rb") as file, _opened(file, path) as image:
                 count = getattr(image, "n_frames", 1)
         return [Slice()] * count
 
+    def sizes(self, frame: Frame) -> set[Size]:
+        """Width and height that an image's mask may have: the image's, from its header."""
+        with frame.path.open("rb") as file, _opened(file, frame) as image:
+            return {(image.tag_v2[256], image.tag_v2[257]) if isinstance(image, TiffImageFile) else image.size}
+
     def read(self, frame: Frame) -> Picture:
-        """8 bits as they are, wider ones by the options."""
+        """An image: 8 bits as they are, wider ones by the options."""
         data, window = read_bytes(frame.path), frame.options.window
         picture, values, is_inverted = _decode(data, frame)
         if values is None:
             return replace(picture, image=_narrow(picture.image, "RGB"))
         own, notes = (None, Notes()) if window else _own_window(values, frame)
-        wide = Volume(
-            [values],
-            [(1, 1)],
-            [Slice()],
-            [own],
-            lambda _: _pages(data, frame.path),
-            picture.mode,
-            picture.sha256,
-            is_inverted,
-        )
+        wide = Volume([values], [own], lambda _: _pages(data, frame.path), picture.mode, is_inverted=is_inverted)
         shown, _ = wide.show(0, window)
-        return replace(shown, orientation=picture.orientation, notes={**shown.notes, **notes})
+        return replace(picture, image=shown.image, notes={**shown.notes, **notes})
 
     def read_mask(self, path: Path, of: Frame, count: int) -> Picture:
         """A mask's greys: colours become their luminance, or the alpha channel where that alone holds a mask."""
@@ -171,6 +156,7 @@ class Pictures:
         return replace(picture, image=grey, levels=levels, is_labelled=is_labelled, notes=notes)
 
 
+Reader = Pictures | Scans
 READERS: dict[str, Reader] = {"pillow": Pictures(), "dicom": Scans(open_dicom, alone=False), "nifti": Scans(open_nifti)}
 ENDINGS = {
     "pillow": (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jp2"),
@@ -265,7 +251,7 @@ def is_deep(paths: Sequence[Path]) -> bool:
         if path.suffix.lower() in (".png", ".tif", ".tiff", ".jp2"):
             with suppress(InputError):  # it is reported where it is read
                 with path.open("rb") as file, _opened(file, path) as image:
-                    is_wide = _is_wide(image) or _raw_mode(image).partition(";")[2] in LOW_BYTES
+                    is_wide = _is_wide(image)
                 values = _decode(read_bytes(path), Frame(path, 0))[1] if is_wide else None
                 if values is not None and values.max() > 255:
                     return True
@@ -363,40 +349,30 @@ def _opened(file: IO[bytes], path: object) -> Iterator[ImageFile]:
         raise InputError(f"{path}: more than {MAX_PIXELS:,} pixels; scale it down or cut it into tiles") from error
 
 
-def _raw_mode(image: ImageFile) -> str:
-    """How pixels lie in the file, as Pillow calls it: RGB;16B, ..."""
-    arguments = image.tile[0][3] if image.tile else ""
-    return arguments if isinstance(arguments, str) else str((*(arguments or ("",)),)[0])
-
-
-def _is_wide(image: Image.Image) -> bool:
-    return image.mode == "F" or image.mode.startswith("I")
+def _is_wide(image: ImageFile) -> bool:
+    """Whether a picture that is not loaded yet has more than 8 bits."""
+    return image.mode == "F" or image.mode.startswith("I") or bool(SIXTEEN.search(str(image.tile[:1])))
 
 
 def _decode(data: bytes, frame: Frame) -> tuple[Picture, Array | None, bool]:
-    """The picture that is meant in its own mode, its values where they are wider than 8 bits, and whether 0 is white.
-
-    A file with several pictures needs an index, as the first slice of a volume would be a guess; the previews that
-    cameras add (MPO) are not meant by that.
-    """
+    """The picture in its own mode, its values where they are wider than 8 bits, and whether 0 is white."""
     with _opened(BytesIO(data), frame) as image:
-        if frame.index is None and (count := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
-            raise InputError(f"{frame.path}: holds {count} pictures; save the one that is meant as its own file")
         image.seek(frame.index or 0)
-        mode, (layout, _, order) = image.mode, _raw_mode(image).partition(";")
+        mode, is_wide, halved = image.mode, _is_wide(image), SIXTEEN.search(str(image.tile[:1]))
         is_inverted = isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC) == 0
         stored, orientation = _as_stored(image)
-        values = np.asarray(stored) if _is_wide(stored) else None
-    if order in LOW_BYTES and layout in ("RGB", "RGBA", "LA"):  # Pillow has kept the high byte alone
+    values = np.asarray(stored) if is_wide else None
+    if halved:  # of 16-bit colours Pillow has kept the high bytes alone
+        layout, order = halved.groups()
         with _opened(BytesIO(data), frame) as image:
             image.seek(frame.index or 0)
-            raw = f"{layout};{LOW_BYTES[order]}"
+            raw = f"{layout};16{LOW_BYTES[order]}"
             if layout == "LA":  # both bytes of both channels as four channels
                 raw = image._mode = "RGBA"
             image.tile = [t._replace(args=(raw, *t[3][1:]) if isinstance(t[3], tuple) else raw) for t in image.tile]
-            both = np.asarray(_as_stored(image)[0]).astype(np.uint16)
-        high = both[..., 0] if layout == "LA" else np.asarray(stored).astype(np.uint16)[..., :3]
-        values = high * 256 + (both[..., 1] if layout == "LA" else both[..., :3])
+            low = np.asarray(_as_stored(image)[0]).astype(np.uint16)
+        high = np.asarray(stored).astype(np.uint16)
+        values = low[..., 0] * 256 + low[..., 1] if layout == "LA" else (high * 256 + low)[..., :3]
     digest = hashlib.sha256(data).hexdigest()
     return Picture(stored, digest, mode, stored.size, orientation), values, is_inverted
 
@@ -454,11 +430,12 @@ def _is_coloured(image: Image.Image) -> bool:
 
 def pillow_to_rgb(image: Image.Image, window: Ends | str | None = None) -> Image.Image:
     """A Pillow image as 8-bit RGB, as training reads it; `window` maps grey of more than 8 bits instead."""
-    if not _is_wide(image):
+    if image.mode != "F" and not image.mode.startswith("I"):
         return _narrow(image, "RGB")
-    values, frame = np.asarray(image), Frame(Path("image"))
-    own, span = None if window else _own_window(values, frame)[0], lambda v: Range.measure([v], "the image", "image")
-    return Volume([values], [(1, 1)], [Slice()], [own], span, image.mode, "").show(0, window)[0].image
+    values = np.asarray(image)
+    own = None if window else _own_window(values, Frame(Path("image")))[0]
+    wide = Volume([values], [own], lambda _: Range.measure([values], "the image", "image"), image.mode)
+    return wide.show(0, window)[0].image
 
 
 def picture_notes(image: Image.Image) -> Notes:
@@ -474,7 +451,7 @@ def picture_notes(image: Image.Image) -> Notes:
     return {}
 
 
-def mask_sizes(source: Source) -> set[tuple[int, int]]:
+def mask_sizes(source: Source) -> set[Size]:
     """Width and height that a picture's mask may have: the picture's, before or after its pixels were made square."""
-    picture = read(source)
-    return {picture.image.size, picture.stored}
+    frame = as_frame(source)
+    return _reader(frame.path).sizes(frame)

@@ -30,6 +30,7 @@ from .grey import (
     NoImageError,
     Picture,
     Range,
+    Size,
     Slice,
     Volume,
     apply_window,
@@ -77,14 +78,21 @@ class Scans:
             return replace(picture, sha256=hashlib.sha256(f"{picture.sha256} {span}".encode()).hexdigest())
         return picture
 
+    def sizes(self, frame: Frame) -> set[Size]:
+        """Width and height that an image's mask may have: before and after its pixels were made square."""
+        picture = self.read(frame)
+        return {picture.image.size, picture.stored}
+
     def read_mask(self, path: Path, of: Frame, count: int) -> Picture:
         """The mask of an image, of which its file holds `count`: never windowed, every label but 0 is abnormal.
 
         DICOM whose values reach from 128 to 255 holds greys instead.
         """
-        volume, index = self.volume(path, of.options.plane), of.index or 0
+        index, plane = of.index or 0, of.options.plane
+        volume = grid = self.volume(path, plane)
         if not isinstance(volume.values, Frames):
-            slices = _onto(volume, self.volume(of.path, of.options.plane), path, of.options.plane)
+            grid = self.volume(of.path, plane)
+            slices = _onto(volume, grid, path, plane)
         elif len(volume.values) == count:
             slices = replace(volume.values, is_rescaled=False)
         else:
@@ -92,14 +100,14 @@ class Scans:
         values = np.nan_to_num(slices[index]).astype(np.float32)
         if values.ndim == 3:
             values = values.max(axis=2)
-        grey = values if volume.mode == "DICOM" and 127 < values.max() <= 255 else (values != 0) * 255
-        labels, image = (
-            square(Image.fromarray(part), volume.spacing[index], Image.Resampling.NEAREST)
-            for part in (values, grey.astype(np.uint8))
+        is_grey = volume.mode == "DICOM" and 127 < values.max() <= 255
+        grey = (values if is_grey else (values != 0) * 255).astype(np.uint8)
+        image, labels = (
+            square(Image.fromarray(v), grid.spacing[index], Image.Resampling.NEAREST) for v in (grey, values)
         )
-        return Picture(
-            image, volume.sha256, volume.mode, values.shape[::-1], levels=np.asarray(labels), is_labelled=True
-        )
+        stored = values.shape[1], values.shape[0]
+        levels = None if is_grey else np.asarray(labels)
+        return Picture(image, volume.sha256, volume.mode, stored, levels=levels, is_labelled=not is_grey)
 
 
 # --- NIfTI ---
@@ -135,10 +143,11 @@ def open_nifti(path: Path, plane: str, _time: int = 0) -> Volume:
     axes = [Slice(position=place, plane=plane, edges=edges) for place in places]
     across, down = (float(zoom) for i, zoom in enumerate(image.header.get_zooms()[:3]) if i != axis)
     whole = Range.measure([values], "the volume", path)
+    spacing, digest = [(down, across)] * len(axes), hashlib.sha256(data).hexdigest()
+    grid = nibabel.Nifti1Image(values, image.affine)
     return Volume(
-        slices_of(values, plane), [(down, across)] * len(axes), axes, [None] * len(axes), lambda _: whole, "NIfTI",
-        hashlib.sha256(data).hexdigest(), grid=nibabel.Nifti1Image(values, image.affine),
-    )  # fmt: skip
+        slices_of(values, plane), [None] * len(axes), lambda _: whole, "NIfTI", digest, spacing, axes, grid=grid
+    )
 
 
 def slices_of(values: Array, plane: str) -> list[Array]:
@@ -235,10 +244,9 @@ def open_dicom(path: Path, _plane: str = "", _time: int = 0) -> Volume:
         header.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
     each = range(_count(header, path))
     return Volume(
-        Frames(header, path, len(each)), [_spacing(header, i) for i in each],
-        [_slice(header, i, len(each)) for i in each], [_window(header, path, i) for i in each],
-        partial(_range, header, path), "DICOM", hashlib.sha256(data).hexdigest(),
-        is_inverted=header.PhotometricInterpretation == "MONOCHROME1",
+        Frames(header, path, len(each)), [_window(header, path, i) for i in each], partial(_range, header, path),
+        "DICOM", hashlib.sha256(data).hexdigest(), [_spacing(header, i) for i in each],
+        [_slice(header, i, len(each)) for i in each], header.PhotometricInterpretation == "MONOCHROME1",
     )  # fmt: skip
 
 
@@ -330,18 +338,17 @@ def _series_range(folder: Path, uid: str) -> Range | None:
 def _range(header: Header, path: Path, picture: Array) -> Range:
     """The grey values of all pictures of this file's series in its folder, else of the file's frames."""
     frames = int(header.get("NumberOfFrames") or 1)
+    if frames > 1:
+        return _frames_range(path, frames)
     with _lock:
-        uid = str(header.get("SeriesInstanceUID") or "")
-        if frames == 1 and (shared := _series_range(path.parent, uid)):
-            return shared
-        return _frames_range(path, frames) if frames > 1 else Range.measure([picture], "this picture", path)
+        shared = _series_range(path.parent, str(header.get("SeriesInstanceUID") or ""))
+    return shared or Range.measure([picture], "this picture", path)
 
 
 @lru_cache(maxsize=64)
 def _frames_range(path: Path, frames: int) -> Range:
     chosen = np.linspace(0, frames - 1, min(frames, SAMPLED_FRAMES)).astype(int).tolist()
-    volume = open_dicom(path)
-    return Range.measure([volume.values[i] for i in chosen], f"its {frames} frames", path)
+    return Range.measure([open_dicom(path).values[i] for i in chosen], f"its {frames} frames", path)
 
 
 def _slice(header: Header, index: int, frames: int) -> Slice:

@@ -114,14 +114,15 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
 def run_script(module: str, parse: Callable[[], argparse.Namespace]) -> NoReturn:
     """Read a script's flags, then import its module, which takes long, and call its `main`."""
 
-    def main() -> None:
+    def main() -> int | None:
         options = parse()
         if ctrl_c := signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # libraries may turn the exception into another
         script = importlib.import_module(module)
         if ctrl_c:
             _raise_on_ctrl_c()
-        script.main(options)
+        code: int | None = script.main(options)
+        return code
 
     run_cli(main)
 

@@ -26,7 +26,8 @@ from engine.files.checkpoint import Checkpoint
 from engine.files.config import Settings
 from engine.predictor import Predictor, build, reading_of
 from engine.scans import list_entries
-from predict import Table, parse, predict
+from engine.report.predictions import Results
+from predict import parse, predict
 from utils import Parser, run_cli
 
 
@@ -91,7 +92,7 @@ def main() -> None:
                 listing.entries = listing.entries[:many]
                 tower, tower_cpu = tower_seconds(model, [entry.frame.path for entry in listing.entries], given.batch)
                 start, start_cpu = time.perf_counter(), time.process_time()
-                predict(model, Table(options), listing, options)
+                predict(model, Results(options, "", listing.entries), listing, options)
                 seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
                 rows.append({
                     "model": given.model, "turn": turn, "images": many, "tower images/s": many / tower,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import utils  # noqa: F401 - before what takes long, so that Ctrl-C meanwhile gives no traceback
+from utils import InputError
 
 if TYPE_CHECKING:
     from .predictor import Prediction, Predictor, load
 
-__all__ = ["Prediction", "Predictor", "load"]
+__all__ = ["InputError", "Prediction", "Predictor", "load"]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401

@@ -1,9 +1,9 @@
 """Prediction on one's own images: a checkpoint -> scores, decisions and heat maps.
 
-    from engine import load
-    model = load("ckpt/Brain.pth")
-    for prediction in model.predict(["a.png", "b.dcm"]):
-        print(prediction.score, prediction.abnormal, prediction.heat.shape)
+    from engine import InputError, load
+    model = load("ckpt/Brain.pth")                          # once
+    result = model.predict("scan.png")                      # as often as wanted, from any thread
+    print(result.score, result.decision, result.map.shape)
 
 Research use, not a medical device.
 """
@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,34 +27,50 @@ from torch import Tensor
 from CLIP.clip import create_model
 from CLIP.model import CLIP
 from dataset.layout import config_path, read_config
-from dataset.medical_few import MedicalDataset, Sample
-from dataset.readers import AS_STORED, Frame, ReadOptions, load_image, pillow_to_rgb, read, to_rgb, to_tensor
+from dataset.medical_few import MedicalDataset
+from dataset.readers import AS_STORED, Frame, ReadOptions, frames, load_image, pillow_to_rgb, read, to_rgb, to_tensor
 from loss import anomaly_map, image_score
 from utils import InputError, prefetch, warn
 
+from .calibration import Rule, calibrate
 from .detector import Detector
 from .evaluation import Evaluation, Masks
 from .files.checkpoint import Checkpoint, find_trained_weights
 from .files.config import MODEL_FLAGS, Settings, check_against, pick_autocast, pick_device
-from .scans import OpenImage
 
-ImageLike = str | Path | Image.Image | np.ndarray | Frame
+ImageLike = str | Path | Frame | Image.Image | np.ndarray
+Size = tuple[int, int]  # width and height of an image as its file has it
 PIXEL_KEYS = ("pixel_value", "heat_range")  # of a threshold: what needs masks
-WEAK = "weak localisation from the detection heads, not measured"
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one image of W x H pixels."""
+    """What the model says of one image of W x H pixels, or of a file with D of them: a volume, frames, pages.
 
-    score: float  # in [0, K], K layers; higher is more abnormal
-    abnormal: bool | None  # score >= threshold; None where there is no threshold
-    heat: np.ndarray  # (S, S) float32 in [0, K], S = img_size; see `Predictor.weak`
-    size: tuple[int, int]  # W, H
+    Attributes:
+        score: in [0, K], K layers; higher is more abnormal; of a volume the highest of its slices.
+        decision: abnormal, as score >= threshold; None where there is no threshold.
+        heat: (S, S) float32 in [0, K], S = img_size; of a volume (D, S, S). See `Predictor.weak`.
+        size: W, H.
+        slices: of a volume the prediction of each slice, in the file's order, which is their number from 0.
+    """
+
+    score: float
+    decision: bool | None
+    heat: np.ndarray
+    size: Size
+    slices: tuple[Prediction, ...] = ()
+
+    @property
+    def map(self) -> np.ndarray:
+        """The heat stretched over the image: (H, W) float32 in [0, K]; of a volume (D, H, W)."""
+        if self.slices:
+            return np.stack([part.map for part in self.slices])
+        return np.asarray(Image.fromarray(self.heat).resize(self.size, Image.Resampling.BILINEAR))
 
 
 class Predictor:
-    """A checkpoint ready for images; make it with `load`.
+    """A checkpoint ready for images; make it with `load`. Threads may share one: the network takes a batch at a time.
 
     Attributes:
         settings: what shaped the checkpoint.
@@ -76,7 +93,7 @@ class Predictor:
     ) -> None:
         self.checkpoint, self.settings, self.detector = checkpoint, checkpoint.settings, detector
         self.reading = reading_of(self.settings)
-        self.clip, self._autocast = clip, autocast
+        self.clip, self._autocast, self._lock = clip, autocast, Lock()
         self._text = detector.prompts().detach()
         self._set(checkpoint.metadata.get("threshold") or {}, threshold)
 
@@ -97,41 +114,63 @@ class Predictor:
         low, high = calibration.get("heat_range") or (0.0, float(self.layers))
         self.heat_range: tuple[float, float] = (low, high)
 
-    def predict(self, images: ImageLike | Iterable[ImageLike], batch_size: int = 16) -> list[Prediction]:
-        """Predict one or more images.
+    def predict(
+        self, images: ImageLike | Iterable[ImageLike], batch_size: int = 16
+    ) -> Prediction | list[Prediction | InputError]:
+        """Predict an image, or several.
 
         Args:
-            images: paths (every format of `dataset.readers`, one picture each), Pillow images, arrays (H, W) or
-                (H, W, 3) of uint8, uint16 or floats in [0, 1], frames of `dataset.readers.frames`; one, or an iterable
-                of them, an array (B, H, W, 3) too. A generator is read a batch at a time.
-            batch_size: images through the network at a time.
+            images: paths (every format of `dataset.readers`; of a volume all slices along `reading.plane`), Pillow
+                images, arrays (H, W) or (H, W, 3) of uint8, uint16 or floats in [0, 1], frames of
+                `dataset.readers.frames`; one, or an iterable of them, an array (B, H, W, 3) too. A generator is read a
+                batch at a time.
+            batch_size: images or slices through the network at a time.
 
         Returns:
-            A prediction for each image, in their order.
+            Of one image its prediction. Of several a list in their order, which in the place of an image that cannot
+            be read holds the `InputError` that says why: the others are predicted all the same.
 
         Raises:
-            InputError: an image that cannot be read.
+            InputError: the one image cannot be read.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} is not at least 1")
-        remaining: Iterator[ImageLike]
-        if isinstance(images, str | Path | Image.Image | Frame) or (isinstance(images, np.ndarray) and images.ndim < 4):
-            remaining = iter([images])
-        else:
-            remaining = iter(images)
-        predictions: list[Prediction] = []
-        while batch := list(islice(remaining, batch_size)):
-            pictures = [open_image(image, self.reading) for image in batch]
-            tensors = torch.stack([to_tensor(picture, self.settings.img_size) for picture in pictures])
-            predictions += self.predict_tensors(tensors, [picture.size for picture in pictures])
-        return predictions
+        is_one = isinstance(images, ImageLike) and getattr(images, "ndim", 0) < 4
+        results: list[list[Prediction] | InputError] = []
+        parts = self._opened([images] if is_one else images, results)  # type: ignore[arg-type, list-item]
+        while batch := list(islice(parts, batch_size)):
+            places, tensors, sizes = zip(*batch, strict=True)
+            for place, prediction in zip(places, self.predict_tensors(torch.stack(tensors), sizes), strict=True):
+                if isinstance(found := results[place], list):
+                    found.append(prediction)
+        found = [result if isinstance(result, InputError) else self._whole(result) for result in results]
+        if is_one and isinstance(found[0], InputError):
+            raise found[0]
+        return found[0] if is_one else found
 
-    def predict_images(self, batch: Sequence[OpenImage]) -> list[Prediction]:
-        """Predict a batch of images that are decoded."""
-        return self.predict_tensors(torch.stack([image.tensor for image in batch]), [image.size for image in batch])
+    def _opened(
+        self, images: Iterable[ImageLike], results: list[list[Prediction] | InputError]
+    ) -> Iterator[tuple[int, Tensor, Size]]:
+        """Each picture in the images, beside the place of its image in `results`, which grows by one for each image."""
+        for place, image in enumerate(images):
+            results.append([])
+            try:
+                inside = frames(Path(image), self.reading) if isinstance(image, str | Path) else [image]
+                for part in inside:
+                    picture, size = open_image(part, self.reading)
+                    yield place, to_tensor(picture, self.settings.img_size), size
+            except InputError as error:
+                results[place] = error
 
-    def predict_tensors(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
-        """Predict a batch (B, 3, S, S) in [0, 1] of images that had the given sizes (W, H)."""
+    def _whole(self, slices: list[Prediction]) -> Prediction:
+        """The prediction of a file from those of what is in it."""
+        if len(slices) == 1:
+            return slices[0]
+        highest = max(slices, key=lambda part: part.score)
+        return replace(highest, heat=np.stack([part.heat for part in slices]), slices=tuple(slices))
+
+    def predict_tensors(self, images: Tensor, sizes: Sequence[Size]) -> list[Prediction]:
+        """Predict a batch (B, 3, S, S) in [0, 1] of images that have the given sizes in their files."""
         patches = self.patch_scores(images)
         maps = anomaly_map(patches, self.settings.img_size)  # (B, S, S)
         scores = image_score(patches, self.settings.dec_type) if self.weak else maps.flatten(1).amax(dim=1)
@@ -147,22 +186,12 @@ class Predictor:
         if device.type == "cuda":
             images = images.pin_memory()
         first = 0 if self.detector.adapters.reads_class_token else 1
-        with torch.autocast(device.type, dtype=self._autocast, enabled=self._autocast is not None):
+        with self._lock, torch.autocast(device.type, dtype=self._autocast, enabled=self._autocast is not None):
             tokens = self.clip.image_tokens(
                 images.to(device, non_blocking=True), tuple(sorted(self.settings.features_list))
             )
             tokens = [layer if layer.dtype == self._autocast else layer.float() for layer in tokens]
             return self.detector.patch_scores([layer[:, first:].contiguous() for layer in tokens], self._text)
-
-    def evaluate(self, samples: Sequence[Sample], batch_size: int = 16, workers: int = 2) -> Evaluation:
-        """Score the images of a data set; `InputError` for one that cannot be read."""
-        size = self.settings.img_size
-        images = prefetch(lambda sample: load_image(sample, size), samples, workers, ahead=batch_size)
-        scores = []
-        while batch := list(islice(images, batch_size)):
-            scores.append(self.patch_scores(torch.stack(batch)).cpu())
-        head = self.detector.scoring_head
-        return Evaluation(list(samples), torch.cat(scores), head, size, self.settings.dec_type)
 
     def calibrate(self, dataset: MedicalDataset, rule: str, batch_size: int = 16, workers: int = 2) -> None:
         """Set the thresholds of images and pixels again, on all labelled images of a data set.
@@ -178,9 +207,8 @@ class Predictor:
         Raises:
             InputError: an image that cannot be read, or images that cannot tell: a class is missing.
         """
-        from .calibration import Rule, calibrate  # noqa: PLC0415 - scikit-learn
-
-        pixels = self.settings.pixel_metrics and dataset.pixel_metrics
+        settings = replace(self.settings, mask_above=dataset.mask_above)
+        pixels, size = settings.pixel_metrics and dataset.pixel_metrics, settings.img_size
         every = {(s.path, s.index): s for split in ("valid", "test") for s in dataset.samples(split)}.values()
         samples = [sample for sample in every if sample.mask or not (pixels and sample.label)]
         if len(samples) < len(every):
@@ -189,8 +217,11 @@ class Predictor:
         if trained_on := [s.name for s in samples if {s.name, s.path.name} & shots]:
             warn(f"{dataset.root}: {len(trained_on)} images have the names of shots, such as {trained_on[0]}: "
                  f"thresholds from images that were trained on are optimistic")  # fmt: skip
-        evaluation = self.evaluate(samples, batch_size, workers)
-        masks = Masks.of(samples, self.settings, workers)
+        images, scores = prefetch(lambda sample: load_image(sample, size), samples, workers, ahead=batch_size), []
+        while batch := list(islice(images, batch_size)):
+            scores.append(self.patch_scores(torch.stack(batch)).cpu())
+        evaluation = Evaluation(samples, torch.cat(scores), self.detector.scoring_head, size, settings.dec_type)
+        masks = Masks.of(samples, settings, workers)
         result = calibrate(evaluation, masks, Rule.parse(rule), f"images of {dataset.obj}")
         if result is None:
             raise InputError(f"--calibrate {dataset.root}: both normal and abnormal images are needed for {rule}")
@@ -215,16 +246,17 @@ def reading_of(settings: Settings) -> ReadOptions:
     )  # fmt: skip
 
 
-def open_image(image: ImageLike, reading: ReadOptions = AS_STORED) -> Image.Image:
-    """An image as 8-bit RGB at its own size; `InputError` where it is none."""
+def open_image(image: ImageLike, reading: ReadOptions = AS_STORED) -> tuple[Image.Image, Size]:
+    """An image as 8-bit RGB with square pixels, and its size in its file; `InputError` where it is none."""
     if isinstance(image, str | Path):
         image = Frame(Path(image), None, reading)
     if isinstance(image, Frame):
-        return read(image).image
+        opened = read(image)
+        return opened.image, opened.stored
     if isinstance(image, Image.Image):
-        return pillow_to_rgb(image, reading.window)
+        return pillow_to_rgb(image, reading.window), image.size
     if isinstance(image, np.ndarray):
-        return to_rgb(image)
+        return to_rgb(image), (image.shape[1], image.shape[0])
     raise InputError(f"{type(image).__name__} is no image: give a path, a Pillow image or an array")
 
 

@@ -1,96 +1,100 @@
-"""What prediction shows of an image: files beside its row (overlay, heat map, contours) and its card of the page."""
+"""What prediction writes: an image's pictures, the heat maps of volumes, the tables, the page."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import csv
 import json
-import os
-import re
-from dataclasses import replace
-from itertools import count
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from dataset.readers import stem
-from utils import atomic_path, printable
+from dataset.readers import Picture
+from utils import InputError, atomic_path, blame, preview, probe_writable, write_json
 
 from ..heat_volumes import DicomHeat, NiftiHeat
-from ..scans import MARK, Entry, OpenImage
-from .images import contours, overlay, raw, shrink
+from ..predictor import Prediction, Predictor
+from ..scans import LOCK, MARK, PARTIAL, Entry
+from .images import MAX_OVERLAY_SIDE, contours, overlay, raw, shrink
 from .page import MAX_CARDS, Card, make_card, write
 
-if TYPE_CHECKING:
-    from ..predictor import Prediction, Predictor
-
-NAME_BYTES = 150  # of a picture's name, without what is added; a file system takes 255, and many a cloud fewer
+COLUMNS = (
+    "file", "frame", "score", "threshold", "abnormal", "width", "height", "PatientID", "StudyInstanceUID",
+    "SeriesInstanceUID", "description", "InstanceNumber", "slice_position", "plane", "orientation", "regions",
+    "overlay", "raw", "contours", "heat_volume", "notes",
+)  # fmt: skip
+GROUP_COLUMNS = ("group", "PatientID", "description", "images", "largest", "mean", "percentile_95", "deciding_file",
+                 "deciding_frame", "threshold", "abnormal")  # fmt: skip
 LETTERS = 256  # pixels of an overlay's longer side from which letters can be read
+Row = dict[str, Any]
 
 
 class Drawer:
-    """Writes the pictures of an image; `files` and `card` are called by threads."""
+    """Writes the pictures of an image and, slice by slice, the heat maps of volumes; `draw` is called by threads."""
 
     def __init__(self, options: argparse.Namespace, model: Predictor) -> None:
         self.out, self.model, self.options = Path(options.out), model, options
-        self.names: set[str] = set()
         self.volumes: dict[str, NiftiHeat | DicomHeat] = {}
-        self.volume_names: dict[str, str] = {}  # by series: that of its first image
         self._lock = Lock()
 
-    def files(self, opened: OpenImage, prediction: Prediction, name: str) -> dict[str, Any]:
-        """Write an image's pictures, called by `name`: the columns that name them."""
-        entry, options = opened.entry, self.options
-        if not options.pictures or opened.preview is None:
-            return {}
-        columns = self.draw(name, opened.preview, prediction, entry.slice.edges)
-        if options.volumes:
-            columns["heat_volume"] = self.add_to_volume(entry, prediction.heat)
-        return columns
-
-    def card(self, entry: Entry, preview: Image.Image | None, prediction: Prediction) -> Card | None:
-        """The image's part of the page."""
+    def draw(self, entry: Entry, picture: Picture, prediction: Prediction) -> tuple[Row, Card | None]:
+        """An image's row of the table, its pictures written, and its card of the page."""
+        (width, height), notes = prediction.size, "; ".join(picture.notes.values()) or None
+        row = dict.fromkeys(COLUMNS) | entry.columns() | {
+            "score": prediction.score, "threshold": self.model.threshold, "abnormal": prediction.decision,
+            "width": width, "height": height, "notes": notes,
+        }  # fmt: skip
+        if self.options.pictures:
+            row |= self.pictures(entry, picture.image, prediction)
+            if self.options.volumes:
+                row["heat_volume"] = self.add_to_volume(entry, prediction.heat)
         if not self.options.report:
-            return None
-        index = "" if entry.frame.index is None else f"#{entry.frame.index}"
-        name = (entry.file if entry.hidden else printable(entry.place)) + index
-        group = entry.word(entry.title) if entry.count > 1 else None
-        return make_card(name, prediction.score, preview, prediction.heat, self.model.heat_range, group=group)
+            return row, None
+        name = f"{entry.title}, slice {entry.number} of {entry.count}" if entry.count > 1 else entry.title
+        group = entry.title if entry.count > 1 else None
+        heat_range = self.model.heat_range
+        return row, make_card(name, prediction.score, picture.image, prediction.heat, heat_range, group=group)
 
-    def draw(self, name: str, preview: Image.Image, prediction: Prediction, edges: str) -> dict[str, Any]:
-        """Overlay, raw heat map and contours as files."""
-        model, heat, size = self.model, prediction.heat, prediction.size
-        regions = [] if model.pixel_threshold is None else contours(heat, model.pixel_threshold, size)
-        if (edges or model.weak) and max(preview.size) < LETTERS:
-            preview = shrink(preview, LETTERS, enlarge=True)
-        scale = [after / before for after, before in zip(preview.size, size, strict=True)]
-        outlines = [{**r, "points": [[x * scale[0], y * scale[1]] for x, y in r["points"]]} for r in regions]
+    def pictures(self, entry: Entry, picture: Image.Image, prediction: Prediction) -> Row:
+        """Overlay, raw heat map and contours as files; the columns that name them."""
+        model, heat, (width, height) = self.model, prediction.heat, prediction.size
+        edges, level = entry.slice.edges, model.pixel_threshold
+        regions = [] if level is None else contours(heat, level, prediction.size)
+        shown = shrink(picture, MAX_OVERLAY_SIDE)
+        if (edges or model.weak) and max(shown.size) < LETTERS:
+            shown = shrink(shown, LETTERS, enlarge=True)
+        scale = np.divide(shown.size, prediction.size)
+        outlines = [{**region, "points": (np.array(region["points"]) * scale).tolist()} for region in regions]
         pictures = {
-            "overlay.png": label(overlay(preview, heat, model.heat_range, outlines), edges, model.weak),
-            "raw.png": raw(heat, model.layers),
+            "overlay": label(overlay(shown, heat, model.heat_range, outlines), edges, model.weak),
+            "raw": raw(heat, model.layers),
         }
         mark = PngImagePlugin.PngInfo()
         mark.add_text("Software", MARK)
-        for kind, picture in pictures.items():
-            with atomic_path(self.out / f"{name}_{kind}", "--out") as path:
-                picture.save(path, "PNG", pnginfo=mark, compress_level=1)  # a third of the time, 10% more bytes
-        shape = {"pixel_threshold": model.pixel_threshold, "width": size[0], "height": size[1], "regions": regions}
-        with atomic_path(self.out / f"{name}_contours.json", "--out") as path:
+        for kind, drawn in pictures.items():
+            with atomic_path(self.out / f"{entry.name}_{kind}.png", "--out") as path:
+                drawn.save(path, "PNG", pnginfo=mark, compress_level=1)  # a third of the time, 10% more bytes
+        shape = {"pixel_threshold": level, "width": width, "height": height, "regions": regions}
+        with atomic_path(self.out / f"{entry.name}_contours.json", "--out") as path:
             path.write_text(json.dumps(shape), encoding="utf-8")
-        kinds = (*pictures, "contours.json")
-        return {"regions": sum(r["area"] > 0 for r in regions), **{k.split(".")[0]: f"{name}_{k}" for k in kinds}}
+        files = {kind: f"{entry.name}_{kind}.png" for kind in pictures}
+        count = sum(region["area"] > 0 for region in regions)
+        return {"regions": count, **files, "contours": f"{entry.name}_contours.json"}
 
     def add_to_volume(self, entry: Entry, heat: np.ndarray) -> str | None:
         """Put the heat map into that of its volume or series, where it is a slice of one; the file's name."""
         if entry.kind == "pillow" or (entry.kind == "dicom" and entry.count == 1):
             return None
         with self._lock:
-            volume = self.volumes.get(entry.series)
-            if volume is None:
-                volume = self.volumes[entry.series] = self.volume(entry)
+            volume = self.volumes.get(entry.series) or self.volume(entry)
+            self.volumes[entry.series] = volume
         if isinstance(volume, NiftiHeat):
             volume.add(entry.frame.index or 0, heat)
             return volume.path.name
@@ -98,40 +102,18 @@ class Drawer:
         return f"{volume.folder.name}/{entry.number:05d}.dcm"
 
     def volume(self, entry: Entry) -> NiftiHeat | DicomHeat:
-        """Begin the heat map of a volume or series, named after its first image."""
-        model, name = self.model, self.volume_names[entry.series]
+        """Begin the heat map of a volume or series."""
+        model = self.model
         if entry.kind == "nifti":
-            path, plane = self.out / f"{name}_heat.nii.gz", entry.frame.options.plane
+            path, plane = self.out / f"{entry.volume}_heat.nii.gz", entry.frame.options.plane
             return NiftiHeat(path, entry.frame.path, plane, model.layers, model.heat_range)
-        return DicomHeat(self.out / f"{name}_heat", model.layers, model.heat_range, self.options.anonymous)
+        return DicomHeat(self.out / f"{entry.volume}_heat", model.layers, model.heat_range, self.options.anonymous)
 
-    def finish(self, series: str, keep: bool = True) -> None:
+    def finish(self, series: str) -> None:
         """Write the file of a volume that is complete."""
         volume = self.volumes.pop(series, None)
-        if keep and isinstance(volume, NiftiHeat):
+        if isinstance(volume, NiftiHeat):
             volume.close()
-
-    def drop(self) -> None:
-        """Leave nothing of volumes that are not complete."""
-        for series in list(self.volumes):
-            self.finish(series, keep=False)
-
-    def name(self, entry: Entry) -> str:
-        """The name of an image's pictures, which no two images share and every file system takes."""
-        path = Path(entry.place)
-        place = path.with_name(stem(path)).as_posix() if entry.kind == "nifti" else entry.place
-        clean = re.sub(r"[^\w./-]+", "_", place).replace("/", "__").strip(".")
-        if entry.hidden:
-            clean = Path(entry.file).stem
-        if len(os.fsencode(clean)) > NAME_BYTES:
-            end = os.fsencode(clean)[-NAME_BYTES:].decode("utf-8", "ignore")
-            clean = f"{hashlib.sha256(clean.encode()).hexdigest()[:8]}_{end}"
-        frame = "" if entry.frame.index is None else f"_{entry.frame.index:04d}"
-        tried = (f"{clean}{f'-{number}' * (number > 1)}" for number in count(1))
-        name = next(name for name in tried if name + frame not in self.names)
-        self.names.add(name + frame)
-        self.volume_names.setdefault(entry.series, name)
-        return name + frame
 
 
 def label(picture: Image.Image, edges: str, weak: bool) -> Image.Image:
@@ -149,32 +131,149 @@ def label(picture: Image.Image, edges: str, weak: bool) -> Image.Image:
     return picture
 
 
-class Gallery:
-    """The cards of the page, with pictures of the highest scores alone, so that any number of images fits."""
+class Results:
+    """predictions.csv, predictions.json, groups.csv and the page; those of an earlier run are replaced whole.
 
-    def __init__(self) -> None:
-        self.cards: list[Card] = []
+    While they grow, each volume, series or single file that is complete becomes lines of predictions.partial.jsonl,
+    from which the same command goes on after a kill. One process at a time writes to a folder.
 
-    def add(self, card: Card | None) -> None:
-        """One image."""
-        if card is None:
-            return
-        self.cards.append(card)
-        if len(self.cards) % MAX_CARDS == 0:
-            highest = {id(kept) for kept in sorted(self.cards, key=lambda card: -card.score)[:MAX_CARDS]}
-            self.cards = [c if id(c) in highest else replace(c, picture=None, heat=None) for c in self.cards]
+    Args:
+        options: predict.py's.
+        command: what shapes the rows; lines of another command are dropped.
+        entries: what is to be predicted.
+    """
 
-    def write(self, model: Predictor, options: argparse.Namespace) -> Path:
-        """Write the page; beyond MAX_CARDS images it shows those with the highest scores."""
-        source = model.calibration.get("from")
-        origin = "given with --threshold" if options.threshold is not None else str(source or "none")
-        scores = np.array([card.score for card in self.cards])
-        kept = [self.cards[i] for i in sorted(np.argsort(-scores, kind="stable")[:MAX_CARDS])]
-        note = f"The gallery holds the {MAX_CARDS:,} highest scores of {len(scores):,} images."
-        return write(
-            options.report, "predictions.html", kept, scores=[scores], threshold=model.threshold,
-            heat_range=model.heat_range, kind="MadCLIP predictions", title=model.settings.obj, origin=origin,
-            lead=[f"{len(scores):,} images."], notes=[note] if len(kept) < len(scores) else [], weak=model.weak,
-            above=int((scores >= (np.inf if model.threshold is None else model.threshold)).sum()),
-            made=model.settings.to_dict(),
-        )  # fmt: skip
+    def __init__(self, options: argparse.Namespace, command: str, entries: Sequence[Entry]) -> None:
+        self.out, self.options, self.entries = Path(options.out), options, entries
+        self.keys = {entry.key(): entry for entry in entries}
+        for name in ("predictions.csv", "predictions.json", PARTIAL):
+            probe_writable(self.out / name, "--out")
+        self.lock = FileLock(self.out / LOCK)
+        with blame(f"--out {self.out}: another predict.py writes there", "give another folder", (Timeout,)):
+            self.lock.acquire(timeout=0)
+        self.file = (self.out / PARTIAL).open("a+b")
+        self.file.seek(0)
+        end, done, head = 0, set(), f"{json.dumps(command)}\n".encode()
+        if self.file.readline() == head:
+            end = len(head)
+            for line in self.file:
+                if not line.endswith(b"\n"):  # cut short
+                    break
+                end += len(line)
+                done.add(json.loads(line)["key"])
+        self.file.truncate(end)
+        self.file.write(head[end:])
+        broken = {entry.series for key, entry in self.keys.items() if key not in done}
+        self.todo = [entry for entry in entries if entry.series in broken]
+
+    def add(self, rows: Iterable[tuple[Entry, Row, Card | None]]) -> None:
+        """What was found in a volume, series or single file, all of it."""
+        with blame(f"--out {self.file.name}: cannot be written (disk full?)"):
+            for entry, row, card in rows:
+                line = {"key": entry.key(), "row": row, "card": None if card is None else asdict(card)}
+                self.file.write(json.dumps(line).encode() + b"\n")
+            self.file.flush()
+
+    def lines(self) -> Iterator[tuple[str, Row, dict[str, Any] | None]]:
+        """Key, row and card of each image; of one that was predicted twice, the later ones too."""
+        self.file.seek(0)
+        next(self.file)
+        for line in map(json.loads, self.file):
+            if line["key"] in self.keys:
+                yield line["key"], line["row"], line["card"]
+
+    def close(self, metadata: dict[str, Any], threshold: float | None) -> list[tuple[Entry, Row]]:
+        """Put the finished tables in their places: never a CSV file of one run beside a JSON file of another.
+
+        Returns:
+            The rows, in the order of the entries.
+
+        Raises:
+            InputError: there is none.
+        """
+        found = {key: row for key, row, _ in self.lines()}
+        if not found:
+            raise InputError(f"no image could be read, see above; {self.out} is as it was")
+        result = [(entry, found[key]) for key, entry in self.keys.items() if key in found]
+        rows = [row for _, row in result]
+        if self.options.group_by:
+            groups = group_rows(result, self.options.group_by, threshold)
+            write_csv(self.out / "groups.csv", GROUP_COLUMNS, groups)
+            metadata |= {"group_by": self.options.group_by, "groups": groups}
+        with atomic_path(self.out / "predictions.json", "--out") as path:
+            write_json(path, {**metadata, "predictions": rows}, "--out")
+            (self.out / "predictions.json").unlink(missing_ok=True)
+            write_csv(self.out / "predictions.csv", COLUMNS, rows)
+        return result
+
+    def remove_partial(self) -> None:
+        """All is written: the next run begins anew."""
+        self.file.close()
+        (self.out / PARTIAL).unlink()
+        self.lock.release()
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
+    """Write a table whose cells no spreadsheet takes for a formula: text that begins with = + - @ gets a quote."""
+    with (
+        atomic_path(path, "--out") as new,
+        new.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for row in rows:
+            formulas = {k: f"'{v}" for k, v in row.items() if isinstance(v, str) and v.startswith(tuple("=+-@"))}
+            writer.writerow(row | formulas)
+
+
+def group_rows(rows: Iterable[tuple[Entry, Row]], by: str, threshold: float | None) -> list[Row]:
+    """A row for each group of --group_by, the highest first."""
+    members = defaultdict(list)
+    for entry, row in rows:
+        members[entry.groups[by]].append(row)
+    result = []
+    for group, inside in members.items():
+        inside.sort(key=lambda row: -row["score"])
+        scores, first = [row["score"] for row in inside], inside[0]
+        words = {name: " ".join(sorted({row[name] for row in inside if row[name]})) or None
+                 for name in ("PatientID", "description")}  # fmt: skip
+        result.append({
+            "group": group, **words, "images": len(inside), "largest": scores[0], "mean": float(np.mean(scores)),
+            "percentile_95": float(np.percentile(scores, 95)), "deciding_file": first["file"],
+            "deciding_frame": first["frame"], "threshold": threshold,
+            "abnormal": None if threshold is None else scores[0] >= threshold,
+        })  # fmt: skip
+    return sorted(result, key=lambda row: -row["largest"])
+
+
+def write_page(results: Results, rows: Sequence[tuple[Entry, Row]], model: Predictor) -> Path:
+    """Write --report's page: the images, highest scores first, volumes as strips of their slices in order."""
+    options, scores = results.options, np.array([row["score"] for _, row in rows])
+    place = {entry.key(): i for i, (entry, _) in enumerate(rows)}
+    shown = set(np.argsort(-scores, kind="stable")[:MAX_CARDS].tolist())
+    found = {place[key]: Card(**card) for key, _, card in results.lines() if card and place[key] in shown}
+    notes = [f"The gallery holds the {MAX_CARDS:,} highest scores of {len(rows):,} images."] * (len(rows) > len(shown))
+    threshold, source = model.threshold, str(model.calibration.get("from") or "none")
+    return write(
+        options.report, "predictions.html", [found[i] for i in sorted(found)], scores=[scores], threshold=threshold,
+        heat_range=model.heat_range, kind="MadCLIP predictions", lead=[summary(rows)], notes=notes, weak=model.weak,
+        title="Predictions" if options.anonymous else preview([Path(name).name for name in options.images]),
+        origin=source if options.threshold is None else "given with --threshold", made=model.settings.to_dict(),
+        above=int((scores >= (np.inf if threshold is None else threshold)).sum()),
+    )  # fmt: skip
+
+
+def summary(rows: Sequence[tuple[Entry, Row]]) -> str:
+    """How many patients, series and images are abnormal, of how many; patients and series where there are some."""
+    kinds: dict[str, tuple[bool, Callable[[Entry], str]]] = {
+        "patients": (any(entry.slice.patient_id for entry, _ in rows), lambda entry: entry.groups["patient"]),
+        "series": (any(entry.count > 1 for entry, _ in rows), lambda entry: entry.series),
+        "images": (True, Entry.key),
+    }
+    words = []
+    for kind, (there, group) in kinds.items():
+        every = {group(entry) for entry, _ in rows}
+        abnormal = {group(entry) for entry, row in rows if row["abnormal"]}
+        if there:
+            words.append(f"{len(abnormal)} of {len(every)} {kind}")
+    return f"{', '.join(words)} abnormal"

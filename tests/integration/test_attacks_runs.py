@@ -370,32 +370,6 @@ def test_files_of_another_kind_are_not_replaced_by_results(command, home, tmp_pa
         fine(command("test.py", *home.test(), "--save_scores", scores, "--out_json", tmp_path / "out.json"))
 
 
-def test_a_killed_prediction_leaves_the_earlier_tables_whole(command, home, tmp_path):
-    """Never a short table in place of a long one, never a CSV of one run beside the JSON of another."""
-    images, out = home.data / "Brain_AD/test/good/img", tmp_path / "out"
-    flags = ["predict.py", "--ckpt", home.ckpt, "--device", "cpu", "--batch_size", 2, "--out", out]
-    fine(command(*flags, images))
-    before = {name: (out / name).read_bytes() for name in ("predictions.csv", "predictions.json")}
-    code = """
-import engine.report.predictions as p
-files, seen = p.Drawer.files, []
-def dying(*a):
-    seen.append(1)
-    if len(seen) == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return files(*a)
-p.Drawer.files = dying
-"""
-    other = home.data / "Brain_AD/test/Ungood/img"
-    assert command(driver(tmp_path, code), *flags, "--num_workers", 1, other).returncode == -signal.SIGKILL
-    assert {name: (out / name).read_bytes() for name in before} == before
-    fine(command(*flags, other))
-    with (out / "predictions.csv").open(newline="") as file:
-        names = [row["file"] for row in csv.DictReader(file)]
-    assert names == [row["file"] for row in read_json(out / "predictions.json")["predictions"]]
-    assert all("Ungood" in name for name in names)
-
-
 RESULTS: dict[str, Callable[[dict[str, object]], object]] = {
     "no JSON": lambda result: None,
     "a list": lambda result: [1],

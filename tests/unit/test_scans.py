@@ -14,8 +14,7 @@ from pydicom import dcmread
 
 from dataset.readers import ReadOptions, Sample, Slice, describe, frames, read, read_mask, warn_once
 from engine.heat_volumes import DicomHeat, NiftiHeat
-from engine.report.predictions import Drawer
-from engine.scans import Entry, in_order, is_own_result, list_entries
+from engine.scans import Names, in_order, is_own_result, list_entries
 from tests.helpers.scans import dicom_series
 from utils import InputError
 
@@ -130,24 +129,14 @@ def test_a_heat_series_has_new_uids_and_the_values(tmp_path):
 
 
 def test_names_that_every_file_system_takes(tmp_path):
-    class Options:
-        out = tmp_path
-
-    drawer = Drawer(Options, None)
-    names = []
-    for place in ("病" * 83 + ".png", "病" * 83 + ".png", "e" * 400 + "/a.png", "a/b.png", "a__b.png", "-x.png"):
-        (frame,) = frames_of(tmp_path, place)
-        names.append(drawer.name(Entry(frame, place, Slice(), place, place, 1, 1)))
-    assert len(set(names)) == len(names)
-    assert all(len(f".{name}_contours.json.4194304.tmp".encode()) <= 255 for name in names)
-    hidden = [drawer.name(Entry(frame, "a/b.png", Slice(), "", "", 1, 1, True)) for _ in range(3)]
-    assert len(set(hidden)) == 3
-
-
-def frames_of(folder, _place):
-    path = folder / "one.png"
-    Image.new("L", (4, 4)).save(path)
-    return frames(path)
+    Image.new("L", (4, 4)).save(tmp_path / "one.png")
+    (frame,) = frames(tmp_path / "one.png")
+    places = ("病" * 83 + ".png", "病" * 83 + ".png", "e" * 400 + "/a.png", "a/b.png", "a__b.png", "-x.png")
+    for hidden in (False, True):
+        names = Names(hidden)
+        drawn = [names.picture(frame, place)[1] for place in places]
+        assert len(set(drawn)) == len(drawn)
+        assert all(len(f".{name}_contours.json.4194304.tmp".encode()) <= 255 for name in drawn)
 
 
 def test_pictures_of_prediction_are_recognised(tmp_path):

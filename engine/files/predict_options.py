@@ -1,0 +1,85 @@
+"""The command line of predict.py. Imports no torch, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Sequence
+
+from dataset.readers import PLANES, parse_window
+from utils import InputError, Parser, integer
+
+from .config import Formatter, add_machine_flags, add_model_flags, nonempty_path, threshold_rule
+
+
+def predict_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options; `InputError` for flags that do not belong together."""
+    description = "Score one's own images with a MadCLIP checkpoint. Research use, not a medical device."
+    parser = Parser(prog="predict.py", description=description, formatter_class=Formatter)
+    flag = parser.add_argument
+    flag("images", nargs="*", type=nonempty_path, metavar="IMAGE_OR_FOLDER",
+         help="PNG, JPEG, BMP, TIFF, WebP, GIF, JPEG 2000; DICOM (with pydicom), NIfTI (with nibabel)")  # fmt: skip
+    flag("--ckpt", required=True, type=nonempty_path, help="checkpoint of train.py, or one in the published format")
+    flag("--obj", help="of a published checkpoint: the data set that it was trained on")
+    flag("--weights", type=nonempty_path, help="file with CLIP weights, instead of that in CLIP/ckpt")
+    flag("--allow_other_weights", action="store_true", help="only warn when these are not the trained ones")
+    flag("--batch_size", type=integer(1, 65536), default=16, help="images through the network at a time")
+    add_reading_flags(parser)
+    add_result_flags(parser)
+    add_machine_flags(parser)
+    add_model_flags(parser, from_checkpoint=True)  # for published files, which do not say
+    options = parser.parse_intermixed_args(arguments)
+    # --window takes one word or two, and what follows these are images.
+    words = options.window or []
+    taken = 1 if words[:1] in (["auto"], ["full"]) else 2
+    options.images += map(nonempty_path, words[taken:])
+    options.window = parse_window(words[:taken])
+    if (options.threshold_at or options.save_ckpt) and not options.calibrate:
+        raise InputError("--threshold_at and --save_ckpt need labelled images: --calibrate FOLDER")
+    if options.save_ckpt and os.path.realpath(options.save_ckpt) == os.path.realpath(options.ckpt):
+        raise InputError(f"--save_ckpt {options.save_ckpt}: is the checkpoint itself; give another name")
+    if not options.images and not options.calibrate:
+        raise InputError("name images or folders of images")
+    if options.images and not options.out:
+        raise InputError("name the folder of the results: --out FOLDER")
+    return options
+
+
+def add_reading_flags(parser: argparse.ArgumentParser) -> None:
+    """How files are read, and where the threshold lies."""
+    flag = parser.add_argument_group("reading").add_argument
+    flag("--window", nargs="+", metavar=("C W|auto|full", ""),
+         help="centre and width of grey values beyond 8 bits; auto: robust percentiles of the series or volume; full: "
+         "its whole range (default: as in training, else the file's own window)")  # fmt: skip
+    flag("--plane", choices=PLANES, help="in which NIfTI volumes are cut (default: as in training, else axial)")
+    group = parser.add_argument_group("decisions")
+    one = group.add_mutually_exclusive_group().add_argument
+    one("--threshold", type=finite, help="abnormal is score >= threshold (default: the checkpoint's)")
+    one("--calibrate", type=nonempty_path, metavar="FOLDER",
+        help="set it on labelled images, in any layout that dataset.check knows")  # fmt: skip
+    group.add_argument("--threshold_at", type=threshold_rule, metavar="RULE",
+                       help="with --calibrate: f1 (max., the default), fpr=0.05, tpr=0.95")  # fmt: skip
+    group.add_argument("--save_ckpt", type=nonempty_path, metavar="FILE",
+                       help="a copy of the checkpoint with the thresholds of --calibrate")  # fmt: skip
+
+
+def add_result_flags(parser: argparse.ArgumentParser) -> None:
+    """What is written."""
+    flag, switch = parser.add_argument_group("results").add_argument, argparse.BooleanOptionalAction
+    flag("--out", type=nonempty_path, help="folder of the results")
+    flag("--pictures", action=switch, default=True, help="write heat maps and contours")
+    flag("--volumes", action=switch, default=True,
+         help="with --pictures, write heat maps of NIfTI volumes and DICOM series in the scan's own space")  # fmt: skip
+    flag("--group_by", choices=("series", "patient", "folder"), help="a row for each, in groups.csv")
+    flag("--report", type=nonempty_path, metavar="FOLDER",
+         help="a page (index.html) with every image, highest scores first")  # fmt: skip
+    flag("--anonymous", action="store_true", help="hashes instead of file names, patients and UIDs in all results")
+
+
+def finite(text: str) -> float:
+    """An argparse type: a finite number."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not finite")
+    return value

@@ -171,7 +171,8 @@ def open_images(
         shown = shrink(picture.image, MAX_OVERLAY_SIDE)
         notes = {**picture.notes, **picture_notes(shown)}
         tensor = to_tensor(picture.image, model.settings.img_size)
-        return entry, Opened(entry, tensor, replace(picture, image=shown, notes=notes))
+        kept = shown if options.pictures or options.report else shrink(shown, 1)
+        return entry, Opened(entry, tensor, replace(picture, image=kept, notes=notes))
 
     bad: set[Path] = set()
     for entry, result in prefetch(read_entry, entries, options.num_workers, min(options.batch_size, 16)):

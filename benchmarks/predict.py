@@ -25,8 +25,8 @@ from engine.detector import Detector
 from engine.files.checkpoint import Checkpoint
 from engine.files.config import Settings
 from engine.predictor import Predictor, build, reading_of
-from engine.scans import list_entries
 from engine.report.predictions import Results
+from engine.scans import list_entries
 from predict import parse, predict
 from utils import Parser, run_cli
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import shutil
 import signal
@@ -171,7 +170,7 @@ def test_the_grey_of_a_mask_belongs_to_the_data_set_that_is_calibrated_on(ckpts,
     model = load(ckpts / "Brain.pth", "cpu")
     model.calibrate(dataset, "f1")
     samples = [sample for split in ("valid", "test") for sample in dataset.samples(split)]
-    results = [prediction for prediction in model.predict([sample.path for sample in samples])]
+    results = list(model.predict([sample.path for sample in samples]))
     truth = Masks.load(samples, 42, 50).get(slice(None)).numpy()
     called = np.stack([result.heat for result in results]) >= model.pixel_threshold
     f1 = 2 * (called & truth).sum() / (called.sum() + truth.sum())
@@ -388,7 +387,7 @@ def test_report_page(command, ckpts, scans, image, tmp_path):
     assert f"<title>series, {image.name}" in page
     count = len(rows(tmp_path / "out")) - 1
     places = [page.find(f"slice {number} of {count}") for number in range(1, count + 1)]
-    assert -1 < places[0] and places == sorted(places)
+    assert places[0] > -1 and places == sorted(places)
 
 
 def test_cells_are_no_formulas(command, ckpts, image, tmp_path):
@@ -636,7 +635,7 @@ def test_python_api(ckpts, image, tmp_path):
         assert [found.score for found in model.predict(many, 2)] == pytest.approx([one.score] * 3, abs=1e-6)
     assert model.predict([]) == []
     for wrong in (lambda: model.predict(image, 0), lambda: load(ckpts / "Brain.pth", no_such_flag=1)):
-        with pytest.raises((ValueError, TypeError), match="batch_size|no_such_flag"):
+        with pytest.raises((ValueError, TypeError), match=r"batch_size|no_such_flag"):
             wrong()
 
 

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from dataset.layout import object_of
 from dataset.medical_few import MedicalDataset
-from dataset.readers import Picture, ReadOptions, picture_notes, read, to_tensor
+from dataset.readers import Picture, picture_notes, read, to_tensor
 from engine.calibration import describe_threshold
 from engine.files.checkpoint import read as read_file
 from engine.files.config import PAPER
@@ -71,7 +71,7 @@ def main(options: argparse.Namespace) -> int:
         probe_writable(options.save_ckpt, "--save_ckpt", "checkpoint", read_file)
     checkpoint = read_checkpoint(options)
     trained = reading_of(checkpoint.settings)
-    reading = ReadOptions(options.window or trained.window, options.plane or trained.plane)
+    reading = replace(trained, window=options.window or trained.window, plane=options.plane or trained.plane)
     listing = list_entries(options.images, reading, options.anonymous)
     for line in (*listing.no_image, *(f"skipped: {fault}" for fault in listing.faults)):
         say(line)

@@ -1,4 +1,4 @@
-"""What everything shares: errors and exit codes, seeds, atomic files, remembered hashes, and the 16 views of a shot.
+"""What everything shares: errors and exit codes, seeds, atomic files, hashes, downloads, the 16 views of a shot.
 
 Nothing here imports torch before it is needed, so that `--help` and a mistyped flag are answered at once.
 """
@@ -377,6 +377,73 @@ def _write_hashes() -> None:
     _remembered_hashes.cache_clear()
     with contextlib.suppress(InputError, OSError):  # a folder that cannot be written: read again next time
         write_json(HASHES, {**_remembered_hashes(), **_new_hashes})
+
+
+class Unreachable(InputError):
+    """No answer from the other side: another source may have the file."""
+
+
+def download(url: str, target: Path, sha256: str = "") -> bool:
+    """Fetch `url` to `target`, with a bar on a terminal, and return True; False where `target` is that file already.
+
+    What has arrived lies in `target`.part, from where the next attempt, or the next call, goes on; the final name
+    appears only once the SHA-256 (in hexadecimal, or its first digits; "" where none is known) is right.
+
+    Raises:
+        Unreachable: no network, a server that refuses or sends a web page.
+        InputError: a wrong sum, another file under the name, a full disk, an address that is none.
+    """
+    import requests  # noqa: PLC0415 - for the few commands that download
+
+    shown, part = redact(url), target.with_name(f"{target.name}.part")
+    if target.exists():
+        if target.is_file() and (not sha256 or sha256_file(target).startswith(sha256)):
+            return False
+        raise InputError(f"{target} exists and is not the file of {shown}: move it away, or choose another name")
+    transient = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+    with blame(part, "make room, or choose another folder", (OSError,)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with blame(shown, "check the address", (requests.RequestException, ValueError)):
+            for pause in (0.5, 1, 2, None):  # seconds before the next attempt
+                try:
+                    _append(url, part)
+                    break
+                except transient as error:
+                    if pause is None:
+                        cause: BaseException = error
+                        while cause.__context__ is not None:  # the text of requests is a list of wrappers
+                            cause = cause.__context__
+                        raise Unreachable(f"cannot reach {shown} ({one_line(cause)}): run this again later") from error
+                    time.sleep(pause)
+        if sha256 and not (found := sha256_file(part)).startswith(sha256):
+            part.unlink()
+            raise InputError(f"{shown}: wrong SHA-256 ({found}, not {sha256}), file removed: try again")
+        part.replace(target)
+    return True
+
+
+def _append(url: str, part: Path) -> None:
+    """Bring `part` to its end, or begin it anew where the server does not go on from there."""
+    import requests  # noqa: PLC0415
+    from tqdm import tqdm  # noqa: PLC0415
+
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
+    with requests.get(url, headers=headers, stream=True, timeout=30) as answer:
+        if answer.status_code == requests.codes.range_not_satisfiable and have:
+            return  # whole, or its sum will not be right
+        if answer.status_code in (429, 500, 502, 503, 504):  # another attempt may help
+            raise requests.ConnectionError(f"the server answers {answer.status_code} {answer.reason}")
+        if not answer.ok or answer.headers.get("Content-Type", "").lower().startswith("text/html"):
+            what = "gives a web page (a log-in?)" if answer.ok else f"answers {answer.status_code} {answer.reason}"
+            raise Unreachable(f"{redact(url)}: the server {what}: check the address")
+        start = have if answer.headers.get("Content-Range", "").startswith(f"bytes {have}-") else 0
+        length = answer.headers.get("Content-Length", "")
+        total = start + int(length) if length.isdecimal() else None
+        bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem, disable=None)
+        with bar, part.open("ab" if start else "wb") as file:
+            for piece in answer.iter_content(2**16):
+                bar.update(file.write(piece))
 
 
 @contextlib.contextmanager

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from utils import InputError, blame, preview
+
 from .config import ModelConfig
 from .model import CLIP, resize_positional_embedding
-from .openai import check_state, read_weights, round_to_half
-from .weights import Weights, find_weights
+from .weights import Weights, find_weights, read_weights, round_to_half
 
 
 def uses_quick_gelu(config: ModelConfig, pretrained: str, img_size: int, fidelity: str) -> bool:
@@ -60,13 +61,16 @@ def load_state(model: CLIP, state: dict[str, Tensor], source: str) -> None:
 
     `InputError` names `source` and the first tensors that are missing, of another shape or not finite.
     """
-    config, vision = model.config, model.visual is not None
-    check_state(state, _shapes(config, vision), f"{source} ({config.name})")
-    state = {name: state[name.removeprefix("text.")].float() for name in model.state_dict()}
-    if vision:
-        key = "visual.positional_embedding"
-        state[key] = resize_positional_embedding(state[key], config.grid(model.img_size))
-    model.load_state_dict(state, assign=True)
+    config, name = model.config, "visual.positional_embedding"
+    own = {key: state[short].float() for key in model.state_dict() if (short := key.removeprefix("text.")) in state}
+    with blame(f"{source} does not fit {config.name}", "pass its own file with --weights", (RuntimeError,)):
+        if wrong := [key for key, value in own.items() if not value.isfinite().all()]:
+            raise InputError(f"{source}: {preview(wrong)}: NaN or infinite numbers: fetch it again")
+        if name in own:
+            if len(own[name]) != config.grid(config.image_size) ** 2 + 1:
+                raise InputError(f"{source} is of another image size than {config.name}, {config.image_size} pixels")
+            own[name] = resize_positional_embedding(own[name], config.grid(model.img_size))
+        model.load_state_dict(own, assign=True)
     model.requires_grad_(False)
 
 

@@ -6,15 +6,13 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from utils import InputError, checked, one_line, preview, read_text
-
-from . import hub
+from utils import EXPECTED, InputError, Unreachable, blame, one_line, preview, read_json, sha256_file
 
 CONFIG_FOLDER = Path(__file__).parent / "model_configs"
 PRETRAINS = ("openai", "laion400m", "laion2b", "random")
@@ -27,6 +25,8 @@ CONFIG_FILES = ("open_clip_config.json", "config.json")  # in a folder or on the
 PIXEL_FILE = "preprocessor_config.json"  # beside Hugging Face's config.json: mean and std
 VOCABULARY, PROMPT_LENGTH = 49408, 77  # of CLIP's tokenizer and of the prompts
 MAX_SIZE, MAX_LAYERS = 2**17, 256  # of the numbers in a config: a hostile one must not ask for all memory
+HUB = "hf-hub:"
+OF_CONFIGS = (*EXPECTED, TypeError, AttributeError)  # what values of another kind provoke
 
 # The entries of a tower in a config file, and the fields of `ModelConfig` that hold them.
 VISION = {name: name for name in ("image_size", "patch_size", "width", "layers", "heads", "mlp_ratio")}
@@ -39,15 +39,13 @@ HF_NAMES = {
     "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
     "context_length": "max_position_embeddings",
 }  # fmt: skip
-HF_TEXT = {
-    "vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
-    "num_attention_heads": 8, "max_position_embeddings": 77,
+HF_BOTH = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "model_type": "clip", "num_hidden_layers": 12}
+HF_DEFAULTS = {
+    "vision": {**HF_BOTH, "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
+               "image_size": 224, "patch_size": 32},
+    "text": {**HF_BOTH, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8,
+             "vocab_size": 49408, "max_position_embeddings": 77},
 }  # fmt: skip
-HF_VISION = {
-    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "image_size": 224, "patch_size": 32,
-}  # fmt: skip
-HF_BOTH = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "model_type": "clip"}
 # Entries of open_clip's configs that change nothing here; any other must be absent or false.
 HARMLESS = {"patch_dropout", "output_tokens", "name", "hub", "urls", "weights", "custom_text", "init_logit_scale"}
 IGNORED = {"pool_type": ("tok", "argmax"), "proj_type": ("linear",), "act_layer": ("gelu",)}
@@ -84,44 +82,26 @@ class ModelConfig:
 
         The JSON may be this project's, open_clip's or Hugging Face's; `InputError` for any other and for other names.
         """
-        path, label = Path(name), name
-        if name in list_models():
-            path = CONFIG_FOLDER / f"{name}.json"
-        elif name.startswith(hub.PREFIX):
-            path = hub.fetch(name.removeprefix(hub.PREFIX), CONFIG_FILES)
-            with contextlib.suppress(hub.Unreachable, hub.Missing):  # fetched now, its pixels are there offline as well
-                hub.fetch(name.removeprefix(hub.PREFIX), (PIXEL_FILE,))
-        elif path.is_dir():
-            label = path.resolve().name
-            path = next((path / file for file in CONFIG_FILES if (path / file).is_file()), path)
-            if path.is_dir():
-                raise InputError(f"--model_name {name}: the folder holds no {' and no '.join(CONFIG_FILES)}")
-        elif path.suffix == ".json" and path.exists():
-            label = path.stem if path.name not in CONFIG_FILES else path.parent.resolve().name
-        else:
-            raise InputError(
-                f"--model_name {name}: unknown; there are {', '.join(list_models())}; or give a JSON file like those "
-                "of CLIP/model_configs, a folder with config.json and weights, or hf-hub:owner/name"
-            )
-        return cls.from_dict({**_read(path), "name": label}, str(path))
+        path, label = _find(name)
+        with blame(path, "it is no config of a CLIP", OF_CONFIGS):
+            return cls.from_dict({**_read(path), "name": label}, str(path))
 
     @classmethod
-    def from_dict(cls, values: object, where: str = "the model's config") -> ModelConfig:
+    def from_dict(cls, values: Mapping[str, Any], where: str = "the model's config") -> ModelConfig:
         """The inverse of `to_dict`, also for open_clip's JSON.
 
-        `InputError` names `where`, for values that are missing or make no sense, and for another family.
+        `InputError` names `where`, for sizes that are missing or make no sense, and for another family.
         """
-        given = _object(values, where)
-        _check_family(given, where)
-        defaults = {"quick_gelu": False, "context_length": PROMPT_LENGTH, "vocab_size": VOCABULARY}
-        flat = {"name": where, **defaults, **given}
+        _check_family(values, where)
+        flat = {"quick_gelu": False, "context_length": PROMPT_LENGTH, "vocab_size": VOCABULARY, **values}
         for part, names in (("vision_cfg", VISION), ("text_cfg", TEXT)):
-            tower = given[part]
+            tower = values[part]
             flat |= {own: tower[name] for name, own in names.items() if name in tower}
-            width, head_width = tower.get("width"), tower.get("head_width", 64)
-            if not tower.get("heads") and type(width) is int and type(head_width) is int and head_width > 0:
-                flat[names["heads"]] = width // head_width
-        config = checked(cls, flat, where)
+            if not tower.get("heads"):
+                flat[names["heads"]] = _size(tower, "width", where) // tower.get("head_width", 64)
+        flat |= {name: tuple(flat[name]) for name in ("pixel_mean", "pixel_std") if name in flat}
+        flat |= {f.name: _size(flat, f.name, where) for f in fields(cls) if f.type == "int"}
+        config = cls(**{f.name: flat[f.name] for f in fields(cls) if f.name in flat})
         _check_sizes(config, where)
         return config
 
@@ -155,72 +135,94 @@ def list_models() -> list[str]:
     return sorted(path.stem for path in CONFIG_FOLDER.glob("*.json"))
 
 
-def refused(kind: str, where: object) -> InputError:
+def refused(kind: object, where: object) -> InputError:
     """The line for a model of another family, `kind` in words."""
     return InputError(
-        f"{where}: {kind} is another family, and not supported: both towers must be CLIP's own transformers "
+        f"{where}: {one_line(kind)} is another family, and not supported: both towers must be CLIP's own transformers "
         "(a ViT for images, CLIP's text transformer)"
     )
 
 
+def _find(name: str) -> tuple[Path, str]:
+    """The config file that --model_name means, and what the model is called."""
+    path = Path(name)
+    if name in list_models():
+        return CONFIG_FOLDER / f"{name}.json", name
+    if name.startswith(HUB):
+        path = fetch(name.removeprefix(HUB), CONFIG_FILES)
+        with contextlib.suppress(InputError):  # fetched now, its pixels are there offline as well
+            fetch(name.removeprefix(HUB), (PIXEL_FILE,))
+        return path, name
+    if path.is_dir():
+        return file_in(path, CONFIG_FILES, f"--model_name {name}: the folder"), path.resolve().name
+    if path.suffix == ".json" and path.exists():
+        return path, path.stem if path.name not in CONFIG_FILES else path.parent.resolve().name
+    raise InputError(
+        f"--model_name {name}: unknown; there are {', '.join(list_models())}; or give a JSON file like those "
+        "of CLIP/model_configs, a folder with config.json and weights, or hf-hub:owner/name"
+    )
+
+
+def file_in(folder: Path, names: Sequence[str], what: str) -> Path:
+    """The first of the files that the folder holds; `InputError` that begins with `what` where it holds none."""
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise InputError(f"{what} holds none of {', '.join(names)}")
+
+
+# --- reading a config ---
+
+
 def _read(path: Path) -> dict[str, Any]:
     """The values of a JSON file, in open_clip's words."""
-    values = _read_json(path)
+    values: dict[str, Any] = read_json(path)
     if "model_cfg" in values:  # open_clip_config.json
-        pixels = _object(values.get("preprocess_cfg") or {}, path)
-        return {**_object(values["model_cfg"], path), **_pixels(pixels, "mean", "std")}
+        return {**values["model_cfg"], **_pixels(values.get("preprocess_cfg") or {}, "mean", "std")}
     if "vision_cfg" in values or not ("model_type" in values or "text_config" in values):
         return values
     preprocessor = path.with_name(PIXEL_FILE)
-    pixels = _read_json(preprocessor) if preprocessor.is_file() else {}
+    pixels = read_json(preprocessor) if preprocessor.is_file() else {}
     return {**_from_hugging_face(values, path), **_pixels(pixels, "image_mean", "image_std")}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return _object(json.loads(read_text(path)), path)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({one_line(error)})") from error
-
-
-def _object(values: object, where: object) -> dict[str, Any]:
-    if not isinstance(values, dict):
-        raise InputError(f"{where}: not an object but {type(values).__name__}")
-    return values
 
 
 def _pixels(values: Mapping[str, Any], mean: str, std: str) -> dict[str, Any]:
     return {own: values[theirs] for own, theirs in (("pixel_mean", mean), ("pixel_std", std)) if values.get(theirs)}
 
 
+def _size(values: Mapping[str, Any], name: str, where: object) -> int:
+    value, highest = values.get(name), MAX_LAYERS if "layers" in name else MAX_SIZE
+    if type(value) is not int or not 1 <= value <= highest:
+        raise InputError(f"{where}: {name} is {one_line(repr(value))}, not an integer from 1 to {highest}")
+    return value
+
+
 def _from_hugging_face(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """A CLIPModel's config.json in open_clip's words."""
     if values.get("model_type", "clip") != "clip":
-        raise refused(one_line(values["model_type"]), path)
+        raise refused(values["model_type"], path)
     result: dict[str, Any] = {"embed_dim": values.get("projection_dim", 512)}
-    activations = []
-    for part, names, defaults in (("vision", VISION, HF_VISION), ("text", TEXT, HF_TEXT)):
-        given = [_object(values.get(f"{part}_{suffix}") or {}, path) for suffix in ("config", "config_dict")]
-        tower = {**HF_BOTH, **defaults, **given[0], **given[1]}
+    activations = set()
+    for part, names in (("vision", VISION), ("text", TEXT)):
+        given = [values.get(f"{part}_{suffix}") or {} for suffix in ("config", "config_dict")]
+        tower = {**HF_DEFAULTS[part], **given[0], **given[1]}
         if tower["model_type"] not in ("clip", f"clip_{part}_model"):
-            raise refused(one_line(tower["model_type"]), path)
-        if tower["layer_norm_eps"] != 1e-5:
-            raise InputError(f"{path}: layer_norm_eps {tower['layer_norm_eps']!r:.40} is not CLIP's 1e-05")
-        for name in ("hidden_size", "intermediate_size", "num_attention_heads"):
-            if type(tower[name]) is not int or tower[name] < 1:
-                raise InputError(f"{path}: {name} {tower[name]!r:.40} is no positive integer")
-        tower["mlp_ratio"] = tower["intermediate_size"] / tower["hidden_size"]
+            raise refused(tower["model_type"], path)
+        if tower["layer_norm_eps"] != 1e-5 or tower["hidden_act"] not in ("gelu", "quick_gelu"):
+            words = " and ".join(f"{name} {one_line(tower[name])}" for name in ("hidden_act", "layer_norm_eps"))
+            raise InputError(f"{path}: {words}: not supported here")
+        tower["mlp_ratio"] = _size(tower, "intermediate_size", path) / _size(tower, "hidden_size", path)
         result[f"{part}_cfg"] = {name: tower[HF_NAMES.get(name, name)] for name in names}
-        activations.append(tower["hidden_act"])
-    if activations not in (["gelu", "gelu"], ["quick_gelu", "quick_gelu"]):
-        raise InputError(f"{path}: hidden_act {activations[0]!r:.40} and {activations[1]!r:.40} are not supported here")
-    return {**result, "quick_gelu": activations[0] == "quick_gelu"}
+        activations.add(tower["hidden_act"])
+    if len(activations) > 1:
+        raise InputError(f"{path}: another hidden_act in each tower is not supported here")
+    return {**result, "quick_gelu": activations == {"quick_gelu"}}
 
 
 def _check_family(values: Mapping[str, Any], where: str) -> None:
     """`InputError` that says what kind it is for a config with a tower that is not CLIP's."""
-    vision, text = (_object(values.get(name), f"{where}: {name}") for name in ("vision_cfg", "text_cfg"))
-    timm, hf = (one_line(name or "") for name in (vision.get("timm_model_name"), text.get("hf_model_name")))
+    vision, text = values["vision_cfg"], values["text_cfg"]
+    timm, hf = (str(name or "") for name in (vision.get("timm_model_name"), text.get("hf_model_name")))
     names = f"{timm} {text.get('hf_tokenizer_name')}".lower()
     families = {
         "a SigLIP model": "siglip" in names or values.get("init_logit_bias") is not None,
@@ -244,26 +246,56 @@ def _check_family(values: Mapping[str, Any], where: str) -> None:
 
 
 def _check_sizes(config: ModelConfig, where: str) -> None:
-    for f in fields(config):
-        highest = MAX_LAYERS if "layers" in f.name else MAX_SIZE
-        if f.type == "int" and not 1 <= getattr(config, f.name) <= highest:
-            raise InputError(f"{where}: {f.name} is {getattr(config, f.name)}, not between 1 and {highest}")
-    tokens = f"CLIP's tokens ({VOCABULARY} words, {PROMPT_LENGTH} positions): another tokenizer's is not supported"
     faults = {
-        f"vision_cfg: width {config.width} is not a multiple of its {config.heads} heads": config.width % config.heads,
-        f"text_cfg: width {config.text_width} is not a multiple of its {config.text_heads} heads": (
-            config.text_width % config.text_heads
-        ),
+        "a width is not a multiple of its heads": config.width % config.heads or config.text_width % config.text_heads,
         "mlp_ratio must lie between 0 and 64": not (0 < config.mlp_ratio <= 64 and 0 < config.text_mlp_ratio <= 64),
         "mean and std of the pixels must be three numbers each, std above 0": (
             not len(config.pixel_mean) == len(config.pixel_std) == 3 or min(config.pixel_std) <= 0
         ),
-        f"image_size {config.image_size} is smaller than a patch of {config.patch_size}": (
-            config.image_size < config.patch_size
-        ),
-        f"a text tower of {config.vocab_size} words and {config.context_length} positions does not take {tokens}": (
+        f"a text tower of {config.vocab_size} words and {config.context_length} positions does not take CLIP's tokens "
+        f"({VOCABULARY} words, {PROMPT_LENGTH} positions): another tokenizer's is not supported": (
             config.vocab_size < VOCABULARY or config.context_length < PROMPT_LENGTH
         ),
     }
     if wrong := [fault for fault, applies in faults.items() if applies]:
         raise InputError(f"{where}: {wrong[0]}")
+
+
+# --- the hub ---
+
+
+def fetch(repository: str, names: Sequence[str], local: bool = False) -> Path:
+    """The first of the files `names` that the hub's `repository` (`owner/name`, `owner/name@revision`) has.
+
+    Through huggingface_hub, whose cache, resuming, mirror and offline settings apply. What the cache holds is taken
+    from there without asking the hub, so that a later run needs no network; with `local` the hub is never asked.
+    `Unreachable` for no network and not in the cache, `InputError` for no such repository, none of the files, a file
+    whose SHA-256 is wrong, no huggingface_hub.
+    """
+    what, offline = f"{HUB}{repository}", "not asked" if local else ""
+    with blame(what, "pip install huggingface_hub", (ImportError,)):
+        from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache  # noqa: PLC0415 - optional
+    owner_name, _, revision = repository.partition("@")
+    for name in names:
+        with blame(what, "check the name, or log in with `hf auth login`"):
+            try:
+                found = try_to_load_from_cache(owner_name, name, revision=revision or None)
+                if found is None:  # not known there; what is no text says that the repository has no such file
+                    found = hf_hub_download(owner_name, name, revision=revision or None, local_files_only=bool(offline))
+            except errors.LocalEntryNotFoundError as error:  # also what an unreachable hub gives
+                offline = offline or one_line(error.__cause__ or error)
+                continue
+            except errors.EntryNotFoundError:
+                continue
+        if isinstance(found, str):
+            path = Path(found)
+            expected = path.resolve().name  # the cache names a large file after its SHA-256, which the hub gave
+            if re.fullmatch("[0-9a-f]{64}", expected) and sha256_file(path) != expected:
+                raise InputError(f"{path}: wrong SHA-256, so damaged: delete {path.resolve()} and run this again")
+            return path
+    if offline:
+        raise Unreachable(
+            f"{what}: not in the cache of huggingface_hub, and the hub cannot be reached ({offline}): check the "
+            "network (HF_ENDPOINT names a mirror), or fetch the folder elsewhere and give it instead of the name"
+        )
+    raise InputError(f"{what}: holds none of {', '.join(names)}")

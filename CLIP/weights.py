@@ -1,20 +1,82 @@
-"""Which weights a run reads: `find_weights` answers from names, files and folders.
+"""CLIP's weights: which file a run reads (`find_weights`), and the one reader of every form (`read_weights`).
 
-No tensor is read, and torch is not imported.
+OpenAI's TorchScript archive, a state dict of torch.save, safetensors; OpenAI's, open_clip's and Hugging Face's names
+become OpenAI's. Nothing in a file is executed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import FunctionType
+from typing import Any
 
-from utils import InputError, sha256_file
+import torch
+from safetensors import SafetensorError, safe_open
 
-from . import hub
-from .config import CONFIG_FILES, ModelConfig, list_models
+from utils import EXPECTED, InputError, blame, sha256_file
+
+from .config import CONFIG_FILES, HUB, ModelConfig, fetch, file_in, list_models, refused
 
 CKPT_FOLDER = Path(__file__).parent / "ckpt"
+WEIGHT_FILES = (  # in a folder or on the hub
+    "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
+    "model.safetensors", "pytorch_model.bin",
+)  # fmt: skip
+Loader = Callable[[], torch.Tensor]  # reads one tensor of a file
+
+NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # three integers in OpenAI's files
+ANCHORS = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight")  # OpenAI's, Hugging Face's
+# What becomes OpenAI's spelling, replaced in this order: names of open_clip's CustomTextCLIP, of Hugging Face's
+# CLIPModel. What follows a `/` is a part: q, k and v are stacked, `t` is transposed, `-` is left out.
+NAMES = {
+    r"^text\.|^text_model\.": "",
+    r"^vision_model\.": "visual.",
+    r"position_ids$": "position_ids/-",
+    r"embeddings\.position_embedding\.weight": "positional_embedding",
+    r"embeddings\.patch_embedding\.": "conv1.",
+    r"embeddings\.": "",
+    r"pre_layrnorm\.": "ln_pre.",  # their spelling
+    r"post_layernorm\.": "ln_post.",
+    r"final_layer_norm\.": "ln_final.",
+    r"encoder\.layers\.": "transformer.resblocks.",
+    r"\.layer_norm([12])": r".ln_\1",
+    r"mlp\.fc1\.": "mlp.c_fc.",
+    r"mlp\.fc2\.": "mlp.c_proj.",
+    r"self_attn\.([qkv])_proj\.(.*)": r"attn.in_proj_\2/\1",
+    r"self_attn\.": "attn.",
+    r"^text_projection\.weight": "text_projection/t",
+    r"^visual_projection\.weight": "visual.proj/t",
+}
+# What a key of another family looks like, the telling ones first.
+FAMILIES = {
+    r"logit_bias$|vision_model\.head\.|visual\.trunk\.attn_pool\.": "a SigLIP model",
+    r"word_embeddings|attention\.self\.query|bert": "a BERT text tower",
+    r"text_decoder\.|visual\.attn_pool": "a CoCa model",
+    r"visual\.(trunk\.)?(layer1|attnpool|stages)\.": "a ResNet image tower",
+    r"visual\.trunk\.": "a timm image tower",
+    r"visual\.blocks\.": "an EVA image tower",
+}
+# What OpenAI's files hold in float16: convolution, attention, MLP and both projections; the rest is float32.
+HALF = re.compile(
+    r"visual\.(conv1\.(weight|bias)|proj)|text_projection|(visual\.)?transformer\.resblocks\.\d+\.(attn|mlp)\..+"
+)
+STORAGES = {
+    "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64, "BoolStorage": torch.bool, "ByteStorage": torch.uint8, "CharStorage": torch.int8,
+    "ShortStorage": torch.int16, "IntStorage": torch.int32, "LongStorage": torch.int64,
+}  # fmt: skip
+# What a damaged file provokes in the parsers of archives, pickles and safetensors.
+DAMAGE = (*EXPECTED, RuntimeError, zipfile.BadZipFile, SafetensorError, AttributeError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -53,29 +115,21 @@ def find_weights(
         sha256 = hashlib.sha256(words.encode()).hexdigest()
         return Weights(pretrained, f"random, seed {seed}", sha256, config, None, seed)
     path, source = _locate(model_name, config, pretrained, weights)
-    check_file(path, config.name, pretrained)
-    try:
-        return Weights(pretrained, source, sha256_file(path), config, path, seed)
-    except OSError as error:
-        raise InputError(f"cannot read the weight file {path}: {error.strerror}") from error
-
-
-def check_file(path: Path, model_name: str = "", pretrained: str = "openai") -> None:
-    """`InputError` where `path` is no file with something in it."""
-    try:
-        if path.exists() and not path.is_file():  # reading a pipe or a device may never end
+    with blame(path, _hint(path, config.name, pretrained)):
+        if not path.is_file() and path.exists():  # reading a pipe or a device may never end
             raise InputError(f"the weight file {path} is a folder or a device, not a file")
-        if not path.stat().st_size:
-            raise InputError(f"the weight file {path} is empty: fetch it again")
-    except FileNotFoundError as error:
-        wanted = model_name if model_name in list_models() else "ViT-L-14-336"
-        wanted += "" if pretrained == "openai" else f" --pretrain {pretrained}"
-        raise InputError(
-            f"there is no weight file {path}: fetch it with `python -m CLIP.download {wanted}`, "
-            "pass another with --weights, or try the program without any: --pretrain random"
-        ) from error
-    except OSError as error:
-        raise InputError(f"cannot read the weight file {path}: {error.strerror}") from error
+        return Weights(pretrained, source, sha256_file(path), config, path, seed)
+
+
+def _hint(path: Path, model_name: str, pretrained: str) -> str:
+    if path.exists():
+        return "fetch it again"
+    wanted = model_name if model_name in list_models() else "ViT-L-14-336"
+    wanted += "" if pretrained == "openai" else f" --pretrain {pretrained}"
+    return (
+        f"fetch it with `python -m CLIP.download {wanted}`, pass another with --weights, or try the program without "
+        "any: --pretrain random"
+    )
 
 
 def _locate(
@@ -83,9 +137,9 @@ def _locate(
 ) -> tuple[Path, str]:
     """The weight file, and its name for files that others read."""
     name = config.name if isinstance(model_name, ModelConfig) else model_name
-    if weights is None and name.startswith(hub.PREFIX):
-        repository = name.removeprefix(hub.PREFIX)
-        path = hub.fetch(repository, hub.WEIGHT_FILES)
+    if weights is None and name.startswith(HUB):
+        repository = name.removeprefix(HUB)
+        path = fetch(repository, WEIGHT_FILES)
         return path, f"{repository}/{path.name}"
     own = not isinstance(model_name, ModelConfig) and name not in list_models()  # a JSON file or folder of the user's
     if weights is not None or (own and Path(name).is_dir()):
@@ -101,9 +155,9 @@ def _locate(
     folder = Path(name).parent if own else CKPT_FOLDER
     path = folder / config.weights.get(pretrained, f"{config.name}-{pretrained}")
     if not path.exists() and pretrained in config.hub:  # as CLIP.download leaves it where OpenAI cannot be reached
-        repository = config.hub[pretrained]
-        if (stored := hub.cached(repository, hub.WEIGHT_FILES)) is not None:
-            return stored, f"{repository}/{stored.name}"
+        with contextlib.suppress(InputError):
+            stored = fetch(config.hub[pretrained], WEIGHT_FILES, local=True)
+            return stored, f"{config.hub[pretrained]}/{stored.name}"
     return path, path.name
 
 
@@ -117,7 +171,137 @@ def _in_folder(folder: Path, config: ModelConfig) -> Path:
                     f"--weights {folder}: its config says {name} {theirs[name]}, but {config.name} has {value}: "
                     f"give --model_name {folder} instead"
                 )
-    for name in hub.WEIGHT_FILES:
-        if (folder / name).exists():
-            return folder / name
-    raise InputError(f"the folder {folder} holds no weights: none of {', '.join(hub.WEIGHT_FILES)}")
+    return file_in(folder, WEIGHT_FILES, f"the folder {folder}")
+
+
+# --- reading ---
+
+
+def read_weights(path: str | Path, vision: bool = True) -> dict[str, torch.Tensor]:
+    """Weights of a CLIP model on the CPU, under OpenAI's key names, in the precision of the file.
+
+    The content decides how the file is read, not its name: a TorchScript archive as OpenAI publishes it, a state dict
+    written by torch.save (also under 'state_dict') or safetensors. Without `vision` the image tower's bytes stay unread
+    (a pickle of torch before 1.6 apart). `InputError` for what holds no CLIP weights; another family is named.
+    """
+    path = Path(path)
+    with blame(f"{path} is damaged or no weight file", "fetch it again", DAMAGE), ExitStack() as files:
+        loaders = openai_names(_tensors(path, files), path)
+        return {key: load().detach() for key, load in loaders.items() if vision or not key.startswith("visual.")}
+
+
+def _tensors(path: Path, files: ExitStack) -> dict[str, Loader]:
+    """What reads each tensor of a file, by name; `files` keeps the file open."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    zipped = head.startswith(b"PK")
+    if zipped:
+        archive = files.enter_context(zipfile.ZipFile(path))
+        if any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist()):
+            return dict(_walk(_TorchScriptUnpickler(archive).load(), set()))
+    elif head[8:] == b"{" and int.from_bytes(head[:8], "little") < 10**8:  # the length of a JSON header
+        tensors = files.enter_context(safe_open(path, framework="pt", device="cpu"))
+        return {key: partial(tensors.get_tensor, key) for key in tensors.keys()}  # noqa: SIM118 - no mapping
+    content = read_pickle(path, str(path), mmap=zipped)
+    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    return {key: value.detach for key, value in content.items() if isinstance(value, torch.Tensor)}
+
+
+def read_pickle(path: Path, what: str, mmap: bool = False) -> Any:  # noqa: ANN401 - whatever was saved
+    """What torch.save wrote, on the CPU; nothing in it can run code. `InputError` begins with `what`."""
+    with blame(f"{what}: damaged, or no file of tensors", errors=DAMAGE):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except pickle.UnpicklingError as error:  # its text is a page, and advises to run what the file says
+            raise InputError(
+                f"{what}: no file of tensors, or it holds Python objects beside them, and reading these could run "
+                "code: fetch it again, or save only the weights with torch.save(model.state_dict(), FILE)"
+            ) from error
+
+
+class _Inert:
+    """Stands for every class and function that an archive names, so none of them is imported or called."""
+
+    members: Mapping[str, Any] = {}
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.members = state
+
+
+class _TorchScriptUnpickler(pickle._Unpickler):  # the one in Python: the one in C fills 32 GiB for a hostile index
+    """Reads `data.pkl`, where a module is an object whose state maps names to tensors and modules."""
+
+    def __init__(self, archive: zipfile.ZipFile) -> None:
+        self.archive = archive
+        pickled = next(name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl"))
+        self.folder = pickled.removesuffix(".pkl")
+        super().__init__(io.BytesIO(archive.read(pickled)))
+
+    def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401 (a class, a function or a dtype)
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _stored
+        return STORAGES.get(name, _Inert) if module == "torch" else _Inert
+
+    def persistent_load(self, pid: tuple[str, torch.dtype, str, str, int]) -> Loader:
+        _, dtype, key, *_ = pid
+        return lambda: torch.frombuffer(bytearray(self.archive.read(f"{self.folder}/{key}")), dtype=dtype)
+
+
+def _stored(storage: Loader, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> Loader:
+    """Stands for `_rebuild_tensor_v2`: a tensor of an archive, whose storage is read when it is called."""
+    return lambda: storage().as_strided(size, stride, offset)
+
+
+def _walk(module: _Inert, seen: set[int], prefix: str = "") -> Iterator[tuple[str, Loader]]:
+    seen.add(id(module))  # a hostile tree of shared modules has more paths than time
+    for name, member in module.members.items():
+        if isinstance(member, FunctionType):
+            yield prefix + name, member
+        elif isinstance(member, _Inert) and id(member) not in seen:
+            yield from _walk(member, seen, f"{prefix}{name}.")
+
+
+# --- names ---
+
+
+def openai_names(loaders: Mapping[str, Loader], path: Path) -> dict[str, Loader]:
+    """A CLIP's tensors under OpenAI's names; open_clip's and Hugging Face's become these, a common prefix is dropped.
+
+    `InputError` for no CLIP weights, and for a tower of another family, which is named.
+    """
+    for pattern, kind in FAMILIES.items():
+        if any(re.search(pattern, key) for key in loaders):
+            raise refused(kind, path)
+    # What stands before the anchor (`module.`, `model.`) stands before all names.
+    prefixes = [key.removesuffix(name) for key in loaders for name in ANCHORS if f".{key}".endswith(f".{name}")]
+    if not prefixes:
+        raise InputError(
+            f"{path} holds no CLIP weights (no {' or '.join(ANCHORS)} among its {len(loaders)} tensors): "
+            "pass OpenAI's, open_clip's or Hugging Face's file of the whole model"
+        )
+    prefix, parts = min(prefixes, key=len), dict[str, dict[str, Loader]]()
+    for key, load in loaders.items():
+        name = key.removeprefix(prefix)
+        for pattern, ours in NAMES.items():
+            name = re.sub(pattern, ours, name)
+        name, _, part = name.partition("/")
+        if part != "-" and name not in NOT_WEIGHTS:
+            parts.setdefault(name, {})[part] = load
+    return {name: partial(_joined, name, found) for name, found in parts.items()}
+
+
+def _joined(name: str, parts: Mapping[str, Loader]) -> torch.Tensor:
+    if "" in parts:
+        return parts[""]()
+    if "t" in parts:
+        return parts["t"]().t().contiguous()
+    if missing := [letter for letter in "qkv" if letter not in parts]:
+        raise ValueError(f"{name} lacks its part {missing[0]}")
+    return torch.cat([parts[letter]() for letter in "qkv"])
+
+
+def round_to_half(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state` in float32, what OpenAI stores in float16 rounded to that first: the published code's loading step."""
+    return {key: (value.half() if HALF.fullmatch(key) else value).float() for key, value in state.items()}

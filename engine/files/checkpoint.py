@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import pickle
 import platform
 import shutil
 import time
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from CLIP.config import ModelConfig
-from CLIP.openai import check_archive, is_plain, refused_global
-from CLIP.weights import find_weights
+from CLIP.weights import find_weights, read_pickle
 from Prompt.states import states_fault
 from utils import InputError, atomic_path, checked, one_line, printable, warn
 
@@ -152,22 +149,10 @@ class ThresholdMetrics:
 def read(path: str | Path, flag: str = "--ckpt") -> dict[str, Any]:
     """The dict in a checkpoint file of either format, its types checked; `InputError` names `flag` for other files."""
     path = Path(path)
-    try:
-        if path.exists() and not path.is_file():  # reading a pipe or a device may never end
-            raise InputError(f"{flag} {path}: a folder or a device, not a checkpoint")
-        if zipfile.is_zipfile(path):
-            check_archive(path)
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except FileNotFoundError as error:
-        raise InputError(f"{flag} {path}: not found; train one with `python train.py --obj ...`") from error
-    except pickle.UnpicklingError as error:  # torch's own words advise to load it all the same
-        name = refused_global(error)
-        reason = f"Python objects beside tensors, which could run code: {name}" if name else "another kind of file"
-        raise InputError(f"{flag} {path}: not a checkpoint, or damaged (it holds {reason})") from error
-    except Exception as error:  # whatever a damaged or hostile file provokes in a parser
-        raise InputError(f"{flag} {path}: not a checkpoint, or damaged ({one_line(error)})") from error
+    if not path.is_file():
+        why = "a folder or a device, not a checkpoint" if path.exists() else "not found"
+        raise InputError(f"{flag} {path}: {why}; train one with `python train.py --obj ...`")
+    payload = read_pickle(path, f"{flag} {path}: not a checkpoint")
     if not isinstance(payload, dict):
         raise InputError(f"{flag} {path}: not a checkpoint (it holds a {type(payload).__name__})")
     fault = next(_part_faults(payload), None)
@@ -186,7 +171,7 @@ def _part_faults(payload: dict[str, Any]) -> Iterator[str]:
         if not isinstance(part, dict):
             yield f"{name} is a {type(part).__name__}"
         for key, tensor in part.items():
-            if not isinstance(key, str) or not isinstance(tensor, torch.Tensor) or not is_plain(tensor):
+            if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
                 yield f"{name}: {key!r:.80} is no plain tensor"
             if not key.startswith("text_encoder.") and not torch.isfinite(tensor).all():
                 yield f"{name}: {key!r:.80} holds NaN or infinite numbers"

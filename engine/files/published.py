@@ -17,7 +17,6 @@ from torch import Tensor
 from CLIP.adapter_shared import BRANCHES
 from CLIP.config import ModelConfig, list_models
 from CLIP.model import CLIP
-from CLIP.openai import is_plain
 from utils import InputError, one_line
 
 from ..detector import Detector
@@ -93,7 +92,7 @@ def _infer(
     if mood == "fix" and "text_features_fix" not in parts:
         raise InputError(f"--ckpt {path}: holds neither prompt makers nor text_features_fix")
     features = parts.get("text_features_fix", torch.empty(embed_dim, 2))
-    if not isinstance(features, Tensor) or not is_plain(features) or features.shape != (embed_dim, 2):
+    if not isinstance(features, Tensor) or features.shape != (embed_dim, 2):
         raise InputError(f"--ckpt {path}: text_features_fix is no tensor of shape ({embed_dim}, 2)")
     assumed: dict[str, Any] = {name: getattr(flags, name) or default for name, default in DEFAULTS.items()}
     given = getattr(flags, "mask_above", None)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from CLIP.config import ModelConfig
-from CLIP.openai import NOT_WEIGHTS, stored_as_half
+from CLIP.weights import HALF, NOT_WEIGHTS
 
 
 def save_torchscript(model_or_state: torch.nn.Module | dict[str, torch.Tensor], path: str | Path) -> None:
@@ -31,7 +31,7 @@ def save_torchscript(model_or_state: torch.nn.Module | dict[str, torch.Tensor], 
     root = _Tree()
     for key, value in state.items():
         if key not in integers:
-            root.put(key, torch.nn.Parameter(value.half() if stored_as_half(key) else value.float(), False))
+            root.put(key, torch.nn.Parameter(value.half() if HALF.fullmatch(key) else value.float(), False))
     for key, number in integers.items():
         root.register_buffer(key, torch.tensor(number))
     with warnings.catch_warnings():

@@ -118,41 +118,21 @@ def test_a_dropped_connection_is_resumed(server: HubServer, run: Run) -> None:
 
 def test_damaged_files_are_noticed(server: HubServer, run: Run) -> None:
     server.wrong_bytes = True
-    result = run("CLIP.download", "hf-hub:me/open")
-    one_line(result, "wrong SHA-256", "delete")
+    one_line(run("CLIP.download", "hf-hub:me/open"), "wrong SHA-256", "delete")
 
 
 def test_what_the_hub_refuses_is_one_line(server: HubServer, run: Run) -> None:
-    one_line(run(LOAD, "hf-hub:me/none"), "hf-hub:me/none", "no such model on the hub")
-    one_line(run(LOAD, "hf-hub:me/tiny@other"), "no such revision")
-    one_line(run(LOAD, "hf-hub:a b/c"), "not of the form owner/name")
+    one_line(run(LOAD, "hf-hub:me/none"), "hf-hub:me/none", "RepositoryNotFound")
+    one_line(run(LOAD, "hf-hub:me/tiny@other"), "RevisionNotFound")
+    one_line(run(LOAD, "hf-hub:a b/c"), "hf-hub:a b/c")
     one_line(run(LOAD, "hf-hub:me/bert"), "bert is another family")
     server.gated = ("me/tiny",)
-    one_line(run(LOAD, "hf-hub:me/tiny"), "asks for a consent")
+    one_line(run(LOAD, "hf-hub:me/tiny"), "hf-hub:me/tiny", "GatedRepo")
 
 
-def test_offline_without_a_cache_says_so(run: Run) -> None:
-    one_line(run(LOAD, "hf-hub:me/tiny", HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set", "not in the cache")
-
-
-def test_a_password_in_the_endpoint_is_not_printed(server: HubServer, run: Run) -> None:
-    """Neither in our lines nor in those that huggingface_hub logs while it tries again."""
-    endpoint = server.address.replace("http://", "http://me:secret@")
-    code = (
-        "import logging\nfrom CLIP import hub\nprint(hub.fetch('me/tiny', ['config.json']))\n"
-        f"logging.getLogger('huggingface_hub.utils._http').warning('%s: retrying', '{endpoint}')"
-    )
-    result = run(code, HF_ENDPOINT=endpoint)
-    assert result.returncode == 0, result.stderr
-    assert "http://***@127.0.0.1" in result.stderr
-    assert "retrying" in result.stderr
-    one_line(run(LOAD, "hf-hub:me/none", HF_ENDPOINT=endpoint), "no such model")
-    assert "secret" not in result.stderr
-
-
-def test_without_the_package(run: Run) -> None:
-    code = "import sys; sys.modules['huggingface_hub'] = None\n" + LOAD
-    one_line(run(code, "hf-hub:me/tiny"), "pip install huggingface_hub")
+def test_without_network_and_without_the_package(run: Run) -> None:
+    one_line(run(LOAD, "hf-hub:me/tiny", HF_HUB_OFFLINE="1"), "not in the cache")
+    one_line(run("import sys; sys.modules['huggingface_hub'] = None\n" + LOAD, "hf-hub:me/tiny"), "pip install")
 
 
 # The official address is replaced by one that nobody answers at.
@@ -165,7 +145,8 @@ def main():
     from CLIP import download, weights
     download.ModelConfig.load = staticmethod(lambda name, load=download.ModelConfig.load: replace(
         load(name), urls={"openai": sys.argv[1]}))
-    download.FIRST_PAUSE = 0.01
+    import time
+    time.sleep = lambda seconds: None
     download.CKPT_FOLDER = weights.CKPT_FOLDER = Path(sys.argv[2])
     code = download.main(["ViT-L-14-336", *sys.argv[3:]])
     print(weights.find_weights("ViT-L-14-336", "openai").source)
@@ -175,21 +156,12 @@ run_cli(main)
 NOBODY = f"http://user:secret@127.0.0.1:9/{'0' * 64}/ViT-L-14-336px.pt"
 
 
-def test_the_hub_stands_in_where_the_official_address_cannot_be_reached(run: Run, tmp_path: Path) -> None:
-    result = run(DOWNLOAD, NOBODY, tmp_path / "ckpt")
+def test_the_hub_stands_in_where_the_official_address_cannot_be_reached(run: Run, tmp_path: Path, folders) -> None:
+    out = tmp_path / "own" / "file"
+    result = run(DOWNLOAD, NOBODY, tmp_path / "ckpt", "--out", out)
     assert result.returncode == 0, result.stderr
-    assert "cannot reach http://***@127.0.0.1:9/" in result.stderr
-    assert "comes from the hub instead" in result.stderr
+    assert "http://***@127.0.0.1:9/" in result.stderr
     assert "secret" not in result.stderr + result.stdout
-    assert "model.safetensors of openai/clip-vit-large-patch14-336 from the Hugging Face hub" in result.stdout
     assert result.stdout.splitlines()[-1] == "openai/clip-vit-large-patch14-336/model.safetensors"
-
-
-def test_the_hub_s_file_goes_where_out_says(run: Run, tmp_path: Path, folders) -> None:
-    result = run(DOWNLOAD, NOBODY, tmp_path / "ckpt", "--out", tmp_path / "own" / "file")
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "own" / "file").read_bytes() == (folders["me/tiny"] / "model.safetensors").read_bytes()
-
-
-def test_an_address_given_by_hand_is_not_replaced(run: Run, tmp_path: Path) -> None:
-    one_line(run(DOWNLOAD, NOBODY, tmp_path, "--url", NOBODY, "--out", tmp_path / "f"), "cannot reach")
+    assert out.read_bytes() == (folders["me/tiny"] / "model.safetensors").read_bytes()
+    one_line(run(DOWNLOAD, NOBODY, tmp_path, "--url", NOBODY, "--out", tmp_path / "f"), "cannot reach")  # by hand

@@ -31,7 +31,7 @@ from safetensors.torch import save as save_safetensors
 from CLIP.clip import create_model, load_state, random_state
 from CLIP.config import ModelConfig
 from CLIP.model import CLIP
-from CLIP.openai import is_plain, read_weights
+from CLIP.weights import read_weights
 from dataset.layout import KINDS, SPLITS, Layout
 from dataset.medical_few import MedicalDataset
 from engine.detector import Detector
@@ -329,7 +329,7 @@ def mistyped(draw: st.DrawFn, content: dict) -> dict:
             inner[draw(st.sampled_from([0, None, (1, 2), "", "other", "1.2.3", "x" * 300]))] = inner.pop(key)
         elif action == "delete":
             del inner[key]
-        elif isinstance(inner[key], torch.Tensor) and is_plain(inner[key]):
+        elif isinstance(inner[key], torch.Tensor) and inner[key].layout is torch.strided:
             inner[key] = inner[key] * float("nan") if action == "nan" else inner[key].to_sparse()
     return content
 
@@ -502,21 +502,6 @@ def torchscript_of(pickled: bytes) -> bytes:
     return out.getvalue()
 
 
-@cache
-def zip_bomb(archive: bytes, suffix: str) -> bytes:
-    """An archive with 512 MiB of zeros in half a MB, where the member that ends with `suffix` was."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
-        for name in old.namelist():
-            with new.open(name, "w", force_zip64=True) as member:
-                if name.endswith(suffix):
-                    for _ in range(2**9):
-                        member.write(bytes(2**20))
-                else:
-                    member.write(old.read(name))
-    return out.getvalue()
-
-
 MODULE = b"cx\nM\n)\x81"  # an object of the class x.M
 
 
@@ -530,11 +515,7 @@ def nested_modules(depth: int) -> bytes:
 
 
 HOSTILE = {
-    "bytearray": lambda _: saved({"x": Call(bytearray, 2**33)}),
-    "bytearray, old": lambda _: saved({"x": Call(bytearray, 2**33)}, new_format=False),
     "deep": lambda _: b"\x80\x02" + b"(l" * 10**6 + b".",
-    "memo": lambda _: torchscript_of(b"\x80\x02]r\xff\xff\xff\x03."),
-    "memo, old": lambda _: b"\x80\x02]r\xff\xff\xff\x03.",
     "text of 2**60 bytes": lambda _: torchscript_of(b"\x80\x04\x8d" + struct.pack("<Q", 2**60) + b"x."),
     "frame of 2**60 bytes": lambda _: torchscript_of(b"\x80\x04\x95" + struct.pack("<Q", 2**60) + b"N."),
     "modules in modules": lambda _: torchscript_of(nested_modules(60)),
@@ -546,10 +527,6 @@ HOSTILE = {
     "nested header": lambda _: struct.pack("<Q", 10**6) + b'{"a":' + b"[" * (10**6 - 5),
     "pickle in a pickle": lambda _: saved({"state_dict": pickle.dumps({"a": Call(print, "ran")})}),
     "tar": lambda _: b"x".ljust(257, b"\0") + b"ustar\x0000" + bytes(2**12),
-    "zip bomb, storage": lambda whole: zip_bomb(whole("state"), "/data/0"),
-    "zip bomb, pickle": lambda whole: zip_bomb(whole("state"), "/data.pkl"),
-    "zip bomb, torchscript": lambda whole: zip_bomb(whole("torchscript"), "/data/0"),
-    "zip bomb, torchscript's pickle": lambda whole: zip_bomb(whole("torchscript"), "/data.pkl"),
 }
 
 
@@ -561,18 +538,8 @@ def test_hostile_files(tmp_path, whole, capsys, name, read):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("read", [read_and_load_weights, read_and_restore, read_list, read_scores])
+@pytest.mark.parametrize("read", [read_and_restore, read_list, read_scores])
 def test_no_regular_file(tmp_path, read):
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", tmp_path, Path("/dev/zero"), tmp_path / "file" / "below", tmp_path / ("x" * 300)):
         assert str(path) in refusal(read, path)
-
-
-@pytest.mark.parametrize("name", sorted(odd_tensors()))
-def test_odd_tensors_are_named(tmp_path, name):
-    key = "transformer.resblocks.0.attn.out_proj.weight"  # 8 x 8
-    (tmp_path / "file").write_bytes(saved({**micro_state(), key: odd_tensors()[name]()}))
-    said = refusal(read_and_load_weights, tmp_path / "file")
-    assert key in said or (name == "nested" and "_rebuild_nested_tensor" in said)  # torch 2.15 refuses to read them
-    (tmp_path / "file").write_bytes(saved({**micro_state(), "attn_mask": torch.full((2, 2), -torch.inf)}))
-    assert refusal(read_and_load_weights, tmp_path / "file") == ""  # a file may hold more than is used

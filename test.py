@@ -29,8 +29,7 @@ from engine.files.checkpoint import Checkpoint, check_metadata, default_checkpoi
 from engine.files.config import Settings, check_against, pick_autocast, pick_device
 from engine.files.run import check_outputs, describe_test, published_lines, result_json, shot_patients
 from engine.metrics import measure, measure_without, patient_metrics
-from engine.report.figures import save_figures
-from engine.report.history import find_history, read_history
+from engine.report.figures import read_history, save_figures
 from engine.report.page import write_page
 from utils import InputError, set_seed, write_json
 
@@ -45,7 +44,6 @@ def test(options: argparse.Namespace) -> dict[str, Any]:
     """Flags -> patch scores, computed or kept -> numbers, which are printed, written where asked for, and returned."""
     set_seed(options.seed)
     check_outputs(options)
-    history = read_history(options.history) if options.history else None
     evaluation, masks, settings, metadata, source = (kept_scores if options.scores else compute_scores)(options)
     if options.save_scores and distributed.is_main():
         evaluation.save(options.save_scores, masks, settings=settings.to_dict(), metadata=metadata, source=source)
@@ -64,7 +62,7 @@ def test(options: argparse.Namespace) -> dict[str, Any]:
         print(describe_threshold(threshold))
         print(f"  on the test set: sensitivity {here['tpr']:.4f}, false positive rate {here['fpr']:.4f}")
     if distributed.is_main():
-        history = find_history(options.ckpt or "", metadata) if history is None else history
+        history = read_history(options.ckpt) if options.ckpt else []
         if options.out_json:
             write_json(options.out_json, result, "--out_json")
         if options.figures:

@@ -503,12 +503,8 @@ def test_parser() -> Parser:
         "--scores", metavar="FILE", type=nonempty_path,
         help="make every number and figure from patch scores that were kept, without weights",
     )  # fmt: skip
-    parser.add_argument("--figures", type=nonempty_path, help="folder for figures as PNG and SVG")
+    parser.add_argument("--figures", type=nonempty_path, help="folder for figures as PNG")
     parser.add_argument("--report", type=nonempty_path, help="folder for the report page, index.html")
-    parser.add_argument(
-        "--history", type=nonempty_path,
-        help="metrics.jsonl, for the curves over the epochs (default: beside the checkpoint, else in its run's folder)",
-    )  # fmt: skip
     return parser
 
 

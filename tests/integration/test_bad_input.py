@@ -358,7 +358,7 @@ def test_results_on_a_full_disk(command, folder):
     assert "AUC 0." in full.stdout
     assert (folder / "x.json").read_text() == "{}"
     full = command("test.py", *arguments, "--figures", folder / "figures", file_bytes=20_000)
-    refused(full, "--figures", "Brain.svg", "disk full?")
+    refused(full, "--figures", "Brain.png", "disk full?")
     assert not list((folder / "figures").iterdir())
 
 

@@ -167,7 +167,7 @@ def start_tracker(options: argparse.Namespace, settings: Settings, run: RunFolde
     wandb_run.define_metric("epoch")
     wandb_run.define_metric("*", step_metric="epoch")
     run.write_config({**config, "wandb_id": wandb_run.id})
-    return Tracker(wandb_run, every, key)
+    return Tracker(wandb_run, every, wandb_run.settings.api_key or key)
 
 
 def _open(key: str, **options: Any) -> Any:  # noqa: ANN401 - wandb's options, and a wandb.Run
@@ -176,14 +176,15 @@ def _open(key: str, **options: Any) -> Any:  # noqa: ANN401 - wandb's options, a
     import wandb  # noqa: PLC0415 - takes seconds, and is not needed when tracking is disabled
 
     own = wandb.Settings(**OWN_SETTINGS)
-    mode: Any = wandb.setup(wandb.Settings(silent=True)).settings.mode
+    setup = wandb.setup(wandb.Settings(silent=True))
+    mode: Any = setup.settings.mode
     if mode == "online" and not wandb.login(verify=False, prompt=False):
         mode = "online" if key else "offline"
         own.api_key = key or None  # as a setting: wandb.login() would also write it to the user's netrc
     try:
         return wandb.init(**options, mode=mode, settings=own)
     except (wandb.Error, OSError) as error:
-        warn(f"W&B: the server did not take the run ({one_line(error, key)})")
+        warn(f"W&B: the server did not take the run ({one_line(error, setup.settings.api_key or key)})")
         return wandb.init(**options, mode="offline", settings=own)
 
 

@@ -25,9 +25,10 @@ from tqdm import tqdm
 from utils import InputError, Parser, bar_seconds, integer, prefetch, printable, run_cli
 
 from . import notes
+from .entries import Entry
 from .fewshot import SEEDS, check_shot_names, parse_shot_list
 from .layout import KINDS, SPLITS, add_reading_flags, config_path, object_name, object_of
-from .medical_few import ImageFile, MedicalDataset, data_folder
+from .medical_few import MedicalDataset, data_folder
 from .pairing import list_pictures
 from .patients import compile_rule
 from .readers import (
@@ -116,18 +117,18 @@ class Seen:
     digest: bytes = b""  # of the pixels: a picture saved anew without loss is the same
 
 
-def look_into(dataset: MedicalDataset, file: ImageFile, kind: str) -> list[Seen]:
+def look_into(dataset: MedicalDataset, file: Entry) -> list[Seen]:
     """Decode every image in a file, and its mask where it has one."""
     try:
         frames(file.path, dataset.options)
-        samples = dataset.samples_in(file, kind, judged=False)
+        samples = dataset.samples_in(file, judged=False)
     except NoImageError as error:
-        return [Seen(dataset.name(file.path), {"no image": str(error)})]
+        return [Seen(file.name, {"no image": str(error)})]
     except InputError as error:
-        return [Seen(dataset.name(file.path), {"unusable": str(error)})]
+        return [Seen(file.name, {"unusable": str(error)})]
     seen = [look_at(sample, dataset.mask_above, alone=len(samples) == 1) for sample in samples]
     if not any("unusable" in entry.findings for entry in seen):
-        dataset.samples_in(file, kind)  # what is left out is among the data set's notes
+        dataset.samples_in(file)  # what is left out is among the data set's notes
     return seen
 
 
@@ -199,14 +200,14 @@ class Check:
             for split, kind in product(SPLITS, KINDS):
                 if dataset.layout.folders(split, kind):
                     files = dataset.image_files(split, kind)
-                    patients[split] |= {dataset.patient(file.path, file.folder) for file in files}
+                    patients[split] |= {file.patient for file in files}
                     self.look(dataset, Row(split, kind), files, workers)
         except InputError as error:
             self.add("layout", str(error))
             return
         for number in sorted(filter(None, patients["valid"] & patients["test"])):
             self.add("patient", number)
-        for folder in sorted({path.parent for path, _ in dataset.pictures}):
+        for folder in sorted({entry.path.parent for entry in dataset.entries}):
             others = [path for path in folder.glob("[!.]*") if path.is_file() and file_kind(path) is None]
             for suffix, count in Counter(path.suffix.lower() or "no extension" for path in others).items():
                 self.add("ignored", f"{folder}: {count} x {suffix}", count)
@@ -215,7 +216,7 @@ class Check:
             self.add("valid mask", path)
         self.notes += notes.describe(dataset)
 
-    def look(self, dataset: MedicalDataset, row: Row, files: list[ImageFile], workers: int) -> None:
+    def look(self, dataset: MedicalDataset, row: Row, files: list[Entry], workers: int) -> None:
         """Examine the files of a class."""
         self.rows.append(row)
         if row.kind == "abnormal" and dataset.pixel_metrics:
@@ -231,7 +232,7 @@ class Check:
             for path, count in Counter(file.path.with_name(file.path.stem) for file in files).items():
                 if count > 1:
                     self.add("same name", f"{path}.*: {count} images ({row.split})")
-        results = prefetch(partial(look_into, dataset, kind=row.kind), files, workers)
+        results = prefetch(partial(look_into, dataset), files, workers)
         title, pause = f"{row.split} {row.kind}", bar_seconds()
         for seen in chain.from_iterable(tqdm(results, title, len(files), unit="file", mininterval=pause, delay=pause)):
             self.image(row, seen)

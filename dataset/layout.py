@@ -77,9 +77,10 @@ class Layout:
         if not set(SPLITS) <= given.keys():
             given = {**detect(root), **given}
         given.setdefault("prompt_name", re.sub(r"[_-]+", " ", name).strip() or name)
-        places = mask_places(root, _abnormal_folders(given)) if not {"masks", "pixel_metrics"} <= given.keys() else []
-        given.setdefault("masks", tuple(places) or (MVFA_MASKS,))
-        given.setdefault("pixel_metrics", bool(places))
+        if not {"masks", "pixel_metrics"} <= given.keys():
+            folders = dict.fromkeys(folder for split in SPLITS for folder in given[split]["abnormal"])
+            places = mask_places(root, folders, given.get("masks"))
+            given = {"masks": tuple(places) or (MVFA_MASKS,), "pixel_metrics": bool(places), **given}
         return cls(**given)
 
     @property
@@ -112,10 +113,6 @@ class Layout:
 
 def _short(values: list[str] | tuple[str, ...]) -> Any:  # noqa: ANN401 - a text or several
     return values[0] if len(values) == 1 else values
-
-
-def _abnormal_folders(given: dict[str, Any]) -> list[str]:
-    return list(dict.fromkeys(folder for split in SPLITS for folder in given[split]["abnormal"]))
 
 
 def add_reading_flags(group: Any) -> None:  # noqa: ANN401 - a parser or a group, which is private in argparse

@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from utils import InputError, anonymous_name, preview, warn
 
+from .entries import Entry, read_folders
 from .fewshot import SEEDS, check_shot_names, draw_shots, list_paths, parse_shot_list, pick_lines
 from .layout import BENCHMARKS, FOLDER, KINDS, MADE_UP, PUBLISHED_COUNTS, SPLITS, Layout, described, object_name
-from .pairing import find_masks, list_pictures, mask_folder, tell_apart
-from .patients import compile_rule, falls_in_valid, patient, spelled_alike
+from .pairing import mask_folder
 from .readers import (
     EXTENSIONS,
     Levels,
@@ -31,7 +30,6 @@ from .readers import (
     NoImageError,
     ReadOptions,
     Sample,
-    describe,
     file_kind,
     frames,
     is_deep,
@@ -55,15 +53,6 @@ NOTHING = Image.new("L", (1, 1))
 UNMARKED_MASK = "abnormal images whose mask marks nothing"
 EMPTY_SLICE = "slices that show nothing"
 COPY = "copies of another slice of their series"
-
-
-class ImageFile(NamedTuple):
-    """An image file of a class."""
-
-    path: Path
-    masks: list[Path]  # the files that fit as its mask; several are united
-    folder: str  # the class's, relative to the data set's: the file lies in it or below
-    place: str = ""  # the template by which the masks were found
 
 
 def anonymous(samples: Iterable[Sample]) -> list[Sample]:
@@ -113,9 +102,10 @@ class MedicalDataset:
     obj: str
     root: Path
     layout: Layout
+    entries: list[Entry] = field(compare=False, repr=False)
     left_out: dict[str, set[str]] = field(init=False, compare=False, repr=False)  # why -> names of what is no sample
     levels: dict[str, Mask] = field(init=False, compare=False, repr=False)  # name of a sample -> its mask's levels
-    _known: dict[Any, Any] = field(init=False, compare=False, repr=False)  # what was read so far
+    _known: dict[Any, Any] = field(init=False, compare=False, repr=False)  # samples of files, and copies in series
 
     def __post_init__(self) -> None:
         for name, empty in (("left_out", defaultdict(set)), ("levels", {}), ("_known", {})):
@@ -141,9 +131,8 @@ class MedicalDataset:
             if not top.is_dir():
                 other = f"dataset/{obj}.json names it; under a new --obj the folder's own layout would be found"
                 raise InputError(f"{top} not found; {_hint(obj, data_path) if data_root is None else other}")
-        if given.get("patient") is not None:
-            compile_rule(given["patient"], "--patient")
-        return cls(obj, root, replace(layout, **{name: value for name, value in given.items() if value is not None}))
+        layout = replace(layout, **{name: value for name, value in given.items() if value is not None})
+        return cls(obj, root, layout, read_folders(root, layout))
 
     @classmethod
     def from_options(cls, options: argparse.Namespace) -> MedicalDataset:
@@ -158,7 +147,7 @@ class MedicalDataset:
     def reading(self) -> dict[str, Any]:
         """How pictures beyond 8 bits are read, in plain values: what a checkpoint keeps."""
         window, plane = self.layout.window, self.layout.plane
-        kinds = {file_kind(file.path) for file in self.image_files("valid", "normal", required=False)}
+        kinds = {file_kind(entry.path) for entry in self.entries}
         formats = sorted(kind for kind in kinds if kind)
         shown = {"window": list(window) if isinstance(window, tuple) else window, "plane": plane, "formats": formats}
         return {**shown, "deep": True} if self.options.deep else shown
@@ -181,7 +170,7 @@ class MedicalDataset:
     @cached_property
     def options(self) -> ReadOptions:
         """How files with more than 8 bits or more than one slice are read, and what counts in masks."""
-        return replace(self.layout.options, deep=is_deep([path for path, _ in self.pictures]))
+        return replace(self.layout.options, deep=is_deep([entry.path for entry in self.entries]))
 
     # --- which of the paper's data sets it is ---
 
@@ -211,128 +200,23 @@ class MedicalDataset:
 
     # --- files ---
 
-    def image_files(self, split: str, kind: str, required: bool = True) -> list[ImageFile]:
-        """The image files of a class (`normal`, `abnormal`) in a split, folder by folder and sorted, with their masks.
+    def image_files(self, split: str, kind: str, required: bool = True) -> list[Entry]:
+        """The image files of a class (`normal`, `abnormal`) in a split, folder by folder and sorted.
 
         Raises:
             InputError: a folder is missing or there are no images; not where none are `required`.
         """
-        result: list[ImageFile] = []
-        folders = self.layout.folders(split, kind)
-        divided = 0  # images in folders that both splits share
-        for folder in folders:
-            if required and not (self.root / folder).is_dir():
-                raise InputError(f"{self.root / folder} not found; docs/data.md shows the layout of a data set")
-            files = self.files_in(folder)
-            if folder in self.layout.shared(kind):
-                divided += len(files)
-                files = [file for file in files if self._is_valid(file, kind) == (split == "valid")]
-            result += files
+        result = [entry for entry in self.entries if (entry.split, entry.kind) == (split, kind)]
         if required and not result:
+            folders = self.layout.folders(split, kind)
             where = ", ".join(str(self.root / folder) for folder in folders) or "its JSON file names no folder"
-            if divided:
+            if divided := sum(entry.kind == kind and entry.divided for entry in self.entries):
                 fault = f"{where}: divided by a hash of {HASHED}, none of the {divided} {kind} images is {split}"
                 raise InputError(f"{fault}; give the splits folders of their own, in dataset/{self.obj}.json")
+            if missing := [folder for folder in folders if not (self.root / folder).is_dir()]:
+                raise InputError(f"{self.root / missing[0]} not found; docs/data.md shows the layout of a data set")
             raise InputError(f"{where}: no images ({', '.join(EXTENSIONS)}) for {split}, {kind}")
         return result
-
-    def files_in(self, folder: str) -> list[ImageFile]:
-        """The image files in a class's folder, with their masks; `InputError` for a mask that fits no image."""
-        if folder not in self._known:
-            pairs = tell_apart(list_pictures(self.root / folder))
-            if pairs.lost:
-                raise InputError(
-                    f"{preview([str(path) for path in pairs.lost])}: named like masks, but no image of that name lies "
-                    f"beside them ({len(pairs.lost)} files); rename them, or describe the data set (docs/data.md)"
-                )
-            found = zip(pairs.images, find_masks(self.root, folder, self.layout.masks, pairs.images), strict=True)
-            self._known[folder] = [ImageFile(path, masks, folder, place) for path, (place, masks) in found]
-        files: list[ImageFile] = self._known[folder]
-        return files
-
-    def _is_valid(self, file: ImageFile, kind: str) -> bool:
-        """Whether a file of a divided folder is in valid: by its hash, or as a list of the data set's own names it."""
-        known = self.patient(file.path, file.folder)
-        if self._list_name(file.path, kind) in self._pinned[kind] or (known and known in self._pinned["patients"]):
-            return True
-        return falls_in_valid(self.name(file.path), self.layout.valid_share, known)
-
-    @cached_property
-    def _pinned(self) -> dict[str, set[str]]:
-        """What the data set's own lists name as shots of each class, for any --shot and --iterate, and the patients."""
-        names: dict[str, set[str]] = {"normal": set(), "abnormal": set(), "patients": set()}
-        for path in list_paths(self.root / "fewshot_seed"):
-            for (letter, _), line in parse_shot_list(path)[0].items():
-                names["abnormal" if letter == "a" else "normal"] |= {name.partition("#")[0] for name in line}
-        for kind in KINDS:
-            for file in (file for folder in self.layout.shared(kind) for file in self.files_in(folder)):
-                if self._list_name(file.path, kind) in names[kind] and (known := self.patient(file.path, file.folder)):
-                    names["patients"].add(known)
-        return names
-
-    def _list_name(self, path: Path, kind: str) -> str:
-        """What lists call a file: its name, or where a class has several folders or folders below its path."""
-        if ("flat", kind) not in self._known:
-            folders = [self.root / folder for folder in self.layout.valid[kind]]
-            self._known["flat", kind] = len(folders) == 1 and {
-                file.path.parent for file in self.files_in(self.layout.valid[kind][0])
-            } <= {folders[0]}
-        return path.name if self._known["flat", kind] else self.name(path)
-
-    def name(self, path: Path) -> str:
-        """The path below the data set's folder."""
-        return path.relative_to(self.root).as_posix()
-
-    # --- patients ---
-
-    def patient(self, path: Path, folder: str) -> str | None:
-        """The patient of an image in a class's folder, or below it: by the rule, the DICOM header, or the name.
-
-        Of several spellings of one patient the first in order stands for all.
-        """
-        known = self._spelled(path, folder)
-        return known and self._spellings[spelled_alike(known) or known]
-
-    def _spelled(self, path: Path, folder: str) -> str | None:
-        if self.patient_rule is None and self.headers_tell and (number := self._headers.get(path, ("", ""))[0]):
-            return number
-        return patient(self.name(path), self.patient_rule, path.relative_to(self.root / folder).as_posix())
-
-    @cached_property
-    def patient_rule(self) -> re.Pattern[str] | None:
-        """What finds the patient in a name; None for the known forms."""
-        return compile_rule(self.layout.patient, "--patient") if self.layout.patient else None
-
-    @cached_property
-    def pictures(self) -> list[tuple[Path, str]]:
-        """Every image of every class, with its class's folder."""
-        folders = dict.fromkeys(
-            name for split, kind in product(SPLITS, KINDS) for name in self.layout.folders(split, kind)
-        )
-        return [(file.path, folder) for folder in folders for file in self.files_in(folder)]
-
-    @cached_property
-    def _headers(self) -> dict[Path, tuple[str, str]]:
-        """PatientID and SeriesInstanceUID of every DICOM file that has a readable header."""
-        headers = {}
-        for path, _ in self.pictures:
-            if file_kind(path) == "dicom":
-                try:
-                    first = describe(frames(path))[0]
-                except InputError:  # it is reported where it is read
-                    continue
-                headers[path] = (first.patient_id, first.series_uid)
-        return headers
-
-    @cached_property
-    def headers_tell(self) -> bool:
-        """Whether PatientIDs tell anybody apart: one for all files is what some programs leave to hide names."""
-        return len({number for number, _ in self._headers.values()}) > 1
-
-    @cached_property
-    def _spellings(self) -> dict[str, str]:
-        known = sorted(filter(None, (self._spelled(path, folder) for path, folder in self.pictures)), reverse=True)
-        return {spelled_alike(name) or name: name for name in known}
 
     # --- samples ---
 
@@ -349,14 +233,14 @@ class MedicalDataset:
         for kind in KINDS:
             files = self.image_files(split, kind, (split, kind) != ("valid", "abnormal"))
             self._check_masks(files, kind, may_lack_mask=split == "valid")
-            found = [sample for file in files for sample in self.samples_in(file, kind)]
+            found = [sample for file in files for sample in self.samples_in(file)]
             if split == "test" and not found:
                 why = "; ".join((*self.left_out_lines(), self.levels_line() or "no slice"))
                 raise InputError(f"{self.root}: none of the {len(files)} {kind} files of test gives an image: {why}")
             result += found
         return sorted(result, key=lambda sample: sample.label)  # slices without a mark may have become normal
 
-    def mask_problems(self, files: Sequence[ImageFile]) -> tuple[list[str], list[str]]:
+    def mask_problems(self, files: Sequence[Entry]) -> tuple[list[str], list[str]]:
         """The images that have no mask, and those whose mask is ambiguous, in words."""
         names = [file.path.with_name(stem(file.path)) for file in files]
         count = Counter(names)
@@ -367,7 +251,7 @@ class MedicalDataset:
         ]
         return [str(file.path) for file in files if not file.masks], ambiguous
 
-    def _check_masks(self, files: Sequence[ImageFile], kind: str, may_lack_mask: bool = False) -> None:
+    def _check_masks(self, files: Sequence[Entry], kind: str, may_lack_mask: bool = False) -> None:
         """`InputError` where an abnormal image has no mask of its own."""
         if kind == "normal" or not self.pixel_metrics:
             return
@@ -384,7 +268,7 @@ class MedicalDataset:
         if ambiguous:
             raise InputError(f"{preview(ambiguous)}: give each image a name of its own, and its mask the same")
 
-    def samples_in(self, file: ImageFile, kind: str, judged: bool = True) -> list[Sample]:
+    def samples_in(self, file: Entry, judged: bool = True) -> list[Sample]:
         """The samples in a file: one, or of a DICOM series and a NIfTI volume one for each frame and slice.
 
         DICOM objects without a picture give none, with a warning. Where they are `judged`, slices that show nothing and
@@ -395,14 +279,14 @@ class MedicalDataset:
             InputError: a mask has another number of slices than its image.
         """
         if judged:
-            if (file.path, kind) not in self._known:
-                found = map(self._judged, self.samples_in(file, kind, judged=False))
-                self._known[file.path, kind] = [sample for sample in found if sample]
-            known: list[Sample] = self._known[file.path, kind]
+            if file.path not in self._known:
+                found = (self._judged(sample, file.series) for sample in self.samples_in(file, judged=False))
+                self._known[file.path] = [sample for sample in found if sample]
+            known: list[Sample] = self._known[file.path]
             return known
-        masks, name = file.masks if kind == "abnormal" and self.pixel_metrics else [], self.name(file.path)
+        masks = file.masks if file.kind == "abnormal" and self.pixel_metrics else []
         sample = Sample(
-            file.path, KINDS.index(kind), masks[0] if masks else None, name, self.patient(file.path, file.folder),
+            file.path, KINDS.index(file.kind), masks[0] if masks else None, file.name, file.patient,
             options=self.options, published=self.is_benchmark, more_masks=tuple(masks[1:]),
         )  # fmt: skip
         samples = [sample]
@@ -413,13 +297,13 @@ class MedicalDataset:
                 warn_once(f"{error}; left out")
                 return []
             if len(inside) > 1:
-                samples = [replace(sample, index=frame.index, name=f"{name}#{frame.index}") for frame in inside]
+                samples = [replace(sample, index=frame.index, name=f"{file.name}#{frame.index}") for frame in inside]
         for mask in masks:
             if file_kind(mask) != "pillow" and (count := len(frames(mask, self.options))) != len(samples):
                 raise InputError(f"{mask}: {count} slices, but {file.path} has {len(samples)}: no mask of it")
         return samples
 
-    def _judged(self, sample: Sample) -> Sample | None:
+    def _judged(self, sample: Sample, series: str) -> Sample | None:
         """A sample by what its mask and, of DICOM and NIfTI, its picture shows; None where it is left out."""
         unmarked, mask = self.layout.unmarked or "out", None
         if not self.is_benchmark and (mask := read_mask(sample)):
@@ -437,7 +321,7 @@ class MedicalDataset:
         if high - low < FLAT and not sample.mask:  # type: ignore[operator]
             self.left_out[EMPTY_SLICE].add(sample.name)
             return None
-        if kind == "dicom" and (series := self._headers.get(sample.path, ("", ""))[1]):
+        if kind == "dicom" and series:
             key = (series, sample.index, hashlib.sha256(picture.image.tobytes()).digest())
             if self._known.setdefault(key, sample.name) != sample.name:
                 self.left_out[COPY].add(sample.name)
@@ -492,23 +376,23 @@ class MedicalDataset:
             warn(text)
         return Shots(chosen["abnormal"], chosen["normal"], ", ".join(sources), names)
 
-    def known_shots(self, kind: str) -> dict[str, tuple[ImageFile, Sample]]:
+    def known_shots(self, kind: str) -> dict[str, tuple[Entry, Sample]]:
         """The images of a class in valid by what lists call them, `#INDEX` behind it for a slice."""
         return {
-            self._list_name(file.path, kind) + sample.name.removeprefix(self.name(file.path)): (file, sample)
+            file.listed + sample.name.removeprefix(file.name): (file, sample)
             for file in self.image_files("valid", kind)
-            for sample in self.samples_in(file, kind, judged=False)
+            for sample in self.samples_in(file, judged=False)
         }
 
     def _drawn(
-        self, kind: str, count: int, draw: random.Random, known: dict[str, tuple[ImageFile, Sample]], flag: str
+        self, kind: str, count: int, draw: random.Random, known: dict[str, tuple[Entry, Sample]], flag: str
     ) -> list[str]:
         """The names of `count` images, drawn from those that may be shots."""
         patients = {
             name: None if self.is_benchmark else sample.patient
             for name, (file, sample) in known.items()
             if (file.masks or kind == "normal" or not self.pixel_metrics)
-            and any(judged == sample for judged in self.samples_in(file, kind))
+            and any(judged == sample for judged in self.samples_in(file))
         }
         if len(patients) < count:
             masked = " with a mask" * (len(patients) < len(known))

@@ -11,17 +11,15 @@ is known. Afterwards: `python train.py --obj breastmnist --data_path data --shot
 from __future__ import annotations
 
 import random
-import zipfile
-import zlib
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
 
-from utils import InputError, Parser, integer, run_cli, write_json
+from utils import EXPECTED, InputError, Parser, blame, integer, run_cli, write_json
 
 from .writer import Writer, new_folder
 
@@ -80,52 +78,30 @@ def set_name(text: str) -> str:
     raise InputError(f"{text}: {why}; use one of {', '.join(SOURCES)}")
 
 
-def rows(path: Path, key: str) -> Iterator[np.ndarray]:
-    """The rows of an array of bytes in an .npz file, one at a time, as it may hold 14 GB; `InputError` for damage."""
-    if not path.is_file():
-        raise InputError(f"--npz {path}: not found")
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as stream:
-            np.lib.format.read_magic(stream)
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-            if fortran or dtype != np.uint8 or len(shape) < 2 or 0 in shape:
-                raise InputError(f"{path}: {key} holds {dtype} of shape {shape}, where rows of uint8 are expected")
-            for _ in range(shape[0]):
-                yield np.frombuffer(stream.read(int(np.prod(shape[1:]))), np.uint8).reshape(shape[1:])
-    except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path}: {key} is missing or damaged ({error})") from error
-
-
-def labels_of(path: Path, split: str, normal: int | None) -> np.ndarray:
-    """(M,) of 0 normal and 1 abnormal."""
-    values = np.stack(list(rows(path, f"{split}_labels")))
-    if (values.shape[1] > 1) != (normal is None):
-        expected = "more than one" if normal is None else "1"
-        raise InputError(f"{path}: {split}_labels has {values.shape[1]} columns, where {expected} is expected")
-    return values.any(axis=1).astype(int) if normal is None else (values[:, 0] != normal).astype(int)
-
-
 def convert(archive: Path, name: str, folder: Path, most_valid: int, seed: int) -> Writer:
     """Write images, shot lists, NAME.json and LICENSE.txt below `folder`, which is empty.
 
-    At most `most_valid` images of a class (0: all) are drawn for valid/.
+    At most `most_valid` images of a class (0: all) are drawn for valid/. `InputError` for a damaged archive.
     """
     source, rng, writer = SOURCES[name], random.Random(seed), Writer(folder)
-    labels = {part: labels_of(archive, part, source.normal) for part in chain(*PARTS.values())}
-    for split, parts in PARTS.items():
-        chosen = set[tuple[str, int]]()
-        for label in (0, 1):
-            known = [(part, number) for part in parts for number in np.flatnonzero(labels[part] == label).tolist()]
-            is_drawn = split == "valid" and 0 < most_valid < len(known)
-            chosen |= set(rng.sample(known, most_valid) if is_drawn else known)
-        for part in parts:
-            for number, pixels in enumerate(rows(archive, f"{part}_images")):
-                if pixels.ndim != 2 and pixels.shape[2:] != (3,):
-                    raise InputError(f"{archive}: {part}_images are {pixels.shape}, not (S, S) or (S, S, 3)")
-                if (part, number) in chosen:
-                    writer.add(split, int(labels[part][number]), f"{part}{number:06d}", Image.fromarray(pixels))
-    shots = {label: rng.sample(of, len(of)) for (split, label), of in writer.names.items() if split == "valid"}
-    writer.write_lists(shots)
+    with blame(f"--npz {archive}", errors=(*EXPECTED, BadZipFile)), np.load(archive) as arrays:
+        labels: dict[str, np.ndarray] = {}  # part -> (M,) bool, True is abnormal
+        for part in chain(*PARTS.values()):
+            values = arrays[f"{part}_labels"]
+            if values.ndim != 2 or (values.shape[1] > 1) != (source.normal is None):
+                raise InputError(f"{archive}: {part}_labels are {values.shape}: not those of {name}")
+            labels[part] = values.any(axis=1) if source.normal is None else values[:, 0] != source.normal
+        for split, parts in PARTS.items():
+            chosen = set[tuple[str, int]]()
+            for label in (0, 1):
+                known = [(part, number) for part in parts for number in np.flatnonzero(labels[part] == label).tolist()]
+                is_drawn = split == "valid" and 0 < most_valid < len(known)
+                chosen |= set(rng.sample(known, most_valid) if is_drawn else known)
+            for part in parts:
+                for number, pixels in enumerate(arrays[f"{part}_images"]):
+                    if (part, number) in chosen:
+                        writer.add(split, int(labels[part][number]), f"{part}{number:06d}", Image.fromarray(pixels))
+    writer.write_lists({label: rng.sample(of, len(of)) for (s, label), of in writer.names.items() if s == "valid"})
     write_json(folder / f"{name}.json", {"prompt_name": source.prompt_name, "pixel_metrics": False})
     text = LICENCE_TEXT.format(name=name, licence=LICENCE, citation=CITATION, source=source)
     (folder / "LICENSE.txt").write_text(text, encoding="utf-8")
@@ -141,10 +117,10 @@ def download(name: str, size: int, folder: Path) -> Path:
         raise InputError(f"{name}: {advice}") from error
     folder.mkdir(parents=True, exist_ok=True)
     kind = getattr(medmnist, medmnist.INFO[name]["python_class"])
-    try:
+    with blame(
+        f"{name}: medmnist could not download it", "give the .npz with --npz", (RuntimeError, TypeError, OSError)
+    ):
         kind(split="val", download=True, size=size, root=str(folder))  # the smallest split, as it is read as well
-    except (RuntimeError, TypeError) as error:  # versions before 3 have no `size`
-        raise InputError(f"{name}: medmnist could not download it ({error}); give the .npz with --npz") from error
     return folder / (f"{name}.npz" if size == SIZES[0] else f"{name}_{size}.npz")
 
 

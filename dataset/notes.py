@@ -10,8 +10,8 @@ from dataclasses import replace
 
 from utils import preview
 
-from .layout import BENCHMARKS, KINDS, SPLITS, unused
-from .medical_few import HASHED, ImageFile, MedicalDataset
+from .layout import BENCHMARKS, unused
+from .medical_few import HASHED, MedicalDataset
 from .readers import read_mask
 
 
@@ -36,15 +36,12 @@ def benchmark_note(dataset: MedicalDataset) -> str | None:
 
 def split_note(dataset: MedicalDataset) -> str | None:
     """The folders that are divided between the splits."""
-    shared = {kind: folders for kind in KINDS if (folders := dataset.layout.shared(kind))}
-    if not shared:
+    divided = [entry for entry in dataset.entries if entry.divided]
+    if not divided:
         return None
-    valid, test = (
-        sum(file.folder in folders for kind, folders in shared.items() for file in dataset.image_files(split, kind))
-        for split in SPLITS
-    )
-    names = preview([folder for folders in shared.values() for folder in folders])
-    counts = f"of their {valid + test} images {valid} are valid, for shots, and {test} test"
+    names = preview(list(dict.fromkeys(entry.folder for entry in divided)))
+    valid = sum(entry.split == "valid" for entry in divided)
+    counts = f"of their {len(divided)} images {valid} are valid, for shots, and {len(divided) - valid} test"
     return f"{dataset.obj}: {names} serve both splits: {counts}, by a hash of {HASHED}"
 
 
@@ -56,30 +53,31 @@ def kinds_note(dataset: MedicalDataset) -> str | None:
 
 def masks_note(dataset: MedicalDataset) -> str | None:
     """The rules that found masks; or what the label of a slice means without."""
+    abnormal = [entry for entry in dataset.entries if entry.kind == "abnormal"]
     if dataset.pixel_metrics:
-        found = Counter(file.place for file in _every(dataset, "abnormal") if file.masks)
+        found = Counter(entry.place for entry in abnormal if entry.masks)
         rules = ", ".join(f"{count} by {place}" for place, count in sorted(found.items()))
         return f"masks: {rules}" if rules else None
-    if any(len(dataset.samples_in(file, "abnormal", judged=False)) > 1 for file in _every(dataset, "abnormal")):
+    if any(len(dataset.samples_in(entry, judged=False)) > 1 for entry in abnormal):
         return "labels are per slice: without masks every slice of an abnormal series or volume counts as abnormal"
     return None
 
 
 def normal_note(dataset: MedicalDataset) -> str | None:
     """Normal images whose mask marks something; the paper's are not looked at."""
+    masked = [entry for entry in dataset.entries if entry.kind == "normal" and entry.masks and not dataset.is_benchmark]
     names = [
         sample.name
-        for file in (() if dataset.is_benchmark else _every(dataset, "normal"))
-        for sample in (dataset.samples_in(file, "normal") if file.masks else ())
-        if (mask := read_mask(replace(sample, mask=file.masks[0]))) and mask.marks(dataset.mask_above)
+        for entry in masked
+        for sample in dataset.samples_in(entry)
+        if (mask := read_mask(replace(sample, mask=entry.masks[0]))) and mask.marks(dataset.mask_above)
     ]
     return f"warning: {len(names)} normal images have a mask that marks something: {preview(names)}" if names else None
 
 
 def unused_note(dataset: MedicalDataset) -> str | None:
     """The pictures in the folder that are neither images nor masks of the data set."""
-    files = [file for kind in KINDS for file in _every(dataset, kind)]
-    folders = unused(dataset.root, {path for file in files for path in (file.path, *file.masks)})
+    folders = unused(dataset.root, {path for entry in dataset.entries for path in (entry.path, *entry.masks)})
     return f"warning: not used: pictures in {', '.join(folders)}" if folders else None
 
 
@@ -87,18 +85,13 @@ def patients_note(dataset: MedicalDataset) -> str:
     """How many patients were recognised, with examples; a warning where none was."""
     if dataset.is_made_up:
         return "patients: none, as the images are made up"
-    known = {path: dataset.patient(path, folder) for path, folder in dataset.pictures}
-    patients = sorted(set(filter(None, known.values())))
+    entries = dataset.entries
+    patients = sorted({entry.patient for entry in entries if entry.patient})
     if not patients:
-        fault = f"none recognised in the names (such as {dataset.name(next(iter(known)))})"
+        fault = f"none recognised in the names (such as {entries[0].name})"
         advice = f"say how to find them with --patient REGEX, or `patient` in {dataset.obj}.json"
         return f"warning: patients: {fault}, so that one may be in both splits without a word; {advice}"
-    unknown = "" if all(known.values()) else f" ({sum(name is None for name in known.values())} images without)"
-    source = "PatientIDs" if dataset.headers_tell and not dataset.patient_rule else "names"
-    return f"patients: {len(patients)} recognised in {len(known)} {source}{unknown}: {preview(patients)}"
-
-
-def _every(dataset: MedicalDataset, kind: str) -> list[ImageFile]:
-    """Every file of a class in both splits, once."""
-    folders = dict.fromkeys(folder for split in SPLITS for folder in dataset.layout.folders(split, kind))
-    return [file for folder in folders for file in dataset.files_in(folder)]
+    without = sum(entry.patient is None for entry in entries)
+    unknown = f" ({without} images without)" if without else ""
+    source = "PatientIDs" if any(entry.from_header for entry in entries) else "names"
+    return f"patients: {len(patients)} recognised in {len(entries)} {source}{unknown}: {preview(patients)}"

@@ -147,10 +147,14 @@ def find_masks(
     return [found.get(image, ("", [])) for image in images]
 
 
-def mask_places(root: Path, folders: Iterable[str]) -> list[str]:
-    """The templates by which images of some folders have masks: the one that finds most, then what finds the others."""
-    names = {part.lower() for _, place in list_files([root]) for part in PurePosixPath(place).parts[:-1]}
-    places = [*(place.replace("NAME", name) for place in PLACES for name in MASK_FOLDERS if name in names), BESIDE]
+def mask_places(root: Path, folders: Iterable[str], places: Sequence[str] | None = None) -> list[str]:
+    """The templates by which images of some folders have masks: the one that finds most, then what finds the others.
+
+    They are sought among `places`, or else among the usual ones for the folders of masks that there are.
+    """
+    if places is None:
+        names = {part.lower() for _, place in list_files([root]) for part in PurePosixPath(place).parts[:-1]}
+        places = [*(place.replace("NAME", name) for place in PLACES for name in MASK_FOLDERS if name in names), BESIDE]
     found: dict[str, set[Path]] = {place: set() for place in places}
     for folder in folders:
         images = list_images(root / folder)

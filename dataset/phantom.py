@@ -20,9 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from utils import InputError, Parser, bar_seconds, run_cli
+from utils import InputError, Parser, blame, integer, run_cli
 
 from .layout import MADE_UP, SPLITS
 from .writer import FOLDERS as LABELS
@@ -32,7 +31,6 @@ from .writer import Writer
 # This is the difficulty: (0.1, 0.2) is hard to see, (0.4, 0.6) is glaring.
 CONTRAST = (0.3, 0.5)
 FAINT = 0.2  # the part of a pixel's colour that is lesion, below which none is painted; the mask is every pixel above
-MAX_IMAGES = 100_000  # of a class: the names have five digits
 NOTICE = "synthetic: drawn by dataset/phantom.py, it says nothing about medicine"
 
 Array = np.ndarray
@@ -187,65 +185,51 @@ def draw(obj: str, split: str, label: str, index: int, seed: int, size: int) -> 
     return paint(key, obj, size, abnormal=label == "Ungood")
 
 
-def write_object(folder: Path, obj: str, counts: dict[str, int], seed: int, size: int) -> str:
-    """Write one data set into `folder`, in place of an earlier phantom's pictures, masks and shot lists; the counts."""
-    folder.mkdir(parents=True, exist_ok=True)
-    arguments = f"--obj {obj} --valid {counts['valid']} --test {counts['test']} --seed {seed} --size {size}"
-    # First, so that a run that was cut off can be repeated.
-    (folder / MADE_UP).write_text(f"{NOTICE}\n{arguments}\n", encoding="utf-8")
-    old = [f"{split}/{label}/*/{split}_{label}_*.png" for split, label in product(SPLITS, LABELS)]
-    for path in [path for pattern in (*old, "fewshot_seed/my*-shot.txt") for path in folder.glob(pattern)]:
-        path.unlink()
-    writer = Writer(folder)
-    for split, label in product(SPLITS, LABELS):
-        title, pause = f"{obj} {split} {label}", bar_seconds()
-        bar = tqdm(range(counts[split]), title, unit="image", mininterval=pause, delay=pause)
-        for index in bar:
-            image, marked = draw(obj, split, label, index, seed, size)
-            mask = Image.fromarray(marked.astype(np.uint8) * 255) if KINDS[obj].has_masks and marked.any() else None
-            name = f"{split}_{label}_{index:05d}"
-            writer.add(split, LABELS.index(label), name, Image.fromarray(image), mask)
-    writer.write_lists()
-    return writer.counts()
-
-
 def write(out: str | Path, objs: Sequence[str], valid: int, test: int, seed: int, size: int) -> None:
     """Write the data sets `objs` below `out`, with `valid` and `test` images a class; size in pixels.
 
+    An earlier phantom's pictures, masks and shot lists are replaced.
+
     Raises:
-        InputError: for a wrong argument, a folder that is there but is no phantom (nothing has been written by then),
-            or one that cannot be written.
+        InputError: for a folder that is there but is no phantom (nothing has been written by then), or one that cannot
+            be written.
     """
     folders = {obj: Path(out) / f"{obj}_AD" for obj in objs}
-    for obj, folder in folders.items():
-        if obj not in KINDS:
-            raise InputError(f"--obj {obj}: unknown, choose from {', '.join(KINDS)}")
+    for folder in folders.values():
         if folder.exists() and not (folder / MADE_UP).is_file():
             raise InputError(f"{folder} exists and is not a phantom; choose another --out")
-    for flag, value, lowest, highest in (
-        ("--valid", valid, 0, MAX_IMAGES), ("--test", test, 0, MAX_IMAGES), ("--seed", seed, 0, math.inf),
-        ("--size", size, 32, 4096),
-    ):  # fmt: skip
-        if not lowest <= value <= highest:
-            raise InputError(f"{flag} {value}: must be at {f'least {lowest}' if value < lowest else f'most {highest}'}")
     for obj, folder in folders.items():
-        try:
-            counts = write_object(folder, obj, {"valid": valid, "test": test}, seed, size)
-        except OSError as error:
-            raise InputError(f"--out {out}: cannot write {error.filename or folder}: {error.strerror}") from error
-        print(f"{folder}: {counts}, {size} px")
+        with blame(f"--out {folder}", errors=(OSError,)):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / MADE_UP).write_text(f"{NOTICE}\n", encoding="utf-8")  # first, so that it can be repeated
+            old = [f"{split}/{label}/*/{split}_{label}_*.png" for split, label in product(SPLITS, LABELS)]
+            for path in [path for pattern in (*old, "fewshot_seed/my*-shot.txt") for path in folder.glob(pattern)]:
+                path.unlink()
+            writer = Writer(folder)
+            for split, label in product(SPLITS, LABELS):
+                for index in range(valid if split == "valid" else test):
+                    image, marked = draw(obj, split, label, index, seed, size)
+                    has_mask = KINDS[obj].has_masks and marked.any()
+                    mask = Image.fromarray(marked.astype(np.uint8) * 255) if has_mask else None
+                    name = f"{split}_{label}_{index:05d}"
+                    writer.add(split, LABELS.index(label), name, Image.fromarray(image), mask)
+            writer.write_lists()
+        print(f"{folder}: {writer.counts()}, {size} px")
     print(NOTICE)
 
 
 def main() -> None:
     """Read the command line and write the data sets."""
     parser = Parser(prog="python -m dataset.phantom", description=f"Draw a data set ({NOTICE}).")
-    parser.add_argument("--out", default="data", help="folder that will hold <obj>_AD (default: data)")
-    parser.add_argument("--obj", nargs="+", default=list(KINDS), metavar="OBJ", help=f"of {', '.join(KINDS)} (all)")
-    parser.add_argument("--valid", type=int, default=20, help="images a class in valid/ (20)")
-    parser.add_argument("--test", type=int, default=30, help="images a class in test/ (30)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other pictures (0)")
-    parser.add_argument("--size", type=int, default=240, help="height and width in pixels (240)")
+    flag, count = parser.add_argument, integer(0, 99_999)  # the names have five digits
+    flag("--out", default="data", help="folder that will hold <obj>_AD (default: data)")
+    flag(
+        "--obj", nargs="+", default=list(KINDS), choices=list(KINDS), metavar="OBJ", help=f"of {', '.join(KINDS)} (all)"
+    )
+    flag("--valid", type=count, default=20, help="images a class in valid/ (20)")
+    flag("--test", type=count, default=30, help="images a class in test/ (30)")
+    flag("--seed", type=integer(0), default=0, help="another seed, other pictures (0)")
+    flag("--size", type=integer(32, 4096), default=240, help="height and width in pixels (240)")
     args = parser.parse_args()
     write(args.out, args.obj, args.valid, args.test, args.seed, args.size)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from utils import InputError
+from utils import InputError, blame
 
 from .layout import SPLITS
 
@@ -30,11 +30,10 @@ def new_folder(root: Path, flag: str) -> Iterator[Path]:
         raise InputError(f"{flag} {root}: it is there already and not empty; remove it or name another folder")
     temporary = root.with_name(f".{root.name}.{os.getpid()}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.replace(root)  # an empty folder is replaced, too
-    except OSError as error:
-        raise InputError(f"{flag} {error.filename or root}: cannot be written ({error.strerror})") from error
+        with blame(f"{flag} {root}", errors=(OSError,)):
+            temporary.mkdir(parents=True)
+            yield temporary
+            temporary.replace(root)  # an empty folder is replaced, too
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -56,5 +56,5 @@ def test_a_leaky_data_set_scores_lower_without_the_shots_patients(command, tmp_p
     run = json.loads((tmp_path / "runs/Brain-4shot-seed1/result.json").read_text())
     assert (run["n_normal_without_shot_patients"], run["n_abnormal_without_shot_patients"]) == (12, 12)
     checked = command("dataset.check", "--obj", "Brain", "--data_path", tmp_path / "data")
-    assert checked.returncode == 0
-    assert "published: patients, by the names, in valid and in test: 8" in checked.stdout
+    assert checked.returncode == 1
+    assert "error: patients in valid and in test: 8" in checked.stdout

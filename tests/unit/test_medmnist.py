@@ -133,19 +133,17 @@ def test_what_is_refused(tmp_path, monkeypatch):
     arrays = write_npz(tmp_path / "set.npz")
     text = tmp_path / "text.npz"
     text.write_text("no archive")
-    lacking, wide, floats, cut = (tmp_path / f"{name}.npz" for name in ("lacking", "wide", "floats", "cut"))
+    lacking, wide, cut = (tmp_path / f"{name}.npz" for name in ("lacking", "wide", "cut"))
     np.savez(lacking, **{key: value for key, value in arrays.items() if key != "val_labels"})
     write_npz(wide, findings=14)
-    np.savez(floats, **{key: value.astype(float) for key, value in arrays.items()})
     cut.write_bytes((tmp_path / "set.npz").read_bytes()[:-4000])
     cases = [
         (["bloodmnist"], "no normal class"),
         (["nodulemnist3d"], "volumes"),
-        (["breastmnist", "--npz", tmp_path / "none.npz"], "none.npz: not found"),
-        (["breastmnist", "--npz", text], "not a zip"),
-        (["breastmnist", "--npz", lacking], "val_labels is missing"),
-        (["breastmnist", "--npz", wide], "14 columns"),
-        (["breastmnist", "--npz", floats], "float64"),
+        (["breastmnist", "--npz", tmp_path / "none.npz"], "none.npz"),
+        (["breastmnist", "--npz", text], "text.npz"),
+        (["breastmnist", "--npz", lacking], "val_labels"),
+        (["breastmnist", "--npz", wide], "not those of"),
         (["breastmnist", "--npz", cut], "cut"),
     ]
     for arguments, words in cases:

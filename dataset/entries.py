@@ -1,0 +1,111 @@
+"""Every image file of a data set, and what is known of it before it is opened: class, split, masks, patient."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils import InputError, preview
+
+from .fewshot import list_paths, parse_shot_list
+from .layout import KINDS, Layout
+from .pairing import find_masks, list_pictures, tell_apart
+from .patients import compile_rule, falls_in_valid, patient, spelled_alike
+from .readers import Slice, describe, file_kind, frames
+
+
+@dataclass
+class Entry:
+    """An image file of a class."""
+
+    path: Path
+    name: str  # the path below the data set's folder
+    kind: str  # of `KINDS`
+    folder: str  # the class's, relative to the data set's: the file lies in it or below
+    masks: list[Path] = field(default_factory=list)  # the files that fit as its mask; several are united
+    place: str = ""  # the template by which the masks were found
+    split: str = ""  # of `SPLITS`
+    divided: bool = False  # its folder serves both splits
+    listed: str = ""  # what few-shot lists call it
+    patient: str | None = None  # as far as rule, header or name tells
+    from_header: bool = False  # the patient is the DICOM header's
+    series: str = ""  # the DICOM header's SeriesInstanceUID
+
+
+def read_folders(root: Path, layout: Layout) -> list[Entry]:
+    """What a layout's folders hold, class by class, folder by folder and sorted; a missing folder holds nothing.
+
+    Raises:
+        InputError: a mask fits no image, a patient's rule is none, a few-shot list cannot be read.
+    """
+    entries: list[Entry] = []
+    for kind in KINDS:
+        for folder in dict.fromkeys((*layout.valid[kind], *layout.test[kind])):
+            pairs = tell_apart(list_pictures(root / folder))
+            if pairs.lost:
+                raise InputError(
+                    f"{preview([str(path) for path in pairs.lost])}: named like masks, but no image of that name lies "
+                    f"beside them ({len(pairs.lost)} files); rename them, or describe the data set (docs/data.md)"
+                )
+            divided = folder in layout.shared(kind)
+            split = "" if divided else "valid" if folder in layout.valid[kind] else "test"
+            for path, (place, masks) in zip(
+                pairs.images, find_masks(root, folder, layout.masks, pairs.images), strict=True
+            ):
+                name = path.relative_to(root).as_posix()
+                entries.append(Entry(path, name, kind, folder, masks, place, split, divided))
+        own = [entry for entry in entries if entry.kind == kind and entry.split != "test"]
+        flat = len(layout.valid[kind]) == 1 and all(entry.path.parent == root / entry.folder for entry in own)
+        for entry in own:
+            entry.listed = entry.path.name if flat else entry.name
+    name_patients(entries, layout.patient)
+    divide(entries, root, layout.valid_share)
+    return entries
+
+
+def name_patients(entries: Sequence[Entry], rule: str | None) -> None:
+    """Find each entry's patient: by the rule, or else the DICOM header, or the name.
+
+    One PatientID for all files is what some programs leave to hide names: then the names tell. Of several spellings of
+    one patient the first in order stands for all.
+    """
+    pattern = compile_rule(rule, "--patient") if rule else None
+    headers = {entry.path: _header(entry.path) for entry in entries if file_kind(entry.path) == "dicom"}
+    tell = pattern is None and len({header.patient_id for header in headers.values()}) > 1
+    for entry in entries:
+        header = headers.get(entry.path, Slice())
+        entry.series, entry.from_header = header.series_uid, tell and bool(header.patient_id)
+        below = Path(entry.name).relative_to(entry.folder).as_posix()
+        entry.patient = entry.patient or (tell and header.patient_id) or patient(entry.name, pattern, below)
+    names = sorted({entry.patient for entry in entries if entry.patient}, reverse=True)
+    spelling = {spelled_alike(name) or name: name for name in names}
+    for entry in entries:
+        entry.patient = entry.patient and spelling[spelled_alike(entry.patient) or entry.patient]
+
+
+def _header(path: Path) -> Slice:
+    try:
+        return describe(frames(path))[0]
+    except InputError:  # it is reported where it is read
+        return Slice()
+
+
+def divide(entries: Sequence[Entry], root: Path, share: float) -> None:
+    """Give the files of divided folders their split: by a hash, but what a list of the data set's own names is valid.
+
+    So is whatever else is a listed image's patient's. All lists count, whichever --shot and --iterate, so that the test
+    set is the same for all.
+    """
+    names: Counter[tuple[str, str]] = Counter()
+    for path in list_paths(root / "fewshot_seed"):
+        for (letter, _), line in parse_shot_list(path)[0].items():
+            names.update((letter, name.partition("#")[0]) for name in line)
+    shots = [entry for entry in entries if not entry.split and (entry.kind[0], entry.listed) in names]
+    patients = {entry.patient for entry in shots} - {None}
+    for entry in entries:
+        if not entry.split:
+            pinned = (entry.kind[0], entry.listed) in names or entry.patient in patients
+            is_valid = pinned or falls_in_valid(entry.name, share, entry.patient)
+            entry.split = "valid" if is_valid else "test"

@@ -122,7 +122,8 @@ def open_nifti(path: Path, plane: str, _time: int = 0) -> Volume:
         InputError: no numbers, not 3 or 4 axes, or fewer bytes than the header claims.
     """
     nibabel, data = optional("nibabel", path), read_bytes(path)
-    own = nibabel.spatialimages.HeaderDataError, nibabel.wrapstruct.WrapStructError
+    errors = nibabel.spatialimages.HeaderDataError, nibabel.wrapstruct.WrapStructError
+    own = *errors, nibabel.orientations.OrientationError
     with blame(f"{path}: not readable as NIfTI, or cut short", errors=(*DAMAGE, *own)):
         file: Any = BytesIO(data) if data[:2] != b"\x1f\x8b" else gzip.GzipFile(fileobj=BytesIO(data))
         is_second = 540 in (int.from_bytes(start, order) for start in [file.read(4)] for order in ("little", "big"))
@@ -226,12 +227,22 @@ def open_dicom(path: Path, _plane: str = "", _time: int = 0) -> Volume:
         NoImageError: it holds no picture.
         InputError: it is damaged, cut short, or claims more frames than it holds.
     """
-    data = read_bytes(path)
-    with blame(f"{path}: not readable as DICOM, or cut short", errors=DAMAGE):
-        header = optional("pydicom.filereader", path).dcmread(BytesIO(data), force=True)
-        kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
-        name, modality = getattr(kind, "name", ""), str(header.get("Modality") or "")
-        absent = [element for element in ELEMENTS if header.get(element) in (None, "")]
+    data, own = read_bytes(path), optional("pydicom.errors", path).BytesLengthException
+    with blame(f"{path}: not readable as DICOM, or cut short", errors=(*DAMAGE, own)):  # elements are parsed when read
+        header = _parse(data, path)
+        each = range(_count(header, path))
+        return Volume(
+            Frames(header, path, len(each)), [_window(header, path, i) for i in each], partial(_range, header, path),
+            "DICOM", hashlib.sha256(data).hexdigest(), [_spacing(header, i) for i in each],
+            [_slice(header, i, len(each)) for i in each], header.PhotometricInterpretation == "MONOCHROME1",
+        )  # fmt: skip
+
+
+def _parse(data: bytes, path: Path) -> Header:
+    header = optional("pydicom.filereader", path).dcmread(BytesIO(data), force=True)
+    kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
+    name, modality = getattr(kind, "name", ""), str(header.get("Modality") or "")
+    absent = [element for element in ELEMENTS if header.get(element) in (None, "")]
     if data[128:132] != b"DICM" and kind is None:
         raise InputError(f"{path}: no DICOM file, or damaged: it has neither the mark DICM nor a SOPClassUID")
     if modality in NO_PICTURE or (absent and "Image Storage" not in name):
@@ -242,12 +253,7 @@ def open_dicom(path: Path, _plane: str = "", _time: int = 0) -> Volume:
         uid, (implicit, little) = optional("pydicom.uid", path), header.original_encoding
         explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
         header.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
-    each = range(_count(header, path))
-    return Volume(
-        Frames(header, path, len(each)), [_window(header, path, i) for i in each], partial(_range, header, path),
-        "DICOM", hashlib.sha256(data).hexdigest(), [_spacing(header, i) for i in each],
-        [_slice(header, i, len(each)) for i in each], header.PhotometricInterpretation == "MONOCHROME1",
-    )  # fmt: skip
+    return header
 
 
 def _count(header: Header, path: Path) -> int:
@@ -324,31 +330,27 @@ def _series_in(folder: Path) -> dict[str, list[Path]]:
 
 
 @lru_cache(maxsize=256)
-def _series_range(folder: Path, uid: str) -> Range | None:
-    """The range of a series of several files in a folder, from thinned pixels; None where there is none."""
-    parts, files = [], _series_in(folder).get(uid, []) if uid else []
-    for path in files if len(files) > 1 else []:
-        with suppress(InputError):  # a damaged neighbour
-            values = open_dicom(path).values[0]
-            if values.ndim == 2:
-                parts += [np.array([values.min(), values.max()]), values.ravel()[:: max(values.size // 4096, 1)]]
-    return Range.measure(parts, f"its series ({len(files)} files)", folder, shared=True) if parts else None
+def _common_range(files: tuple[Path, ...], of: str) -> Range | None:
+    """The range of all pictures of some files: of several from thinned pixels, without those that are damaged."""
+    parts = []
+    for path in files:
+        with suppress(InputError):
+            values = open_dicom(path).values
+            for index in np.linspace(0, len(values) - 1, min(len(values), SAMPLED_FRAMES)).astype(int).tolist():
+                grey = values[index]
+                step = max(grey.size // 4096, 1) if len(files) > 1 else 1
+                parts += [np.array([grey.min(), grey.max()]), grey.ravel()[::step]] if grey.ndim == 2 else []
+    return Range.measure(parts, of, files[0], shared=len(files) > 1) if parts else None
 
 
 def _range(header: Header, path: Path, picture: Array) -> Range:
-    """The grey values of all pictures of this file's series in its folder, else of the file's frames."""
-    frames = int(header.get("NumberOfFrames") or 1)
-    if frames > 1:
-        return _frames_range(path, frames)
+    """The grey values of all pictures of this file's series in its folder, or of the file's frames."""
+    frames, uid = int(header.get("NumberOfFrames") or 1), str(header.get("SeriesInstanceUID") or "")
     with _lock:
-        shared = _series_range(path.parent, str(header.get("SeriesInstanceUID") or ""))
-    return shared or Range.measure([picture], "this picture", path)
-
-
-@lru_cache(maxsize=64)
-def _frames_range(path: Path, frames: int) -> Range:
-    chosen = np.linspace(0, frames - 1, min(frames, SAMPLED_FRAMES)).astype(int).tolist()
-    return Range.measure([open_dicom(path).values[i] for i in chosen], f"its {frames} frames", path)
+        files = [path] if frames > 1 or not uid else _series_in(path.parent).get(uid, [path])
+        of = f"its {frames} frames" if frames > 1 else f"its series ({len(files)} files)"
+        common = _common_range(tuple(files), of) if frames > 1 or len(files) > 1 else None
+    return common or Range.measure([picture], "this picture", path)
 
 
 def _slice(header: Header, index: int, frames: int) -> Slice:

@@ -593,7 +593,7 @@ def test_a_series_has_one_range(tmp_path):
     assert "the whole range of its series (4 files)" in last.notes["window"]
     assert Sample(tmp_path / "3.dcm", 0, None, "x").content_hash() == last.sha256
     # Other files have a part in this picture, so they have one in its hash.
-    volumes._series_range.cache_clear()
+    volumes._common_range.cache_clear()
     volumes._series_in.cache_clear()
     (tmp_path / "0.dcm").unlink()
     again = read(tmp_path / "3.dcm")

@@ -28,6 +28,7 @@ from dataset.readers import (
     describe,
     file_kind,
     frames,
+    is_deep,
     list_files,
     stem,
 )
@@ -159,6 +160,7 @@ def list_entries(inputs: Sequence[str], reading: ReadOptions, hidden: bool) -> I
     """Walk the inputs; the slices of a series follow each other in the order of their position."""
     result, files, names = InputList(), [], Names(hidden)
     found = [(path, place) for path, place in list_files(map(Path, inputs)) if not is_clutter(place)]
+    reading = replace(reading, deep=reading.deep or is_deep([path for path, _ in found]))
     masks = {mask for beside in tell_apart(path for path, _ in found).masks.values() for mask in beside}
     for path, place in found:
         if is_own_result(path):

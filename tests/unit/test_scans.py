@@ -97,6 +97,12 @@ def test_dicom_slices_follow_their_position_and_say_their_sides(tmp_path):
     assert {(entry.number, entry.count) for entry in entries} == {(i, 5) for i in range(1, 6)}
 
 
+def test_one_depth_holds_for_all_inputs(tmp_path):
+    for name, high in (("dark", 200), ("bright", 4000)):
+        Image.fromarray(np.full((4, 4), high, np.uint16)).save(tmp_path / f"{name}.png")
+    assert {e.frame.options.deep for e in list_entries([str(tmp_path)], ReadOptions(), hidden=False).entries} == {True}
+
+
 def test_slices_of_several_directions_follow_their_number():
     across, along = (0.0, 0.0, 1.0), (1.0, 0.0, 0.0)
     slices = [Slice(instance_number=n, position=-n, normal=d) for n, d in ((3, across), (1, along), (2, across))]

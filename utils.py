@@ -1,4 +1,4 @@
-"""What everything shares: errors and exit codes, seeds, atomic files, hashes, downloads, the 16 views of a shot.
+"""What everything shares: errors and exit codes, seeds, atomic files, remembered hashes and downloads.
 
 Nothing here imports torch before it is needed, so that `--help` and a mistyped flag are answered at once.
 """
@@ -14,7 +14,6 @@ import errno
 import hashlib
 import importlib
 import json
-import math
 import os
 import random
 import re
@@ -26,12 +25,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from io import TextIOWrapper
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar, Union, get_args, get_origin, get_type_hints
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -40,57 +37,39 @@ HASHES = Path(".cache/hashes.json")  # where `sha256_file` remembers, below the 
 STALE_SECONDS = 86_400.0  # of a temporary file: nothing takes a day to write
 SETTLED_SECONDS = 2.0  # a file that changed later than this may change again within one tick of its clock
 
-# The published augmentation: 16 views of every few-shot image, in this order.
-ROTATIONS = (-math.pi / 8, -math.pi / 16, math.pi / 16, math.pi / 8)
-TRANSLATIONS = ((0.1, 0.1), (-0.1, 0.1), (-0.1, -0.1), (0.1, -0.1))  # in affine-grid units: half an image is 1
-ZOOMS = (1.1, 1.15, 1.2, 1.3)
-JITTER_VIEW = 13
-VIEWS = 16
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - a function
+    """The 16 views of dataset/views.py, under the names that they have in the published utils.py."""
+    if name in ("augment", "augment_view"):
+        return getattr(importlib.import_module("dataset.views"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class InputError(Exception):
     """Something the user can put right: one line that names the file or flag and says what to do."""
 
 
-def _is_command() -> bool:
-    """Whether Python runs a command of this project, and not a program that imports this module."""
-    path, root = getattr(sys.modules.get("__main__"), "__file__", None), Path(__file__).resolve().parent
-    if path is None:
-        return sys.argv[:1] == ["-m"]  # while Python looks for the module
-    path = Path(path).resolve()
-    if path.parent == root:
-        return path.stem in ("train", "test", "predict", "reproduce")
-    return path.parent.parent == root and path.parent.name in ("CLIP", "Prompt", "dataset", "engine", "benchmarks")
-
-
-if _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while Python imports: the end, without a traceback
-
-
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and leave with its exit code.
 
     An `InputError` becomes one line on stderr and code 2, and so does a file that the system refuses (permissions, a
-    name that is too long), and too little memory. A reader of stdout that leaves, such as `head`, ends it quietly; a
-    stdout or stderr that is closed, or on a full disk, does not end it (see `Stream`). Ctrl-C is code 130.
+    name that is too long), and too little memory; with --debug, or MADCLIP_DEBUG=1, their traceback comes first. A
+    reader of stdout that leaves, such as `head`, ends it quietly. Ctrl-C is code 130.
     """
     if "--debug" in sys.argv:  # before any flag is read, as reading them may refuse one
         sys.argv.remove("--debug")
         os.environ["MADCLIP_DEBUG"] = "1"
     tune_allocator()
-    _raise_on_ctrl_c()
-    _open_standard_files()
-    before, code = (sys.stdout, sys.stderr), 1
-    sys.stdout, sys.stderr = Stream(sys.stdout, safe=True), Stream(sys.stderr)
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold what the terminal's encoding lacks
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
         sys.stdout.flush()
     except InputError as error:
-        if os.environ.get("MADCLIP_DEBUG"):
-            traceback.print_exc()
         code = _refuse(error)
     except BrokenPipeError:
-        _discard(before[0])  # else Python complains when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
         code = 128 + signal.SIGPIPE
     except OSError as error:
         if error.filename is None:
@@ -101,99 +80,26 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
             raise
         code = _refuse(f"out of memory ({one_line(error)}); try a smaller --batch_size, or --cache disk for tokens")
     except KeyboardInterrupt:
-        _print_once("interrupted")
+        print("interrupted", file=sys.stderr)
         code = 130
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(BrokenPipeError):
-                stream.flush()
-        sys.stdout, sys.stderr = before
     sys.exit(code)
 
 
 def run_script(module: str, parse: Callable[[], argparse.Namespace]) -> NoReturn:
-    """Read a script's flags, then import its module, which takes long, and call its `main`."""
+    """Read a script's flags, then import its module, which is slow, and call its `main`."""
 
     def main() -> int | None:
         options = parse()
-        if ctrl_c := signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # libraries may turn the exception into another
-        script = importlib.import_module(module)
-        if ctrl_c:
-            _raise_on_ctrl_c()
-        code: int | None = script.main(options)
+        code: int | None = importlib.import_module(module).main(options)
         return code
 
     run_cli(main)
 
 
-def _raise_on_ctrl_c() -> None:
-    """From here on Ctrl-C is an exception, unless it is ignored, as under nohup."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-class Stream:
-    """stdout or stderr of a command: where it cannot be written, on a full disk or closed, the command goes on.
-
-    A reader of stdout that leaves is a `BrokenPipeError` all the same. With `safe`, what names of files and contents
-    of checkpoints may hold for a terminal to obey is written as escapes.
-    """
-
-    def __init__(self, stream: TextIO, safe: bool = False) -> None:
-        self._stream, self._safe = stream, safe
-        with contextlib.suppress(
-            AttributeError, OSError, ValueError
-        ):  # names of files may hold what the terminal's encoding lacks
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever a text file has
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        """Write, or lose, the text."""
-        shown = "".join(letter if letter in "\n\t" else printable(letter) for letter in text) if self._safe else text
-        self._try(lambda: self._stream.write(shown))
-        return len(text)
-
-    def flush(self) -> None:
-        """Write what is buffered, or lose it."""
-        self._try(self._stream.flush)
-
-    def _try(self, action: Callable[[], object]) -> None:
-        try:
-            action()
-        except BrokenPipeError:
-            if self._safe:
-                raise
-            _discard(self._stream)
-        except (OSError, ValueError) as error:  # ValueError: closed
-            _discard(self._stream)
-            if self._safe:
-                warn(f"stdout cannot be written ({getattr(error, 'strerror', error)}): the rest of it is lost")
-
-
-def _discard(stream: TextIO) -> None:
-    """Let all that is still to be written to a stream, its buffer first, vanish."""
-    with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
-        stream.flush()
-
-
-def _open_standard_files() -> None:
-    """Open what is closed of stdin, stdout and stderr: else the next file that is opened takes number and text."""
-    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # the lowest that is free
-        os.set_inheritable(number, True)
-    os.close(number)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - for the whole process
-
-
 def _refuse(message: object) -> int:
-    _print_once(f"error: {printable(' '.join(str(message).split()))}")
+    if os.environ.get("MADCLIP_DEBUG"):
+        traceback.print_exc()
+    print(f"error: {printable(' '.join(str(message).split()))}", file=sys.stderr, flush=True)
     return 2
 
 
@@ -203,22 +109,9 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
-def _print_once(line: str) -> None:
-    """Print why this process ends on stderr; of those that torchrun started on a machine only the first to end does."""
-    with contextlib.suppress(OSError, ValueError, IndexError):  # stderr may be closed, or on a full disk
-        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-            mark = Path(report).parents[1] / "madclip-has-said-why"
-            try:
-                mark.touch(exist_ok=False)
-            except FileExistsError:
-                return
-        print(line, file=sys.stderr, flush=True)
-
-
 def warn(message: str) -> None:
-    """Print a warning on stderr, in one line; a closed or full stderr does not stop the run."""
-    with contextlib.suppress(OSError, ValueError):
-        print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
+    """Print a warning on stderr, in one line."""
+    print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def redact(text: str, secret: str = "") -> str:
@@ -595,71 +488,9 @@ def prefetch(function: Callable[[In], Out], inputs: Iterable[In], workers: int =
 
 def bar_seconds() -> float:
     """Seconds between two updates of a progress bar: one on a terminal, 30 in a file, which keeps every update."""
-    with contextlib.suppress(AttributeError, ValueError):  # stderr is closed
-        return 1.0 if sys.stderr.isatty() else 30.0
-    return 30.0
+    return 1.0 if sys.stderr.isatty() else 30.0
 
 
 def anonymous_name(name: str) -> str:
     """A hash instead of a file's name, with its ending: names may be patients'."""
     return hashlib.sha256(os.fsencode(name)).hexdigest()[:16] + Path(name).suffix.lower()
-
-
-def augment_view(images: Tensor, view: int, jitter: tuple[float, float] | None = None) -> Tensor:
-    """One of the 16 views of the published augmentation.
-
-    Args:
-        images: (B, channels, S, S) in [0, 1]; masks go through the same views and become soft.
-        view: 0 identity, 1-4 rotations, 5-8 translations, 9-12 zooms, 13 colour jitter, 14 horizontal and 15
-            vertical flip.
-        jitter: two draws in [0, 1) for brightness and contrast; None (for masks) leaves view 13 as it is.
-
-    Returns:
-        (B, channels, S, S) in [0, 1].
-    """
-    if view == 0:
-        return images
-    if view <= 4:
-        cos, sin = math.cos(ROTATIONS[view - 1]), math.sin(ROTATIONS[view - 1])
-        return _affine(images, [[cos, -sin, 0.0], [sin, cos, 0.0]])
-    if view <= 8:
-        x, y = TRANSLATIONS[view - 5]
-        return _affine(images, [[1.0, 0.0, x], [0.0, 1.0, y]])
-    if view <= 12:
-        return _zoom(images, ZOOMS[view - 9])
-    if view == JITTER_VIEW:
-        return images if jitter is None else _jitter(images, *jitter)
-    return images.flip(-1 if view == 14 else -2)
-
-
-def augment(images: Tensor, jitter: tuple[float, float] | None = None) -> Tensor:
-    """All 16 views, view by view (every image of view 0, then of view 1, ...): (B, ...) -> (16 B, ...)."""
-    import torch  # noqa: PLC0415
-
-    return torch.cat([augment_view(images, view, jitter) for view in range(VIEWS)])
-
-
-def _affine(images: Tensor, matrix: list[list[float]]) -> Tensor:
-    import torch  # noqa: PLC0415
-    import torch.nn.functional as F  # noqa: PLC0415
-
-    theta = torch.tensor([matrix], dtype=images.dtype, device=images.device).expand(len(images), -1, -1)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-
-
-def _zoom(images: Tensor, factor: float) -> Tensor:
-    import torch.nn.functional as F  # noqa: PLC0415
-
-    size = images.shape[-1]
-    kept = int(size / factor)
-    first, last = (size - kept) // 2, (size + kept) // 2
-    crop = images[..., first:last, first:last]
-    return F.interpolate(crop, size=(size, size), mode="bilinear", align_corners=False)
-
-
-def _jitter(images: Tensor, brightness: float, contrast: float) -> Tensor:
-    bright = images * (0.8 + 0.4 * brightness)
-    # The published mean is over channels and rows, which leaves one mean a column.
-    mean = bright.mean(dim=(-3, -2), keepdim=True)
-    return ((bright - mean) * (0.8 + 0.4 * contrast) + mean).clamp(0, 1)

@@ -25,6 +25,7 @@ from benchmarks.backbone import matmul_peak
 from benchmarks.common import peak_memory, print_table, write_json
 from CLIP.clip import create_model
 from dataset.medical_few import Sample
+from dataset.views import VIEWS
 from engine.detector import Detector
 from engine.evaluation import Evaluation, Masks
 from engine.files.config import Settings, pick_autocast, pick_device
@@ -32,7 +33,7 @@ from engine.metrics import measure
 from engine.study.cost import DATA_SHEETS
 from engine.training import TrainingState
 from loss import training_loss
-from utils import VIEWS, Parser, run_cli
+from utils import Parser, run_cli
 
 TEST = {"Brain": (640, 3075), "Liver": (833, 660), "Retina_RESC": (1041, 764), "Retina_OCT2017": (242, 726),
         "Chest": (1000, 16194), "Histopathology": (1028, 1008)}  # fmt: skip

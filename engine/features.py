@@ -36,11 +36,10 @@ from CLIP.model import CLIP
 from CLIP.weights import Weights
 from dataset.medical_few import Sample
 from dataset.readers import READER, load_image_with_hash
+from dataset.views import JITTER_VIEW, augment_view
 from utils import (
-    JITTER_VIEW,
     InputError,
     Parser,
-    augment_view,
     bar_seconds,
     prefetch,
     remove_stale,

@@ -16,8 +16,9 @@ from dataset import notes
 from dataset.fewshot import quoted
 from dataset.medical_few import MedicalDataset, Sample, Shots, anonymous, equal_images
 from dataset.readers import FULL_MASK, check_mask, load_grey_mask, load_mask
+from dataset.views import JITTER_VIEW, VIEWS, augment
 from loss import training_loss
-from utils import JITTER_VIEW, VIEWS, InputError, augment, checked, preview, printable, sha256_file, warn
+from utils import InputError, checked, preview, printable, sha256_file, warn
 
 from . import distributed
 from .calibration import CHOSEN_SOURCE, VALID_SOURCE, VIEWS_SOURCE, Rule, calibrate, calibration_samples

@@ -14,7 +14,8 @@ import torch
 
 from CLIP.config import ModelConfig
 from dataset.layout import PUBLISHED_COUNTS
-from utils import VIEWS, InputError
+from dataset.views import VIEWS
+from utils import InputError
 
 from .grid import Cell, Grid, layers_of
 

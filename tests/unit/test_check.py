@@ -438,5 +438,3 @@ def test_leaks_are_found_by_content(tmp_path):
     samples = [Sample(path, 0, None, path.name) for path in (*paths, tmp_path / "copy.png")]
     assert [(a.name, b.name) for a, b in equal_images(samples[:2], samples[2:])] == [("0.png", "copy.png")]
     assert equal_images(samples[:2], samples[2:3]) == []
-
-

@@ -9,10 +9,11 @@ import torch
 
 from CLIP.clip import create_model
 from CLIP.weights import find_weights
+from dataset.views import JITTER_VIEW, VIEWS
 from engine import features
 from engine.features import Item, TokenStore, Tower, choose_cache, free_memory
 from tests.helpers.data import draw_samples, small_settings, store_options
-from utils import JITTER_VIEW, VIEWS, InputError
+from utils import InputError
 
 CPU = torch.device("cpu")
 

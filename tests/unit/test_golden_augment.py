@@ -8,8 +8,8 @@ import torch
 
 from dataset.medical_few import Sample
 from dataset.readers import load_image, load_mask
+from dataset.views import VIEWS, augment, augment_view
 from tests.unit.test_golden_backbone import close
-from utils import VIEWS, augment, augment_view
 
 
 @pytest.mark.parametrize("call", ["with_masks", "without_masks"])

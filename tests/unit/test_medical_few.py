@@ -324,7 +324,7 @@ def test_names_with_blanks_stand_in_quotes_and_are_in_valid_by_being_listed(tmp_
     lists = tmp_path / "fewshot_seed"
     lists.mkdir()
     one, two = (name.removeprefix("abnormal/") for name in listed)
-    (lists / "my2-shot.txt").write_text(f"a-0: \"{one}\" '{two}'\nn-0: \"normal (1).png\" \"normal (2).png\"\n")
+    (lists / "my2-shot.txt").write_text(f'a-0: "{one}" \'{two}\'\nn-0: "normal (1).png" "normal (2).png"\n')
     (lists / "my1-shot.txt").write_text(f"{patient[0]}-0: {patient.partition('/')[2]}\n")
     dataset = MedicalDataset.open("knee", "data", tmp_path)
     names = dataset.shots(2, 2, 0, 0).names()

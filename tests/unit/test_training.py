@@ -11,13 +11,14 @@ from CLIP.clip import create_model
 from dataset import phantom
 from dataset.medical_few import Shots
 from dataset.readers import load_mask
+from dataset.views import VIEWS, augment
 from engine.detector import Detector, seeded
 from engine.features import TokenStore
 from engine.files.config import train_options
 from engine.metrics import Metrics
 from engine.training import Splits, TrainingSet, TrainingState, check_losses, view_masks
 from tests.helpers.data import draw_samples, small_settings
-from utils import VIEWS, InputError, augment
+from utils import InputError
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,8 @@
 # make demo      draws made-up data, trains and tests on them (about 3 minutes after the install)
 # make test      ruff, mypy and pytest
-# make bench     the benchmarks of docs/speed.md (under 40 minutes on two CPU cores)
-# make mutants   breaks the product in one place at a time and shows that a test notices
+# make bench     the benchmarks of docs/speed.md (half an hour on two CPU cores)
 # make real      CLIP's weights and two real data sets from the internet, then training, test and report
-# make docs      writes docs/flags.md and docs/robustness.md anew
+# make docs      writes docs/flags.md anew
 # Each makes the virtual environment that it needs.
 
 PYTHON ?= python3
@@ -19,9 +18,9 @@ DEMO_PATHS := --data_path demo/data --save_path demo/ckpt
 REAL_SETS := breastmnist pneumoniamnist
 REAL_SHOT := 16
 
-BENCHMARKS := auc scale grid backbone train epoch startup predict
+BENCHMARKS := auc train epoch startup
 
-.PHONY: demo test bench mutants real docs clean
+.PHONY: demo test bench real docs clean
 
 $(VENV)/runtime: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -50,9 +49,6 @@ test: $(VENV)/dev
 
 bench: $(VENV)/dev
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit; done
-
-mutants: $(VENV)/dev
-	$(BIN)/python -m benchmarks.mutants
 
 real: $(VENV)/runtime
 	$(BIN)/pip install --disable-pip-version-check -q "medmnist>=3.0"

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine in words, peak memory, a printed table, results as JSON."""
+"""What the benchmarks share: the machine in words, peak memory, rates, counted operations, a table, results as JSON."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 import utils
+from CLIP.config import ModelConfig
 
 
 def machine() -> dict[str, str | int]:
     """Describe the machine and the software that figures were measured on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return {
-        "cpu": _cpu_model(),
+        "cpu": next(names, platform.machine()),
         "cores": os.cpu_count() or 1,
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
@@ -29,16 +34,44 @@ def machine() -> dict[str, str | int]:
     }
 
 
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def peak_memory() -> float:
     """Peak resident memory of this process so far, in MiB. It never falls: compare within a fresh process."""
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def best(function: Callable[[], object], repeats: int = 3) -> float:
+    """Seconds of the fastest of some runs, after one that warms up; it waits for a GPU."""
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """Operations a second of a square matrix product, the best of several."""
+    size = 8192 if device.type == "cuda" else 4096
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * size**3 / best(lambda: torch.mm(a, b, out=out), 8)
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second that a copy reads and writes."""
+    source = torch.empty(2**26, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / best(lambda: target.copy_(source), 8)
+
+
+def tower_operations(config: ModelConfig, img_size: int, layers: int) -> float:
+    """Of one image through `layers` blocks: products of weights, and attention."""
+    patches, width = config.grid(img_size) ** 2, config.width
+    block = 12 * width**2 * (patches + 1) + 2 * width * (patches + 1) ** 2
+    return 2.0 * (layers * block + patches * 3 * config.patch_size**2 * width)
 
 
 def print_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:

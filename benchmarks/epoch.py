@@ -12,7 +12,6 @@ from their data sheets' rates.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +20,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from benchmarks.backbone import matmul_peak
-from benchmarks.common import peak_memory, print_table, write_json
+from benchmarks.common import best, copy_rate, matmul_rate, peak_memory, print_table, tower_operations, write_json
 from CLIP.clip import create_model
 from dataset.medical_few import Sample
 from dataset.views import VIEWS
@@ -30,7 +28,6 @@ from engine.detector import Detector
 from engine.evaluation import Evaluation, Masks
 from engine.files.config import Settings, pick_autocast, pick_device
 from engine.metrics import measure
-from engine.study.cost import DATA_SHEETS
 from engine.training import TrainingState
 from loss import training_loss
 from utils import Parser, run_cli
@@ -39,8 +36,9 @@ TEST = {"Brain": (640, 3075), "Liver": (833, 660), "Retina_RESC": (1041, 764), "
         "Chest": (1000, 16194), "Histopathology": (1028, 1008)}  # fmt: skip
 WITH_MASKS = ("Brain", "Liver", "Retina_RESC")
 LESION = 0.02  # of an abnormal image's pixels, as in Brain
-MEMORY_RATES = {"RTX 4090": 1.01e12, "H100": 3.35e12}  # bytes a second, from the data sheets
-PREDICTED = {f"{name} s, PREDICTED": (DATA_SHEETS[name], rate) for name, rate in MEMORY_RATES.items()}
+# From the data sheets (H100: SXM): dense bfloat16 products with float32 sums, and bytes of memory, a second.
+PREDICTED = {"RTX 4090 s, PREDICTED": (165e12, 1.01e12), "H100 s, PREDICTED": (989e12, 3.35e12)}
+TOWER_BATCH = 16
 
 
 @dataclass
@@ -54,29 +52,10 @@ class Part:
     bytes: float = 0.0
 
 
-def wait(device: torch.device) -> None:
-    """Let the GPU finish."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds_of(part: Part, device: torch.device, budget: float) -> float:
-    """Seconds of one run of a part: the mean over as many as fit into the budget, after one that warms up."""
-    part.run()
-    wait(device)
-    start, count = time.perf_counter(), 0
-    while count == 0 or time.perf_counter() - start < budget:
-        part.run()
-        count += 1
-    wait(device)
-    return (time.perf_counter() - start) / count
-
-
-def copy_rate(device: torch.device) -> float:
-    """Bytes a second that a copy reads and writes."""
-    source = torch.empty(2**26, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds_of(Part("copy", 1, lambda: target.copy_(source)), device, 1.0)
+def seconds_of(part: Part, budget: float) -> float:
+    """Seconds of one run of a part: the fastest of as many as fit into the budget, after one that warms up."""
+    once = best(part.run, 1)
+    return best(part.run, int(budget / once)) if once < budget else once
 
 
 def make_masks(images: int, abnormal: int, size: int, device: torch.device) -> Masks:
@@ -95,10 +74,8 @@ class Epoch:
     """The parts of an epoch, on random tokens of the real sizes."""
 
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
-        clip = create_model(
-            options.model, "random", options.img_size, fidelity=options.fidelity, device=device, vision=False
-        )
-        config = clip.config
+        clip = create_model(options.model, "random", options.img_size, fidelity=options.fidelity, device=device)
+        self.clip, config = clip, clip.config
         self.device, self.autocast = device, pick_autocast("auto", device)
         self.settings = Settings(
             options.obj, config.name, "random", options.fidelity, options.img_size, tuple(config.default_features()),
@@ -167,7 +144,7 @@ class Epoch:
         head = 4.0 * self.width * self.embed_dim * self.patches * self.layers
         pixels, tokens = 4.0 * self.size**2, float(self.tokens[0].nbytes)
         steps, batches = self.views / batch, self.images / scored
-        parts = [
+        return [
             Part("step: text, adapters, losses, Adam", steps,
                  lambda: self.state.step(store, batch, labels, masks, None),
                  batch * 3 * (trunks + (1 + masked) * head) + self.text_operations(), batch * 2 * tokens),
@@ -181,12 +158,20 @@ class Epoch:
             Part("maps, masks, metrics", 1, lambda: measure(evaluation, packed), 0.0,
                  self.images * (self.layers + 2) * pixels * masked),
         ]  # fmt: skip
-        if packed is not None:
-            last = slice(self.images - scored, self.images)
-            maps = scored * (self.layers + 1) * pixels
-            parts.append(Part("  maps", batches, lambda: evaluation.maps(last), 0.0, maps))
-            parts.append(Part("  masks unpacked", batches, lambda: packed.get(last), 0.0, scored * pixels / 4))
-        return parts
+
+    def tower(self) -> Part:
+        """The image tower, which runs once for each image, in batches of 16."""
+        images, layers = (
+            torch.rand(TOWER_BATCH, 3, self.size, self.size, device=self.device),
+            self.settings.features_list,
+        )
+        operations = TOWER_BATCH * tower_operations(self.clip.config, self.size, max(layers))
+
+        def run() -> None:
+            with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                self.clip.image_tokens(images, layers)
+
+        return Part("the tower, once for each test image", self.images / TOWER_BATCH, run, operations)
 
 
 def main() -> None:
@@ -203,24 +188,27 @@ def main() -> None:
     options = parser.parse_args()
     device = pick_device(options.device)
     epoch = Epoch(options, device)
-    flops, copies = matmul_peak(str(device)) * 1e9, copy_rate(device)
+    flops, copies = matmul_rate(device, epoch.autocast or torch.float32), copy_rate(device)
     rates = {"floor s": (flops, copies)} | ({} if device.type == "cuda" else PREDICTED)
     rows: list[dict[str, object]] = []
     whole = dict.fromkeys(("s", *rates), 0.0)
-    for part in epoch.parts():
-        row = {"s": seconds_of(part, device, 0.0 if part.times == 1 else options.seconds) * part.times}
+    tower = epoch.tower()
+    for part in (*epoch.parts(), tower):
+        seconds = seconds_of(part, 0.0 if part.times == 1 or part is tower else options.seconds)
+        row = {"s": seconds * part.times}
         row |= {name: max(part.flop / flop, part.bytes / copy) * part.times for name, (flop, copy) in rates.items()}
         rows.append({"part": part.name, "times": round(part.times, 1), **row})
-        if not part.name.startswith("  "):
+        if not part.name.startswith("  ") and part is not tower:
             whole = {name: whole[name] + row[name] for name in whole}
     rows.append({"part": "epoch", **whole})
-    seconds = {row["part"]: row["s"] for row in rows}
-    beside = seconds["image scores"] + seconds["maps, masks, metrics"]
+    taken = {row["part"]: row["s"] for row in rows}
+    beside = taken["image scores"] + taken["maps, masks, metrics"]
     print_table(rows, ["part", "times", *whole])
     rates_here = f"{flops / 1e12:.3f} TFLOP/s of products, {copies / 1e9:.1f} GB/s copied"
     print(f"{options.obj}, {options.model}, {device}: {rates_here}")
+    print(f"the tower reaches {tower.flop * tower.times / taken[tower.name] / flops:.0%} of the rate of products")
     print(f"the epoch takes {whole['s'] / whole['floor s']:.2f} times its floor")
-    share = beside / (beside + seconds["scoring"])
+    share = beside / (beside + taken["scoring"])
     print(f"of the evaluation {share:.1%} is not scoring; peak memory {peak_memory():,.0f} MiB")
     if device.type == "cuda":
         print(f"GPU memory: {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB")

@@ -1,13 +1,8 @@
-"""Write the pages that follow from the code: flags.md from the parsers, robustness.md from the names of tests.
-
-python -m docs.generate             write both pages
-python -m docs.generate --check     write nothing; exit code 1 where a page differs from what would be written
-"""
+"""Write docs/flags.md from the parsers of all commands: python -m docs.generate."""
 
 from __future__ import annotations
 
 import argparse
-import ast
 import runpy
 import sys
 import warnings
@@ -17,27 +12,17 @@ from typing import NoReturn
 from unittest import mock
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "flags.md"
 COMMANDS = (
     *("train.py", "test.py", "predict.py", "reproduce.py"),
     *("dataset.check", "dataset.phantom", "dataset.medmnist"),
     *("CLIP.download", "engine.features", "engine.checkpoint"),
-)
-# Tests that start real commands with hostile input, or damage what they read and write.
-ATTACKS = (
-    *("integration/test_attacks*.py", "integration/test_bad_input.py", "integration/test_resume.py"),
-    *("integration/test_secrets.py", "integration/test_download.py", "unit/test_fuzz.py"),
 )
 FLAGS_HEAD = """# Every flag
 
 Written by `python -m docs.generate` from the parsers; a test checks that it is up to date. `--help` shows the same.
 The published flags keep their names and, unless [method.md](method.md) or [reproduce.md](reproduce.md) says otherwise,
 their published defaults.
-"""
-ROBUSTNESS_HEAD = """# Faulty and hostile input that is tested
-
-Written by `python -m docs.generate` from the names and docstrings of the tests; a test checks that it is up to date.
-Each line is a test, and most of them start the real commands. *Refused* means one line that names the file or flag and
-says what to do, and exit code 2.
 """
 
 
@@ -102,40 +87,5 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
 
 
-def robustness() -> str:
-    """The text of robustness.md: a section for each file of tests, a line for each test."""
-    lines = [ROBUSTNESS_HEAD]
-    for path in (path for pattern in ATTACKS for path in sorted((ROOT / "tests").glob(pattern))):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        lines.append(f"## {_sentence(ast.get_docstring(tree) or path.stem)}\n\n`{path.relative_to(ROOT)}`\n")
-        tests = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
-        for node in sorted(tests, key=lambda node: node.lineno):
-            texts = node.name.removeprefix("test_").replace("_", " "), ast.get_docstring(node)
-            lines.append(f"- {': '.join(map(_sentence, filter(None, texts)))}")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _sentence(text: str) -> str:
-    first = " ".join(text.split("\n\n", maxsplit=1)[0].split()).rstrip(".:")
-    return _cell(first[:1].upper() + first[1:])
-
-
-def main() -> int:
-    """Write or compare the pages."""
-    raw = argparse.RawDescriptionHelpFormatter
-    options = argparse.ArgumentParser(prog="python -m docs.generate", description=__doc__, formatter_class=raw)
-    options.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a page is out of date")
-    check = options.parse_args().check
-    pages = {ROOT / "docs" / "flags.md": flags(), ROOT / "docs" / "robustness.md": robustness()}
-    stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
-    for path in stale:
-        print(f"{'out of date' if check else 'written'}: {path.name}")
-        if not check:
-            path.write_text(pages[path], encoding="utf-8")
-    return int(check and bool(stale))
-
-
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-    sys.exit(main())
+    PAGE.write_text(flags(), encoding="utf-8")

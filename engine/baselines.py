@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from CLIP.clip import create_model
 from CLIP.weights import find_weights
-from Prompt.promptChooser import fixed_feature
+from Prompt.promptChooser import PromptChooser
 from utils import set_seed
 
 from .detector import seeded
@@ -125,9 +128,6 @@ def logistic_regression(training: Training) -> Scores:
     It reads all layers side by side, each of norm 1, standardised. Patches are drawn, of each class as many as of the
     other, and not very many. `ValueError` where the shots are all of one class.
     """
-    from sklearn.linear_model import LogisticRegression  # noqa: PLC0415 - slow to import
-    from sklearn.pipeline import make_pipeline  # noqa: PLC0415
-    from sklearn.preprocessing import StandardScaler  # noqa: PLC0415
 
     def features(layers: list[Tensor]) -> Tensor:
         joined = torch.cat([F.normalize(layer, dim=-1) for layer in layers], dim=-1)  # (B, N, K C)
@@ -149,24 +149,19 @@ def logistic_regression(training: Training) -> Scores:
     return logits
 
 
-def run_baselines(
-    batches: Callable[[], Iterator[list[Tensor]]], training: Training, project: Callable[[Tensor], Tensor] | None,
-    text_features: Tensor,
-) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
-    """Each baseline's name and its scores (M, K or 1, N) of the test images, whose tokens `batches` reads in order.
+def fit(
+    training: Training, project: Callable[[Tensor], Tensor] | None, text_features: Tensor
+) -> Iterator[tuple[str, Scores]]:
+    """Each baseline's name and the function that scores tokens.
 
     `zero_shot` is left out without `project`, the logistic regression where the shots show one class only.
     """
-
-    def scored(scores: Scores) -> Tensor:
-        return torch.cat([scores(layers) for layers in batches()])
-
     if project is not None:
-        yield NAMES[0], scored(zero_shot(project, text_features))
-    yield NAMES[1], scored(nearest_normal_patch(training))
-    yield NAMES[2], scored(prototypes(training))
+        yield NAMES[0], zero_shot(project, text_features)
+    yield NAMES[1], nearest_normal_patch(training)
+    yield NAMES[2], prototypes(training)
     if training.abnormal_patches.any() and training.normal_patches.any():
-        yield NAMES[3], scored(logistic_regression(training))
+        yield NAMES[3], logistic_regression(training)
 
 
 @torch.no_grad()
@@ -190,26 +185,24 @@ def measure_baselines(options: argparse.Namespace) -> dict[str, Any]:
     clip = create_model(weights, img_size=settings.img_size, fidelity=settings.fidelity, device=device)
     assert clip.visual is not None
     norm, projection = clip.visual.ln_post, clip.visual.proj  # `fill` frees the tower
-    reads_last = max(tower.layers) == weights.config.layers
-    text = [fixed_feature(clip, kind, settings.prompt_name) for kind in ("normal", "abnormal")]
+    text = PromptChooser(clip, settings.prompt_name, "fix", states=settings.states)()
     store.fill(clip)
-    patches = tower.tokens - 1
+    patches = tower.tokens - 1  # without the class token
     read = map(store.get, store.rows(shots.items).split(BATCH))
     tokens = [torch.cat(layers)[:, -patches:].float() for layers in zip(*read, strict=True)]
     pooled = None if shots.masks is None else pool_masks(shots.masks, patches).to(device)
     training = Training(tokens, shots.labels.bool().to(device), pooled, seeded(options.seed, "baselines"))
     masks = Masks.of(splits.test, settings, options.num_workers, device)
-    project = (lambda x: norm(x) @ projection) if reads_last else None
-
-    def batches() -> Iterator[list[Tensor]]:
-        for rows in store.rows(splits.test).split(BATCH):
-            yield [layer[:, -patches:].float() for layer in store.get(rows)]  # without class token
+    project = (lambda x: norm(x) @ projection) if max(tower.layers) == weights.config.layers else None
 
     results = {}
-    for name, scores in run_baselines(batches, training, project, torch.stack(text, dim=1)):
+    for name, scores in fit(training, project, text):
+        batches = map(store.get, store.rows(splits.test).split(BATCH))
+        scored = torch.cat([scores([layer[:, -patches:].float() for layer in layers]) for layers in batches])
         dec_type = "max" if name == NAMES[1] else settings.dec_type
-        head = "seg" if settings.pixel_metrics else "det"
-        evaluation = Evaluation(splits.test, scores, head, settings.img_size, dec_type)
+        evaluation = Evaluation(
+            splits.test, scored, "seg" if settings.pixel_metrics else "det", settings.img_size, dec_type
+        )
         localised = training.localised or name != NAMES[3]
         metrics = measure(evaluation, masks if localised else None, full=True)
         results[name] = {**metrics.values, **measure_without(evaluation, masks, splits.shot_patients())}

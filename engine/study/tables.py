@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, NamedTuple
 
 from dataset.layout import PUBLISHED
-from utils import InputError, atomic_path, checked, read_text
+from utils import EXPECTED, atomic_path, blame, read_json
 
 ROWS_ON_A_PAGE = 40  # of LaTeX's \footnotesize, with room for caption and notes; a longer table is divided
+NOTES_IN_LATEX = 480  # characters: three lines of \footnotesize over both columns
 LATEX = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
     "<": "$<$", ">": "$>$", "|": "$|$", '"': "''", **{character: f"\\{character}" for character in "&%$#_{}"},
 }  # fmt: skip
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet computes a cell that begins so
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Statistic:
     """A metric in percent over seeds."""
 
     mean: float
-    std: float | None = None  # of the sample; None for a single seed
+    std: float | None = None  # of the sample (n - 1); None for a single seed
     interval: tuple[float, float] | None = None  # 95%, over the test images; the mean of the seeds' bounds
     seeds: int | None = None  # None for a published figure
     planned: int | None = None  # seeds that the table asks for
@@ -44,14 +45,6 @@ class Statistic:
         return text if self.seeds == self.planned else f"{text} ({self.seeds} of {self.planned} seeds)"
 
 
-class Block(NamedTuple):
-    """The part of a table for one metric: a grid of texts, without empty rows and columns."""
-
-    metric: str
-    columns: list[str]
-    rows: list[tuple[tuple[str, ...], list[str]]]  # a row's labels and its cells
-
-
 @dataclass
 class Table:
     """Figures or short texts (`to do`, `failed`) under a metric, a row's labels and a column's heading.
@@ -61,7 +54,8 @@ class Table:
         caption: at most three lines of an article, so about 300 characters.
         labels: headings of the labels that a row has.
         heading: what the columns are.
-        notes: sentences under the table.
+        notes: sentences under the table, the most important first; LaTeX shows as many as fit into three lines.
+        scope: the flags that say what the table is about; written into the Markdown file, unseen.
     """
 
     name: str
@@ -69,6 +63,7 @@ class Table:
     labels: Sequence[str]
     heading: str = "data set"
     notes: Sequence[str] = ()
+    scope: str = ""
     cells: dict[tuple[str, tuple[str, ...], str], Statistic | str] = field(default_factory=dict)
 
     def add(self, metric: str, row: Sequence[str], column: str, value: Statistic | str | None) -> None:
@@ -76,62 +71,52 @@ class Table:
         if value is not None:
             self.cells[metric, tuple(row), column] = value
 
-    def blocks(self, intervals: bool) -> Iterator[Block]:
-        """One block a metric: of the figures and texts, or of the intervals of those figures that have one."""
-        shown = {key: str(value) for key, value in self.cells.items()}
-        if intervals:
-            known = {key: value.interval for key, value in self.cells.items() if isinstance(value, Statistic)}
-            shown = {key: f"[{bounds[0]:.2f}, {bounds[1]:.2f}]" for key, bounds in known.items() if bounds}
-        for metric in dict.fromkeys(metric for metric, _, _ in shown):
-            here = {column for other, _, column in shown if other == metric}
-            columns = [column for column in dict.fromkeys(column for _, _, column in self.cells) if column in here]
-            rows = dict.fromkeys(row for other, row, _ in shown if other == metric)
-            yield Block(metric, columns, [(row, [shown.get((metric, row, c), "") for c in columns]) for row in rows])
+    def rows(self) -> list[list[str]]:
+        """The heading, a row for each metric and label, and then those of the intervals; no empty row or column."""
+        texts: dict[str, dict[tuple[str, ...], dict[str, str]]] = {}  # metric -> row -> column -> text
+        for intervals in (False, True):
+            for (metric, row, column), value in self.cells.items():
+                bounds = value.interval if isinstance(value, Statistic) and intervals else None
+                if bounds or not intervals:
+                    name = f"{metric}, 95% interval" if bounds else metric
+                    text = f"[{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else str(value)
+                    texts.setdefault(name, {}).setdefault(row, {})[column] = text
+        columns = dict.fromkeys(column for _, _, column in self.cells)
+        cells = ((name, row, found) for name, rows in texts.items() for row, found in rows.items())
+        body = [[name, *row, *(found.get(column, "") for column in columns)] for name, row, found in cells]
+        return [["metric", *self.labels, *columns], *body]
 
     def markdown(self) -> str:
-        """A pipe table a metric, and one of its intervals."""
-        parts = [self.caption]
-        for intervals, word in ((False, ""), (True, ", 95% intervals")):
-            for metric, columns, rows in self.blocks(intervals):
-                rule = ["---"] * len(self.labels) + ["---:"] * len(columns)
-                lines = [[*self.labels, *columns], rule, *([*row, *cells] for row, cells in rows)]
-                escaped = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines)
-                parts += [f"**{metric}{word}**", "\n".join(f"| {line} |" for line in escaped)]
-        return "\n\n".join([*parts, *self.notes]) + "\n"
+        """A pipe table."""
+        heading, *body = self.rows()
+        rule = ["---"] * (1 + len(self.labels)) + ["---:"] * (len(heading) - 1 - len(self.labels))
+        escaped = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in (heading, rule, *body))
+        table = "\n".join(f"| {row} |" for row in escaped)
+        return "\n\n".join([self.caption, table, *self.notes, f"<!-- {self.scope} -->"]) + "\n"
 
     def latex(self) -> str:
-        """`table*` environments: the figures, then the intervals; each fits a page as far as one metric does."""
+        """`table*` environments, each of as many rows as fit a page."""
+        heading, *body = self.rows()
+        notes = [note for i, note in enumerate(self.notes) if len(" ".join(self.notes[: i + 1])) <= NOTES_IN_LATEX]
+        starts = range(0, max(len(body), 1), ROWS_ON_A_PAGE)
         parts = [r"% needs \usepackage{booktabs} and \usepackage{graphicx}"]
-        for intervals in (False, True):
-            blocks = list(self.blocks(intervals))
-            caption = rf"95\% intervals of the figures in Table~\ref{{tab:{self.name}}}." if intervals else ""
-            together = blocks and sum(len(block.rows) for block in blocks) <= ROWS_ON_A_PAGE
-            for i, group in enumerate([blocks] if together else [[block] for block in blocks]):
-                label = f"tab:{self.name}{'-intervals' if intervals else ''}{f'-{i + 1}' if i else ''}"
-                text = (caption or latex(self.caption)) + (" (Continued.)" if i else "")
-                parts.append(self._float(group, text, label, () if i or intervals else self.notes))
+        for start in starts:
+            rows = body[start : start + ROWS_ON_A_PAGE]
+            lines = [_latex_row(heading)]
+            for i, row in enumerate(rows):  # a metric stands once, above a line
+                same = i > 0 and rows[i - 1][0] == row[0]
+                lines += [*[r"\midrule"] * (not same), _latex_row(["" if same else row[0], *row[1:]])]
+            parts.append(self._float(lines, len(heading), start // ROWS_ON_A_PAGE, () if start else notes))
         return "\n\n".join(parts) + "\n"
 
-    def _float(self, blocks: Sequence[Block], caption: str, label: str, notes: Sequence[str]) -> str:
-        columns = list(dict.fromkeys(column for block in blocks for column in block.columns))
-        lines = [_latex_row([*self.labels, *columns])]
-        for block in blocks:
-            width = len(self.labels) + len(columns)
-            lines += [r"\midrule", rf"\multicolumn{{{width}}}{{l}}{{\emph{{{latex(block.metric)}}}}} \\"]
-            above: tuple[str, ...] = ()
-            for row, cells in block.rows:
-                # Labels that stand above already are not repeated, but the last always is.
-                same = [row[: k + 1] == above[: k + 1] for k in range(len(row) - 1)]
-                labels = ["" if repeated else label for label, repeated in zip(row, [*same, False], strict=True)]
-                of_column = dict(zip(block.columns, cells, strict=True))
-                lines.append(_latex_row([*labels, *(of_column.get(column, "") for column in columns)]))
-                above = row
+    def _float(self, lines: Sequence[str], width: int, number: int, notes: Sequence[str]) -> str:
+        left = 1 + len(self.labels)
         return "\n".join([
             r"\begin{table*}[t]",
             r"\centering\footnotesize\setlength{\tabcolsep}{4pt}",
-            rf"\caption{{{caption}}}",
-            rf"\label{{{label}}}\par\smallskip",
-            rf"\sbox0{{\begin{{tabular}}{{{'l' * len(self.labels)}{'r' * len(columns)}}}",
+            rf"\caption{{{latex(self.caption)}{' (Continued.)' if number else ''}}}",
+            rf"\label{{tab:{self.name}{f'-{number + 1}' if number else ''}}}\par\smallskip",
+            rf"\sbox0{{\begin{{tabular}}{{{'l' * left}{'r' * (width - left)}}}",
             r"\toprule",
             *lines,
             r"\bottomrule",
@@ -148,17 +133,24 @@ class Table:
         names = ("metric", "mean", "std", "ci95_low", "ci95_high", "seeds", "note")
         writer.writerow([*self.labels, self.heading, *names])
         for (metric, row, column), value in self.cells.items():
-            if isinstance(value, Statistic):
-                numbers = [value.mean, value.std, *(value.interval or (None, None))]
-                texts = ["" if number is None else f"{number:.6f}" for number in numbers]
-                writer.writerow([*row, column, metric, *texts, value.seeds, ""])
-            else:
-                writer.writerow([*row, column, metric, "", "", "", "", "", value])
+            figure = value if isinstance(value, Statistic) else None
+            numbers = [figure.mean, figure.std, *(figure.interval or (None, None))] if figure else [None] * 4
+            cells = ["" if number is None else f"{number:.6f}" for number in numbers]
+            note = "" if isinstance(value, Statistic) else value
+            words = [f"'{word}" if word.startswith(FORMULA) else word for word in (*row, column, metric, note)]
+            writer.writerow([*words[:-1], *cells, figure.seeds if figure else "", words[-1]])
         return file.getvalue()
 
     def write(self, folder: Path) -> None:
-        """Write `name`.md, .csv and .tex."""
-        for suffix, text in ((".md", self.markdown()), (".csv", self.csv()), (".tex", self.latex())):
+        """Write `name`.md, .csv and .tex; those of another scope are renamed first, and that is printed."""
+        texts = {".md": self.markdown(), ".csv": self.csv(), ".tex": self.latex()}
+        page = folder / f"{self.name}.md"
+        if page.is_file() and f"<!-- {self.scope} -->" not in page.read_text(encoding="utf-8"):
+            kept = f"{self.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"
+            for path in (path for suffix in texts if (path := folder / f"{self.name}{suffix}").is_file()):
+                path.rename(folder / f"{kept}{path.suffix}")
+            print(f"{page} is of other data sets, seeds or shots: renamed to {kept}.md, .csv and .tex", flush=True)
+        for suffix, text in texts.items():
             with atomic_path(folder / f"{self.name}{suffix}", "--out") as path:
                 path.write_text(text, encoding="utf-8")
 
@@ -184,23 +176,16 @@ class Published:
     auc: dict[str, float] | None = None  # data set -> percent; None: not on record
     pauc: dict[str, float] | None = None
 
-    @classmethod
-    def read(cls, values: Any, where: str) -> Published:  # noqa: ANN401 - whatever JSON holds
-        """An entry of a file; `InputError` where it is not of that form, or not in percent."""
-        entry = checked(cls, values, where)
-        known = [field.name for field in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise InputError(f"{where}: unknown {unknown[0]!r}; it may hold {', '.join(known)}")
-        for obj, percent in (*(entry.auc or {}).items(), *(entry.pauc or {}).items()):
-            if not 1 < percent <= 100:
-                raise InputError(f"{where}: {obj} has {percent}, not a percentage above 1 and up to 100")
-            if (entry.shots or 0) < 1:
-                raise InputError(f"{where}: figures need their number of `shots`, from 1 on")
-        return entry
+    def __post_init__(self) -> None:
+        figures = [*(self.auc or {}).values(), *(self.pauc or {}).values()]
+        if wrong := [percent for percent in figures if not 1 < percent <= 100]:
+            raise ValueError(f"{wrong[0]} is not a percentage above 1 and up to 100")
+        if figures and not (self.shots or 0) >= 1:
+            raise ValueError("figures need their number of `shots`, from 1 on")
 
-    def figure(self, obj: str, shots: int, metric: str) -> Statistic | None:
-        """`auc` or `pauc` of a data set; None where the source has none for it or for so many shots."""
-        percent = (getattr(self, metric) or {}).get(obj) if shots == self.shots else None
+    def figure(self, obj: str, metric: str) -> Statistic | None:
+        """`auc` or `pauc` of a data set; None where the source has none for it."""
+        percent = (getattr(self, metric) or {}).get(obj)
         return None if percent is None else Statistic(percent)
 
     def note(self) -> str:
@@ -215,14 +200,12 @@ def read_published(paths: Iterable[Path] = ()) -> list[Published]:
     Raises:
         InputError: naming file and entry, for what cannot be read, or is not of that form.
     """
-    entries = []
+    entries, refused = [], (*EXPECTED, TypeError, AttributeError)
     for path in (PUBLISHED, *paths):
-        try:
-            results = json.loads(read_text(path))["results"]
-        except OSError as error:
-            raise InputError(f"--compare {path}: cannot be read ({error.strerror})") from error
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise InputError(f'--compare {path}: expected JSON {{"results": [...]}} ({error})') from error
-        for number, values in enumerate(results if isinstance(results, list) else [results], 1):
-            entries.append(Published.read(values, f"--compare {path}, entry {number}"))
+        hint = f"dataset/{PUBLISHED.name} shows the form"
+        with blame(f"--compare {path}", hint, refused):
+            results = list(read_json(path)["results"])
+        for number, values in enumerate(results, 1):
+            with blame(f"--compare {path}, entry {number}", hint, refused):
+                entries.append(Published(**values))
     return entries

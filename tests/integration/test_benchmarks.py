@@ -25,4 +25,5 @@ def test_what_recomputes_everything_agrees(command, tmp_path):
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "t.json").read_text())["rows"]
     assert row["largest loss difference"] == pytest.approx(0, abs=1e-4)
+    assert row["peak MiB"] > 100
     assert row["largest pAUC difference"] == pytest.approx(0, abs=1e-4)

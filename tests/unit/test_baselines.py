@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 
+from dataset import phantom
 from engine import baselines
 from engine.baselines import Training
+from engine.files.config import train_options
+from tests.helpers.data import SMALL
 
 K, N, C = 2, 9, 16  # a 3 x 3 grid
 
@@ -112,8 +115,8 @@ def test_prototypes_without_abnormal_shots(test_set):
     normal = Training([x[~labels] for x in tokens], labels[~labels], None, torch.Generator())
     scores = scored(baselines.prototypes(normal), batches)
     assert auc(abnormal, scores.sum(dim=1)) > 0.8
-    names = [name for name, _ in baselines.run_baselines(batches, normal, lambda x: x, torch.eye(C)[:, :2])]
-    assert names == ["zero-shot CLIP", "nearest normal patch", "class prototypes"]
+    names = [name for name, _ in baselines.fit(normal, None, torch.eye(C)[:, :2])]
+    assert names == ["nearest normal patch", "class prototypes"]
 
 
 def test_zero_shot_reads_the_last_layer(test_set):
@@ -139,9 +142,21 @@ def test_masks_become_parts_of_patches():
 def test_all_of_them(test_set):
     batches, _, abnormal = test_set
     text = F.normalize(torch.eye(C)[:, [1, 5]], dim=0)
-    results = dict(baselines.run_baselines(batches, training(), lambda x: x, text))
-    assert list(results) == ["zero-shot CLIP", "nearest normal patch", "class prototypes", "logistic regression"]
-    for name, scores in results.items():
-        assert scores.shape[0] == 20
-        assert scores.shape[2] == N
+    found = {name: scored(scores, batches) for name, scores in baselines.fit(training(), lambda x: x, text)}
+    assert tuple(found) == baselines.NAMES
+    for name, scores in found.items():
+        assert scores.shape[::2] == (20, N)
         assert auc(abnormal, scores.sum(dim=1)) > 0.9, name
+
+
+def test_zero_shot_obeys_prompts(tmp_path):
+    phantom.write(tmp_path, ["Brain"], valid=2, test=3, seed=0, size=64)
+    path = tmp_path / "prompts.json"
+    path.write_text('{"normal": ["calm {}"], "abnormal": ["{} with a stone"]}')
+    paths = ["--data_path", tmp_path, "--cache_dir", tmp_path / "cache", "--obj", "Brain", "--shot", 1]
+    results = []
+    for flags in ([], ["--prompts", path], ["--prompt_name", "stone"]):
+        options = train_options([str(word) for word in (*SMALL, *paths, *flags)])
+        results.append(baselines.measure_baselines(options)["baselines"])
+    assert len({result["zero-shot CLIP"]["pauc"] for result in results}) == 3
+    assert len({result["class prototypes"]["pauc"] for result in results}) == 1

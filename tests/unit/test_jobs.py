@@ -1,9 +1,10 @@
-"""Jobs: how many at once, on which GPU, and how one that broke is told; submitit itself is replaced by a fake."""
+"""Jobs: how many at once, on which GPU, and how one that broke is told; submitit's executor is replaced by a fake."""
 
 from __future__ import annotations
 
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,6 +43,9 @@ class FakePool:
     def __init__(self):
         self.running, self.most, self.gpus, self.cancelled = [], 0, [], []
 
+    def update_parameters(self, **parameters):
+        self.parameters = parameters
+
     def submit(self, call, task):
         job = FakeJob(self, call, task)
         self.running.append(job)
@@ -53,7 +57,7 @@ class FakePool:
 @pytest.fixture
 def pool(monkeypatch):
     found = FakePool()
-    monkeypatch.setattr(jobs, "open_executor", lambda *_: found)
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=lambda *_, **__: found))
     monkeypatch.setattr(jobs, "POLL_SECONDS", 0)
     return found
 
@@ -64,7 +68,9 @@ def no_fault(task: str) -> str | None:
 
 def test_at_most_so_many_at_once(pool, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    found = dict(run_jobs(no_fault, ["a", "bad", "c", "broken", "e"], "local", tmp_path, 2))
+    tasks = ["a", "bad", "c", "broken", "e"]
+    found = dict(run_jobs(no_fault, tasks, "local", tmp_path, 2, ["timeout_min=30", "mem=x"]))
+    assert pool.parameters == {"timeout_min": 30, "mem": "x"}
     assert pool.most == 2
     assert pool.gpus[:2] == ["4", "6"]  # one each while two run
     assert set(pool.gpus) == {"4", "6"}
@@ -88,13 +94,10 @@ def test_a_job_sees_its_gpu(monkeypatch):
     assert Resumable(lambda _: os.environ["CUDA_VISIBLE_DEVICES"], "1")("task") == "1"
 
 
-def test_without_submitit(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(InputError, match="pip install submitit"):
-        next(run_jobs(str, ["a"], "local", tmp_path, 1))
-
-
-def test_job_options(tmp_path):
+def test_what_is_refused(tmp_path, monkeypatch):
     pytest.importorskip("submitit")
     with pytest.raises(InputError, match=r"--job_options nonsense=1: .*nonsense"):
         next(run_jobs(str, ["a"], "local", tmp_path, 1, ["nonsense=1"]))
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(InputError, match="pip install submitit"):
+        next(run_jobs(str, ["a"], "local", tmp_path, 1))

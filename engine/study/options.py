@@ -1,0 +1,79 @@
+"""The tables that reproduce.py makes, and its command line. Imports no torch, so that `--help` is instant."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataset.layout import BENCHMARKS, object_name
+from utils import InputError, Parser
+
+from ..files.config import Formatter, nonempty_path, positive
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What sets a table apart; which cells it has is in `Grid`."""
+
+    title: str
+    labels: tuple[str, ...] = ("method",)  # headings of what stands before a row's figures
+    heading: str = "data set"  # of the columns
+    published: bool = False  # published figures stand beside ours
+    shots: tuple[int, ...] = (4,)  # where --shots is not given
+    data_sets: int = 1  # as many at least
+
+
+TABLES = {
+    "main": Kind("figures on each data set", published=True),
+    "cross": Kind("trained on one data set, tested on another", ("trained on", "epoch"), "tested on", data_sets=2),
+    "leave_one_out": Kind(
+        "trained on the shots of all other data sets, tested on one", heading="tested on", data_sets=2
+    ),
+    "ablation": Kind("one component changed at a time", ("component", "setting", "epoch")),
+    "shots": Kind("figures over the number of shots", published=True, shots=(2, 4, 8, 16)),
+    "baselines": Kind("beside baselines on the same tokens, shots and test images", published=True),
+}
+# Flags of train.py that the grid sets itself; --select too where nothing is selected.
+OWN_FLAGS = (
+    "--obj", "--seed", "--shot", "--shot_normal", "--shot_abnormal", "--save_model", "--no-save_model", "--save_path",
+    "--run_dir", "--exp_name", "--resume", "--out_json",
+)  # fmt: skip
+
+
+def parse(arguments: Sequence[str] | None = None) -> Namespace:
+    """reproduce.py's command line; the flags that it does not know are train.py's, kept as `flags`."""
+    parser = Parser(
+        prog="reproduce.py", description="The paper's tables: plan a grid of runs, do what is not done yet, write "
+        "Markdown, CSV and LaTeX.", epilog="Every other flag goes to train.py.", formatter_class=Formatter,
+        allow_abbrev=False,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--table", required=True, choices=tuple(TABLES))
+    add("--obj", nargs="+", type=object_name, default=list(BENCHMARKS), help="data sets")
+    add("--seeds", nargs="+", type=int, default=[111, 112, 113], help="means are over these")
+    add("--shots", nargs="+", type=positive, help="(default: 4; of the table shots 2 4 8 16)")
+    add("--out", type=nonempty_path, default="results", help="folder of tables, runs and logs")
+    add("--dry_run", action="store_true", help="list cells, images and disk space, and do nothing")
+    add("--compare", nargs="+", type=Path, default=[], metavar="JSON",
+        help="more published figures, in the form of dataset/published_results.json")  # fmt: skip
+    add("--clean", action="store_true", help="also figures without test images of the shots' patients")
+    add("--executor", choices=("here", "local", "slurm"), default="here",
+        help="here: in this process; local, slurm: jobs through submitit, at most --jobs at once")  # fmt: skip
+    add("--jobs", type=positive, default=1, help="jobs at once")
+    add("--job_options", nargs="+", default=[], metavar="KEY=VALUE", help="submitit's, such as timeout_min=240")
+    options, flags = parser.parse_known_args(arguments)
+    options.flags, kind = flags, TABLES[options.table]
+    options.shots = options.shots or kind.shots
+    for name in ("obj", "seeds", "shots"):
+        setattr(options, name, list(dict.fromkeys(getattr(options, name))))
+    own = (*OWN_FLAGS, *["--select"] * (options.table == "leave_one_out"))
+    for flag in flags:
+        if flag.split("=")[0] in own:
+            raise InputError(f"{flag}: reproduce.py sets this flag of train.py itself; see its own with --help")
+    if len(options.obj) < kind.data_sets:
+        raise InputError(f"--table {options.table}: name two data sets or more with --obj")
+    if options.compare and not kind.published:
+        raise InputError(f"--compare: no published figure belongs in --table {options.table}")
+    return options

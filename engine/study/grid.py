@@ -13,7 +13,8 @@ from typing import Any
 from CLIP.config import ModelConfig
 from dataset.layout import PUBLISHED_COUNTS, config_path, described, read_config
 from dataset.medical_few import MedicalDataset
-from utils import VIEWS, InputError, read_json
+from dataset.views import VIEWS
+from utils import InputError, read_json
 
 from ..calibration import MAX_IMAGES
 from ..files.config import MODEL_FLAGS, RESUMABLE, check_layers, train_options

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from utils import InputError, preview
 
@@ -51,10 +51,10 @@ def read_folders(root: Path, layout: Layout) -> list[Entry]:
                 )
             divided = folder in layout.shared(kind)
             split = "" if divided else "valid" if folder in layout.valid[kind] else "test"
-            for path, (place, masks) in zip(
-                pairs.images, find_masks(root, folder, layout.masks, pairs.images), strict=True
-            ):
-                name = path.relative_to(root).as_posix()
+            found = find_masks(root, folder, layout.masks, pairs.images)
+            homes = {home: home.relative_to(root).as_posix() for home in {path.parent for path in pairs.images}}
+            for path, (place, masks) in zip(pairs.images, found, strict=True):
+                name = f"{homes[path.parent]}/{path.name}"
                 entries.append(Entry(path, name, kind, folder, masks, place, split, divided))
         own = [entry for entry in entries if entry.kind == kind and entry.split != "test"]
         flat = len(layout.valid[kind]) == 1 and all(entry.path.parent == root / entry.folder for entry in own)
@@ -77,7 +77,7 @@ def name_patients(entries: Sequence[Entry], rule: str | None) -> None:
     for entry in entries:
         header = headers.get(entry.path, Slice())
         entry.series, entry.from_header = header.series_uid, tell and bool(header.patient_id)
-        below = Path(entry.name).relative_to(entry.folder).as_posix()
+        below = entry.name[len(PurePosixPath(entry.folder).as_posix()) + 1 :]
         entry.patient = entry.patient or (tell and header.patient_id) or patient(entry.name, pattern, below)
     names = sorted({entry.patient for entry in entries if entry.patient}, reverse=True)
     spelling = {spelled_alike(name) or name: name for name in names}

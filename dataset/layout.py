@@ -77,7 +77,7 @@ class Layout:
         if not set(SPLITS) <= given.keys():
             given = {**detect(root), **given}
         given.setdefault("prompt_name", re.sub(r"[_-]+", " ", name).strip() or name)
-        if not {"masks", "pixel_metrics"} <= given.keys():
+        if given.get("pixel_metrics", True) and not {"masks", "pixel_metrics"} <= given.keys():
             folders = dict.fromkeys(folder for split in SPLITS for folder in given[split]["abnormal"])
             places = mask_places(root, folders, given.get("masks"))
             given = {"masks": tuple(places) or (MVFA_MASKS,), "pixel_metrics": bool(places), **given}

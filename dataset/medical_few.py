@@ -305,8 +305,8 @@ class MedicalDataset:
 
     def _judged(self, sample: Sample, series: str) -> Sample | None:
         """A sample by what its mask and, of DICOM and NIfTI, its picture shows; None where it is left out."""
-        unmarked, mask = self.layout.unmarked or "out", None
-        if not self.is_benchmark and (mask := read_mask(sample)):
+        unmarked, mask = self.layout.unmarked or ("abnormal" if self.is_benchmark else "out"), None
+        if (self.layout.unmarked or not self.is_benchmark) and (mask := read_mask(sample)):
             self.levels[sample.name] = mask._replace(image=NOTHING)
             if not mask.marks(self.mask_above) and unmarked != "abnormal":
                 self.left_out[UNMARKED_MASK].add(sample.name)

@@ -72,12 +72,12 @@ def tell_apart(files: Iterable[Path]) -> Pairs:
 
 def is_clutter(place: str) -> bool:
     """Whether a path leads through a folder of previews that a NAS or macOS keeps."""
-    return any(part.lower() in CLUTTER for part in PurePosixPath(place).parts)
+    return not set(CLUTTER).isdisjoint(place.lower().split("/"))
 
 
 def in_mask_folder(place: str) -> bool:
     """Whether a path, relative to where images are sought, leads through a folder of masks."""
-    return any(part.lower() in MASK_FOLDERS for part in PurePosixPath(place).parts[:-1])
+    return not set(MASK_FOLDERS).isdisjoint(place.lower().split("/")[:-1])
 
 
 def list_pictures(folder: Path) -> list[Path]:
@@ -153,7 +153,8 @@ def mask_places(root: Path, folders: Iterable[str], places: Sequence[str] | None
     They are sought among `places`, or else among the usual ones for the folders of masks that there are.
     """
     if places is None:
-        names = {part.lower() for _, place in list_files([root]) for part in PurePosixPath(place).parts[:-1]}
+        homes = {place.rpartition("/")[0] for _, place in list_files([root])}
+        names = {part.lower() for home in homes for part in home.split("/")}
         places = [*(place.replace("NAME", name) for place in PLACES for name in MASK_FOLDERS if name in names), BESIDE]
     found: dict[str, set[Path]] = {place: set() for place in places}
     for folder in folders:

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOSS_TYPES = ("sigmoid", "softmax")
-DEC_TYPES = ("mean", "max", "both")
 TARGET_SMOOTHING = 1e-5  # of the one-hot target in the focal loss, and added to the probability, as published
 DICE_SMOOTHING = 1.0
 FOCAL_GAMMA = 2

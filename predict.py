@@ -33,13 +33,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset.layout import object_of
+from dataset.layout import BENCHMARKS, object_of
 from dataset.medical_few import MedicalDataset
 from dataset.readers import Picture, picture_notes, read, to_tensor
 from engine.calibration import describe_threshold
 from engine.files.checkpoint import read as read_file
-from engine.files.config import PAPER
-from engine.predictor import Prediction, Predictor, build, read_checkpoint, reading_of
+from engine.predictor import Prediction, Predictor, build, read_checkpoint
 from engine.report.images import MAX_OVERLAY_SIDE, shrink
 from engine.report.page import Card
 from engine.report.predictions import Drawer, Results, Row, summary, write_page
@@ -70,7 +69,7 @@ def main(options: argparse.Namespace) -> int:
     if options.save_ckpt:
         probe_writable(options.save_ckpt, "--save_ckpt", "checkpoint", read_file)
     checkpoint = read_checkpoint(options)
-    trained = reading_of(checkpoint.settings)
+    trained = checkpoint.settings.read_options
     reading = replace(trained, window=options.window or trained.window, plane=options.plane or trained.plane)
     listing = list_entries(options.images, reading, options.anonymous)
     for line in (*listing.no_image, *(f"skipped: {fault}" for fault in listing.faults)):
@@ -197,8 +196,8 @@ def describe(model: Predictor) -> Iterator[str]:
 def reading_notes(model: Predictor, listing: InputList) -> Iterator[str]:
     """Where these images are read in another way than those of the training, in words."""
     settings, kinds = model.settings, {entry.kind for entry in listing.entries}
-    trained, stored = reading_of(settings), settings.reading or {}
-    known = {"pillow"} if settings.obj in PAPER else set(stored.get("formats") or kinds)
+    trained, stored = settings.read_options, settings.reading or {}
+    known = {"pillow"} if settings.obj in BENCHMARKS else set(stored.get("formats") or kinds)
     if kinds - known:
         before, now = (", ".join(NAMES[kind] for kind in sorted(group)) for group in (known, kinds - known))
         yield f"the checkpoint was trained on {before} files, not on {now}: scores and threshold may not hold"

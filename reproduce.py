@@ -40,15 +40,7 @@ import train
 from CLIP.config import ModelConfig
 from engine import baselines
 from engine.files.checkpoint import Checkpoint
-from engine.files.config import (
-    NO_EFFECT_IN_TEST,
-    SELECTS,
-    given_options,
-    test_options,
-    test_parser,
-    to_arguments,
-    train_options,
-)
+from engine.files.config import SELECTS, shared_options, test_options, train_options
 from engine.metrics import METRICS
 from engine.study.grid import COMPONENTS, Cell, Grid, layers_of, read_result
 from engine.study.jobs import run_jobs
@@ -139,7 +131,7 @@ def compute(grid: Grid, cell: Cell) -> None:
 
 def test_on(grid: Grid, cell: Cell, obj: str) -> None:
     """Test the selected and the last epoch on another data set, with those of the flags that a test knows."""
-    run, parser, last = grid.run(cell), test_parser(), grid.run(cell).path / "last-checkpoint.pth"
+    run, last = grid.run(cell), grid.run(cell).path / "last-checkpoint.pth"
     state = run.load()
     if not last.is_file() and state is not None:
         selected, record = Checkpoint.load(run.best), state["history"][-1]
@@ -151,9 +143,8 @@ def test_on(grid: Grid, cell: Cell, obj: str) -> None:
         if selected.metadata["metrics"]["epoch"] != record["epoch"]:
             metadata["threshold"] = None  # that of the selected epoch
         replace(selected, parts=state["parts"], metadata=metadata).save(last)
-    given = given_options(["--cache", "disk", *grid.options.flags])
-    flags = [word for name in given.keys() - set(NO_EFFECT_IN_TEST) for word in to_arguments(parser, name, given[name])]
-    results = [test.test(test_options([*flags, "--obj", obj, "--ckpt", str(ckpt)])) for ckpt in (run.best, last)]
+    shared = shared_options(grid.parse(cell))
+    results = [test.test(test_options(["--obj", obj, "--ckpt", str(ckpt)], shared)) for ckpt in (run.best, last)]
     write_json(grid.file(cell, obj), {**results[0], "last": results[1]})
 
 

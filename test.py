@@ -17,21 +17,27 @@ if __name__ == "__main__":  # reads the flags before it imports torch: --help an
     run_script("test", parse)
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
-from dataset.medical_few import MedicalDataset, anonymous
+from dataset.anonymous import Numbers
+from dataset.medical_few import MedicalDataset
 from engine import distributed
 from engine.calibration import describe_threshold, threshold_metrics
 from engine.detector import Detector
-from engine.evaluation import Evaluation, Masks, evaluate, load_evaluation, own_batches
+from engine.distributed import pick_autocast, pick_device
+from engine.evaluation import Masks, evaluate, own_batches
 from engine.features import TokenStore, Tower
-from engine.files.checkpoint import Checkpoint, check_metadata, default_checkpoint, find_trained_weights
-from engine.files.config import Settings, check_against, pick_autocast, pick_device
-from engine.files.run import check_outputs, describe_test, published_lines, result_json, shot_patients
+from engine.files.checkpoint import Checkpoint, default_checkpoint, find_trained_weights
+from engine.files.config import check_against
+from engine.files.published import facts_of
+from engine.files.run import check_outputs, describe_test, published_lines, read_as_trained, result_json, shot_patients
+from engine.files.scores import Scored, Source
 from engine.metrics import measure, measure_without, patient_metrics
-from engine.report.figures import read_history, save_figures
+from engine.report.figures import save_figures
+from engine.report.history import find_history
 from engine.report.page import write_page
-from utils import InputError, set_seed, write_json
+from utils import set_seed, write_json
 
 
 def main(options: argparse.Namespace) -> None:
@@ -43,26 +49,31 @@ def main(options: argparse.Namespace) -> None:
 def test(options: argparse.Namespace) -> dict[str, Any]:
     """Flags -> patch scores, computed or kept -> numbers, which are printed, written where asked for, and returned."""
     set_seed(options.seed)
+    scored = Scored.load(options.scores).with_pictures(options) if options.scores else None
     check_outputs(options)
-    evaluation, masks, settings, metadata, source = (kept_scores if options.scores else compute_scores)(options)
+    scored = scored or compute_scores(options)
+    evaluation, masks, settings, metadata = scored.evaluation, scored.masks, scored.settings, scored.metadata
     if options.save_scores and distributed.is_main():
-        evaluation.save(options.save_scores, masks, settings=settings.to_dict(), metadata=metadata, source=source)
+        scored.save(options.save_scores)
 
-    threshold = metadata.get("threshold") or {}
+    threshold, patients = metadata.get("threshold") or {}, scored.source.patients
     metrics = measure(evaluation, masks, full=True, pixel_threshold=threshold.get("pixel_value"))
-    metrics.values.update(measure_without(evaluation, masks, shot_patients(settings, metadata, options.obj)))
+    if patients is not None:
+        metrics.values.update(measure_without(evaluation, masks, set(patients)))
     metrics.values.update(patient_metrics(evaluation))
     result = {**result_json(settings, evaluation, metrics, metadata["select"]), "obj": options.obj}
-    result["trained_on"] = settings.obj
-    print(source)
+    result |= {"trained_on": settings.obj, "without_shot_patients": scored.source.unknown or "measured"}
+    print(scored.source.words)
     print(metrics.table())
+    if patients is None:
+        print(f"  without the shots' patients: not known ({scored.source.unknown})")
     if threshold:
         here = threshold_metrics(evaluation.labels, evaluation.image_scores, threshold["value"])
         result["decision"] = {**threshold, "on_test": here}
         print(describe_threshold(threshold))
         print(f"  on the test set: sensitivity {here['tpr']:.4f}, false positive rate {here['fpr']:.4f}")
     if distributed.is_main():
-        history = read_history(options.ckpt) if options.ckpt else []
+        history = find_history(options.ckpt or "", metadata)
         if options.out_json:
             write_json(options.out_json, result, "--out_json")
         if options.figures:
@@ -75,19 +86,24 @@ def test(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-Scores = tuple[Evaluation, Masks | None, Settings, dict[str, Any], str]
-
-
-def compute_scores(options: argparse.Namespace) -> Scores:
-    """Data, checkpoint, towers, tokens, patch scores; and in words what was tested."""
+def compute_scores(options: argparse.Namespace) -> Scored:
+    """Data, checkpoint, towers, tokens, patch scores; and in words what was scored."""
     dataset = MedicalDataset.from_options(options)
     options.ckpt = options.ckpt or str(default_checkpoint(options.save_path, options.obj))
-    checkpoint = Checkpoint.load(options.ckpt, options, dataset)
-    check_against(checkpoint.settings, checkpoint.metadata, options)
-    settings = checkpoint.settings.tested_with(options)
+    checkpoint = Checkpoint.load(options.ckpt, options, facts_of(dataset))
+    trained, metadata = checkpoint.settings, checkpoint.metadata
+    check_against(trained, metadata, options)
+    dataset = read_as_trained(dataset, trained, metadata, options)
+    prompt_name = options.prompt_name or trained.prompt_name
+    settings = replace(trained, prompt_name=prompt_name, mask_above=dataset.mask_above)
+    patients, unknown = shot_patients(trained, metadata, options)
+    samples = dataset.samples("test")
+    if options.anonymous:
+        numbers = Numbers(dataset)
+        samples, patients = numbers.samples(samples), None if patients is None else numbers.patients(patients)
+        metadata = {name: value for name, value in metadata.items() if name not in ("shots", "shot_patients")}
     device = pick_device(options.device)
     weights = find_trained_weights(checkpoint, options)
-    samples = anonymous(dataset.samples("test")) if options.anonymous else dataset.samples("test")
     store = TokenStore(Tower.of(settings, weights, pick_autocast(options.precision, device), device), options)
     store.plan((), own_batches(samples, settings, device))
     clip = store.load_clip()
@@ -96,22 +112,6 @@ def compute_scores(options: argparse.Namespace) -> Scores:
     masks = Masks.of(samples, settings, options.num_workers, device) if dataset.pixel_metrics else None
     store.fill(clip)
     evaluation = evaluate(detector, store, samples)
-    source = describe_test(options, dataset, settings, checkpoint.metadata, len(samples))
-    return evaluation, masks, settings, checkpoint.metadata, source
-
-
-def kept_scores(options: argparse.Namespace) -> Scores:
-    """What --save_scores kept; pictures come from the data set, where it is there."""
-    evaluation, masks, metadata = load_evaluation(options.scores)
-    settings = check_metadata(metadata.get("settings"), metadata.get("metadata"), f"--scores {options.scores}")
-    try:
-        evaluation = evaluation.with_pictures(MedicalDataset.from_options(options))
-    except InputError as error:
-        print(f"no pictures: {error}")
-    return (
-        evaluation,
-        masks,
-        settings,
-        metadata["metadata"],
-        f"{metadata.get('source')}\nscores kept in {options.scores}",
-    )
+    words = describe_test(options, dataset, settings, metadata, len(samples))
+    source = Source.of(dataset, words, options.anonymous, patients, unknown)
+    return Scored(evaluation, masks, settings, metadata, source)

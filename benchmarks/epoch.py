@@ -25,8 +25,9 @@ from CLIP.clip import create_model
 from dataset.medical_few import Sample
 from dataset.views import VIEWS
 from engine.detector import Detector
+from engine.distributed import pick_autocast, pick_device
 from engine.evaluation import Evaluation, Masks
-from engine.files.config import Settings, pick_autocast, pick_device
+from engine.files.config import Settings
 from engine.metrics import measure
 from engine.training import TrainingState
 from loss import training_loss

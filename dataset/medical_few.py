@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from utils import InputError, anonymous_name, preview, warn
+from utils import InputError, preview, warn
 
 from .entries import Entry, read_folders
 from .fewshot import SEEDS, check_shot_names, draw_shots, list_paths, parse_shot_list, pick_lines
@@ -53,11 +53,6 @@ NOTHING = Image.new("L", (1, 1))
 UNMARKED_MASK = "abnormal images whose mask marks nothing"
 EMPTY_SLICE = "slices that show nothing"
 COPY = "copies of another slice of their series"
-
-
-def anonymous(samples: Iterable[Sample]) -> list[Sample]:
-    """Samples with hashes for names and patients, which may be people's: what is shared shows these."""
-    return [replace(s, name=anonymous_name(s.name), patient=s.patient and anonymous_name(s.patient)) for s in samples]
 
 
 def equal_images(
@@ -328,11 +323,12 @@ class MedicalDataset:
                 return None
         return sample
 
-    def left_out_lines(self) -> list[str]:
+    def left_out_lines(self, examples: bool = True) -> list[str]:
         """A line for each reason why something is no sample, of the samples that were asked for so far."""
         words = {UNMARKED_MASK: f"{self.layout.unmarked or 'out'} by --unmarked"}
         return [
-            f"{len(names)} {why}: {words.get(why, 'left out')}, such as {preview(sorted(names), 1)}"
+            f"{len(names)} {why}: {words.get(why, 'left out')}"
+            + (f", such as {preview(sorted(names), 1)}" if examples else "")
             for why, names in sorted(self.left_out.items())
         ]
 
@@ -353,7 +349,7 @@ class MedicalDataset:
         Raises:
             InputError: a list that names other images or too few, fewer images than shots, a shot without a mask.
         """
-        draw = random.Random(seed)
+        draw = random.Random(seed if seed >= 0 else str(seed))  # which takes -5 for 5
         chosen: dict[str, list[Sample]] = {"abnormal": [], "normal": []}
         names: dict[str, list[str]] = {"abnormal": [], "normal": []}
         sources: dict[str, None] = {}  # an ordered set, and so is
@@ -433,11 +429,6 @@ class Shots:
     normal: list[Sample]
     source: str  # the list file, or how they were sampled
     listed: dict[str, list[str]]
-
-    def anonymous(self) -> Shots:
-        """The same with hashes for names."""
-        listed = {kind: [anonymous_name(name) for name in names] for kind, names in self.listed.items()}
-        return Shots(anonymous(self.abnormal), anonymous(self.normal), self.source, listed)
 
     def names(self) -> dict[str, list[str]]:
         """What is printed, logged and stored in the checkpoint: the names as a list would give them."""

@@ -15,11 +15,12 @@ from .medical_few import HASHED, MedicalDataset
 from .readers import read_mask
 
 
-def describe(dataset: MedicalDataset) -> list[str]:
-    """All lines."""
+def describe(dataset: MedicalDataset, names: bool = True) -> list[str]:
+    """All lines; without `names` none names a file, a folder that is not used, or a patient."""
     lines = [
-        benchmark_note(dataset), split_note(dataset), kinds_note(dataset), masks_note(dataset), normal_note(dataset),
-        *dataset.left_out_lines(), dataset.levels_line(), unused_note(dataset), patients_note(dataset),
+        benchmark_note(dataset), split_note(dataset), kinds_note(dataset), masks_note(dataset),
+        normal_note(dataset, names), *dataset.left_out_lines(names), dataset.levels_line(),
+        unused_note(dataset) if names else None, patients_note(dataset, names),
     ]  # fmt: skip
     return [line for line in lines if line]
 
@@ -63,7 +64,7 @@ def masks_note(dataset: MedicalDataset) -> str | None:
     return None
 
 
-def normal_note(dataset: MedicalDataset) -> str | None:
+def normal_note(dataset: MedicalDataset, examples: bool = True) -> str | None:
     """Normal images whose mask marks something; the paper's are not looked at."""
     masked = [entry for entry in dataset.entries if entry.kind == "normal" and entry.masks and not dataset.is_benchmark]
     names = [
@@ -72,7 +73,8 @@ def normal_note(dataset: MedicalDataset) -> str | None:
         for sample in dataset.samples_in(entry)
         if (mask := read_mask(replace(sample, mask=entry.masks[0]))) and mask.marks(dataset.mask_above)
     ]
-    return f"warning: {len(names)} normal images have a mask that marks something: {preview(names)}" if names else None
+    such = f": {preview(names)}" if examples else ""
+    return f"warning: {len(names)} normal images have a mask that marks something{such}" if names else None
 
 
 def unused_note(dataset: MedicalDataset) -> str | None:
@@ -81,17 +83,19 @@ def unused_note(dataset: MedicalDataset) -> str | None:
     return f"warning: not used: pictures in {', '.join(folders)}" if folders else None
 
 
-def patients_note(dataset: MedicalDataset) -> str:
+def patients_note(dataset: MedicalDataset, examples: bool = True) -> str:
     """How many patients were recognised, with examples; a warning where none was."""
     if dataset.is_made_up:
         return "patients: none, as the images are made up"
     entries = dataset.entries
     patients = sorted({entry.patient for entry in entries if entry.patient})
     if not patients:
-        fault = f"none recognised in the names (such as {entries[0].name})"
+        such = f" (such as {entries[0].name})" if examples else ""
+        fault = f"none recognised in the names{such}"
         advice = f"say how to find them with --patient REGEX, or `patient` in {dataset.obj}.json"
         return f"warning: patients: {fault}, so that one may be in both splits without a word; {advice}"
     without = sum(entry.patient is None for entry in entries)
     unknown = f" ({without} images without)" if without else ""
     source = "PatientIDs" if any(entry.from_header for entry in entries) else "names"
-    return f"patients: {len(patients)} recognised in {len(entries)} {source}{unknown}: {preview(patients)}"
+    such = f": {preview(patients)}" if examples else ""
+    return f"patients: {len(patients)} recognised in {len(entries)} {source}{unknown}{such}"

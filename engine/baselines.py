@@ -23,9 +23,10 @@ from Prompt.promptChooser import PromptChooser
 from utils import set_seed
 
 from .detector import seeded
+from .distributed import pick_autocast, pick_device
 from .evaluation import Evaluation, Masks
 from .features import TokenStore, Tower
-from .files.config import new_settings, pick_autocast, pick_device
+from .files.config import new_settings
 from .metrics import measure, measure_without
 from .training import Splits, TrainingSet
 

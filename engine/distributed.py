@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -106,3 +107,24 @@ def _peers() -> Iterator[None]:
             f"rank {rank()}: another process of this run died or cannot be reached ({reason}); its own message comes "
             f"before; to go on, give --resume with the run's folder"
         ) from error
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one; `InputError` for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", name, re.ASCII):
+        raise InputError(f"--device {name}: use auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here")
+    return device
+
+
+def pick_autocast(precision: str, device: torch.device) -> torch.dtype | None:
+    """The autocast dtype that --precision means on `device`; None is float32."""
+    if precision == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -18,19 +15,16 @@ from CLIP.adapter_shared import mixes_images
 from dataset.medical_few import Sample
 from dataset.readers import load_mask
 from loss import anomaly_map, image_score
-from utils import EXPECTED, InputError, atomic_path, blame, prefetch, preview
+from utils import InputError, prefetch
 
 from . import distributed
 from .features import chunk_size, filled
 
 if TYPE_CHECKING:
-    from dataset.medical_few import MedicalDataset
-
     from .detector import Detector
     from .features import Item, TokenStore
     from .files.config import Settings
 
-FORMAT = "madclip-scores-1"
 MAP_BATCH = 32  # maps at a time where only their largest pixel is kept
 Part = slice | Sequence[int]
 
@@ -86,62 +80,6 @@ class Evaluation:
         index = torch.as_tensor(keep, dtype=torch.long, device=self.patch_scores.device)
         samples = [self.samples[i] for i in keep]
         return Evaluation(samples, self.patch_scores[index], self.head, self.img_size, self.dec_type)
-
-    def with_pictures(self, dataset: MedicalDataset) -> Evaluation:
-        """The same with the files of a data set's test images, found by name.
-
-        Raises:
-            InputError: images that are not there.
-        """
-        by_name = {sample.name: sample for sample in dataset.samples("test")}
-        missing = [name for name in self.names if name not in by_name]
-        if missing:
-            raise InputError(
-                f"{dataset.root}: {len(missing)} of the kept scores' images are not there: {preview(missing)}"
-            )
-        samples = [by_name[name] for name in self.names]
-        return replace(self, samples=samples)
-
-    def save(self, path: str | Path, masks: Masks | None, **metadata: Any) -> None:  # noqa: ANN401 - plain values
-        """Write all that `load_evaluation` gives back, `metadata` as JSON, atomically: no path, no picture."""
-        description = {"format": FORMAT, "head": self.head, "img_size": self.img_size, "dec_type": self.dec_type}
-        arrays = {
-            "patch_scores": self.patch_scores.cpu().numpy(),
-            "labels": self.labels,
-            "names": np.array(self.names),
-            "patients": np.array([sample.patient or "" for sample in self.samples]),
-            "description": np.array(json.dumps({**description, **metadata})),
-        }
-        if masks is not None:
-            arrays |= {"mask_rows": masks.rows.cpu().numpy(), "mask_bits": masks.bits.cpu().numpy()}
-        with atomic_path(path, "--save_scores") as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-
-
-def load_evaluation(path: str | Path) -> tuple[Evaluation, Masks | None, dict[str, Any]]:
-    """What `Evaluation.save` wrote: the evaluation, the masks, the metadata.
-
-    The samples have no pictures: their paths are their names. Nothing in the file can run code.
-
-    Raises:
-        InputError: another file, or a damaged one.
-    """
-    with (
-        blame(f"--scores {path}", "give a file that test.py --save_scores wrote", (*EXPECTED, BadZipFile)),
-        np.load(path, allow_pickle=False) as arrays,
-    ):
-        metadata = json.loads(str(arrays["description"]))
-        if metadata["format"] != FORMAT:
-            raise ValueError(f"its format is {metadata['format']!r:.40}, not {FORMAT}")
-        columns = [arrays[name].tolist() for name in ("names", "labels", "patients")]
-        scores = torch.from_numpy(arrays["patch_scores"])
-        rows, bits = (torch.from_numpy(arrays[name]) if name in arrays else None for name in ("mask_rows", "mask_bits"))
-    samples = [
-        Sample(Path(name), label, None, name, patient or None) for name, label, patient in zip(*columns, strict=True)
-    ]
-    evaluation = Evaluation(samples, scores, metadata["head"], metadata["img_size"], metadata["dec_type"])
-    masks = None if rows is None or bits is None else Masks(rows, bits, evaluation.img_size)
-    return evaluation, masks, metadata
 
 
 class Masks:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,9 +33,10 @@ from utils import InputError, prefetch, warn
 
 from .calibration import Rule, calibrate
 from .detector import Detector
+from .distributed import pick_autocast, pick_device
 from .evaluation import Evaluation, Masks
 from .files.checkpoint import Checkpoint, find_trained_weights
-from .files.config import MODEL_FLAGS, Settings, check_against, pick_autocast, pick_device
+from .files.config import MODEL_FLAGS, check_against
 
 ImageLike = str | Path | Frame | Image.Image | np.ndarray
 Size = tuple[int, int]  # width and height of an image as its file has it
@@ -92,7 +92,7 @@ class Predictor:
         threshold: float | None = None,
     ) -> None:
         self.checkpoint, self.settings, self.detector = checkpoint, checkpoint.settings, detector
-        self.reading = reading_of(self.settings)
+        self.reading = self.settings.read_options
         self.clip, self._autocast, self._lock = clip, autocast, Lock()
         self._text = detector.prompts().detach()
         self._set(checkpoint.metadata.get("threshold") or {}, threshold)
@@ -236,16 +236,6 @@ class Predictor:
         Checkpoint(self.settings, self.checkpoint.parts, metadata).save(path)
 
 
-def reading_of(settings: Settings) -> ReadOptions:
-    """How training read files with more than 8 bits or more than one slice; the defaults where it does not say."""
-    reading = settings.reading or {}
-    window = reading.get("window")
-    return ReadOptions(
-        tuple(window) if isinstance(window, list | tuple) else window, reading.get("plane") or AS_STORED.plane,
-        deep=bool(reading.get("deep")),
-    )  # fmt: skip
-
-
 def open_image(image: ImageLike, reading: ReadOptions = AS_STORED) -> tuple[Image.Image, Size]:
     """An image as 8-bit RGB with square pixels, and its size in its file; `InputError` where it is none."""
     if isinstance(image, str | Path):
@@ -299,16 +289,15 @@ def load(
 def read_checkpoint(options: argparse.Namespace) -> Checkpoint:
     """The checkpoint of --ckpt, checked against the flags that shape one; no weights are read yet."""
     name = options.obj or Path(options.ckpt).name.split(".")[0]
-    dataset = None
+    facts: dict[str, Any] | None = None
     if config_path(name).is_file():
         config = read_config(config_path(name))
-        dataset = SimpleNamespace(
-            obj=name, prompt_name=config.get("prompt_name", name), pixel_metrics=config.get("pixel_metrics", False)
-        )
+        facts = {"obj": name, "prompt_name": config.get("prompt_name", name)}
+        facts |= {"pixel_metrics": config.get("pixel_metrics", False)}
     try:
-        checkpoint = Checkpoint.load(options.ckpt, options, dataset)
+        checkpoint = Checkpoint.load(options.ckpt, options, facts)
     except InputError as error:
-        if dataset is None and "not a checkpoint of this project" in str(error):
+        if facts is None and "not a checkpoint of this project" in str(error):
             raise InputError(f"{error}; if it is a published one, name its data set with --obj") from error
         raise
     check_against(checkpoint.settings, {}, options)

@@ -6,19 +6,20 @@ import argparse
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dataset import notes
+from dataset.anonymous import Numbers
 from dataset.fewshot import quoted
-from dataset.medical_few import MedicalDataset, Sample, Shots, anonymous, equal_images
+from dataset.medical_few import MedicalDataset, Sample, Shots, equal_images
 from dataset.readers import FULL_MASK, check_mask, load_grey_mask, load_mask
 from dataset.views import JITTER_VIEW, VIEWS, augment
 from loss import training_loss
-from utils import InputError, checked, preview, printable, sha256_file, warn
+from utils import InputError, preview, printable, sha256_file, warn
 
 from . import distributed
 from .calibration import CHOSEN_SOURCE, VALID_SOURCE, VIEWS_SOURCE, Rule, calibrate, calibration_samples
@@ -190,7 +191,7 @@ class TrainingState:
             seconds: that it took.
 
         Returns:
-            The line of metrics.jsonl, see `EpochRecord`.
+            The line of metrics.jsonl: None for what was not measured. No times, so that equal numbers are equal bytes.
         """
         epoch = self.epoch + 1
         det, seg, total = loss.tolist()
@@ -203,7 +204,8 @@ class TrainingState:
             for prefix, metrics in (("", test), ("valid_", valid))
             for name in ("auc", "pauc")
         }
-        record = asdict(EpochRecord(epoch, det, seg, total, similarity, **measured, best=better))
+        losses = {"det": det, "seg": seg, "total": total, "similarity": similarity}
+        record = {"epoch": epoch, **losses, **measured, "best": better}
         self.history.append(record)
         self.seconds += seconds
         return record
@@ -236,50 +238,15 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`; `InputError` where it does not fit."""
-        where = "--resume: last.pth"
-        progress = checked(Progress, state, where)
-        history = [checked(EpochRecord, row, f"{where}, history") for row in progress.history]
-        if [row.epoch for row in history] != list(range(1, len(history) + 1)) or progress.best_epoch > len(history):
-            raise InputError(f"{where}: its history is not that of {len(history)} epochs")
-        try:
-            self.detector.load_parts(state["parts"])
-            for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(stored)
-            if self.scaler and state["scaler"]:
-                self.scaler.load_state_dict(state["scaler"])
-            self.shuffle.set_state(state["shuffle"])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-            reason = " ".join(str(error).split())[:150]
-            raise InputError(f"{where} does not fit this run ({reason})") from error
-        self.history, self.seconds = progress.history, progress.seconds
-        self.best_epoch, self.best_score = progress.best_epoch, progress.best_score
-
-
-@dataclass
-class Progress:
-    """The plain values of `TrainingState.state_dict`."""
-
-    best_epoch: int
-    best_score: float
-    history: list[dict[str, Any]]
-    seconds: float
-
-
-@dataclass
-class EpochRecord:
-    """A line of metrics.jsonl: None for what was not measured. No times, so that equal numbers are equal bytes."""
-
-    epoch: int  # from 1
-    det: float
-    seg: float
-    total: float
-    similarity: float  # cosine of the two text features
-    auc: float | None
-    pauc: float | None
-    valid_auc: float | None
-    valid_pauc: float | None
-    best: bool
+        """The inverse of `state_dict`."""
+        self.detector.load_parts(state["parts"])
+        for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(stored)
+        if self.scaler and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.shuffle.set_state(state["shuffle"])
+        for name in ("best_epoch", "best_score", "history", "seconds"):
+            setattr(self, name, state[name])
 
 
 def check_losses(losses: Tensor, epoch: int) -> Tensor:
@@ -337,6 +304,8 @@ class Splits:
     calibration: list[Sample]  # some of what is left, for the decision threshold
     unused: list[Sample]  # all that is left of valid/ after the shots
     select: str  # the rule by which the epoch is chosen
+    patients: set[str]  # of the shots, as far as names tell, by their names: no number of --anonymous
+    numbered: bool = False  # with --anonymous samples and their patients bear numbers instead of names
 
     @classmethod
     def open(cls, options: argparse.Namespace) -> Splits:
@@ -352,7 +321,7 @@ class Splits:
         scored = [sample for sample in unused if sample.mask or not (sample.label and dataset.pixel_metrics)]
         abnormal = sum(sample.label for sample in scored)
         counts = (len(scored) - abnormal, abnormal)
-        select = options.select or default_select(dataset.is_benchmark, lambda: counts)
+        select = options.select or default_select(dataset.is_benchmark, counts)
         if select == "valid" and not min(counts):
             raise InputError(
                 f"--select valid: beside the shots valid/ holds {counts[0]} normal and {counts[1]} abnormal images, "
@@ -365,10 +334,22 @@ class Splits:
             )
         valid = scored if select == "valid" else []
         test, calibration = dataset.samples("test"), calibration_samples(scored)
-        if options.anonymous:
-            shots = shots.anonymous()
-            test, valid, calibration, unused = map(anonymous, (test, valid, calibration, unused))
-        return cls(dataset, shots, test, valid, calibration, unused, select)
+        patients = {sample.patient for sample in (*shots.abnormal, *shots.normal) if sample.patient is not None}
+        splits = cls(dataset, shots, test, valid, calibration, unused, select, patients)
+        return splits.anonymous() if options.anonymous else splits
+
+    def anonymous(self) -> Splits:
+        """The same with numbers for the names of files and patients."""
+        numbers = Numbers(self.dataset)
+        return replace(
+            self,
+            shots=numbers.shots(self.shots),
+            test=numbers.samples(self.test),
+            valid=numbers.samples(self.valid),
+            calibration=numbers.samples(self.calibration),
+            unused=numbers.samples(self.unused),
+            numbered=True,
+        )
 
     def own_batches(self, settings: Settings, device: torch.device) -> list[Sequence[Sample]]:
         """What this process scores of all lists, in the batches of `evaluate`."""
@@ -395,7 +376,7 @@ class Splits:
         print(f"{self.dataset.obj}: {len(self.test)} test images ({abnormal} abnormal); shots {printable(source)}")
         for kind, names in self.shots.names().items():
             print(f"  {kind} shots: {printable(quoted(names)) or 'none'}")
-        for note in filter(None, (*notes.describe(self.dataset), losses_note(self.shots))):
+        for note in filter(None, (*notes.describe(self.dataset, names=not self.numbered), losses_note(self.shots))):
             print(printable(note))
 
     def print_warnings(self, masks: Tensor | None) -> None:

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import json
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import torchvision
 
 from CLIP.config import ModelConfig
-from CLIP.weights import find_weights, read_pickle
-from Prompt.states import states_fault
-from utils import InputError, atomic_path, checked, one_line, printable, warn
+from CLIP.model import CLIP
+from CLIP.weights import Weights, WeightsInfo, find_weights, read_pickle
+from utils import EXPECTED, InputError, atomic_path, blame, printable, warn
 
+from ..detector import Detector
 from .config import VERSION, Settings
-
-if TYPE_CHECKING:
-    import argparse
-
-    from CLIP.model import CLIP
-    from CLIP.weights import Weights, WeightsInfo
-
-    from ..detector import Detector
-    from .published import DatasetInfo
+from .published import encoder_difference, features_difference, infer_settings, looks_published
 
 FORMAT = "madclip-1"
-PARTS = ("normal_det_adapters", "abnormal_det_adapters", "prompt_maker_normal", "prompt_maker_abnormal")
 METADATA = "about"  # its name in files, since the first version
+# What torch raises over tensors that are not as they should be.
+ODD = (*EXPECTED, RuntimeError, TypeError, AttributeError)
 
 
 @dataclass
@@ -50,28 +45,27 @@ class Checkpoint:
 
     @classmethod
     def load(
-        cls, path: str | Path, options: argparse.Namespace | None = None, dataset: DatasetInfo | None = None
+        cls, path: str | Path, options: argparse.Namespace | None = None, facts: Mapping[str, Any] | None = None
     ) -> Checkpoint:
         """Read a file of either format; nothing in it can run code.
 
         Args:
             path: the file.
             options: for a published file, what no tensor tells (see `published.infer_settings`).
-            dataset: for a published file, the data set that it was trained on; without it such a file is refused.
+            facts: for a published file, those of the data set that it was trained on (see `published.facts_of`);
+                without them such a file is refused.
 
         Raises:
             InputError: no such file, a damaged one, or another kind of file.
         """
-        from .published import infer_settings, looks_published  # noqa: PLC0415 - which imports this module's names
-
         payload = read(path)
         if payload.get("format") == FORMAT:
-            settings = Settings.from_dict(payload["settings"], f"--ckpt {path}: settings")
-            parts = {name: part for name, part in payload.items() if name not in ("format", "settings", METADATA)}
-            return cls(settings, parts, payload[METADATA])
-        if options is None or dataset is None or not looks_published(payload):
+            with blame(f"--ckpt {path}: damaged"):
+                settings = Settings.from_dict(payload.pop("settings"))
+                return cls(settings, payload, payload.pop(METADATA))
+        if options is None or facts is None or not looks_published(payload):
             raise InputError(f"--ckpt {path}: not a checkpoint of this project (no format {FORMAT!r} in it)")
-        settings, line = infer_settings(payload, path, dataset, options)
+        settings, line = infer_settings(payload, path, facts, options)
         print(f"{path}: {line}")
         return cls(settings, payload, {"select": "unknown (published checkpoint)"}, published=True)
 
@@ -84,133 +78,39 @@ class Checkpoint:
         """Put the tensors into `detector`, and print where a published file's frozen tensors are not those of `clip`.
 
         Raises:
-            InputError: tensors that do not fit.
+            InputError: tensors that do not fit, or are not finite.
         """
-        from .published import encoder_difference, features_difference  # noqa: PLC0415 - see `load`
-
-        try:
+        with blame(f"--ckpt {path}: its tensors do not fit its settings", errors=ODD):
             detector.load_parts(self.parts)
-        except (KeyError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"--ckpt {path}: its tensors do not fit its settings ({reason})") from error
-        differences = {
-            "text encoder differs": encoder_difference(self.parts, clip),
-            "text features differ": features_difference(self.parts, detector),
-        }
+            differences = {
+                "text encoder differs": encoder_difference(self.parts, clip),
+                "text features differ": features_difference(self.parts, detector),
+            }
+        if not all(bool(tensor.isfinite().all()) for tensor in detector.parameters()):
+            raise InputError(f"--ckpt {path}: its tensors hold NaN or infinite numbers")
         for what, difference in differences.items():
             if difference:
                 print(f"{path}: its {what} by up to {difference:.3g} from the CLIP weights, which are used")
 
 
-@dataclass
-class Metadata:
-    """What is read of a checkpoint's metadata; more may stand there."""
-
-    select: str
-    options: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
-    shots: dict[str, list[str]] | None = None
-    shot_patients: list[str] = field(default_factory=list)
-    threshold: dict[str, Any] | None = None
-    run: str | None = None
-
-
-@dataclass
-class SelectedMetrics:
-    """`Metadata.metrics`."""
-
-    epoch: int | None = None
-    auc: float | None = None
-    pauc: float | None = None
-
-
-@dataclass
-class Threshold:
-    """`Metadata.threshold`, but for its `from`, a string."""
-
-    value: float
-    rule: str
-    figures: dict[str, Any]
-    pixel_value: float | None = None
-    heat_range: list[float] | None = None
-
-
-@dataclass
-class ThresholdMetrics:
-    """`Threshold.figures`, see `calibration.threshold_metrics`."""
-
-    f1: float | None
-    tpr: float | None
-    fpr: float | None
-    n_normal: int
-    n_abnormal: int
-
-
 def read(path: str | Path, flag: str = "--ckpt") -> dict[str, Any]:
-    """The dict in a checkpoint file of either format, its types checked; `InputError` names `flag` for other files."""
+    """The dict in a checkpoint file of either format; `InputError` names `flag` for other files."""
     path = Path(path)
-    if not path.is_file():
-        why = "a folder or a device, not a checkpoint" if path.exists() else "not found"
-        raise InputError(f"{flag} {path}: {why}; train one with `python train.py --obj ...`")
+    with blame(f"{flag} {path}", errors=(OSError,)):  # a name that is too long
+        if not path.is_file():
+            why = "a folder or a device, not a checkpoint" if path.exists() else "not found"
+            raise InputError(f"{flag} {path}: {why}; train one with `python train.py --obj ...`")
     payload = read_pickle(path, f"{flag} {path}: not a checkpoint")
     if not isinstance(payload, dict):
         raise InputError(f"{flag} {path}: not a checkpoint (it holds a {type(payload).__name__})")
-    fault = next(_part_faults(payload), None)
-    if fault:
-        raise InputError(f"{flag} {path}: damaged, or not a checkpoint of this project ({one_line(fault)})")
-    if payload.get("format") == FORMAT:
-        where = f"{flag} {path}: damaged, or not a checkpoint of this project"
-        check_metadata(payload.get("settings", {}), payload.get(METADATA), where)
     return payload
 
 
-def _part_faults(payload: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the types and values of the tensors that are used."""
-    for name in PARTS:
-        part = payload.get(name, {})
-        if not isinstance(part, dict):
-            yield f"{name} is a {type(part).__name__}"
-        for key, tensor in part.items():
-            if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
-                yield f"{name}: {key!r:.80} is no plain tensor"
-            if not key.startswith("text_encoder.") and not torch.isfinite(tensor).all():
-                yield f"{name}: {key!r:.80} holds NaN or infinite numbers"
-
-
-def check_metadata(settings_in_file: object, metadata_in_file: object, where: str) -> Settings:
-    """The settings that a file of ours holds; `InputError` where they or its metadata are not what we write."""
-    settings = Settings.from_dict(settings_in_file, where)
-    metadata = checked(Metadata, metadata_in_file, where)
-    checked(SelectedMetrics, metadata.metrics, f"{where}: metrics")
-    if metadata.threshold is not None:
-        threshold = checked(Threshold, metadata.threshold, f"{where}: threshold")
-        checked(ThresholdMetrics, threshold.figures, f"{where}: threshold: figures")
-        two = threshold.heat_range is None or len(threshold.heat_range) == 2
-        if not two or not isinstance(metadata.threshold.get("from"), str):
-            raise InputError(f"{where}: its threshold is incomplete")
-    if settings.model_config is not None:
-        ModelConfig.from_dict(settings.model_config, f"{where}: model_config")
-    if settings.states is not None and (fault := states_fault(settings.states)):
-        raise InputError(f"{where}: states: {one_line(fault)}")
-    seed = metadata.options.get("seed", 0)
-    if type(seed) is not int or not -(2**63) <= seed < 2**64:
-        raise InputError(f"{where}: seed is {seed!r:.80}")
-    if metadata.run is not None and not printable(metadata.run) == metadata.run:
-        raise InputError(f"{where}: run is {metadata.run!r:.80}")
-    try:
-        json.dumps([settings_in_file, metadata_in_file])
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{where}: its settings are no plain values ({error!s:.80})") from error
-    return settings
-
-
-def write(payload: dict[str, Any], path: str | Path) -> None:
+def write(payload: Mapping[str, Any], path: str | Path) -> None:
     """Write atomically; `InputError` where that is impossible."""
-    try:
-        with atomic_path(path) as temporary:
-            torch.save(payload, temporary)
-    except RuntimeError as error:  # that is how torch.save reports a full disk
-        raise InputError(f"{path}: cannot be written (disk full?); an older file there is intact") from error
+    hint = "is the disk full? An older file there is intact"
+    with blame(f"{path}: cannot be written", hint, (RuntimeError,)), atomic_path(path) as temporary:
+        torch.save(dict(payload), temporary)  # a RuntimeError is how it reports a full disk
 
 
 def copy(source: str | Path, path: str | Path) -> None:
@@ -221,8 +121,6 @@ def copy(source: str | Path, path: str | Path) -> None:
 
 def versions() -> dict[str, str]:
     """What made the file."""
-    import torchvision  # noqa: PLC0415
-
     return {
         "madclip": VERSION,
         "python": platform.python_version(),
@@ -253,8 +151,7 @@ def find_trained_weights(checkpoint: Checkpoint, options: argparse.Namespace) ->
     """
     settings = checkpoint.settings
     seed = checkpoint.seed if not checkpoint.published else options.seed
-    where = f"--ckpt {options.ckpt}: its model_config"
-    known = ModelConfig.from_dict(settings.model_config, where) if settings.model_config else settings.model_name
+    known = ModelConfig.from_dict(settings.model_config) if settings.model_config else settings.model_name
     model = options.model_name or known  # a folder or a JSON file given anew says where its weights are
     weights = find_weights(model, settings.pretrain, options.weights, seed)
     print_weights_info(weights)
@@ -293,8 +190,7 @@ def set_aside(path: Path, run: str, started: str) -> None:
         if (metadata.get("run"), metadata.get("started")) == (run, started):
             return
     stem = f"{path.stem}.before-{time.strftime('%Y%m%d-%H%M')}"
-    kept = next(
-        p for n in range(1, 1000) if not (p := path.with_name(f"{stem}{f'-{n}' * (n > 1)}{path.suffix}")).exists()
-    )
+    names = (f"{stem}{f'-{n}' * (n > 1)}{path.suffix}" for n in range(1, 1000))
+    kept = next(place for name in names if not (place := path.with_name(name)).exists())
     path.rename(kept)
     print(f"{path} is not of this run: renamed to {kept}", flush=True)

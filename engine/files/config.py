@@ -9,29 +9,24 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from CLIP.config import ADAPTER_KINDS, FIDELITIES, PRETRAINS, ModelConfig
 from dataset.layout import add_reading_flags, described, object_name, object_of
-from Prompt.states import TEXT_MOODS, read_prompts, states_fault
-from utils import InputError, Parser, checked, integer, printable
+from dataset.readers import AS_STORED, ReadOptions
+from Prompt.states import TEXT_MOODS, read_prompts
+from utils import InputError, Parser, integer, printable, read_json
 
 if TYPE_CHECKING:
-    import torch
-
     from CLIP.weights import Weights
     from dataset.medical_few import MedicalDataset
 
 VERSION = "0.2.0"
 
-# Choices, in words: what they name lives in modules that import torch, and a test compares the two.
-DEC_TYPES = ("mean", "max", "both")
-LOSS_TYPES = ("sigmoid", "softmax")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 CACHES = ("auto", "gpu", "ram", "disk", "off")
 CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
@@ -40,9 +35,6 @@ SELECTS = {
     "valid": "best epoch on what is left of valid/ after the shots",
     "last": "last epoch",
 }
-PAPER = ("Brain", "Liver", "Retina_RESC", "Retina_OCT2017", "Chest", "Histopathology")  # the published data sets
-
-NOT_GIVEN = "\0"  # no command line can hold it
 MAX_IMG_SIZE = 4096
 MAX_TEXT = 200  # characters of an object's name: prompts have few words, and the tokenizer takes long over long ones
 
@@ -61,7 +53,7 @@ def positive_float(text: str) -> float:
 
 
 def nonblank_text(text: str) -> str:
-    """An argparse type: text that is not blank, nor longer than a checkpoint may hold."""
+    """An argparse type: text that is not blank, nor longer than a prompt's name may be."""
     if not text.strip() or len(text) > MAX_TEXT:
         raise argparse.ArgumentTypeError(f"is blank, or longer than {MAX_TEXT} characters")
     return text
@@ -104,27 +96,11 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Show defaults, but not where there is none or the help states it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, NOT_GIVEN) or "(default" in (action.help or ""):
+        if action.default in (None, False) or "(default" in (action.help or ""):
             return action.help
         if isinstance(action.default, list):
             return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return super()._get_help_string(action)
-
-
-class DataRoot(argparse.Action):
-    """--data_root: its folder names the data set too, unless --obj does, before or after it."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,  # noqa: ANN401 - argparse's signature
-        option_string: str | None = None,
-    ) -> None:
-        """Keep the folder, and its name where no other is given so far."""
-        namespace.data_root = values
-        if namespace.obj == NOT_GIVEN:
-            namespace.obj = object_of(values)
 
 
 class Switch(argparse.Action):
@@ -150,36 +126,76 @@ class Switch(argparse.Action):
         setattr(namespace, self.dest, value != (option_string or "").startswith("--no-"))
 
 
-# The published flags that shape a checkpoint, with the published defaults.
-MODEL_FLAGS: dict[str, dict[str, Any]] = {
-    "model_name": {
-        "default": "ViT-L-14-336",
-        "type": nonblank_text,
-        "help": "the tower: a name in CLIP/model_configs, a JSON file, a folder, or hf-hub:OWNER/NAME",
-    },
-    "pretrain": {"default": "openai", "choices": PRETRAINS, "help": "where CLIP's weights come from"},
-    "img_size": {
-        "default": 240,
-        "type": integer(1, MAX_IMG_SIZE),
-        "help": "images are resized to this many pixels a side",
-    },
-    "features_list": {
-        "default": None,
-        "type": int,
-        "nargs": "+",
-        "help": "layers that adapters read, counted from 1 (default: the quarters of the depth, 6 12 18 24 for ViT-L)",
-    },
-    "text_mood": {"default": "learnable_all", "choices": TEXT_MOODS, "help": "which prompts learn their contexts"},
-    "contrast_mood": {"default": "yes", "choices": ("yes", "no"), "help": "subtract the other branch's text cosine"},
-    "dec_type": {"default": "mean", "choices": DEC_TYPES, "help": "how an image's patch scores are summarised"},
-    "loss_type": {"default": "sigmoid", "choices": LOSS_TYPES, "help": "detection loss"},
-    "visionA": {"default": "MFCFC", "choices": ADAPTER_KINDS, "help": "kind of adapter"},
-    "fidelity": {
-        "default": "released",
-        "choices": FIDELITIES,
-        "help": "released: as the published code computes; corrected: as CLIP was trained (docs/method.md)",
-    },
-}
+def flag(default: object, text: str, **options: object) -> dict[str, Any]:
+    """A published flag that shapes a checkpoint: its published default, help, and argparse's `choices`, `type`, ..."""
+    return {"default": default, "help": text, **options}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that shaped a checkpoint: stored in it, and obeyed by whoever reads it.
+
+    The fields that carry a `flag` are flags of train.py, and of test.py, which checks them against the checkpoint.
+    """
+
+    obj: str
+    model_name: str = field(metadata=flag(
+        "ViT-L-14-336", "the tower: a name in CLIP/model_configs, a JSON file, a folder, or hf-hub:OWNER/NAME",
+        type=nonblank_text,
+    ))  # fmt: skip
+    pretrain: str = field(metadata=flag("openai", "where CLIP's weights come from", choices=PRETRAINS))
+    fidelity: str = field(metadata=flag(
+        "released", "released: as the published code computes; corrected: as CLIP was trained (docs/method.md)",
+        choices=FIDELITIES,
+    ))  # fmt: skip
+    img_size: int = field(
+        metadata=flag(240, "images are resized to this many pixels a side", type=integer(1, MAX_IMG_SIZE))
+    )
+    features_list: tuple[int, ...] = field(metadata=flag(
+        None,
+        "layers that adapters read, counted from 1 (default: the quarters of the depth, 6 12 18 24 for ViT-L)",
+        type=int, nargs="+",
+    ))  # fmt: skip
+    visionA: str = field(metadata=flag("MFCFC", "kind of adapter", choices=ADAPTER_KINDS))
+    text_mood: str = field(metadata=flag("learnable_all", "which prompts learn their contexts", choices=TEXT_MOODS))
+    contrast_mood: str = field(metadata=flag("yes", "subtract the other branch's text cosine", choices=("yes", "no")))
+    dec_type: str = field(
+        metadata=flag("mean", "how an image's patch scores are summarised", choices=("mean", "max", "both"))
+    )
+    loss_type: str = field(metadata=flag("sigmoid", "detection loss", choices=("sigmoid", "softmax")))
+    prompt_name: str  # what the prompts call the object
+    pixel_metrics: bool  # the data set has masks: images are scored by their segmentation maps
+    weights_sha256: str
+    eval_batch: int  # images scored together: MViTFC in `released` fidelity depends on it
+    states: dict[str, list[str]] | None = None  # state phrases of --prompts; None: the published ones
+    mask_above: int = 127  # a mask's grey, of 255, above which a pixel is abnormal, in the data set trained on
+    reading: dict[str, Any] | None = None  # how pictures beyond 8 bits were read: window, plane; None: the defaults
+    model_config: dict[str, Any] | None = None  # the sizes of a tower that CLIP/model_configs does not name
+    version: str = ""  # of this project, when the checkpoint was made
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Settings:
+        """The inverse of `to_dict`; unknown entries are ignored and late ones default, so any version reads any.
+
+        `KeyError` for an entry that is missing.
+        """
+        known = {f.name: values[f.name] for f in fields(cls) if f.default is MISSING or f.name in values}
+        return cls(**{**known, "features_list": tuple(known["features_list"])})
+
+    @property
+    def read_options(self) -> ReadOptions:
+        """How training read files with more than 8 bits or more than one slice; the defaults where it does not say."""
+        reading = self.reading or {}
+        window, plane = reading.get("window"), reading.get("plane") or AS_STORED.plane
+        window = tuple(window) if isinstance(window, list) else window
+        return ReadOptions(window, plane, deep=bool(reading.get("deep")))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, for JSON and for checkpoints read with weights_only=True."""
+        return {**asdict(self), "features_list": list(self.features_list)}
+
+
+MODEL_FLAGS: dict[str, dict[str, Any]] = {f.name: dict(f.metadata) for f in fields(Settings) if f.metadata}
 # Published flags of the test program that mean nothing in a test: accepted, and said to have no effect.
 NO_EFFECT_IN_TEST = ("exp_name", "epoch", "learning_rate", "save_model", "iterate")
 # What --resume may change: the length, the machine, and what is written where; nothing that shapes the numbers.
@@ -187,67 +203,8 @@ RESUMABLE = {
     "resume", "epoch", "data_path", "data_root", "weights", "device", "num_workers", "cache", "cache_dir", "save_path",
     "save_model", "out_json", "run_dir", "exp_name", "log_images_every", "log_model",
 }  # fmt: skip
-READ_PATHS = ("data_path", "data_root", "weights")
-WRITTEN_PATHS = ("save_path", "out_json", "cache_dir")  # of a run folder from elsewhere they are asked for again
-PATHS = (*READ_PATHS, *WRITTEN_PATHS, "run_dir", "resume")  # no shared file holds one
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that shaped a checkpoint: stored in it, and obeyed by whoever reads it."""
-
-    obj: str
-    model_name: str
-    pretrain: str
-    fidelity: str
-    img_size: int
-    features_list: tuple[int, ...]
-    visionA: str
-    text_mood: str
-    contrast_mood: str
-    dec_type: str
-    loss_type: str
-    prompt_name: str  # what the prompts call the object
-    pixel_metrics: bool  # the data set has masks: images are scored by their segmentation maps
-    weights_sha256: str
-    eval_batch: int  # images scored together: MViTFC in `released` fidelity depends on it
-    states: dict[str, list[str]] | None = None  # state phrases of --prompts; None: the published ones
-    mask_above: int = 127  # a mask's grey, of 255, above which a pixel is abnormal
-    reading: dict[str, Any] | None = None  # how pictures beyond 8 bits were read: window, plane; None: the defaults
-    model_config: dict[str, Any] | None = None  # the sizes of a tower that CLIP/model_configs does not name
-    version: str = ""  # of this project, when the checkpoint was made
-
-    @classmethod
-    def from_dict(cls, values: object, where: str = "settings") -> Settings:
-        """The inverse of `to_dict`; unknown entries are ignored and late ones default, so any version reads any.
-
-        Raises:
-            InputError: an entry that is missing, of another type, or not among a flag's choices.
-        """
-        settings = checked(cls, values, where)
-        for name, spec in MODEL_FLAGS.items():
-            value = getattr(settings, name)
-            if spec.get("choices") and value not in spec["choices"]:
-                raise InputError(f"{where}: {name} is {value!r:.80}")
-        layers = settings.features_list
-        if not layers or len(set(layers)) < len(layers) or min(layers) < 1:
-            raise InputError(f"{where}: features_list is {list(layers)!r:.80}")
-        if not 0 <= settings.mask_above <= 254:
-            raise InputError(f"{where}: mask_above is {settings.mask_above}")
-        texts = (settings.model_name, settings.prompt_name, settings.obj)
-        if not 0 < settings.img_size <= MAX_IMG_SIZE or settings.eval_batch < 1 or max(map(len, texts)) > MAX_TEXT:
-            raise InputError(f"{where}: img_size, eval_batch or a name is out of range")
-        return settings
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values only, for JSON and for checkpoints read with weights_only=True."""
-        return {**asdict(self), "features_list": list(self.features_list)}
-
-    def tested_with(self, options: argparse.Namespace) -> Settings:
-        """The settings of a test, which may say another prompt name and another grey of masks."""
-        prompt_name = options.prompt_name or self.prompt_name
-        mask_above = self.mask_above if options.mask_above is None else options.mask_above
-        return replace(self, prompt_name=prompt_name, mask_above=mask_above)
+# No shared file holds one.
+PATHS = ("data_path", "data_root", "weights", "save_path", "out_json", "cache_dir", "run_dir", "resume")
 
 
 def new_settings(options: argparse.Namespace, dataset: MedicalDataset, weights: Weights) -> Settings:
@@ -271,56 +228,43 @@ def new_settings(options: argparse.Namespace, dataset: MedicalDataset, weights: 
     )
 
 
+# --- flags ---
+
+
 def add_data_flags(parser: argparse.ArgumentParser, obj: str) -> None:
     """Flags of train.py and test.py: data, machine, kept tokens."""
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--obj",
-        default=NOT_GIVEN,
-        type=lambda text: object_name(obj if text == NOT_GIVEN else text),  # argparse passes string defaults through it
-        help=f"data set: {', '.join(described())}, or your own (default: the name of --data_root's folder, else {obj})",
-    )
-    data.add_argument("--data_path", default="./data/", type=nonempty_path, help="folder that holds <obj>_AD")
-    data.add_argument(
-        "--data_root", action=DataRoot, type=nonempty_path,
-        help="the data set's own folder, instead of <data_path>/<obj>_AD",
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add(
+        "--obj", type=object_name,
+        help=f"data set: {', '.join(described())}, or your own (default: the name of --data_root's folder, else {obj})"
     )  # fmt: skip
-    add_reading_flags(data)
-    data.add_argument("--save_path", default="./ckpt/", type=nonempty_path, help="folder of <obj>.pth, the checkpoint")
-    data.add_argument("--weights", type=nonempty_path, help="file with CLIP weights, instead of the one in CLIP/ckpt")
-    data.add_argument(
-        "--seed", type=integer(-(2**63), 2**64 - 1), default=111, help="of every random draw"
-    )  # torch's range
-    data.add_argument("--out_json", type=nonempty_path, help="write the results to this file")
-    data.add_argument(
-        "--anonymous", action="store_true",
-        help="hashes instead of file names in checkpoints, results, reports and W&B",
+    add("--data_path", default="./data/", type=nonempty_path, help="folder that holds <obj>_AD")
+    add("--data_root", type=nonempty_path, help="the data set's own folder, instead of <data_path>/<obj>_AD")
+    add_reading_flags(group)
+    add("--save_path", default="./ckpt/", type=nonempty_path, help="folder of <obj>.pth, the checkpoint")
+    add("--weights", type=nonempty_path, help="file with CLIP weights, instead of the one in CLIP/ckpt")
+    add("--seed", type=integer(-(2**63), 2**64 - 1), default=111, help="of every random draw")  # torch's range
+    add("--out_json", type=nonempty_path, help="write the results to this file")
+    add("--anonymous", action="store_true",
+        help="running numbers instead of the names of files and patients, in all that is printed and written"
     )  # fmt: skip
     add_machine_flags(parser)
-    tokens = parser.add_argument_group("token store (docs/method.md)")
-    tokens.add_argument(
-        "--cache",
-        default="auto",
-        choices=CACHES,
-        help="where tokens are kept; auto: the first of gpu, ram, disk with room",
-    )
-    tokens.add_argument(
-        "--cache_dir", default=".cache/features", type=nonempty_path, help="folder of tokens kept on disk"
-    )
-    tokens.add_argument(
-        "--cache_dtype", default="auto", choices=CACHE_DTYPES,
-        help="precision of kept tokens; auto: as computed, so float32 on a CPU and the autocast type on CUDA",
+    add = parser.add_argument_group("token store (docs/method.md)").add_argument
+    add("--cache", default="auto", choices=CACHES,
+        help="where tokens are kept; auto: the first of gpu, ram, disk with room")  # fmt: skip
+    add("--cache_dir", default=".cache/features", type=nonempty_path, help="folder of tokens kept on disk")
+    add("--cache_dtype", default="auto", choices=CACHE_DTYPES,
+        help="precision of kept tokens; auto: as computed, so float32 on a CPU and the autocast type on CUDA"
     )  # fmt: skip
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of every script that runs a network."""
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    machine.add_argument(
-        "--precision", default="auto", choices=PRECISIONS, help="auto: fp32 on a CPU, bf16 or fp16 on CUDA"
-    )
-    machine.add_argument("--num_workers", type=integer(1, 256), default=2, help="threads that decode images")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--precision", default="auto", choices=PRECISIONS, help="auto: fp32 on a CPU, bf16 or fp16 on CUDA")
+    add("--num_workers", type=integer(1, 256), default=2, help="threads that decode images")
     parser.add_argument("--version", action="version", version=f"MadCLIP {VERSION}")
 
 
@@ -346,132 +290,31 @@ def train_parser() -> Parser:
     add_data_flags(parser, obj="Liver")
     add_model_flags(parser, from_checkpoint=False)
     group = parser.add_argument_group("training")
-    group.add_argument(
-        "--exp_name", type=run_name, help="name of the run in W&B and under runs/ (default: made from the settings)"
-    )
-    group.add_argument(
-        "--batch_size",
-        type=integer(1, 65536),
-        default=16,
-        help="images a training step; twice as many are scored together",
-    )
-    group.add_argument("--epoch", type=positive, default=60, help="number of epochs")
-    group.add_argument("--learning_rate", type=positive_float, default=0.001, help="learning rate of Adam")
+    add = group.add_argument
+    add("--exp_name", type=run_name, help="name of the run in W&B and under runs/ (default: made from the settings)")
+    add("--batch_size", type=integer(1, 65536), default=16,
+        help="images a training step; twice as many are scored together")  # fmt: skip
+    add("--epoch", type=positive, default=60, help="number of epochs")
+    add("--learning_rate", type=positive_float, default=0.001, help="learning rate of Adam")
     add_shot_flags(group, 16)
-    group.add_argument(
-        "--prompt_name", type=nonblank_text, help="what the prompts call the object (default: the data set's)"
-    )
-    group.add_argument(
-        "--prompts", type=prompts_file, metavar="FILE", help="JSON file with other state phrases (docs/data.md)"
-    )
-    group.add_argument(
-        "--iterate",
-        type=int,
-        default=0,
-        help="K takes lines a-K: and n-K: of the list of shots; negative: sample with --seed",
-    )
-    group.add_argument(
-        "--select", choices=tuple(SELECTS),
+    add("--prompt_name", type=nonblank_text, help="what the prompts call the object (default: the data set's)")
+    add("--prompts", type=prompts_file, metavar="FILE", help="JSON file with other state phrases (docs/data.md)")
+    add("--iterate", type=int, default=0,
+        help="K takes lines a-K: and n-K: of the list of shots; negative: sample with --seed")  # fmt: skip
+    add("--select", choices=tuple(SELECTS),
         help="which epoch is reported and saved (default: test, the published protocol, for the paper's six data sets; "
-        "else valid where it holds both classes beside the shots, else last)",
-    )  # fmt: skip
-    group.add_argument(
-        "--threshold_at", type=threshold_rule, default="f1", metavar="RULE",
-        help="how the decision threshold is set: f1 (the largest), fpr=RATE or tpr=RATE",
-    )  # fmt: skip
-    group.add_argument("--eval_every", type=positive, default=1, help="epochs between evaluations")
-    group.add_argument(
-        "--log_images_every", type=count, default=10,
+        "else valid where it holds both classes beside the shots, else last)")  # fmt: skip
+    add("--threshold_at", type=threshold_rule, default="f1", metavar="RULE",
+        help="how the decision threshold is set: f1 (the largest), fpr=RATE or tpr=RATE")  # fmt: skip
+    add("--eval_every", type=positive, default=1, help="epochs between evaluations")
+    add("--log_images_every", type=count, default=10,
         help="epochs between uploads of pictures to W&B; the last epoch is always uploaded; 0: no picture and no file "
-        "name leaves this machine",
-    )  # fmt: skip
-    group.add_argument("--log_model", action="store_true", help="upload the checkpoint to W&B as an artifact")
-    group.add_argument("--save_model", action=Switch, default=True, help="write <obj>.pth (published: off)")
-    group.add_argument("--run_dir", default="runs", type=nonempty_path, help="folder that holds a folder for each run")
-    group.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its settings")
+        "name leaves this machine")  # fmt: skip
+    add("--log_model", action="store_true", help="upload the checkpoint to W&B as an artifact")
+    add("--save_model", action=Switch, default=True, help="write <obj>.pth (published: off)")
+    add("--run_dir", default="runs", type=nonempty_path, help="folder that holds a folder for each run")
+    add("--resume", metavar="RUN", help="go on with the run in this folder, with its settings")
     return parser
-
-
-def train_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """train.py's command line; with --resume the stored options, and those given that may change."""
-    options = train_parser().parse_args(arguments)
-    if options.resume is not None:
-        options = resumed_options(options.resume, sys.argv[1:] if arguments is None else arguments)
-    for flag in ("shot_normal", "shot_abnormal"):
-        if getattr(options, flag) is None:
-            setattr(options, flag, options.shot)
-    if not options.shot_normal:
-        raise InputError("--shot_normal 0: training needs normal shots; only --shot_abnormal may be 0")
-    return options
-
-
-def resumed_options(folder: str, arguments: Sequence[str]) -> argparse.Namespace:
-    """The options in a run's config.json, read as a command line would be, and over them those that are given."""
-    from engine.files.run import RunFolder  # noqa: PLC0415 - imports torch
-
-    stored = RunFolder.open(folder).read_config()["options"]
-    parser = train_parser()
-    prompts = stored.pop("prompts", None)
-    if prompts is not None and (fault := states_fault(prompts)):
-        raise InputError(f"--resume {folder}: its config.json is damaged (prompts: {fault})")
-    words = [word for name, value in stored.items() for word in to_arguments(parser, name, value)]
-    parser.where = f"--resume {folder}: its config.json is damaged"
-    before = parser.parse_args(words)
-    parser.where = ""
-    options = parser.parse_args([*words, *arguments])
-    for name, value in vars(before).items():
-        if name in stored and stored[name] != value:  # of another type
-            raise InputError(f"--resume {folder}: its config.json is damaged ({name} is {stored[name]!r:.80})")
-    before.prompts = prompts
-    options.prompts = prompts if options.prompts is None else options.prompts
-    for name, value in vars(before).items():
-        if name not in RESUMABLE and getattr(options, name) != value:
-            raise InputError(
-                f"--{name} {getattr(options, name)} contradicts the run, started with {value}: leave it out"
-            )
-    given = given_options(arguments)
-    safe = (Path.cwd().resolve(), Path(folder).resolve())
-    for name in WRITTEN_PATHS:
-        value = getattr(options, name)
-        if value is not None and name not in given:
-            place = Path(value).resolve()
-            if not any(place.is_relative_to(root) for root in safe):
-                raise InputError(
-                    f"--resume {folder}: the run's --{name} {value} lies outside of this folder: give --{name} again"
-                )
-    return options
-
-
-def given_options(arguments: Sequence[str]) -> dict[str, Any]:
-    """The options that a command line of train.py names, without defaults."""
-    parser = train_parser()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return vars(parser.parse_args(list(arguments)))
-
-
-def to_arguments(parser: argparse.ArgumentParser, name: str, value: object) -> list[str]:
-    """A stored option as words of a command line; none for what is not set, or not known any more.
-
-    Raises:
-        InputError: a value of a kind that no command line gives.
-    """
-    action = next((action for action in parser._actions if action.dest == name), None)
-    if action is None or name == "resume" or (value is None and action.default in (None, NOT_GIVEN)):
-        return []
-    if isinstance(action, argparse._StoreTrueAction | Switch):
-        if not isinstance(value, bool):
-            raise InputError(f"config.json: {name} is {value!r:.80}")
-        if isinstance(action, Switch):
-            return [f"--{name}={int(value)}"]
-        return [f"--{name}"] if value else []
-    if action.nargs == "+" and value is None:
-        return []
-    values = value if isinstance(value, list) and action.nargs == "+" else [value]
-    if not values or not all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in values):
-        raise InputError(f"config.json: {name} is {value!r:.80}")
-    texts = [str(item) for item in values]
-    return [f"--{name}={texts[0]}"] if len(texts) == 1 else [f"--{name}", *texts]
 
 
 def test_parser() -> Parser:
@@ -485,36 +328,80 @@ def test_parser() -> Parser:
     for name, kind in (("exp_name", str), ("epoch", positive), ("learning_rate", positive_float), ("iterate", int)):
         published.add_argument(f"--{name}", type=kind)
     published.add_argument("--save_model", action=Switch, default=None)
-    parser.add_argument(
-        "--batch_size", type=integer(1, 65536), default=16,
-        help="images through the tower at a time; a checkpoint in the published format also scores so many together",
+    add = parser.add_argument
+    add("--batch_size", type=integer(1, 65536), default=16,
+        help="images through the tower at a time; a checkpoint in the published format also scores so many together"
     )  # fmt: skip
-    parser.add_argument("--ckpt", type=nonempty_path, help="checkpoint (default: <save_path>/<obj>.pth)")
-    parser.add_argument(
-        "--prompt_name", type=nonblank_text, help="what the prompts call the object (default: as in training)"
-    )
-    parser.add_argument(
-        "--allow_other_weights",
-        action="store_true",
-        help="warn, instead of stopping, where CLIP weights differ from training",
-    )
-    parser.add_argument("--save_scores", metavar="FILE", type=nonempty_path, help="keep the patch scores (.npz)")
-    parser.add_argument(
-        "--scores", metavar="FILE", type=nonempty_path,
-        help="make every number and figure from patch scores that were kept, without weights",
-    )  # fmt: skip
-    parser.add_argument("--figures", type=nonempty_path, help="folder for figures as PNG")
-    parser.add_argument("--report", type=nonempty_path, help="folder for the report page, index.html")
+    add("--ckpt", type=nonempty_path, help="checkpoint (default: <save_path>/<obj>.pth)")
+    add("--prompt_name", type=nonblank_text, help="what the prompts call the object (default: as in training)")
+    add("--allow_other_weights", action="store_true",
+        help="warn, instead of stopping, where CLIP weights differ from training")  # fmt: skip
+    add("--save_scores", metavar="FILE", type=nonempty_path, help="keep the patch scores (.npz)")
+    add("--scores", metavar="FILE", type=nonempty_path,
+        help="make every number and figure from patch scores that were kept, without weights")  # fmt: skip
+    add("--figures", type=nonempty_path, help="folder for figures as PNG and SVG")
+    add("--report", type=nonempty_path, help="folder for the report page, index.html")
     return parser
 
 
-def test_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """test.py's command line; a line on stderr names the flags that have no effect."""
-    options = test_parser().parse_args(arguments)
+# --- command lines ---
+
+
+def train_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """train.py's command line; with --resume the stored options, and those given that may change.
+
+    Raises:
+        InputError: an option that contradicts the run to resume, or others.
+    """
+    parser = train_parser()
+    options = parser.parse_args(arguments)
+    if options.resume is not None:
+        stored = stored_options(options.resume)
+        parser.set_defaults(**stored)
+        options = parser.parse_args(arguments)
+        for name, before in stored.items():
+            if name not in RESUMABLE and (given := getattr(options, name)) != before:
+                raise InputError(f"--{name} {given} contradicts the run, started with {before}: leave it out")
+    options.obj = options.obj or (object_of(options.data_root) if options.data_root else "Liver")
+    for name in ("shot_normal", "shot_abnormal"):
+        if getattr(options, name) is None:
+            setattr(options, name, options.shot)
+    if not options.shot_normal:
+        raise InputError("--shot_normal 0: training needs normal shots; only --shot_abnormal may be 0")
+    return options
+
+
+def stored_options(folder: str | Path) -> dict[str, Any]:
+    """The options in a run's config.json, those that train.py still knows."""
+    known = vars(train_parser().parse_args([]))
+    stored = read_json(Path(folder) / "config.json", "--resume takes a run's folder")["options"]
+    return {name: value for name, value in stored.items() if name in known}
+
+
+def test_options(
+    arguments: Sequence[str] | None = None, defaults: Mapping[str, object] | None = None
+) -> argparse.Namespace:
+    """test.py's command line; a line on stderr names the flags that have no effect.
+
+    With --scores and no --obj, `obj` is None: the kept scores say what was tested.
+    """
+    parser = test_parser()
+    parser.set_defaults(**(defaults or {}))
+    options = parser.parse_args(arguments)
+    if options.obj is None and not options.scores:
+        options.obj = object_of(options.data_root) if options.data_root else "Brain"
     given = [f"--{name}" for name in NO_EFFECT_IN_TEST if getattr(options, name) is not None]
     if given:
         print(f"{' '.join(given)}: no effect in a test", file=sys.stderr)
     return options
+
+
+def shared_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Of train.py's options those by which a test on another data set reads, computes and keeps tokens alike."""
+    parser = argparse.ArgumentParser()
+    add_data_flags(parser, "")
+    own = {"obj", "data_root", "save_path", "out_json"}
+    return {name: getattr(options, name) for name in vars(parser.parse_args([])) if name not in own}
 
 
 def check_against(settings: Settings, metadata: Mapping[str, Any], options: argparse.Namespace) -> None:
@@ -537,10 +424,10 @@ def check_against(settings: Settings, metadata: Mapping[str, Any], options: argp
             raise contradiction(name, given, f"{stored} {kind} shots")
 
 
-def contradiction(name: str, given: object, stored: object) -> InputError:
-    """What to say where a flag contradicts a checkpoint."""
+def contradiction(name: str, given: object, stored: object, what: str = "checkpoint, which was trained") -> InputError:
+    """What to say where a flag contradicts a checkpoint, or something else that was made."""
     given, stored = (" ".join(map(str, v)) if isinstance(v, list | tuple) else v for v in (given, stored))
-    return InputError(f"--{name} {given} contradicts the checkpoint, which was trained with {stored}; leave it out")
+    return InputError(f"--{name} {given} contradicts the {what} with {stored}; leave it out")
 
 
 def check_layers(layers: Sequence[int] | None, config: ModelConfig) -> tuple[int, ...]:
@@ -571,37 +458,13 @@ def shareable(options: argparse.Namespace | dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in PATHS}
 
 
-def default_select(is_papers: bool, valid_left: Callable[[], tuple[int, int]]) -> str:
-    """--select where it is not given: `is_papers` says whether the data are the paper's own.
+def default_select(benchmark: bool, valid_left: tuple[int, int]) -> str:
+    """--select where it is not given.
 
-    `valid_left` counts the normal and abnormal images of valid/ beside the shots.
+    Args:
+        benchmark: it is one of the paper's data sets, with its published images.
+        valid_left: the normal and abnormal images of valid/ beside the shots.
     """
-    if is_papers:
+    if benchmark:
         return "test"
-    return "valid" if min(valid_left()) > 0 else "last"
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one; `InputError` for a device that is not there."""
-    import torch  # noqa: PLC0415
-
-    if name == "auto":
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # of torchrun: a GPU each
-        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", name, re.ASCII):
-        raise InputError(f"--device {name}: use auto, cpu, cuda or cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here")
-    return device
-
-
-def pick_autocast(precision: str, device: torch.device) -> torch.dtype | None:
-    """The autocast dtype that --precision means on `device`; None is float32."""
-    import torch  # noqa: PLC0415
-
-    if precision == "auto":
-        if device.type != "cuda":
-            return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return "valid" if min(valid_left) > 0 else "last"

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,30 +18,20 @@ from torch import Tensor
 from CLIP.adapter_shared import BRANCHES
 from CLIP.config import ModelConfig, list_models
 from CLIP.model import CLIP
-from utils import InputError, one_line
+from dataset.medical_few import MedicalDataset
+from utils import EXPECTED, InputError, blame
 
 from ..detector import Detector
 from .config import MODEL_FLAGS, VERSION, Settings, check_layers
 
 ENCODER_PREFIX = "text_encoder."
 # What no tensor tells, as the published test program has it by default.
-DEFAULTS = {"img_size": 240, "contrast_mood": "yes", "dec_type": "mean", "loss_type": "sigmoid", "fidelity": "released"}
+ASSUMED = ("img_size", "contrast_mood", "dec_type", "loss_type", "fidelity")
 
 
-class DatasetInfo(Protocol):
-    """What a published checkpoint does not say and a data set does."""
-
-    @property
-    def obj(self) -> str:
-        """The data set's name."""
-
-    @property
-    def prompt_name(self) -> str:
-        """What the prompts call the object."""
-
-    @property
-    def pixel_metrics(self) -> bool:
-        """Whether it has masks."""
+def facts_of(dataset: MedicalDataset) -> dict[str, Any]:
+    """What a published checkpoint does not say and the data set that it was trained on does."""
+    return {name: getattr(dataset, name) for name in ("obj", "prompt_name", "pixel_metrics", "mask_above")}
 
 
 def looks_published(payload: dict[str, Any]) -> bool:
@@ -49,7 +40,7 @@ def looks_published(payload: dict[str, Any]) -> bool:
 
 
 def infer_settings(
-    parts: dict[str, Any], path: object, dataset: DatasetInfo, flags: argparse.Namespace
+    parts: dict[str, Any], path: object, facts: Mapping[str, Any], flags: argparse.Namespace
 ) -> tuple[Settings, str]:
     """Settings from names and shapes, the rest from `flags` or the published defaults.
 
@@ -57,16 +48,18 @@ def infer_settings(
         The settings, with an empty weights' hash, and a line that says what was inferred.
 
     Raises:
-        InputError: tensors of no known kind, or of a model that is not configured.
+        InputError: tensors of no known kind, or of a model that is neither configured nor named.
     """
-    try:
-        return _infer(parts, path, dataset, flags)
-    except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
-        raise InputError(f"--ckpt {path}: not a published checkpoint after all ({one_line(error)})") from error
+    with blame(f"--ckpt {path}: not a published checkpoint after all", errors=(*EXPECTED, AttributeError, TypeError)):
+        known = [f"{branch}_det_adapters" for branch in BRANCHES] + [f"prompt_maker_{branch}" for branch in BRANCHES]
+        for name, tensor in [item for part in known for item in parts.get(part, {}).items()]:
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                raise TypeError(f"{name!r:.80} is no tensor")
+        return _infer(parts, path, facts, flags)
 
 
 def _infer(
-    parts: dict[str, Any], path: object, dataset: DatasetInfo, flags: argparse.Namespace
+    parts: dict[str, Any], path: object, facts: Mapping[str, Any], flags: argparse.Namespace
 ) -> tuple[Settings, str]:
     adapters = parts["normal_det_adapters"]
     names = {name.split(".", 1)[1] for name in adapters}
@@ -74,15 +67,7 @@ def _infer(
     kind = next((kind for kind, name in kinds.items() if name in names), None)
     if kind is None:
         raise InputError(f"--ckpt {path}: adapters of no known kind ({sorted(names)[:3]!r:.80})")
-    embed_dim, width = adapters["0.fc1.0.weight" if kind != "MFCFC" else "0.fc2.0.weight"].shape
-    configs = [ModelConfig.load(name) for name in list_models()]
-    fitting = [config for config in configs if (config.width, config.embed_dim) == (width, embed_dim)]
-    if not fitting:
-        raise InputError(
-            f"--ckpt {path}: made for width {width} and embedding {embed_dim}; no such model is configured"
-        )
-    wanted = flags.model_name or MODEL_FLAGS["model_name"]["default"]  # ViT-L-14 has the sizes of ViT-L-14-336 too
-    config = next((config for config in fitting if config.name == wanted), fitting[0])
+    config = _find_model(adapters["0.fc1.0.weight" if kind != "MFCFC" else "0.fc2.0.weight"].shape, path, flags)
     count = 1 + max(int(name.split(".")[0]) for name in adapters)
     layers = check_layers(flags.features_list, config)
     if len(layers) != count:
@@ -91,23 +76,20 @@ def _infer(
     mood = {2: "learnable_all", 1: "learnable_abnormal", 0: "fix"}[len(learners)]
     if mood == "fix" and "text_features_fix" not in parts:
         raise InputError(f"--ckpt {path}: holds neither prompt makers nor text_features_fix")
-    features = parts.get("text_features_fix", torch.empty(embed_dim, 2))
-    if not isinstance(features, Tensor) or features.shape != (embed_dim, 2):
-        raise InputError(f"--ckpt {path}: text_features_fix is no tensor of shape ({embed_dim}, 2)")
-    assumed: dict[str, Any] = {name: getattr(flags, name) or default for name, default in DEFAULTS.items()}
-    given = getattr(flags, "mask_above", None)
+    shape = (config.embed_dim, 2)
+    if parts.get("text_features_fix", torch.empty(shape)).shape != shape:
+        raise InputError(f"--ckpt {path}: text_features_fix is not of shape {shape}")
+    assumed: dict[str, Any] = {name: getattr(flags, name) or MODEL_FLAGS[name]["default"] for name in ASSUMED}
     settings = Settings(
-        obj=dataset.obj,
+        **facts,
         model_name=config.name,
         pretrain=flags.pretrain or "openai",
         features_list=layers,
         visionA=kind,
         text_mood=mood,
-        prompt_name=dataset.prompt_name,
-        pixel_metrics=dataset.pixel_metrics,
         weights_sha256="",
         eval_batch=flags.batch_size,  # the published test program scores single batches
-        mask_above=getattr(dataset, "mask_above", 127) if given is None else given,
+        model_config=config.to_dict(),
         version=VERSION,
         **assumed,
     )
@@ -116,6 +98,20 @@ def _infer(
         f"published format, so inferred: {config.name}, {kind}, {count} layers, {mood}; "
         f"assumed: layers {' '.join(map(str, layers))}, {line}"
     )
+
+
+def _find_model(sizes: torch.Size, path: object, flags: argparse.Namespace) -> ModelConfig:
+    """The model of --model_name, else the first in CLIP/model_configs with these sizes, (embedding, width).
+
+    ViT-L-14 has the sizes of ViT-L-14-336 too, the published default, which wins.
+    """
+    default = MODEL_FLAGS["model_name"]["default"]
+    names = [flags.model_name] if flags.model_name else [default, *list_models()]
+    for config in map(ModelConfig.load, names):
+        if (config.embed_dim, config.width) == tuple(sizes):
+            return config
+    which = f"that is not --model_name {flags.model_name}" if flags.model_name else "name yours with --model_name"
+    raise InputError(f"--ckpt {path}: made for width {sizes[1]} and embedding {sizes[0]}; {which}")
 
 
 def encoder_tensors(clip: CLIP) -> dict[str, Tensor]:

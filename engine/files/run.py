@@ -1,8 +1,7 @@
 """The folder of a training run, from which a killed run goes on as if nothing had happened.
 
 runs/<exp_name>/
-    config.json      every setting, the command, versions, git commit, host and device
-    contents.json    what the images and masks held, by name: --resume refuses others
+    config.json      every setting, the command, versions, git commit, host and device, a digest of all images and masks
     metrics.jsonl    a line an epoch, the same bytes for the same numbers (hence no times; those are in W&B)
     last.pth         all that changes while training, after the last finished epoch
     best.pth         the checkpoint of the selected epoch so far
@@ -16,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -27,30 +27,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
 from dataset import notes
-from utils import InputError, atomic_path, preview, printable, probe_writable, read_text, remove_stale, write_json
+from dataset.layout import Layout
+from dataset.medical_few import MedicalDataset
+from utils import InputError, atomic_path, blame, printable, probe_writable, read_json, remove_stale, write_json
 
 from .. import distributed
-from ..evaluation import load_evaluation
+from ..evaluation import Evaluation
+from ..metrics import Metrics
+from ..training import Splits, TrainingState
 from . import checkpoint
 from .config import Settings, shareable, shots_label
-
-if TYPE_CHECKING:
-    from dataset.medical_few import MedicalDataset
-
-    from ..evaluation import Evaluation
-    from ..metrics import Metrics
-    from ..training import Splits, TrainingState
+from .scores import Scored
 
 PROJECT = Path(__file__).parents[2]
-STATE = "madclip-run-2"
+STATE = "madclip-run-3"
 
 
 class RunFolder:
@@ -59,34 +58,45 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config, self.metrics, self.result = path / "config.json", path / "metrics.jsonl", path / "result.json"
-        self.last, self.best, self.contents = path / "last.pth", path / "best.pth", path / "contents.json"
+        self.last, self.best = path / "last.pth", path / "best.pth"
         self._lock = FileLock(path / "lock")
 
     @classmethod
     def create(cls, run_dir: str | Path, name: str) -> RunFolder:
-        """A new folder `run_dir`/`name`; -2, -3, ... is appended where a run of that name has left files."""
-        return cls(distributed.from_main(cls._claim(run_dir, name) if distributed.is_main() else Path()))
+        """The folder `run_dir`/`name`, locked; -2, -3, ... is appended where a run of that name has left files."""
+        if not distributed.is_main():
+            return cls(distributed.from_main(Path()))
+        run = cls._claim(Path(run_dir), name)
+        distributed.from_main(run.path)
+        return run
 
-    @staticmethod
-    def _claim(run_dir: str | Path, name: str) -> Path:
-        for number in range(1, 10_000):
-            path = Path(run_dir) / (name if number == 1 else f"{name}-{number}")
-            try:
-                path.mkdir(parents=True)
-            except FileExistsError:
-                continue
-            except OSError as error:
-                raise InputError(f"--run_dir {run_dir}: {path} cannot be made ({error.strerror})") from error
-            if number > 1:
-                print(f"{Path(run_dir) / name} is there already, so this run is {path}", file=sys.stderr)
-            return path
-        raise InputError(f"--exp_name {name}: {run_dir} has 9,999 runs of that name; choose another")
+    @classmethod
+    def _claim(cls, run_dir: Path, name: str) -> RunFolder:
+        number = 1
+        while True:
+            run = cls(run_dir / (name if number == 1 else f"{name}-{number}"))
+            with blame(f"--run_dir {run_dir}: {run.path} cannot be made", errors=(OSError,)):
+                run.path.mkdir(parents=True, exist_ok=True)
+                if run._is_unused():
+                    with contextlib.suppress(Timeout):
+                        run._lock.acquire(timeout=0)
+                        if run._is_unused():  # still: another process may have begun and ended meanwhile
+                            break
+                        run._lock.release()
+            number += 1
+        if number > 1:
+            print(f"{run_dir / name} is there already, so this run is {run.path}", file=sys.stderr)
+        return run
+
+    def _is_unused(self) -> bool:
+        """Whether no run has begun here: a process that is killed before it writes config.json leaves but the lock."""
+        return not {path.name for path in self.path.iterdir()} - {"lock"}
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
         """The folder of an earlier run; `InputError` where `path` is none."""
         run = cls(Path(path))
-        if not str(path) or not run.config.is_file():
+        if not run.config.is_file():
             raise InputError(f"--resume {path}: no run there (no config.json in it)")
         return run
 
@@ -102,14 +112,13 @@ class RunFolder:
         if not distributed.is_main():
             yield
             return
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            config = self.read_config()
-            writer = f"process {config.get('pid')} on {config.get('host')}"
-            raise InputError(f"--resume {self.path}: {writer} is still at this run; stop it first") from None
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({error.strerror})") from error
+        with blame(f"{self.path}: cannot be written", errors=(OSError,)):
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                config = self.read_config()
+                writer = f"process {config['pid']} on {config['host']}"
+                raise InputError(f"--resume {self.path}: {writer} is still at this run; stop it first") from None
         try:
             remove_stale(self.path.glob(".*.tmp"), seconds=0)  # of a killed process: this one is alone here
             yield
@@ -118,7 +127,7 @@ class RunFolder:
             print(f"stopped after epoch {state.epoch} of {epochs}; {hint}", file=sys.stderr)
             raise
         finally:
-            self._lock.release()
+            self._lock.release(force=True)
 
     def files(self, options: argparse.Namespace) -> list[str]:
         """Lines that say where the results are."""
@@ -127,16 +136,7 @@ class RunFolder:
 
     def read_config(self) -> dict[str, Any]:
         """What `write_config` wrote."""
-        try:
-            config = json.loads(read_text(self.config))
-            shapes = {"options": dict, "settings": dict, "shots": dict, "resumed": int, "wandb_id": str}
-            wrong = [name for name, kind in shapes.items() if name in config and not isinstance(config[name], kind)]
-            if wrong or "options" not in config:
-                raise TypeError(f"{wrong[0] if wrong else 'options'} is missing or of another kind")
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-            raise InputError(f"--resume {self.path}: its config.json is damaged ({error})") from error
-        result: dict[str, Any] = config
-        return result
+        return dict(read_json(self.config))
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write config.json."""
@@ -148,50 +148,25 @@ class RunFolder:
         if distributed.is_main():
             write_json(self.result, result)
 
-    def check_contents(self, contents: Mapping[str, str]) -> None:
-        """Keep the hashes of images and masks by name, or compare them with those that the run began with.
-
-        Raises:
-            InputError: naming the files that differ.
-        """
-        if not distributed.is_main():
-            return
-        if not self.contents.is_file():
-            write_json(self.contents, contents)
-            return
-        try:
-            before = json.loads(read_text(self.contents))
-            changed = [name for name in {**before, **contents} if before.get(name) != contents.get(name)]
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(f"--resume {self.path}: its contents.json is damaged ({error})") from error
-        if changed:
-            raise InputError(
-                f"--resume {self.path}: {len(changed)} images or masks are not those that the run began with: "
-                f"{preview(changed)}; start a new run"
-            )
-
     def save(self, state: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:
         """Write last.pth, then the newest line of metrics.jsonl."""
         if not distributed.is_main():
             return
         checkpoint.write({"format": STATE, "state": dict(state)}, self.last)
-        try:
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(_line(history[-1]))
-                file.flush()
-        except OSError as error:
-            raise InputError(
-                f"{self.metrics}: cannot be written ({error.strerror}); last.pth beside it is intact"
-            ) from error
+        hint = "last.pth beside it is intact"
+        with blame(f"{self.metrics}: cannot be written", hint, (OSError,)), self.metrics.open("a") as file:
+            file.write(_line(history[-1]))
 
     def load_into(self, state: TrainingState, epochs: int) -> None:
-        """Put back what an interrupted run had reached; nothing in a new run.
+        """Put back what an interrupted run had reached, and make metrics.jsonl agree; nothing in a new run.
 
         Raises:
             InputError: what `load` refuses, more than `epochs` finished epochs, a best.pth that is gone.
         """
         stored = self.load()
-        if stored is not None:
+        if stored is None:
+            return
+        with blame(f"--resume {self.last}: does not fit this run", errors=checkpoint.ODD):
             state.load_state_dict(stored)
         if state.epoch > epochs:
             raise InputError(f"--epoch {epochs}: {self.path} has finished {state.epoch} already")
@@ -200,9 +175,12 @@ class RunFolder:
                 f"--resume {self.path}: best.pth is missing, the only copy of the selected epoch {state.best_epoch}: "
                 f"put it back, or start a new run"
             )
+        if distributed.is_main():
+            with atomic_path(self.metrics) as temporary:
+                temporary.write_text("".join(map(_line, state.history)), encoding="utf-8")
 
     def load(self) -> dict[str, Any] | None:
-        """The state in last.pth, or None before the first epoch's end; metrics.jsonl is made to agree.
+        """The state in last.pth, or None before the first epoch's end.
 
         Raises:
             InputError: a damaged file, a run of an older version, or epochs in metrics.jsonl without a last.pth.
@@ -213,21 +191,11 @@ class RunFolder:
                     f"--resume {self.path}: last.pth is missing, though metrics.jsonl has epochs: put it back, or "
                     f"start a new run"
                 )
-            if self.metrics.is_symlink():  # of a folder from elsewhere: `save` would write through it
-                self.metrics.unlink()
             return None
         payload = checkpoint.read(self.last, "--resume")
-        state = payload.get("state")
-        if str(payload.get("format")).startswith("madclip-run-") and payload["format"] != STATE:
-            raise InputError(
-                f"--resume {self.path}: a run of an older version, which drew and trained otherwise: start a new one"
-            )
-        if payload.get("format") != STATE or not isinstance(state, dict) or not isinstance(state.get("history"), list):
-            raise InputError(f"--resume {self.path}: its last.pth is not a run's")
-        if distributed.is_main():
-            with atomic_path(self.metrics) as temporary:
-                temporary.write_text("".join(map(_line, state["history"])), encoding="utf-8")
-        return state
+        if payload.get("format") != STATE:
+            raise InputError(f"--resume {self.last}: a run of another version: start a new one")
+        return dict(payload["state"])
 
 
 def open_run(
@@ -235,16 +203,19 @@ def open_run(
 ) -> tuple[RunFolder, dict[str, Any], dict[str, Any]]:
     """The run's folder, its config.json (not written yet), and what its checkpoints say of themselves.
 
-    The metadata holds no path, no host and no command: a checkpoint is shared, a run folder is not.
+    The metadata holds no path, no host and no command: a checkpoint is shared, a run folder is not. With --anonymous
+    the folder alone knows the patients of the shots.
 
     Raises:
-        InputError: a run to resume had other settings or other shots.
+        InputError: a run to resume had other settings, other shots, or other images and masks.
     """
     config: dict[str, Any] = {
         "options": {name: value for name, value in vars(options).items() if name != "resume"},
         "settings": settings.to_dict(),
         "shots": splits.shots.names(),
         "shots_from": re.sub(r"\S*(?=fewshot_seed/)", "", splits.shots.source),  # without the folder that holds it
+        "shot_patients": sorted(splits.patients),
+        "contents": hashlib.sha256(json.dumps(splits.contents(), sort_keys=True).encode()).hexdigest(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         **checkpoint.versions(),
         **environment_info(device),
@@ -254,29 +225,94 @@ def open_run(
         run = RunFolder.create(options.run_dir, options.exp_name or default)
     else:
         run = RunFolder.open(options.resume)
-        stored = run.read_config()
-        for name in ("settings", "shots"):
-            then, now = stored.get(name) or {}, config[name]
-            changed = [key for key in now if key != "version" and now[key] != then.get(key)]
-            if changed:
-                key = changed[0]
-                raise InputError(f"--resume {run.path}: {key} was {then.get(key)}, but is now {now[key]}")
-        config |= {name: stored[name] for name in ("wandb_id", "started") if name in stored}
-        config["resumed"] = stored.get("resumed", 0) + 1
+        _continue(run, config)
     shared = ("shots", "shots_from", "started", *checkpoint.versions())
-    metadata = {name: config[name] for name in shared}
-    metadata |= {
+    metadata = {name: config[name] for name in shared} | {
         "options": {**shareable(options), "model_name": settings.model_name},
         "select": options.select,
         "run": run.path.name,
+        "benchmark": splits.dataset.is_benchmark,  # the paper's own images
+        "shot_patients": None if options.anonymous else config["shot_patients"],
+        "data": described_by(splits.dataset.layout),
     }
-    metadata |= {"shot_patients": sorted(splits.shot_patients())}
     return run, config, metadata
 
 
-def shot_patients(settings: Settings, metadata: Mapping[str, Any], obj: str) -> set[str]:
-    """The patients of a checkpoint's shots, where it is tested on the data set that they come from."""
-    return set(metadata.get("shot_patients", [])) if settings.obj == obj else set()
+def described_by(layout: Layout) -> dict[str, Any]:
+    """What masks and names of a data set mean, in plain values."""
+    named = {"patient": layout.patient, "unmarked": layout.unmarked}
+    return {**named, "mask_above": layout.mask_above, "mask_labels": list(layout.mask_labels)}
+
+
+def _continue(run: RunFolder, config: dict[str, Any]) -> None:
+    """Compare the config of a run that goes on with the stored one, and take over what the run keeps for life."""
+    stored = run.read_config()
+    for name in ("settings", "shots"):
+        then, now = stored[name], config[name]
+        for key in now:
+            if key != "version" and now[key] != then.get(key):
+                raise InputError(f"--resume {run.path}: {key} was {then.get(key)}, but is now {now[key]}")
+    if stored["contents"] != config["contents"]:
+        raise InputError(
+            f"--resume {run.path}: the images and masks are not those that the run began with; start a new run"
+        )
+    if stored["threads"] != config["threads"]:
+        print(
+            f"--resume: {config['threads']} threads, {stored['threads']} so far: the numbers go on within rounding, "
+            f"not to the bit (OMP_NUM_THREADS={stored['threads']} keeps them)"
+        )
+    config |= {name: stored[name] for name in ("wandb_id", "started") if name in stored}
+    config["resumed"] = stored.get("resumed", 0) + 1
+
+
+def folder_of(ckpt: str | Path, metadata: Mapping[str, Any]) -> Path | None:
+    """The folder of the run that wrote a checkpoint, beside it or below runs/; None where it is not there any more."""
+    for folder in (Path(ckpt).parent, Path("runs") / Path(metadata.get("run") or "").name):
+        config = folder / "config.json"
+        if metadata.get("started") and config.is_file() and read_json(config).get("started") == metadata["started"]:
+            return folder
+    return None
+
+
+def shot_patients(
+    settings: Settings, metadata: Mapping[str, Any], options: argparse.Namespace
+) -> tuple[set[str] | None, str]:
+    """The patients of a checkpoint's shots as the data set names them, or None and why they are not known."""
+    patients, rule = metadata.get("shot_patients"), metadata.get("data", {}).get("patient")
+    if "shot_patients" not in metadata:
+        return None, "the checkpoint does not name its shots"
+    if settings.obj != options.obj:
+        return None, f"trained on {settings.obj}, and names do not tell whether {options.obj} shows the same patients"
+    if options.patient not in (None, rule):
+        return None, "--patient is not what the training named patients by"
+    if patients is None:
+        folder = folder_of(options.ckpt, metadata)
+        if folder is None:
+            return None, "trained with --anonymous, and the run's folder, which alone knows them, is not there"
+        patients = RunFolder(folder).read_config()["shot_patients"]
+    return set(patients), ""
+
+
+def read_as_trained(
+    dataset: MedicalDataset, settings: Settings, metadata: Mapping[str, Any], options: argparse.Namespace
+) -> MedicalDataset:
+    """The data set as the training of a checkpoint read it, where no flag says otherwise.
+
+    Scans are read by the checkpoint's window and plane. What masks and names mean belongs to the data set: it follows
+    the checkpoint where that was trained on this one.
+    """
+    stored: dict[str, Any] = {}
+    if settings.reading is not None:
+        window = settings.read_options.window
+        stored = {"plane": settings.read_options.plane, **({"window": window} if window else {})}
+    if settings.obj == dataset.obj:
+        stored |= {"mask_above": settings.mask_above, **metadata.get("data", {})}
+    changes: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in stored.items()
+        if getattr(options, name) is None
+    }
+    return replace(dataset, layout=replace(dataset.layout, **changes))
 
 
 def result_json(settings: Settings, evaluation: Evaluation, metrics: Metrics, select: str) -> dict[str, Any]:
@@ -325,14 +361,20 @@ def describe_test(
     if any(dataset.reading.get(name) != value for name, value in (settings.reading or {}).items()):
         reading_note = f"warning: training read pictures with {settings.reading}, this test with {dataset.reading}"
     first = f"{options.obj}: {images} test images"
-    lines = (first, *map(printable, notes.describe(dataset)), masks_note, reading_note, printable(what))
+    lines = (
+        first,
+        *map(printable, notes.describe(dataset, names=not options.anonymous)),
+        masks_note,
+        reading_note,
+        printable(what),
+    )
     return "\n".join(filter(None, lines))
 
 
 def check_outputs(options: argparse.Namespace) -> None:
     """Make sure that the results of train.py or test.py can be written, before hours are spent on them."""
-    probe_writable(options.out_json, "--out_json", "JSON", lambda path: json.loads(read_text(path)))
-    probe_writable(getattr(options, "save_scores", None), "--save_scores", "kept evaluation", load_evaluation)
+    probe_writable(options.out_json, "--out_json", "JSON", read_json)
+    probe_writable(getattr(options, "save_scores", None), "--save_scores", "kept evaluation", Scored.load)
     files = {"save_model": ("save_path", f"{options.obj}.pth"), "figures": ("figures", f"{options.obj}.png"),
              "report": ("report", "index.html")}  # fmt: skip
     for wanted, (flag, name) in files.items():

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
@@ -25,12 +25,13 @@ from PIL import Image
 
 from utils import atomic_path, prefetch
 
-from .. import calibration
 from ..evaluation import Evaluation, Masks
 from ..files.config import Settings, shareable
-from ..metrics import METRICS, Metrics
-from .figures import History, digits, plots, threshold_of
-from .images import OUTLINE, address, data_uri, fit_mask, heat_colours, heat_picture, outline, read_picture, shrink
+from .figures import History, digits, draw, plots, threshold_of
+from .images import OUTLINE, data_uri, fit_mask, heat_colours, heat_picture, outline, read_picture, shrink
+
+if TYPE_CHECKING:
+    from ..metrics import Metrics
 
 SIDE = 480  # pixels of a picture's longer side: shown at 240 and more, enlarged on a click
 HEAT = 60  # pixels a side of a heat map, which the browser enlarges
@@ -68,7 +69,7 @@ def make_card(
     score: float,
     picture: Image.Image | None,
     heat: np.ndarray | None,
-    heat_range: Sequence[float],
+    heat_range: tuple[float, float],
     *,
     label: int | None = None,
     group: str | None = None,
@@ -107,7 +108,7 @@ def write(
     *,
     scores: Sequence[np.ndarray],
     threshold: float | None,
-    heat_range: Sequence[float],
+    heat_range: tuple[float, float],
     **values: Any,  # noqa: ANN401 - what a template shows
 ) -> Path:
     """Write index.html.
@@ -198,7 +199,7 @@ def write_page(
     obj = obj or settings.obj
     scores, labels = evaluation.image_scores, evaluation.labels
     threshold, origin = threshold_of(metrics, metadata)
-    heat_range = (metadata.get("threshold") or {}).get("heat_range") or calibration.heat_range(evaluation)
+    heat_range = (metadata.get("threshold") or {}).get("heat_range") or _map_range(evaluation)
     worst = np.argsort(np.where(labels == 1, scores - threshold, threshold - scores), kind="stable")[:MAX_CARDS]
     called = scores >= threshold
     known, options = settings.to_dict(), shareable(metadata.get("options") or {})
@@ -207,7 +208,7 @@ def write_page(
         scores=[scores[labels == 0], scores[labels == 1]], threshold=threshold, heat_range=heat_range,
         kind="MadCLIP test report", title=obj, lead=_lead(evaluation, settings, metadata, obj), origin=origin,
         notes=_notes(len(worst), len(scores)), weak=evaluation.head != "seg", numbers=_numbers(metrics, metadata),
-        plots={name: {"title": plot.title, "picture": address(plot.png(page=True), "png")}
+        plots={name: {"title": plot.title, "picture": draw(plot)}
                for name, plot in plots(evaluation, metrics, metadata, history).items()},
         counts={name: int(((called == positive) & (labels == label)).sum()) for name, positive, label in
                 (("tp", True, 1), ("fn", False, 1), ("tn", False, 0), ("fp", True, 0))},
@@ -215,8 +216,17 @@ def write_page(
     )  # fmt: skip
 
 
+def _map_range(evaluation: Evaluation) -> tuple[float, float]:
+    """The lowest and highest pixel of all maps."""
+    low, high = np.inf, -np.inf
+    for start in range(0, len(evaluation.samples), BATCH):
+        maps = evaluation.maps(slice(start, start + BATCH))
+        low, high = min(low, float(maps.min())), max(high, float(maps.max()))
+    return low, high
+
+
 def _cards(
-    evaluation: Evaluation, masks: Masks | None, shown: Sequence[int], heat_range: Sequence[float]
+    evaluation: Evaluation, masks: Masks | None, shown: Sequence[int], heat_range: tuple[float, float]
 ) -> Iterator[Card]:
     def maps_and_masks() -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
         for start in range(0, len(shown), BATCH):
@@ -261,6 +271,8 @@ def _notes(shown: int, total: int) -> list[str]:
 
 def _numbers(metrics: Metrics, metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every number with its 95% interval, and without the shots' patients, where there are such; the AUROCs first."""
+    from ..metrics import METRICS  # noqa: PLC0415 - scikit-learn
+
     rows = []
     for name, (words, _) in METRICS.items():
         value = metrics.values.get(name)

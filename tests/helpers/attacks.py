@@ -52,7 +52,7 @@ class Home:
     def train(self, folder: Path, data: Path | None = None) -> list[object]:
         """The same training, as a run called `one` in `folder`."""
         paths = ["--save_path", folder / "ckpt", "--run_dir", folder / "runs", "--cache_dir", folder / "store"]
-        return [*SMALL, *self.flags(data), *paths, "--shot", 2, "--epoch", 2, "--exp_name", "one"]
+        return [*SMALL, *self.flags(data), *paths, "--shot", 2, "--epoch", 2, "--exp_name", "one", "--select", "test"]
 
     def test(self, data: Path | None = None) -> list[object]:
         """A test of the checkpoint."""

@@ -35,7 +35,7 @@ HALT = 0  # instead of a signal: wait until the test says `go`
 WARM = (
     "train", "test", "predict", "reproduce", "dataset.check", "engine.checkpoint", "engine.report.page",
     "sklearn.metrics", "sklearn.linear_model", "sklearn.pipeline", "matplotlib.figure", "matplotlib.style",
-    "matplotlib.backends.backend_agg", "contourpy", "nibabel", "pydicom.pixels",
+    "matplotlib.backends.backend_svg", "matplotlib.backends.backend_agg", "contourpy", "nibabel", "pydicom.pixels",
     "torch.utils.serialization.config",
 )  # fmt: skip
 HANG = 900  # seconds after which a command is taken for hanging: it ends, and its test fails
@@ -61,10 +61,15 @@ Event = Call | Change
 
 
 def words(script: str, *arguments: object) -> list[str]:
-    """A command's words; train.py's runs go beside --save_path, so that tests leave nothing in the project's folder."""
+    """A command's words; train.py's runs go beside --save_path, so that tests leave nothing in the project's folder.
+
+    They choose the epoch on the test set, as the published program does, unless a test says otherwise.
+    """
     result = [script, *map(str, arguments)]
     if script == "train.py" and "--save_path" in result and "--run_dir" not in result:
         result += ["--run_dir", result[result.index("--save_path") + 1] + "-runs"]
+    if script == "train.py" and not {"--select", "--resume"} & set(result):
+        result += ["--select", "test"]
     return result
 
 

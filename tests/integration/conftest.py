@@ -84,7 +84,8 @@ class Trained:
     def flags(self, obj: str, folder: Path) -> list[object]:
         """The same training into another folder."""
         paths = ["--save_path", folder / "ckpt", "--run_dir", folder / "runs", "--out_json", folder / f"{obj}.json"]
-        return [*SMALL, *self.test_flags(obj)[:4], *paths, "--shot", 2, "--epoch", 2, "--exp_name", obj]
+        run = ["--shot", 2, "--epoch", 2, "--select", "test", "--exp_name", obj]
+        return [*SMALL, *self.test_flags(obj)[:4], *paths, *run]
 
     def test_flags(self, obj: str) -> list[object]:
         """What test.py needs for the checkpoint."""

@@ -166,7 +166,7 @@ def test_text_features_of_another_shape_are_refused(command, published, tmp_path
     stored = torch.load(published.folder / "published.pth", weights_only=True)
     torch.save({**stored, "text_features_fix": features}, tmp_path / "odd.pth")
     flags = [*published.test_flags(tmp_path / "odd.pth"), "--features_list", 2, 4]
-    assert "text_features_fix is no tensor of shape (96, 2)" in refusal(command, "test.py", *flags)
+    assert "odd.pth" in refusal(command, "test.py", *flags)
 
 
 def test_code_in_a_checkpoint_is_refused(command, phantoms, tmp_path):

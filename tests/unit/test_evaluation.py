@@ -1,4 +1,4 @@
-"""Patch scores, what follows from them, masks as packed bits, and evaluations kept in a file."""
+"""Patch scores, what follows from them, and masks as packed bits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dataset.readers import load_mask
-from engine.evaluation import Evaluation, Masks, evaluate, load_evaluation
+from engine.evaluation import Evaluation, Masks, evaluate
 from loss import decide
 from tests.helpers.data import draw_samples, small_settings
 from utils import InputError
@@ -59,32 +59,6 @@ def test_no_masks_without_pixel_metrics(samples):
     assert Masks.of(samples, small_settings(pixel_metrics=False)) is None
     assert Masks.of(samples[::2], small_settings()) is None
     assert len(Masks.of(samples, small_settings())) == 6
-
-
-def test_a_kept_evaluation_gives_the_same_scores_maps_and_masks(samples, tmp_path):
-    evaluation, masks = make_evaluation(samples), Masks.load(samples, SIZE)
-    evaluation.save(tmp_path / "scores.npz", masks, settings={"obj": "Brain"}, note="x")
-    kept, kept_masks, metadata = load_evaluation(tmp_path / "scores.npz")
-    assert torch.equal(kept.patch_scores, evaluation.patch_scores) and kept.names == evaluation.names
-    np.testing.assert_array_equal(kept.image_scores, evaluation.image_scores)
-    assert torch.equal(kept_masks.get(slice(None)), masks.get(slice(None)))
-    assert (metadata["settings"], metadata["note"]) == ({"obj": "Brain"}, "x")
-    assert str(tmp_path).encode() not in (tmp_path / "scores.npz").read_bytes()
-
-
-@pytest.mark.parametrize("damage", [b"", b"no npz", b"PK\x03\x04 cut", None])
-def test_another_file_is_refused_in_one_line(tmp_path, damage):
-    path = tmp_path / "scores.npz"
-    if damage is not None:
-        path.write_bytes(damage)
-    with pytest.raises(InputError, match=r"--scores .*scores\.npz"):
-        load_evaluation(path)
-
-
-def test_an_archive_of_objects_runs_nothing(tmp_path):
-    np.savez(tmp_path / "x.npz", description=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(InputError, match=r"--scores .*x\.npz"):
-        load_evaluation(tmp_path / "x.npz")
 
 
 def draw_more(samples):

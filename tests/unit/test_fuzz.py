@@ -1,4 +1,4 @@
-"""Damaged and hostile files: the readers give a one-line InputError, never another exception, a hang or a flood.
+"""Damaged and hostile files from outside: a one-line InputError, never another exception, a hang or a flood.
 
 FUZZ_EXAMPLES=5000 pytest tests/unit/test_fuzz.py looks longer, at other examples each time.
 """
@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,14 +34,10 @@ from CLIP.weights import read_weights
 from dataset.layout import KINDS, SPLITS, Layout
 from dataset.medical_few import MedicalDataset
 from engine.detector import Detector
-from engine.evaluation import Evaluation, Masks, load_evaluation
 from engine.files.checkpoint import Checkpoint
-from engine.files.config import MODEL_FLAGS, Settings
+from engine.files.config import MODEL_FLAGS
 from engine.files.published import encoder_difference, export
-from engine.files.run import STATE, RunFolder
-from engine.metrics import Metrics
-from engine.training import TrainingState
-from tests.helpers.data import draw_samples, read_shot_list, small_settings
+from tests.helpers.data import read_shot_list, small_settings
 from tests.helpers.weights import save_torchscript
 from utils import InputError
 
@@ -123,28 +118,10 @@ def tiny_clip() -> CLIP:
 
 
 @cache
-def shaped() -> Settings:
-    return small_settings(features_list=(2,), weights_sha256=tiny_clip().info.sha256)
-
-
-def new_state() -> TrainingState:
-    """A run before its first step."""
-    return TrainingState.start(Detector(tiny_clip(), shaped()), None, 0.001, seed=0)
-
-
-@cache
-def payloads() -> dict[str, dict]:
-    """A checkpoint of ours, one in the published format, and what a run needs to go on."""
-    detector = Detector(tiny_clip(), shaped())
-    metadata = {
-        "shots": {"abnormal": ["a.png"], "normal": ["b.png"]}, "select": "test", "options": {"seed": 0},
-        "metrics": {"epoch": 1, "auc": 0.5, "pauc": 0.5},
-    }  # fmt: skip
-    ours = {"format": "madclip-1", "settings": shaped().to_dict(), "about": metadata, **detector.parts()}
-    state = new_state()
-    state.finish_epoch(torch.ones(3), 0.5, Metrics({"auc": 0.5}), None, True, 1.0)
-    run = {"format": STATE, "state": state.state_dict()}
-    return {"ours": ours, "published": export(detector, tiny_clip()), "run": run}
+def published() -> dict:
+    """A checkpoint in the published format."""
+    settings = small_settings(features_list=(2,), weights_sha256=tiny_clip().info.sha256)
+    return export(Detector(tiny_clip(), settings), tiny_clip())
 
 
 def saved(content: object, new_format: bool = True) -> bytes:
@@ -166,13 +143,7 @@ def whole(tmp_path_factory) -> Callable[[str], bytes]:
             return path.read_bytes()
         if kind == "safetensors":
             return save_safetensors(state)
-        if kind == "scores":
-            path = tmp_path_factory.mktemp("fuzz") / "scores.npz"
-            samples = draw_samples(path.parent)
-            evaluation = Evaluation(samples, torch.rand(len(samples), 1, 9), "seg", 42, "mean")
-            evaluation.save(path, Masks.load(samples, 42), settings=shaped().to_dict(), metadata={}, source="")
-            return path.read_bytes()
-        return saved(state if kind.startswith("state") else payloads()[kind.removesuffix(" old")], "old" not in kind)
+        return saved(state if kind.startswith("state") else published(), "old" not in kind)
 
     return make
 
@@ -185,40 +156,13 @@ def read_and_load_weights(path: Path) -> None:
 
 def read_and_restore(path: Path) -> None:
     """What test.py does with a checkpoint."""
-    dataset = SimpleNamespace(obj="Brain", prompt_name="Brain", pixel_metrics=True, mask_above=127)
-    checkpoint = Checkpoint.load(path, FLAGS, dataset)
-    json.dumps([checkpoint.settings.to_dict(), checkpoint.metadata["select"]])
-    checkpoint.metadata.get("metrics", {}).get("epoch")
-    torch.Generator().manual_seed(checkpoint.seed)
+    facts = {"obj": "Brain", "prompt_name": "Brain", "pixel_metrics": True, "mask_above": 127}
+    checkpoint = Checkpoint.load(path, FLAGS, facts)
     encoder_difference(checkpoint.parts, tiny_clip())
     if checkpoint.settings.model_name == "ViT-tiny-14-56":
         detector = Detector(tiny_clip(), checkpoint.settings)
         checkpoint.restore(detector, tiny_clip(), path)
         assert all(torch.isfinite(weight).all() for weight in detector.parameters())
-
-
-def read_and_go_on(path: Path) -> None:
-    """What --resume does with last.pth: it is at its place in a run's folder."""
-    run = path.parent / "run"
-    run.mkdir(exist_ok=True)
-    if not path.is_file():
-        raise InputError(f"{path}: no run writes such a thing")
-    (run / "last.pth").write_bytes(path.read_bytes())
-    try:
-        state = new_state()
-        RunFolder(run).load_into(state, epochs=2)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    state.state_dict()
-    assert (state.epoch, len(state.history)) in ((0, 0), (1, 1), (2, 2))
-
-
-def read_scores(path: Path) -> None:
-    """What test.py --scores does before it measures."""
-    evaluation, masks, _ = load_evaluation(path)
-    assert len(evaluation.names) == len(evaluation.labels) == len(evaluation.image_scores)
-    if masks is not None:
-        masks.get(slice(None))
 
 
 def read_list(path: Path) -> None:
@@ -232,11 +176,7 @@ READERS = {
     "state": read_and_load_weights,
     "state old": read_and_load_weights,
     "safetensors": read_and_load_weights,
-    "ours": read_and_restore,
-    "ours old": read_and_restore,
     "published": read_and_restore,
-    "run": read_and_go_on,
-    "scores": read_scores,
 }
 
 
@@ -354,7 +294,7 @@ def test_damaged_files(tmp_path, whole, kind):
     check()
 
 
-@pytest.mark.parametrize("kind", ["torchscript", "state", "ours", "published", "run"])
+@pytest.mark.parametrize("kind", ["torchscript", "state", "published"])
 def test_damaged_pickle_in_a_sound_archive(tmp_path, whole, kind):
     archive = whole(kind)
     with zipfile.ZipFile(io.BytesIO(archive)) as members:
@@ -383,12 +323,12 @@ def test_damaged_safetensors_header(tmp_path, whole):
     check()
 
 
-@pytest.mark.parametrize("kind", ["weights", "ours", "published", "run"])
+@pytest.mark.parametrize("kind", ["weights", "published"])
 def test_wrong_types_everywhere(tmp_path, kind):
-    read = {"weights": read_and_load_weights, "run": read_and_go_on}.get(kind, read_and_restore)
+    read = {"weights": read_and_load_weights}.get(kind, read_and_restore)
 
     @fuzz(60)
-    @given(mistyped(micro_state() if kind == "weights" else payloads()[kind]))
+    @given(mistyped(micro_state() if kind == "weights" else published()))
     def check(content: dict) -> None:
         (tmp_path / "file").write_bytes(saved(content))
         refusal(read, tmp_path / "file")
@@ -397,7 +337,7 @@ def test_wrong_types_everywhere(tmp_path, kind):
 
 
 @pytest.mark.parametrize("head", [b"", b"PK\x03\x04", b"\x80\x02", b"\x40" + bytes(7) + b"{"])
-@pytest.mark.parametrize("read", [read_and_load_weights, read_and_restore, read_list, read_scores])
+@pytest.mark.parametrize("read", [read_and_load_weights, read_and_restore, read_list])
 def test_random_bytes(tmp_path, read, head):
     @fuzz(15)
     @given(st.binary(max_size=400))
@@ -517,20 +457,17 @@ def nested_modules(depth: int) -> bytes:
 HOSTILE = {
     "deep": lambda _: b"\x80\x02" + b"(l" * 10**6 + b".",
     "text of 2**60 bytes": lambda _: torchscript_of(b"\x80\x04\x8d" + struct.pack("<Q", 2**60) + b"x."),
-    "frame of 2**60 bytes": lambda _: torchscript_of(b"\x80\x04\x95" + struct.pack("<Q", 2**60) + b"N."),
     "modules in modules": lambda _: torchscript_of(nested_modules(60)),
-    "module in itself": lambda _: torchscript_of(b"\x80\x02" + MODULE + b"q\0}X\1\0\0\0ah\0sb."),
     "deep modules": lambda _: torchscript_of(
         b"\x80\x02" + (MODULE + b"}X\1\0\0\0a") * 10**4 + b"N" + b"sb" * 10**4 + b"."
     ),
     "header of 2**60 bytes": lambda _: struct.pack("<Q", 2**60) + b'{"a":1}',
     "nested header": lambda _: struct.pack("<Q", 10**6) + b'{"a":' + b"[" * (10**6 - 5),
     "pickle in a pickle": lambda _: saved({"state_dict": pickle.dumps({"a": Call(print, "ran")})}),
-    "tar": lambda _: b"x".ljust(257, b"\0") + b"ustar\x0000" + bytes(2**12),
 }
 
 
-@pytest.mark.parametrize("read", [read_and_load_weights, read_and_restore, read_scores])
+@pytest.mark.parametrize("read", [read_and_load_weights, read_and_restore])
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files(tmp_path, whole, capsys, name, read):
     (tmp_path / "file").write_bytes(HOSTILE[name](whole))
@@ -538,7 +475,7 @@ def test_hostile_files(tmp_path, whole, capsys, name, read):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("read", [read_and_restore, read_list, read_scores])
+@pytest.mark.parametrize("read", [read_and_restore, read_list])
 def test_no_regular_file(tmp_path, read):
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", tmp_path, Path("/dev/zero"), tmp_path / "file" / "below", tmp_path / ("x" * 300)):

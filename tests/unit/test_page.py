@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 
 from dataset.medical_few import Sample
-from engine.calibration import heat_range
 from engine.metrics import measure
 from engine.report import page
 from engine.report.page import flatten, make_card, write, write_page
@@ -24,7 +23,6 @@ from utils import InputError
 
 EVIL = "<img src=x onerror=alert(1)>\"'&{{title}}</script>.png"
 LABELS, SCORES = [1, 0, 0, 1], [0.9, 0.2, 0.1, 0.8]
-CARD = make_card("a", 0.5, None, None, (0, 1))
 
 
 def data_of(html: str) -> dict[str, Any]:
@@ -85,17 +83,16 @@ def test_the_range_of_scores_holds_the_threshold(tmp_path):
     assert data_of(written(tmp_path / "page", evaluation, masks, far))["range"] == pytest.approx([0.1, 2.0])
 
 
-def test_colours_span_the_calibrated_range_else_that_of_these_images(tmp_path, monkeypatch):
+def test_colours_span_the_calibrated_range_else_all_maps(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        page, "make_card", lambda *args, **more: seen.append(tuple(args[4])) or make_card(*args, **more)
-    )
+    monkeypatch.setattr(page, "make_card", lambda *args, **more: seen.append(args[4]) or make_card(*args, **more))
     evaluation, masks = make_world(tmp_path, LABELS, SCORES)
     written(tmp_path / "page", evaluation, masks)
-    assert set(seen) == {tuple(METADATA["threshold"]["heat_range"])}
+    assert set(map(tuple, seen)) == {tuple(METADATA["threshold"]["heat_range"])}
     seen.clear()
     written(tmp_path / "page", evaluation, masks, {})
-    assert set(seen) == {tuple(heat_range(evaluation))}
+    maps = evaluation.maps(slice(None))
+    assert set(seen) == {(float(maps.min()), float(maps.max()))}
 
 
 def test_numbers_without_the_shots_patients_stand_beside_the_others(tmp_path):

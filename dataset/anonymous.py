@@ -1,0 +1,47 @@
+"""--anonymous: running numbers instead of the names of a data set's files and patients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from .layout import SPLITS
+from .medical_few import MedicalDataset, Sample, Shots
+
+
+class Numbers:
+    """The numbers of a data set's images and patients, in the order of their names: no number tells a name.
+
+    The same files give the same numbers, in training, in a test, and after --resume.
+    """
+
+    def __init__(self, dataset: MedicalDataset) -> None:
+        samples = {split: dataset.samples(split) for split in SPLITS}
+        self._names = {
+            (sample.path, sample.index): f"{split}-{number:05}{sample.path.suffix.lower()}"
+            for split in SPLITS
+            for number, sample in enumerate(samples[split], start=1)
+        }
+        patients = sorted({sample.patient for split in SPLITS for sample in samples[split] if sample.patient})
+        self._patients = {patient: f"patient-{number:05}" for number, patient in enumerate(patients, start=1)}
+
+    def samples(self, samples: Iterable[Sample]) -> list[Sample]:
+        """Samples of the data set with numbers for names and patients."""
+        return [
+            replace(
+                sample, name=self._names[sample.path, sample.index], patient=self._patients.get(sample.patient or "")
+            )
+            for sample in samples
+        ]
+
+    def patients(self, names: Iterable[str]) -> set[str]:
+        """The numbers of patients; one that the data set does not show has none."""
+        return {self._patients[name] for name in names if name in self._patients}
+
+    def shots(self, shots: Shots) -> Shots:
+        """The same shots, under their numbers in lists as well."""
+        abnormal, normal = self.samples(shots.abnormal), self.samples(shots.normal)
+        listed = {
+            kind: [sample.name for sample in group] for kind, group in (("abnormal", abnormal), ("normal", normal))
+        }
+        return replace(shots, abnormal=abnormal, normal=normal, listed=listed)

@@ -1,0 +1,144 @@
+"""What test.py --save_scores keeps: patch scores and all that is to be known of them, but no picture and no path."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import zipfile
+import zlib
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dataset.anonymous import Numbers
+from dataset.medical_few import MedicalDataset, Sample
+from dataset.readers import parse_window
+from utils import EXPECTED, InputError, atomic_path, blame, preview
+
+from ..evaluation import Evaluation, Masks
+from .config import Settings, check_against, contradiction
+
+FORMAT = "madclip-scores-2"
+READ = ("patient", "mask_above", "mask_labels", "unmarked", "window", "plane")  # how images were read and labelled
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which images were tested, how they were read, and what was known of the shots.
+
+    `patients` are those of the shots as the samples call them; None: not known, and `unknown` says why.
+    """
+
+    words: str
+    obj: str
+    anonymous: bool
+    read: dict[str, Any]  # `READ` of the data set's layout
+    patients: list[str] | None
+    unknown: str = ""
+
+    @classmethod
+    def of(
+        cls, dataset: MedicalDataset, words: str, anonymous: bool, patients: set[str] | None, unknown: str
+    ) -> Source:
+        """Of a test on a data set."""
+        read = {name: _plain(getattr(dataset.layout, name)) for name in READ}
+        return cls(words, dataset.obj, anonymous, read, None if patients is None else sorted(patients), unknown)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An evaluation with what it came from."""
+
+    evaluation: Evaluation
+    masks: Masks | None
+    settings: Settings
+    metadata: dict[str, Any] = field(repr=False)  # of the checkpoint
+    source: Source
+
+    def save(self, path: str | Path) -> None:
+        """Write all that `load` gives back, atomically."""
+        evaluation, masks = self.evaluation, self.masks
+        description = {
+            "format": FORMAT, "head": evaluation.head, "img_size": evaluation.img_size, "dec_type": evaluation.dec_type,
+            "settings": self.settings.to_dict(), "metadata": self.metadata, "source": asdict(self.source),
+        }  # fmt: skip
+        arrays = {
+            "patch_scores": evaluation.patch_scores.cpu().numpy(),
+            "labels": evaluation.labels,
+            "names": np.array(evaluation.names),
+            "patients": np.array([sample.patient or "" for sample in evaluation.samples]),
+            "description": np.array(json.dumps(description)),
+        }
+        if masks is not None:
+            arrays |= {"mask_rows": masks.rows.cpu().numpy(), "mask_bits": masks.bits.cpu().numpy()}
+        with atomic_path(path, "--save_scores") as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scored:
+        """What `save` wrote. The samples have no pictures: their paths are their names. Nothing in it can run code.
+
+        Raises:
+            InputError: another file, one of another version, or a damaged one.
+        """
+        errors = (*EXPECTED, zipfile.BadZipFile, zlib.error)
+        with blame(f"--scores {path}: no file of this version's --save_scores", errors=errors):
+            with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
+                arrays = dict(archive)
+            description = json.loads(str(arrays["description"]))
+            if description["format"] != FORMAT:
+                raise ValueError(f"format {description['format']!r:.40}")
+        rows = zip(arrays["names"].tolist(), arrays["labels"].tolist(), arrays["patients"].tolist(), strict=True)
+        samples = [Sample(Path(name), label, None, name, patient or None) for name, label, patient in rows]
+        shape = description["head"], description["img_size"], description["dec_type"]
+        evaluation, masks = Evaluation(samples, torch.from_numpy(arrays["patch_scores"]), *shape), None
+        if "mask_bits" in arrays:
+            rows_of, bits = (torch.from_numpy(arrays[name]) for name in ("mask_rows", "mask_bits"))
+            masks = Masks(rows_of, bits, evaluation.img_size)
+        settings, source = Settings.from_dict(description["settings"]), Source(**description["source"])
+        source = replace(source, words=f"{source.words}\nscores kept in {path}")
+        return cls(evaluation, masks, settings, description["metadata"], source)
+
+    def with_pictures(self, options: argparse.Namespace) -> Scored:
+        """The same with the files of the data set's test images, found by name, where they are there.
+
+        Labels and patients stay what they are. `options.obj` and `options.anonymous` become those of the test.
+
+        Raises:
+            InputError: a flag asks for another test than the one that was kept.
+        """
+        self._check_against(options)
+        options.obj, options.anonymous = self.source.obj, self.source.anonymous
+        try:
+            dataset = MedicalDataset.from_options(options)
+            samples = dataset.samples("test")
+            samples = Numbers(dataset).samples(samples) if options.anonymous else samples
+            by_name = {sample.name: sample for sample in samples}
+            if missing := [name for name in self.evaluation.names if name not in by_name]:
+                raise InputError(f"{len(missing)} of the kept scores' images are not there: {preview(missing)}")
+        except InputError as error:
+            print(f"no pictures: {error}")
+            return self
+        kept = self.evaluation.samples
+        found = [replace(by_name[own.name], label=own.label, patient=own.patient) for own in kept]
+        return replace(self, evaluation=replace(self.evaluation, samples=found))
+
+    def _check_against(self, options: argparse.Namespace) -> None:
+        check_against(self.settings, self.metadata, options)
+        for name in ("ckpt", "weights"):
+            if getattr(options, name):
+                raise InputError(f"--{name} {getattr(options, name)}: nothing is computed with --scores; leave it out")
+        read = {**{name: getattr(options, name) for name in READ}, "window": parse_window(options.window or ())}
+        own = {"obj": self.source.obj, "prompt_name": self.settings.prompt_name, "anonymous": self.source.anonymous}
+        given = {**read, **{name: getattr(options, name) or None for name in own}}
+        for name, stored in {**self.source.read, **own}.items():
+            if given[name] is not None and _plain(given[name]) != stored:
+                raise contradiction(name, given[name], stored, "kept scores, which were made")
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - a setting
+    """A setting as JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value

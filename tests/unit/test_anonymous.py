@@ -1,0 +1,86 @@
+"""--anonymous: running numbers, the same for the same files, from which no name can be found."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from argparse import Namespace
+
+from dataset import phantom
+from dataset.anonymous import Numbers
+from dataset.medical_few import MedicalDataset
+from engine.files.config import train_options
+from engine.files.run import shot_patients
+from engine.training import Splits
+from tests.helpers.data import small_settings
+
+
+def write(folder) -> MedicalDataset:
+    """Two slices of each of two patients in valid and of three in test."""
+    phantom.write(folder, ["Brain"], valid=4, test=6, seed=0, size=32)
+    for path in sorted((folder / "Brain_AD").rglob("*.png")):
+        split, kind, number = re.search(r"(valid|test)_(good|Ungood)_(\d+)", path.name).groups()
+        first = (10 if split == "valid" else 11) + (500 if kind == "Ungood" else 0)
+        path.rename(path.with_name(f"patient{first + int(number) // 2}_slice{int(number) % 2}.png"))
+    for path in (folder / "Brain_AD/fewshot_seed").glob("*"):
+        path.unlink()
+    return MedicalDataset.open("Brain", folder)
+
+
+def test_numbers_tell_no_name_and_stay_the_same(tmp_path):
+    dataset = write(tmp_path)
+    samples = dataset.samples("test")
+    shown = Numbers(dataset).samples(samples)
+    assert [sample.name for sample in shown[:2]] == ["test-00001.png", "test-00002.png"]
+    assert len({sample.name for sample in shown}) == len(shown)
+    assert Numbers(dataset).samples(samples[3:5]) == shown[3:5]
+    for one, other in itertools.pairwise(shown):  # equal patients stay equal
+        same = samples[shown.index(one)].patient == samples[shown.index(other)].patient
+        assert (one.patient == other.patient) == same
+    assert not any("patient1" in str(sample.patient).replace("patient-", "") for sample in shown)
+    assert Numbers(dataset).patients({"patient11", "nobody"}) == {shown[0].patient}
+
+
+def options_of(folder, *flags):
+    return train_options(["--obj", "Brain", "--data_path", str(folder), "--shot", "2", "--iterate", "-1", *flags])
+
+
+def test_splits_show_numbers_and_print_no_patient(tmp_path, capsys):
+    write(tmp_path)
+    plain, hidden = (Splits.open(options_of(tmp_path, *flags)) for flags in ([], ["--anonymous"]))
+    assert [sample.path for sample in hidden.test] == [sample.path for sample in plain.test]
+    assert hidden.patients == plain.patients == plain.shot_patients()
+    assert len(hidden.shot_patients()) == len(plain.shot_patients())
+    capsys.readouterr()
+    hidden.describe()
+    said = capsys.readouterr().out
+    assert "patients: " in said and not re.search(r"patient\d", said)
+    assert re.search(r"normal shots: valid-\d{5}\.png", said)
+
+
+def test_a_negative_seed_draws_other_shots(tmp_path):
+    write(tmp_path)
+    drawn = [Splits.open(options_of(tmp_path, "--seed", seed)).shots.names() for seed in ("5", "-5", "-5")]
+    assert drawn[0] != drawn[1] == drawn[2]
+
+
+def known(metadata, obj="Brain", patient=None, ckpt="x.pth"):
+    return shot_patients(small_settings(), metadata, Namespace(obj=obj, patient=patient, ckpt=ckpt))
+
+
+def test_unknown_shots_are_not_nobodys():
+    """The patients are named, or the reason is."""
+    metadata = {"shot_patients": ["7"], "data": {"patient": None}}
+    assert known(metadata) == ({"7"}, "")
+    assert known({"shot_patients": []}) == (set(), "")
+    for unknown in (known({}), known(metadata, obj="Liver"), known(metadata, patient=r"\d+"),
+                    known({"shot_patients": None, "started": "then", "run": "gone"})):  # fmt: skip
+        assert unknown[0] is None
+        assert unknown[1]
+
+
+def test_the_runs_folder_alone_knows_the_patients_of_an_anonymous_run(tmp_path):
+    metadata = {"shot_patients": None, "started": "then", "run": "one"}
+    (tmp_path / "config.json").write_text('{"started": "then", "shot_patients": ["7"]}')
+    assert known(metadata, ckpt=tmp_path / "best.pth") == ({"7"}, "")
+    assert known({**metadata, "started": "later"}, ckpt=tmp_path / "best.pth")[0] is None

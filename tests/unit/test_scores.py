@@ -1,0 +1,85 @@
+"""Kept patch scores: all that was kept comes back, labels and patients from the file, and other flags are refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dataset import phantom
+from dataset.medical_few import MedicalDataset
+from engine.evaluation import Evaluation, Masks
+from engine.files.config import test_options as options_of_test
+from engine.files.scores import Scored, Source
+from tests.helpers.data import draw_samples, small_settings
+from utils import InputError
+
+SIZE = 42
+
+
+def make_scored(samples, masks=None, **source) -> Scored:
+    scores = torch.randn(len(samples), 2, 9, generator=torch.Generator().manual_seed(1))
+    evaluation = Evaluation(samples, scores, "seg", SIZE, "mean")
+    read = {"patient": None, "mask_above": 127, "mask_labels": [], "unmarked": None, "window": [40.0, 400.0]}
+    values = {"words": "what", "obj": "Brain", "anonymous": False, "read": {**read, "plane": "axial"}}
+    values["patients"] = ["1"]
+    return Scored(evaluation, masks, small_settings(), {"select": "last"}, Source(**{**values, **source}))
+
+
+def test_kept_scores_give_the_same_scores_maps_and_masks(tmp_path):
+    samples = draw_samples(tmp_path)
+    masks, path = Masks.load(samples, SIZE), tmp_path / "scores.npz"
+    scored = make_scored(samples, masks)
+    scored.save(path)
+    kept = Scored.load(path)
+    assert torch.equal(kept.evaluation.patch_scores, scored.evaluation.patch_scores)
+    assert kept.evaluation.names == scored.evaluation.names
+    np.testing.assert_array_equal(kept.evaluation.image_scores, scored.evaluation.image_scores)
+    assert torch.equal(kept.masks.get(slice(None)), masks.get(slice(None)))
+    assert (kept.settings, kept.metadata, kept.source.patients) == (scored.settings, scored.metadata, ["1"])
+    assert str(tmp_path).encode() not in path.read_bytes()
+
+
+@pytest.mark.parametrize("damage", [b"", b"no npz", b"PK\x03\x04 cut", None, "older"])
+def test_another_file_is_refused_in_one_line(tmp_path, damage):
+    path = tmp_path / "scores.npz"
+    if damage == "older":
+        np.savez(path, description=np.array('{"format": "madclip-scores-1"}'))
+    elif damage is not None:
+        path.write_bytes(damage)
+    with pytest.raises(InputError, match=r"--scores .*scores\.npz"):
+        Scored.load(path)
+
+
+def test_an_archive_of_objects_runs_nothing(tmp_path):
+    np.savez(tmp_path / "x.npz", description=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(InputError, match="Object arrays cannot be loaded"):
+        Scored.load(tmp_path / "x.npz")
+
+
+def test_labels_and_patients_are_those_of_the_file(tmp_path):
+    """Also where the data set was changed meanwhile: here its classes are swapped in the file."""
+    phantom.write(tmp_path, ["Brain"], valid=2, test=4, seed=0, size=64)
+    samples = MedicalDataset.open("Brain", tmp_path).samples("test")
+    swapped = [replace(sample, label=1 - sample.label, patient="7") for sample in samples]
+    make_scored(swapped).save(tmp_path / "scores.npz")
+    options = options_of_test(["--scores", str(tmp_path / "scores.npz"), "--data_path", str(tmp_path)])
+    found = Scored.load(options.scores).with_pictures(options).evaluation
+    assert options.obj == "Brain"
+    assert [sample.path for sample in found.samples] == [sample.path for sample in samples]
+    assert [(sample.label, sample.patient) for sample in found.samples] == [(1 - s.label, "7") for s in samples]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--obj", "Liver"], ["--mask_above", "0"], ["--dec_type", "max"], ["--fidelity", "corrected"], ["--ckpt", "x.pth"],
+    ["--window", "auto"], ["--plane", "coronal"], ["--patient", "x"], ["--prompt_name", "y"], ["--anonymous"],
+    ["--weights", "w.pt"],
+])  # fmt: skip
+def test_flags_that_ask_for_another_test_are_refused(tmp_path, flags):
+    scored = make_scored(draw_samples(tmp_path))
+    with pytest.raises(InputError, match=flags[0]):
+        scored.with_pictures(options_of_test(["--scores", "x.npz", *flags]))
+    same = ["--obj", "Brain", "--mask_above", "127", "--window", "40", "400", "--dec_type", "mean"]
+    scored.with_pictures(options_of_test(["--scores", "x.npz", "--data_path", str(tmp_path), *same]))

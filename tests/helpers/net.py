@@ -91,7 +91,7 @@ def commands(data: Path) -> Iterator[tuple[str, list[object]]]:
         yield f"predict {name}", ["predict.py", *out, data / source]
     grid = [*TINY, "--data_path", data, "--obj", "Brain", "Chest", "--epoch", 2, "--out", "results"]
     for table in ("main", "cross", "baselines"):
-        yield table, ["reproduce.py", "--table", table, "--shot", 1, "--seeds", 111, *grid]
+        yield table, ["reproduce.py", "--table", table, "--shots", 1, "--seeds", 111, *grid]
 
 
 def record(folder: Path, checkout: Path) -> None:

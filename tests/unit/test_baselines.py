@@ -55,26 +55,20 @@ def auc(targets: torch.Tensor, scores: torch.Tensor) -> float:
     return roc_auc_score(targets.flatten().numpy(), scores.flatten().numpy())
 
 
-@pytest.mark.parametrize("method", [baselines.nearest_normal_patch, baselines.prototypes])
 @pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize(
+    "method", [baselines.nearest_normal_patch, baselines.prototypes, baselines.logistic_regression]
+)
 def test_patches_are_told_apart(test_set, method, masks):
     batches, labels, abnormal = test_set
     scores = scored(method(training(masks)), batches)
-    assert scores.shape == (20, K, N)
+    assert scores.shape[::2] == (20, N)
     assert scores.dtype == torch.float32
-    assert auc(abnormal, scores.sum(dim=1)) > 0.9  # in the right order of images
-    assert auc(labels, scores.sum(dim=1).amax(dim=1)) > 0.9
-
-
-def test_logistic_regression(test_set):
-    batches, labels, abnormal = test_set
-    scores = scored(baselines.logistic_regression(training()), batches)
-    assert scores.shape == (20, 1, N)
-    assert auc(abnormal, scores) > 0.97
-    scores = scored(baselines.logistic_regression(training(masks=False)), batches)  # of images
-    assert scores.shape == (20, 1, N)
-    assert (scores == scores[..., :1]).all()
-    assert auc(labels, scores[:, 0, 0]) > 0.9
+    assert auc(labels, scores.sum(dim=1).amax(dim=1)) > 0.9  # in the right order of images
+    if masks or method != baselines.logistic_regression:
+        assert auc(abnormal, scores.sum(dim=1)) > 0.9
+    else:  # of images
+        assert (scores == scores[..., :1]).all()
 
 
 def test_the_nearest_patch_is_exact_and_sees_no_abnormal_shot():
@@ -113,8 +107,7 @@ def test_prototypes_without_abnormal_shots(test_set):
     batches, _, abnormal = test_set
     tokens, labels, _ = make(12, 0)
     normal = Training([x[~labels] for x in tokens], labels[~labels], None, torch.Generator())
-    scores = scored(baselines.prototypes(normal), batches)
-    assert auc(abnormal, scores.sum(dim=1)) > 0.8
+    assert auc(abnormal, scored(baselines.prototypes(normal), batches).sum(dim=1)) > 0.8
     names = [name for name, _ in baselines.fit(normal, None, torch.eye(C)[:, :2])]
     assert names == ["nearest normal patch", "class prototypes"]
 
@@ -137,16 +130,6 @@ def test_masks_become_parts_of_patches():
     shots = Training([torch.zeros(1, N, C)], torch.tensor([True]), pooled, torch.Generator())
     assert shots.abnormal_patches[0].nonzero().flatten().tolist() == [0]
     assert shots.normal_patches[0].sum() == 7  # neither the first nor the mixed one
-
-
-def test_all_of_them(test_set):
-    batches, _, abnormal = test_set
-    text = F.normalize(torch.eye(C)[:, [1, 5]], dim=0)
-    found = {name: scored(scores, batches) for name, scores in baselines.fit(training(), lambda x: x, text)}
-    assert tuple(found) == baselines.NAMES
-    for name, scores in found.items():
-        assert scores.shape[::2] == (20, N)
-        assert auc(abnormal, scores.sum(dim=1)) > 0.9, name
 
 
 def test_zero_shot_obeys_prompts(tmp_path):

@@ -9,7 +9,6 @@ import re
 import shlex
 import subprocess
 import sys
-import xml.etree.ElementTree as ET
 from functools import cache
 from pathlib import Path
 
@@ -18,22 +17,11 @@ from PIL import Image
 
 from docs import count
 from docs.generate import parser_of
-from tests.helpers.docs import ROOT, DocCommand, doc_commands, pages
+from engine.files.config import VERSION
+from tests.helpers.docs import ROOT, doc_commands, pages
 
-# Commands without a mark, and the test that runs them. test_docs_commands.py runs them as they stand, in order.
-LITERALLY = "tests/integration/test_docs_commands.py"
-RUN_BY = {
-    r"make \w+|python -m docs\.count": "tests/unit/test_docs.py",
-    r"python3 -m venv \.venv && \. \.venv/bin/activate": "Makefile",
-    r"mkdir -p data": LITERALLY,
-    r"python -m dataset\.phantom .*": LITERALLY,
-    r"python -m dataset\.check .*": LITERALLY,
-    r"python -m engine\.(features|checkpoint) .*": LITERALLY,
-    r"python train\.py .*(--pretrain random|--resume).*": LITERALLY,
-    r"python test\.py .*--data_path demo/data.*": LITERALLY,
-    r"python predict\.py --ckpt demo/.*": LITERALLY,
-    r"python reproduce\.py .*--dry_run": LITERALLY,
-}
+# Commands beside `python ...`, which test_docs_commands.py runs as they stand, in order, and `make ...`.
+OTHER_COMMANDS = {"python3 -m venv .venv && . .venv/bin/activate", "mkdir -p data"}
 # Flags of other programs, and of commands that flags.md does not hold.
 OTHER_FLAGS = {"--epochs", "--fuzzy", "--help", "--nproc_per_node", "--skip-worktree", "--version"}
 PARSED = re.compile(r"python (?!-m docs\.)")  # commands with a parser
@@ -43,13 +31,6 @@ DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "open_clip": "open_
 @cache
 def text_of(path: Path) -> str:
     return path.read_text(encoding="utf-8")
-
-
-def tracked(*patterns: str) -> list[Path]:
-    """Files that git knows; those of a copy without git, all that lie there."""
-    listed = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True, check=False)
-    names = listed.stdout.splitlines() if listed.returncode == 0 else []
-    return [ROOT / name for name in names if (ROOT / name).is_file()]
 
 
 def prose(path: Path) -> str:
@@ -74,15 +55,14 @@ def test_pictures():
     assert shown == there  # none is missing, none lies about
     for path in there:
         assert path.stat().st_size < 400_000
-        if path.suffix == ".svg":
-            assert ET.parse(path).getroot().tag.endswith("svg")
-        else:
+        if path.suffix != ".svg":
             with Image.open(path) as picture:
                 picture.load()
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_links(page):
+def test_what_a_page_names_exists(page):
+    """Links and their headings, flags, and files of code."""
     for target in re.findall(r"(?<!!)\[[^]]+]\(([^)\s]+)\)", prose(page)):
         if "://" in target:
             continue
@@ -92,6 +72,16 @@ def test_links(page):
         if anchor:
             headings = re.findall(r"^#+ (.+)$", text_of(file), re.MULTILINE)
             assert anchor in {slug(heading) for heading in headings}, target
+    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", prose(page)))
+    assert page.name == "flags.md" or flags - known_flags() - OTHER_FLAGS == set()
+    code = r"\b(?:CLIP|Prompt|dataset|engine|tests|benchmarks|docs)/[\w/]+\.(?:py|json|txt)\b(?!\.\w)"
+    assert {name for name in re.findall(code, prose(page)) if not (ROOT / name).is_file()} == set()
+
+
+def known_flags() -> set[str]:
+    """The flags in the first column of flags.md."""
+    rows = re.findall(r"^\| (`--[^|]+) \|", text_of(ROOT / "docs" / "flags.md"), re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"--[\w-]+", row)}
 
 
 def test_flags_md_is_up_to_date():
@@ -111,19 +101,9 @@ def test_lines_and_words_are_counted(tmp_path):
     assert Path(__file__) in files["tests"]
 
 
-@pytest.mark.parametrize("shown", list(doc_commands()), ids=lambda shown: f"{shown.page}: {shown.text}")
-def test_each_command_is_run_or_marked(shown: DocCommand):
-    if shown.mark:
-        return
-    files = [file for pattern, file in RUN_BY.items() if re.fullmatch(pattern, shown.text)]
-    assert files, "run it in a test and list it in RUN_BY, or say behind it what it needs"
-    for name in files:
-        assert (ROOT / name).is_file(), name
-
-
-def test_no_pattern_is_left_over():
-    unmarked = [shown.text for shown in doc_commands() if not shown.mark]
-    assert [pattern for pattern in RUN_BY if not any(re.fullmatch(pattern, text) for text in unmarked)] == []
+def test_each_command_is_run_or_marked():
+    unmarked = {shown.text for shown in doc_commands() if not shown.mark}
+    assert {text for text in unmarked if not text.startswith(("python ", "make "))} == OTHER_COMMANDS
 
 
 @pytest.mark.parametrize("text", sorted({shown.text for shown in doc_commands() if PARSED.match(shown.text)}))
@@ -147,41 +127,13 @@ def test_targets_of_make():
         assert tried.returncode == 0, tried.stderr
 
 
-def known_flags() -> set[str]:
-    """The flags in the first column of flags.md."""
-    rows = re.findall(r"^\| (`--[^|]+) \|", text_of(ROOT / "docs" / "flags.md"), re.MULTILINE)
-    return {name for row in rows for name in re.findall(r"--[\w-]+", row)}
-
-
-@pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_flags_exist(page):
-    if page.name == "flags.md":
-        return
-    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", prose(page)))
-    assert named - known_flags() - OTHER_FLAGS == set()
-
-
-@pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_files_of_code_exist(page):
-    named = set(
-        re.findall(
-            r"\b(?:CLIP|Prompt|dataset|engine|tests|benchmarks|docs)/[\w/]+\.(?:py|json|txt)\b(?!\.\w)", prose(page)
-        )
-    )
-    assert {name for name in named if not (ROOT / name).is_file()} == set()
-
-
 def test_one_version():
     versions = {
         "pyproject.toml": re.search(r'^version = "([^"]+)"', text_of(ROOT / "pyproject.toml"), re.MULTILINE)[1],
         "CITATION.cff": re.search(r"^version: (\S+)", text_of(ROOT / "CITATION.cff"), re.MULTILINE)[1],
         "CHANGELOG.md": re.search(r"^## (\d\S+)", text_of(ROOT / "CHANGELOG.md"), re.MULTILINE)[1],
     }
-    config = ROOT / "engine" / "files" / "config.py"
-    if config.is_file():  # without importing it: what stands in the file
-        versions["engine/files/config.py"] = re.search(
-            r'^VERSION(?:: \w+)? = "([^"]+)"', text_of(config), re.MULTILINE
-        )[1]
+    versions["engine/files/config.py"] = VERSION
     assert len(set(versions.values())) == 1, versions
 
 
@@ -201,14 +153,11 @@ def imported(path: Path) -> set[str]:
 
 
 def test_requirements_name_all_that_is_imported():
-    files = tracked("*.py")
     own = {path.name.removesuffix(".py") for path in ROOT.iterdir()}
-    for name, part in (("requirements.txt", "product"), ("requirements-dev.txt", "tests")):
-        text = text_of(ROOT / "requirements.txt") + (text_of(ROOT / name) if part == "tests" else "")
+    product, development = (text_of(ROOT / name) for name in ("requirements.txt", "requirements-dev.txt"))
+    for part, text in (("product", product), ("tests", product + development), ("benchmarks", product + development)):
         listed = {match.lower().replace("-", "_") for match in re.findall(r"(?:^|[ ,])([A-Za-z][\w-]+)>=", text, re.M)}
-        for path in files:
-            if (part == "tests") != (path.relative_to(ROOT).parts[0] in {"tests", "benchmarks"}):
-                continue
+        for path in count.parts()[part]:
             foreign = imported(path) - set(sys.stdlib_module_names) - own
             needed = {DISTRIBUTIONS.get(module, module).lower().replace("-", "_") for module in foreign}
             assert needed - listed == set(), path
@@ -224,5 +173,4 @@ def test_no_address_of_a_package_index():
 def test_habits_are_called_by_make_test():
     recipe = text_of(ROOT / "Makefile").split("\ntest:")[1].split("\n\n")[0]
     assert all(tool in recipe for tool in ("ruff check", "ruff format --check", "mypy", "pytest"))
-    assert "run: make test" in text_of(ROOT / ".github" / "workflows" / "test.yml")
-    assert "make test" in text_of(ROOT / ".ci" / "run")
+    assert all("make test" in text_of(ROOT / name) for name in (".github/workflows/test.yml", ".ci/run"))

@@ -13,32 +13,8 @@ from engine.study.jobs import Resumable, run_jobs, visible_gpus
 from utils import InputError
 
 
-class FakeJob:
-    """Done at the second look."""
-
-    job_id = "7"
-
-    def __init__(self, pool, call, task):
-        self.pool, self.call, self.task, self.polls = pool, call, task, 2
-
-    def done(self):
-        self.polls -= 1
-        if self.polls == 0:
-            self.pool.running.remove(self)
-        return self.polls == 0
-
-    def exception(self):
-        return RuntimeError("traceback\nRuntimeError: out of memory\n") if self.task == "broken" else None
-
-    def result(self):
-        return self.call.function(self.task)
-
-    def cancel(self):
-        self.pool.cancelled.append(self.task)
-
-
 class FakePool:
-    """Keeps count."""
+    """Submitit's executor, which keeps count; a job is done at the second look."""
 
     def __init__(self):
         self.running, self.most, self.gpus, self.cancelled = [], 0, [], []
@@ -47,11 +23,21 @@ class FakePool:
         self.parameters = parameters
 
     def submit(self, call, task):
-        job = FakeJob(self, call, task)
-        self.running.append(job)
+        looks = iter((False, True))
+
+        def done() -> bool:
+            if ended := next(looks):
+                self.running.remove(task)
+            return ended
+
+        self.running.append(task)
         self.most = max(self.most, len(self.running))
         self.gpus.append(call.gpu)
-        return job
+        error = RuntimeError("traceback\nRuntimeError: out of memory\n") if task == "broken" else None
+        return SimpleNamespace(
+            job_id="7", done=done, exception=lambda: error, result=lambda: call.function(task),
+            cancel=lambda: self.cancelled.append(task),
+        )  # fmt: skip
 
 
 @pytest.fixture

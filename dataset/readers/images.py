@@ -250,6 +250,7 @@ def is_deep(paths: Sequence[Path]) -> bool:
     for path in paths[:: max(len(paths) // 64, 1)]:
         if path.suffix.lower() in (".png", ".tif", ".tiff", ".jp2"):
             with suppress(InputError):  # it is reported where it is read
+                check_file(path)
                 with path.open("rb") as file, _opened(file, path) as image:
                     is_wide = _is_wide(image)
                 values = _decode(read_bytes(path), Frame(path, 0))[1] if is_wide else None

@@ -292,6 +292,7 @@ def test_what_is_no_image_is_named(tmp_path, name):
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(InputError, match=name):
         frames(tmp_path / name)
+    assert not is_deep([tmp_path / name])
 
 
 # --- what is hashed is what was decoded ---

@@ -34,8 +34,7 @@ from engine.files.published import facts_of
 from engine.files.run import check_outputs, describe_test, published_lines, read_as_trained, result_json, shot_patients
 from engine.files.scores import Scored, Source
 from engine.metrics import measure, measure_without, patient_metrics
-from engine.report.figures import save_figures
-from engine.report.history import find_history
+from engine.report.figures import read_history, save_figures
 from engine.report.page import write_page
 from utils import set_seed, write_json
 
@@ -73,7 +72,7 @@ def test(options: argparse.Namespace) -> dict[str, Any]:
         print(describe_threshold(threshold))
         print(f"  on the test set: sensitivity {here['tpr']:.4f}, false positive rate {here['fpr']:.4f}")
     if distributed.is_main():
-        history = find_history(options.ckpt or "", metadata)
+        history = read_history(options.ckpt) if options.ckpt else []
         if options.out_json:
             write_json(options.out_json, result, "--out_json")
         if options.figures:

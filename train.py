@@ -38,7 +38,7 @@ from engine.files.config import SELECTS, Settings, new_settings
 from engine.files.run import RunFolder, StopSignals, check_outputs, open_run, published_lines, result_json
 from engine.metrics import measure, measure_without
 from engine.report.page import write_page
-from engine.report.tracking import Tracker, log_epoch, log_pictures, log_result, start_tracker, warn_of_tracked_key
+from engine.report.tracking import Tracker, start_tracker
 from engine.training import Splits, TrainingSet, TrainingState, calibrate_run, check_losses, epoch_line
 from Prompt.promptChooser import text_similarity
 from utils import set_seed, write_json
@@ -85,7 +85,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             setup.training = setup.training.to(setup.store)
             if 0 < state.epoch == state.best_epoch:  # killed between last.pth and best.pth, perhaps
                 save_best(setup)
-            with start_tracker(options, setup.settings, run, setup.config, state.history) as tracker:
+            with start_tracker(options, setup.settings, run, setup.config) as tracker:
                 train_epochs(setup, tracker, signals)
                 return finish(setup, tracker)
 
@@ -93,7 +93,6 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 def build(options: argparse.Namespace) -> Setup:
     """Flags -> data -> towers -> detector; of the towers only what is needed is read."""
     set_seed(options.seed)
-    warn_of_tracked_key()
     check_outputs(options)
     splits = Splits.open(options)
     options.select = splits.select
@@ -146,10 +145,10 @@ def train_epochs(setup: Setup, tracker: Tracker, signals: StopSignals) -> None:
             setup.run.save(state.state_dict(), state.history)
             if record["best"]:
                 save_best(setup)
-            if test and tracker.pictures_due(epoch - 1, options.log_images_every, last):
-                log_pictures(tracker, epoch - 1, evaluation, setup.masks["test"], test)
+            if test:
+                tracker.log_sheet(epoch - 1, evaluation, setup.masks["test"], last)
             images = len(order) + len(splits.test) * bool(test) + len(splits.valid) * bool(valid)
-            log_epoch(tracker, record, test, valid, seconds, images, last)
+            tracker.log_epoch(state.history, test, valid, seconds, images)
             print(epoch_line(record, options.epoch, seconds), flush=True)
         state.warn_if_stuck(options.epoch)
 
@@ -190,10 +189,11 @@ def finish(setup: Setup, tracker: Tracker) -> dict[str, Any]:
     run.write_result(result)
     if distributed.is_main():
         metadata = {**setup.metadata, "metrics": {"epoch": state.selected_epoch}}
-        write_page(run.path, evaluation, masks, best, settings, metadata, state.history)
+        page = write_page(run.path, evaluation, masks, best, settings, metadata, state.history)
         if options.out_json:
             write_json(options.out_json, result, "--out_json")
-    log_result(tracker, evaluation, best, state.selected_epoch - 1, run.best if options.log_model else None)
+        record = state.history[state.selected_epoch - 1]
+        tracker.log_result(record, best, page, run.best if options.log_model else None)
     print(f"last epoch: {last.line()}   [epoch {state.epoch} of {state.epoch}]")
     print(f"selected:   {best.line()}   [{selected}]")
     print(describe_threshold(threshold), *run.files(options), published_lines(settings.obj, best), sep="\n")

@@ -339,7 +339,7 @@ def test_parser() -> Parser:
     add("--save_scores", metavar="FILE", type=nonempty_path, help="keep the patch scores (.npz)")
     add("--scores", metavar="FILE", type=nonempty_path,
         help="make every number and figure from patch scores that were kept, without weights")  # fmt: skip
-    add("--figures", type=nonempty_path, help="folder for figures as PNG and SVG")
+    add("--figures", type=nonempty_path, help="folder for figures as PNG")
     add("--report", type=nonempty_path, help="folder for the report page, index.html")
     return parser
 

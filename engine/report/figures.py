@@ -1,107 +1,111 @@
-"""Figures for papers and for the report page, through matplotlib: curves, histograms, the run, a sheet of images.
+"""Figures for papers and for the report page, as PNG: curves, histograms, the run, a sheet of images.
 
 A user's style counts: matplotlib's own style file, `matplotlibrc` (in the working folder, at MATPLOTLIBRC, ...),
-wherever it departs from matplotlib's defaults. On the page the colours of this module follow the reader's light or dark
-screen. The same numbers give the same bytes.
+wherever it departs from matplotlib's defaults. The same numbers give the same bytes.
 """
 
 from __future__ import annotations
 
-import base64
 import io
+import json
 import math
-import re
 import unicodedata
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
+import matplotlib as mpl
 import numpy as np
+from cycler import cycler
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
+from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw, ImageFont
 
-from utils import atomic_path, printable
+from utils import atomic_path, blame, read_text
 
 from ..evaluation import Evaluation, Masks
-from .images import COLOUR_MAP, alpha_blend, draw_outline, read_picture
+from ..metrics import Metrics
+from .images import alpha_blend, draw_outline, read_picture
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from ..metrics import Metrics
-
-COLOURS = {"ink": "#16191d", "muted": "#5c636b", "grid": "#dfe3e7", "accent": "#0a5fb4"}  # base.html has them, and dark
-# Families for names of files that DejaVu Sans, which comes with matplotlib, has no letters for.
-FALLBACKS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "PingFang SC", "Hiragino Sans",
-             "Microsoft YaHei", "Malgun Gothic", "Noto Sans", "Arial Unicode MS")  # fmt: skip
-SIZE = (3.75, 2.8125)  # inches: 360 x 270 CSS pixels
-DPI = 288  # of PNG files
-SHEET_DPI = 192
+INK, MUTED, GRID, ACCENT = (
+    "#16191d",
+    "#5c636b",
+    "#cfd5da",
+    "#0a5fb4",
+)  # as in base.html
+STYLE: dict[Any, Any] = {
+    "font.size": 8.0, "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": MUTED, "xtick.color": MUTED,
+    "ytick.color": MUTED, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "axes.axisbelow": True, "grid.color": GRID, "lines.linewidth": 1.5, "legend.frameon": False,
+    "axes.prop_cycle": cycler(color=[ACCENT, INK, MUTED]),
+}  # fmt: skip
+SIZE = (3.75, 2.8125)  # inches
+DPI = 288
+PAGE_DPI = 192
 BINS = 40
-TILE = 240  # pixels of a picture's longer side, in the sheet
-LETTERS = 20  # of a file's name that fit above a tile
-RUN_FIGURES: dict[str, tuple[str, str, list[tuple[str, str, str, str]]]] = {
-    # title, y label, and for each curve its key in the history, name, colour, line style
+TILE, GAP, HEAD = 240, 6, 44  # pixels of the sheet: a picture's longer side, between pictures, above them
+LETTERS = 25  # of a file's name that fit above a tile
+RUN_FIGURES = {  # title, y label, and for each curve its key in the history, name, format
     "auc": ("AUROC over the run", "AUROC", [
-        ("auc", "image", "C0", "-"), ("pauc", "pixel", "C1", "-"),
-        ("valid_auc", "image, valid", "C0", "--"), ("valid_pauc", "pixel, valid", "C1", "--"),
+        ("auc", "image", "C0"), ("pauc", "pixel", "C1"),
+        ("valid_auc", "image, valid", "C0--"), ("valid_pauc", "pixel, valid", "C1--"),
     ]),
     "losses": ("Losses over the run", "loss", [
-        ("total", "total", "C0", "-"), ("det", "detection", "C1", "-"), ("seg", "segmentation", "C1", "--"),
+        ("total", "total", "C0"), ("det", "detection", "C1"), ("seg", "segmentation", "C1--"),
     ]),
     "similarity": ("Similarity of the two text features", "cosine", [
-        ("similarity", "normal and abnormal prompt", "C0", "-"),
+        ("similarity", "normal and abnormal prompt", "C0"),
     ]),
 }  # fmt: skip
 History = Sequence[Mapping[str, Any]]
 
 
+def read_history(ckpt_path: str | Path) -> list[dict[str, Any]]:
+    """The epochs of the run in whose folder a checkpoint lies, from its metrics.jsonl; none where it lies elsewhere."""
+    path = Path(ckpt_path).with_name("metrics.jsonl")
+    if not path.is_file():
+        return []
+    with blame(path, "resume its run, or copy the checkpoint elsewhere"):
+        return [json.loads(line) for line in read_text(path).splitlines()]
+
+
 @dataclass(frozen=True)
 class Plot:
-    """A titled figure of one pair of axes, which is drawn when it is written."""
+    """A figure of one pair of axes, which is drawn when its file is asked for."""
 
     title: str
-    draw: Callable[[Axes], None]
+    x: str  # label of the axis
+    y: str
+    curves: Sequence[tuple[np.ndarray, str, str]]  # (2, points), name, matplotlib's format such as C0--
+    mark: tuple[float, str] | None = None  # a vertical line, and what it is
+    filled: bool = False
 
-    def svg(self, name: str) -> str:
-        """An <svg> element for the page, whose CSS colours it; `name` sets its references apart from other figures'."""
-        with _style(name, page=True):
-            text = _bytes(self._figure(), "svg").decode()
-        text = re.sub(r"<(style|metadata)\b.*?</\1>", "", text[text.index("<svg") :], flags=re.DOTALL)
-        text = text.replace("xlink:href", "href")
-        # Names that nothing refers to are in other figures of the page too.
-        targets = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
-        text = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in targets else "", text)
-        for word, colour in COLOURS.items():
-            text = text.replace(colour, f"var(--{word})")
-        label = f'xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{escape(self.title)}" '
-        return re.sub(r'^<svg .*?(viewBox="[^"]*").*?>', rf"<svg {label}\1>", text, count=1, flags=re.DOTALL)
-
-    def save(self, folder: Path, name: str) -> None:
-        """Write NAME.svg and NAME.png."""
-        with _style(name):
-            _save(self._figure(), folder, name)
-
-    def _figure(self) -> Figure:
-        from matplotlib.figure import Figure  # noqa: PLC0415
-
+    def figure(self) -> Figure:
+        """The figure, without its title."""
         figure = Figure(figsize=SIZE, layout="constrained")
-        axes = figure.add_subplot()
-        self.draw(axes)
-        handles, names = axes.get_legend_handles_labels()
-        if names:
-            figure.legend(handles, names, loc="outside upper left", ncols=3 if len(names) == 3 else 2)
+        axes = figure.add_subplot(xlabel=self.x, ylabel=self.y)
+        for points, name, style in self.curves:
+            axes.plot(*points, style, label=name)
+            if self.filled:
+                axes.fill_between(*points, color=style, alpha=0.25)
+        if self.mark:
+            axes.axvline(self.mark[0], color=MUTED, linestyle=":", label=self.mark[1])
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=self.x == "epoch"))
+        axes.margins(x=0.02)
+        figure.legend(loc="outside upper left", ncols=3)
         return figure
 
-
-def draw(plot: Plot) -> str:
-    """A figure as the address of itself, for the page: a PNG without a background."""
-    with _style("page", page=True):
-        return "data:image/png;base64," + base64.b64encode(_bytes(plot._figure(), "png", 192)).decode()
+    def png(self, page: bool = False) -> bytes:
+        """The file; with `page` smaller, and without a background."""
+        ours = {name: value for name, value in STYLE.items() if mpl.rcParams[name] == mpl.rcParamsDefault[name]}
+        if page:
+            ours |= {"figure.facecolor": "none", "axes.facecolor": "none"}
+        buffer = io.BytesIO()
+        with mpl.rc_context(ours):
+            self.figure().savefig(buffer, format="png", dpi=PAGE_DPI if page else DPI, metadata={"Software": None})
+        return buffer.getvalue()
 
 
 def plots(
@@ -118,25 +122,37 @@ def plots(
     Returns:
         `histogram`, `roc`, `pr`, and of a history with two epochs or more what RUN_FIGURES names.
     """
-    threshold, _ = threshold_of(metrics, metadata)
-    decimals = digits(evaluation.image_scores)
-    word = "threshold" if metadata.get("threshold") else "F1-max threshold on the test set"
-    mark = f"{word} {threshold:.{decimals}f}"
+    scores, labels, (threshold, _) = evaluation.image_scores, evaluation.labels, threshold_of(metrics, metadata)
+    edges = np.histogram_bin_edges(np.append(scores, threshold), BINS)
+    classes = [(_stairs(scores[labels == label], edges), name, f"C{1 - label}")
+               for label, name in ((0, "normal"), (1, "abnormal"))]  # fmt: skip
+    drawn, values = metrics.curves, metrics.values
+    roc = [(drawn[key], f"{name} ({values[value]:.3f})", style) for key, name, value, style in
+           (("roc", "pixel", "pauc", "C1"), ("image_roc", "image", "auc", "C0")) if key in drawn]  # fmt: skip
+    pr = [(drawn[key], f"{name} (AP {values[value]:.3f})", style) for key, name, value, style in
+          (("pr", "pixel", "pixel_ap", "C1"), ("image_pr", "image", "ap", "C0")) if key in drawn]  # fmt: skip
+    mark = (threshold, f"threshold {threshold:.{digits(scores)}f}")
     figures = {
-        "histogram": Plot("Image scores by class", lambda axes: _histogram(axes, evaluation, threshold, mark)),
-        "roc": Plot("ROC curves", lambda axes: _roc(axes, metrics)),
-        "pr": Plot("Precision and recall", lambda axes: _precision_recall(axes, metrics)),
+        "histogram": Plot("Image scores by class", "image score", "% of the class", classes, mark, filled=True),
+        "roc": Plot("ROC curves", "false positive rate", "true positive rate", roc),
+        "pr": Plot("Precision and recall", "recall", "precision", pr),
     }
     epoch = (metadata.get("metrics") or {}).get("epoch")
-    for name, (title, label, styles) in RUN_FIGURES.items():
-        curves: dict[bytes, tuple[np.ndarray, str, str, str]] = {}
-        for key, curve, colour, line in styles:
-            points = _history_points(history, key)
-            if points.shape[1] > 1 and points[1].any():  # the segmentation loss is 0 without masks
-                curves[points.tobytes()] = points, curve, colour, line  # of equal curves the last is drawn
+    for name, (title, label, keys) in RUN_FIGURES.items():
+        curves = []
+        for key, curve, style in keys:
+            points = np.array([(row["epoch"], row[key]) for row in history if row.get(key) is not None], np.float64).T
+            if points.size > 2 and points[1].any():  # the segmentation loss is 0 without masks
+                curves.append((points, curve, style))
         if curves:
-            figures[name] = Plot(title, partial(_run, curves=list(curves.values()), label=label, epoch=epoch))
+            figures[name] = Plot(title, "epoch", label, curves, (epoch, f"epoch {epoch}") if epoch else None)
     return figures
+
+
+def _stairs(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """(2, points): a histogram's outline, in percent of the values."""
+    shares = 100 * np.histogram(values, edges)[0] / max(len(values), 1)
+    return np.stack([np.repeat(edges, 2), np.pad(np.repeat(shares, 2), 1)])
 
 
 def save_figures(
@@ -148,23 +164,38 @@ def save_figures(
     metadata: Mapping[str, Any],
     history: History = (),
 ) -> None:
-    """Write a sheet of images as OBJ.svg and .png, and the figures of `plots` as OBJ-NAME.svg and .png.
+    """Write a sheet of images as OBJ.png, and the figures of `plots` as OBJ-NAME.png.
 
     Raises:
         InputError: a file that cannot be written.
     """
-    with _style(obj):
-        _save(_sheet(evaluation, masks), Path(folder), obj, SHEET_DPI)
+    with atomic_path(Path(folder) / f"{obj}.png", "--figures") as temporary:
+        sheet(evaluation, masks).save(temporary, "PNG")
     for name, plot in plots(evaluation, metrics, metadata, history).items():
-        plot.save(Path(folder), f"{obj}-{name}")
+        with atomic_path(Path(folder) / f"{obj}-{name}.png", "--figures") as temporary:
+            temporary.write_bytes(plot.png())
 
 
 def threshold_of(metrics: Metrics, metadata: Mapping[str, Any]) -> tuple[float, str]:
     """The score from which an image counts as abnormal, and where that comes from: the checkpoint, else the images."""
     if stored := metadata.get("threshold"):
-        return stored["value"], f"the checkpoint's, set for {stored['rule']} on {stored['from']}"
+        return stored["value"], threshold_words(stored)
     value = cast("float", metrics.values["f1_max_threshold_on_test"])
-    return value, "the F1-max threshold on this test set: optimistic"
+    return (
+        value,
+        "The checkpoint has no threshold: this one gives the largest F1 on this test set, so it is optimistic.",
+    )
+
+
+def threshold_words(threshold: Mapping[str, Any]) -> str:
+    """How a threshold of `calibrate` was chosen, and what it did there, in sentences."""
+    figures = threshold["figures"]
+    images = f"{figures['n_normal']} normal and {figures['n_abnormal']} abnormal {threshold['from']}"
+    rates = [f"{figures[name]:.0%} of the {words}" for name, words in
+             (("tpr", "abnormal images were found"), ("fpr", "normal ones were false alarms"))
+             if figures[name] is not None]  # fmt: skip
+    there = f" There {' and '.join(rates)}." if rates else ""
+    return f"Chosen for {threshold['rule']} on {images}.{there}"
 
 
 def digits(scores: np.ndarray) -> int:
@@ -173,178 +204,39 @@ def digits(scores: np.ndarray) -> int:
     return min(max(3, 3 - math.floor(math.log10(spread))), 9) if spread else 3
 
 
-def spread(indices: np.ndarray, count: int) -> list[int]:
-    """`count` of the indices, evenly spaced."""
-    if not len(indices):
-        return []
-    return [int(i) for i in indices[np.unique(np.linspace(0, len(indices) - 1, count).round().astype(int))]]
-
-
 def examples(evaluation: Evaluation, count: int) -> list[int]:
     """A fixed handful of images: two thirds abnormal, evenly spaced over each class."""
-    normal, abnormal = (np.flatnonzero(evaluation.labels == label) for label in (0, 1))
-    return [*spread(abnormal, count - count // 3), *spread(normal, count // 3)]
-
-
-# --- style and files ---
-
-
-@contextmanager
-def _style(salt: str, page: bool = False) -> Iterator[None]:
-    """Settings of matplotlib: ours below the user's; on a page without a background of their own."""
-    import matplotlib  # noqa: PLC0415
-    from cycler import cycler  # noqa: PLC0415
-
-    matplotlib.use("agg")
-    from matplotlib import font_manager  # noqa: PLC0415
-
-    known = {font.name for font in font_manager.fontManager.ttflist}
-    ours: dict[Any, Any] = {
-        "font.family": ["DejaVu Sans", *(name for name in FALLBACKS if name in known)],
-        "font.size": 8.0, "text.color": COLOURS["ink"], "axes.labelcolor": COLOURS["muted"],
-        "axes.edgecolor": COLOURS["muted"], "xtick.color": COLOURS["muted"], "ytick.color": COLOURS["muted"],
-        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-        "grid.color": COLOURS["grid"], "lines.linewidth": 1.5, "legend.frameon": False,
-        "axes.prop_cycle": cycler(color=[COLOURS["accent"], COLOURS["ink"], COLOURS["muted"]]),
-        **({"figure.facecolor": "none", "axes.facecolor": "none"} if page else {}),
-    }  # fmt: skip
-    default, now = matplotlib.rcParamsDefault, matplotlib.rcParams
-    kept = {name: value for name, value in ours.items() if now[name] == default[name]}
-    # Text stays text, to be searched and edited; nothing differs from one run to the next.
-    with matplotlib.rc_context({**kept, "svg.fonttype": "none", "svg.hashsalt": salt}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # drawn as a box: one line a letter
-        yield
-
-
-def _bytes(figure: Figure, kind: str, dpi: int = 72) -> bytes:
-    """The file, without the date and the versions that matplotlib would note in it."""
-    buffer, nothing = io.BytesIO(), {"svg": ("Date", "Creator"), "png": ("Software",)}[kind]
-    figure.savefig(buffer, format=kind, dpi=dpi, metadata=dict.fromkeys(nothing))
-    return buffer.getvalue()
-
-
-def _save(figure: Figure, folder: Path, name: str, dpi: int = DPI) -> None:
-    for kind in ("svg", "png"):
-        with atomic_path(folder / f"{name}.{kind}", "--figures") as temporary:
-            temporary.write_bytes(_bytes(figure, kind, dpi))
-
-
-# --- the plots ---
-
-
-def _histogram(axes: Axes, evaluation: Evaluation, threshold: float, words: str) -> None:
-    """Scores of each class on common bins, in percent of the class."""
-    edges = np.histogram_bin_edges(np.append(evaluation.image_scores, threshold), BINS)
-    for label, name, colour in ((0, "normal", "C1"), (1, "abnormal", "C0")):
-        values = evaluation.image_scores[evaluation.labels == label]
-        share = 100 * np.histogram(values, edges)[0] / max(len(values), 1)
-        axes.stairs(share, edges, fill=True, alpha=0.25, color=colour)
-        axes.stairs(share, edges, color=colour, label=name)
-    axes.set(xlabel="image score", ylabel="% of the class", xlim=(edges[0], edges[-1]))
-    axes.set_ylim(bottom=0)
-    _mark(axes, threshold, words)
-
-
-def _roc(axes: Axes, metrics: Metrics) -> None:
-    axes.plot([0, 1], [0, 1], color=COLOURS["grid"], linewidth=1)
-    if "roc" in metrics.curves:
-        axes.plot(*metrics.curves["roc"], color="C1", label=f"pixel ({metrics.pauc:.3f})")
-    if "image_roc" in metrics.curves:
-        axes.plot(*metrics.curves["image_roc"], color="C0", label=f"image ({metrics.auc:.3f})")
-    axes.set(xlabel="false positive rate", ylabel="true positive rate", xlim=(0, 1.005), ylim=(0, 1.005))
-
-
-def _precision_recall(axes: Axes, metrics: Metrics) -> None:
-    for curve, key, name, colour in (("pr", "pixel_ap", "pixel", "C1"), ("image_pr", "ap", "image", "C0")):
-        if curve in metrics.curves:
-            axes.plot(*metrics.curves[curve], color=colour, label=f"{name} (AP {metrics.values[key]:.3f})")
-    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.005), ylim=(0, 1.005))
-
-
-def _history_points(history: History, key: str) -> np.ndarray:
-    """(2, points): epochs and values, where there is one."""
-    rows = [(row["epoch"], row[key]) for row in history if isinstance(row.get(key), int | float)]
-    finite = [row for row in rows if math.isfinite(row[1])]
-    return np.ascontiguousarray(np.array(finite, dtype=np.float64).reshape(-1, 2).T)
-
-
-def _run(axes: Axes, curves: Sequence[tuple[np.ndarray, str, str, str]], label: str, epoch: float | None) -> None:
-    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
-
-    for points, name, colour, line in curves:
-        axes.plot(*points, color=colour, linestyle=line, label=name)
-    axes.set(xlabel="epoch", ylabel=label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if label == "AUROC":
-        low, high = axes.get_ylim()
-        axes.set_ylim(low, min(high, 1.01))
-        axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= 1])
-    if isinstance(epoch, int | float):
-        _mark(axes, epoch, f"epoch {epoch}")
-
-
-def _mark(axes: Axes, x: float, words: str) -> None:
-    """A vertical line, with words above it, where no curve is."""
-    low, high = axes.get_xlim()
-    place = "right" if x > low + 0.6 * (high - low) else "left" if x < low + 0.4 * (high - low) else "center"
-    colour = axes.xaxis.label.get_color()
-    axes.axvline(x, color=colour, linestyle="--", linewidth=1)
-    axes.annotate(
-        words, (x, 1), xycoords=axes.get_xaxis_transform(), xytext=(0, 2), textcoords="offset points", ha=place,
-        va="bottom", color=colour, parse_math=False,
-    )  # fmt: skip
+    chosen = []
+    for label, room in ((1, count - count // 3), (0, count // 3)):
+        members = np.flatnonzero(evaluation.labels == label)
+        places = np.linspace(0, max(len(members) - 1, 0), min(room, len(members)))
+        chosen += members[places.round().astype(int)].tolist()
+    return chosen
 
 
 # --- the sheet ---
 
 
-def _sheet(evaluation: Evaluation, masks: Masks | None, count: int = 9) -> Figure:
+def sheet(evaluation: Evaluation, masks: Masks | None, count: int = 9) -> Image.Image:
     """A column an image: the image, the outline of its mask where the data set has masks, its heat map."""
-    from matplotlib.cm import ScalarMappable  # noqa: PLC0415
-    from matplotlib.colors import Normalize  # noqa: PLC0415
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
     shown = examples(evaluation, count)
     maps = evaluation.maps(shown).float().cpu().numpy()
     heat_range = (float(maps.min()), float(maps.max()))
-    rows = ["image", *(["mask"] if masks is not None else []), "heat map"]
-    figure = Figure(figsize=(0.8 + 1.35 * len(shown), 0.9 + 1.35 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), len(shown), squeeze=False)
+    rows = 2 if masks is None else 3
+    canvas = Image.new("RGB", (GAP + len(shown) * (TILE + GAP), HEAD + rows * (TILE + GAP) + HEAD // 2), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.truetype(findfont("DejaVu Sans"), 15)
     for column, (i, heat) in enumerate(zip(shown, maps, strict=True)):
-        picture = read_picture(evaluation.samples[i], TILE)
-        mask = None if masks is None else masks.get([i])[0].cpu().numpy()
-        for axes, row in zip(grid[:, column], rows, strict=True):
-            axes.set(xticks=[], yticks=[])
-            axes.grid(visible=False)
-            axes.spines[:].set_visible(False)
-            if column == 0:
-                axes.set_ylabel(row)
-            if picture is None and row != "heat map":
-                axes.text(0.5, 0.5, "no picture", ha="center", va="center", transform=axes.transAxes)
-                axes.set(aspect="equal", xlim=(0, 1), ylim=(0, 1))
-            elif picture is None:
-                axes.imshow(heat, COLOUR_MAP, vmin=heat_range[0], vmax=heat_range[1])
-            elif row == "heat map":
-                axes.imshow(alpha_blend(picture, heat, heat_range))
-            else:
-                axes.imshow(draw_outline(picture, mask) if row == "mask" and mask is not None else picture)
+        picture = read_picture(evaluation.samples[i], TILE) or Image.new("RGB", (TILE, TILE), "grey")
+        tiles = [picture, alpha_blend(picture, heat, heat_range)]
+        if masks is not None:
+            tiles.insert(1, draw_outline(picture, masks.get([i])[0].cpu().numpy()))
+        left = GAP + column * (TILE + GAP)
         label = "abnormal" if evaluation.labels[i] else "normal"
-        title = f"{_short(evaluation.names[i])}\n{label}, {evaluation.image_scores[i]:.4f}"
-        grid[0, column].set_title(title, fontsize="small", loc="left", parse_math=False)
-    scale = figure.colorbar(
-        ScalarMappable(Normalize(*heat_range), COLOUR_MAP),
-        ax=grid,
-        location="bottom",
-        fraction=0.04,
-        aspect=80,
-        pad=0.02,
-    )
+        name = unicodedata.normalize("NFC", Path(evaluation.names[i]).stem)  # composed: no font places accents
+        pen.text((left, GAP), f"{name[-LETTERS:]}\n{label}, {evaluation.image_scores[i]:.4f}", INK, font)
+        for row, tile in enumerate(tiles):
+            canvas.paste(tile, (left, HEAD + row * (TILE + GAP)))
     weak = "" if evaluation.head == "seg" else " (weak localisation from the detection heads, not measured)"
-    scale.set_label(f"anomaly score of a pixel, one scale for all{weak}")
-    return figure
-
-
-def _short(name: str) -> str:
-    """A file's name without its folders and ending, of at most LETTERS letters, composed: no font places accents."""
-    stem = printable(unicodedata.normalize("NFC", Path(name).stem))
-    return stem if len(stem) <= LETTERS else f"...{stem[3 - LETTERS :]}"
+    words = f"Heat map{weak}: clear is unremarkable ({heat_range[0]:.3f}), yellow most abnormal ({heat_range[1]:.3f})"
+    pen.text((GAP, canvas.height - HEAD // 2), words, MUTED, font)
+    return canvas

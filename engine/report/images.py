@@ -10,16 +10,17 @@ import base64
 import io
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import contourpy
 import numpy as np
+from matplotlib import colormaps
 from PIL import Image, ImageDraw
+from scipy import ndimage
 
+from dataset.medical_few import Sample
 from dataset.readers import read
 from utils import InputError
-
-if TYPE_CHECKING:
-    from dataset.medical_few import Sample
 
 COLOUR_MAP = "inferno"  # bright is abnormal, also in grey and for every kind of colour vision
 OUTLINE = (0, 229, 200)
@@ -51,14 +52,12 @@ def shrink(image: Image.Image, longest: int, enlarge: bool = False) -> Image.Ima
 @cache
 def heat_colours() -> np.ndarray:
     """(256, 4) uint8: red, green, blue and opacity of heat, from low to high: low leaves the anatomy clear."""
-    from matplotlib import colormaps  # noqa: PLC0415
-
     rgba = np.array(colormaps[COLOUR_MAP](np.arange(256), bytes=True))
     rgba[:, 3] = np.linspace(-CLEAR, HEAT_OPACITY * 255, 256).clip(0).round()
     return rgba
 
 
-def heat_picture(heat: np.ndarray, heat_range: tuple[float, float]) -> Image.Image:
+def heat_picture(heat: np.ndarray, heat_range: Sequence[float]) -> Image.Image:
     """A heat map (S, S) in the colours of `heat_colours`, which it has as its palette, over `heat_range`."""
     low, high = heat_range
     steps = (heat.astype(np.float64) - low) / max(high - low, 1e-12) * 255
@@ -67,7 +66,7 @@ def heat_picture(heat: np.ndarray, heat_range: tuple[float, float]) -> Image.Ima
     return picture
 
 
-def alpha_blend(image: Image.Image, heat: np.ndarray, heat_range: tuple[float, float]) -> Image.Image:
+def alpha_blend(image: Image.Image, heat: np.ndarray, heat_range: Sequence[float]) -> Image.Image:
     """The image under its heat map (S, S), coloured over `heat_range`."""
     stretched = Image.fromarray(heat.astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
     layer = heat_picture(np.asarray(stretched), heat_range).convert("RGBA")
@@ -76,8 +75,6 @@ def alpha_blend(image: Image.Image, heat: np.ndarray, heat_range: tuple[float, f
 
 def outline(mask: np.ndarray, width: int = 1) -> np.ndarray:
     """The pixels of a mask (H, W) bool that are within `width` of one outside it, or of the border."""
-    from scipy import ndimage  # noqa: PLC0415
-
     return mask & ~ndimage.binary_erosion(mask, iterations=width) if mask.any() else mask
 
 
@@ -94,7 +91,7 @@ def draw_outline(image: Image.Image, mask: np.ndarray, width: int = 1) -> Image.
 
 
 def overlay(
-    image: Image.Image, heat: np.ndarray, heat_range: tuple[float, float], regions: Sequence[dict[str, Any]]
+    image: Image.Image, heat: np.ndarray, heat_range: Sequence[float], regions: Sequence[dict[str, Any]]
 ) -> Image.Image:
     """The image, at most MAX_OVERLAY_SIDE pixels a side, under its heat map (S, S) and the outlines of `contours`."""
     picture = alpha_blend(shrink(image, MAX_OVERLAY_SIDE), heat, heat_range)
@@ -123,8 +120,6 @@ def contours(heat: np.ndarray, level: float, size: tuple[int, int]) -> list[dict
         For each closed polygon `points` [[x, y], ...] in the image's pixels, (0, 0) being the upper left corner of the
         upper left pixel, its `area` in pixels, negative for a hole, and for a region the `peak` of its heat.
     """
-    import contourpy  # noqa: PLC0415
-
     # Padded twice: once so that a region reaches the image's border, once to close it there.
     padded = np.pad(np.pad(heat.astype(np.float64), 1, "edge"), 1, constant_values=min(float(heat.min()), level) - 1e6)
     factors = np.divide(size, heat.shape[::-1])
@@ -145,4 +140,9 @@ def data_uri(image: Image.Image, kind: str, **options: Any) -> str:  # noqa: ANN
     """A picture as the address of itself, for an <img>; without any metadata of the original."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return address(buffer.getvalue(), kind)
+
+
+def address(picture: bytes, kind: str) -> str:
+    """A picture's file as the address of itself."""
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(picture).decode()}"

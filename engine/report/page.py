@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -25,18 +25,16 @@ from PIL import Image
 
 from utils import atomic_path, prefetch
 
+from .. import calibration
 from ..evaluation import Evaluation, Masks
 from ..files.config import Settings, shareable
-from .figures import History, digits, draw, plots, threshold_of
-from .images import OUTLINE, data_uri, fit_mask, heat_colours, heat_picture, outline, read_picture, shrink
-
-if TYPE_CHECKING:
-    from ..metrics import Metrics
+from ..metrics import METRICS, Metrics
+from .figures import History, digits, plots, threshold_of
+from .images import OUTLINE, address, data_uri, fit_mask, heat_colours, heat_picture, outline, read_picture, shrink
 
 SIDE = 480  # pixels of a picture's longer side: shown at 240 and more, enlarged on a click
 HEAT = 60  # pixels a side of a heat map, which the browser enlarges
 MAX_CARDS = 1000  # images: some 25 MB
-BATCH = 32  # maps at a time
 WORKERS = 4  # threads that draw pictures
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True,
@@ -69,7 +67,7 @@ def make_card(
     score: float,
     picture: Image.Image | None,
     heat: np.ndarray | None,
-    heat_range: tuple[float, float],
+    heat_range: Sequence[float],
     *,
     label: int | None = None,
     group: str | None = None,
@@ -108,7 +106,7 @@ def write(
     *,
     scores: Sequence[np.ndarray],
     threshold: float | None,
-    heat_range: tuple[float, float],
+    heat_range: Sequence[float],
     **values: Any,  # noqa: ANN401 - what a template shows
 ) -> Path:
     """Write index.html.
@@ -123,7 +121,7 @@ def write(
         heat_range: the colours' ends.
         **values: what else base.html and the template use. base.html: `kind` and `title`, `lead` and `notes` (lines
             below the title and above the gallery), `origin` (the threshold in words), `weak` (the maps are from
-            detection heads), `made` (a mapping, see `flatten`).
+            detection heads), `made` (a mapping, which may be nested, of how it was made).
 
     Returns:
         The page's path.
@@ -140,8 +138,7 @@ def write(
     }  # fmt: skip
     stops = [f"rgb({r} {g} {b} / {a / 255:.2f})" for r, g, b, a in heat_colours()[::15].tolist()]
     html = TEMPLATES.get_template(template).render(
-        **{**values, "made": flatten(values["made"])},
-        data=data, scale=heat_range, gradient=", ".join(stops), outline=f"rgb{OUTLINE}",
+        **values, data=data, scale=heat_range, gradient=", ".join(stops), outline=f"rgb{OUTLINE}",
         groups=[list(group) for _, group in groupby(cards, key=lambda card: card.group)],
         has_heat=any(card.heat for card in cards), has_outline=any(card.outline for card in cards),
         number=lambda value: f"{value:.{decimals}f}",
@@ -151,18 +148,6 @@ def write(
     with atomic_path(page, "--report") as temporary:  # a file's name may hold bytes that are no UTF-8
         temporary.write_text(html, encoding="utf-8", errors="backslashreplace")
     return page
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested values as rows of name and words; what is None is left out."""
-    rows: list[tuple[str, str]] = []
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            rows += flatten(value, f"{prefix}{name}.")
-        elif value is not None:
-            words = value if isinstance(value, list | tuple) else [value]
-            rows.append((prefix + name, " ".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in words)))
-    return rows
 
 
 # --- a test set ---
@@ -199,95 +184,31 @@ def write_page(
     obj = obj or settings.obj
     scores, labels = evaluation.image_scores, evaluation.labels
     threshold, origin = threshold_of(metrics, metadata)
-    heat_range = (metadata.get("threshold") or {}).get("heat_range") or _map_range(evaluation)
+    heat_range = (metadata.get("threshold") or {}).get("heat_range") or calibration.heat_range(evaluation)
     worst = np.argsort(np.where(labels == 1, scores - threshold, threshold - scores), kind="stable")[:MAX_CARDS]
     called = scores >= threshold
+    counts = {name: int(((called == positive) & (labels == label)).sum()) for name, positive, label in
+              (("tp", True, 1), ("fn", False, 1), ("tn", False, 0), ("fp", True, 0))}  # fmt: skip
     known, options = settings.to_dict(), shareable(metadata.get("options") or {})
+    known.pop("model_config", None)
     return write(
         folder, "report.html", list(_cards(evaluation, masks, worst.tolist(), heat_range)),
         scores=[scores[labels == 0], scores[labels == 1]], threshold=threshold, heat_range=heat_range,
-        kind="MadCLIP test report", title=obj, lead=_lead(evaluation, settings, metadata, obj), origin=origin,
-        notes=_notes(len(worst), len(scores)), weak=evaluation.head != "seg", numbers=_numbers(metrics, metadata),
-        plots={name: {"title": plot.title, "picture": draw(plot)}
+        kind="MadCLIP test report", title=obj, origin=origin, weak=evaluation.head != "seg", settings=settings,
+        metadata=metadata, values=metrics.values, metrics=METRICS, counts=counts, shown=len(worst),
+        plots={name: {"title": plot.title, "picture": address(plot.png(page=True), "png")}
                for name, plot in plots(evaluation, metrics, metadata, history).items()},
-        counts={name: int(((called == positive) & (labels == label)).sum()) for name, positive, label in
-                (("tp", True, 1), ("fn", False, 1), ("tn", False, 0), ("fp", True, 0))},
         made={**known, **metadata, "options": {name: v for name, v in options.items() if name not in known}},
     )  # fmt: skip
 
 
-def _map_range(evaluation: Evaluation) -> tuple[float, float]:
-    """The lowest and highest pixel of all maps."""
-    low, high = np.inf, -np.inf
-    for start in range(0, len(evaluation.samples), BATCH):
-        maps = evaluation.maps(slice(start, start + BATCH))
-        low, high = min(low, float(maps.min())), max(high, float(maps.max()))
-    return low, high
-
-
 def _cards(
-    evaluation: Evaluation, masks: Masks | None, shown: Sequence[int], heat_range: tuple[float, float]
+    evaluation: Evaluation, masks: Masks | None, shown: Sequence[int], heat_range: Sequence[float]
 ) -> Iterator[Card]:
-    def maps_and_masks() -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
-        for start in range(0, len(shown), BATCH):
-            part = shown[start : start + BATCH]
-            edges = [None] * len(part) if masks is None else masks.get(part).cpu().numpy()
-            yield from zip(part, evaluation.maps(part).cpu().numpy(), edges, strict=True)
+    def make(i: int) -> Card:
+        sample, heat = evaluation.samples[i], evaluation.maps([i])[0].cpu().numpy()
+        mask = None if masks is None else masks.get([i])[0].cpu().numpy()
+        picture, score = read_picture(sample, SIDE), float(evaluation.image_scores[i])
+        return make_card(sample.name, score, picture, heat, heat_range, label=sample.label, mask=mask)
 
-    def make(item: tuple[int, np.ndarray, np.ndarray | None]) -> Card:
-        i, heat, mask = item
-        name, score, label = evaluation.names[i], float(evaluation.image_scores[i]), int(evaluation.labels[i])
-        picture = read_picture(evaluation.samples[i], SIDE)
-        return make_card(name, score, picture, heat, heat_range, label=label, mask=mask)
-
-    return prefetch(make, maps_and_masks(), WORKERS)
-
-
-def _lead(evaluation: Evaluation, settings: Settings, metadata: Mapping[str, Any], obj: str) -> list[str]:
-    """What was tested, and how the epoch was selected."""
-    total, abnormal, trained_on = len(evaluation.labels), int(evaluation.labels.sum()), settings.obj
-    select, epoch = metadata.get("select", "unknown"), (metadata.get("metrics") or {}).get("epoch", "unknown")
-    lines = [f"{total:,} test images: {total - abnormal:,} normal, {abnormal:,} abnormal."]
-    if trained_on != obj:
-        lines.append(f"The model was trained on {trained_on}; curves over epochs come from there.")
-    ways = {
-        "test": f"the best of the run on {trained_on}'s test set itself (--select test), as the published code selects",
-        "valid": "the best of the run on validation images that are not shots (--select valid)",
-        "last": "the last of the run (--select last)",
-    }
-    optimistic = ", so these numbers are optimistic" if select == "test" and trained_on == obj else ""
-    lines.append(f"Epoch {epoch}: {ways.get(select, f'selected by: {select}')}{optimistic}.")
-    if settings.pretrain == "random":
-        lines.append("CLIP's weights are random, not pre-trained: the numbers show only that the program runs.")
-    return lines
-
-
-def _notes(shown: int, total: int) -> list[str]:
-    if shown == total:
-        return []
-    return [f"The gallery holds the {shown:,} of {total:,} images that are most wrong or least clearly right at the "
-            "threshold. All images count in the numbers and figures."]  # fmt: skip
-
-
-def _numbers(metrics: Metrics, metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every number with its 95% interval, and without the shots' patients, where there are such; the AUROCs first."""
-    from ..metrics import METRICS  # noqa: PLC0415 - scikit-learn
-
-    rows = []
-    for name, (words, _) in METRICS.items():
-        value = metrics.values.get(name)
-        if not isinstance(value, int | float):
-            continue  # an interval, or not measured
-        small = []
-        interval = metrics.values.get(f"{name}_ci95")
-        if isinstance(interval, list):
-            small.append(f"95% CI {interval[0]:.3f} to {interval[1]:.3f}")
-        if (without := metrics.values.get(f"{name}_without_shot_patients")) is not None:
-            small.append(f"{without:.3f} without the patients of the shots")
-        main = name in ("auc", "pauc")
-        rows.append({"words": words[0].upper() + words[1:], "value": f"{value:.3f}", "small": small, "main": main})
-    pixel = (metadata.get("threshold") or {}).get("pixel_value")
-    if pixel is not None:
-        words = "Pixel threshold of the checkpoint, as in predict.py"
-        rows.append({"words": words, "value": f"{pixel:.3f}", "small": [], "main": False})
-    return rows
+    return prefetch(make, shown, WORKERS)

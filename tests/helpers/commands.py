@@ -35,7 +35,7 @@ HALT = 0  # instead of a signal: wait until the test says `go`
 WARM = (
     "train", "test", "predict", "reproduce", "dataset.check", "engine.checkpoint", "engine.report.page",
     "sklearn.metrics", "sklearn.linear_model", "sklearn.pipeline", "matplotlib.figure", "matplotlib.style",
-    "matplotlib.backends.backend_svg", "matplotlib.backends.backend_agg", "contourpy", "nibabel", "pydicom.pixels",
+    "matplotlib.backends.backend_agg", "contourpy", "nibabel", "pydicom.pixels",
     "torch.utils.serialization.config",
 )  # fmt: skip
 HANG = 900  # seconds after which a command is taken for hanging: it ends, and its test fails

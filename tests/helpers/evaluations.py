@@ -20,7 +20,7 @@ PICTURE = (48, 24)  # W, H of the files: not square
 METADATA: dict[str, Any] = {
     "select": "last", "run": "a-run", "metrics": {"epoch": 3, "auc": 0.8},
     "threshold": {"value": 0.4, "pixel_value": 0.35, "heat_range": [0.25, 1.75], "rule": "the largest F1",
-                  "from": "images of valid/"},
+                  "from": "images of valid/", "figures": {"tpr": 0.9, "fpr": 0.1, "n_normal": 9, "n_abnormal": 9}},
 }  # fmt: skip
 
 

@@ -92,8 +92,8 @@ def test_a_key_file_or_netrc_that_is_a_pipe_is_not_waited_for(command, home, tmp
     key = json.dumps(str(tmp_path / "key.json"))
     os.mkfifo(tmp_path / "key.json")
     os.mkfifo(tmp_path / ".netrc")
-    code = "import engine.report.tracking as t\nfrom pathlib import Path\nread = t._read_key_file\n"
-    code += f"t._read_key_file = lambda path: read(Path({key}))\n"
+    code = "import engine.report.tracking as t\nfrom pathlib import Path\nread = t.read_key\n"
+    code += f"t.read_key = lambda path: read(Path({key}))\n"
     env = {"WANDB_MODE": "offline", "HOME": str(tmp_path)}
     env["NETRC"] = str(tmp_path / ".netrc")
     done = command(driver(tmp_path, code), "train.py", *home.train(tmp_path), "--epoch", 1, env=env)

@@ -258,7 +258,7 @@ def test_kept_scores_give_every_number_again(command, trained, tmp_path):
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "first.json").read_bytes()
     assert "no pictures: " in again and "weights:" not in again and "tokens:" not in again
     assert figures(again) == figures(first) and first.splitlines()[-2:] == again.splitlines()[-2:]
-    assert (tmp_path / "page/index.html").is_file() and (tmp_path / "figures/Brain-roc.svg").is_file()
+    assert (tmp_path / "page/index.html").is_file() and (tmp_path / "figures/Brain-roc.png").is_file()
     seen = printed(command, "test.py", *paths[:4], "--scores", scores, "--report", tmp_path / "seen")
     assert "no pictures" not in seen
     assert len((tmp_path / "seen/index.html").read_bytes()) > len((tmp_path / "page/index.html").read_bytes())
@@ -274,7 +274,7 @@ def test_what_is_shared_names_no_folder_and_no_host(command, phantoms, tmp_path)
     outputs = ["--report", tmp_path / "page", "--figures", tmp_path / "figures", "--save_scores", tmp_path / "s.npz"]
     printed(command, "test.py", *shared, *outputs, "--out_json", tmp_path / "b.json")
     written = [path for path in tmp_path.rglob("*") if path.is_file() and tmp_path / "tower" not in path.parents]
-    assert {path.name for path in written} >= {"Brain.pth", "best.pth", "b.json", "index.html", "Brain.svg", "s.npz"}
+    assert {path.name for path in written} >= {"Brain.pth", "best.pth", "b.json", "index.html", "Brain.png", "s.npz"}
     secrets = [str(tmp_path).encode(), str(phantoms).encode()]
     if len(host := socket.gethostname()) > 5:  # shorter ones are in any long file
         secrets.append(host.encode())
@@ -291,7 +291,7 @@ def test_anonymous_runs_name_no_file(command, phantoms, tmp_path):
     names = [path.stem for path in phantoms.glob("Brain_AD/*/*/img/*")]
     assert len(names) == 22
     written = [path for path in (*tmp_path.rglob("*"), *Path(f"{tmp_path}-runs").rglob("*")) if path.is_file()]
-    assert {path.name for path in written} >= {"Brain.pth", "a.json", "b.json", "index.html", "Brain.svg", "s.npz"}
+    assert {path.name for path in written} >= {"Brain.pth", "a.json", "b.json", "index.html", "Brain.png", "s.npz"}
     for path in written:
         content = b"".join(unpacked(path))
         assert not [name for name in names if name.encode() in content], path

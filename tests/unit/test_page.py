@@ -15,14 +15,16 @@ import pytest
 from PIL import Image
 
 from dataset.medical_few import Sample
+from engine.calibration import heat_range
 from engine.metrics import measure
 from engine.report import page
-from engine.report.page import flatten, make_card, write, write_page
+from engine.report.page import make_card, write, write_page
 from tests.helpers.evaluations import METADATA, PICTURE, SIZE, make_evaluation, make_samples, make_settings, make_world
 from utils import InputError
 
 EVIL = "<img src=x onerror=alert(1)>\"'&{{title}}</script>.png"
 LABELS, SCORES = [1, 0, 0, 1], [0.9, 0.2, 0.1, 0.8]
+CARD = make_card("a", 0.5, None, None, (0, 1))
 
 
 def data_of(html: str) -> dict[str, Any]:
@@ -83,16 +85,17 @@ def test_the_range_of_scores_holds_the_threshold(tmp_path):
     assert data_of(written(tmp_path / "page", evaluation, masks, far))["range"] == pytest.approx([0.1, 2.0])
 
 
-def test_colours_span_the_calibrated_range_else_all_maps(tmp_path, monkeypatch):
+def test_colours_span_the_calibrated_range_else_that_of_these_images(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(page, "make_card", lambda *args, **more: seen.append(args[4]) or make_card(*args, **more))
+    monkeypatch.setattr(
+        page, "make_card", lambda *args, **more: seen.append(tuple(args[4])) or make_card(*args, **more)
+    )
     evaluation, masks = make_world(tmp_path, LABELS, SCORES)
     written(tmp_path / "page", evaluation, masks)
-    assert set(map(tuple, seen)) == {tuple(METADATA["threshold"]["heat_range"])}
+    assert set(seen) == {tuple(METADATA["threshold"]["heat_range"])}
     seen.clear()
     written(tmp_path / "page", evaluation, masks, {})
-    maps = evaluation.maps(slice(None))
-    assert set(seen) == {(float(maps.min()), float(maps.max()))}
+    assert set(seen) == {tuple(heat_range(evaluation))}
 
 
 def test_numbers_without_the_shots_patients_stand_beside_the_others(tmp_path):
@@ -144,16 +147,13 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         written(tmp_path / "file" / "folder", evaluation, masks)
 
 
-def test_what_is_listed_is_flat():
-    assert flatten({"a": 1, "b": {"c": [1, 0.5], "d": None}}) == [("a", "1"), ("b.c", "1 0.5")]
-
-
 def test_predictions_share_the_page(tmp_path):
     heat = np.linspace(0, 2, SIZE * SIZE, dtype=np.float32).reshape(SIZE, SIZE)
     picture = Image.new("RGB", PICTURE, (90, 90, 90))
     cards = [make_card(f"{i}.png", i / 10, picture, heat, (0, 2)) for i in range(3)]
     cards += [make_card(f"s{i}", i / 10, picture, heat, (0, 2), group=EVIL) for i in range(2)]
-    values = {"kind": "k", "title": EVIL, "lead": [], "notes": [], "origin": "o", "weak": False, "made": {}, "above": 1}
+    values = {"kind": "k", "title": EVIL, "lead": [], "notes": [], "origin": "o", "weak": False, "above": 1}
+    values["made"] = {"a": {"b": [1, 0.5], "none": None}}
     path = write(
         tmp_path, "predictions.html", cards, scores=[np.array([c.score for c in cards])], threshold=None,
         heat_range=(0, 2), **values,
@@ -164,6 +164,7 @@ def test_predictions_share_the_page(tmp_path):
     assert data["scores"] == [[0.0, 0.1, 0.2, 0.0, 0.1], []]
     assert names_of(html) == ["0.png", "1.png", "2.png", "s0", "s1"]
     assert html.count('<li class="group"') == 1
+    assert re.findall(r"<dt>(.*?)</dt>", html) == ["a.b"]
     assert "<img src=x" not in html
     empty = write(tmp_path, "predictions.html", [], scores=[np.zeros(0)], threshold=0.5, heat_range=(0, 2), **values)
     assert data_of(empty.read_text(encoding="utf-8"))["scores"] == [[], []]

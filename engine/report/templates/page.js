@@ -107,13 +107,15 @@ function go(change) {
   refresh();
 }
 
-// The picture as it is beside the one with its heat map.
+// The picture alone beside the one with heat map and outline.
 let enlarged = null;
 function enlarge(card) {
   enlarged = card;
   const viewer = byId("viewer"), tile = card.querySelector(".tile");
-  const copies = tile.querySelector(".heat") ? [tile.cloneNode(true), tile.cloneNode(true)] : [tile.cloneNode(true)];
-  if (copies[1]) copies[0].querySelector(".heat").remove();
+  const layers = tile.querySelectorAll(".heat, .outline").length;
+  const copies = Array.from({length: layers ? 2 : 1}, () => tile.cloneNode(true));
+  if (layers) for (const layer of all(".heat, .outline", copies[0])) layer.remove();
+  for (const copy of copies) copy.disabled = true;
   viewer.querySelector(".both").replaceChildren(...copies);
   for (const name of ["name", "verdict", "score"])
     viewer.querySelector("." + name).textContent = card.querySelector("." + name).textContent;

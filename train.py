@@ -31,8 +31,8 @@ from engine import distributed
 from engine.calibration import describe_threshold
 from engine.detector import Detector
 from engine.distributed import pick_autocast, pick_device
-from engine.evaluation import Masks, evaluate
-from engine.features import TokenStore, Tower
+from engine.evaluation import Evaluation, Masks, evaluate
+from engine.features import TokenStore, TowerSpec
 from engine.files.checkpoint import Checkpoint, copy, print_weights_info, set_aside
 from engine.files.config import SELECTS, Settings, new_settings
 from engine.files.run import RunFolder, StopSignals, check_outputs, open_run, published_lines, result_json
@@ -86,8 +86,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             if 0 < state.epoch == state.best_epoch:  # killed between last.pth and best.pth, perhaps
                 save_best(setup)
             with start_tracker(options, setup.settings, run, setup.config) as tracker:
-                train_epochs(setup, tracker, signals)
-                return finish(setup, tracker)
+                return finish(setup, tracker, train_epochs(setup, tracker, signals))
 
 
 def build(options: argparse.Namespace) -> Setup:
@@ -104,7 +103,7 @@ def build(options: argparse.Namespace) -> Setup:
     training = TrainingSet.build(splits.shots, settings, options.seed)
     splits.print_warnings(training.masks)
     masks = {name: Masks.of(getattr(splits, name), settings, options.num_workers, device) for name in ("test", "valid")}
-    store = TokenStore(Tower.of(settings, weights, pick_autocast(options.precision, device), device), options)
+    store = TokenStore(TowerSpec.of(settings, weights, pick_autocast(options.precision, device), device), options)
     store.plan(training.items, splits.own_batches(settings, device))
     clip = store.load_clip()
     detector = Detector(clip, settings, options.seed).to(device)
@@ -113,10 +112,14 @@ def build(options: argparse.Namespace) -> Setup:
     return Setup(options, settings, splits, training, masks, store, clip, detector, state, run, config, metadata)
 
 
-def train_epochs(setup: Setup, tracker: Tracker, signals: StopSignals) -> None:
-    """Train from the last finished epoch on; after each, everything that --resume needs is on disk."""
+def train_epochs(setup: Setup, tracker: Tracker, signals: StopSignals) -> Evaluation | None:
+    """Train from the last finished epoch on; after each, everything that --resume needs is on disk.
+
+    Returns:
+        The test set's evaluation by the last epoch, unless all epochs were finished before.
+    """
     options, splits, state, store = setup.options, setup.splits, setup.state, setup.store
-    text = None
+    text = evaluation = None
     for epoch in range(state.epoch + 1, options.epoch + 1):
         start = time.perf_counter()
         order = torch.randperm(len(setup.training), generator=state.shuffle)
@@ -145,12 +148,13 @@ def train_epochs(setup: Setup, tracker: Tracker, signals: StopSignals) -> None:
             setup.run.save(state.state_dict(), state.history)
             if record["best"]:
                 save_best(setup)
-            if test:
+            if test and evaluation:
                 tracker.log_sheet(epoch - 1, evaluation, setup.masks["test"], last)
             images = len(order) + len(splits.test) * bool(test) + len(splits.valid) * bool(valid)
             tracker.log_epoch(state.history, test, valid, seconds, images)
             print(epoch_line(record, options.epoch, seconds), flush=True)
         state.warn_if_stuck(options.epoch)
+    return evaluation
 
 
 def save_best(setup: Setup) -> None:
@@ -165,19 +169,20 @@ def save_best(setup: Setup) -> None:
             copy(setup.run.best, path)
 
 
-def finish(setup: Setup, tracker: Tracker) -> dict[str, Any]:
+def finish(setup: Setup, tracker: Tracker, evaluation: Evaluation | None) -> dict[str, Any]:
     """Measure the last and the selected epoch in full, set the threshold, write and print the result."""
     options, settings, splits, state, run = setup.options, setup.settings, setup.splits, setup.state, setup.run
-    masks = setup.masks["test"]
-    evaluation = evaluate(setup.detector, setup.store, splits.test)
-    last = measure(evaluation, masks, full=True)
-    last.values.update(measure_without(evaluation, masks, splits.shot_patients()))
+    masks, last = setup.masks["test"], None
+    evaluation = evaluation or evaluate(setup.detector, setup.store, splits.test)
     if state.selected_epoch < state.epoch:
+        last = measure(evaluation, masks, full=True)
+        last.values.update(measure_without(evaluation, masks, splits.shot_patients()))
         Checkpoint.load(run.best).restore(setup.detector, setup.clip, run.best)
         evaluation = evaluate(setup.detector, setup.store, splits.test)
     threshold = calibrate_run(setup.detector, setup.store, splits, setup.training, options.threshold_at)
     best = measure(evaluation, masks, full=True, pixel_threshold=(threshold or {}).get("pixel_value"))
     best.values.update(measure_without(evaluation, masks, splits.shot_patients()))
+    last = last or best
     setup.metadata["threshold"] = threshold
     save_best(setup)
     selected = f"epoch {state.selected_epoch} of {state.epoch}, {SELECTS[options.select]} (--select {options.select})"

@@ -25,7 +25,7 @@ from utils import set_seed
 from .detector import seeded
 from .distributed import pick_autocast, pick_device
 from .evaluation import Evaluation, Masks
-from .features import TokenStore, Tower
+from .features import TokenStore, TowerSpec
 from .files.config import new_settings
 from .metrics import measure, measure_without
 from .training import Splits, TrainingSet
@@ -180,7 +180,7 @@ def measure_baselines(options: argparse.Namespace) -> dict[str, Any]:
     weights = find_weights(options.model_name, options.pretrain, options.weights, options.seed)
     settings = new_settings(options, splits.dataset, weights)
     shots = TrainingSet.build(splits.shots, settings, options.seed)
-    tower = Tower.of(settings, weights, pick_autocast(options.precision, device), device)
+    tower = TowerSpec.of(settings, weights, pick_autocast(options.precision, device), device)
     store = TokenStore(tower, options)
     store.plan(shots.items, [splits.test])
     clip = create_model(weights, img_size=settings.img_size, fidelity=settings.fidelity, device=device)

@@ -57,11 +57,6 @@ RAM_SHARE = 0.5
 # images; a GPU wants more at a time: 64 are 18,560 tokens at ViT-L-14, 240 px.
 CPU_CHUNK, CUDA_CHUNK = 8, 64
 CRC_BYTES = 4
-# Of memory control groups, version 2 and 1: the folder below /sys/fs/cgroup, and the files of limit and usage.
-CONTROL_GROUP_FILES = {
-    "": ("", "memory.max", "memory.current"),
-    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-}
 
 
 def chunk_size(device: torch.device) -> int:
@@ -99,8 +94,8 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Tower:
-    """All that shapes tokens beside the image; known before any tensor of the tower is read.
+class TowerSpec:
+    """Which tower makes the tokens, and how: all that shapes them beside the image, known before a weight is read.
 
     Attributes:
         weights: of `find_weights`.
@@ -121,7 +116,7 @@ class Tower:
     device: torch.device
 
     @classmethod
-    def of(cls, settings: Settings, weights: Weights, autocast: torch.dtype | None, device: torch.device) -> Tower:
+    def of(cls, settings: Settings, weights: Weights, autocast: torch.dtype | None, device: torch.device) -> TowerSpec:
         """The tower that a checkpoint's settings ask for."""
         return cls(
             weights, settings.img_size, settings.fidelity, tuple(sorted(settings.features_list)),
@@ -165,7 +160,7 @@ class TokenStore:
             (threads that decode images beside the pass).
     """
 
-    def __init__(self, tower: Tower, options: argparse.Namespace) -> None:
+    def __init__(self, tower: TowerSpec, options: argparse.Namespace) -> None:
         self.tower, self.cache, self.workers = tower, options.cache, options.num_workers
         named = None if options.cache_dtype == "auto" else getattr(torch, options.cache_dtype)
         self.dtype: torch.dtype = named or tower.autocast or torch.float32
@@ -449,7 +444,7 @@ class TokenStore:
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process may still use: the machine's, its control groups' (v1 and v2) and Slurm's limit.
+    """Bytes that this process may still use: the machine's, its control groups' (version 2) and Slurm's limit.
 
     `root` is where /proc and /sys are, for tests.
     """
@@ -457,31 +452,19 @@ def free_memory(root: Path = Path("/")) -> int:
     try:
         lines = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
         rooms.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    except (OSError, KeyError, ValueError):  # not Linux
+    except OSError:  # not Linux
         rooms.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if hasattr(os, "sysconf") else 2**32)
-    for folder, limit, used in _control_groups(root):
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            rooms.append(int((folder / limit).read_text()) - int((folder / used).read_text()))
+    with contextlib.suppress(OSError):
+        own = (root / "proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
+        for group in (Path(own), *Path(own).parents):  # a limit of any of them holds
+            folder = root / "sys/fs/cgroup" / group
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+                rooms.append(limit - used)
     megabytes = os.environ.get("SLURM_MEM_PER_NODE") or _slurm_memory_of_cpus()
     if megabytes and megabytes.isdigit() and int(megabytes):
         rooms.append(int(megabytes) * 2**20)
     return max(min(rooms), 0)
-
-
-def _control_groups(root: Path) -> Iterator[tuple[Path, str, str]]:
-    """Folder, limit file and usage file of every memory control group above this process."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in ["0::/", "0:memory:/", *lines]:
-        _, controllers, path = line.split(":", 2)
-        if controllers not in CONTROL_GROUP_FILES:
-            continue
-        mount, limit, used = CONTROL_GROUP_FILES[controllers]
-        group = Path(path.lstrip("/"))
-        for part in (group, *group.parents):
-            yield root / "sys/fs/cgroup" / mount / part, limit, used
 
 
 def _slurm_memory_of_cpus() -> str:
@@ -545,11 +528,8 @@ def describe_store(folder: Path) -> str:
     size = sum(path.stat().st_size for path in files)
     images = len({path.name for path in files})
     layers = sorted({path.parts[-3].removeprefix("layer") for path in files})
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        words = f"{meta['model']} {meta['img_size']} px  {meta['fidelity']}  {meta['dtype'].removeprefix('torch.')}"
-    except (OSError, ValueError, LookupError, TypeError, RecursionError, AttributeError):
-        return "of an older version, or damaged; --prune removes it"
+    meta = json.loads((folder / "meta.json").read_text())
+    words = f"{meta['model']} {meta['img_size']} px  {meta['fidelity']}  {meta['dtype'].removeprefix('torch.')}"
     return f"{images} images  {readable_size(size)}  {words}  layers {' '.join(layers)}"
 
 

@@ -104,8 +104,6 @@ class TrainingState:
     autocast: torch.dtype | None
     shuffle: torch.Generator
     select: str = "test"  # the metrics that choose: `test`, `valid`; `last` chooses nothing
-    best_epoch: int = 0  # counted from 1; 0 before the first best
-    best_score: float = 0.0  # a new best must be strictly better, starting from 0, as published
     history: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl, one an epoch
     seconds: float = 0.0  # spent on the finished epochs
 
@@ -172,6 +170,19 @@ class TrainingState:
         return torch.stack([part.detach() for part in parts])
 
     @property
+    def best_epoch(self) -> int:
+        """The last epoch that was better than all before it, counted from 1; 0 before the first."""
+        return max((record["epoch"] for record in self.history if record["best"]), default=0)
+
+    @property
+    def best_score(self) -> float:
+        """Its AUC + pAUC, as published; a new best must be strictly better, starting from 0."""
+        if not self.best_epoch:
+            return 0.0
+        record, prefix = self.history[self.best_epoch - 1], "valid_" if self.select == "valid" else ""
+        return float(record[f"{prefix}auc"] + (record[f"{prefix}pauc"] or 0.0))
+
+    @property
     def selected_epoch(self) -> int:
         """The epoch that is reported, counted from 1: the last where none was better than another."""
         return self.best_epoch or self.epoch
@@ -193,38 +204,33 @@ class TrainingState:
         Returns:
             The line of metrics.jsonl: None for what was not measured. No times, so that equal numbers are equal bytes.
         """
-        epoch = self.epoch + 1
         det, seg, total = loss.tolist()
+        record: dict[str, Any] = {
+            "epoch": self.epoch + 1, "det": det, "seg": seg, "total": total, "similarity": similarity,
+        }  # fmt: skip
+        for prefix, metrics in (("", test), ("valid_", valid)):
+            record |= {f"{prefix}{name}": getattr(metrics, name) if metrics else None for name in ("auc", "pauc")}
         judged = {"test": test, "valid": valid}.get(self.select)
-        better = due and judged is not None and judged.selection_score > self.best_score
-        if better and judged is not None:
-            self.best_epoch, self.best_score = epoch, judged.selection_score
-        measured = {
-            f"{prefix}{name}": getattr(metrics, name) if metrics else None
-            for prefix, metrics in (("", test), ("valid_", valid))
-            for name in ("auc", "pauc")
-        }
-        losses = {"det": det, "seg": seg, "total": total, "similarity": similarity}
-        record = {"epoch": epoch, **losses, **measured, "best": better}
+        record["best"] = due and judged is not None and judged.selection_score > self.best_score
         self.history.append(record)
         self.seconds += seconds
         return record
 
     def warn_if_stuck(self, epochs: int) -> None:
-        """Print a warning after a quarter of the epochs where the detection loss is still where it starts.
+        """Print a warning after a quarter of the epochs, at least 5, if the detection loss is still where it starts.
 
         Scores of 0 give 2 ln 2 a layer (sigmoid loss, mean decision).
         """
         settings, det = self.detector.settings, self.history[-1]["det"]
         start = len(settings.features_list) * 2 * math.log(2)
         plain = settings.loss_type == "sigmoid" and settings.dec_type == "mean"
-        if plain and self.epoch == -(-epochs // 4) and det > 0.99 * start and distributed.is_main():
+        if plain and self.epoch == max(-(-epochs // 4), 5) and det > 0.99 * start and distributed.is_main():
             reason = "the tower may see too little difference between the classes, or the learning rate is too low"
             if settings.fidelity == "released":
                 reason = "the tower may need normalised pixels, which --fidelity corrected gives it"
             warn(
-                f"the detection loss ({det:.4f}) has not left its start (K 2 ln 2 = {start:.4f}) after a quarter of "
-                f"the epochs: {reason} (docs/results.md)"
+                f"the detection loss ({det:.4f}) has not left its start (K 2 ln 2 = {start:.4f}) after {self.epoch} "
+                f"epochs: {reason} (docs/results.md)"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -234,7 +240,8 @@ class TrainingState:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "shuffle": self.shuffle.get_state(),
-            **{name: getattr(self, name) for name in ("best_epoch", "best_score", "history", "seconds")},
+            "history": self.history,
+            "seconds": self.seconds,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -245,8 +252,7 @@ class TrainingState:
         if self.scaler and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.shuffle.set_state(state["shuffle"])
-        for name in ("best_epoch", "best_score", "history", "seconds"):
-            setattr(self, name, state[name])
+        self.history, self.seconds = state["history"], state["seconds"]
 
 
 def check_losses(losses: Tensor, epoch: int) -> Tensor:

@@ -11,7 +11,7 @@ from CLIP.clip import create_model
 from CLIP.weights import find_weights
 from dataset.views import JITTER_VIEW, VIEWS
 from engine import features
-from engine.features import Item, TokenStore, Tower, choose_cache, free_memory
+from engine.features import Item, TokenStore, TowerSpec, choose_cache, free_memory
 from tests.helpers.data import draw_samples, small_settings, store_options
 from utils import InputError
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def make_tower(**changes):
     settings = small_settings(**{k: v for k, v in changes.items() if k not in ("autocast", "seed")})
     weights = find_weights(settings.model_name, settings.pretrain, None, changes.get("seed", 1))
-    return Tower.of(settings, weights, changes.get("autocast"), CPU)
+    return TowerSpec.of(settings, weights, changes.get("autocast"), CPU)
 
 
 def load(tower):
@@ -136,8 +136,8 @@ def test_every_field_of_the_description_counts(tmp_path, monkeypatch, field):
     """A description that differs in one field alone names another folder."""
     tower = make_tower()
     before = TokenStore(tower, store_options(tmp_path)).folder
-    whole = Tower.description
-    monkeypatch.setattr(Tower, "description", lambda self, dtype: {**whole(self, dtype), field: "other"})
+    whole = TowerSpec.description
+    monkeypatch.setattr(TowerSpec, "description", lambda self, dtype: {**whole(self, dtype), field: "other"})
     assert field in whole(tower, torch.float32)
     assert TokenStore(tower, store_options(tmp_path)).folder != before
 
@@ -272,29 +272,23 @@ def test_the_gpu_is_refused_where_there_is_none(tmp_path):
         choose_cache("gpu", 1, tmp_path, CPU)
 
 
-def fake_root(folder, available_mb, version, limit_mb, used_mb):
+def fake_root(folder, available_mb, limit_mb, used_mb):
     (folder / "proc/self").mkdir(parents=True)
     (folder / "proc/meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable:   {available_mb * 1024} kB\n")
-    if version == 2:
-        (folder / "proc/self/cgroup").write_text("0::/user/job\n")
-        group, names = folder / "sys/fs/cgroup/user/job", ("memory.max", "memory.current")
-    else:
-        (folder / "proc/self/cgroup").write_text("5:cpu:/\n4:memory:/user/job\n")
-        group = folder / "sys/fs/cgroup/memory/user/job"
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    (folder / "proc/self/cgroup").write_text("0::/user/job/step\n")
+    group = folder / "sys/fs/cgroup/user/job"  # above the process's own group
     group.mkdir(parents=True)
-    for name, value in zip(names, (limit_mb, used_mb), strict=True):
+    for name, value in (("memory.max", limit_mb), ("memory.current", used_mb)):
         (group / name).write_text("max\n" if value is None else f"{value * 2**20}\n")
     return folder
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_free_memory_respects_control_groups(tmp_path, version):
-    assert free_memory(fake_root(tmp_path, 8000, version, 3000, 1000)) == 2000 * 2**20
+def test_free_memory_respects_control_groups(tmp_path):
+    assert free_memory(fake_root(tmp_path, 8000, 3000, 1000)) == 2000 * 2**20
 
 
 def test_free_memory_without_a_limit(tmp_path):
-    assert free_memory(fake_root(tmp_path, 8000, 2, None, 1000)) == 8000 * 2**20
+    assert free_memory(fake_root(tmp_path, 8000, None, 1000)) == 8000 * 2**20
 
 
 @pytest.mark.parametrize("variables", [{"SLURM_MEM_PER_NODE": "500"},
@@ -302,7 +296,7 @@ def test_free_memory_without_a_limit(tmp_path):
 def test_free_memory_respects_slurm(tmp_path, monkeypatch, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert free_memory(fake_root(tmp_path, 8000, 2, None, 1000)) == 500 * 2**20
+    assert free_memory(fake_root(tmp_path, 8000, None, 1000)) == 500 * 2**20
 
 
 def test_auto_prefers_memory_then_files_then_nothing(tmp_path, monkeypatch):

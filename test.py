@@ -33,7 +33,7 @@ from engine.files.config import check_against
 from engine.files.published import facts_of
 from engine.files.run import check_outputs, describe_test, published_lines, read_as_trained, result_json, shot_patients
 from engine.files.scores import Scored, Source
-from engine.metrics import measure, measure_without, patient_metrics
+from engine.metrics import measure
 from engine.report.figures import read_history, save_figures
 from engine.report.page import write_page
 from utils import set_seed, write_json
@@ -56,10 +56,8 @@ def test(options: argparse.Namespace) -> dict[str, Any]:
         scored.save(options.save_scores)
 
     threshold, patients = metadata.get("threshold") or {}, scored.source.patients
-    metrics = measure(evaluation, masks, full=True, pixel_threshold=threshold.get("pixel_value"))
-    if patients is not None:
-        metrics.values.update(measure_without(evaluation, masks, set(patients)))
-    metrics.values.update(patient_metrics(evaluation))
+    without = None if patients is None else set(patients)
+    metrics = measure(evaluation, masks, full=True, pixel_threshold=threshold.get("pixel_value"), without=without)
     result = {**result_json(settings, evaluation, metrics, metadata["select"]), "obj": options.obj}
     result |= {"trained_on": settings.obj, "without_shot_patients": scored.source.unknown or "measured"}
     print(scored.source.words)

@@ -36,7 +36,7 @@ from engine.features import TokenStore, TowerSpec
 from engine.files.checkpoint import Checkpoint, copy, print_weights_info, set_aside
 from engine.files.config import SELECTS, Settings, new_settings
 from engine.files.run import RunFolder, StopSignals, check_outputs, open_run, published_lines, result_json
-from engine.metrics import measure, measure_without
+from engine.metrics import measure
 from engine.report.page import write_page
 from engine.report.tracking import Tracker, start_tracker
 from engine.training import Splits, TrainingSet, TrainingState, calibrate_run, check_losses, epoch_line
@@ -82,7 +82,6 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             run.load_into(state, options.epoch)
             run.write_config(setup.config)  # not before, or a refused --resume would spoil it
             setup.store.fill(setup.clip)
-            setup.training = setup.training.to(setup.store)
             if 0 < state.epoch == state.best_epoch:  # killed between last.pth and best.pth, perhaps
                 save_best(setup)
             with start_tracker(options, setup.settings, run, setup.config) as tracker:
@@ -109,15 +108,12 @@ def build(options: argparse.Namespace) -> Setup:
     detector = Detector(clip, settings, options.seed).to(device)
     state = TrainingState.start(detector, store.tower.autocast, options.learning_rate, options.seed, splits.select)
     run, config, metadata = open_run(options, splits, settings, device)
+    training = training.to(store)
     return Setup(options, settings, splits, training, masks, store, clip, detector, state, run, config, metadata)
 
 
 def train_epochs(setup: Setup, tracker: Tracker, signals: StopSignals) -> Evaluation | None:
-    """Train from the last finished epoch on; after each, everything that --resume needs is on disk.
-
-    Returns:
-        The test set's evaluation by the last epoch, unless all epochs were finished before.
-    """
+    """Train from the last finished epoch on; after each, --resume has all on disk. The last evaluation, if any."""
     options, splits, state, store = setup.options, setup.splits, setup.state, setup.store
     text = evaluation = None
     for epoch in range(state.epoch + 1, options.epoch + 1):
@@ -172,16 +168,15 @@ def save_best(setup: Setup) -> None:
 def finish(setup: Setup, tracker: Tracker, evaluation: Evaluation | None) -> dict[str, Any]:
     """Measure the last and the selected epoch in full, set the threshold, write and print the result."""
     options, settings, splits, state, run = setup.options, setup.settings, setup.splits, setup.state, setup.run
-    masks, last = setup.masks["test"], None
+    masks, patients, last = setup.masks["test"], splits.shot_patients(), None
     evaluation = evaluation or evaluate(setup.detector, setup.store, splits.test)
     if state.selected_epoch < state.epoch:
-        last = measure(evaluation, masks, full=True)
-        last.values.update(measure_without(evaluation, masks, splits.shot_patients()))
+        last = measure(evaluation, masks, full=True, without=patients)
         Checkpoint.load(run.best).restore(setup.detector, setup.clip, run.best)
         evaluation = evaluate(setup.detector, setup.store, splits.test)
     threshold = calibrate_run(setup.detector, setup.store, splits, setup.training, options.threshold_at)
-    best = measure(evaluation, masks, full=True, pixel_threshold=(threshold or {}).get("pixel_value"))
-    best.values.update(measure_without(evaluation, masks, splits.shot_patients()))
+    pixel_threshold = (threshold or {}).get("pixel_value")
+    best = measure(evaluation, masks, full=True, pixel_threshold=pixel_threshold, without=patients)
     last = last or best
     setup.metadata["threshold"] = threshold
     save_best(setup)
@@ -197,8 +192,7 @@ def finish(setup: Setup, tracker: Tracker, evaluation: Evaluation | None) -> dic
         page = write_page(run.path, evaluation, masks, best, settings, metadata, state.history)
         if options.out_json:
             write_json(options.out_json, result, "--out_json")
-        record = state.history[state.selected_epoch - 1]
-        tracker.log_result(record, best, page, run.best if options.log_model else None)
+        tracker.log_result(state.history[state.selected_epoch - 1], best, page, run.best if options.log_model else None)
     print(f"last epoch: {last.line()}   [epoch {state.epoch} of {state.epoch}]")
     print(f"selected:   {best.line()}   [{selected}]")
     print(describe_threshold(threshold), *run.files(options), published_lines(settings.obj, best), sep="\n")

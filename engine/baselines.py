@@ -27,7 +27,7 @@ from .distributed import pick_autocast, pick_device
 from .evaluation import Evaluation, Masks
 from .features import TokenStore, TowerSpec
 from .files.config import new_settings
-from .metrics import measure, measure_without
+from .metrics import measure
 from .training import Splits, TrainingSet
 
 BATCH = 32  # test images at a time
@@ -205,8 +205,8 @@ def measure_baselines(options: argparse.Namespace) -> dict[str, Any]:
             splits.test, scored, "seg" if settings.pixel_metrics else "det", settings.img_size, dec_type
         )
         localised = training.localised or name != NAMES[3]
-        metrics = measure(evaluation, masks if localised else None, full=True)
-        results[name] = {**metrics.values, **measure_without(evaluation, masks, splits.shot_patients())}
+        metrics = measure(evaluation, masks if localised else None, full=True, without=splits.shot_patients())
+        results[name] = metrics.values
         print(f"{name}: {metrics.line()}", flush=True)
     result = {"obj": options.obj, "mask_above": settings.mask_above, "shots": splits.shots.names()}
     return {**result, "baselines": results}

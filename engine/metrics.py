@@ -129,15 +129,17 @@ def measure(
     full: bool = False,
     aupro: bool = False,
     pixel_threshold: float | None = None,
+    without: set[str] | None = None,
 ) -> Metrics:
     """Measure an evaluation.
 
     Args:
         evaluation: M images.
         masks: theirs; None on image-only data sets. The maps of detection heads are never measured.
-        full: also AUPRO, Dice, intervals over images, and curves.
+        full: also AUPRO, Dice, intervals over images, figures over patients, and curves.
         aupro: also AUPRO, which costs more than the other metrics.
         pixel_threshold: for Dice: abnormal is score >= threshold.
+        without: patients of the shots, for the figures without them; None where they are unknown: then there are none.
 
     Raises:
         InputError: one class only, of images or of pixels.
@@ -158,7 +160,10 @@ def measure(
         if full:
             values |= per_image_metrics(*pixels, counts, pixel_threshold)
             curves |= {"roc": counts.roc(), "pr": counts.pr()}
-    return Metrics({key: values[key] for key in METRICS if key in values}, curves)
+    values = {key: values[key] for key in METRICS if key in values}
+    if without is not None:
+        values |= measure_without(evaluation, masks, without)
+    return Metrics(values | (patient_metrics(evaluation) if full else {}), curves)
 
 
 def maps_at_a_time(evaluation: Evaluation) -> int:

@@ -16,7 +16,7 @@ PAGE = ROOT / "docs" / "flags.md"
 COMMANDS = (
     *("train.py", "test.py", "predict.py", "reproduce.py"),
     *("dataset.check", "dataset.phantom", "dataset.medmnist"),
-    *("CLIP.download", "engine.features", "engine.checkpoint"),
+    *("CLIP.download", "engine.checkpoint"),
 )
 FLAGS_HEAD = """# Every flag
 

@@ -1,8 +1,5 @@
 """The token store: every image passes the frozen tower once; its tokens are kept, on the GPU, in memory or in files.
 
-python -m engine.features --info          what is stored, and how large
-python -m engine.features --prune         free it
-
 In files, the tokens of an image and a layer are one: <cache_dir>/<what shaped them>/<layer>/<image>.tokens, raw numbers
 and their CRC-32. A file appears under its name whole or not at all, and its name says its content, so any number of
 processes may read and write at once, on a network file system too. Files are read straight into the batch and checked
@@ -16,7 +13,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,16 +35,14 @@ from dataset.readers import READER, load_image_with_hash
 from dataset.views import JITTER_VIEW, augment_view
 from utils import (
     InputError,
-    Parser,
     bar_seconds,
     prefetch,
     remove_stale,
-    run_cli,
     write_json,
 )
 
 from . import distributed
-from .files.config import Settings, nonempty_path
+from .files.config import Settings
 
 Out = TypeVar("Out")
 GPU_SHARE = 0.6  # of the GPU's free memory that tokens may take: steps and evaluation need the rest
@@ -438,7 +432,7 @@ class TokenStore:
                 if not self._read_file(row, layer, target[i]):
                     raise InputError(
                         f"{self.folder}: tokens of {self.items[row].sample.name} are gone or damaged, though they were "
-                        f"there at the start (pruned by another command?); start again"
+                        f"there at the start (removed by another command?); start again"
                     )
         return tokens
 
@@ -514,46 +508,3 @@ def readable_size(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
-
-
-def stores(cache_dir: Path) -> list[Path]:
-    """Folders of `cache_dir` that are stores, by their names too: `prune` deletes them. Links are not followed."""
-    folders = (path.parent for path in cache_dir.glob("*/meta.json"))
-    return sorted(f for f in folders if re.fullmatch("[0-9a-f]{16}", f.name) and not f.is_symlink())
-
-
-def describe_store(folder: Path) -> str:
-    """What a store holds."""
-    files = list(folder.glob("layer*/*/*.tokens"))
-    size = sum(path.stat().st_size for path in files)
-    images = len({path.name for path in files})
-    layers = sorted({path.parts[-3].removeprefix("layer") for path in files})
-    meta = json.loads((folder / "meta.json").read_text())
-    words = f"{meta['model']} {meta['img_size']} px  {meta['fidelity']}  {meta['dtype'].removeprefix('torch.')}"
-    return f"{images} images  {readable_size(size)}  {words}  layers {' '.join(layers)}"
-
-
-def main() -> None:
-    """Command line."""
-    parser = Parser(prog="python -m engine.features", description="List or free stored tokens.")
-    parser.add_argument(
-        "--cache_dir", type=nonempty_path, default=".cache/features", help="folder of tokens kept on disk"
-    )
-    action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--info", action="store_true", help="list the stores")
-    action.add_argument("--prune", action="store_true", help="delete them; a run that reads one stops with a message")
-    options = parser.parse_args()
-    folders = stores(Path(options.cache_dir))
-    for folder in folders:
-        if options.info:
-            print(f"{folder}  {describe_store(folder)}")
-        else:
-            size = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
-            shutil.rmtree(folder)
-            print(f"{folder}  {readable_size(size)} freed")
-    if not folders:
-        print(f"{options.cache_dir}: no stores")
-
-
-if __name__ == "__main__":
-    run_cli(main)

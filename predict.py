@@ -25,21 +25,19 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from dataset.layout import BENCHMARKS, object_of
 from dataset.medical_few import MedicalDataset
-from dataset.readers import Picture, picture_notes, read, to_tensor
+from dataset.readers import Picture, picture_notes
 from engine.calibration import describe_threshold
 from engine.files.checkpoint import read as read_file
 from engine.predictor import Prediction, Predictor, build, read_checkpoint
-from engine.report.images import MAX_OVERLAY_SIDE, shrink
+from engine.report.images import MAX_OVERLAY_SIDE
 from engine.report.page import Card
 from engine.report.predictions import Drawer, Results, Row, summary, write_page
 from engine.scans import Entry, InputList, list_entries, series_notes
@@ -51,17 +49,10 @@ GROUP_NOTE = (
     "a group is abnormal if its largest score is; the threshold was calibrated for single images, so that the more "
     "images a group has, the more often one exceeds it by chance"
 )
+REMARK_SIDE = 256  # pixels of a picture from which remarks are made, where it is not shown
 HARMLESS = ("window", "wide", "pixels")  # remarks on an image that are no warnings
 NAMES = {"dicom": "DICOM", "nifti": "NIfTI", "pillow": "picture"}
 MACHINE = {"images", "device", "num_workers", "batch_size", "out"}  # flags that leave the rows as they are
-
-
-class Opened(NamedTuple):
-    """An image that was read: what the network and the pictures need of it, not its own pixels."""
-
-    entry: Entry
-    tensor: Tensor  # (3, S, S)
-    picture: Picture  # at most as large as an overlay
 
 
 def main(options: argparse.Namespace) -> int:
@@ -117,16 +108,23 @@ def predict(model: Predictor, results: Results, listing: InputList, options: arg
     total, start = len(results.todo), time.perf_counter()
     if total < len(listing.entries):
         print(f"{len(listing.entries) - total} images are predicted already: going on with the others")
-    drawer, remarks = Drawer(options, model), Counter[str]()
+    drawer, remarks, bad = Drawer(options, model), Counter[str](), set[Path]()
+    side = MAX_OVERLAY_SIDE if options.pictures or options.report else REMARK_SIDE
 
-    def predicted() -> Iterator[tuple[Opened, Prediction]]:
-        images = open_images(results.todo, listing, model, options)
-        while batch := list(islice(images, options.batch_size)):
-            tensors, sizes = torch.stack([image.tensor for image in batch]), [image.picture.stored for image in batch]
-            yield from zip(batch, model.predict_tensors(tensors, sizes), strict=True)
+    def predicted() -> Iterator[tuple[Entry, Picture, Prediction]]:
+        frames = (entry.frame for entry in results.todo)
+        found = model.stream(frames, options.batch_size, options.num_workers, side)
+        for entry, (picture, prediction) in zip(results.todo, found, strict=True):
+            if picture and isinstance(prediction, Prediction):
+                yield entry, picture, prediction
+            elif entry.frame.path not in bad:  # a file of many frames is said once
+                bad.add(entry.frame.path)
+                listing.faults.append(str(prediction))
+                say(f"skipped: {prediction}")
 
-    def draw(item: tuple[Opened, Prediction]) -> tuple[Entry, Row, Card | None]:
-        (entry, _, picture), prediction = item
+    def draw(item: tuple[Entry, Picture, Prediction]) -> tuple[Entry, Row, Card | None]:
+        entry, picture, prediction = item
+        picture.notes.update(picture_notes(picture.image))
         for kind, text in picture.notes.items():
             if not remarks[kind]:
                 say(f"{'' if kind in HARMLESS else 'warning: '}{entry.file}: {text}")
@@ -155,32 +153,6 @@ def predict(model: Predictor, results: Results, listing: InputList, options: arg
     if listing.faults:
         say(f"{len(listing.faults)} files could not be read, see above")
     return 1 if listing.faults else 0
-
-
-def open_images(
-    entries: list[Entry], listing: InputList, model: Predictor, options: argparse.Namespace
-) -> Iterator[Opened]:
-    """The images, read beside the network; a file with one that cannot be read is said once, as a fault."""
-
-    def read_entry(entry: Entry) -> tuple[Entry, Opened | InputError]:
-        try:
-            picture = read(entry.frame)
-        except InputError as error:
-            return entry, error
-        shown = shrink(picture.image, MAX_OVERLAY_SIDE)
-        notes = {**picture.notes, **picture_notes(shown)}
-        tensor = to_tensor(picture.image, model.settings.img_size)
-        kept = shown if options.pictures or options.report else shrink(shown, 1)
-        return entry, Opened(entry, tensor, replace(picture, image=kept, notes=notes))
-
-    bad: set[Path] = set()
-    for entry, result in prefetch(read_entry, entries, options.num_workers, min(options.batch_size, 16)):
-        if isinstance(result, Opened):
-            yield result
-        elif entry.frame.path not in bad:
-            bad.add(entry.frame.path)
-            listing.faults.append(str(result))
-            say(f"skipped: {result}")
 
 
 def describe(model: Predictor) -> Iterator[str]:

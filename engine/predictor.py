@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,7 +27,18 @@ from CLIP.clip import create_model
 from CLIP.model import CLIP
 from dataset.layout import config_path, read_config
 from dataset.medical_few import MedicalDataset
-from dataset.readers import AS_STORED, Frame, ReadOptions, frames, load_image, pillow_to_rgb, read, to_rgb, to_tensor
+from dataset.readers import (
+    AS_STORED,
+    Frame,
+    Picture,
+    ReadOptions,
+    frames,
+    load_image,
+    pillow_to_rgb,
+    read,
+    to_rgb,
+    to_tensor,
+)
 from loss import anomaly_map, image_score
 from utils import InputError, prefetch, warn
 
@@ -83,19 +94,12 @@ class Predictor:
         heat_range: (low, high), the heat that most pixels lie in: one colour scale for all pictures.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        detector: Detector,
-        clip: CLIP,
-        autocast: torch.dtype | None,
-        threshold: float | None = None,
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, detector: Detector, clip: CLIP, autocast: torch.dtype | None) -> None:
         self.checkpoint, self.settings, self.detector = checkpoint, checkpoint.settings, detector
         self.reading = self.settings.read_options
         self.clip, self._autocast, self._lock = clip, autocast, Lock()
         self._text = detector.prompts().detach()
-        self._set(checkpoint.metadata.get("threshold") or {}, threshold)
+        self._set(checkpoint.metadata.get("threshold") or {})
 
     @property
     def weak(self) -> bool:
@@ -107,9 +111,9 @@ class Predictor:
         """K: scores and heat lie in [0, K]."""
         return len(self.settings.features_list)
 
-    def _set(self, calibration: dict[str, Any], threshold: float | None) -> None:
+    def _set(self, calibration: dict[str, Any]) -> None:
         self.calibration = calibration
-        self.threshold: float | None = calibration.get("value") if threshold is None else threshold
+        self.threshold: float | None = calibration.get("value")
         self.pixel_threshold: float | None = calibration.get("pixel_value")
         low, high = calibration.get("heat_range") or (0.0, float(self.layers))
         self.heat_range: tuple[float, float] = (low, high)
@@ -124,7 +128,7 @@ class Predictor:
                 images, arrays (H, W) or (H, W, 3) of uint8, uint16 or floats in [0, 1], frames of
                 `dataset.readers.frames`; one, or an iterable of them, an array (B, H, W, 3) too. A generator is read a
                 batch at a time.
-            batch_size: images or slices through the network at a time.
+            batch_size: pictures through the network at a time.
 
         Returns:
             Of one image its prediction. Of several a list in their order, which in the place of an image that cannot
@@ -136,38 +140,58 @@ class Predictor:
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} is not at least 1")
         is_one = isinstance(images, ImageLike) and getattr(images, "ndim", 0) < 4
-        results: list[list[Prediction] | InputError] = []
-        parts = self._opened([images] if is_one else images, results)  # type: ignore[arg-type, list-item]
-        while batch := list(islice(parts, batch_size)):
-            places, tensors, sizes = zip(*batch, strict=True)
-            for place, prediction in zip(places, self.predict_tensors(torch.stack(tensors), sizes), strict=True):
-                if isinstance(found := results[place], list):
-                    found.append(prediction)
-        found = [result if isinstance(result, InputError) else self._whole(result) for result in results]
-        if is_one and isinstance(found[0], InputError):
-            raise found[0]
-        return found[0] if is_one else found
+        counts: list[int] = []
 
-    def _opened(
-        self, images: Iterable[ImageLike], results: list[list[Prediction] | InputError]
-    ) -> Iterator[tuple[int, Tensor, Size]]:
-        """Each picture in the images, beside the place of its image in `results`, which grows by one for each image."""
-        for place, image in enumerate(images):
-            results.append([])
+        def pictures() -> Iterator[ImageLike | InputError]:
+            for image in cast("Iterable[ImageLike]", [images] if is_one else images):
+                inside = self._inside(image)
+                counts.append(len(inside))
+                yield from inside
+
+        found = [prediction for _, prediction in self.stream(pictures(), batch_size)]
+        results = [whole(found[end - count : end]) for count, end in zip(counts, accumulate(counts), strict=True)]
+        if is_one and isinstance(first := results[0], InputError):
+            raise first
+        return results if not is_one else cast("Prediction", results[0])
+
+    def _inside(self, image: ImageLike) -> Sequence[ImageLike | InputError]:
+        """The pictures in a file, or the fault; of anything else itself."""
+        try:
+            return frames(Path(image), self.reading) if isinstance(image, str | Path) else [image]
+        except InputError as error:
+            return [error]
+
+    def stream(
+        self, pictures: Iterable[ImageLike | InputError], batch_size: int = 16, workers: int = 2, side: int = 1
+    ) -> Iterator[tuple[Picture | None, Prediction | InputError]]:
+        """Predict pictures, one of a file each, as they come; they are read beside the network.
+
+        Args:
+            pictures: a fault is passed on.
+            batch_size: pictures through the network at a time.
+            workers: threads that decode them.
+            side: pixels of the longer side, at most, to which a picture that is given back is reduced.
+
+        Yields:
+            The picture and its prediction, in order; None and the fault where it cannot be read.
+        """
+
+        def opened(image: ImageLike | InputError) -> tuple[Picture, Tensor] | InputError:
             try:
-                inside = frames(Path(image), self.reading) if isinstance(image, str | Path) else [image]
-                for part in inside:
-                    picture, size = open_image(part, self.reading)
-                    yield place, to_tensor(picture, self.settings.img_size), size
+                picture = open_picture(image, self.reading)
             except InputError as error:
-                results[place] = error
+                return error
+            tensor = to_tensor(picture.image, self.settings.img_size)
+            picture.image.thumbnail((side, side), Image.Resampling.BICUBIC)
+            return picture, tensor
 
-    def _whole(self, slices: list[Prediction]) -> Prediction:
-        """The prediction of a file from those of what is in it."""
-        if len(slices) == 1:
-            return slices[0]
-        highest = max(slices, key=lambda part: part.score)
-        return replace(highest, heat=np.stack([part.heat for part in slices]), slices=tuple(slices))
+        reader = prefetch(opened, pictures, workers, min(batch_size, 16))
+        while batch := list(islice(reader, batch_size)):
+            good = [item for item in batch if not isinstance(item, InputError)]
+            tensors, sizes = [tensor for _, tensor in good], [picture.stored for picture, _ in good]
+            predictions = iter(self.predict_tensors(torch.stack(tensors), sizes) if good else [])
+            for item in batch:
+                yield (None, item) if isinstance(item, InputError) else (item[0], next(predictions))
 
     def predict_tensors(self, images: Tensor, sizes: Sequence[Size]) -> list[Prediction]:
         """Predict a batch (B, 3, S, S) in [0, 1] of images that have the given sizes in their files."""
@@ -182,14 +206,10 @@ class Predictor:
     @torch.no_grad()
     def patch_scores(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [0, 1] -> patch scores (B, K, N) float32, as in an `Evaluation`, on the device."""
-        device = self.clip.device
-        if device.type == "cuda":
-            images = images.pin_memory()
+        device, layers = self.clip.device, tuple(sorted(self.settings.features_list))
         first = 0 if self.detector.adapters.reads_class_token else 1
         with self._lock, torch.autocast(device.type, dtype=self._autocast, enabled=self._autocast is not None):
-            tokens = self.clip.image_tokens(
-                images.to(device, non_blocking=True), tuple(sorted(self.settings.features_list))
-            )
+            tokens = self.clip.image_tokens(images.to(device), layers)
             tokens = [layer if layer.dtype == self._autocast else layer.float() for layer in tokens]
             return self.detector.patch_scores([layer[:, first:].contiguous() for layer in tokens], self._text)
 
@@ -202,7 +222,7 @@ class Predictor:
             dataset: its images of both splits are used, but for abnormal ones whose mask is missing.
             rule: `f1`, `fpr=RATE` or `tpr=RATE`.
             batch_size: images through the network at a time.
-            workers: threads that decode images.
+            workers: threads that decode them.
 
         Raises:
             InputError: an image that cannot be read, or images that cannot tell: a class is missing.
@@ -228,7 +248,7 @@ class Predictor:
         kept = {key: self.calibration[key] for key in PIXEL_KEYS if key in self.calibration and key not in result}
         if kept:
             result["from"] += " (that of pixels as before, as there are no masks)"
-        self._set({**result, **kept}, None)
+        self._set({**result, **kept})
 
     def save(self, path: str | Path) -> None:
         """Write a copy of the checkpoint with the thresholds as they are now; `InputError` where that is impossible."""
@@ -236,18 +256,27 @@ class Predictor:
         Checkpoint(self.settings, self.checkpoint.parts, metadata).save(path)
 
 
-def open_image(image: ImageLike, reading: ReadOptions = AS_STORED) -> tuple[Image.Image, Size]:
-    """An image as 8-bit RGB with square pixels, and its size in its file; `InputError` where it is none."""
-    if isinstance(image, str | Path):
-        image = Frame(Path(image), None, reading)
+def whole(slices: list[Prediction | InputError]) -> Prediction | InputError:
+    """The prediction of a file from those of the pictures in it, or its first fault."""
+    parts = tuple(part for part in slices if isinstance(part, Prediction))
+    if len(parts) < len(slices):
+        return next(part for part in slices if isinstance(part, InputError))
+    if len(parts) == 1:
+        return parts[0]
+    highest = max(parts, key=lambda part: part.score)
+    return replace(highest, heat=np.stack([part.heat for part in parts]), slices=parts)
+
+
+def open_picture(image: ImageLike | InputError, reading: ReadOptions) -> Picture:
+    """A picture as 8-bit RGB with square pixels; `InputError` where it is none."""
     if isinstance(image, Frame):
-        opened = read(image)
-        return opened.image, opened.stored
+        return read(image)
     if isinstance(image, Image.Image):
-        return pillow_to_rgb(image, reading.window), image.size
+        return Picture(pillow_to_rgb(image, reading.window).copy(), "", image.mode, image.size)
     if isinstance(image, np.ndarray):
-        return to_rgb(image), (image.shape[1], image.shape[0])
-    raise InputError(f"{type(image).__name__} is no image: give a path, a Pillow image or an array")
+        rgb = to_rgb(image)
+        return Picture(rgb, "", "array", rgb.size)
+    raise image if isinstance(image, InputError) else InputError(f"{type(image).__name__}: no path, picture or array")
 
 
 def load(
@@ -288,18 +317,11 @@ def load(
 
 def read_checkpoint(options: argparse.Namespace) -> Checkpoint:
     """The checkpoint of --ckpt, checked against the flags that shape one; no weights are read yet."""
-    name = options.obj or Path(options.ckpt).name.split(".")[0]
-    facts: dict[str, Any] | None = None
+    name, facts = options.obj or Path(options.ckpt).name.split(".")[0], None
     if config_path(name).is_file():
-        config = read_config(config_path(name))
-        facts = {"obj": name, "prompt_name": config.get("prompt_name", name)}
-        facts |= {"pixel_metrics": config.get("pixel_metrics", False)}
-    try:
-        checkpoint = Checkpoint.load(options.ckpt, options, facts)
-    except InputError as error:
-        if facts is None and "not a checkpoint of this project" in str(error):
-            raise InputError(f"{error}; if it is a published one, name its data set with --obj") from error
-        raise
+        config = {"prompt_name": name, "pixel_metrics": False, **read_config(config_path(name))}
+        facts = {"obj": name, **{key: config[key] for key in ("prompt_name", "pixel_metrics")}}
+    checkpoint = Checkpoint.load(options.ckpt, options, facts)
     check_against(checkpoint.settings, {}, options)
     return checkpoint
 
@@ -312,4 +334,6 @@ def build(checkpoint: Checkpoint, options: argparse.Namespace) -> Predictor:
     clip = create_model(weights, img_size=settings.img_size, fidelity=settings.fidelity, device=device)
     detector = Detector(clip, settings).to(device)
     checkpoint.restore(detector, clip, options.ckpt)
-    return Predictor(checkpoint, detector, clip, pick_autocast(options.precision, device), options.threshold)
+    model = Predictor(checkpoint, detector, clip, pick_autocast(options.precision, device))
+    model.threshold = model.threshold if options.threshold is None else options.threshold
+    return model

@@ -64,7 +64,8 @@ class Checkpoint:
                 settings = Settings.from_dict(payload.pop("settings"))
                 return cls(settings, payload, payload.pop(METADATA))
         if options is None or facts is None or not looks_published(payload):
-            raise InputError(f"--ckpt {path}: not a checkpoint of this project (no format {FORMAT!r} in it)")
+            fault = f"not a checkpoint of this project (no format {FORMAT!r} in it)"
+            raise InputError(f"--ckpt {path}: {fault}; of a published one name the data set with --obj")
         settings, line = infer_settings(payload, path, facts, options)
         print(f"{path}: {line}")
         return cls(settings, payload, {"select": "unknown (published checkpoint)"}, published=True)

@@ -28,7 +28,6 @@ from CLIP.model import CLIP
 from dataset.layout import config_path, read_config
 from dataset.medical_few import MedicalDataset
 from dataset.readers import (
-    AS_STORED,
     Frame,
     Picture,
     ReadOptions,

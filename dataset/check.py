@@ -1,7 +1,8 @@
 """Examine a data set before any training.
 
     python -m dataset.check --obj Brain --data_path data
-    python -m dataset.check --data_root /path/bottle          any folder; proposes a dataset/bottle.json
+    python -m dataset.check --data_root bottle                any folder
+    python -m dataset.check --data_root bottle --write_list images.csv      what was recognised, to be corrected by hand
 
 Errors stop a training or make its numbers false: exit code 1. Warnings are for a look and leave it 0, and so does what
 the paper's own six data sets are known for. A bad argument is code 2. What is kept of an image is a hash of its pixels.
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
@@ -27,9 +27,9 @@ from utils import InputError, Parser, bar_seconds, integer, prefetch, printable,
 from . import notes
 from .entries import Entry
 from .fewshot import SEEDS, check_shot_names, parse_shot_list
-from .layout import KINDS, SPLITS, add_reading_flags, config_path, object_name, object_of
+from .layout import KINDS, SPLITS, add_reading_flags, object_given, object_name
+from .lists import unlabelled, write_list
 from .medical_few import MedicalDataset, data_folder
-from .pairing import list_pictures
 from .patients import compile_rule
 from .readers import (
     ABNORMAL_ABOVE,
@@ -296,71 +296,58 @@ def table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def json_template(root: Path, config: Path) -> str:
-    """What a JSON file for an unknown layout may look like, for the user to fill in."""
-    counts = Counter(path.parent.relative_to(root).as_posix() for path in list_pictures(root))
-    folders = [f"    {folder}: {count}" for folder, count in sorted(counts.items())]
-    classes = dict.fromkeys(KINDS, "FOLDER")
-    values = {"prompt_name": config.stem, "pixel_metrics": False, **dict.fromkeys(SPLITS, classes)}
-    return "\n".join([
-        "folders with images, and how many:", *(folders or ["    none"]),
-        f"to say which is which, put this into dataset/{config.name} (or into the data set's own folder), with these "
-        f"for FOLDER; a class may have the same in valid and in test, which is then divided:",
-        json.dumps(values, indent=2),
-    ])  # fmt: skip
-
-
 def parse() -> argparse.Namespace:
     """Command line."""
     parser = Parser(prog="python -m dataset.check", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--obj", type=object_name, help="data set (default: the name of --data_root)")
+    parser.add_argument("--obj", type=object_name, help="data set (default: the name of its folder)")
     parser.add_argument("--data_path", default="./data/", help="folder that holds <obj>_AD (default: ./data/)")
     parser.add_argument("--data_root", help="the data set's own folder, instead of <data_path>/<obj>_AD")
     add_reading_flags(parser)
+    parser.add_argument("--write_list", type=Path, metavar="FILE",
+                        help="write what was recognised as a list to correct, such as images.csv")  # fmt: skip
     parser.add_argument("--num_workers", type=integer(1, 256), default=2, help="threads that decode (default: 2)")
     options = parser.parse_args()
     if options.obj is None:
-        if options.data_root is None:
-            raise InputError("give --obj NAME, or --data_root DIR")
-        options.obj = object_of(options.data_root)
+        options.obj = object_given(options)
+    if options.obj is None:
+        raise InputError("give --obj NAME, or --data_root DIR")
     return options
 
 
 def main() -> int:
     """Check a data set and print what was found; returns the exit code."""
     options = parse()
-    root = data_folder(options.obj, options.data_path, options.data_root)
+    root = Path(options.list).parent if options.list else data_folder(options.obj, options.data_path, options.data_root)
     if options.patient is not None:
         compile_rule(options.patient, "--patient")
     parse_window(options.window)
     check = Check()
+    entries: list[Entry] = []
     try:
         dataset = MedicalDataset.from_options(options)
+        entries = dataset.entries
     except InputError as error:
         check.add("layout", str(error))
         print(printable(f"{options.obj}: {root}"))
+        with suppress(InputError):  # a pipe, say, which is the error then
+            entries = unlabelled(root)
+        counts = Counter(entry.path.parent.relative_to(root).as_posix() for entry in entries)
+        print(*(printable(f"    {folder}: {count} pictures") for folder, count in sorted(counts.items())), sep="\n")
     else:
         check.run(dataset, options.num_workers)
         metrics = "images and pixels are measured" if dataset.pixel_metrics else "images are measured, no masks"
         if dataset.pixel_metrics and dataset.mask_above != ABNORMAL_ABOVE:
             metrics += f", a mask's grey above {dataset.mask_above} is abnormal"
         print(printable(f'{options.obj}: {root}; prompts say "{dataset.prompt_name}"; {metrics}'))
-        print(
-            table(
-                [("split", "class", "images", "masks", "width x height", "modes"), *(row.cells() for row in check.rows)]
-            )
-        )
+        heads = ("split", "class", "images", "masks", "width x height", "modes")
+        print(table([heads, *(row.cells() for row in check.rows)]))
     for line in (*check.lines(), *check.notes):
         print(printable(line))
     errors = sum(check.counts[kind] for kind in ERRORS if kind not in check.known)
     warnings = sum(check.counts[kind] for kind in WARNINGS) + sum(n.startswith("warning: ") for n in check.notes)
     print(f"errors: {errors}, warnings: {warnings}" if errors or warnings else "fine")
-    config = config_path(options.obj, root)
-    if not config.is_file() and not check.rows:
-        print(json_template(root, config))
-    elif not config.is_file() and not check.counts["layout"]:
-        print(f"layout recognised without a JSON file; to change it, save this as dataset/{config.name}:")
-        print(dataset.layout.to_json())
+    if options.write_list:
+        print(printable(f"written: {write_list(options.write_list, root, entries)}"))
     return 1 if errors else 0
 
 

@@ -32,6 +32,8 @@ class Entry:
     patient: str | None = None  # as far as rule, header or name tells
     from_header: bool = False  # the patient is the DICOM header's
     series: str = ""  # the DICOM header's SeriesInstanceUID
+    index: int | None = None  # the slice that a list names; None: all of them
+    shot: bool = False  # a list says so
 
 
 def read_folders(root: Path, layout: Layout) -> list[Entry]:
@@ -56,13 +58,19 @@ def read_folders(root: Path, layout: Layout) -> list[Entry]:
             for path, (place, masks) in zip(pairs.images, found, strict=True):
                 name = f"{homes[path.parent]}/{path.name}"
                 entries.append(Entry(path, name, kind, folder, masks, place, split, divided))
-        own = [entry for entry in entries if entry.kind == kind and entry.split != "test"]
-        flat = len(layout.valid[kind]) == 1 and all(entry.path.parent == root / entry.folder for entry in own)
-        for entry in own:
-            entry.listed = entry.path.name if flat else entry.name
+    name_for_lists(entries)
     name_patients(entries, layout.patient)
     divide(entries, root, layout.valid_share)
     return entries
+
+
+def name_for_lists(entries: Sequence[Entry]) -> None:
+    """Say what few-shot lists call each file: its name, or its path where those of its class lie in several folders."""
+    for kind in KINDS:
+        own = [entry for entry in entries if entry.kind == kind and entry.split != "test"]
+        flat = len({entry.path.parent for entry in own}) == 1
+        for entry in own:
+            entry.listed = entry.path.name if flat else entry.name
 
 
 def name_patients(entries: Sequence[Entry], rule: str | None) -> None:
@@ -77,7 +85,7 @@ def name_patients(entries: Sequence[Entry], rule: str | None) -> None:
     for entry in entries:
         header = headers.get(entry.path, Slice())
         entry.series, entry.from_header = header.series_uid, tell and bool(header.patient_id)
-        below = entry.name[len(PurePosixPath(entry.folder).as_posix()) + 1 :]
+        below = entry.name.removeprefix(f"{PurePosixPath(entry.folder).as_posix()}/")
         entry.patient = entry.patient or (tell and header.patient_id) or patient(entry.name, pattern, below)
     names = sorted({entry.patient for entry in entries if entry.patient}, reverse=True)
     spelling = {spelled_alike(name) or name: name for name in names}
@@ -93,7 +101,7 @@ def _header(path: Path) -> Slice:
 
 
 def divide(entries: Sequence[Entry], root: Path, share: float) -> None:
-    """Give the files of divided folders their split: by a hash, but what a list of the data set's own names is valid.
+    """Give files without a split one by a hash; but what a list of the data set's own names as a shot is valid.
 
     So is whatever else is a listed image's patient's. All lists count, whichever --shot and --iterate, so that the test
     set is the same for all.
@@ -102,10 +110,11 @@ def divide(entries: Sequence[Entry], root: Path, share: float) -> None:
     for path in list_paths(root / "fewshot_seed"):
         for (letter, _), line in parse_shot_list(path)[0].items():
             names.update((letter, name.partition("#")[0]) for name in line)
-    shots = [entry for entry in entries if not entry.split and (entry.kind[0], entry.listed) in names]
-    patients = {entry.patient for entry in shots} - {None}
-    for entry in entries:
-        if not entry.split:
-            pinned = (entry.kind[0], entry.listed) in names or entry.patient in patients
-            is_valid = pinned or falls_in_valid(entry.name, share, entry.patient)
-            entry.split = "valid" if is_valid else "test"
+    left = [entry for entry in entries if not entry.split]
+    for entry in left:
+        if entry.shot or (entry.kind[0], entry.listed) in names:
+            entry.split = "valid"
+    patients = {entry.patient for entry in left if entry.split} - {None}
+    for entry in left:
+        is_valid = entry.split or entry.patient in patients or falls_in_valid(entry.name, share, entry.patient)
+        entry.split = "valid" if is_valid else "test"

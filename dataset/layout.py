@@ -6,13 +6,12 @@ fields of `Layout`.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -40,8 +39,8 @@ PUBLISHED_COUNTS: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
 BENCHMARKS = tuple(PUBLISHED_COUNTS)
 NO_LAYOUT = (
     "no known layout; expected valid/ and test/ with good/ and Ungood/, normal/ and abnormal/ or 0/ and 1/ in each, "
-    "those two alone, normal/ beside folders of defects, or MVTec's train/good and test/<defect>; or describe it in a "
-    "JSON file, which `python -m dataset.check` begins and docs/data.md explains"
+    "those two alone, normal/ beside folders of defects, or MVTec's train/good and test/<defect>; or write a list: "
+    "`python -m dataset.check --data_root FOLDER --write_list images.csv` begins one, and docs/data.md explains it"
 )
 MADE_UP = "PHANTOM.txt"  # marks what dataset.phantom has drawn
 UNMARKED = ("out", "normal", "abnormal")
@@ -57,11 +56,12 @@ class Layout:
     """What the JSON file says, with the defaults filled in."""
 
     prompt_name: str
-    pixel_metrics: bool
+    pixel_metrics: bool | None  # whether masks are used; None: where there are any
     valid: dict[str, list[str]]  # `KINDS` -> folders
     test: dict[str, list[str]]
     masks: tuple[str, ...] = (MVFA_MASKS,)  # the first by which an image has masks
     valid_share: float = VALID_SHARE
+    normal: tuple[str, ...] = ()  # a list's labels that mean normal, where any other word means abnormal
     patient: str | None = None  # a regular expression; None: the known names
     mask_above: int = ABNORMAL_ABOVE
     mask_labels: tuple[int, ...] = ()  # what counts in a mask instead of the grey above `mask_above`
@@ -70,17 +70,22 @@ class Layout:
     plane: str = "axial"
 
     @classmethod
-    def load(cls, name: str, root: Path) -> Layout:
-        """What the data set's JSON file says, or without one what lies in `root`; `InputError` for faults."""
+    def load(cls, name: str, root: Path, listed: bool = False) -> Layout:
+        """What the data set's JSON file says, and what lies in `root`; `InputError` for faults.
+
+        Where the images are `listed`, folders mean nothing.
+        """
         path = config_path(name, root)
         given = read_config(path) if path.is_file() else {}
-        if not set(SPLITS) <= given.keys():
+        if listed:
+            given |= {split: {kind: [] for kind in KINDS} for split in SPLITS}
+        elif not set(SPLITS) <= given.keys():
             given = {**detect(root), **given}
-        given.setdefault("prompt_name", re.sub(r"[_-]+", " ", name).strip() or name)
-        if given.get("pixel_metrics", True) and not {"masks", "pixel_metrics"} <= given.keys():
+        prompt_name = re.sub(r"[_-]+", " ", name).strip() or name
+        given = {"prompt_name": prompt_name, "pixel_metrics": None, **given}
+        if "masks" not in given and given["pixel_metrics"] is not False:
             folders = dict.fromkeys(folder for split in SPLITS for folder in given[split]["abnormal"])
-            places = mask_places(root, folders, given.get("masks"))
-            given = {"masks": tuple(places) or (MVFA_MASKS,), "pixel_metrics": bool(places), **given}
+            given["masks"] = tuple(mask_places(root, folders)) or (MVFA_MASKS,)
         return cls(**given)
 
     @property
@@ -96,28 +101,12 @@ class Layout:
         """The folders of a class that both splits name."""
         return [folder for folder in self.valid[kind] if folder in self.test[kind]]
 
-    def to_json(self) -> str:
-        """The text of a JSON file that means this layout."""
-        values: dict[str, Any] = {
-            entry.name: getattr(self, entry.name)
-            for entry in fields(self)
-            if entry.name == "masks" or entry.default is MISSING or getattr(self, entry.name) != entry.default
-        }
-        if any(map(self.shared, KINDS)):
-            values["valid_share"] = self.valid_share
-        values["masks"] = _short(self.masks)
-        for split in SPLITS:
-            values[split] = {kind: _short(folders) for kind, folders in values[split].items()}
-        return json.dumps(values, indent=2)
-
-
-def _short(values: list[str] | tuple[str, ...]) -> Any:  # noqa: ANN401 - a text or several
-    return values[0] if len(values) == 1 else values
-
 
 def add_reading_flags(group: Any) -> None:  # noqa: ANN401 - a parser or a group, which is private in argparse
     """The flags that stand for what a data set's JSON file says."""
     flag, otherwise = group.add_argument, "default: the data set's, else"
+    flag("--list", metavar="FILE",
+         help="images and labels in a .csv, .tsv or .jsonl (default: images.csv in the data's folder)")  # fmt: skip
     flag("--patient", metavar="REGEX", help="finds the patient in an image's path below its folder (docs/data.md)")
     flag("--mask_above", type=integer(0, 254), metavar="GREY",
          help=f"a mask's grey above which a pixel is abnormal ({otherwise} 127; 25: BMAD, 0: AA-CLIP)")  # fmt: skip
@@ -164,6 +153,12 @@ def object_of(data_root: str | Path) -> str:
         raise InputError(f"--data_root {data_root}: its name cannot be a data set's; give --obj NAME") from error
 
 
+def object_given(options: Any) -> str | None:  # noqa: ANN401 - the flags
+    """The name that follows from --data_root or --list, where one of them is given."""
+    folder = options.data_root or (options.list and Path(options.list).parent)
+    return object_of(folder) if folder else None
+
+
 # --- the JSON file ---
 
 
@@ -178,6 +173,7 @@ def read_config(path: Path) -> dict[str, Any]:
         "pixel_metrics": lambda value: isinstance(value, bool),
         "valid_share": lambda value: isinstance(value, int | float) and 0 < value < 1,
         "masks": lambda value: all(isinstance(text, str) and _is_mask_template(text) for text in _several(value)),
+        "normal": lambda value: all(isinstance(word, str) and word for word in _several(value)),
         "patient": lambda value: isinstance(value, str) and compile_rule(value, f"{path}: patient"),
         "mask_above": lambda value: type(value) is int and 0 <= value <= 254,
         "mask_labels": lambda value: all(type(label) is int and 0 <= label <= 65535 for label in _several(value)),
@@ -191,7 +187,7 @@ def read_config(path: Path) -> dict[str, Any]:
             raise InputError(f"{path}: {key} cannot be {value!r:.80}; docs/data.md says what it may be")
     for split in set(SPLITS) & config.keys():
         config[split] = {kind: _several(folders) for kind, folders in config[split].items()}
-    for key in {"masks", "mask_labels"} & config.keys():
+    for key in {"masks", "mask_labels", "normal"} & config.keys():
         config[key] = tuple(_several(config[key]))
     if isinstance(config.get("window"), list):
         config["window"] = tuple(map(float, config["window"]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -22,6 +22,7 @@ from utils import InputError, preview, warn
 from .entries import Entry, read_folders
 from .fewshot import SEEDS, check_shot_names, draw_shots, list_paths, parse_shot_list, pick_lines
 from .layout import BENCHMARKS, FOLDER, KINDS, MADE_UP, PUBLISHED_COUNTS, SPLITS, Layout, described, object_name
+from .lists import find_list, read_list
 from .pairing import mask_folder
 from .readers import (
     EXTENSIONS,
@@ -98,6 +99,7 @@ class MedicalDataset:
     root: Path
     layout: Layout
     entries: list[Entry] = field(compare=False, repr=False)
+    listing: Path | None = None  # the list that they come from
     left_out: dict[str, set[str]] = field(init=False, compare=False, repr=False)  # why -> names of what is no sample
     levels: dict[str, Mask] = field(init=False, compare=False, repr=False)  # name of a sample -> its mask's levels
     _known: dict[Any, Any] = field(init=False, compare=False, repr=False)  # samples of files, and copies in series
@@ -112,29 +114,33 @@ class MedicalDataset:
         obj: str,
         data_path: str | Path,
         data_root: str | Path | None = None,
+        listing: Path | None = None,
         **given: Any,  # noqa: ANN401 - fields
     ) -> MedicalDataset:
         """Find `data_root`, or <data_path>/<obj>_AD; `InputError` where it or a part of it is missing.
 
+        A list of the images, given or called images.csv in the folder, stands for its layout (`dataset.lists`).
         <obj>.json in the folder itself or in dataset/ may describe it. What is `given` and not None, of the fields of
         `Layout`, stands for what that file says; see docs/data.md.
         """
-        root = data_folder(obj, data_path, data_root)
-        layout = Layout.load(obj, root)
+        root = listing.parent if listing else data_folder(obj, data_path, data_root)
+        listing = listing or find_list(root)
+        layout = Layout.load(obj, root, listed=listing is not None)
         for folder in [folder for split, kind in product(SPLITS, KINDS) for folder in layout.folders(split, kind)]:
             top = root / PurePosixPath(folder).parts[0]
             if not top.is_dir():
                 other = f"dataset/{obj}.json names it; under a new --obj the folder's own layout would be found"
                 raise InputError(f"{top} not found; {_hint(obj, data_path) if data_root is None else other}")
         layout = replace(layout, **{name: value for name, value in given.items() if value is not None})
-        return cls(obj, root, layout, read_folders(root, layout))
+        return cls(obj, root, layout, read_list(listing, layout) if listing else read_folders(root, layout), listing)
 
     @classmethod
     def from_options(cls, options: argparse.Namespace) -> MedicalDataset:
         """`open` with the flags of a command line: obj, data_path, data_root, and those of `add_reading_flags`."""
         return cls.open(
-            options.obj, options.data_path, options.data_root, patient=options.patient, mask_above=options.mask_above,
-            mask_labels=tuple(options.mask_labels or ()) or None, unmarked=options.unmarked,
+            options.obj, options.data_path, options.data_root, options.list and Path(options.list),
+            patient=options.patient, unmarked=options.unmarked, mask_above=options.mask_above,
+            mask_labels=tuple(options.mask_labels or ()) or None,
             window=parse_window(options.window or ()), plane=options.plane,
         )  # fmt: skip
 
@@ -152,10 +158,11 @@ class MedicalDataset:
         """What the prompts call the object."""
         return self.layout.prompt_name
 
-    @property
+    @cached_property
     def pixel_metrics(self) -> bool:
         """Whether the data set has masks that are used."""
-        return self.layout.pixel_metrics
+        has_masks = any(entry.masks for entry in self.entries if entry.kind == "abnormal")
+        return has_masks if self.layout.pixel_metrics is None else self.layout.pixel_metrics
 
     @property
     def mask_above(self) -> int:
@@ -204,7 +211,7 @@ class MedicalDataset:
         result = [entry for entry in self.entries if (entry.split, entry.kind) == (split, kind)]
         if required and not result:
             folders = self.layout.folders(split, kind)
-            where = ", ".join(str(self.root / folder) for folder in folders) or "its JSON file names no folder"
+            where = ", ".join(str(self.root / folder) for folder in folders) or str(self.listing or self.root)
             if divided := sum(entry.kind == kind and entry.divided for entry in self.entries):
                 fault = f"{where}: divided by a hash of {HASHED}, none of the {divided} {kind} images is {split}"
                 raise InputError(f"{fault}; give the splits folders of their own, in dataset/{self.obj}.json")
@@ -253,9 +260,8 @@ class MedicalDataset:
         missing, ambiguous = self.mask_problems(files)
         if missing and not may_lack_mask:
             image = next(file for file in files if not file.masks)
-            places = [
-                str(mask_folder(self.root, image.folder, place, image.path.parent)) for place in self.layout.masks
-            ]
+            homes = (mask_folder(self.root, image.folder, place, image.path.parent) for place in self.layout.masks)
+            places = [str(self.listing)] if self.listing else map(str, homes)
             fault = f"{preview(missing)}: no mask ({len(missing)} of {len(files)} abnormal images)"
             advice = f'add them, or set "pixel_metrics": false in dataset/{self.obj}.json'
             where = ", ".join(dict.fromkeys(places))
@@ -274,10 +280,11 @@ class MedicalDataset:
             InputError: a mask has another number of slices than its image.
         """
         if judged:
-            if file.path not in self._known:
+            key = (file.path, file.index)
+            if key not in self._known:
                 found = (self._judged(sample, file.series) for sample in self.samples_in(file, judged=False))
-                self._known[file.path] = [sample for sample in found if sample]
-            known: list[Sample] = self._known[file.path]
+                self._known[key] = [sample for sample in found if sample]
+            known: list[Sample] = self._known[key]
             return known
         masks = file.masks if file.kind == "abnormal" and self.pixel_metrics else []
         sample = Sample(
@@ -296,7 +303,9 @@ class MedicalDataset:
         for mask in masks:
             if file_kind(mask) != "pillow" and (count := len(frames(mask, self.options))) != len(samples):
                 raise InputError(f"{mask}: {count} slices, but {file.path} has {len(samples)}: no mask of it")
-        return samples
+        if file.index is not None and not 0 <= file.index < len(samples):
+            raise InputError(f"{self.listing}: slice {file.index} of {file.path}, which has {len(samples)}")
+        return samples if file.index is None else samples[file.index : file.index + 1]
 
     def _judged(self, sample: Sample, series: str) -> Sample | None:
         """A sample by what its mask and, of DICOM and NIfTI, its picture shows; None where it is left out."""
@@ -396,9 +405,15 @@ class MedicalDataset:
         return draw_shots(draw, patients, count)
 
     def _listed(
-        self, kind: str, count: int, iterate: int, known: Collection[str], warnings: dict[str, None]
+        self, kind: str, count: int, iterate: int, known: Mapping[str, tuple[Entry, Sample]], warnings: dict[str, None]
     ) -> tuple[list[str], str] | None:
-        """The names on the list for `count` shots and that list's name; None where there is none for these images."""
+        """The names on the list for `count` shots and that list's name; None where there is none for these images.
+
+        Shots in the list of the images come first.
+        """
+        if names := [name for name, (file, _) in known.items() if file.shot]:
+            warnings.update(dict.fromkeys(check_shot_names(names, known, count, str(self.listing), self.root)))
+            return names, str(self.listing)
         path = next((path for path in self.shot_lists() if path.name == f"my{count}-shot.txt"), None)
         if path is None:
             return None

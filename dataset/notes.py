@@ -17,8 +17,9 @@ from .readers import read_mask
 
 def describe(dataset: MedicalDataset, names: bool = True) -> list[str]:
     """All lines; without `names` none names a file, a folder that is not used, or a patient."""
+    listing = f"images by {dataset.listing}" if dataset.listing else None
     lines = [
-        benchmark_note(dataset), split_note(dataset), kinds_note(dataset), masks_note(dataset),
+        listing, benchmark_note(dataset), split_note(dataset), kinds_note(dataset), masks_note(dataset),
         normal_note(dataset, names), *dataset.left_out_lines(names), dataset.levels_line(),
         unused_note(dataset) if names else None, patients_note(dataset, names),
     ]  # fmt: skip

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from CLIP.config import ADAPTER_KINDS, FIDELITIES, PRETRAINS, ModelConfig
-from dataset.layout import add_reading_flags, described, object_name, object_of
+from dataset.layout import add_reading_flags, described, object_given, object_name
 from dataset.readers import AS_STORED, ReadOptions
 from Prompt.states import TEXT_MOODS, read_prompts
 from utils import InputError, Parser, integer, printable, read_json
@@ -204,7 +204,7 @@ RESUMABLE = {
     "save_model", "out_json", "run_dir", "exp_name", "log_images_every", "log_model",
 }  # fmt: skip
 # No shared file holds one.
-PATHS = ("data_path", "data_root", "weights", "save_path", "out_json", "cache_dir", "run_dir", "resume")
+PATHS = ("data_path", "data_root", "list", "weights", "save_path", "out_json", "cache_dir", "run_dir", "resume")
 
 
 def new_settings(options: argparse.Namespace, dataset: MedicalDataset, weights: Weights) -> Settings:
@@ -362,7 +362,7 @@ def train_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         for name, before in stored.items():
             if name not in RESUMABLE and (given := getattr(options, name)) != before:
                 raise InputError(f"--{name} {given} contradicts the run, started with {before}: leave it out")
-    options.obj = options.obj or (object_of(options.data_root) if options.data_root else "Liver")
+    options.obj = options.obj or object_given(options) or "Liver"
     for name in ("shot_normal", "shot_abnormal"):
         if getattr(options, name) is None:
             setattr(options, name, options.shot)
@@ -389,7 +389,7 @@ def test_options(
     parser.set_defaults(**(defaults or {}))
     options = parser.parse_args(arguments)
     if options.obj is None and not options.scores:
-        options.obj = object_of(options.data_root) if options.data_root else "Brain"
+        options.obj = object_given(options) or "Brain"
     given = [f"--{name}" for name in NO_EFFECT_IN_TEST if getattr(options, name) is not None]
     if given:
         print(f"{' '.join(given)}: no effect in a test", file=sys.stderr)

@@ -135,7 +135,10 @@ def test_busi_as_it_is_distributed(brain, call, tmp_path):
         assert "masks: 32 by {here}/{stem}_mask" in output
         assert "of their 48 images" in output
     assert len(last_lines(trained)) == 2
-    assert "test images" in trained
+    call("dataset.check", "--data_root", root, "--write_list", "images.csv")
+    again = call("train.py", *ONE_EPOCH, "--data_root", root, "--save_path", tmp_path, "--shot", 2)
+    assert "images.csv" in again
+    assert last_lines(again) == last_lines(trained)
 
 
 def test_dicom_files_in_folders_of_patients(brain, call, tmp_path):

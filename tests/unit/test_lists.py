@@ -1,0 +1,151 @@
+"""A list of images instead of folders, also as Excel writes it; written from folders, and wrong in many ways."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from dataset import MedicalDataset, check
+from tests.unit.test_layout import draw, opened, volume
+from utils import InputError, run_cli
+
+
+def listed(root: Path, text: str, name: str = "images.csv") -> MedicalDataset:
+    (root / name).write_bytes(text.encode())
+    return opened(root)
+
+
+def found(dataset: MedicalDataset) -> dict[str, list[tuple[object, ...]]]:
+    return {
+        split: [(s.name, s.label, s.mask and s.mask.name, s.patient, s.index) for s in dataset.samples(split)]
+        for split in ("valid", "test")
+    }
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    return draw(tmp_path, *(f"scans/{i}.png" for i in range(8)), "masks/4.png", "masks/6.png", "scans/a, b.png")
+
+
+ROWS = """image,label,mask,patient,split,shot
+scans/0.png,0,,p0,train,1
+scans/1.png,normal,,p1,test,
+scans/4.png,1,masks/4.png,p4,valid,1
+scans/6.png,Ungood,masks/6.png,p6,test,0
+"""
+
+
+@pytest.mark.parametrize("form", ["csv", "excel", "tsv", "jsonl"])
+def test_all_forms_of_a_list_mean_the_same(pictures, form):
+    name, text = "images.csv", ROWS
+    if form == "excel":
+        text = "\ufeffsep=;\r\n" + ROWS.replace(",", ";").replace("/", "\\").replace("\n", "\r\n") + ";;;;;\r\n\r\n"
+        text = text.replace("label", " Label ").replace(";0;;", ";0.0;;")
+    elif form == "tsv":
+        name, text = "images.tsv", ROWS.replace(",", "\t")
+    elif form == "jsonl":
+        head, *rows = (line.split(",") for line in ROWS.splitlines())
+        name, text = "images.jsonl", "\n".join(json.dumps(dict(zip(head, row, strict=True))) for row in rows)
+        text = text.replace('"label": "0"', '"label": 0').replace('"mask": ""', '"mask": null')
+    dataset = listed(pictures, text, name)
+    assert found(dataset) == {
+        "valid": [("scans/0.png", 0, None, "p0", None), ("scans/4.png", 1, "4.png", "p4", None)],
+        "test": [("scans/1.png", 0, None, "p1", None), ("scans/6.png", 1, "6.png", "p6", None)],
+    }
+    assert dataset.shots(1, 1, 0, 0).names() == {"abnormal": ["4.png"], "normal": ["0.png"]}
+    assert dataset.shots(1, 1, 0, 0).source.endswith(name)
+
+
+def test_what_is_not_given_follows_the_rules_of_folders(tmp_path):
+    names = [f"{kind}{i} ({j}).png" for kind in "ab" for i in range(9) for j in range(2)]
+    draw(tmp_path, *names, *(f"{name[:-4]}_mask.png" for name in names if name[0] == "b"))
+    rows = "".join(f"{name},{int(name[0] == 'b')},{name[:2]},{int(name.startswith('b3 (0'))}\n" for name in names)
+    dataset = listed(tmp_path, "image,label,patient,shot\n" + rows)
+    assert dataset.pixel_metrics
+    valid, test = (set(dataset.samples(split)) for split in ("valid", "test"))
+    assert len(valid | test) == 36
+    assert not {s.patient for s in valid} & {s.patient for s in test}
+    assert "b3" in {s.patient for s in valid}  # a shot is in valid, and so is its patient
+    assert all(s.mask.name == f"{s.path.stem}_mask.png" for s in valid | test if s.label)
+
+
+def test_words_slices_and_a_list_elsewhere(tmp_path):
+    draw(tmp_path, *(f"data/{i}.png" for i in "1234"))
+    for split in "vt":
+        volume(tmp_path / "data" / f"{split}.nii.gz")
+    rows = ["data/1.png,well,valid,", "data/2.png,benign,test,", "data/3.png,well,valid,", "data/4.png,benign,test,"]
+    rows += [f"data/{name}.nii.gz,{word},{split},{index}" for name, split in (("v", "valid"), ("t", "test"))
+             for word, index in (("well", 1), ("benign", 3))]  # fmt: skip
+    (tmp_path / "mine.csv").write_text("image,label,split,slice\n" + "\n".join(rows))
+    with pytest.raises(InputError, match=r"mine\.csv, line 2.*well"):
+        MedicalDataset.open("knee", "data", listing=tmp_path / "mine.csv")
+    (tmp_path / "knee.json").write_text('{"normal": ["well"]}')
+    samples = MedicalDataset.open("knee", "data", listing=tmp_path / "mine.csv").samples("test")
+    assert [(s.name, s.label) for s in samples] == [
+        ("data/t.nii.gz#1", 0), ("data/2.png", 1), ("data/4.png", 1), ("data/t.nii.gz#3", 1),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("scans/9.png,0,", "9.png"),
+        ("scans/5.png,ill,", "ill"),
+        ("scans/5.png,,", "label"),
+        ("scans/0.png,1,", "line 2"),
+        ("../x.png,0,", "leads out"),
+        ("/etc/hosts,0,", "leads out"),
+        (r"C:\x.png,0,", "leads out"),
+        ("scans/5.png,0,later", "later"),
+        ("scans/a, b.png,0,test", "quotes"),
+        ('"scans/a, b.png,0,test', "csv"),
+    ],
+)
+def test_a_wrong_line_is_named(pictures, line, words):
+    text = f"image,label,split\nscans/0.png,0,valid\n\n{line}\n"
+    with pytest.raises(InputError, match=r"images\.csv") as error:
+        listed(pictures, text)
+    assert words in str(error.value)
+    assert "line 4" in str(error.value) or words == "csv"
+    listed(pictures, text.replace(line, '"scans/a, b.png",0,test'))
+
+
+@pytest.mark.parametrize("text", ["", "image\nscans/0.png\n", "image,label,label\nscans/0.png,0,0", "\0"])
+def test_no_table(pictures, text):
+    with pytest.raises(InputError, match=r"images\.csv"):
+        listed(pictures, text).samples("test")
+
+
+def call_check(monkeypatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["check", *map(str, arguments)])
+    with pytest.raises(SystemExit) as left:
+        run_cli(check.main)
+    return left.value.code
+
+
+def test_a_written_list_means_the_same_as_the_folders(tmp_path, monkeypatch):
+    for kind in ("benign", "normal"):
+        draw(tmp_path, *(f"{kind}/{kind} ({i}).png" for i in range(12)))
+        draw(tmp_path, *(f"{kind}/{kind} ({i})_mask.png" for i in range(12)), "benign/benign (3)_mask_1.png")
+    before = opened(tmp_path)
+    assert call_check(monkeypatch, "--data_root", tmp_path, "--obj", "knee", "--write_list", "images.csv") == 0
+    after = opened(tmp_path)
+    assert after.listing == tmp_path / "images.csv"
+    for split in ("valid", "test"):
+        assert after.samples(split) == before.samples(split)
+    assert after.shots(2, 2, -1, 0).names() == before.shots(2, 2, -1, 0).names()
+    assert call_check(monkeypatch, "--data_root", tmp_path, "--write_list", "images.csv") == 2  # never overwritten
+
+
+def test_a_list_of_an_unknown_layout_is_to_be_filled_in(tmp_path, monkeypatch):
+    draw(tmp_path, *(f"x/{i}.png" for i in range(4)), "y/5.png", "y/5_mask.png")
+    assert call_check(monkeypatch, "--data_root", tmp_path, "--obj", "knee", "--write_list", "images.csv") == 1
+    text = (tmp_path / "images.csv").read_text("utf-8-sig")
+    assert text.splitlines()[-1].startswith("y/5.png,,y/5_mask.png")
+    for i, label in enumerate(["0"] * 4 + ["1"]):
+        text = text.replace(".png,,", f".png,{label},", 1) if i < 5 else text
+    dataset = listed(tmp_path, text)
+    assert [entry.kind for entry in dataset.entries] == ["normal"] * 4 + ["abnormal"]

@@ -77,7 +77,8 @@ def test(options: argparse.Namespace) -> dict[str, Any]:
             save_figures(options.figures, options.obj, evaluation, masks, metrics, metadata, history)
             print(f"pictures: {options.figures}")
         if options.report:
-            page = write_page(options.report, evaluation, masks, metrics, settings, metadata, history, options.obj)
+            about = (settings, metadata, history, options.obj, scored.source.unknown)
+            page = write_page(options.report, evaluation, masks, metrics, *about)
             print(f"report: {page}")
     print(published_lines(options.obj, metrics))
     return result

@@ -162,6 +162,7 @@ def write_page(
     metadata: Mapping[str, Any],
     history: History = (),
     obj: str | None = None,
+    unknown: str = "",
 ) -> Path:
     """Write index.html about a test set, the worst errors first.
 
@@ -169,11 +170,12 @@ def write_page(
         folder: made if need be.
         evaluation: the scores; where a picture's file is missing the gallery has a placeholder.
         masks: of its images, None without.
-        metrics: of `measure(..., full=True)`, and of `measure_without`.
+        metrics: of `measure(..., full=True)`.
         settings: of the checkpoint.
         metadata: of the checkpoint, all of which is listed.
         history: the run's epochs, see `read_history`.
         obj: the data set that was tested, where it is not the one trained on.
+        unknown: why the patients of the shots are not known, where they are not.
 
     Returns:
         The page's path.
@@ -195,7 +197,7 @@ def write_page(
         folder, "report.html", list(_cards(evaluation, masks, worst.tolist(), heat_range)),
         scores=[scores[labels == 0], scores[labels == 1]], threshold=threshold, heat_range=heat_range,
         kind="MadCLIP test report", title=obj, origin=origin, weak=evaluation.head != "seg", settings=settings,
-        metadata=metadata, values=metrics.values, metrics=METRICS, counts=counts, shown=len(worst),
+        metadata=metadata, values=metrics.values, metrics=METRICS, counts=counts, shown=len(worst), unknown=unknown,
         plots={name: {"title": plot.title, "picture": address(plot.png(page=True), "png")}
                for name, plot in plots(evaluation, metrics, metadata, history).items()},
         made={**known, **metadata, "options": {name: v for name, v in options.items() if name not in known}},

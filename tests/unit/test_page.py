@@ -103,6 +103,9 @@ def test_numbers_without_the_shots_patients_stand_beside_the_others(tmp_path):
     metrics = measure(evaluation, masks, full=True)
     metrics.values.update({"auc_without_shot_patients": 0.625, "pauc_without_shot_patients": None})
     assert "0.625" in written(tmp_path / "page", evaluation, masks, metrics=metrics)
+    assert "no <name>".replace("<", "&lt;").replace(">", "&gt;") in written(
+        tmp_path / "page", evaluation, masks, unknown="no <name>"
+    )
 
 
 def test_a_page_of_another_data_set_without_masks(tmp_path):

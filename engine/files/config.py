@@ -177,7 +177,7 @@ class Settings:
         None,
         "another image tower, DINOv2, beside the model's text tower: dinov2-small (base, large, giant; "
         "python -m CLIP.download), a folder, a safetensors file, or hf-hub:OWNER/NAME",
-        type=nonempty_path,
+        type=nonblank_text,
     ))  # fmt: skip
 
     @classmethod

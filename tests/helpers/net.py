@@ -148,7 +148,7 @@ def numbers(path: Path) -> dict[str, float]:
 
 
 def leaves(value: object, name: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in nested dicts and lists, by path, without times, and without intervals, which version 0.3 corrects."""
+    """The numbers in nested dicts and lists, by path, without times and without the intervals of the image AUC."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in pairs:
         yield from leaves(item, f"{name}/{key}")

@@ -15,14 +15,14 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "flags.md"
 COMMANDS = (
     *("train.py", "test.py", "predict.py", "reproduce.py"),
-    *("dataset.check", "dataset.phantom", "dataset.medmnist", "dataset.download"),
+    *("dataset.check", "dataset.phantom", "dataset.medmnist"),
     *("CLIP.download", "engine.checkpoint"),
 )
 FLAGS_HEAD = """# Every flag
 
 Written by `python -m docs.generate` from the parsers; a test checks that it is up to date. `--help` shows the same.
-The published flags keep their names and, unless [method.md](method.md) or [reproduce.md](reproduce.md) says otherwise,
-their published defaults.
+Defaults stand in parentheses. Published flags keep their names and, unless
+[reproduce.md](reproduce.md#what-differs-from-the-published-program) says otherwise, their defaults.
 """
 
 
@@ -50,41 +50,59 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 
 
 def flags() -> str:
-    """The text of flags.md: a section for each command, a table for each group of flags."""
+    """The text of flags.md: a section for each command, a list for each group of flags, each flag explained once."""
     lines = [FLAGS_HEAD]
+    told: dict[tuple[str, str], str] = {}  # a flag and its meaning, and the command at which it is explained
     for command in COMMANDS:
         start = f"python {command}" if command.endswith(".py") else f"python -m {command}"
-        lines += [f"## {start}\n", *_sections(parser_of(command))]
+        lines += [f"## {start}\n", *_sections(parser_of(command), command, told)]
     return "\n".join(lines)
 
 
-def _sections(parser: argparse.ArgumentParser) -> Iterator[str]:
+def _sections(parser: argparse.ArgumentParser, command: str, told: dict[tuple[str, str], str]) -> Iterator[str]:
     if parser.description:
-        yield f"{_cell(parser.description)}\n"
+        yield f"{_text(parser.description)}\n"
     for group in parser._action_groups:
         shown = [a for a in group._group_actions if a.help != argparse.SUPPRESS and a.dest != "help"]
-        rows = [_row(action, parser.prog) for action in shown if not isinstance(action, argparse._SubParsersAction)]
+        rows, known = [], dict[str, list[str]]()
+        for action in shown:
+            if isinstance(action, argparse._SubParsersAction):
+                continue
+            names, meaning = _names(action), _meaning(action, parser.prog)
+            first = told.setdefault((names, meaning), command)
+            if first == command:
+                default = _default(action)
+                rows.append(f"- {names}" + (f" ({default})" if default else "") + (f": {meaning}" if meaning else ""))
+            else:
+                known.setdefault(first, []).append(names)
+        rows += [f"- as in {first}: {', '.join(names)}" for first, names in known.items()]
         if rows:
             title = f"{group.title}: {group.description}" if group.description else f"{group.title}"
-            yield f"**{_cell(title)}**\n\n| flag | default | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+            yield f"**{_text(title)}**\n\n" + "\n".join(rows) + "\n"
         for action in shown:
             for name, part in action.choices.items() if isinstance(action, argparse._SubParsersAction) else ():
                 yield f"### {name}\n"
-                yield from _sections(part)
+                yield from _sections(part, command, told)
 
 
-def _row(action: argparse.Action, prog: str) -> str:
-    names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.metavar or action.dest}`"
+def _names(action: argparse.Action) -> str:
+    return ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.metavar or action.dest}`"
+
+
+def _meaning(action: argparse.Action, prog: str) -> str:
     meaning = (action.help or "") % {**vars(action), "prog": prog}
     if action.choices and not all(str(choice) in meaning for choice in action.choices):
         meaning = f"{', '.join(map(str, action.choices))}: {meaning}".removesuffix(": ")
+    return _text(meaning)
+
+
+def _default(action: argparse.Action) -> str:
     default = " ".join(map(str, action.default)) if isinstance(action.default, list) else str(action.default)
-    default = {"None": "", "\0": "", argparse.SUPPRESS: "", "True": "on", "False": "off"}.get(default, default)
-    return f"| {names} | {_cell(default)} | {_cell(meaning)} |"
+    return _text({"None": "", "\0": "", argparse.SUPPRESS: "", "True": "on", "False": "off"}.get(default, default))
 
 
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+def _text(text: str) -> str:
+    return " ".join(text.replace("<", "&lt;").split())
 
 
 if __name__ == "__main__":

@@ -79,8 +79,8 @@ def test_what_a_page_names_exists(page):
 
 
 def known_flags() -> set[str]:
-    """The flags in the first column of flags.md."""
-    rows = re.findall(r"^\| (`--[^|]+) \|", text_of(ROOT / "docs" / "flags.md"), re.MULTILINE)
+    """The flags that flags.md lists."""
+    rows = re.findall(r"^- ((?:`--[\w-]+`(?:, )?)+)", text_of(ROOT / "docs" / "flags.md"), re.MULTILINE)
     return {name for row in rows for name in re.findall(r"--[\w-]+", row)}
 
 

@@ -86,12 +86,12 @@ def test(options: argparse.Namespace) -> dict[str, Any]:
 
 def compute_scores(options: argparse.Namespace) -> Scored:
     """Data, checkpoint, towers, tokens, patch scores; and in words what was scored."""
-    dataset = MedicalDataset.from_options(options)
     options.ckpt = options.ckpt or str(default_checkpoint(options.save_path, options.obj))
-    checkpoint = Checkpoint.load(options.ckpt, options, facts_of(dataset))
+    checkpoint = Checkpoint.load(options.ckpt, options, lambda: facts_of(MedicalDataset.from_options(options)))
     trained, metadata = checkpoint.settings, checkpoint.metadata
     check_against(trained, metadata, options)
-    dataset = read_as_trained(dataset, trained, metadata, options)
+    read_as_trained(options, trained, metadata)
+    dataset = MedicalDataset.from_options(options)
     prompt_name = options.prompt_name or trained.prompt_name
     settings = replace(trained, prompt_name=prompt_name, mask_above=dataset.mask_above)
     patients, unknown = shot_patients(trained, metadata, options)

@@ -7,16 +7,21 @@ python -m engine.checkpoint export CKPT OUT           the published format, with
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from CLIP.clip import create_model
+from dataset.layout import BENCHMARKS, config_path, read_config
 from utils import InputError, Parser, printable, probe_writable, run_cli
 
 from .detector import Detector
 from .files.checkpoint import METADATA, Checkpoint, check_weights, read, write
+from .files.config import MODEL_FLAGS, Settings
 from .files.published import export
+
+PUBLISHED_LAYERS = (6, 12, 18, 24)  # the default of --features_list in the published program
 
 
 def show(path: str) -> None:
@@ -50,15 +55,32 @@ def export_file(path: str, out: str, weights_file: str | None) -> None:
     checkpoint.restore(detector, clip, path)
     write(export(detector, clip), out)
     print(f"{out}: written in the published format")
-    if settings.fidelity != "released" or settings.states:
-        print(
-            f"{out}: the published program gives other numbers, as it knows neither --fidelity corrected nor --prompts"
-        )
-    elif settings.visionA == "MViTFC":
-        print(
-            f"{out}: MViTFC attends across the images of a batch: the published test program gives the numbers of this "
-            f"checkpoint at --batch_size {settings.eval_batch}, and others at any other"
-        )
+    for line in export_notes(settings):
+        print(f"{out}: {line}")
+
+
+def export_notes(settings: Settings) -> Iterator[str]:
+    """What the published test program has to be told of an exported checkpoint, and what it cannot be told."""
+    flags = {name: getattr(settings, name) for name in MODEL_FLAGS if name != "fidelity"}
+    defaults = {name: flag["default"] for name, flag in MODEL_FLAGS.items()} | {"features_list": PUBLISHED_LAYERS}
+    if settings.visionA == "MViTFC":  # attends across the images of a batch
+        flags["batch_size"] = settings.eval_batch
+    words = [
+        f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for name, value in flags.items()
+        if value != defaults.get(name)
+    ]
+    if words:
+        yield f"the published test program needs {' '.join(words)}"
+    known = read_config(config_path(settings.obj)).get("prompt_name") if settings.obj in BENCHMARKS else None
+    lost = {
+        "--fidelity corrected": settings.fidelity != "released",
+        "--prompts": settings.states is not None,
+        f"--prompt_name {settings.prompt_name}": known not in (None, settings.prompt_name),
+        f"the data set {settings.obj}": known is None,
+    }
+    for what in (what for what, applies in lost.items() if applies):
+        yield f"it gives other numbers there, as {what} cannot be expressed"
 
 
 def main() -> None:

@@ -320,7 +320,7 @@ def read_checkpoint(options: argparse.Namespace) -> Checkpoint:
     if config_path(name).is_file():
         config = {"prompt_name": name, "pixel_metrics": False, **read_config(config_path(name))}
         facts = {"obj": name, **{key: config[key] for key in ("prompt_name", "pixel_metrics")}}
-    checkpoint = Checkpoint.load(options.ckpt, options, facts)
+    checkpoint = Checkpoint.load(options.ckpt, options, None if facts is None else lambda: facts)
     check_against(checkpoint.settings, {}, options)
     return checkpoint
 

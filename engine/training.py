@@ -310,7 +310,6 @@ class Splits:
     calibration: list[Sample]  # some of what is left, for the decision threshold
     unused: list[Sample]  # all that is left of valid/ after the shots
     select: str  # the rule by which the epoch is chosen
-    patients: set[str]  # of the shots, as far as names tell, by their names: no number of --anonymous
     numbered: bool = False  # with --anonymous samples and their patients bear numbers instead of names
 
     @classmethod
@@ -340,8 +339,7 @@ class Splits:
             )
         valid = scored if select == "valid" else []
         test, calibration = dataset.samples("test"), calibration_samples(scored)
-        patients = {sample.patient for sample in (*shots.abnormal, *shots.normal) if sample.patient is not None}
-        splits = cls(dataset, shots, test, valid, calibration, unused, select, patients)
+        splits = cls(dataset, shots, test, valid, calibration, unused, select)
         return splits.anonymous() if options.anonymous else splits
 
     def anonymous(self) -> Splits:

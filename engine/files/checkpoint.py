@@ -7,7 +7,7 @@ import contextlib
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ..detector import Detector
 from .config import VERSION, Settings
 from .published import encoder_difference, features_difference, infer_settings, looks_published
 
+Facts = Callable[[], Mapping[str, Any]]
 FORMAT = "madclip-1"
 METADATA = "about"  # its name in files, since the first version
 # What torch raises over tensors that are not as they should be.
@@ -45,15 +46,15 @@ class Checkpoint:
 
     @classmethod
     def load(
-        cls, path: str | Path, options: argparse.Namespace | None = None, facts: Mapping[str, Any] | None = None
+        cls, path: str | Path, options: argparse.Namespace | None = None, facts: Facts | None = None
     ) -> Checkpoint:
         """Read a file of either format; nothing in it can run code.
 
         Args:
             path: the file.
             options: for a published file, what no tensor tells (see `published.infer_settings`).
-            facts: for a published file, those of the data set that it was trained on (see `published.facts_of`);
-                without them such a file is refused.
+            facts: gives for a published file those of the data set that it was trained on (see
+                `published.facts_of`); without it such a file is refused.
 
         Raises:
             InputError: no such file, a damaged one, or another kind of file.
@@ -66,7 +67,7 @@ class Checkpoint:
         if options is None or facts is None or not looks_published(payload):
             fault = f"not a checkpoint of this project (no format {FORMAT!r} in it)"
             raise InputError(f"--ckpt {path}: {fault}; of a published one name the data set with --obj")
-        settings, line = infer_settings(payload, path, facts, options)
+        settings, line = infer_settings(payload, path, facts(), options)
         print(f"{path}: {line}")
         return cls(settings, payload, {"select": "unknown (published checkpoint)"}, published=True)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -77,19 +78,9 @@ def run_name(text: str) -> str:
 
 def threshold_rule(text: str) -> str:
     """An argparse type: f1, fpr=RATE or tpr=RATE, see engine.calibration.Rule."""
-    name, _, value = text.partition("=")
-    try:
-        valid = text == "f1" or (name in ("fpr", "tpr") and 0 <= float(value) < 1) or (name == "tpr" and value == "1")
-    except ValueError:
-        valid = False
-    if not valid:
+    if not re.fullmatch(r"f1|[ft]pr=(0|0?\.\d+)|tpr=1", text):
         raise argparse.ArgumentTypeError(f"{text!r} is neither f1 nor fpr=RATE or tpr=RATE, a RATE from 0 to below 1")
     return text
-
-
-def prompts_file(path: str) -> dict[str, list[str]]:
-    """An argparse type: the state phrases in a JSON file, see `Prompt.read_prompts`."""
-    return read_prompts(path)
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -298,7 +289,7 @@ def train_parser() -> Parser:
     add("--learning_rate", type=positive_float, default=0.001, help="learning rate of Adam")
     add_shot_flags(group, 16)
     add("--prompt_name", type=nonblank_text, help="what the prompts call the object (default: the data set's)")
-    add("--prompts", type=prompts_file, metavar="FILE", help="JSON file with other state phrases (docs/data.md)")
+    add("--prompts", type=read_prompts, metavar="FILE", help="JSON file with other state phrases (docs/data.md)")
     add("--iterate", type=int, default=0,
         help="K takes lines a-K: and n-K: of the list of shots; negative: sample with --seed")  # fmt: skip
     add("--select", choices=tuple(SELECTS),

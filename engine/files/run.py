@@ -27,7 +27,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -203,8 +202,7 @@ def open_run(
 ) -> tuple[RunFolder, dict[str, Any], dict[str, Any]]:
     """The run's folder, its config.json (not written yet), and what its checkpoints say of themselves.
 
-    The metadata holds no path, no host and no command: a checkpoint is shared, a run folder is not. With --anonymous
-    the folder alone knows the patients of the shots.
+    The metadata holds no path, no host and no command: a checkpoint is shared, a run folder is not.
 
     Raises:
         InputError: a run to resume had other settings, other shots, or other images and masks.
@@ -214,7 +212,6 @@ def open_run(
         "settings": settings.to_dict(),
         "shots": splits.shots.names(),
         "shots_from": re.sub(r"\S*(?=fewshot_seed/)", "", splits.shots.source),  # without the folder that holds it
-        "shot_patients": sorted(splits.patients),
         "contents": hashlib.sha256(json.dumps(splits.contents(), sort_keys=True).encode()).hexdigest(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         **checkpoint.versions(),
@@ -232,7 +229,7 @@ def open_run(
         "select": options.select,
         "run": run.path.name,
         "benchmark": splits.dataset.is_benchmark,  # the paper's own images
-        "shot_patients": None if options.anonymous else config["shot_patients"],
+        "shot_patients": None if options.anonymous else sorted(splits.shot_patients()),
         "data": described_by(splits.dataset.layout),
     }
     return run, config, metadata
@@ -265,15 +262,6 @@ def _continue(run: RunFolder, config: dict[str, Any]) -> None:
     config["resumed"] = stored.get("resumed", 0) + 1
 
 
-def folder_of(ckpt: str | Path, metadata: Mapping[str, Any]) -> Path | None:
-    """The folder of the run that wrote a checkpoint, beside it or below runs/; None where it is not there any more."""
-    for folder in (Path(ckpt).parent, Path("runs") / Path(metadata.get("run") or "").name):
-        config = folder / "config.json"
-        if metadata.get("started") and config.is_file() and read_json(config).get("started") == metadata["started"]:
-            return folder
-    return None
-
-
 def shot_patients(
     settings: Settings, metadata: Mapping[str, Any], options: argparse.Namespace
 ) -> tuple[set[str] | None, str]:
@@ -286,17 +274,12 @@ def shot_patients(
     if options.patient not in (None, rule):
         return None, "--patient is not what the training named patients by"
     if patients is None:
-        folder = folder_of(options.ckpt, metadata)
-        if folder is None:
-            return None, "trained with --anonymous, and the run's folder, which alone knows them, is not there"
-        patients = RunFolder(folder).read_config()["shot_patients"]
+        return None, "trained with --anonymous, which keeps no patient"
     return set(patients), ""
 
 
-def read_as_trained(
-    dataset: MedicalDataset, settings: Settings, metadata: Mapping[str, Any], options: argparse.Namespace
-) -> MedicalDataset:
-    """The data set as the training of a checkpoint read it, where no flag says otherwise.
+def read_as_trained(options: argparse.Namespace, settings: Settings, metadata: Mapping[str, Any]) -> None:
+    """Set what no flag says of how images are read to what the training of a checkpoint did.
 
     Scans are read by the checkpoint's window and plane. What masks and names mean belongs to the data set: it follows
     the checkpoint where that was trained on this one.
@@ -304,15 +287,13 @@ def read_as_trained(
     stored: dict[str, Any] = {}
     if settings.reading is not None:
         window = settings.read_options.window
-        stored = {"plane": settings.read_options.plane, **({"window": window} if window else {})}
-    if settings.obj == dataset.obj:
+        words = [window] if isinstance(window, str) else list(map(str, window or ()))
+        stored = {"plane": settings.read_options.plane, "window": words or None}
+    if settings.obj == options.obj:
         stored |= {"mask_above": settings.mask_above, **metadata.get("data", {})}
-    changes: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in stored.items()
-        if getattr(options, name) is None
-    }
-    return replace(dataset, layout=replace(dataset.layout, **changes))
+    for name, value in stored.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
 
 
 def result_json(settings: Settings, evaluation: Evaluation, metrics: Metrics, select: str) -> dict[str, Any]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.attacks import UNGOOD, driver, fine, refused
+from tests.helpers.attacks import UNGOOD, driver, fine, read_json, refused
 from tests.helpers.commands import ROOT
 from tests.integration.test_distributed import torchrun
 
@@ -70,6 +71,34 @@ def test_anonymous_results_hold_no_file_name(command, home, tmp_path):
         assert b"Miller" not in (contents(path) if path.is_dir() else path.read_bytes()), name
     assert "Miller" not in train.stdout + train.stderr + test.stdout + test.stderr
     assert "--anonymous" in "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
+
+
+def test_the_shots_patients_are_left_out_or_said_to_be_unknown(command, home, tmp_path):
+    """Whichever of train.py and test.py is anonymous; --patient and --mask_above of the training hold in the test."""
+    data = home.copy_data(tmp_path)
+    for path in sorted((data / "Brain_AD").rglob("*_000*.png")):  # of a patient two in valid, and one in test
+        kind, number = ("a" if "Ungood" in path.name else "n"), int(path.stem[-2:])
+        path.rename(path.with_name(f"{kind}{number // (2 if 'valid' in path.name else 1)}x{number}.png"))
+    shutil.rmtree(data / "Brain_AD/fewshot_seed")
+    own = ["--patient", r"([an]\d)x", "--mask_above", 0]
+    results = {}
+    for training, testing in (([], []), ([], ["--anonymous"]), (["--anonymous"], [])):
+        run = [*home.train(tmp_path, data), "--epoch", 1, "--out_json", tmp_path / "train.json", *own, *training]
+        trained = fine(command("train.py", *run))
+        flags = [*home.flags(data), "--ckpt", tmp_path / "ckpt/Brain.pth", "--out_json", tmp_path / "test.json"]
+        results[bool(training), bool(testing)] = (
+            fine(command("test.py", *flags, *testing)),
+            read_json(tmp_path / "test.json"),
+        )
+        assert not training or not re.search(r"[an]\dx", trained)
+    whole = read_json(tmp_path / "train.json")
+    keys = ("pauc", "auc_without_shot_patients", "n_normal_without_shot_patients", "n_abnormal_without_shot_patients")
+    for (training, _), (said, result) in results.items():
+        assert result["pauc"] == whole["pauc"]
+        assert ("not known (trained with --anonymous" in said) == training
+        if not training:
+            assert [result[key] for key in keys] == [whole[key] for key in keys]
+    assert whole["n_normal_without_shot_patients"] < whole["n_normal"]
 
 
 def test_the_password_in_an_address_is_never_printed(command, home, tmp_path):

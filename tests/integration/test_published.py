@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.commands import ROOT
 from tests.helpers.data import SMALL
 from tests.integration.test_scripts import figures, printed, refusal
 
@@ -63,11 +64,12 @@ def test_published_names_and_the_same_figures(command, published, golden_json):
         assert stored["text_features_fix"].shape == (96, 2)
 
     flags = published.test_flags(published.folder / "published.pth")
-    # The file does not say how many shots it was trained on, so --shot is accepted.
+    # The file does not say how many shots it was trained on, so --shot is accepted; whose they are is not known.
     output = printed(command, "test.py", *flags, "--features_list", 2, 4, "--shot", 16)
     assert f"inferred: ViT-tiny-14-56, MFCFC, 2 layers, {published.mood}" in output
     assert figures(output) == published.figures
     assert "differ" not in output
+    assert "without the shots' patients: not known" in output
     assert "2 layers: name them with --features_list" in refusal(command, "test.py", *flags)
 
 
@@ -81,6 +83,21 @@ def test_layers_in_another_order(command, once, phantoms):
     assert figures(output) == published.figures
     assert "assumed: layers 4 2" in output
     assert figures(printed(command, "test.py", *given, "--features_list", 2, 4)) != published.figures
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+@pytest.mark.parametrize("published", ["fix"], indirect=True)
+def test_a_tower_of_ones_own_is_named(command, published, tmp_path, form):
+    """A JSON file, or a folder with config.json, whose sizes CLIP/model_configs does not have as well."""
+    source = ROOT / "CLIP/model_configs/ViT-tiny-14-56.json"
+    (tmp_path / "mine").mkdir()
+    model = tmp_path / "mine/mine.json" if form == "file" else tmp_path / "mine"
+    shutil.copy(source, tmp_path / "mine" / ("mine.json" if form == "file" else "open_clip_config.json"))
+    flags = [*published.test_flags(published.folder / "published.pth"), "--features_list", 2, 4]
+    output = printed(command, "test.py", *flags, "--model_name", model)
+    assert "inferred: mine, MFCFC" in output
+    wrong = refusal(command, "test.py", *flags, "--model_name", "ViT-B-16")
+    assert "published.pth" in wrong and "--model_name ViT-B-16" in wrong
 
 
 def test_another_text_encoder_is_named(command, published):
@@ -133,18 +150,21 @@ def test_export_keeps_the_checkpoint_and_names_what_is_lost(command, published, 
     before = path.read_bytes()
     assert "is the checkpoint itself" in refusal(command, "engine.checkpoint", "export", path, path)
     assert path.read_bytes() == before
-    assert "other numbers" not in (published.folder / "export").read_text()
-    assert "batch_size" not in (published.folder / "export").read_text()  # MFCFC's do not depend on it
+    said = (published.folder / "export").read_text()
+    assert "other numbers" not in said
+    assert "batch_size" not in said  # MFCFC's do not depend on it
+    assert "--model_name ViT-tiny-14-56 --pretrain random --img_size 42 --features_list 2 4" in said
+    assert ("--text_mood" in said) == (published.mood != "learnable_all")
     stored = torch.load(path, weights_only=True)
     stored["settings"]["fidelity"] = "corrected"
     torch.save(stored, path)
-    assert "gives other numbers" in printed(command, "engine.checkpoint", "export", path, tmp_path / "out.pth")
+    assert "--fidelity corrected" in printed(command, "engine.checkpoint", "export", path, tmp_path / "out.pth")
 
 
 def test_export_of_mvitfc_names_the_batch_size_of_its_numbers(command, phantoms, tmp_path):
     """Attention runs across the images of a batch, and the published test program scores single batches."""
     make(command, phantoms, tmp_path, "--visionA", "MViTFC", "--text_mood", "fix")
-    assert "gives the numbers of this checkpoint at --batch_size 8, and others" in (tmp_path / "export").read_text()
+    assert "--batch_size 8" in (tmp_path / "export").read_text()
     published = Published("fix", tmp_path, phantoms)
     flags = published.test_flags(tmp_path / "published.pth")
     assert figures(printed(command, "test.py", *flags, "--batch_size", 8)) == published.figures

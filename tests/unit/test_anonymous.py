@@ -49,7 +49,6 @@ def test_splits_show_numbers_and_print_no_patient(tmp_path, capsys):
     write(tmp_path)
     plain, hidden = (Splits.open(options_of(tmp_path, *flags)) for flags in ([], ["--anonymous"]))
     assert [sample.path for sample in hidden.test] == [sample.path for sample in plain.test]
-    assert hidden.patients == plain.patients == plain.shot_patients()
     assert len(hidden.shot_patients()) == len(plain.shot_patients())
     capsys.readouterr()
     hidden.describe()
@@ -74,13 +73,6 @@ def test_unknown_shots_are_not_nobodys():
     assert known(metadata) == ({"7"}, "")
     assert known({"shot_patients": []}) == (set(), "")
     for unknown in (known({}), known(metadata, obj="Liver"), known(metadata, patient=r"\d+"),
-                    known({"shot_patients": None, "started": "then", "run": "gone"})):  # fmt: skip
+                    known({"shot_patients": None})):  # fmt: skip
         assert unknown[0] is None
         assert unknown[1]
-
-
-def test_the_runs_folder_alone_knows_the_patients_of_an_anonymous_run(tmp_path):
-    metadata = {"shot_patients": None, "started": "then", "run": "one"}
-    (tmp_path / "config.json").write_text('{"started": "then", "shot_patients": ["7"]}')
-    assert known(metadata, ckpt=tmp_path / "best.pth") == ({"7"}, "")
-    assert known({**metadata, "started": "later"}, ckpt=tmp_path / "best.pth")[0] is None

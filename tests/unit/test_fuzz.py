@@ -157,7 +157,7 @@ def read_and_load_weights(path: Path) -> None:
 def read_and_restore(path: Path) -> None:
     """What test.py does with a checkpoint."""
     facts = {"obj": "Brain", "prompt_name": "Brain", "pixel_metrics": True, "mask_above": 127}
-    checkpoint = Checkpoint.load(path, FLAGS, facts)
+    checkpoint = Checkpoint.load(path, FLAGS, lambda: facts)
     encoder_difference(checkpoint.parts, tiny_clip())
     if checkpoint.settings.model_name == "ViT-tiny-14-56":
         detector = Detector(tiny_clip(), checkpoint.settings)

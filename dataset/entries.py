@@ -49,7 +49,7 @@ def read_folders(root: Path, layout: Layout) -> list[Entry]:
             if pairs.lost:
                 raise InputError(
                     f"{preview([str(path) for path in pairs.lost])}: named like masks, but no image of that name lies "
-                    f"beside them ({len(pairs.lost)} files); rename them, or describe the data set (docs/data.md)"
+                    f"beside them ({len(pairs.lost)} files); rename them, or write a list (docs/data.md)"
                 )
             divided = folder in layout.shared(kind)
             split = "" if divided else "valid" if folder in layout.valid[kind] else "test"

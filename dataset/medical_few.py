@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from utils import InputError, preview, warn
+from utils import InputError, prefetch, preview, warn
 
 from .entries import Entry, read_folders
 from .fewshot import SEEDS, check_shot_names, draw_shots, list_paths, parse_shot_list, pick_lines
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["Sample"]
 
 HASHED = "the patient, or of the name where none is recognised"
+READERS = 4  # threads that read masks
 FLAT = 8  # of 255: a slice whose greys differ by less shows nothing
 NOTHING = Image.new("L", (1, 1))
 # Why something is no sample.
@@ -235,7 +236,8 @@ class MedicalDataset:
         for kind in KINDS:
             files = self.image_files(split, kind, (split, kind) != ("valid", "abnormal"))
             self._check_masks(files, kind, may_lack_mask=split == "valid")
-            found = [sample for file in files for sample in self.samples_in(file)]
+            workers = 1 if any(file.series for file in files) else READERS  # of copies the first one stays
+            found = [sample for inside in prefetch(self.samples_in, files, workers) for sample in inside]
             if split == "test" and not found:
                 why = "; ".join((*self.left_out_lines(), self.levels_line() or "no slice"))
                 raise InputError(f"{self.root}: none of the {len(files)} {kind} files of test gives an image: {why}")

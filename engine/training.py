@@ -369,8 +369,9 @@ class Splits:
         result = {}
         for sample in (*self.shots.abnormal, *self.shots.normal, *self.test, *self.valid, *self.calibration):
             result[sample.name] = sample.content_hash()[:16]
-            if sample.mask is not None:
-                result[f"{sample.name} (mask)"] = sha256_file(sample.mask)[:16]
+            for mask in (sample.mask, *sample.more_masks):
+                if mask is not None:
+                    result[f"{sample.name} ({mask.name}, mask)"] = sha256_file(mask)[:16]
         return result
 
     def describe(self) -> None:

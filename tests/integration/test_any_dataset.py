@@ -187,18 +187,6 @@ def test_volumes_are_trained_slice_by_slice(call, tmp_path):
     assert last_lines(trained) == last_lines(call("test.py", *paths))
 
 
-def test_an_unknown_name_in_the_known_layout(brain, call, tmp_path):
-    shutil.copytree(brain, tmp_path / "My_Knee_AD")
-    output = call(
-        "train.py", *ONE_EPOCH, "--obj", "My_Knee", "--data_path", tmp_path, "--save_path", tmp_path, "--shot", 2
-    )
-    assert len(last_lines(output)) == 2
-    assert torch.load(tmp_path / "My_Knee.pth", weights_only=True)["settings"]["prompt_name"] == "My Knee"
-    (tmp_path / "My_Knee_AD/test/Ungood/anomaly_mask/test_Ungood_00002.png").unlink()
-    message = call("test.py", "--obj", "My_Knee", "--data_path", tmp_path, "--save_path", tmp_path, code=2)
-    assert "test_Ungood_00002.png: no mask (1 of 4 abnormal images)" in message
-
-
 def test_a_file_names_layout_and_prompts(brain, call, tmp_path):
     """As a user would: the file is put into dataset/."""
     root = tmp_path / "x"
@@ -249,33 +237,6 @@ def test_prompts_of_ones_own_are_in_the_checkpoint(brain, call, tmp_path, mood):
     del stored["settings"]["states"]
     torch.save(stored, tmp_path / "Brain.pth")
     assert last_lines(call("test.py", *paths)) == last_lines(plain)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text", "words"),
-    [
-        (["--prompts", "FILE"], "{", "cannot be read as JSON"),
-        (["--prompts", "FILE"], '{"normal": ["{}"]}', "expected"),
-        (["--prompts", "FILE"], '{"normal": [], "abnormal": ["{}"]}', "at least one"),
-        (["--prompts", "FILE"], '{"normal": ["{}"], "abnormal": ["flaw"]}', "'flaw' needs {} once"),
-        (["--prompts", "FILE"], '{"normal": ["{}"], "abnormal": ["{x} {}"]}', "needs {} once"),
-        (["--prompts", "nowhere.json"], "", "nowhere.json"),
-        (["--prompt_name", " "], "", "blank"),
-        (["--prompt_name", "a b " * 48], "", "tokens"),
-        (["--shot_normal", "0", "--shot_abnormal", "0"], "", "--shot_normal 0"),
-        (["--shot_abnormal", "-1"], "", "at least 0"),
-        (["--shot_abnormal", "99"], "", "--shot_abnormal 99"),
-        (["--obj", "../x"], "", "file names"),
-        (["--data_root", "nowhere"], "", "nowhere not found"),
-    ],
-)
-def test_bad_arguments(brain, call, tmp_path, arguments, text, words):
-    (tmp_path / "prompts.json").write_text(text)
-    arguments = [tmp_path / "prompts.json" if word == "FILE" else word for word in arguments]
-    paths = ["--obj", "Brain", "--data_root", brain, "--save_path", tmp_path]
-    message = call("train.py", *ONE_EPOCH, *paths, "--shot", 2, *arguments, code=2)
-    assert words in message
-    assert len([line for line in message.splitlines() if "error: " in line]) == 1
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax"])

@@ -51,7 +51,8 @@ def read(path: Path) -> dict:
 
 def test_a_killed_ablation(command, small, tmp_path):
     """The tables and every epoch's losses are those of an undisturbed grid."""
-    grid = ["--table", "ablation", "--obj", "Brain", "--seeds", "111", "--shots", "1", *small, "--features_list", "2"]
+    grid = ["--table", "ablation", "--obj", "Brain", "--seeds", "111", "--shots", "1", "--select", "test"]
+    grid += [*small, "--features_list", "2"]
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     result = command("reproduce.py", *grid, "--out", undisturbed)
     assert result.returncode == 0, result.stderr
@@ -201,6 +202,7 @@ def test_cross_table(command, small, tmp_path):
     assert (both["trained_on"], both["obj"]) == ("Brain", "Liver")
     assert (both["select"], both["last"]["select"]) == ("test", "last")
     assert float(found["Brain", "Liver", "pixel AUROC"]["mean"]) == pytest.approx(100 * both["last"]["pauc"], abs=1e-5)
+    assert (both["mask_above"], read(tmp_path / "runs/Liver-1shot-seed1/on-Brain.json")["mask_above"]) == (25, 127)
     assert "127 (Brain), 25 (Liver)" in (tmp_path / "cross.md").read_text()
     # A threshold belongs to the epoch that it was set for.
     run = read(tmp_path / "runs/Brain-1shot-seed1/result.json")

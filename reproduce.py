@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import test
 import train
-from CLIP.config import ModelConfig
+from CLIP.dinov2 import load_config
 from engine import baselines
 from engine.files.checkpoint import Checkpoint
 from engine.files.config import SELECTS, shared_options, test_options, train_options
@@ -254,8 +254,10 @@ def caption(grid: Grid) -> str:
     shots = "" if len(options.shots) > 1 else f", {options.shots[0]} shot{'s' * (options.shots[0] > 1)}"
     seeds = ", mean ± standard deviation (n - 1) over seeds" if len(options.seeds) > 1 else ", seed"
     weights = Path(base.weights).name if base.weights else f"{base.pretrain} weights"
+    config = load_config(base.model_name, base.image_tower)
+    tower = f"{config.name} with the image tower {config.image_tower}" if config.image_tower else config.name
     return (
-        f"MadCLIP, re-implemented: {grid.kind.title}. {ModelConfig.load(base.model_name).name}, {weights}, "
+        f"MadCLIP, re-implemented: {grid.kind.title}. {tower}, {weights}, "
         f"{base.img_size} px, {base.fidelity}, {epochs}{shots}; percent{seeds} {' '.join(map(str, options.seeds))}."
     )
 
@@ -263,7 +265,8 @@ def caption(grid: Grid) -> str:
 def caveats(grid: Grid, published: Sequence[Published]) -> Iterator[str]:
     """Why the figures mean little, or compare with none of the published ones, where that is so."""
     if grid.base.pretrain == "random":
-        yield "Nothing is pre-trained: these figures only show that the program runs."
+        nothing = "Nothing is pre-trained: these figures only show that the program runs."
+        yield "The text tower is random: no text is aligned with the images." if grid.base.image_tower else nothing
     datasets = [grid.dataset(obj) for obj in grid.options.obj]
     if made_up := [data.obj for data in datasets if data.is_made_up]:
         yield f"Made-up images ({', '.join(made_up)}): their figures compare with none that is published."

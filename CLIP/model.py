@@ -6,6 +6,7 @@ Radford et al. 2021, section 2.4; MadCLIP section 2 reads the image tower's toke
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,32 +18,36 @@ from .transformer import Transformer
 from .weights import WeightsInfo
 
 
-def resize_positional_embedding(embedding: Tensor, grid: int) -> Tensor:
-    """Resize the grid part of (1 + g * g, C) to (1 + grid * grid, C): bicubic, antialiased; the class row stays."""
+def resize_positional_embedding(embedding: Tensor, grid: int, antialias: bool = True) -> Tensor:
+    """Resize the grid part of (1 + g * g, C) to (1 + grid * grid, C), bicubic; the class row stays."""
     class_row, rows = embedding[:1], embedding[1:]
     old = round(len(rows) ** 0.5)
     if old == grid:
         return embedding
     square = rows.T.reshape(1, -1, old, old)
-    square = F.interpolate(square, size=(grid, grid), mode="bicubic", antialias=True, align_corners=False)
+    square = F.interpolate(square, size=(grid, grid), mode="bicubic", antialias=antialias, align_corners=False)
     return torch.cat([class_row, square.flatten(2)[0].T])
 
 
 class VisionTower(nn.Module):
-    """The image tower at one image size."""
+    """The image tower at one image size: CLIP's, or DINOv2, which has no projection into the joint embedding."""
 
     def __init__(self, config: ModelConfig, img_size: int, quick_gelu: bool, normalize_pixels: bool) -> None:
         super().__init__()
         width, patch = config.width, config.patch_size
         self.normalize_pixels = normalize_pixels
         self.pixel_mean, self.pixel_std = list(config.pixel_mean), list(config.pixel_std)
-        self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
+        self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=config.patch_bias)
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(config.grid(img_size) ** 2 + 1, width))
-        self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, config.layers, config.heads, quick_gelu, config.mlp_ratio)
-        self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(torch.empty(width, config.embed_dim))
+        self.registers = nn.Parameter(torch.empty(config.registers, width)) if config.registers else None
+        self.ln_pre = nn.LayerNorm(width) if config.pre_norm else nn.Identity()
+        self.transformer = Transformer(
+            width, config.layers, config.heads, quick_gelu, config.mlp_ratio, norm_eps=config.norm_eps,
+            layer_scale=config.layer_scale, swiglu=config.swiglu,
+        )  # fmt: skip
+        self.ln_post = nn.LayerNorm(width, config.norm_eps)
+        self.proj = None if config.image_tower else nn.Parameter(torch.empty(width, config.embed_dim))
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [0, 1] -> tokens before the first block (B, L, C), class token first."""
@@ -51,11 +56,13 @@ class VisionTower(nn.Module):
         patches = self.conv1(images).flatten(2).transpose(1, 2)  # (B, N, C)
         class_token = self.class_embedding.expand(len(images), 1, -1)
         x = torch.cat([class_token.to(patches.dtype), patches], dim=1) + self.positional_embedding
+        if self.registers is not None:  # between the class token and the patches, without a position
+            x = torch.cat([x[:, :1], self.registers.expand(len(x), -1, -1), x[:, 1:]], dim=1)
         tokens: Tensor = self.ln_pre(x)
         return tokens
 
     def forward_intermediates(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """Tokens after the given blocks, in one pass that stops at the deepest; the class token comes first.
+        """Tokens after the given blocks, in one pass that stops at the deepest: the class token, then the patches.
 
         Images (B, 3, S, S) in [0, 1], layers counted from 1, in any order -> a (B, L, C) for each, in that order.
         """
@@ -64,13 +71,16 @@ class VisionTower(nn.Module):
             x = block(x)
             if number in layers:
                 kept[number] = x
+        if self.registers is not None:
+            patches = 1 + len(self.registers)
+            kept = {number: torch.cat([x[:, :1], x[:, patches:]], dim=1) for number, x in kept.items()}
         return [kept[number] for number in layers]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) in [0, 1] -> image embeddings (B, D), not normalised."""
+        """Images (B, 3, S, S) in [0, 1] -> image embeddings (B, D), not normalised; DINOv2's are (B, C)."""
         tokens = self.forward_intermediates(images, [len(self.transformer.blocks)])[0]
-        embeddings: Tensor = self.ln_post(tokens[:, 0]) @ self.proj
-        return embeddings
+        embeddings: Tensor = self.ln_post(tokens[:, 0])
+        return embeddings if self.proj is None else embeddings @ self.proj
 
 
 class TextTower(nn.Module):
@@ -120,7 +130,9 @@ class CLIP(nn.Module):
         super().__init__()
         self.config, self.img_size, self.quick_gelu = config, img_size, quick_gelu
         self.info: WeightsInfo | None = None
-        self.visual = VisionTower(config, img_size, quick_gelu, normalize_pixels) if vision else None
+        other = bool(config.image_tower)  # DINOv2 knows one activation and one kind of pixels
+        tower = partial(VisionTower, config, img_size, quick_gelu and not other, normalize_pixels or other)
+        self.visual = tower() if vision else None
         self.text = TextTower(config, quick_gelu)
         self.logit_scale = nn.Parameter(torch.empty(()))  # part of every weight file; the method does not use it
         self.requires_grad_(False)

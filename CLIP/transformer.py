@@ -6,7 +6,7 @@ Parameter names are OpenAI's, so that a weight file loads without a table of nam
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -63,17 +63,52 @@ class Attention(nn.Module):
         return torch.einsum("bhc,hdc->bhd", mixed, values).flatten(1) + bias_v
 
 
-class ResidualAttentionBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+class LayerScale(nn.Module):
+    """A factor for each channel (DINOv2)."""
 
-    def __init__(self, width: int, heads: int, quick_gelu: bool, mlp_ratio: float = 4.0) -> None:
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        return x * self.gamma
+
+
+class SwiGLU(nn.Module):
+    """silu of one half of the channels times the other half, in place of an activation (DINOv2 ViT-g)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., 2 H) -> (..., H)."""
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+
+class ResidualAttentionBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); DINOv2 scales what is added (`layer_scale`)."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        quick_gelu: bool,
+        mlp_ratio: float = 4.0,
+        norm_eps: float = 1e-5,
+        layer_scale: bool = False,
+        swiglu: bool = False,
+    ) -> None:
         super().__init__()
         hidden = round(width * mlp_ratio)
-        self.ln_1 = nn.LayerNorm(width)
+        inner = (int(hidden * 2 / 3) + 7) // 8 * 8 if swiglu else hidden  # as many numbers with three matrices
+        self.ln_1 = nn.LayerNorm(width, norm_eps)
         self.attn = Attention(width, heads)
-        self.ln_2 = nn.LayerNorm(width)
-        gelu = QuickGELU() if quick_gelu else nn.GELU()
-        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, hidden), gelu=gelu, c_proj=nn.Linear(hidden, width)))
+        self.ln_2 = nn.LayerNorm(width, norm_eps)
+        gelu = SwiGLU() if swiglu else QuickGELU() if quick_gelu else nn.GELU()
+        layers: OrderedDict[str, nn.Module] = OrderedDict(
+            c_fc=nn.Linear(width, inner * (1 + swiglu)), gelu=gelu, c_proj=nn.Linear(inner, width)
+        )
+        self.mlp = nn.Sequential(layers)
+        self.ls_1, self.ls_2 = (LayerScale(width) if layer_scale else nn.Identity() for _ in range(2))
 
     def qkv(self, x: Tensor) -> Tensor:
         """Queries, keys and values of the block's input, side by side: (..., C) -> (..., 3C)."""
@@ -81,8 +116,8 @@ class ResidualAttentionBlock(nn.Module):
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """The block's output from its input and the attention heads' outputs: (..., C) twice -> (..., C)."""
-        x = x + self.attn.out_proj(mixed)
-        result: Tensor = x + self.mlp(self.ln_2(x))
+        x = x + self.ls_1(self.attn.out_proj(mixed))
+        result: Tensor = x + self.ls_2(self.mlp(self.ln_2(x)))
         return result
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
@@ -98,10 +133,18 @@ class ResidualAttentionBlock(nn.Module):
 class Transformer(nn.Module):
     """A stack of residual attention blocks."""
 
-    def __init__(self, width: int, layers: int, heads: int, quick_gelu: bool, mlp_ratio: float = 4.0) -> None:
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        quick_gelu: bool,
+        mlp_ratio: float = 4.0,
+        **of_blocks: Any,  # noqa: ANN401
+    ) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(
-            ResidualAttentionBlock(width, heads, quick_gelu, mlp_ratio) for _ in range(layers)
+            ResidualAttentionBlock(width, heads, quick_gelu, mlp_ratio, **of_blocks) for _ in range(layers)
         )
 
     @property

@@ -14,7 +14,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FunctionType
@@ -25,9 +25,9 @@ from safetensors import SafetensorError, safe_open
 
 from utils import EXPECTED, InputError, blame, sha256_file
 
-from .config import CONFIG_FILES, HUB, ModelConfig, fetch, file_in, list_models, refused
+from .config import CKPT_FOLDER, CONFIG_FILES, HUB, ModelConfig, fetch, file_in, list_models, refused
+from .dinov2 import find_tower, with_tower
 
-CKPT_FOLDER = Path(__file__).parent / "ckpt"
 WEIGHT_FILES = (  # in a folder or on the hub
     "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
     "model.safetensors", "pytorch_model.bin",
@@ -35,10 +35,26 @@ WEIGHT_FILES = (  # in a folder or on the hub
 Loader = Callable[[], torch.Tensor]  # reads one tensor of a file
 
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # three integers in OpenAI's files
-ANCHORS = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight")  # OpenAI's, Hugging Face's
-# What becomes OpenAI's spelling, replaced in this order: names of open_clip's CustomTextCLIP, of Hugging Face's
-# CLIPModel. What follows a `/` is a part: q, k and v are stacked, `t` is transposed, `-` is left out.
+# A key that tells what a file holds: OpenAI's, Hugging Face's, DINOv2's.
+ANCHORS = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight")
+TOWER_ANCHORS = ("embeddings.patch_embeddings.projection.weight",)
+# What becomes OpenAI's spelling, replaced in this order: names of Hugging Face's Dinov2Model, of open_clip's
+# CustomTextCLIP, of Hugging Face's CLIPModel. What follows a `/` is a part: q, k and v are stacked, `t` is transposed,
+# `s` loses its sides of 1, `-` is left out.
 NAMES = {
+    r"^embeddings\.cls_token": "visual.class_embedding/s",
+    r"^embeddings\.position_embeddings": "visual.positional_embedding/s",
+    r"^embeddings\.register_tokens": "visual.registers/s",
+    r"^embeddings\.mask_token": "mask_token/-",
+    r"^embeddings\.patch_embeddings\.projection\.": "visual.conv1.",
+    r"^encoder\.layer\.": "visual.transformer.resblocks.",
+    r"^layernorm\.": "visual.ln_post.",
+    r"\.norm([12])\.": r".ln_\1.",
+    r"\.layer_scale([12])\.lambda1": r".ls_\1.gamma",
+    r"attention\.attention\.([qkv])[a-z]+\.(.*)": r"attn.in_proj_\2/\1",
+    r"attention\.output\.dense\.": "attn.out_proj.",
+    r"mlp\.weights_in\.": "mlp.c_fc.",
+    r"mlp\.weights_out\.": "mlp.c_proj.",
     r"^text\.|^text_model\.": "",
     r"^vision_model\.": "visual.",
     r"position_ids$": "position_ids/-",
@@ -95,30 +111,45 @@ class Weights(WeightsInfo):
     config: ModelConfig
     path: Path | None  # None: random
     seed: int
+    tower: Path | None = None  # the file of an image tower that is not the model's own
 
 
 def find_weights(
-    model_name: str | ModelConfig, pretrained: str, weights: str | Path | None = None, seed: int = 0
+    model_name: str | ModelConfig,
+    pretrained: str,
+    weights: str | Path | None = None,
+    seed: int = 0,
+    image_tower: str | None = None,
 ) -> Weights:
     """Find a model's weight file and its SHA-256, which is remembered, so that a second call reads no file.
 
     `model_name` is what `ModelConfig.load` takes (a folder or repository holds the weights too), or a checkpoint's
     config; `pretrained`, one of `PRETRAINS`, says which file belongs to a name of model_configs/, and `weights` is a
-    file, or a folder that holds one, instead of that. `seed` is of random weights. `InputError` for an unknown model,
-    for no such weights, and for a file that is missing or cannot be read.
+    file, or a folder that holds one, instead of that. `seed` is of random weights. `image_tower` is DINOv2 in place of
+    the model's image tower (`dinov2.find_tower`). `InputError` for an unknown model, for no such weights, and for a
+    file that is missing or cannot be read.
     """
     config = model_name if isinstance(model_name, ModelConfig) else ModelConfig.load(model_name)
+    if image_tower is not None:
+        config = with_tower(config, image_tower)
+    tower = find_tower(image_tower or config.image_tower)[2] if config.image_tower else None
     if pretrained == "random":
         if weights is not None:
             raise InputError(f"--pretrain random contradicts --weights {weights}: give one of them")
         words = f"random 2, seed {seed}, {config.name}, {config.architecture()}"
         sha256 = hashlib.sha256(words.encode()).hexdigest()
-        return Weights(pretrained, f"random, seed {seed}", sha256, config, None, seed)
-    path, source = _locate(model_name, config, pretrained, weights)
-    with blame(path, _hint(path, config.name, pretrained)):
-        if not path.is_file() and path.exists():  # reading a pipe or a device may never end
-            raise InputError(f"the weight file {path} is a folder or a device, not a file")
-        return Weights(pretrained, source, sha256_file(path), config, path, seed)
+        found = Weights(pretrained, f"random, seed {seed}", sha256, config, None, seed)
+    else:
+        path, source = _locate(model_name, config, pretrained, weights)
+        with blame(path, _hint(path, config.name, pretrained)):
+            if not path.is_file() and path.exists():  # reading a pipe or a device may never end
+                raise InputError(f"the weight file {path} is a folder or a device, not a file")
+            found = Weights(pretrained, source, sha256_file(path), config, path, seed)
+    if tower is None:
+        return found
+    with blame(tower, "fetch it again"):
+        both = hashlib.sha256(f"{found.sha256} {sha256_file(tower)}".encode()).hexdigest()
+    return replace(found, source=f"{found.source}; image tower {config.image_tower}", sha256=both, tower=tower)
 
 
 def _hint(path: Path, model_name: str, pretrained: str) -> str:
@@ -166,7 +197,8 @@ def _in_folder(folder: Path, config: ModelConfig) -> Path:
     if any((folder / name).is_file() for name in CONFIG_FILES):
         theirs = ModelConfig.load(str(folder)).architecture()
         for name, value in config.architecture().items():
-            if theirs[name] != value and name != "image_size":
+            of_text = not config.image_tower or name.startswith("text_")
+            if of_text and theirs[name] != value and name != "image_size":
                 raise InputError(
                     f"--weights {folder}: its config says {name} {theirs[name]}, but {config.name} has {value}: "
                     f"give --model_name {folder} instead"
@@ -177,8 +209,8 @@ def _in_folder(folder: Path, config: ModelConfig) -> Path:
 # --- reading ---
 
 
-def read_weights(path: str | Path, vision: bool = True) -> dict[str, torch.Tensor]:
-    """Weights of a CLIP model on the CPU, under OpenAI's key names, in the precision of the file.
+def read_weights(path: str | Path, vision: bool = True, dinov2: bool = False) -> dict[str, torch.Tensor]:
+    """Weights of a CLIP model, or of `dinov2`, on the CPU, under OpenAI's key names, in the precision of the file.
 
     The content decides how the file is read, not its name: a TorchScript archive as OpenAI publishes it, a state dict
     written by torch.save (also under 'state_dict') or safetensors. Without `vision` the image tower's bytes stay unread
@@ -186,7 +218,7 @@ def read_weights(path: str | Path, vision: bool = True) -> dict[str, torch.Tenso
     """
     path = Path(path)
     with blame(f"{path} is damaged or no weight file", "fetch it again", DAMAGE), ExitStack() as files:
-        loaders = openai_names(_tensors(path, files), path)
+        loaders = openai_names(_tensors(path, files), path, dinov2)
         return {key: load().detach() for key, load in loaders.items() if vision or not key.startswith("visual.")}
 
 
@@ -266,20 +298,21 @@ def _walk(module: _Inert, seen: set[int], prefix: str = "") -> Iterator[tuple[st
 # --- names ---
 
 
-def openai_names(loaders: Mapping[str, Loader], path: Path) -> dict[str, Loader]:
+def openai_names(loaders: Mapping[str, Loader], path: Path, dinov2: bool = False) -> dict[str, Loader]:
     """A CLIP's tensors under OpenAI's names; open_clip's and Hugging Face's become these, a common prefix is dropped.
 
-    `InputError` for no CLIP weights, and for a tower of another family, which is named.
+    `InputError` for no CLIP weights, or none of `dinov2`, and for a tower of another family, which is named.
     """
     for pattern, kind in FAMILIES.items():
         if any(re.search(pattern, key) for key in loaders):
             raise refused(kind, path)
     # What stands before the anchor (`module.`, `model.`) stands before all names.
-    prefixes = [key.removesuffix(name) for key in loaders for name in ANCHORS if f".{key}".endswith(f".{name}")]
+    anchors = TOWER_ANCHORS if dinov2 else ANCHORS
+    prefixes = [key.removesuffix(name) for key in loaders for name in anchors if f".{key}".endswith(f".{name}")]
     if not prefixes:
         raise InputError(
-            f"{path} holds no CLIP weights (no {' or '.join(ANCHORS)} among its {len(loaders)} tensors): "
-            "pass OpenAI's, open_clip's or Hugging Face's file of the whole model"
+            f"{path} holds no {'DINOv2' if dinov2 else 'CLIP'} weights (no {' or '.join(anchors)} among its "
+            f"{len(loaders)} tensors): pass OpenAI's, open_clip's or Hugging Face's file of the whole model"
         )
     prefix, parts = min(prefixes, key=len), dict[str, dict[str, Loader]]()
     for key, load in loaders.items():
@@ -297,6 +330,8 @@ def _joined(name: str, parts: Mapping[str, Loader]) -> torch.Tensor:
         return parts[""]()
     if "t" in parts:
         return parts["t"]().t().contiguous()
+    if "s" in parts:
+        return parts["s"]().squeeze()
     if missing := [letter for letter in "qkv" if letter not in parts]:
         raise ValueError(f"{name} lacks its part {missing[0]}")
     return torch.cat([parts[letter]() for letter in "qkv"])

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -296,7 +296,7 @@ def table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = Parser(prog="python -m dataset.check", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--obj", type=object_name, help="data set (default: the name of its folder)")
@@ -306,7 +306,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--write_list", type=Path, metavar="FILE",
                         help="write what was recognised as a list to correct, such as images.csv")  # fmt: skip
     parser.add_argument("--num_workers", type=integer(1, 256), default=2, help="threads that decode (default: 2)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.obj is None:
         options.obj = object_given(options)
     if options.obj is None:
@@ -314,9 +314,9 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Check a data set and print what was found; returns the exit code."""
-    options = parse()
+    options = parse(arguments)
     root = Path(options.list).parent if options.list else data_folder(options.obj, options.data_path, options.data_root)
     if options.patient is not None:
         compile_rule(options.patient, "--patient")

@@ -190,12 +190,16 @@ class MedicalDataset:
         """Whether dataset.phantom has drawn it."""
         return (self.root / MADE_UP).is_file()
 
+    def count(self, split: str) -> tuple[int, ...]:
+        """How many normal and abnormal files there are."""
+        return tuple(len(self.image_files(split, kind, required=False)) for kind in KINDS)
+
     @cached_property
     def other_counts(self) -> list[str]:
         """Where the numbers of images are not the published ones, in words."""
         parts = []
         for split, accepted in PUBLISHED_COUNTS.get(self.obj, {}).items():
-            images = tuple(len(self.image_files(split, kind, required=False)) for kind in KINDS)
+            images = self.count(split)
             if images not in accepted and (sum(images),) not in accepted:
                 published = " or ".join(" + ".join(map(str, counts)) for counts in accepted)
                 parts.append(f"{split} {' + '.join(map(str, images))} (published: {published})")

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from utils import preview
 
-from .layout import BENCHMARKS, unused
+from .layout import BENCHMARKS, SPLITS, unused
 from .medical_few import HASHED, MedicalDataset
 from .readers import read_mask
 
@@ -31,7 +31,8 @@ def benchmark_note(dataset: MedicalDataset) -> str | None:
     if dataset.obj not in BENCHMARKS or dataset.is_made_up:
         return None
     if dataset.is_benchmark:
-        return f"counts as published: this is the paper's {dataset.obj}"
+        counts = "; ".join(f"{split} {' + '.join(map(str, dataset.count(split)))}" for split in SPLITS)
+        return f"counts as published: {counts} (normal + abnormal): this is the paper's {dataset.obj}"
     counts = f"other than published: is the copy whole?: {'; '.join(dataset.other_counts)} (normal + abnormal)"
     return f"warning: counts: {counts}; treated as data of your own, not as the paper's {dataset.obj}"
 

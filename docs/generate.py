@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "flags.md"
 COMMANDS = (
     *("train.py", "test.py", "predict.py", "reproduce.py"),
-    *("dataset.check", "dataset.phantom", "dataset.medmnist"),
+    *("dataset.check", "dataset.phantom", "dataset.medmnist", "dataset.download"),
     *("CLIP.download", "engine.checkpoint"),
 )
 FLAGS_HEAD = """# Every flag

@@ -177,7 +177,7 @@ def measure_baselines(options: argparse.Namespace) -> dict[str, Any]:
     """
     set_seed(options.seed)
     splits, device = Splits.open(options), pick_device(options.device)
-    weights = find_weights(options.model_name, options.pretrain, options.weights, options.seed)
+    weights = find_weights(options.model_name, options.pretrain, options.weights, options.seed, options.image_tower)
     settings = new_settings(options, splits.dataset, weights)
     shots = TrainingSet.build(splits.shots, settings, options.seed)
     tower = TowerSpec.of(settings, weights, pick_autocast(options.precision, device), device)
@@ -194,7 +194,8 @@ def measure_baselines(options: argparse.Namespace) -> dict[str, Any]:
     pooled = None if shots.masks is None else pool_masks(shots.masks, patches).to(device)
     training = Training(tokens, shots.labels.bool().to(device), pooled, seeded(options.seed, "baselines"))
     masks = Masks.of(splits.test, settings, options.num_workers, device)
-    project = (lambda x: norm(x) @ projection) if max(tower.layers) == weights.config.layers else None
+    aligned = projection is not None and max(tower.layers) == weights.config.layers  # DINOv2 knows no text
+    project = (lambda x: norm(x) @ projection) if aligned else None
 
     results = {}
     for name, scores in fit(training, project, text):

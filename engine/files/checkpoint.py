@@ -155,7 +155,9 @@ def find_trained_weights(checkpoint: Checkpoint, options: argparse.Namespace) ->
     seed = checkpoint.seed if not checkpoint.published else options.seed
     known = ModelConfig.from_dict(settings.model_config) if settings.model_config else settings.model_name
     model = options.model_name or known  # a folder or a JSON file given anew says where its weights are
-    weights = find_weights(model, settings.pretrain, options.weights, seed)
+    weights = find_weights(
+        model, settings.pretrain, options.weights, seed, image_tower=options.image_tower or settings.image_tower
+    )
     print_weights_info(weights)
     deepest, depth = max(settings.features_list), weights.config.layers
     if deepest > depth:
@@ -169,7 +171,9 @@ def find_trained_weights(checkpoint: Checkpoint, options: argparse.Namespace) ->
 def print_weights_info(weights: Weights) -> None:
     """Print where the weights come from, and a warning where nothing is pre-trained."""
     print(f"weights: {weights.source}, SHA-256 {weights.sha256[:16]}...", flush=True)
-    if weights.pretrain == "random":
+    if weights.pretrain == "random" and weights.tower is not None:
+        print("weights: the text tower is RANDOM, so that no text is aligned with the images")
+    elif weights.pretrain == "random":
         print("weights: RANDOM, nothing is pre-trained: scores show that the program runs, not what MadCLIP can do")
 
 

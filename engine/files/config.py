@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from CLIP.config import ADAPTER_KINDS, FIDELITIES, PRETRAINS, ModelConfig
+from CLIP.dinov2 import find_tower
 from dataset.layout import add_reading_flags, described, object_given, object_name
 from dataset.readers import AS_STORED, ReadOptions
 from Prompt.states import TEXT_MOODS, read_prompts
@@ -163,6 +164,12 @@ class Settings:
     reading: dict[str, Any] | None = None  # how pictures beyond 8 bits were read: window, plane; None: the defaults
     model_config: dict[str, Any] | None = None  # the sizes of a tower that CLIP/model_configs does not name
     version: str = ""  # of this project, when the checkpoint was made
+    image_tower: str | None = field(default=None, metadata=flag(
+        None,
+        "another image tower, DINOv2, beside the model's text tower: dinov2-small (base, large, giant; "
+        "python -m CLIP.download), a folder, a safetensors file, or hf-hub:OWNER/NAME",
+        type=nonblank_text,
+    ))  # fmt: skip
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Settings:
@@ -201,9 +208,10 @@ PATHS = ("data_path", "data_root", "list", "weights", "save_path", "out_json", "
 def new_settings(options: argparse.Namespace, dataset: MedicalDataset, weights: Weights) -> Settings:
     """The settings of a new checkpoint."""
     config = weights.config
-    names = [name for name in MODEL_FLAGS if name not in ("features_list", "model_name")]
+    names = [name for name in MODEL_FLAGS if name not in ("features_list", "model_name", "image_tower")]
     return Settings(
-        model_name=config.name,  # not the flag, which may be a path of this machine
+        model_name=config.name,  # not the flags, which may be paths of this machine
+        image_tower=config.image_tower or None,
         **{name: getattr(options, name) for name in names},
         obj=dataset.obj,
         features_list=check_layers(options.features_list, config),
@@ -401,6 +409,8 @@ def check_against(settings: Settings, metadata: Mapping[str, Any], options: argp
         given, stored = getattr(options, name), getattr(settings, name)
         if name == "model_name" and given is not None:
             given = ModelConfig.load(given).name
+        if name == "image_tower" and given is not None:
+            given = find_tower(given)[0]
         if given is not None and given != (list(stored) if name == "features_list" else stored):
             raise contradiction(name, given, stored)
     shots, trained = metadata.get("shots"), metadata.get("options", {})

@@ -225,7 +225,7 @@ def open_run(
         _continue(run, config)
     shared = ("shots", "shots_from", "started", *checkpoint.versions())
     metadata = {name: config[name] for name in shared} | {
-        "options": {**shareable(options), "model_name": settings.model_name},
+        "options": {**shareable(options), "model_name": settings.model_name, "image_tower": settings.image_tower},
         "select": options.select,
         "run": run.path.name,
         "benchmark": splits.dataset.is_benchmark,  # the paper's own images

@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from CLIP.config import ModelConfig
+from CLIP.dinov2 import load_config
 from dataset.layout import PUBLISHED_COUNTS, config_path, described, read_config
 from dataset.medical_few import MedicalDataset
 from dataset.views import VIEWS
@@ -170,7 +170,7 @@ class Grid:
             images |= {(options.fidelity, obj): self.count_tests(obj) for obj in (cell.obj, *cell.others)}
             images[options.fidelity, cell.obj, "calibration"] = 2 * MAX_IMAGES
             images[options.fidelity, cell.obj, cell.sources, cell.shot, cell.seed] = VIEWS * 2 * options.shot
-        config, total = ModelConfig.load(self.base.model_name), sum(filter(None, images.values()))
+        config, total = load_config(self.base.model_name, self.base.image_tower), sum(filter(None, images.values()))
         one = 2 * len(layers) * config.grid(self.base.img_size) ** 2 * config.width  # bytes
         unknown = [str(key[1]) for key, count in images.items() if count is None]
         return (
@@ -203,7 +203,7 @@ def _read_result(path: Path, _changed: int) -> dict[str, Any]:
 
 def layers_of(options: Namespace) -> tuple[int, ...]:
     """The layers that adapters read."""
-    return check_layers(options.features_list, ModelConfig.load(options.model_name))
+    return check_layers(options.features_list, load_config(options.model_name, options.image_tower))
 
 
 def layer_choices(layers: tuple[int, ...]) -> list[str]:

@@ -77,6 +77,7 @@ def test_six_epochs_and_the_test_program(golden, golden_json, folder, monkeypatc
     model = ["--model_name", "ViT-tiny-14-56", "--features_list", *published["features_list"]]
     model += flags("img_size", "text_mood", "contrast_mood", "dec_type", "loss_type", "visionA")
     run = [*flags("shot", "iterate", "epoch", "batch_size", "learning_rate"), "--run_dir", folder / "runs"]
+    run += ["--select", "test"]  # the default for the paper's own images
     assert published["img_size"] == TINY_SIZE
     with monkeypatch.context() as patch:
         patch.setattr(train, "Detector", golden_start)

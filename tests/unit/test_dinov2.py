@@ -1,0 +1,206 @@
+"""DINOv2 as the image tower: transformers as the oracle, the wheel, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from CLIP.clip import create_model
+from CLIP.config import CKPT_FOLDER, ModelConfig
+from CLIP.dinov2 import load_config
+from CLIP.model import CLIP
+from CLIP.onnx import read_onnx
+from CLIP.tokenizer import tokenize
+from CLIP.weights import Weights, find_weights
+from utils import InputError
+
+KINDS = {
+    "plain": {},
+    "swiglu": {"use_swiglu_ffn": True},
+    "registers": {"num_register_tokens": 3},
+}
+WIDTH = 64
+ROOT = Path(__file__).parents[2]
+STORED = CKPT_FOLDER / "dinov2-small.safetensors"
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def oracle(request, tmp_path_factory):
+    """A small DINOv2 of transformers, all of whose numbers are random, and the folder that it writes."""
+    torch.manual_seed(0)
+    family = "Dinov2WithRegisters" if request.param == "registers" else "Dinov2"
+    config = getattr(transformers, f"{family}Config")(
+        hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14,
+        **KINDS[request.param],
+    )  # fmt: skip
+    model = getattr(transformers, f"{family}Model")(config).eval()
+    for name, value in model.named_parameters():
+        value.data = value.data + 0.3 * torch.randn_like(value) * (0.2 if "mlp" in name else 1)
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def find(folder: Path | str, model: str = "ViT-tiny-14-56") -> Weights:
+    return find_weights(model, "random", seed=1, image_tower=str(folder))
+
+
+@pytest.mark.parametrize("size", [56, 87])
+@pytest.mark.parametrize("fidelity", ["released", "corrected"])
+def test_tokens_after_every_block_equal_transformers(oracle, size, fidelity):
+    model, folder = oracle
+    clip = create_model(find(folder), img_size=size, fidelity=fidelity)
+    images = torch.rand(2, 3, size, size)
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        theirs = model((images - mean) / std, output_hidden_states=True)
+    registers = getattr(model.config, "num_register_tokens", 0)
+    for layer, tokens in enumerate(clip.image_tokens(images, [1, 2, 3]), start=1):
+        expected = theirs.hidden_states[layer]
+        expected = torch.cat([expected[:, :1], expected[:, 1 + registers :]], dim=1)
+        assert tokens.shape == (2, 1 + (size // 14) ** 2, WIDTH)
+        torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(clip.encode_image(images), theirs.pooler_output, atol=1e-5, rtol=1e-5)
+
+
+def test_the_text_side_is_the_model_s_own(oracle):
+    _, folder = oracle
+    ids = tokenize(["a photo of a brain."])
+    for fidelity in ("released", "corrected"):
+        for size in (56, 84):
+            own = create_model("ViT-tiny-14-56", "random", size, seed=1, fidelity=fidelity)
+            other = create_model(find(folder), img_size=size, fidelity=fidelity)
+            assert own.quick_gelu == other.quick_gelu
+            assert torch.equal(own.encode_text(ids), other.encode_text(ids))
+
+
+def test_config_and_hash_say_which_tower_it_is(oracle, tmp_path):
+    _, folder = oracle
+    found, own = find(folder), find_weights("ViT-tiny-14-56", "random", seed=1)
+    assert (found.config.image_tower, found.config.width) == (folder.name, WIDTH)
+    assert found.config.architecture() != own.config.architecture()
+    assert found.sha256 != own.sha256
+    assert ModelConfig.from_dict(json.loads(json.dumps(found.config.to_dict()))) == found.config
+    assert ModelConfig.from_dict(own.config.to_dict()) == own.config
+    again = find_weights(found.config, "random", seed=1, image_tower=str(folder))  # as from a checkpoint
+    assert again == found
+    state = load_file(folder / "model.safetensors")
+    state["layernorm.bias"] += 1
+    save_file(state, tmp_path / "other.safetensors")
+    other = find(tmp_path / "other.safetensors")
+    assert other.sha256 != found.sha256
+
+
+def test_a_file_says_its_sizes_but_for_the_heads(oracle):
+    _, folder = oracle
+    theirs, sizes = (load_config("ViT-tiny-14-56", str(path)) for path in (folder, folder / "model.safetensors"))
+    assert sizes.heads == 1  # 64 channels each, as all that are published
+    names = ("width", "layers", "patch_size", "image_size", "registers", "swiglu", "antialias", "norm_eps")
+    assert [getattr(theirs, name) for name in names] == [getattr(sizes, name) for name in names]
+
+
+def test_what_is_refused(oracle, tmp_path, monkeypatch):
+    _, folder = oracle
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    text = tmp_path / "text.safetensors"
+    text.write_text("these are no weights\n")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "bert" / "model.safetensors").touch()
+    clip = tmp_path / "clip.safetensors"
+    save_file({"visual.conv1.weight": torch.ones(1)}, clip)
+    for name, words in (
+        (text, "DINOv2"), (tmp_path / "bert", "bert"), (clip, "DINOv2"), (tmp_path, "config.json"),
+        ("dinov2-giant", "python -m CLIP.download dinov2-giant"), ("dinov3", "not found"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=words) as caught:
+            find(name)
+        assert str(name) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="smaller than a patch"):
+        create_model(find(folder), img_size=13)
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"broken.safetensors"):
+        create_model(find(broken), img_size=56)
+
+
+# The wheel
+
+
+def message(*entries: tuple[int, object]) -> bytes:
+    """Protobuf's wire format, written apart from the reader that it tests."""
+    out = b""
+    for number, value in entries:
+        if isinstance(value, int):
+            out += varint(number << 3) + varint(value)
+        else:
+            data = value.encode() if isinstance(value, str) else value
+            out += varint(number << 3 | 2) + varint(len(data)) + data
+    return out
+
+
+def varint(value: int) -> bytes:
+    out = b""
+    while value > 127:
+        out += bytes([value & 127 | 128])
+        value >>= 7
+    return out + bytes([value])
+
+
+def tensor(name: str, values: np.ndarray) -> bytes:
+    return message(*((1, side) for side in values.shape), (2, 1), (8, name), (9, values.astype("<f4").tobytes()))
+
+
+def node(kind: str, inputs: Sequence[str], output: str) -> bytes:
+    return message(*((1, name) for name in inputs), (2, output), (4, kind), (5, message((1, "alpha"), (20, 1))))
+
+
+def test_a_made_up_onnx_file():
+    rng = np.random.default_rng(0)
+    matrix, bias, first, rest = (rng.normal(size=shape) for shape in ((300, 2), (2,), (1, 1, 5), (1, 9, 5)))
+    graph = [
+        (1, node("MatMul", ["x", "onnx::MatMul_7"], "y")),
+        (1, node("Add", ["backbone.layer.0.fc1.bias", "y"], "z")),
+        (1, node("MatMul", ["z", "z"], "w")),  # of two results
+        (5, tensor("onnx::Concat_9", rest)), (5, tensor("onnx::Concat_8", first)),
+        (5, tensor("onnx::MatMul_7", matrix)), (5, tensor("backbone.layer.0.fc1.bias", bias)),
+    ]  # fmt: skip
+    found = read_onnx(message((1, 8), (2, "pytorch"), (7, message(*graph))))
+    assert set(found) == {"layer.0.fc1.weight", "layer.0.fc1.bias", "embeddings.position_embeddings"}
+    np.testing.assert_allclose(found["layer.0.fc1.weight"], matrix.T, rtol=1e-6)
+    np.testing.assert_allclose(found["layer.0.fc1.bias"], bias, rtol=1e-6)
+    np.testing.assert_allclose(found["embeddings.position_embeddings"], np.concatenate([first, rest], 1), rtol=1e-6)
+
+
+def test_the_wheel_s_tower_equals_the_folded_one(monkeypatch):
+    """../shared/real/make_weights.py folds it into a CLIP: equal but for a factor and the mean over the channels."""
+    folds = [folder / "shared/real/make_weights.py" for folder in ROOT.parents[:2]]
+    fold = next((path for path in folds if path.is_file()), None)
+    if fold is None or not STORED.is_file():
+        pytest.skip("needs ../shared/real and `python -m CLIP.download dinov2-small`")
+    monkeypatch.setitem(sys.modules, "onnx", SimpleNamespace(numpy_helper=None))
+    make_weights: dict = runpy.run_path(str(fold))
+    state = {name: value.double() for name, value in load_file(STORED).items()}
+    state["positions"] = state["embeddings.position_embeddings"][0]
+    values = json.loads(fold.with_name("ViT-S-14-dinov2.json").read_text())
+    folded = CLIP(ModelConfig.from_dict({"name": "folded", **values}), 240, quick_gelu=False)
+    tower = make_weights["image_tower"](state, "released", 17, 512)
+    folded.load_state_dict(tower, strict=False)
+    native = create_model(find("dinov2-small"), img_size=240, fidelity="corrected")
+    images = torch.rand(1, 3, 240, 240, generator=torch.Generator().manual_seed(0))
+    layers = [3, 6, 9, 12]
+    for x, expected in zip(native.image_tokens(images, layers), folded.image_tokens(images, layers), strict=True):
+        scaled = (x - x.mean(-1, keepdim=True)) * make_weights["SCALE"]
+        error = (scaled - expected[..., :384]).norm() / expected.norm()
+        assert error < 2e-5, error

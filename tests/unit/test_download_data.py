@@ -1,0 +1,130 @@
+"""The paper's data sets from an archive: a server that breaks off, MVFA's archives, what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+import threading
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset import MedicalDataset, download, layout
+from utils import InputError
+
+
+def files(obj: str) -> dict[str, bytes]:
+    """A small data set of BMAD's form, by the paths in its archive."""
+    result, rng = {}, np.random.default_rng(len(obj))
+    for split, kind, i in [(s, k, i) for s in ("train", "valid", "test") for k in ("good", "Ungood") for i in range(3)]:
+        if (split, kind) != ("train", "Ungood"):
+            for part in ("img", "label"):
+                picture = io.BytesIO()
+                noise, lesion = rng.integers(0, 255, (99, 99), dtype=np.uint8), np.eye(99, dtype=np.uint8) * 255
+                values = noise if part == "img" else lesion
+                Image.fromarray(values).save(picture, "PNG")
+                result[f"{obj}/{split}/{kind}/{part}/{i:05d}_{i}.png"] = picture.getvalue()
+    return result
+
+
+@pytest.fixture
+def archive(tmp_path) -> Path:
+    path = tmp_path / "bmad.zip"
+    with zipfile.ZipFile(path, "w") as packed:
+        for name, content in {**files("Brain"), **files("Chest"), "__MACOSX/Brain/test/._x.png": b"x"}.items():
+            packed.writestr(f"BMAD/{name}", content)
+    return path
+
+
+@pytest.fixture
+def server(archive, monkeypatch) -> Iterator[list[str | None]]:
+    """Serves the archive, breaking off once in the middle; which ranges were asked for."""
+    content, asked = archive.read_bytes(), []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            wanted = self.headers.get("Range")
+            asked.append(wanted)
+            start = int(wanted[6:-1]) if wanted else 0
+            self.send_response(206 if wanted else 200)
+            self.send_header("Content-Length", str(len(content) - start))
+            if wanted:
+                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            self.end_headers()
+            self.wfile.write(content[start:] if wanted else content[: len(content) // 2])
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    monkeypatch.setattr(download, "URL", f"http://127.0.0.1:{http.server_port}/x/bmad.zip")
+    monkeypatch.setattr(download, "SHA256", hashlib.sha256(content).hexdigest())
+    yield asked
+    http.shutdown()
+    http.server_close()
+
+
+def test_only_what_was_asked_for_is_unpacked_and_checked(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(layout.PUBLISHED_COUNTS, "Brain", {"valid": ((3, 3),), "test": ((3, 3),)})
+    code = download.main(["Brain", "--out", str(tmp_path / "data")])
+    output = capsys.readouterr().out
+    assert code == 0, output
+    assert [bool(part) for part in server] == [False, True]  # it went on from where it broke off
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["Brain_AD", "bmad.zip"]
+    assert "CC BY-NC-SA 4.0" in output.splitlines()[0]
+    assert "are free" in output
+    assert "counts as published: valid 3 + 3; test 3 + 3" in output
+    dataset = MedicalDataset.open("Brain", tmp_path / "data")
+    assert len(dataset.samples("test")) == 6
+    assert all(sample.mask for sample in dataset.samples("test") if sample.label)
+    with pytest.raises(InputError, match="Brain_AD is there already"):
+        download.main(["Brain", "--out", str(tmp_path / "data")])
+
+
+def test_a_wrong_sum_is_refused(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "SHA256", "0" * 64)
+    with pytest.raises(InputError, match="SHA-256"):
+        download.main(["Brain", "--out", str(tmp_path / "data")])
+    assert not (tmp_path / "data/Brain_AD").exists()
+
+
+@pytest.mark.parametrize("top", ["Brain_AD/", "Brain/", "unknown/", "a/b/", ""])
+def test_mvfas_archives(tmp_path, top):
+    with tarfile.open(tmp_path / "Brain.tar.gz", "w:gz") as tar:
+        for name, content in files("Brain").items():
+            info = tarfile.TarInfo(f"{top}{name.partition('/')[2].replace('/label/', '/anomaly_mask/')}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    download.main(["Brain", "--archive", str(tmp_path / "Brain.tar.gz"), "--out", str(tmp_path / "data")])
+    found = {path.relative_to(tmp_path / "data/Brain_AD").parts[0] for path in (tmp_path / "data").rglob("*.png")}
+    assert found == {"train", "valid", "test"}
+
+
+@pytest.mark.parametrize("fault", ["outside", "absolute", "cut", "no archive", "another data set", "no room"])
+def test_what_is_refused(archive, tmp_path, monkeypatch, fault):
+    obj = "Liver" if fault == "another data set" else "Brain"
+    if fault in ("outside", "absolute"):
+        with zipfile.ZipFile(archive, "a") as packed:
+            packed.writestr({"outside": "BMAD/Brain/../../../x.png", "absolute": "/tmp/Brain/test/x.png"}[fault], b"x")
+    elif fault == "cut":
+        archive.write_bytes(archive.read_bytes()[:-2000])
+    elif fault == "no archive":
+        archive.write_text("<html>")
+    elif fault == "no room":
+        monkeypatch.setattr(download.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(InputError, match="needs" if fault == "no room" else r"bmad\.zip|leads out|no files of Liver"):
+        download.main([obj, "--archive", str(archive), "--out", str(tmp_path / "data")])
+    assert not list((tmp_path / "data").glob("*"))
+    assert not list(tmp_path.rglob("x.png"))

@@ -34,6 +34,7 @@ class Entry:
     series: str = ""  # the DICOM header's SeriesInstanceUID
     index: int | None = None  # the slice that a list names; None: all of them
     shot: bool = False  # a list says so
+    word: str = ""  # a list's for its kind of abnormal, such as malignant
 
 
 def read_folders(root: Path, layout: Layout) -> list[Entry]:

@@ -70,6 +70,7 @@ def read_list(path: Path, layout: Layout) -> list[Entry]:
             image, image.relative_to(path.parent).as_posix(), kind, image.parent.relative_to(path.parent).as_posix(),
             masks, "the list", split, divided=not split, patient=row.get("patient") or None, index=index,
             shot=_choose(SWITCH, row.get("shot", ""), f"{where}: shot"),
+            word="" if kind == "normal" or row["label"].lower() in LABELS else row["label"],
         ))  # fmt: skip
     entries.sort(key=lambda entry: entry.kind == "abnormal")
     if not has_masks:

@@ -296,6 +296,7 @@ class MedicalDataset:
         sample = Sample(
             file.path, KINDS.index(file.kind), masks[0] if masks else None, file.name, file.patient,
             options=self.options, published=self.is_benchmark, more_masks=tuple(masks[1:]),
+            kind=self._kind_of(file),
         )  # fmt: skip
         samples = [sample]
         if file_kind(file.path) != "pillow":
@@ -312,6 +313,13 @@ class MedicalDataset:
         if file.index is not None and not 0 <= file.index < len(samples):
             raise InputError(f"{self.listing}: slice {file.index} of {file.path}, which has {len(samples)}")
         return samples if file.index is None else samples[file.index : file.index + 1]
+
+    def _kind_of(self, file: Entry) -> str:
+        """What kind of abnormal a file is, by the list or, where there are several, by its class's folder."""
+        names = {folder: PurePosixPath(folder.removesuffix("/img")).name for split in SPLITS
+                 for folder in self.layout.folders(split, "abnormal")}  # fmt: skip
+        several = file.kind == "abnormal" and len(set(names.values())) > 1
+        return file.word or (names.get(file.folder, "") if several else "")
 
     def _judged(self, sample: Sample, series: str) -> Sample | None:
         """A sample by what its mask and, of DICOM and NIfTI, its picture shows; None where it is left out."""

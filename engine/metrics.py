@@ -80,10 +80,13 @@ class Metrics:
         values: by the keys of METRICS, in their order; intervals are [low, high].
         curves: (2, points) each: `roc` (false, true positive rate) and `pr` (recall, precision) of the pixels,
             `image_roc` and `image_pr` of the images.
+        pauc_draws: the pixel AUROC in each draw of the bootstrap; with the same images and seed, draws of several
+            evaluations are the same images' (see engine.compare).
     """
 
     values: dict[str, Value]
     curves: dict[str, np.ndarray] = field(default_factory=dict)
+    pauc_draws: list[float] = field(default_factory=list)
 
     @property
     def auc(self) -> float:
@@ -105,7 +108,7 @@ class Metrics:
         labels = {name: label for name, (label, _) in METRICS.items()} | LABELS_WITHOUT | LABELS_OF_PATIENTS
         hidden = {"auc", "pauc"} | ({"pauc_without_shot_patients"} if self.pauc is None else set())
         rows = [
-            f"  {labels[name]}: {readable_value(value)}"
+            f"  {labels.get(name, name.replace('_', ' '))}: {readable_value(value)}"
             for name, value in self.values.items()
             if name not in hidden and not name.endswith("_on_test")
         ]
@@ -148,7 +151,7 @@ def measure(
     """
     labels, scores = evaluation.labels, evaluation.image_scores
     values: dict[str, Value] = {**image_metrics(labels, scores)}
-    curves = {}
+    curves, draws = {}, np.empty(0)
     if full:
         values["auc_ci95"] = auroc_interval(labels, scores)
         curves = image_curves(labels, scores)
@@ -160,12 +163,14 @@ def measure(
         if full or aupro:
             values["aupro"] = counts.aupro()
         if full:
-            values |= per_image_metrics(*pixels, counts, pixel_threshold)
+            draws, dice = per_image_metrics(*pixels, counts, pixel_threshold)
+            values |= {"pauc_ci95": _interval(draws), **dice}
             curves |= {"roc": counts.roc(), "pr": counts.pr()}
     values = {key: values[key] for key in METRICS if key in values}
     if without is not None:
         values |= measure_without(evaluation, masks, without)
-    return Metrics(values | (patient_metrics(evaluation) if full else {}), curves)
+    extra = patient_metrics(evaluation) | kind_metrics(evaluation) if full else {}
+    return Metrics(values | extra, curves, draws.tolist())
 
 
 def maps_at_a_time(evaluation: Evaluation) -> int:
@@ -296,6 +301,23 @@ def patient_metrics(evaluation: Evaluation) -> dict[str, Value]:
         "n_normal_patients": int((labels == 0).sum()),
         "n_abnormal_patients": int(labels.sum()),
     }
+
+
+def kind_metrics(evaluation: Evaluation) -> dict[str, Value]:
+    """AUROC of each kind of abnormal image against all normal ones, where at least two kinds are named.
+
+    Returns:
+        `auc_of_KIND`, `auc_of_KIND_ci95` and `n_of_KIND` for each.
+    """
+    kinds, result = np.array([sample.kind for sample in evaluation.samples]), dict[str, Value]()
+    names = sorted(set(kinds.tolist()) - {""})
+    for kind in names if len(names) > 1 else []:
+        kept = (evaluation.labels == 0) | (kinds == kind)
+        labels, scores = evaluation.labels[kept], evaluation.image_scores[kept]
+        result[f"auc_of_{kind}"] = image_metrics(labels, scores)["auc"]
+        result[f"auc_of_{kind}_ci95"] = auroc_interval(labels, scores)
+        result[f"n_of_{kind}"] = int(labels.sum())
+    return result
 
 
 # --- pixels ---
@@ -472,11 +494,11 @@ def per_image_metrics(
     pixel_threshold: float | None = None,
     draws: int = BOOTSTRAP_DRAWS,
     seed: int = 0,
-) -> dict[str, Value]:
-    """`pauc_ci95` and, with a threshold, `dice`, in a third pass over the same images as `counts`; not in the paper.
+) -> tuple[np.ndarray, dict[str, float]]:
+    """The pixel AUROC in draws of the images and, with a threshold, `dice`, in a third pass; not in the paper.
 
-    `pauc_ci95` is the 95% percentile interval of the pixel AUROC over draws of the images with replacement, since the
-    pixels of an image are not independent. Each image is counted on a coarse grid, in at most 1,023 bins, which go at
+    Images are drawn with replacement, since the pixels of an image are not independent: (draws,), whose percentiles are
+    `pauc_ci95`. Each image is counted on a coarse grid, in at most 1,023 bins, which go at
     once into the sums of the draws: of an image remains how often each draw holds it.
 
     `dice` is 2 |P and G| / (|P| + |G|) of P, score >= threshold, and G, the mask: computed for each image and averaged
@@ -501,8 +523,7 @@ def per_image_metrics(
             predicted = scores >= pixel_threshold
             both, either = (predicted & mask).sum(1), predicted.sum(1) + mask.sum(1)
             dices.append((2 * both.cpu().double() / either.cpu())[sizes[part] > 0])
-    interval = _interval(_auroc(normal, abnormal))
-    return {"pauc_ci95": interval} | ({"dice": float(torch.cat(dices).mean())} if dices else {})
+    return _auroc(normal, abnormal), {"dice": float(torch.cat(dices).mean())} if dices else {}
 
 
 # --- pieces ---

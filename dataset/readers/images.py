@@ -86,6 +86,7 @@ class Sample:
     options: ReadOptions = field(default=AS_STORED, compare=False)
     published: bool = field(default=False, compare=False)  # of the paper's own data: masks are read as it read them
     more_masks: tuple[Path, ...] = ()  # united with `mask`
+    kind: str = field(default="", compare=False)  # of abnormal images, where list or folders name kinds: malignant
 
     def content_hash(self) -> str:
         """What `load_image_with_hash` gives for the file as it is now: a changed file is another image."""

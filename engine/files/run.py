@@ -299,7 +299,8 @@ def read_as_trained(options: argparse.Namespace, settings: Settings, metadata: M
 def result_json(settings: Settings, evaluation: Evaluation, metrics: Metrics, select: str) -> dict[str, Any]:
     """What --out_json writes; `select` says how the epoch was chosen."""
     abnormal = int(evaluation.labels.sum())
-    rows = zip(evaluation.names, evaluation.labels.tolist(), evaluation.image_scores.tolist(), strict=True)
+    kinds = ({"kind": sample.kind} if sample.kind else {} for sample in evaluation.samples)
+    rows = zip(evaluation.names, evaluation.labels.tolist(), evaluation.image_scores.tolist(), kinds, strict=True)
     return {
         "obj": settings.obj,
         "auc": metrics.auc,
@@ -310,7 +311,8 @@ def result_json(settings: Settings, evaluation: Evaluation, metrics: Metrics, se
         "mask_above": settings.mask_above,
         **{name: value for name, value in metrics.values.items() if name not in ("auc", "pauc")},
         "settings": settings.to_dict(),
-        "per_image": [{"file": file, "label": label, "score": score} for file, label, score in rows],
+        "pauc_draws": [round(value, 6) for value in metrics.pauc_draws],
+        "per_image": [{"file": file, "label": label, "score": score, **kind} for file, label, score, kind in rows],
     }
 
 

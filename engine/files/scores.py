@@ -70,6 +70,7 @@ class Scored:
             "labels": evaluation.labels,
             "names": np.array(evaluation.names),
             "patients": np.array([sample.patient or "" for sample in evaluation.samples]),
+            "kinds": np.array([sample.kind for sample in evaluation.samples]),
             "description": np.array(json.dumps(description)),
         }
         if masks is not None:
@@ -91,8 +92,8 @@ class Scored:
             description = json.loads(str(arrays["description"]))
             if description["format"] != FORMAT:
                 raise ValueError(f"format {description['format']!r:.40}")
-        rows = zip(arrays["names"].tolist(), arrays["labels"].tolist(), arrays["patients"].tolist(), strict=True)
-        samples = [Sample(Path(name), label, None, name, patient or None) for name, label, patient in rows]
+        rows = zip(*(arrays[name].tolist() for name in ("names", "labels", "patients", "kinds")), strict=True)
+        samples = [Sample(Path(name), label, None, name, who or None, kind=kind) for name, label, who, kind in rows]
         shape = description["head"], description["img_size"], description["dec_type"]
         evaluation, masks = Evaluation(samples, torch.from_numpy(arrays["patch_scores"]), *shape), None
         if "mask_bits" in arrays:

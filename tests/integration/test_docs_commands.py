@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+import nibabel
+import numpy as np
 
 from tests.helpers.docs import ROOT, doc_commands
 
@@ -33,14 +39,20 @@ def test_commands_as_they_stand(command, tmp_path):
     assert len((tmp_path / "demo" / "predictions" / "predictions.csv").read_text().splitlines()) == 31
 
     # What predict.md shows for Python.
-    lines = PREDICT_PAGE.read_text(encoding="utf-8").splitlines()
-    first = lines.index("    from engine import load")
-    snippet = "\n".join(line[4:] for line in lines[first : first + 4])
+    page = PREDICT_PAGE.read_text(encoding="utf-8")
+    lines = page[page.index("    from engine import InputError, load") :].splitlines()
+    (tmp_path / "snippet.py").write_text("\n".join(line[4:] for line in lines))
     image = next((tmp_path / "data" / "Brain_AD" / "test" / "Ungood" / "img").iterdir())
-    (tmp_path / "a.png").write_bytes(image.read_bytes())
-    before = "import numpy as np; from PIL import Image\npicture = Image.open('a.png'); array = np.asarray(picture)\n"
-    after = "\n    print(f'{result.score:.3f} {result.abnormal} {result.heat.shape}')"
-    (tmp_path / "snippet.py").write_text(before + snippet + after)
-    done = command(str(tmp_path / "snippet.py"), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) >= 3
+    (tmp_path / "scan.png").write_bytes(image.read_bytes())
+    (tmp_path / "damaged.png").write_bytes(image.read_bytes()[:50])
+    nibabel.Nifti1Image(np.arange(4000, dtype=np.int16).reshape(20, 20, 10), np.eye(4)).to_filename(
+        tmp_path / "head.nii.gz"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "snippet.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    printed = done.stdout.splitlines()[-17:]  # after what is said of the weights
+    assert [line.split()[0] for line in printed[3:13]] == [str(number) for number in range(10)]
+    assert printed[13] == printed[14]
+    assert "damaged.png" in printed[16]

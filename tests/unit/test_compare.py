@@ -1,0 +1,148 @@
+"""engine/compare.py: differences of runs on the same images against plain computation, and what cannot be compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from dataset.medical_few import MedicalDataset
+from engine.compare import Result, auc_difference, compare, main, pauc_difference, wilson
+from engine.metrics import kind_metrics
+from tests.helpers.data import draw_samples
+from utils import InputError
+
+
+def scores_of(seed: int, images: int = 60) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    labels = np.arange(images) % 3 // 2
+    shared = rng.standard_normal(images) + labels
+    return labels, shared + 0.3 * rng.standard_normal(images), shared + 0.8 * rng.standard_normal(images)
+
+
+def write(path: Path, labels: np.ndarray, scores: np.ndarray, **values: object) -> Path:
+    rows = [
+        {"file": f"{i:03}.png", "label": int(label), "score": float(score)}
+        | ({"kind": ("benign", "malignant")[i % 2]} if label else {})
+        for i, (label, score) in enumerate(zip(labels, scores, strict=True))
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"pauc": None, "settings": {}, "decision": None, "per_image": rows, **values}))
+    return path
+
+
+def test_the_difference_of_two_aucs_is_that_of_scikit_learn_with_an_interval_for_pairs() -> None:
+    labels, one, other = scores_of(0)
+    difference, (low, high) = auc_difference(labels, one, other)
+    assert difference == pytest.approx(roc_auc_score(labels, other) - roc_auc_score(labels, one), abs=1e-12)
+    pairs = [(s[labels == 1][:, None] > s[labels == 0]).astype(float) for s in (one, other)]  # no ties
+    parts = [(pairs[1] - pairs[0]).mean(axis=axis) for axis in (1, 0)]
+    error = sum(part.var(ddof=1) / len(part) for part in parts) ** 0.5
+    assert (low, high) == pytest.approx((difference - 1.96 * error, difference + 1.96 * error), abs=1e-5)
+    assert auc_difference(labels, one, one) == (0.0, (0.0, 0.0))
+
+
+def test_its_interval_covers() -> None:
+    """Of equal readers, 0 lies in at least 90% of 200 intervals; without the pairing they would be twice as wide."""
+    hits, widths = 0, []
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        labels = np.arange(60) % 2
+        shared = rng.standard_normal(60) + labels
+        _, (low, high) = auc_difference(labels, *(shared + 0.5 * rng.standard_normal(60) for _ in range(2)))
+        hits, widths = hits + (low <= 0 <= high), [*widths, high - low]
+    assert 180 <= hits < 200
+    assert np.mean(widths) < 0.25
+
+
+def test_the_pixel_auc_is_compared_draw_by_draw(tmp_path: Path) -> None:
+    labels, one, other = scores_of(0)
+    draws = np.random.default_rng(0).normal(0.9, 0.05, 1000)
+    first = Result.read(write(tmp_path / "a.json", labels, one, pauc=0.9, pauc_draws=draws.tolist()))
+    second = Result.read(write(tmp_path / "b.json", labels, other, pauc=0.91, pauc_draws=(draws + 0.01).tolist()))
+    difference, (low, high) = pauc_difference(first, second)
+    assert (difference, low, high) == pytest.approx((0.01, 0.01, 0.01))  # the same images are drawn
+    assert pauc_difference(first, Result.read(write(tmp_path / "c.json", labels, one))) is None
+
+
+def test_rates_have_wilsons_interval() -> None:
+    assert wilson(10, 10) == (1.0, pytest.approx((0.7225, 1.0), abs=1e-4))
+    assert wilson(9, 20) == (0.45, pytest.approx((0.2582, 0.6579), abs=1e-4))
+
+
+def test_the_table_in_three_forms(tmp_path: Path, capsys, monkeypatch) -> None:
+    labels, one, other = scores_of(0)
+    decision = {"decision": {"value": 0.5}}
+    write(tmp_path / "a/result.json", labels, one, settings={"visionA": "MFCFC", "img_size": 240}, **decision)
+    write(tmp_path / "b.json", labels[::-1], other[::-1], settings={"visionA": "MCNNFC", "img_size": 240}, **decision)
+    values = json.loads((tmp_path / "b.json").read_text())
+    for row, file in zip(values["per_image"], range(59, -1, -1), strict=True):
+        row |= {"file": f"{file:03}.png", "kind": ("benign", "malignant")[file % 2] if row["label"] else ""}
+    (tmp_path / "b.json").write_text(json.dumps(values))  # in another order
+    monkeypatch.setattr("sys.argv", ["compare", str(tmp_path / "a"), str(tmp_path / "b.json"), "--out", str(tmp_path)])
+    main()
+    table = capsys.readouterr().out
+    found = {line.split("|")[1].strip(): line.split("|")[2:4] for line in table.splitlines() if line.startswith("|")}
+    assert float(found["image AUC"][0]) == pytest.approx(100 * roc_auc_score(labels, one), abs=0.01)
+    assert float(found["image AUC, difference"][1]) == pytest.approx(
+        100 * auc_difference(labels, one, other)[0], abs=0.01
+    )
+    assert float(found["sensitivity at its threshold"][1]) == pytest.approx(
+        100 * (other[labels == 1] >= 0.5).mean(), abs=0.01
+    )
+    assert {"image AUC of benign", "image AUC of malignant", "image AUC, 95% interval"} <= set(found)
+    assert "visionA MFCFC / MCNNFC" in table
+    assert "img_size" not in table
+    assert table.count("Disagreement: ") == 5
+    assert all((tmp_path / f"compare{suffix}").is_file() for suffix in (".md", ".csv", ".tex"))
+
+
+def test_what_cannot_be_compared(tmp_path: Path) -> None:
+    labels, one, other = scores_of(0)
+    paths = [write(tmp_path / "a.json", labels, one), write(tmp_path / "b.json", labels[:-1], other[:-1])]
+    with pytest.raises(InputError, match=r"059\.png"):
+        compare([Result.read(path) for path in paths])
+    write(tmp_path / "b.json", 1 - labels, other)
+    with pytest.raises(InputError, match="abnormal"):
+        compare([Result.read(path) for path in paths])
+    (tmp_path / "b.json").write_text("{}")
+    for path in (tmp_path / "b.json", tmp_path / "none", tmp_path):
+        with pytest.raises(InputError):
+            Result.read(path)
+
+
+# --- kinds of abnormal ---
+
+
+def test_figures_of_each_kind_of_abnormal() -> None:
+    kinds = ["", "", "benign", "malignant", "malignant"]
+    evaluation = SimpleNamespace(
+        samples=[SimpleNamespace(kind=kind) for kind in kinds], labels=np.array([0, 0, 1, 1, 1]),
+        image_scores=np.array([0.1, 0.3, 0.2, 0.4, 0.5]),
+    )  # fmt: skip
+    found = kind_metrics(evaluation)
+    assert (found["auc_of_benign"], found["auc_of_malignant"], found["n_of_malignant"]) == (0.5, 1.0, 2)
+    evaluation.samples = [SimpleNamespace(kind="Ungood" if kind else "") for kind in kinds]
+    assert kind_metrics(evaluation) == {}
+
+
+def test_kinds_are_named_by_folders_or_by_the_list(tmp_path: Path) -> None:
+    (tmp_path / "drawn").mkdir()
+    root, folders = tmp_path / "cable", ["train/good", "test/good", "test/cut", "test/bent"]
+    for place, sample in enumerate(draw_samples(tmp_path / "drawn", 12, masks=False)):
+        folder = root / folders[place % 4]
+        folder.mkdir(parents=True, exist_ok=True)
+        sample.path.rename(folder / sample.path.name)
+    dataset = MedicalDataset.open("cable", tmp_path, root)
+    found = {sample.kind for split in ("valid", "test") for sample in dataset.samples(split)}
+    assert found == {"", "cut", "bent"}
+    paths = [path.relative_to(root) for path in sorted(root.rglob("*.png"))]
+    rows = [f"{path.as_posix()},{path.parent.name},{path.parts[0]}" for path in paths]
+    (root / "images.csv").write_text("\n".join(["image,label,split", *rows]))
+    (root / "cable.json").write_text(json.dumps({"normal": ["good"]}))
+    dataset = MedicalDataset.open("cable", tmp_path, root)
+    assert {sample.kind for split in ("valid", "test") for sample in dataset.samples(split)} == {"", "cut", "bent"}

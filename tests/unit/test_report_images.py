@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,7 +12,6 @@ from engine.report.images import (
     OUTLINE,
     alpha_blend,
     contours,
-    data_uri,
     draw_outline,
     heat_colours,
     heat_picture,
@@ -104,9 +100,3 @@ def test_read_picture_keeps_the_aspect_and_forgives_a_missing_file(tmp_path):
     assert read_picture(Sample(tmp_path / "broken.png", 0, None, "a"), 20) is None
     assert shrink(Image.new("RGB", (1000, 1)), 10).size == (10, 1)
     assert shrink(Image.new("RGB", (6, 3)), 10).size == (6, 3)
-
-
-def test_a_data_uri_is_a_picture_file():
-    kind, data = data_uri(Image.new("L", (3, 2)), "WEBP").split(",")
-    image = Image.open(io.BytesIO(base64.b64decode(data)))
-    assert (kind, image.format, image.size) == ("data:image/webp;base64", "WEBP", (3, 2))

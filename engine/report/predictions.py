@@ -22,7 +22,7 @@ from utils import InputError, atomic_path, blame, preview, probe_writable, write
 from ..heat_volumes import DicomHeat, NiftiHeat
 from ..predictor import Prediction, Predictor
 from ..scans import LOCK, MARK, PARTIAL, Entry
-from .images import MAX_OVERLAY_SIDE, contours, overlay, raw, shrink
+from .images import contours, overlay, raw, shrink
 from .page import MAX_CARDS, Card, make_card, write
 
 COLUMNS = (
@@ -67,9 +67,8 @@ class Drawer:
         model, heat, (width, height) = self.model, prediction.heat, prediction.size
         edges, level = entry.slice.edges, model.pixel_threshold
         regions = [] if level is None else contours(heat, level, prediction.size)
-        shown = shrink(picture, MAX_OVERLAY_SIDE)
-        if (edges or model.weak) and max(shown.size) < LETTERS:
-            shown = shrink(shown, LETTERS, enlarge=True)
+        small = (edges or model.weak) and max(picture.size) < LETTERS
+        shown = shrink(picture, LETTERS, enlarge=True) if small else picture
         scale = np.divide(shown.size, prediction.size)
         outlines = [{**region, "points": (np.array(region["points"]) * scale).tolist()} for region in regions]
         pictures = {
@@ -144,8 +143,9 @@ class Results:
     """
 
     def __init__(self, options: argparse.Namespace, command: str, entries: Sequence[Entry]) -> None:
-        self.out, self.options, self.entries = Path(options.out), options, entries
+        self.out, self.options = Path(options.out), options
         self.keys = {entry.key(): entry for entry in entries}
+        self.key_of = {entry.name: key for key, entry in self.keys.items()}
         for name in ("predictions.csv", "predictions.json", PARTIAL):
             probe_writable(self.out / name, "--out")
         self.lock = FileLock(self.out / LOCK)
@@ -170,7 +170,7 @@ class Results:
         """What was found in a volume, series or single file, all of it."""
         with blame(f"--out {self.file.name}: cannot be written (disk full?)"):
             for entry, row, card in rows:
-                line = {"key": entry.key(), "row": row, "card": None if card is None else asdict(card)}
+                line = {"key": self.key_of[entry.name], "row": row, "card": None if card is None else asdict(card)}
                 self.file.write(json.dumps(line).encode() + b"\n")
             self.file.flush()
 
@@ -249,7 +249,7 @@ def group_rows(rows: Iterable[tuple[Entry, Row]], by: str, threshold: float | No
 def write_page(results: Results, rows: Sequence[tuple[Entry, Row]], model: Predictor) -> Path:
     """Write --report's page: the images, highest scores first, volumes as strips of their slices in order."""
     options, scores = results.options, np.array([row["score"] for _, row in rows])
-    place = {entry.key(): i for i, (entry, _) in enumerate(rows)}
+    place = {results.key_of[entry.name]: i for i, (entry, _) in enumerate(rows)}
     shown = set(np.argsort(-scores, kind="stable")[:MAX_CARDS].tolist())
     found = {place[key]: Card(**card) for key, _, card in results.lines() if card and place[key] in shown}
     notes = [f"The gallery holds the {MAX_CARDS:,} highest scores of {len(rows):,} images."] * (len(rows) > len(shown))
@@ -268,7 +268,7 @@ def summary(rows: Sequence[tuple[Entry, Row]]) -> str:
     kinds: dict[str, tuple[bool, Callable[[Entry], str]]] = {
         "patients": (any(entry.slice.patient_id for entry, _ in rows), lambda entry: entry.groups["patient"]),
         "series": (any(entry.count > 1 for entry, _ in rows), lambda entry: entry.series),
-        "images": (True, Entry.key),
+        "images": (True, lambda entry: entry.name),
     }
     words = []
     for kind, (there, group) in kinds.items():

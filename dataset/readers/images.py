@@ -324,12 +324,10 @@ def parse_window(words: Sequence[str]) -> Ends | str | None:
         return None
     if len(words) == 1 and words[0] in ("auto", "full"):
         return words[0]
-    try:
+    with suppress(ValueError):
         center, width = map(float, words)
-        if math.isfinite(center) and math.isfinite(width) and width > 0:
+        if math.isfinite(center) and 0 < width < math.inf:
             return center, width
-    except ValueError:
-        pass
     raise InputError(f"--window {' '.join(words)}: give two finite numbers, CENTER and a WIDTH above 0; auto; or full")
 
 

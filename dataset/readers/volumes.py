@@ -102,9 +102,8 @@ class Scans:
             values = values.max(axis=2)
         is_grey = volume.mode == "DICOM" and 127 < values.max() <= 255
         grey = (values if is_grey else (values != 0) * 255).astype(np.uint8)
-        image, labels = (
-            square(Image.fromarray(v), grid.spacing[index], Image.Resampling.NEAREST) for v in (grey, values)
-        )
+        nearest = partial(square, spacing=grid.spacing[index], how=Image.Resampling.NEAREST)
+        image, labels = nearest(Image.fromarray(grey)), nearest(Image.fromarray(values))
         stored = values.shape[1], values.shape[0]
         levels = None if is_grey else np.asarray(labels)
         return Picture(image, volume.sha256, volume.mode, stored, levels=levels, is_labelled=not is_grey)
@@ -367,18 +366,14 @@ def _slice(header: Header, index: int, frames: int) -> Slice:
         right, bottom = _side(across), _side(down)
         edges = OPPOSITE[right] + right + OPPOSITE[bottom] + bottom
         position = round(float(np.dot(place, normal)), 3) if len(place) == 3 else None
-    return Slice(
-        patient_id=str(header.get("PatientID") or ""),
-        study_uid=str(header.get("StudyInstanceUID") or ""),
-        series_uid=str(header.get("SeriesInstanceUID") or ""),
-        instance_number=int(number[0]) if number else None,
-        position=position,
-        plane=plane,
-        normal=tuple(normal.tolist()),
-        edges=edges,
-        description=str(header.get("SeriesDescription") or ""),
-        localizer="LOCALIZER" in str(header.get("ImageType") or ""),
+    patient, study, series, description, kind = (
+        str(header.get(name) or "")
+        for name in ("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SeriesDescription", "ImageType")
     )
+    return Slice(
+        patient, study, series, int(number[0]) if number else None, position, plane, tuple(normal.tolist()), edges,
+        description, "LOCALIZER" in kind,
+    )  # fmt: skip
 
 
 def _side(direction: Array) -> str:

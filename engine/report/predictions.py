@@ -22,6 +22,7 @@ from utils import InputError, atomic_path, blame, preview, probe_writable, write
 from ..heat_volumes import DicomHeat, NiftiHeat
 from ..predictor import Prediction, Predictor
 from ..scans import LOCK, MARK, PARTIAL, Entry
+from .figures import threshold_words
 from .images import contours, overlay, raw, shrink
 from .page import MAX_CARDS, Card, make_card, write
 
@@ -253,12 +254,16 @@ def write_page(results: Results, rows: Sequence[tuple[Entry, Row]], model: Predi
     shown = set(np.argsort(-scores, kind="stable")[:MAX_CARDS].tolist())
     found = {place[key]: Card(**card) for key, _, card in results.lines() if card and place[key] in shown}
     notes = [f"The gallery holds the {MAX_CARDS:,} highest scores of {len(rows):,} images."] * (len(rows) > len(shown))
-    threshold, source = model.threshold, str(model.calibration.get("from") or "none")
+    threshold, origin = model.threshold, "The checkpoint has no threshold."
+    if options.threshold is not None:
+        origin = "It was given with --threshold."
+    elif model.calibration:
+        origin = threshold_words(model.calibration)
     return write(
         options.report, "predictions.html", [found[i] for i in sorted(found)], scores=[scores], threshold=threshold,
         heat_range=model.heat_range, kind="MadCLIP predictions", lead=[summary(rows)], notes=notes, weak=model.weak,
         title="Predictions" if options.anonymous else preview([Path(name).name for name in options.images]),
-        origin=source if options.threshold is None else "given with --threshold", made=model.settings.to_dict(),
+        origin=origin, made=model.settings.to_dict(),
         above=int((scores >= (np.inf if threshold is None else threshold)).sum()),
     )  # fmt: skip
 

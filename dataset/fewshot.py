@@ -90,7 +90,7 @@ def draw_shots(draw: random.Random, patients: Mapping[str, str | None], count: i
     """`count` of the names, at random, each of another patient as far as there are so many.
 
     Args:
-        draw: the generator, which goes on where several of the first draw are one patient's.
+        draw: the generator; where it gives several images of a patient, others are drawn by one of their own.
         patients: name -> patient, None where that is not known.
         count: at most as many as there are names.
     """
@@ -105,7 +105,8 @@ def draw_shots(draw: random.Random, patients: Mapping[str, str | None], count: i
     names = draw.sample(sorted(patients), count)
     take(names)
     if len(chosen) < count:
-        take(draw.sample(rest := sorted(patients.keys() - chosen), len(rest)))
+        rest = sorted(patients.keys() - chosen)
+        take(random.Random(" ".join(names)).sample(rest, len(rest)))  # so that the next class is drawn as ever
         again = [name for name in names if name not in chosen]  # fewer patients than shots
         chosen += again[: count - len(chosen)]
     return chosen

@@ -134,10 +134,12 @@ def predict(model: Predictor, results: Results, listing: InputList, options: arg
     with tqdm(total=total, desc="predict", unit="image", mininterval=bar_seconds()) as bar:
         drawn = prefetch(draw, predicted(), options.num_workers, ahead=4)
         for series, members in groupby(drawn, key=lambda item: item[0].series):
-            done = list(members)
+            done = []
+            for item in members:
+                done.append(item)
+                bar.update()
             drawer.finish(series)
             results.add(done)
-            bar.update(len(done))
     seconds = time.perf_counter() - start
     rows = results.close(describe_run(model, listing, options), model.threshold)
     for kind, count in remarks.items():

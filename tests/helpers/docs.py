@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = ("python", "python3", "make", "pip", "git", "torchrun", "gdown", "tar", "wandb", "mkdir", "source")
+PROGRAMS = ("python", "python3", "make", "pip", "git", "torchrun", "wandb", "cp")
 # What a comment behind a command says where no test can run it as it stands.
 MARK = re.compile(r"\b(needs (weights|data|internet)|takes long)\b")
 

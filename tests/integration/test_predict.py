@@ -393,12 +393,12 @@ def test_cells_are_no_formulas(command, ckpts, image, tmp_path):
     [
         (["nowhere.png"], ["nowhere.png"]),
         (["tests/golden"], ["tests/golden", "no image"]),
-        (["docs/demo-brain.png", "--window", 10, 0], ["--window"]),
+        (["docs/demo.jpg", "--window", 10, 0], ["--window"]),
         ([""], ["IMAGE_OR_FOLDER", "is empty"]),
-        (["docs/demo-brain.png", "--threshold", "nan"], ["--threshold"]),
-        (["docs/demo-brain.png", "--ckpt", "README.md"], ["README.md", "not a checkpoint"]),
-        (["docs/demo-brain.png", "--out", "README.md"], ["--out README.md"]),
-        (["docs/demo-brain.png", "--threshold", 1, "--calibrate", "x"], ["--threshold", "--calibrate"]),
+        (["docs/demo.jpg", "--threshold", "nan"], ["--threshold"]),
+        (["docs/demo.jpg", "--ckpt", "README.md"], ["README.md", "not a checkpoint"]),
+        (["docs/demo.jpg", "--out", "README.md"], ["--out README.md"]),
+        (["docs/demo.jpg", "--threshold", 1, "--calibrate", "x"], ["--threshold", "--calibrate"]),
     ],
 )
 def test_refused(command, ckpts, tmp_path, arguments, words):

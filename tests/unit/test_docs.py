@@ -21,7 +21,7 @@ from engine.files.config import VERSION
 from tests.helpers.docs import ROOT, doc_commands, pages
 
 # Commands beside `python ...`, which test_docs_commands.py runs as they stand, in order, and `make ...`.
-OTHER_COMMANDS = {"python3 -m venv .venv && . .venv/bin/activate"}
+OTHER_COMMANDS = {"cp -r data/sample/BreastBUSI_AD my_breast"}
 # Flags of other programs, and of commands that flags.md does not hold.
 OTHER_FLAGS = {"--debug", "--epochs", "--help", "--nproc_per_node", "--skip-worktree", "--version"}
 PARSED = re.compile(r"python (?!-m docs\.)")  # commands with a parser

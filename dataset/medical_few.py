@@ -427,13 +427,13 @@ class MedicalDataset:
         """
         if names := [name for name, (file, _) in known.items() if file.shot]:
             warnings.update(dict.fromkeys(check_shot_names(names, known, count, str(self.listing), self.root)))
-            return names, str(self.listing)
+            return names, self.listing.name if self.listing else ""
         path = next((path for path in self.shot_lists() if path.name == f"my{count}-shot.txt"), None)
         if path is None:
             return None
         lines, remarks = parse_shot_list(path)
         names = pick_lines(lines, remarks, path, iterate)[0 if kind == "abnormal" else 1]
-        source = str(path)
+        source = "/".join(path.parts[-3:])  # checkpoints keep it: the data set's folder, not what leads there
         if SEEDS in path.parents:
             source = path.relative_to(FOLDER.parent).as_posix()
             if not set(names) & set(known):  # other images under the same name, as with the phantom

@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shlex
 import signal
 import socket
@@ -211,7 +210,7 @@ def open_run(
         "options": {name: value for name, value in vars(options).items() if name != "resume"},
         "settings": settings.to_dict(),
         "shots": splits.shots.names(),
-        "shots_from": re.sub(r"\S*(?=fewshot_seed/)", "", splits.shots.source),  # without the folder that holds it
+        "shots_from": splits.shots.source,
         "contents": hashlib.sha256(json.dumps(splits.contents(), sort_keys=True).encode()).hexdigest(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         **checkpoint.versions(),

@@ -87,7 +87,7 @@ def anomaly_map(difference: Tensor, size: int) -> Tensor:
     Softmax over the branches of two upsampled maps equals the sigmoid of one upsampled difference. The published
     0.5 * (1 - p_normal) + 0.5 * p_abnormal equals p_abnormal, as the two add up to one.
     """
-    total = difference.new_zeros(len(difference), size, size)
+    total = difference.new_zeros(difference.shape[0], size, size)
     for layer in difference.split(1, dim=1):  # one at a time: a K-th of the memory, and twice as fast on a CPU
         total += upsample(layer, size)[:, 0].sigmoid_()
     return total

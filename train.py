@@ -178,7 +178,8 @@ def finish(setup: Setup, tracker: Tracker, evaluation: Evaluation | None) -> dic
     pixel_threshold = (threshold or {}).get("pixel_value")
     best = measure(evaluation, masks, full=True, pixel_threshold=pixel_threshold, without=patients)
     last = last or best
-    setup.metadata["threshold"] = threshold
+    counts = {"n_normal": int((evaluation.labels == 0).sum()), "n_abnormal": int(evaluation.labels.sum())}
+    setup.metadata |= {"threshold": threshold, "figures": {**best.values, **counts}}
     save_best(setup)
     selected = f"epoch {state.selected_epoch} of {state.epoch}, {SELECTS[options.select]} (--select {options.select})"
     result = result_json(settings, evaluation, best, options.select) | {

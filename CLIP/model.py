@@ -54,7 +54,7 @@ class VisionTower(nn.Module):
         if self.normalize_pixels:
             images = normalize(images, self.pixel_mean, self.pixel_std)
         patches = self.conv1(images).flatten(2).transpose(1, 2)  # (B, N, C)
-        class_token = self.class_embedding.expand(len(images), 1, -1)
+        class_token = self.class_embedding.expand(images.shape[0], 1, -1)
         x = torch.cat([class_token.to(patches.dtype), patches], dim=1) + self.positional_embedding
         if self.registers is not None:  # between the class token and the patches, without a position
             x = torch.cat([x[:, :1], self.registers.expand(len(x), -1, -1), x[:, 1:]], dim=1)

@@ -16,7 +16,7 @@ PAGE = ROOT / "docs" / "flags.md"
 COMMANDS = (
     *("train.py", "test.py", "predict.py", "reproduce.py"),
     *("dataset.check", "dataset.phantom", "dataset.medmnist", "dataset.download"),
-    *("CLIP.download", "engine.checkpoint", "engine.compare"),
+    *("CLIP.download", "engine.checkpoint", "engine.compare", "engine.export"),
 )
 FLAGS_HEAD = """# Every flag
 

@@ -1,6 +1,6 @@
 """Look at checkpoints, and convert them.
 
-python -m engine.checkpoint show CKPT                 settings, shots, metrics, weights' hash
+python -m engine.checkpoint show CKPT [--card]        settings, shots, metrics, weights' hash; or a card in Markdown
 python -m engine.checkpoint export CKPT OUT           the published format, with CLIP's text encoder in it
 """
 
@@ -16,6 +16,7 @@ from CLIP.clip import create_model
 from dataset.layout import BENCHMARKS, config_path, read_config
 from utils import InputError, Parser, printable, probe_writable, run_cli
 
+from .card import card
 from .detector import Detector
 from .files.checkpoint import METADATA, Checkpoint, check_weights, read, write
 from .files.config import MODEL_FLAGS, Settings
@@ -93,12 +94,16 @@ def main() -> None:
     actions = parser.add_subparsers(dest="action", required=True)
     shower = actions.add_parser("show", help="print what a checkpoint holds")
     shower.add_argument("ckpt", help="a checkpoint, also in the published format")
+    shower.add_argument("--card", action="store_true", help="a model card in Markdown, of a checkpoint of train.py")
     exporter = actions.add_parser("export", help="write the published format")
     exporter.add_argument("ckpt", help="a checkpoint of train.py")
     exporter.add_argument("out", help="the file to write")
     exporter.add_argument("--weights", help="file with CLIP weights, instead of the one in CLIP/ckpt")
     options = parser.parse_args()
-    if options.action == "show":
+    if options.action == "show" and options.card:
+        checkpoint = Checkpoint.load(options.ckpt)
+        print(card(checkpoint.settings, checkpoint.metadata))
+    elif options.action == "show":
         show(options.ckpt)
     else:
         export_file(options.ckpt, options.out, options.weights)

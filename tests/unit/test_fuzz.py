@@ -11,11 +11,9 @@ import io
 import json
 import os
 import pickle
-import re
 import resource
 import signal
 import struct
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -36,15 +34,14 @@ from dataset.medical_few import MedicalDataset
 from engine.detector import Detector
 from engine.files.checkpoint import Checkpoint
 from engine.files.config import MODEL_FLAGS
-from engine.files.published import encoder_difference, export
+from engine.files.published import export
 from tests.helpers.data import read_shot_list, small_settings
 from tests.helpers.weights import save_torchscript
 from utils import InputError
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 MICRO = ModelConfig("micro", 4, False, 8, 4, 8, 1, 1, 5, 16, 8, 1, 1, {})
-SECONDS = 30  # on a machine that does other things too
-MEGABYTES = 256
+SECONDS = 120  # on a machine that does other things too
 FLAGS = argparse.Namespace(**{**dict.fromkeys(MODEL_FLAGS), "features_list": [2], "batch_size": 4})
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch warns of odd tensors and protocols before it refuses them
@@ -53,34 +50,25 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # torch warns of odd tensors 
 def fuzz(examples: int) -> Callable:
     """A fixed number of the same examples, or FUZZ_EXAMPLES new ones."""
     return settings(
-        max_examples=EXAMPLES or examples,
-        derandomize=not EXAMPLES,
-        database=None,
-        deadline=None,  # `bounded` stops what hangs; the first example of a process is slow for other reasons
+        max_examples=EXAMPLES or examples, derandomize=not EXAMPLES, database=None, deadline=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
-    )
+    )  # fmt: skip
 
 
 class Hang(BaseException):
     """Not an Exception, so that no reader takes it for a damaged file."""
 
 
-def memory(name: str) -> int:
-    """A line of /proc/self/status in MiB."""
-    return int(re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
-
-
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Fail what takes longer than SECONDS or more than MEGABYTES; refuse addresses long before the machine suffers."""
+    """Fail what hangs; refuse addresses long before the machine suffers."""
 
     def stop(*_: object) -> None:
         raise Hang
 
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = memory("VmRSS")
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, ((memory("VmSize") + 4096) * 2**20, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (size + 4 * 2**30, hard))
     previous = signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS)
     try:
@@ -89,7 +77,6 @@ def bounded() -> Iterator[None]:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    assert memory("VmHWM") - before < MEGABYTES
 
 
 def refusal(read: Callable[[Path], object], path: Path) -> str:
@@ -104,12 +91,7 @@ def refusal(read: Callable[[Path], object], path: Path) -> str:
     return ""
 
 
-# The files as they should be.
-
-
-@cache
-def micro_state() -> dict[str, torch.Tensor]:
-    return random_state(MICRO, seed=0)
+# The files as they should be, and what reads them.
 
 
 @cache
@@ -124,9 +106,9 @@ def published() -> dict:
     return export(Detector(tiny_clip(), settings), tiny_clip())
 
 
-def saved(content: object, new_format: bool = True) -> bytes:
+def saved(content: object) -> bytes:
     file = io.BytesIO()
-    torch.save(content, file, _use_new_zipfile_serialization=new_format)
+    torch.save(content, file)
     return file.getvalue()
 
 
@@ -136,14 +118,12 @@ def whole(tmp_path_factory) -> Callable[[str], bytes]:
 
     @cache
     def make(kind: str) -> bytes:
-        state = micro_state()
+        state = random_state(MICRO, seed=0)
         if kind == "torchscript":
             path = tmp_path_factory.mktemp("fuzz") / "weights.pt"
             save_torchscript(state, path)
             return path.read_bytes()
-        if kind == "safetensors":
-            return save_safetensors(state)
-        return saved(state if kind.startswith("state") else published(), "old" not in kind)
+        return save_safetensors(state) if kind == "safetensors" else saved(state if kind == "state" else published())
 
     return make
 
@@ -158,7 +138,6 @@ def read_and_restore(path: Path) -> None:
     """What test.py does with a checkpoint."""
     facts = {"obj": "Brain", "prompt_name": "Brain", "pixel_metrics": True, "mask_above": 127}
     checkpoint = Checkpoint.load(path, FLAGS, lambda: facts)
-    encoder_difference(checkpoint.parts, tiny_clip())
     if checkpoint.settings.model_name == "ViT-tiny-14-56":
         detector = Detector(tiny_clip(), checkpoint.settings)
         checkpoint.restore(detector, tiny_clip(), path)
@@ -172,12 +151,9 @@ def read_list(path: Path) -> None:
 
 
 READERS = {
-    "torchscript": read_and_load_weights,
-    "state": read_and_load_weights,
-    "state old": read_and_load_weights,
-    "safetensors": read_and_load_weights,
+    "torchscript": read_and_load_weights, "state": read_and_load_weights, "safetensors": read_and_load_weights,
     "published": read_and_restore,
-}
+}  # fmt: skip
 
 
 # What happens to them.
@@ -206,86 +182,36 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
     return bytes(data)
 
 
-def repacked(archive: bytes, member: Callable[[str], bool], change: Callable[[bytes], bytes]) -> bytes:
-    """An archive with one member changed and every checksum right: what only an attacker or a test makes."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(out, "w") as new:
-        for info in old.infolist():
-            content = old.read(info)
-            new.writestr(info.filename, change(content) if member(info.filename) else content)
-    return out.getvalue()
-
-
-def odd_tensors() -> dict[str, Callable[[], torch.Tensor]]:
-    ones = torch.ones(8, 8)
-    return {
-        "nan": lambda: ones * float("nan"),
-        "infinite": lambda: ones * float("inf"),
-        "sparse": ones.to_sparse,
-        "sparse rows": ones.to_sparse_csr,
-        "quantised": lambda: torch.quantize_per_tensor(ones, 0.1, 0, torch.qint8),
-        "meta": lambda: torch.empty(8, 8, device="meta"),
-        "complex": lambda: ones.to(torch.complex64),
-        "integers": ones.long,
-        "float8": lambda: ones.to(torch.float8_e4m3fn),
-        "scalar": lambda: torch.tensor(1.0),
-        "empty": lambda: torch.empty(0),
-        "expanded": lambda: torch.ones(1).expand(2**40),
-        "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
-    }
-
-
-NO_TENSORS = [
-    None, True, -1, 0, 2**70, float("nan"), 1e300, "", "x" * 5000, "\n", b"x", (), [], {}, [[]], {1: 2}, ["a"], [0],
-    [2, 2], [-1], [10**9], ["2"], {"a": torch.ones(2)}, torch.Size([1]),
+ONES = torch.ones(8, 8)
+ODD = [
+    None, True, -1, 2**70, float("nan"), "x" * 5000, "\n", b"x", (), [], {}, [[]], {1: 2}, {"a": torch.ones(2)},
+    ONES * float("nan"), ONES.to_sparse(), ONES.to(torch.complex64), ONES.long(), torch.tensor(1.0), torch.empty(0),
+    torch.ones(1).expand(2**40),
 ]  # fmt: skip
-ODD = st.one_of(
-    st.sampled_from(range(len(NO_TENSORS))).map(lambda index: copy.deepcopy(NO_TENSORS[index])),
-    st.sampled_from(sorted(odd_tensors())).map(lambda name: odd_tensors()[name]()),
-)
-
-
-def places(content: dict, above: tuple = ()) -> Iterator[tuple]:
-    """The path to every entry of nested dicts and lists."""
-    for key, value in content.items():
-        yield (*above, key)
-        if isinstance(value, dict):
-            yield from places(value, (*above, key))
 
 
 @st.composite
 def mistyped(draw: st.DrawFn, content: dict) -> dict:
-    """`content` with an entry of another type, renamed or left out; a few tensors of the right shape hold NaN."""
+    """A checkpoint with a part or a tensor of another type, renamed or left out."""
     content = copy.deepcopy(content)
-    for _ in range(draw(st.integers(1, 2))):
-        *above, key = draw(st.sampled_from(sorted(places(content), key=str)))
-        inner = content
-        for name in above:
-            inner = inner[name]
-        action = draw(st.sampled_from(["replace", "replace", "delete", "rename", "nan", "sparse"]))
-        if action == "replace":
-            inner[key] = draw(ODD)
-        elif action == "rename":
-            inner[draw(st.sampled_from([0, None, (1, 2), "", "other", "1.2.3", "x" * 300]))] = inner.pop(key)
-        elif action == "delete":
-            del inner[key]
-        elif isinstance(inner[key], torch.Tensor) and inner[key].layout is torch.strided:
-            inner[key] = inner[key] * float("nan") if action == "nan" else inner[key].to_sparse()
+    inner = draw(st.sampled_from([content, *content.values()]))
+    key = draw(st.sampled_from(sorted(inner)))
+    action = draw(st.sampled_from(["replace", "replace", "delete", "rename"]))
+    if action == "replace":
+        inner[key] = ODD[draw(st.integers(0, len(ODD) - 1))]
+    else:
+        value = inner.pop(key)
+        if action == "rename":
+            inner[draw(st.sampled_from([0, None, (1, 2), "", "other", "1.2.3", "x" * 300]))] = value
     return content
-
-
-# The properties.
-
-
-@pytest.mark.parametrize("kind", READERS)
-def test_whole_files_are_read(tmp_path, whole, kind):
-    (tmp_path / "file").write_bytes(whole(kind))
-    assert refusal(READERS[kind], tmp_path / "file") == ""
 
 
 @pytest.mark.parametrize("kind", READERS)
 def test_damaged_files(tmp_path, whole, kind):
-    @fuzz(25)
+    (tmp_path / "file").write_bytes(whole(kind))
+    assert refusal(READERS[kind], tmp_path / "file") == ""
+
+    @fuzz(12)
     @given(damaged(whole(kind)))
     def check(content: bytes) -> None:
         (tmp_path / "file").write_bytes(content)
@@ -294,44 +220,12 @@ def test_damaged_files(tmp_path, whole, kind):
     check()
 
 
-@pytest.mark.parametrize("kind", ["torchscript", "state", "published"])
-def test_damaged_pickle_in_a_sound_archive(tmp_path, whole, kind):
-    archive = whole(kind)
-    with zipfile.ZipFile(io.BytesIO(archive)) as members:
-        pickled = next(members.read(name) for name in members.namelist() if name.endswith("/data.pkl"))
-
-    @fuzz(40)
-    @given(damaged(pickled))
-    def check(content: bytes) -> None:
-        changed = repacked(archive, lambda name: name.endswith("/data.pkl"), lambda _: content)
-        (tmp_path / "file").write_bytes(changed)
-        refusal(READERS[kind], tmp_path / "file")
-
-    check()
-
-
-def test_damaged_safetensors_header(tmp_path, whole):
-    content = whole("safetensors")
-    size = int.from_bytes(content[:8], "little")
-
-    @fuzz(40)
-    @given(damaged(content[8 : 8 + size]))
-    def check(header: bytes) -> None:
-        (tmp_path / "file").write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
-        refusal(read_and_load_weights, tmp_path / "file")
-
-    check()
-
-
-@pytest.mark.parametrize("kind", ["weights", "published"])
-def test_wrong_types_everywhere(tmp_path, kind):
-    read = {"weights": read_and_load_weights}.get(kind, read_and_restore)
-
-    @fuzz(60)
-    @given(mistyped(micro_state() if kind == "weights" else published()))
+def test_wrong_types_in_a_published_checkpoint(tmp_path):
+    @fuzz(25)
+    @given(mistyped(published()))
     def check(content: dict) -> None:
         (tmp_path / "file").write_bytes(saved(content))
-        refusal(read, tmp_path / "file")
+        refusal(read_and_restore, tmp_path / "file")
 
     check()
 
@@ -339,7 +233,7 @@ def test_wrong_types_everywhere(tmp_path, kind):
 @pytest.mark.parametrize("head", [b"", b"PK\x03\x04", b"\x80\x02", b"\x40" + bytes(7) + b"{"])
 @pytest.mark.parametrize("read", [read_and_load_weights, read_and_restore, read_list])
 def test_random_bytes(tmp_path, read, head):
-    @fuzz(15)
+    @fuzz(8)
     @given(st.binary(max_size=400))
     def check(noise: bytes) -> None:
         (tmp_path / "file").write_bytes(head + noise)
@@ -358,7 +252,7 @@ LISTS = st.one_of(
 
 
 def test_shot_lists(tmp_path):
-    @fuzz(100)
+    @fuzz(60)
     @given(LISTS)
     def check(content: bytes) -> None:
         (tmp_path / "list.txt").write_bytes(content)
@@ -367,24 +261,8 @@ def test_shot_lists(tmp_path):
     check()
 
 
-FOLDERS = [
-    "valid/good/img",
-    "a/../b",
-    "/",
-    ".",
-    "",
-    "x" * 300,
-    "x" * 5000,
-    "\0",
-    "\ud800",
-    "\n",
-    1,
-    None,
-    [],
-    ["x"],
-    [1],
-]
-ENTRIES = [None, True, 0, 0.5, -1.0, float("nan"), "x", " ", "x" * 10**5, {}, [], [[]]]
+FOLDERS = ["valid/good/img", "a/../b", "/", "", "x" * 5000, "\0", "\ud800", "\n", 1, None, [], ["x"], [1]]
+ENTRIES = [None, True, 0, 0.5, float("nan"), "x", " ", "x" * 10**5, {}, [], [[]]]
 TEMPLATES = [
     "{stem}",
     "{parent}/{stem}",
@@ -412,16 +290,13 @@ def test_descriptions_of_data_sets(tmp_path, monkeypatch):
         for split in SPLITS:
             dataset.samples(split)
 
-    @fuzz(200)
+    @fuzz(100)
     @given(st.one_of(DESCRIPTIONS, st.sampled_from(ENTRIES)))
     def check(content: object) -> None:
         (tmp_path / "Knee.json").write_text(json.dumps(content))
         assert refusal(read, tmp_path / "Knee.json")  # there are no images
 
     check()
-
-
-# Files that an attacker would make.
 
 
 class Call:
@@ -434,43 +309,19 @@ class Call:
         return self.call
 
 
-def torchscript_of(pickled: bytes) -> bytes:
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as archive:
-        archive.writestr("weights/constants.pkl", b"\x80\x02).")
-        archive.writestr("weights/data.pkl", pickled)
-    return out.getvalue()
-
-
-MODULE = b"cx\nM\n)\x81"  # an object of the class x.M
-
-
-def nested_modules(depth: int) -> bytes:
-    """Modules that hold the next one twice: 2**depth paths."""
-    body = MODULE
-    for level in range(depth):  # put the inner one, then make an outer one with it under two names
-        index = bytes([level])
-        body += b"q" + index + b"0" + MODULE + b"}(X\1\0\0\0ah" + index + b"X\1\0\0\0bh" + index + b"ub"
-    return b"\x80\x02" + body + b"."
-
-
 HOSTILE = {
-    "deep": lambda _: b"\x80\x02" + b"(l" * 10**6 + b".",
-    "text of 2**60 bytes": lambda _: torchscript_of(b"\x80\x04\x8d" + struct.pack("<Q", 2**60) + b"x."),
-    "modules in modules": lambda _: torchscript_of(nested_modules(60)),
-    "deep modules": lambda _: torchscript_of(
-        b"\x80\x02" + (MODULE + b"}X\1\0\0\0a") * 10**4 + b"N" + b"sb" * 10**4 + b"."
-    ),
-    "header of 2**60 bytes": lambda _: struct.pack("<Q", 2**60) + b'{"a":1}',
-    "nested header": lambda _: struct.pack("<Q", 10**6) + b'{"a":' + b"[" * (10**6 - 5),
-    "pickle in a pickle": lambda _: saved({"state_dict": pickle.dumps({"a": Call(print, "ran")})}),
+    "deep": b"\x80\x02" + b"(l" * 10**6 + b".",
+    "header of 2**60 bytes": struct.pack("<Q", 2**60) + b'{"a":1}',
+    "nested header": struct.pack("<Q", 10**6) + b'{"a":' + b"[" * (10**6 - 5),
+    "code": saved({"a": Call(print, "ran")}),
+    "pickle in a pickle": saved({"state_dict": pickle.dumps({"a": Call(print, "ran")})}),
 }
 
 
 @pytest.mark.parametrize("read", [read_and_load_weights, read_and_restore])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_files(tmp_path, whole, capsys, name, read):
-    (tmp_path / "file").write_bytes(HOSTILE[name](whole))
+def test_hostile_files(tmp_path, capsys, name, read):
+    (tmp_path / "file").write_bytes(HOSTILE[name])
     assert str(tmp_path / "file") in refusal(read, tmp_path / "file")
     assert capsys.readouterr().out == ""
 

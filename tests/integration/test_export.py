@@ -1,0 +1,70 @@
+"""python -m engine.export: the same numbers from the ONNX file, through the command and without PyTorch."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from tests.helpers.attacks import fine, refused, rows
+from tests.helpers.commands import ROOT
+
+for package in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(package)
+
+
+def example() -> str:
+    """The program of docs/predict.md that needs no PyTorch."""
+    text = (ROOT / "docs/predict.md").read_text(encoding="utf-8")
+    block = re.search(r"^    import sys\n(?:(?:    .*)?\n)+", text, re.MULTILINE)
+    return textwrap.dedent(block[0])
+
+
+def test_the_example_of_the_docs_gives_the_scores_of_predict_without_torch(command, home, tmp_path):
+    images = home.data / "Brain_AD/test/Ungood/img"
+    said = fine(command("engine.export", home.ckpt, "--out", tmp_path / "brain.onnx", "--check", images))
+    assert "7 images" in said and "0 decisions differ" in said
+    card = (tmp_path / "brain.md").read_text()
+    assert "Not a medical device" in card and "image AUROC: 0." in card
+    fine(
+        command(
+            "predict.py", "--ckpt", home.ckpt, "--device", "cpu", images, "--out", tmp_path / "out", "--no-pictures"
+        )
+    )
+    expected = {row["file"]: row for row in rows(tmp_path / "out")}
+
+    program = "import sys\nsys.modules['torch'] = None  # importing it fails\n" + example()
+    paths = sorted(map(str, images.iterdir()))
+    done = subprocess.run(
+        [sys.executable, "-c", program, *paths], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == len(expected) == 7
+    for path, score, decision in lines:
+        row = next(row for name, row in expected.items() if path.endswith(name))
+        assert float(score) == pytest.approx(float(row["score"]), abs=1e-4)
+        assert (decision == "abnormal") == (row["abnormal"] == "True")
+    assert (tmp_path / "heat.png").is_file()
+
+
+def test_what_the_file_says_of_itself(command, home, tmp_path):
+    import onnxruntime  # noqa: PLC0415
+
+    said = fine(command("engine.export", home.ckpt, "--out", tmp_path / "half.onnx", "--precision", "fp16"))
+    assert "opset 18, fp16" in said
+    session = onnxruntime.InferenceSession(str(tmp_path / "half.onnx"), providers=["CPUExecutionProvider"])
+    about = session.get_modelmeta().custom_metadata_map
+    assert (about["img_size"], about["highest_score"], about["labels"]) == ("42", "4", "normal abnormal")
+    assert json.loads(about["settings"])["model_name"] == "ViT-tiny-14-56"
+    assert 0 < float(about["threshold"]) < 4 and "not a medical device" in about["note"] and about["licence"]
+
+
+def test_scores_that_depend_on_the_batch_are_refused(command, home, tmp_path):
+    train = [*home.train(tmp_path), "--epoch", 1, "--visionA", "MViTFC", "--text_mood", "fix"]
+    fine(command("train.py", *train))
+    refused(command("engine.export", tmp_path / "ckpt/Brain.pth", "--out", tmp_path / "x.onnx"), "MViTFC")
+    assert not (tmp_path / "x.onnx").exists()

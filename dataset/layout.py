@@ -107,16 +107,16 @@ def add_reading_flags(group: Any) -> None:  # noqa: ANN401 - a parser or a group
     flag, otherwise = group.add_argument, "default: the data set's, else"
     flag("--list", metavar="FILE",
          help="images and labels in a .csv, .tsv or .jsonl (default: images.csv in the data's folder)")  # fmt: skip
-    flag("--patient", metavar="REGEX", help="finds the patient in an image's path below its folder (docs/data.md)")
+    flag("--patient", metavar="REGEX", help="regular expression: the patient in an image's path (docs/data.md)")
     flag("--mask_above", type=integer(0, 254), metavar="GREY",
-         help=f"a mask's grey above which a pixel is abnormal ({otherwise} 127; 25: BMAD, 0: AA-CLIP)")  # fmt: skip
+         help=f"grey of masks above which a pixel is abnormal ({otherwise} 127; 25: BMAD, 0: AA-CLIP)")  # fmt: skip
     flag("--mask_labels", type=integer(0, 65535), nargs="+", metavar="LABEL",
-         help="the greys, palette indices or labels of masks that are abnormal, instead of --mask_above")  # fmt: skip
+         help="abnormal grey levels, palette indices or labels of masks, instead of --mask_above")  # fmt: skip
     flag("--unmarked", choices=UNMARKED,
-         help="abnormal images and slices whose mask marks nothing: left out, or of that class "
+         help="how abnormal images with an empty mask count; out: not at all "
               f"({otherwise} out; the paper's six: abnormal, as published)")  # fmt: skip
     flag("--window", nargs="+", metavar="W",
-         help=f"CENTER WIDTH, auto or full: grey levels beyond 8 bits ({otherwise} the file's)")  # fmt: skip
+         help=f"CENTER WIDTH, auto or full: grey range beyond 8 bits ({otherwise} the file's)")  # fmt: skip
     flag("--plane", choices=PLANES, help=f"in which NIfTI volumes are cut ({otherwise} axial)")
 
 

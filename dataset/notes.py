@@ -95,7 +95,7 @@ def patients_note(dataset: MedicalDataset, examples: bool = True) -> str:
         such = f" (such as {entries[0].name})" if examples else ""
         fault = f"none recognised in the names{such}"
         advice = f"say how to find them with --patient REGEX, or `patient` in {dataset.obj}.json"
-        return f"warning: patients: {fault}, so that one may be in both splits without a word; {advice}"
+        return f"warning: patients: {fault}, so one may be in both splits unnoticed; {advice}"
     without = sum(entry.patient is None for entry in entries)
     unknown = f" ({without} images without)" if without else ""
     source = "PatientIDs" if any(entry.from_header for entry in entries) else "names"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import runpy
 import sys
 import warnings
@@ -64,21 +65,23 @@ def _sections(parser: argparse.ArgumentParser, command: str, told: dict[tuple[st
         yield f"{_text(parser.description)}\n"
     for group in parser._action_groups:
         shown = [a for a in group._group_actions if a.help != argparse.SUPPRESS and a.dest != "help"]
-        rows, known = [], dict[str, list[str]]()
+        rows, known = [], dict[str, list[str]]()  # known, or without a word: on one line
         for action in shown:
             if isinstance(action, argparse._SubParsersAction):
                 continue
             names, meaning = _names(action), _meaning(action, parser.prog)
-            first = told.setdefault((names, meaning), command)
-            if first == command:
-                default = _default(action)
-                rows.append(f"- {names}" + (f" ({default})" if default else "") + (f": {meaning}" if meaning else ""))
-            else:
-                known.setdefault(first, []).append(names)
-        rows += [f"- as in {first}: {', '.join(names)}" for first, names in known.items()]
+            first = told.setdefault((names, meaning), command) if meaning else ""
+            if first != command:
+                known.setdefault(f"as in {first}: " if first else "", []).append(names)
+                continue
+            default = _default(action)
+            meaning = re.sub(rf" \((default: )?{re.escape(default)}\)$", "", meaning)
+            rows.append(f"- {names}" + (f" ({default})" if default else "") + f": {meaning}")
+        rows += [f"- {start}{', '.join(names)}" for start, names in known.items()]
         if rows:
             title = f"{group.title}: {group.description}" if group.description else f"{group.title}"
-            yield f"**{_text(title)}**\n\n" + "\n".join(rows) + "\n"
+            heading = "" if title in ("options", "positional arguments") else f"**{_text(title)}**\n\n"
+            yield heading + "\n".join(rows) + "\n"
         for action in shown:
             for name, part in action.choices.items() if isinstance(action, argparse._SubParsersAction) else ():
                 yield f"### {name}\n"

@@ -34,7 +34,7 @@ CACHES = ("auto", "gpu", "ram", "disk", "off")
 CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 SELECTS = {
     "test": "best epoch on the test set",
-    "valid": "best epoch on what is left of valid/ after the shots",
+    "valid": "best epoch on the validation images that are not shots",
     "last": "last epoch",
 }
 MAX_IMG_SIZE = 4096
@@ -132,7 +132,7 @@ class Settings:
 
     obj: str
     model_name: str = field(metadata=flag(
-        "ViT-L-14-336", "the tower: a name in CLIP/model_configs, a JSON file, a folder, or hf-hub:OWNER/NAME",
+        "ViT-L-14-336", "CLIP model: a name in CLIP/model_configs, a JSON file, a folder, or hf-hub:OWNER/NAME",
         type=nonblank_text,
     ))  # fmt: skip
     pretrain: str = field(metadata=flag("openai", "where CLIP's weights come from", choices=PRETRAINS))
@@ -243,15 +243,15 @@ def add_data_flags(parser: argparse.ArgumentParser, obj: str) -> None:
     add_reading_flags(group)
     add("--save_path", default="./ckpt/", type=nonempty_path, help="folder of <obj>.pth, the checkpoint")
     add("--weights", type=nonempty_path, help="file with CLIP weights, instead of the one in CLIP/ckpt")
-    add("--seed", type=integer(-(2**63), 2**64 - 1), default=111, help="of every random draw")  # torch's range
+    add("--seed", type=integer(-(2**63), 2**64 - 1), default=111, help="seed of all random draws")  # torch's range
     add("--out_json", type=nonempty_path, help="write the results to this file")
     add("--anonymous", action="store_true",
-        help="running numbers instead of the names of files and patients, in all that is printed and written"
+        help="running numbers instead of file names, patients and UIDs in all output"
     )  # fmt: skip
     add_machine_flags(parser)
     add = parser.add_argument_group("token store (docs/method.md)").add_argument
     add("--cache", default="auto", choices=CACHES,
-        help="where tokens are kept; auto: the first of gpu, ram, disk with room")  # fmt: skip
+        help="where tokens are kept; auto: the first with room")  # fmt: skip
     add("--cache_dir", default=".cache/features", type=nonempty_path, help="folder of tokens kept on disk")
     add("--cache_dtype", default="auto", choices=CACHE_DTYPES,
         help="precision of kept tokens; auto: as computed, so float32 on a CPU and the autocast type on CUDA"
@@ -292,7 +292,7 @@ def train_parser() -> Parser:
     add = group.add_argument
     add("--exp_name", type=run_name, help="name of the run in W&B and under runs/ (default: made from the settings)")
     add("--batch_size", type=integer(1, 65536), default=16,
-        help="images a training step; twice as many are scored together")  # fmt: skip
+        help="images per training step")  # fmt: skip
     add("--epoch", type=positive, default=60, help="number of epochs")
     add("--learning_rate", type=positive_float, default=0.001, help="learning rate of Adam")
     add_shot_flags(group, 16)
@@ -312,7 +312,7 @@ def train_parser() -> Parser:
     add("--log_model", action="store_true", help="upload the checkpoint to W&B as an artifact")
     add("--save_model", action=Switch, default=True, help="write <obj>.pth (published: off)")
     add("--run_dir", default="runs", type=nonempty_path, help="folder that holds a folder for each run")
-    add("--resume", metavar="RUN", help="go on with the run in this folder, with its settings")
+    add("--resume", metavar="RUN", help="continue the run in this folder, with its settings")
     return parser
 
 
@@ -334,10 +334,10 @@ def test_parser() -> Parser:
     add("--ckpt", type=nonempty_path, help="checkpoint (default: <save_path>/<obj>.pth)")
     add("--prompt_name", type=nonblank_text, help="what the prompts call the object (default: as in training)")
     add("--allow_other_weights", action="store_true",
-        help="warn, instead of stopping, where CLIP weights differ from training")  # fmt: skip
+        help="only warn if the CLIP weights are not those of the training")  # fmt: skip
     add("--save_scores", metavar="FILE", type=nonempty_path, help="keep the patch scores (.npz)")
     add("--scores", metavar="FILE", type=nonempty_path,
-        help="make every number and figure from patch scores that were kept, without weights")  # fmt: skip
+        help="repeat the evaluation from such a file, without weights")  # fmt: skip
     add("--figures", type=nonempty_path, help="folder for figures as PNG")
     add("--report", type=nonempty_path, help="folder for the report page, index.html")
     return parser

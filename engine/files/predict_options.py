@@ -22,9 +22,11 @@ def predict_options(arguments: Sequence[str] | None = None) -> argparse.Namespac
          help="PNG, JPEG, BMP, TIFF, WebP, GIF, JPEG 2000; DICOM (with pydicom), NIfTI (with nibabel)")  # fmt: skip
     flag("--ckpt", required=True, type=nonempty_path, help="checkpoint of train.py, or one in the published format")
     flag("--obj", help="of a published checkpoint: the data set that it was trained on")
-    flag("--weights", type=nonempty_path, help="file with CLIP weights, instead of that in CLIP/ckpt")
-    flag("--allow_other_weights", action="store_true", help="only warn when these are not the trained ones")
-    flag("--batch_size", type=integer(1, 65536), default=16, help="images through the network at a time")
+    flag("--weights", type=nonempty_path, help="file with CLIP weights, instead of the one in CLIP/ckpt")
+    flag(
+        "--allow_other_weights", action="store_true", help="only warn if the CLIP weights are not those of the training"
+    )
+    flag("--batch_size", type=integer(1, 65536), default=16, help="images computed together")
     add_reading_flags(parser)
     add_result_flags(parser)
     add_machine_flags(parser)
@@ -50,7 +52,7 @@ def add_reading_flags(parser: argparse.ArgumentParser) -> None:
     """How files are read, and where the threshold lies."""
     flag = parser.add_argument_group("reading").add_argument
     flag("--window", nargs="+", metavar=("C W|auto|full", ""),
-         help="centre and width of grey values beyond 8 bits; auto: robust percentiles of the series or volume; full: "
+         help="CENTER WIDTH of grey values beyond 8 bits; auto: robust percentiles of the series or volume; full: "
          "its whole range (default: as in training, else the file's own window)")  # fmt: skip
     flag("--plane", choices=PLANES, help="in which NIfTI volumes are cut (default: as in training, else axial)")
     group = parser.add_argument_group("decisions")
@@ -74,7 +76,11 @@ def add_result_flags(parser: argparse.ArgumentParser) -> None:
     flag("--group_by", choices=("series", "patient", "folder"), help="a row for each, in groups.csv")
     flag("--report", type=nonempty_path, metavar="FOLDER",
          help="a page (index.html) with every image, highest scores first")  # fmt: skip
-    flag("--anonymous", action="store_true", help="hashes instead of file names, patients and UIDs in all results")
+    flag(
+        "--anonymous",
+        action="store_true",
+        help="running numbers instead of file names, patients and UIDs in all output",
+    )
 
 
 def finite(text: str) -> float:

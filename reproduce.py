@@ -21,6 +21,7 @@ if __name__ == "__main__":  # reads the flags before it imports torch; jobs look
     run_script("reproduce", parse)
 
 import contextlib
+import json
 import shlex
 import shutil
 import sys
@@ -135,11 +136,8 @@ def test_on(grid: Grid, cell: Cell, obj: str) -> None:
     state = run.load()
     if not last.is_file() and state is not None:
         selected, record = Checkpoint.load(run.best), state["history"][-1]
-        metadata = {
-            **selected.metadata,
-            "select": "last",
-            "metrics": {name: record[name] for name in ("epoch", *SHOWN)},
-        }
+        metrics = {name: record[name] for name in ("epoch", *SHOWN)}
+        metadata = {**selected.metadata, "select": "last", "metrics": metrics}
         if selected.metadata["metrics"]["epoch"] != record["epoch"]:
             metadata["threshold"] = None  # that of the selected epoch
         replace(selected, parts=state["parts"], metadata=metadata).save(last)
@@ -149,42 +147,34 @@ def test_on(grid: Grid, cell: Cell, obj: str) -> None:
 
 
 def write_union(grid: Grid, cell: Cell) -> None:
-    """A data set whose shots are those of other data sets, and whose test images are those of the cell's.
-
-    It is a folder of links in the MVFA layout.
-    """
-    root, layouts = grid.out / "unions" / f"{cell.name}_AD", []
+    """A data set whose shots are those of other data sets, and whose test images are those of the cell's: a list."""
+    root = grid.out / "unions" / f"{cell.name}_AD"
     target, *sources = datasets = [grid.dataset(obj) for obj in (cell.obj, *cell.sources)]
-    files = [("test", sample) for sample in target.samples("test")]
+    chosen = [(target, "test", sample) for sample in target.samples("test")]
     for source in sources:
         shots = source.shots(cell.shot, cell.shot, grid.base.iterate, cell.seed)
-        files += [("valid", sample) for sample in (*shots.normal, *shots.abnormal)]
-    for dataset in datasets:
-        layouts.append({name: value for name in READING if (value := getattr(dataset.layout, name)) not in (None, ())})
-        if layouts[-1] != layouts[0]:
-            flags = ", ".join(f"--{name}" for name in READING)
-            raise InputError(f"{dataset.obj} is read otherwise than {cell.obj}: give it for all ({flags})")
+        chosen += [(source, "valid", sample) for sample in (*shots.normal, *shots.abnormal)]
+    readings = [{name: getattr(dataset.layout, name) for name in READING} for dataset in datasets]
+    if any(reading != readings[0] for reading in readings):
+        flags = ", ".join(f"--{name}" for name in READING)
+        raise InputError(f"{', '.join(data.obj for data in datasets)} are read in different ways: give {flags} for all")
     shutil.rmtree(root, ignore_errors=True)
-    lines: dict[int, list[str]] = {0: ["n-0:"], 1: ["a-0:"]}  # of the few-shot list, by label
-    for number, (split, sample) in enumerate(files):
-        if sample.index is not None:
-            raise InputError(f"{cell.name}: volumes and series cannot be joined: save their slices as images")
-        folder = root / split / ("good", "Ungood")[sample.label]
-        name = f"{number:05d}-{sample.path.name}".replace(" ", "_")  # a list of shots is divided at blanks
-        masks = (sample.mask, *sample.more_masks) if sample.mask and target.pixel_metrics else ()
-        links = {folder / "img" / name: sample.path}
-        links |= {folder / "anomaly_mask" / f"{Path(name).stem}_mask_{i}{m.suffix}": m for i, m in enumerate(masks)}
-        for path, file in links.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.symlink_to(file.absolute())
-        if split == "valid":
-            lines[sample.label].append(name)
-    path = root / "fewshot_seed" / f"my{cell.shot * len(sources)}-shot.txt"
-    path.parent.mkdir()
-    path.write_text("".join(" ".join(line) + "\n" for line in lines.values()), encoding="utf-8")
+    root.mkdir(parents=True)
+    for dataset in datasets:
+        (root / dataset.obj).symlink_to(dataset.root.absolute())
+    rows = []
+    for dataset, split, sample in chosen:
+        files = (sample.path, *((sample.mask, *sample.more_masks) if sample.mask and target.pixel_metrics else ()))
+        image, *masks = (f"{dataset.obj}/{path.relative_to(dataset.root).as_posix()}" for path in files)
+        rows.append({
+            "image": image, "label": sample.label, "mask": "|".join(masks), "split": split, "slice": sample.index,
+            "shot": int(split == "valid"), "patient": sample.patient and f"{dataset.obj} {sample.patient}",
+        })  # fmt: skip
+    (root / "images.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     # What a mask that marks nothing means was judged above, by each data set for itself.
     judged = {"prompt_name": target.prompt_name, "pixel_metrics": target.pixel_metrics, "unmarked": "abnormal"}
-    write_json(root / f"{cell.name}.json", {**layouts[0], **judged})
+    given = {name: value for name, value in readings[0].items() if value not in (None, ())}
+    write_json(root / f"{cell.name}.json", {**judged, **given})
 
 
 # --- tables ---
@@ -223,7 +213,7 @@ def our_rows(grid: Grid, cells: Sequence[Cell]) -> list[tuple[dict[str, str], st
     keys = {name: name for name in baselines.NAMES} if cell.baselines else grid.epochs(cell)
     component, setting = (COMPONENTS[cell.change[0]], cell.change[1]) if cell.change else ("default", "")
     for (key, words), suffix in product(keys.items(), ("", CLEAN) if grid.options.clean else ("",)):
-        epoch = f"{words}, clean" if suffix else words
+        epoch = f"{words}, without the shots' patients" if suffix else words
         labels = {
             "shots": str(cell.shot), "method": epoch if cell.baselines else f"ours, {epoch}", "epoch": epoch,
             "trained on": cell.obj, "component": component, "setting": setting,
@@ -282,7 +272,6 @@ def describe(grid: Grid, failed: dict[Cell, str]) -> Iterator[str]:
     where = " of the data set trained on" if options.table == "cross" else ""
     for select in (select for select in SELECTS if f"selected on {select}" in words):
         yield f"Selected on {select}: {SELECTS[select]}{where} (--select {select})."
-    yield "Last epoch: nothing is selected."
     taken: dict[Cell, list[object]] = {}  # by cells that differ in their seeds
     for cell in filter(grid.done, grid.cells):
         taken.setdefault(replace(cell, seed=0), []).append(read_result(grid.file(cell, cell.obj)).get("shots"))
@@ -293,16 +282,9 @@ def describe(grid: Grid, failed: dict[Cell, str]) -> Iterator[str]:
     if levels := {obj: data.mask_above for obj in options.obj if (data := grid.dataset(obj)).pixel_metrics}:
         greys = ", ".join(f"{level} ({obj})" for obj, level in levels.items())
         yield f"Abnormal pixels: a mask's grey above {greys}."
-    if options.table == "leave_one_out":
-        yield (
-            "A data set with masks is tested after training on the shots of the others that have masks, one without on "
-            "the shots of all others; --shots counts those of each."
-        )
     if options.table == "ablation":
         values = {**vars(base), "features_list": " ".join(map(str, layers_of(base)))}
         yield f"Default: {', '.join(f'{words} {values[flag]}' for flag, words in COMPONENTS.items())}."
-    if options.clean:
-        yield "Clean: without the test images of patients whose images are shots."
     yield f"{sum(map(grid.done, grid.cells))} of {len(grid.cells)} cells are done."
     if failed:
         yield "Failed: " + "; ".join(f"{cell.name} ({reason})" for cell, reason in failed.items()) + "."

@@ -3,10 +3,9 @@
     python -m benchmarks.epoch --obj Brain --shot 16     512 views, 640 + 3,075 test images with masks, ViT-L-14-336
     python -m benchmarks.epoch --obj Chest --shot 16     17,194 test images, no masks
 
-Tokens are random, so that no tower pass is needed; parts repeat until --seconds are spent and are scaled to the epoch.
-The floor of a part is its operations over the matrix-product rate or its bytes over the copy rate, the larger of the
-two, both rates measured in the same run. Without a GPU the same counts give PREDICTIONS for an RTX 4090 and an H100
-from their data sheets' rates.
+Tokens are random; parts repeat until --seconds are spent and are scaled to the epoch. The floor of a part is its
+operations over the matrix-product rate or its bytes over the copy rate, the larger of the two, both rates measured in
+the same run. Without a GPU the same counts give PREDICTIONS for an RTX 4090 and an H100 from their data sheets' rates.
 """
 
 from __future__ import annotations
@@ -27,19 +26,19 @@ from dataset.views import VIEWS
 from engine.detector import Detector
 from engine.distributed import pick_autocast, pick_device
 from engine.evaluation import Evaluation, Masks
+from engine.features import chunk_size
 from engine.files.config import Settings
 from engine.metrics import measure
 from engine.training import TrainingState
-from loss import training_loss
 from utils import Parser, run_cli
 
 TEST = {"Brain": (640, 3075), "Liver": (833, 660), "Retina_RESC": (1041, 764), "Retina_OCT2017": (242, 726),
         "Chest": (1000, 16194), "Histopathology": (1028, 1008)}  # fmt: skip
 WITH_MASKS = ("Brain", "Liver", "Retina_RESC")
 LESION = 0.02  # of an abnormal image's pixels, as in Brain
+TOWER = "the tower, all test images once"  # no part of an epoch
 # From the data sheets (H100: SXM): dense bfloat16 products with float32 sums, and bytes of memory, a second.
 PREDICTED = {"RTX 4090 s, PREDICTED": (165e12, 1.01e12), "H100 s, PREDICTED": (989e12, 3.35e12)}
-TOWER_BATCH = 16
 
 
 @dataclass
@@ -75,14 +74,14 @@ class Epoch:
     """The parts of an epoch, on random tokens of the real sizes."""
 
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
-        clip = create_model(options.model, "random", options.img_size, fidelity=options.fidelity, device=device)
-        self.clip, config = clip, clip.config
-        self.device, self.autocast = device, pick_autocast("auto", device)
+        self.clip = create_model(options.model, "random", options.img_size, fidelity=options.fidelity, device=device)
+        config = self.clip.config
+        self.device, self.autocast, self.chunk = device, pick_autocast("auto", device), chunk_size(device)
         self.settings = Settings(
             options.obj, config.name, "random", options.fidelity, options.img_size, tuple(config.default_features()),
             "MFCFC", "learnable_all", "yes", "mean", "sigmoid", options.obj, options.obj in WITH_MASKS, "", 32,
         )  # fmt: skip
-        self.detector = Detector(clip, self.settings).to(device)
+        self.detector = Detector(self.clip, self.settings).to(device)
         self.state = TrainingState.start(self.detector, self.autocast, 0.001, 0)
         self.views = 2 * VIEWS * options.shot
         self.normal, self.abnormal = TEST[options.obj]
@@ -106,7 +105,7 @@ class Epoch:
     def score(self) -> Tensor:
         """Patch scores of a batch of the evaluation."""
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            return self.detector.patch_scores(self.gather(self.settings.eval_batch), self.text)
+            return self.detector.patch_scores(self.gather(self.chunk), self.text)
 
     def text_operations(self) -> float:
         """Of the prompts' pass, forward and the gradient of its input: the frozen weights have none."""
@@ -127,19 +126,11 @@ class Epoch:
 
     def parts(self, batch: int = 16) -> list[Part]:
         """The parts; those with two blanks before the name are in the one above."""
-        masked, scored = self.settings.pixel_metrics, self.settings.eval_batch
+        masked, scored = self.settings.pixel_metrics, self.chunk
         labels = (torch.rand(batch, device=self.device) > 0.5).float()
-        shape = (batch, self.size, self.size)
-        masks = torch.rand(shape, device=self.device) > 0.95 if masked else None
-        det = torch.randn(self.layers, batch, self.patches, 2, device=self.device, requires_grad=True)
-        seg = det.detach().clone().requires_grad_() if masked else None
+        masks = torch.rand(batch, self.size, self.size, device=self.device) > 0.95 if masked else None
         evaluation, packed = self.evaluation()
         store = SimpleNamespace(get=self.gather, with_room=lambda action: action())
-
-        def losses() -> None:
-            pixels = None if masks is None else masks.float()
-            training_loss(det, seg, labels, pixels, "sigmoid", "mean").total.backward()
-
         # Operations and bytes of an image: both branches' trunks, a head of both, one layer's map, all tokens.
         trunks = 4.0 * self.width**2 * self.patches * self.layers
         head = 4.0 * self.width * self.embed_dim * self.patches * self.layers
@@ -151,8 +142,6 @@ class Epoch:
                  batch * 3 * (trunks + (1 + masked) * head) + self.text_operations(), batch * 2 * tokens),
             Part("  text, forward and backward", steps, lambda: self.detector.prompts().sum().backward(),
                  self.text_operations()),
-            Part("  losses, forward and backward", steps, losses, 0.0, batch * self.layers * pixels * 6 * masked),
-            Part("  tokens gathered", steps, lambda: self.gather(batch), 0.0, batch * 2 * tokens),
             Part("scoring", batches, self.score, scored * (trunks + head), scored * 2 * tokens),
             Part("image scores", 1, lambda: replace(evaluation).image_scores, 0.0,
                  self.images * self.layers * pixels * masked),
@@ -161,18 +150,44 @@ class Epoch:
         ]  # fmt: skip
 
     def tower(self) -> Part:
-        """The image tower, which runs once for each image, in batches of 16."""
-        images, layers = (
-            torch.rand(TOWER_BATCH, 3, self.size, self.size, device=self.device),
-            self.settings.features_list,
-        )
-        operations = TOWER_BATCH * tower_operations(self.clip.config, self.size, max(layers))
+        """The image tower, which runs once for each image."""
+        images = torch.rand(self.chunk, 3, self.size, self.size, device=self.device)
+        operations = self.chunk * tower_operations(self.clip.config, self.size, max(self.settings.features_list))
 
         def run() -> None:
             with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-                self.clip.image_tokens(images, layers)
+                self.clip.image_tokens(images, self.settings.features_list)
 
-        return Part("the tower, once for each test image", self.images / TOWER_BATCH, run, operations)
+        return Part(TOWER, self.images / self.chunk, run, operations)
+
+
+def time_epoch(epoch: Epoch, budget: float) -> tuple[list[dict[str, object]], dict[str, float]]:
+    """The rows of the table, and what the bars are about: the tower's share, times the floor, what is not scoring."""
+    device = epoch.device
+    flops, copies = matmul_rate(device, epoch.autocast or torch.float32), copy_rate(device)
+    rates = {"floor s": (flops, copies)} | ({} if device.type == "cuda" else PREDICTED)
+    rows: list[dict[str, object]] = []
+    whole = dict.fromkeys(("s", *rates), 0.0)
+    for part in (*epoch.parts(), epoch.tower()):
+        seconds = seconds_of(part, 0.0 if part.times == 1 or part.name == TOWER else budget)
+        row = {"s": seconds * part.times}
+        row |= {name: max(part.flop / flop, part.bytes / copy) * part.times for name, (flop, copy) in rates.items()}
+        rows.append({"part": part.name, "times": round(part.times, 1), **row})
+        if not part.name.startswith("  ") and part.name != TOWER:
+            whole = {name: whole[name] + row[name] for name in whole}
+    rows.append({"part": "epoch", **whole})
+    taken = {row["part"]: row for row in rows}
+    beside = taken["image scores"]["s"] + taken["maps, masks, metrics"]["s"]
+    return rows, {
+        "TFLOP/s of products": flops / 1e12,
+        "GB/s copied": copies / 1e9,
+        "tower / products": taken[TOWER]["floor s"] / taken[TOWER]["s"],
+        "epoch / floor": whole["s"] / whole["floor s"],
+        "beside scoring s": beside,
+        "beside scoring / evaluation": beside / (beside + taken["scoring"]["s"]),
+        "peak MiB": peak_memory(),
+        **({"GPU MiB": torch.cuda.max_memory_allocated() / 2**20} if device.type == "cuda" else {}),
+    }
 
 
 def main() -> None:
@@ -187,33 +202,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="spent on a part that is repeated")
     parser.add_argument("--json", default=None, help="(default: benchmarks/results/epoch-<obj>.json)")
     options = parser.parse_args()
-    device = pick_device(options.device)
-    epoch = Epoch(options, device)
-    flops, copies = matmul_rate(device, epoch.autocast or torch.float32), copy_rate(device)
-    rates = {"floor s": (flops, copies)} | ({} if device.type == "cuda" else PREDICTED)
-    rows: list[dict[str, object]] = []
-    whole = dict.fromkeys(("s", *rates), 0.0)
-    tower = epoch.tower()
-    for part in (*epoch.parts(), tower):
-        seconds = seconds_of(part, 0.0 if part.times == 1 or part is tower else options.seconds)
-        row = {"s": seconds * part.times}
-        row |= {name: max(part.flop / flop, part.bytes / copy) * part.times for name, (flop, copy) in rates.items()}
-        rows.append({"part": part.name, "times": round(part.times, 1), **row})
-        if not part.name.startswith("  ") and part is not tower:
-            whole = {name: whole[name] + row[name] for name in whole}
-    rows.append({"part": "epoch", **whole})
-    taken = {row["part"]: row["s"] for row in rows}
-    beside = taken["image scores"] + taken["maps, masks, metrics"]
-    print_table(rows, ["part", "times", *whole])
-    rates_here = f"{flops / 1e12:.3f} TFLOP/s of products, {copies / 1e9:.1f} GB/s copied"
-    print(f"{options.obj}, {options.model}, {device}: {rates_here}")
-    print(f"the tower reaches {tower.flop * tower.times / taken[tower.name] / flops:.0%} of the rate of products")
-    print(f"the epoch takes {whole['s'] / whole['floor s']:.2f} times its floor")
-    share = beside / (beside + taken["scoring"])
-    print(f"of the evaluation {share:.1%} is not scoring; peak memory {peak_memory():,.0f} MiB")
-    if device.type == "cuda":
-        print(f"GPU memory: {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB")
-    write_json(options.json or f"benchmarks/results/epoch-{options.obj}.json", rows)
+    rows, figures = time_epoch(Epoch(options, pick_device(options.device)), options.seconds)
+    print_table(rows, list(rows[0]))
+    print_table([figures], list(figures))
+    write_json(options.json or f"benchmarks/results/epoch-{options.obj}.json", [*rows, figures])
 
 
 if __name__ == "__main__":

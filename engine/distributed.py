@@ -32,8 +32,9 @@ def start() -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+        torch.cuda.set_device(own_gpu())
+    enough = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # NCCL wants a GPU each
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() and enough else "gloo", timeout=TIMEOUT)
     if not is_main():
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
 
@@ -48,9 +49,9 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def local_rank() -> int:
-    """The number of this process on its machine: the GPU that it uses."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+def own_gpu() -> int:
+    """The number of the GPU that this process uses: its own one, where there are as many as processes here."""
+    return int(os.environ.get("LOCAL_RANK", "0")) % max(torch.cuda.device_count(), 1)
 
 
 def is_main() -> bool:
@@ -112,7 +113,7 @@ def _peers() -> Iterator[None]:
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one; `InputError` for a device that is not there."""
     if name == "auto":
-        return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+        return torch.device("cuda", own_gpu()) if torch.cuda.is_available() else torch.device("cpu")
     if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", name, re.ASCII):
         raise InputError(f"--device {name}: use auto, cpu, cuda or cuda:N")
     device = torch.device(name)

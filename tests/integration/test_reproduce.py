@@ -96,7 +96,9 @@ def test_main_table(command, small, tmp_path):
             assert float(row["ci95_low"]) == pytest.approx(low, abs=1e-5)
             assert row["seeds"] == "2"
             clean = 50 * sum(value[f"{key}_without_shot_patients"] for value in values)
-            assert float(found["Brain", metric, f"ours, {epoch}, clean"]["mean"]) == pytest.approx(clean, abs=1e-5)
+            assert float(
+                found["Brain", metric, f"ours, {epoch}, without the shots' patients"]["mean"]
+            ) == pytest.approx(clean, abs=1e-5)
     assert ("Chest", "pixel AUROC", "ours, last epoch") not in found  # it has no masks
     assert not any("MVFA" in method for _, _, method in found)  # on record for 4 shots only
     assert float(found["Brain", "image AUROC", "Mine (9)"]["mean"]) == 99.5

@@ -15,6 +15,8 @@ from engine.study.options import parse
 from engine.study.tables import Statistic
 from utils import InputError
 
+CLEAN = ", without the shots' patients"
+
 
 def plan(tmp_path, *arguments: str):
     grid = Grid(parse(["--out", str(tmp_path), *arguments]))
@@ -83,7 +85,6 @@ def test_the_union_holds_others_shots_and_ones_own_test_images(tmp_path):
         contents = [(s.path.read_bytes(), s.label) for s in union.samples("test")]
         assert contents == [(s.path.read_bytes(), s.label) for s in target.samples("test")]
         shots = union.shots(options.shot_normal, options.shot_abnormal, options.iterate, options.seed)
-        assert shots.source.endswith(f"my{2 * len(sources)}-shot.txt")
         for kind in ("normal", "abnormal"):
             theirs = [s for source in sources for s in getattr(source.shots(2, 2, 0, 1), kind)]
             assert [s.path.read_bytes() for s in getattr(shots, kind)] == [s.path.read_bytes() for s in theirs]
@@ -94,7 +95,7 @@ def test_a_union_is_read_as_its_data_sets_are(tmp_path):
     flags = ["--table", "leave_one_out", "--obj", "Brain", "Liver", "--seeds", "1", "--shots", "1"]
     (tmp_path / "Liver_AD" / "Liver.json").write_text('{"mask_above": 25}')
     cells, grid = plan(tmp_path, *flags, "--data_path", str(tmp_path))
-    with pytest.raises(InputError, match="Liver is read otherwise than Brain"):
+    with pytest.raises(InputError, match="Brain, Liver are read"):
         reproduce.write_union(grid, cells[0])
     (tmp_path / "Brain_AD" / "Brain.json").write_text('{"mask_above": 25}')
     cells, grid = plan(tmp_path, *flags, "--data_path", str(tmp_path))
@@ -259,9 +260,9 @@ def test_what_another_tower_and_test_set_mean(tmp_path):
 def test_clean_figures(grid_with_results):
     _, grid = grid_with_results("--clean")
     table = reproduce.make_table(grid, {})
-    assert table.cells["image AUROC", ("ours, selected on test, clean",), "Brain"].mean == pytest.approx(90)
-    assert table.cells["pixel AUROC", ("ours, selected on test, clean",), "Brain"] == "not measurable"
-    assert ("image AUROC", ("ours, last epoch, clean",), "Brain") not in table.cells  # not measured there
+    assert table.cells["image AUROC", ("ours, selected on test" + CLEAN,), "Brain"].mean == pytest.approx(90)
+    assert table.cells["pixel AUROC", ("ours, selected on test" + CLEAN,), "Brain"] == "not measurable"
+    assert ("image AUROC", ("ours, last epoch" + CLEAN,), "Brain") not in table.cells  # not measured there
 
 
 def test_failed_cells_are_named_in_the_table(grid_with_results):

@@ -1,0 +1,275 @@
+"""The first run on a GPU: whether everything works there, whether it gives the CPU's numbers, and how fast it is.
+
+    python -m benchmarks.gpu                            at most 6 minutes on one card: a table and a JSON file
+    python -m benchmarks.gpu --device cpu --small       a dry run of this script: the small model, on the CPU
+
+Each part runs in a process of its own, so that one that fails, hangs or leaves the card broken stops no other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+import predict
+import test
+import train
+from benchmarks.common import machine, print_table, write_json
+from benchmarks.epoch import Epoch, time_epoch
+from CLIP.clip import create_model
+from CLIP.model import CLIP
+from CLIP.weights import find_weights
+from engine.detector import Detector
+from engine.distributed import pick_autocast
+from engine.features import TokenStore, TowerSpec
+from engine.files.config import Settings
+from engine.training import TrainingState
+from loss import anomaly_map
+from utils import Parser, one_line, run_cli
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 350  # for all parts
+# The largest differences that pass, as shares of the largest value: float32 from the CPU's, the others from float32.
+TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1}
+Figures = dict[str, Any]
+
+
+def require(condition: bool, reason: str) -> None:
+    """Fail the part."""
+    if not condition:
+        raise SystemExit(reason)
+
+
+def training(options: argparse.Namespace, folder: Path, *more: object) -> list[str]:
+    """Flags of train.py: real images, a model with random weights."""
+    data = ["--obj", "BreastBUSI", "--data_path", ROOT / "data/sample", "--shot", 1, "--select", "last"]
+    model = ["--model_name", options.model, "--pretrain", "random", "--img_size", options.img_size, "--no-save_model"]
+    places = ["--cache_dir", folder / "cache", "--run_dir", folder / "runs"]
+    return [str(word) for word in (*data, *model, *places, "--fidelity", "corrected", *more)]
+
+
+def history(folder: Path, name: str) -> Tensor:
+    """The losses and AUCs of a run's epochs: (epochs, 5)."""
+    rows = map(json.loads, (folder / "runs" / name / "metrics.jsonl").read_text().splitlines())
+    return torch.tensor([[row[key] for key in ("det", "seg", "total", "auc", "pauc")] for row in rows])
+
+
+def commands(options: argparse.Namespace, folder: Path) -> Figures:
+    """Train, resume, test and predict."""
+    device, sample = ["--device", options.device], str(ROOT / "data/sample")
+    whole = train.train(train.parse(training(options, folder, *device, "--epoch", 2, "--exp_name", "whole")))
+    train.train(train.parse(training(options, folder, *device, "--epoch", 1, "--exp_name", "resumed")))
+    train.train(train.parse(["--resume", str(folder / "runs/resumed"), "--epoch", "2"]))
+    ckpt = ["--ckpt", str(folder / "runs/whole/best.pth"), *device]
+    tested = test.test(
+        test.parse(["--obj", "BreastBUSI", "--data_path", sample, *ckpt, "--cache_dir", f"{folder}/cache"])
+    )
+    images = f"{sample}/BreastBUSI_AD/test/Ungood/img"
+    predict.main(predict.parse([*ckpt, images, "--out", str(folder / "predicted")]))
+    found = len((folder / "predicted/predictions.csv").read_text().splitlines()) - 1
+    require(found == len(list(Path(images).iterdir())), f"predict.py: {found} images")
+    resumed = float((history(folder, "whole") - history(folder, "resumed")).abs().max())
+    result = {"resumed": resumed, "test.py": abs(tested["auc"] - whole["auc"]), "AUC": whole["auc"]}
+    require(resumed < 1e-3 and result["test.py"] < 1e-4, f"differences: {result}")
+    return result
+
+
+def two_processes(options: argparse.Namespace, folder: Path) -> Figures:
+    """Two processes on one card (by gloo, as NCCL cannot) against one."""
+    device = ["--device", "cpu"] if options.device == "cpu" else []  # else each process takes its GPU, here the one
+    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])):
+        words = training(options, folder, *device, "--epoch", 1, "--cache", "ram", "--exp_name", name)
+        environment = {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}  # torchrun's
+        command = [sys.executable, *launcher, "train.py", *words]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        require(done.returncode == 0, f"{name}: {done.stderr.strip()[-300:]}")
+    difference = float((history(folder, "one") - history(folder, "two")).abs().max())
+    require(difference < 1e-3, f"losses or AUCs differ by {difference:.2g}")
+    return {"difference": difference}
+
+
+# --- the same arithmetic on both devices, and in each precision ---
+
+
+def settings(options: argparse.Namespace) -> Settings:
+    """Of a data set with masks."""
+    config = find_weights(options.model, "random").config
+    return Settings(
+        "Brain", config.name, "random", "released", options.img_size, tuple(config.default_features()), "MFCFC",
+        "learnable_all", "yes", "mean", "sigmoid", "Brain", True, "", 32,
+    )  # fmt: skip
+
+
+def learner(options: argparse.Namespace, device: torch.device, precision: str) -> tuple[CLIP, TrainingState]:
+    """The towers, and a detector before its first step: the same weights every time."""
+    clip = create_model(options.model, "random", options.img_size, device=device)
+    detector = Detector(clip, settings(options), 0).to(device)
+    return clip, TrainingState.start(detector, pick_autocast(precision, device), 0.001, 0)
+
+
+def batch(options: argparse.Namespace, device: torch.device, size: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, labels and masks: every second image is abnormal, and brighter in its mask."""
+    images = torch.rand(size, 3, options.img_size, options.img_size, generator=torch.Generator().manual_seed(0))
+    masks = torch.zeros(size, options.img_size, options.img_size, dtype=torch.bool)
+    masks[1::2, : options.img_size // 3, : options.img_size // 3] = True
+    images = (images / 2 + masks[:, None] / 2).to(device)
+    return images, (torch.arange(size) % 2).float().to(device), masks.to(device)
+
+
+def outcome(options: argparse.Namespace, device: torch.device, precision: str) -> dict[str, Tensor]:
+    """Tokens, the losses of three steps on them, patch scores and image scores after these."""
+    clip, state = learner(options, device, precision)
+    images, labels, masks = batch(options, device)
+    autocast = {"device_type": device.type, "dtype": state.autocast, "enabled": state.autocast is not None}
+    with torch.autocast(**autocast), torch.no_grad():
+        layers = clip.image_tokens(images, state.detector.settings.features_list)
+    tokens = [layer[:, 1:].contiguous() for layer in layers]  # without the class token
+    store = SimpleNamespace(get=lambda _: tokens, with_room=lambda action: action())
+    losses = torch.stack([state.step(store, labels, labels, masks, None) for _ in range(3)])
+    with torch.autocast(**autocast), torch.no_grad():
+        scores = state.detector.patch_scores(tokens, state.detector.prompts())
+    of_images = anomaly_map(scores, options.img_size).flatten(1).amax(dim=1)
+    found = {"tokens": torch.stack(tokens), "losses": losses, "scores": scores, "image scores": of_images}
+    return {name: values.double().cpu() for name, values in found.items()}
+
+
+def numbers(options: argparse.Namespace, precision: str) -> Figures:
+    """A precision on the device, against float32: of the CPU, where it is float32 itself."""
+    device = torch.device(options.device)
+    reference = outcome(options, torch.device("cpu") if precision == "fp32" else device, "fp32")
+    here = outcome(options, device, precision)
+    result = {name: float((here[name] - want).abs().max() / want.abs().max()) for name, want in reference.items()}
+    aucs = [roc_auc_score(torch.arange(16) % 2, part["image scores"]) for part in (reference, here)]
+    result["AUC"] = float(abs(aucs[0] - aucs[1]))
+    wrong = [name for name, value in result.items() if not value <= TOLERANCE[precision]]
+    require(not wrong, f"{', '.join(wrong)} differ by more than {TOLERANCE[precision]}: {result}")
+    return result
+
+
+# --- speed, and a card that is full ---
+
+
+def speed(options: argparse.Namespace, _folder: Path) -> Figures:
+    """Seconds at Brain's size beside their floors, and memory."""
+    asked = argparse.Namespace(**vars(options), obj="Liver" if options.small else "Brain", shot=16, fidelity="released")
+    rows, figures = time_epoch(Epoch(asked, torch.device(options.device)), 0.0 if options.small else 3.0)
+    late = options.device != "cpu" and figures["beside scoring s"] > 1
+    require(not late, f"masks, maps and metrics take {figures['beside scoring s']:.2f} s, more than 1 s")
+    return {**{row["part"].strip(): f"{row['s']:.3g} s (floor {row['floor s']:.2g})" for row in rows}, **figures}
+
+
+def full_card(options: argparse.Namespace, folder: Path) -> Figures:
+    """Tokens that leave no room for a step move to the host's memory, and the losses are the same bits."""
+    device, weights = torch.device(options.device), find_weights(options.model, "random")
+    _, labels, masks = batch(options, device)
+    kept = argparse.Namespace(cache="gpu", cache_dir=str(folder), cache_dtype="float32", num_workers=1)
+    store = TokenStore(TowerSpec.of(settings(options), weights, None, device), kept)
+    tokens = torch.randn(16, *store.tower.shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def step(room: int | None = None) -> tuple[Tensor, int]:
+        """The losses, and the bytes that the step takes; `room` is what the card has beside everything before it."""
+        state = learner(options, device, "fp32")[1]
+        if device.type == "cpu":
+            return state.step(store, torch.arange(16), labels, masks, None), 0
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before, total = torch.cuda.memory_allocated(), torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(1.0 if room is None else min((before + room) / total, 1.0))
+        losses = state.step(store, torch.arange(16, device=device), labels, masks, None).cpu()
+        return losses, torch.cuda.max_memory_allocated() - before
+
+    store._resident = tokens
+    expected, needed = step()
+    store._resident = tokens.repeat(2 + 2 * needed // tokens.nbytes, 1, 1, 1)
+    if device.type == "cpu":
+        store.leave_gpu()  # what a full card leads to
+    losses, _ = step(needed // 2)
+    require(store.cache == "ram", "the tokens stayed on the card")
+    require(torch.equal(expected, losses), f"losses differ by {float((expected - losses).abs().max()):.2g}")
+    return {"a step takes GB": needed / 1e9, "moved": f"{store._resident.nbytes / 1e9:.2f} GB"}
+
+
+PARTS: dict[str, Callable[[argparse.Namespace, Path], Figures]] = {
+    "commands": commands,
+    **{name: lambda options, _, name=name: numbers(options, name) for name in TOLERANCE},  # type: ignore[misc]
+    "speed": speed,
+    "full card": full_card,
+    "two processes": two_processes,
+}
+
+
+def work(name: str, options: argparse.Namespace, answers: Connection) -> None:
+    """Do a part, in a process of its own; sends whether it has passed, and its figures or the reason."""
+    os.environ["WANDB_MODE"] = "disabled"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            answers.send((True, PARTS[name](options, Path(folder))))
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            answers.send((False, one_line(error)))
+
+
+def attempt(name: str, options: argparse.Namespace, seconds: float | None) -> dict[str, object]:
+    """A row of the table."""
+    start, context = time.perf_counter(), multiprocessing.get_context("fork")  # this process never touches the card
+    answers, sender = context.Pipe(duplex=False)
+    process = context.Process(target=work, args=(name, options, sender))
+    process.start()
+    sender.close()
+    passed, found = False, f"not done after {seconds} s"
+    if answers.poll(seconds):
+        try:
+            passed, found = answers.recv()
+        except EOFError:
+            process.join()
+            found = f"the process ended with code {process.exitcode}"
+    else:
+        process.kill()
+    process.join()
+    what = {"figures": found} if passed else {"reason": found}
+    return {"part": name, "result": "passed" if passed else "failed", "seconds": time.perf_counter() - start, **what}
+
+
+def main() -> int:
+    """Command line; exit code 1 where a part has failed."""
+    parser = Parser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--small", action="store_true", help="the small model at 28 px")
+    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
+    parser.add_argument("--json", default="benchmarks/results/gpu.json")
+    options = parser.parse_args()
+    options.model, options.img_size = ("ViT-tiny-14-56", 28) if options.small else ("ViT-L-14-336", 240)
+    end, rows = time.perf_counter() + SECONDS, []
+    for name in options.parts:
+        rows.append(attempt(name, options, max(end - time.perf_counter(), 1) if options.device == "cuda" else None))
+        print(f"{name}: {rows[-1]['result']}", flush=True)
+    texts = [
+        "  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in part.items())
+        for part in (row.get("figures", {"reason:": row.get("reason")}) for row in rows)
+    ]
+    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    print_table(
+        [{**row, "what": text} for row, text in zip(rows, texts, strict=True)], ["part", "result", "seconds", "what"]
+    )
+    write_json(options.json, rows)
+    return int(any(row["result"] == "failed" for row in rows))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -26,7 +26,7 @@ from .calibration import CHOSEN_SOURCE, VALID_SOURCE, VIEWS_SOURCE, Rule, calibr
 from .detector import Detector, make_optimizers, seeded
 from .evaluation import Masks, evaluate, own_batches
 from .features import Item, TokenStore
-from .files.config import Settings, default_select
+from .files.config import Settings
 from .metrics import Metrics
 
 
@@ -326,7 +326,7 @@ class Splits:
         scored = [sample for sample in unused if sample.mask or not (sample.label and dataset.pixel_metrics)]
         abnormal = sum(sample.label for sample in scored)
         counts = (len(scored) - abnormal, abnormal)
-        select = options.select or default_select(dataset.is_benchmark, counts)
+        select = options.select or ("test" if dataset.is_benchmark else "valid" if min(counts) else "last")
         if select == "valid" and not min(counts):
             raise InputError(
                 f"--select valid: beside the shots valid/ holds {counts[0]} normal and {counts[1]} abnormal images, "

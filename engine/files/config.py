@@ -95,27 +95,12 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-class Switch(argparse.Action):
-    """--flag, --no-flag, and the published `--flag 1`, `--flag 0`."""
-
-    VALUES = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}  # noqa: RUF012
-
-    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:  # noqa: ANN401
-        negative = [f"--no-{option.removeprefix('--')}" for option in option_strings]
-        super().__init__([*option_strings, *negative], dest, nargs="?", metavar="0|1", **options)
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,  # noqa: ANN401 - argparse's signature
-        option_string: str | None = None,
-    ) -> None:
-        """Set it."""
-        value = self.VALUES.get("true" if values is None else str(values).lower())
-        if value is None:
-            raise argparse.ArgumentError(self, f"{values!r} is neither 0 nor 1")
-        setattr(namespace, self.dest, value != (option_string or "").startswith("--no-"))
+def switch(text: str) -> bool:
+    """An argparse type: the published `--flag 1` and `--flag 0`, true, yes, false and no."""
+    values = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 0 nor 1")
+    return values[text.lower()]
 
 
 def flag(default: object, text: str, **options: object) -> dict[str, Any]:
@@ -310,7 +295,9 @@ def train_parser() -> Parser:
         help="epochs between uploads of pictures to W&B; the last epoch is always uploaded; 0: no picture and no file "
         "name leaves this machine")  # fmt: skip
     add("--log_model", action="store_true", help="upload the checkpoint to W&B as an artifact")
-    add("--save_model", action=Switch, default=True, help="write <obj>.pth (published: off)")
+    add("--save_model", type=switch, nargs="?", const=True, default=True, metavar="0|1",
+        help="write <obj>.pth (published: off)")  # fmt: skip
+    add("--no-save_model", dest="save_model", action="store_false", help="do not")
     add("--run_dir", default="runs", type=nonempty_path, help="folder that holds a folder for each run")
     add("--resume", metavar="RUN", help="continue the run in this folder, with its settings")
     return parser
@@ -326,7 +313,7 @@ def test_parser() -> Parser:
     published = parser.add_argument_group("published flags", "accepted, but without effect in a test")
     for name, kind in (("exp_name", str), ("epoch", positive), ("learning_rate", positive_float), ("iterate", int)):
         published.add_argument(f"--{name}", type=kind)
-    published.add_argument("--save_model", action=Switch, default=None)
+    published.add_argument("--save_model", type=switch, nargs="?", const=True, metavar="0|1")
     add = parser.add_argument
     add("--batch_size", type=integer(1, 65536), default=16,
         help="images through the tower at a time; a checkpoint in the published format also scores so many together"
@@ -457,15 +444,3 @@ def shareable(options: argparse.Namespace | dict[str, Any]) -> dict[str, Any]:
     """The options without any path of this machine: what checkpoints, reports and W&B may hold."""
     values = options if isinstance(options, dict) else vars(options)
     return {name: value for name, value in values.items() if name not in PATHS}
-
-
-def default_select(benchmark: bool, valid_left: tuple[int, int]) -> str:
-    """--select where it is not given.
-
-    Args:
-        benchmark: it is one of the paper's data sets, with its published images.
-        valid_left: the normal and abnormal images of valid/ beside the shots.
-    """
-    if benchmark:
-        return "test"
-    return "valid" if min(valid_left) > 0 else "last"

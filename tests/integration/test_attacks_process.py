@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -114,19 +113,6 @@ def test_the_password_in_an_address_is_never_printed(command, home, tmp_path):
         done = command("CLIP.download", "ViT-B-16", "--url", url, "--out", tmp_path / "x.pt")
         assert done.returncode == 2
         assert not re.search(r"s3cr|et@127", done.stdout + done.stderr), done.stderr
-
-
-def test_a_key_file_or_netrc_that_is_a_pipe_is_not_waited_for(command, home, tmp_path):
-    """Key.json and ~/.netrc; the run goes on without them."""
-    key = json.dumps(str(tmp_path / "key.json"))
-    os.mkfifo(tmp_path / "key.json")
-    os.mkfifo(tmp_path / ".netrc")
-    code = "import engine.report.tracking as t\nfrom pathlib import Path\nread = t.read_key\n"
-    code += f"t.read_key = lambda path: read(Path({key}))\n"
-    env = {"WANDB_MODE": "offline", "HOME": str(tmp_path)}
-    env["NETRC"] = str(tmp_path / ".netrc")
-    done = command(driver(tmp_path, code), "train.py", *home.train(tmp_path), "--epoch", 1, env=env)
-    fine(done)
 
 
 # A step, the scoring and the pass through the tower need more memory than there is.

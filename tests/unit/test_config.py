@@ -13,7 +13,6 @@ from engine.files.config import (
     Settings,
     check_against,
     check_layers,
-    default_select,
     shareable,
     shared_options,
     train_options,
@@ -125,12 +124,6 @@ def test_shots_are_those_that_were_asked_for_where_a_list_names_more():
         check_against(small_settings(), metadata, options_of_test(["--shot", "3"]))
 
 
-def test_model_flags_are_checked_against_the_checkpoint():
-    check_against(small_settings(), {}, options_of_test(["--features_list", "2", "4", "--img_size", "42"]))
-    with pytest.raises(InputError, match="--dec_type max contradicts the checkpoint, which was trained with mean"):
-        check_against(small_settings(), {}, options_of_test(["--dec_type", "max"]))
-
-
 def test_settings_survive_json():
     settings = small_settings(states={"normal": ["{}"], "abnormal": ["bad {}"]})
     assert Settings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
@@ -154,12 +147,6 @@ def test_layers():
             check_layers(layers, ModelConfig.load("ViT-tiny-14-56"))
 
 
-def test_select_defaults_to_test_for_the_papers_data_sets_alone():
-    assert default_select(True, (0, 0)) == "test"
-    assert default_select(False, (3, 2)) == "valid"
-    assert default_select(False, (3, 0)) == "last"
-
-
 def stored(folder, **changes):
     options = vars(train_options(["--obj", "Brain", "--shot", "2"]))
     folder.mkdir(exist_ok=True)
@@ -173,12 +160,6 @@ def test_resume_takes_the_stored_options(tmp_path, monkeypatch):
     options = train_options(["--resume", run, "--epoch", "7"])
     assert (options.features_list, options.learning_rate, options.save_model) == ([2, 4], 0.01, False)
     assert (options.log_model, options.epoch, options.resume, options.obj) == (True, 7, run, "Brain")
-
-
-def test_resume_refuses_what_shapes_the_numbers(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"--learning_rate 0\.1 contradicts the run, started with 0.001: leave it out"):
-        train_options(["--resume", stored(tmp_path / "run"), "--learning_rate", "0.1"])
 
 
 @pytest.mark.parametrize("name", ["out_json", "save_path", "cache_dir"])

@@ -59,7 +59,7 @@ def test_commands_as_they_stand(command, tmp_path):
 
     # What predict.md shows for Python.
     page = PREDICT_PAGE.read_text(encoding="utf-8")
-    lines = page[page.index("    from engine import InputError, load") :].splitlines()
+    lines = page[page.index("    from engine import InputError, load") :].split("\n## ")[0].splitlines()
     (tmp_path / "snippet.py").write_text("\n".join(line[4:] for line in lines))
     image = next((SAMPLE / "test" / "Ungood" / "img").iterdir())
     (tmp_path / "scan.png").write_bytes(image.read_bytes())

@@ -77,10 +77,14 @@ def _sections(parser: argparse.ArgumentParser, command: str, told: dict[tuple[st
             default = _default(action)
             meaning = re.sub(rf" \((default: )?{re.escape(default)}\)$", "", meaning)
             rows.append(f"- {names}" + (f" ({default})" if default else "") + f": {meaning}")
+        title = f"{group.title}: {group.description}" if group.description else f"{group.title}"
+        plain = title in ("options", "positional arguments")
+        if not rows and len(known) == 1 and not plain and (start := next(iter(known))):
+            yield f"**{_text(title)}**, {start.removesuffix(': ')}\n"
+            continue
         rows += [f"- {start}{', '.join(names)}" for start, names in known.items()]
         if rows:
-            title = f"{group.title}: {group.description}" if group.description else f"{group.title}"
-            heading = "" if title in ("options", "positional arguments") else f"**{_text(title)}**\n\n"
+            heading = "" if plain else f"**{_text(title)}**\n\n"
             yield heading + "\n".join(rows) + "\n"
         for action in shown:
             for name, part in action.choices.items() if isinstance(action, argparse._SubParsersAction) else ():

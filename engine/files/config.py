@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from CLIP.weights import Weights
     from dataset.medical_few import MedicalDataset
 
-VERSION = "0.2.0"
+VERSION = "0.3.0"
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 CACHES = ("auto", "gpu", "ram", "disk", "off")
@@ -130,7 +130,7 @@ class Settings:
     )
     features_list: tuple[int, ...] = field(metadata=flag(
         None,
-        "layers that adapters read, counted from 1 (default: the quarters of the depth, 6 12 18 24 for ViT-L)",
+        "layers that adapters read, from 1 (default: the depth's quarters, 6 12 18 24 for ViT-L)",
         type=int, nargs="+",
     ))  # fmt: skip
     visionA: str = field(metadata=flag("MFCFC", "kind of adapter", choices=ADAPTER_KINDS))
@@ -151,8 +151,7 @@ class Settings:
     version: str = ""  # of this project, when the checkpoint was made
     image_tower: str | None = field(default=None, metadata=flag(
         None,
-        "another image tower, DINOv2, beside the model's text tower: dinov2-small (base, large, giant; "
-        "python -m CLIP.download), a folder, a safetensors file, or hf-hub:OWNER/NAME",
+        "DINOv2 as image encoder: dinov2-small (base, large, giant), a folder, a safetensors file, or hf-hub:OWNER/NAME",
         type=nonblank_text,
     ))  # fmt: skip
 
@@ -221,7 +220,7 @@ def add_data_flags(parser: argparse.ArgumentParser, obj: str) -> None:
     add = group.add_argument
     add(
         "--obj", type=object_name,
-        help=f"data set: {', '.join(described())}, or your own (default: the name of --data_root's folder, else {obj})"
+        help=f"data set, the paper's ({', '.join(described())}) or your own (default: --data_root's name, else {obj})"
     )  # fmt: skip
     add("--data_path", default="./data/", type=nonempty_path, help="folder that holds <obj>_AD")
     add("--data_root", type=nonempty_path, help="the data set's own folder, instead of <data_path>/<obj>_AD")
@@ -239,7 +238,7 @@ def add_data_flags(parser: argparse.ArgumentParser, obj: str) -> None:
         help="where tokens are kept; auto: the first with room")  # fmt: skip
     add("--cache_dir", default=".cache/features", type=nonempty_path, help="folder of tokens kept on disk")
     add("--cache_dtype", default="auto", choices=CACHE_DTYPES,
-        help="precision of kept tokens; auto: as computed, so float32 on a CPU and the autocast type on CUDA"
+        help="precision of kept tokens; auto: as computed"
     )  # fmt: skip
 
 
@@ -284,16 +283,15 @@ def train_parser() -> Parser:
     add("--prompt_name", type=nonblank_text, help="what the prompts call the object (default: the data set's)")
     add("--prompts", type=read_prompts, metavar="FILE", help="JSON file with other state phrases (docs/data.md)")
     add("--iterate", type=int, default=0,
-        help="K takes lines a-K: and n-K: of the list of shots; negative: sample with --seed")  # fmt: skip
+        help="K: lines a-K and n-K of the list of shots; negative: sample with --seed")  # fmt: skip
     add("--select", choices=tuple(SELECTS),
-        help="which epoch is reported and saved (default: test, the published protocol, for the paper's six data sets; "
-        "else valid where it holds both classes beside the shots, else last)")  # fmt: skip
+        help="epoch that is reported and saved (default: test for the paper's six data sets; else valid if it holds both "
+        "classes beside the shots, else last)")  # fmt: skip
     add("--threshold_at", type=threshold_rule, default="f1", metavar="RULE",
         help="how the decision threshold is set: f1 (the largest), fpr=RATE or tpr=RATE")  # fmt: skip
     add("--eval_every", type=positive, default=1, help="epochs between evaluations")
     add("--log_images_every", type=count, default=10,
-        help="epochs between uploads of pictures to W&B; the last epoch is always uploaded; 0: no picture and no file "
-        "name leaves this machine")  # fmt: skip
+        help="epochs between pictures in W&B; 0: no picture and no file name leaves this machine")  # fmt: skip
     add("--log_model", action="store_true", help="upload the checkpoint to W&B as an artifact")
     add("--save_model", type=switch, nargs="?", const=True, default=True, metavar="0|1",
         help="write <obj>.pth (published: off)")  # fmt: skip
@@ -316,7 +314,7 @@ def test_parser() -> Parser:
     published.add_argument("--save_model", type=switch, nargs="?", const=True, metavar="0|1")
     add = parser.add_argument
     add("--batch_size", type=integer(1, 65536), default=16,
-        help="images through the tower at a time; a checkpoint in the published format also scores so many together"
+        help="images computed together"
     )  # fmt: skip
     add("--ckpt", type=nonempty_path, help="checkpoint (default: <save_path>/<obj>.pth)")
     add("--prompt_name", type=nonblank_text, help="what the prompts call the object (default: as in training)")

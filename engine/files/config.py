@@ -151,7 +151,7 @@ class Settings:
     version: str = ""  # of this project, when the checkpoint was made
     image_tower: str | None = field(default=None, metadata=flag(
         None,
-        "DINOv2 as image encoder: dinov2-small (base, large, giant), a folder, a safetensors file, or hf-hub:OWNER/NAME",
+        "DINOv2 as image encoder: dinov2-small (base, large, giant), a folder, a safetensors file, hf-hub:OWNER/NAME",
         type=nonblank_text,
     ))  # fmt: skip
 
@@ -285,7 +285,7 @@ def train_parser() -> Parser:
     add("--iterate", type=int, default=0,
         help="K: lines a-K and n-K of the list of shots; negative: sample with --seed")  # fmt: skip
     add("--select", choices=tuple(SELECTS),
-        help="epoch that is reported and saved (default: test for the paper's six data sets; else valid if it holds both "
+        help="epoch that is reported and saved (default: test for the paper's six data sets; else valid if it has both "
         "classes beside the shots, else last)")  # fmt: skip
     add("--threshold_at", type=threshold_rule, default="f1", metavar="RULE",
         help="how the decision threshold is set: f1 (the largest), fpr=RATE or tpr=RATE")  # fmt: skip

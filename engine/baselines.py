@@ -7,7 +7,7 @@ that one `Evaluation` measures them all. An image-level method gives every patch
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -151,23 +151,28 @@ def logistic_regression(training: Training) -> Scores:
 
 
 def fit(
-    training: Training, project: Callable[[Tensor], Tensor] | None, text_features: Tensor
+    training: Training,
+    project: Callable[[Tensor], Tensor] | None,
+    text_features: Tensor,
+    names: Sequence[str] = NAMES,
 ) -> Iterator[tuple[str, Scores]]:
-    """Each baseline's name and the function that scores tokens.
+    """The name of each baseline of `names`, and the function that scores tokens.
 
     `zero_shot` is left out without `project`, the logistic regression where the shots show one class only.
     """
-    if project is not None:
+    if NAMES[0] in names and project is not None:
         yield NAMES[0], zero_shot(project, text_features)
-    yield NAMES[1], nearest_normal_patch(training)
-    yield NAMES[2], prototypes(training)
-    if training.abnormal_patches.any() and training.normal_patches.any():
+    if NAMES[1] in names:
+        yield NAMES[1], nearest_normal_patch(training)
+    if NAMES[2] in names:
+        yield NAMES[2], prototypes(training)
+    if NAMES[3] in names and training.abnormal_patches.any() and training.normal_patches.any():
         yield NAMES[3], logistic_regression(training)
 
 
 @torch.no_grad()
-def measure_baselines(options: argparse.Namespace) -> dict[str, Any]:
-    """train.py's options -> the metrics of every baseline on the data, shots and tokens that train.py would use.
+def measure_baselines(options: argparse.Namespace, names: Sequence[str] = NAMES) -> dict[str, Any]:
+    """train.py's options -> the metrics of the baselines on the data, shots and tokens that train.py would use.
 
     Images are scored as MadCLIP's are: by the highest pixel of the map where there are masks, else by their patches,
     which --dec_type summarises; but the nearest normal patch, as PatchCore, by the farthest patch.
@@ -198,7 +203,7 @@ def measure_baselines(options: argparse.Namespace) -> dict[str, Any]:
     project = (lambda x: norm(x) @ projection) if aligned else None
 
     results = {}
-    for name, scores in fit(training, project, text):
+    for name, scores in fit(training, project, text, names):
         batches = map(store.get, store.rows(splits.test).split(BATCH))
         scored = torch.cat([scores([layer[:, -patches:].float() for layer in layers]) for layers in batches])
         dec_type = "max" if name == NAMES[1] else settings.dec_type

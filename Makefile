@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 DEMO_DATA := --obj BreastBUSI --data_path data/sample
 DEMO_TOWER := --model_name ViT-tiny-14-56 --pretrain random --image_tower dinov2-small --img_size 224 --fidelity corrected
 DEMO_TOKENS := --cache disk --cache_dir demo/cache --cache_dtype float16
-DEMO_EPOCHS := --epoch 6 --select last
+DEMO_EPOCHS := --epoch 6 --eval_every 3 --select last
 
 # Small model, random weights, made-up images: minutes on a laptop.
 OFFLINE_OBJS := Brain Chest

@@ -1,6 +1,6 @@
 """The last step of `make demo`: logistic regression on the same tokens, and what the demo has shown, in five lines.
 
-    python -m docs.demo FOLDER FLAGS_OF_TRAIN      FOLDER/test.json is what test.py has written
+python -m docs.demo FOLDER FLAGS_OF_TRAIN      FOLDER/test.json is what test.py has written
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder, *flags = sys.argv[1:] if arguments is None else arguments
     ours, options = read_json(Path(folder) / "test.json", "`make demo` writes it"), train_options(flags)
     regression = measure_baselines(options, NAMES[3:])["baselines"][NAMES[3]]
-    images = f"{options.shot} shots of each class, {ours['n_normal']} + {ours['n_abnormal']} test images"
+    normal, abnormal = ours["n_normal"], ours["n_abnormal"]
     print(f"""
-MadCLIP ({images}): {_line(ours)}
+MadCLIP ({options.shot} shots of each class, {normal} + {abnormal} test images): {_line(ours)}
 logistic regression on the same tokens: {_line(regression)}
-pictures: {folder}/pictures, {folder}/predictions (heat maps of twelve images)
+pictures: {folder}/pictures, {folder}/predictions (heat maps of some test images)
 page: {folder}/report/index.html
-What this is not: no CLIP, and no text that is aligned with the images (the text tower is random); {ours["n_normal"] + ours["n_abnormal"]} images of one hospital, no diagnosis.""")
+What this is not: no CLIP and no aligned text (the text tower is random), only {normal + abnormal} images, no diagnosis""")
 
 
 def _line(values: Mapping[str, Any]) -> str:

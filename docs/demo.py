@@ -26,7 +26,7 @@ MadCLIP ({options.shot} shots of each class, {normal} + {abnormal} test images):
 logistic regression on the same tokens: {_line(regression)}
 pictures: {folder}/pictures, {folder}/predictions (heat maps of some test images)
 page: {folder}/report/index.html
-What this is not: no CLIP and no aligned text (the text tower is random), only {normal + abnormal} images, no diagnosis""")
+What this is not: no CLIP, no aligned text (a random text tower), only {normal + abnormal} images, no diagnosis""")
 
 
 def _line(values: Mapping[str, Any]) -> str:

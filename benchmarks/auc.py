@@ -1,24 +1,19 @@
-"""Pixel AUROC: the two passes against scikit-learn: time, memory, error.
+"""Pixel AUROC: the two passes against scikit-learn: time and error.
 
     python -m benchmarks.auc --pixels 1e6 1e7 5e7
 
-Each contender runs in a fresh process. Seconds are those spent in the contender, not in making the pixels; ours asks
-for them twice. Memory is the peak above a small first run, with the scores that a contender must hold.
+Seconds are those spent in the contender, not in making the pixels; ours asks for them twice.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
-import sys
 import time
 
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-from benchmarks.common import peak_memory, print_table, write_json
+from benchmarks.common import print_table, write_json
 from engine.metrics import count_pixels
 from utils import Parser, run_cli
 
@@ -61,39 +56,24 @@ def scikit_learn(source: Pixels) -> float:
     return float(roc_auc_score(torch.cat(labels).flatten().numpy(), torch.cat(scores).flatten().numpy()))
 
 
-CONTENDERS = {"scikit-learn": scikit_learn, "ours": ours}
-
-
-def measure(contender: str, pixels: int, spread: str) -> dict[str, float]:
-    """Run one contender in this process, a fresh one, as peak memory never falls."""
-    CONTENDERS[contender](Pixels(10_000, spread))  # first-call costs
-    source, before, start = Pixels(pixels, spread), peak_memory(), time.perf_counter()
-    value = CONTENDERS[contender](source)
-    seconds = time.perf_counter() - start - source.making
-    return {"seconds": seconds, "memory MiB": peak_memory() - before, "auroc": value}
-
-
 def main() -> None:
-    """Measure both contenders at every size and spread, print the table, write the JSON."""
+    """Measure both at every size and spread, print the table, write the JSON."""
     parser = Parser(prog="python -m benchmarks.auc", description=__doc__.split("\n\n")[0])
     parser.add_argument("--pixels", type=float, nargs="+", default=[1e6, 1e7, 5e7], help="how many pixels")
     parser.add_argument("--json", default="benchmarks/results/auc.json")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
-        print(json.dumps(measure(options.child[0], int(options.child[1]), options.child[2])))
-        return
     rows: list[dict[str, object]] = []
     for pixels, spread in ((pixels, spread) for pixels in map(int, options.pixels) for spread in ("wide", "narrow")):
-        results = {}
-        for name in CONTENDERS:
-            command = [sys.executable, "-m", "benchmarks.auc", "--child", name, str(pixels), spread]
-            results[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        exact, here = results.values()
-        more = {"error": abs(here["auroc"] - exact["auroc"]), "faster": exact["seconds"] / here["seconds"]}
-        rows += [{"pixels": pixels, "spread": spread, "contender": name, **results[name]} for name in CONTENDERS]
-        rows[-1] |= more
-        print_table(rows, list(rows[-1]))
+        found = []
+        for contender in (scikit_learn, ours):
+            contender(Pixels(10_000, spread))  # first-call costs
+            source, start = Pixels(pixels, spread), time.perf_counter()
+            value = contender(source)
+            found.append((time.perf_counter() - start - source.making, value))
+        (slow, exact), (seconds, value) = found
+        row = {"scikit-learn s": slow, "ours s": seconds, "faster": slow / seconds, "error": abs(value - exact)}
+        rows.append({"pixels": pixels, "spread": spread, **row})
+        print_table(rows, list(rows[0]))
     write_json(options.json, rows)
 
 

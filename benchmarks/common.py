@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
-import os
 import platform
 import resource
 import sys
@@ -14,17 +14,22 @@ from pathlib import Path
 import torch
 
 import utils
+from CLIP.clip import create_model
 from CLIP.config import ModelConfig
+from CLIP.model import CLIP
+from engine.detector import Detector
+from engine.files.config import Settings
+from engine.training import TrainingState
+
+WITH_MASKS = ("Brain", "Liver", "Retina_RESC")
 
 
 def machine() -> dict[str, str | int]:
     """Describe the machine and the software that figures were measured on."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return {
-        "cpu": next(names, platform.machine()),
-        "cores": os.cpu_count() or 1,
+        "cpu": next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown"),
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
         "system": platform.platform(),
@@ -72,6 +77,22 @@ def tower_operations(config: ModelConfig, img_size: int, layers: int) -> float:
     patches, width = config.grid(img_size) ** 2, config.width
     block = 12 * width**2 * (patches + 1) + 2 * width * (patches + 1) ** 2
     return 2.0 * (layers * block + patches * 3 * config.patch_size**2 * width)
+
+
+def learner(
+    options: argparse.Namespace, device: torch.device, autocast: torch.dtype | None
+) -> tuple[CLIP, TrainingState]:
+    """The towers with random weights, and a detector before its first step: the same every time.
+
+    `options` has `model`, `img_size`, `fidelity` and `obj`, whose test images have masks where `WITH_MASKS` says so.
+    """
+    clip = create_model(options.model, "random", options.img_size, fidelity=options.fidelity, device=device)
+    settings = Settings(
+        options.obj, clip.config.name, "random", options.fidelity, options.img_size,
+        tuple(clip.config.default_features()), "MFCFC", "learnable_all", "yes", "mean", "sigmoid", options.obj,
+        options.obj in WITH_MASKS, "", 32,
+    )  # fmt: skip
+    return clip, TrainingState.start(Detector(clip, settings).to(device), autocast, 0.001, 0)
 
 
 def print_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:

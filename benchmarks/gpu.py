@@ -30,16 +30,11 @@ from torch import Tensor
 import predict
 import test
 import train
-from benchmarks.common import machine, print_table, write_json
+from benchmarks.common import learner, machine, print_table, write_json
 from benchmarks.epoch import Epoch, time_epoch
-from CLIP.clip import create_model
-from CLIP.model import CLIP
 from CLIP.weights import find_weights
-from engine.detector import Detector
 from engine.distributed import pick_autocast
 from engine.features import TokenStore, TowerSpec
-from engine.files.config import Settings
-from engine.training import TrainingState
 from loss import anomaly_map
 from utils import Parser, one_line, run_cli
 
@@ -107,22 +102,6 @@ def two_processes(options: argparse.Namespace, folder: Path) -> Figures:
 # --- the same arithmetic on both devices, and in each precision ---
 
 
-def settings(options: argparse.Namespace) -> Settings:
-    """Of a data set with masks."""
-    config = find_weights(options.model, "random").config
-    return Settings(
-        "Brain", config.name, "random", "released", options.img_size, tuple(config.default_features()), "MFCFC",
-        "learnable_all", "yes", "mean", "sigmoid", "Brain", True, "", 32,
-    )  # fmt: skip
-
-
-def learner(options: argparse.Namespace, device: torch.device, precision: str) -> tuple[CLIP, TrainingState]:
-    """The towers, and a detector before its first step: the same weights every time."""
-    clip = create_model(options.model, "random", options.img_size, device=device)
-    detector = Detector(clip, settings(options), 0).to(device)
-    return clip, TrainingState.start(detector, pick_autocast(precision, device), 0.001, 0)
-
-
 def batch(options: argparse.Namespace, device: torch.device, size: int = 16) -> tuple[Tensor, Tensor, Tensor]:
     """Images, labels and masks: every second image is abnormal, and brighter in its mask."""
     images = torch.rand(size, 3, options.img_size, options.img_size, generator=torch.Generator().manual_seed(0))
@@ -134,7 +113,7 @@ def batch(options: argparse.Namespace, device: torch.device, size: int = 16) -> 
 
 def outcome(options: argparse.Namespace, device: torch.device, precision: str) -> dict[str, Tensor]:
     """Tokens, the losses of three steps on them, patch scores and image scores after these."""
-    clip, state = learner(options, device, precision)
+    clip, state = learner(options, device, pick_autocast(precision, device))
     images, labels, masks = batch(options, device)
     autocast = {"device_type": device.type, "dtype": state.autocast, "enabled": state.autocast is not None}
     with torch.autocast(**autocast), torch.no_grad():
@@ -167,8 +146,8 @@ def numbers(options: argparse.Namespace, precision: str) -> Figures:
 
 def speed(options: argparse.Namespace, _folder: Path) -> Figures:
     """Seconds at Brain's size beside their floors, and memory."""
-    asked = argparse.Namespace(**vars(options), obj="Liver" if options.small else "Brain", shot=16, fidelity="released")
-    rows, figures = time_epoch(Epoch(asked, torch.device(options.device)), 0.0 if options.small else 3.0)
+    options.shot = 16
+    rows, figures = time_epoch(Epoch(options, torch.device(options.device)))
     late = options.device != "cpu" and figures["beside scoring s"] > 1
     require(not late, f"masks, maps and metrics take {figures['beside scoring s']:.2f} s, more than 1 s")
     return {**{row["part"].strip(): f"{row['s']:.3g} s (floor {row['floor s']:.2g})" for row in rows}, **figures}
@@ -179,12 +158,13 @@ def full_card(options: argparse.Namespace, folder: Path) -> Figures:
     device, weights = torch.device(options.device), find_weights(options.model, "random")
     _, labels, masks = batch(options, device)
     kept = argparse.Namespace(cache="gpu", cache_dir=str(folder), cache_dtype="float32", num_workers=1)
-    store = TokenStore(TowerSpec.of(settings(options), weights, None, device), kept)
+    settings = learner(options, device, None)[1].detector.settings
+    store = TokenStore(TowerSpec.of(settings, weights, None, device), kept)
     tokens = torch.randn(16, *store.tower.shape, generator=torch.Generator().manual_seed(0)).to(device)
 
     def step(room: int | None = None) -> tuple[Tensor, int]:
         """The losses, and the bytes that the step takes; `room` is what the card has beside everything before it."""
-        state = learner(options, device, "fp32")[1]
+        state = learner(options, device, None)[1]
         if device.type == "cpu":
             return state.step(store, torch.arange(16), labels, masks, None), 0
         torch.cuda.empty_cache()
@@ -215,35 +195,33 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], Figures]] = {
 
 
 def work(name: str, options: argparse.Namespace, answers: Connection) -> None:
-    """Do a part, in a process of its own; sends whether it has passed, and its figures or the reason."""
+    """Do a part, in a process of its own; sends its figures, or why it has failed."""
     os.environ["WANDB_MODE"] = "disabled"
     with tempfile.TemporaryDirectory() as folder:
         try:
-            answers.send((True, PARTS[name](options, Path(folder))))
+            answers.send({"result": "passed", "figures": PARTS[name](options, Path(folder))})
         except (Exception, SystemExit) as error:
             traceback.print_exc()
-            answers.send((False, one_line(error)))
+            answers.send({"result": "failed", "reason": one_line(error)})
 
 
-def attempt(name: str, options: argparse.Namespace, seconds: float | None) -> dict[str, object]:
+def attempt(name: str, options: argparse.Namespace, seconds: float | None) -> dict[str, Any]:
     """A row of the table."""
     start, context = time.perf_counter(), multiprocessing.get_context("fork")  # this process never touches the card
     answers, sender = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(name, options, sender))
     process.start()
     sender.close()
-    passed, found = False, f"not done after {seconds} s"
+    found = {"result": "failed", "reason": f"not done after {seconds} s"}
     if answers.poll(seconds):
         try:
-            passed, found = answers.recv()
+            found = answers.recv()
         except EOFError:
-            process.join()
-            found = f"the process ended with code {process.exitcode}"
+            found["reason"] = "its process died"
     else:
         process.kill()
     process.join()
-    what = {"figures": found} if passed else {"reason": found}
-    return {"part": name, "result": "passed" if passed else "failed", "seconds": time.perf_counter() - start, **what}
+    return {"part": name, "seconds": time.perf_counter() - start, **found}
 
 
 def main() -> int:
@@ -254,19 +232,17 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
     parser.add_argument("--json", default="benchmarks/results/gpu.json")
     options = parser.parse_args()
+    options.fidelity, options.obj = "released", "Brain"
     options.model, options.img_size = ("ViT-tiny-14-56", 28) if options.small else ("ViT-L-14-336", 240)
     end, rows = time.perf_counter() + SECONDS, []
     for name in options.parts:
         rows.append(attempt(name, options, max(end - time.perf_counter(), 1) if options.device == "cuda" else None))
         print(f"{name}: {rows[-1]['result']}", flush=True)
-    texts = [
-        "  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in part.items())
-        for part in (row.get("figures", {"reason:": row.get("reason")}) for row in rows)
-    ]
+        figures = rows[-1].get("figures", {})
+        shown = {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in figures.items()}
+        rows[-1]["what"] = rows[-1].get("reason") or "  ".join(f"{key} {text}" for key, text in shown.items())
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
-    print_table(
-        [{**row, "what": text} for row, text in zip(rows, texts, strict=True)], ["part", "result", "seconds", "what"]
-    )
+    print_table(rows, ["part", "result", "seconds", "what"])
     write_json(options.json, rows)
     return int(any(row["result"] == "failed" for row in rows))
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,26 +28,17 @@ from loss import anomaly_map, patch_difference, training_loss
 from train import Setup
 
 
-class Epoch(NamedTuple):
-    """What an epoch took and gave."""
-
-    seconds: float
-    loss: float  # mean of the batches' totals
-    auc: float
-    pauc: float
-
-
-def run(setup: Setup, epochs: int, batch_size: int, learning_rate: float, seed: int) -> Iterator[Epoch]:
-    """Train with masks, epoch by epoch; shuffled as `engine.training` shuffles."""
-    clip, detector, data = setup.clip, setup.detector, setup.training
+def run(setup: Setup, epochs: int) -> Iterator[tuple[float, float, float, float]]:
+    """Train with masks, shuffled as `engine.training` shuffles: seconds, mean loss, AUC and pAUC of each epoch."""
+    clip, detector, data, options = setup.clip, setup.detector, setup.training, setup.options
     clip.requires_grad_(True)  # their gradients add up: no optimiser owns these weights
-    optimizers = make_optimizers(detector.adapters, detector.prompts, learning_rate)
-    shuffle = seeded(seed, "shuffle")
+    optimizers = make_optimizers(detector.adapters, detector.prompts, options.learning_rate)
+    shuffle = seeded(options.seed, "shuffle")
     views = images(data.items, clip)
     for _ in range(epochs):
         start = time.perf_counter()
         losses = []
-        for batch in torch.randperm(len(views), generator=shuffle).split(batch_size):
+        for batch in torch.randperm(len(views), generator=shuffle).split(options.batch_size):
             det, seg = scores(setup, views[batch], text_features(detector, clip))
             loss = training_loss(
                 det, seg, data.labels[batch], data.masks[batch].float(), setup.settings.loss_type,
@@ -60,8 +50,8 @@ def run(setup: Setup, epochs: int, batch_size: int, learning_rate: float, seed: 
             for optimizer in optimizers:
                 optimizer.step()
             losses.append(loss.item())
-        auc, pauc = evaluate(setup, batch_size)
-        yield Epoch(time.perf_counter() - start, sum(losses) / len(losses), auc, pauc)
+        auc, pauc = evaluate(setup, options.batch_size)
+        yield time.perf_counter() - start, sum(losses) / len(losses), auc, pauc
         ctypes.CDLL(None).malloc_trim(0)  # else what lies scattered between steps takes more than 24 GiB
 
 

@@ -50,11 +50,7 @@ def start(flags: list[str], epochs: int) -> dict[str, Any]:
 
 def recomputed(flags: list[str], epochs: int) -> dict[str, Any]:
     """The stand-in in this process: the same figures."""
-    options = train.parse(flags)
-    rows = []
-    for epoch in recompute.run(train.build(options), epochs, options.batch_size, options.learning_rate, options.seed):
-        print(f"recompute: {epoch}", file=sys.stderr, flush=True)
-        rows.append(epoch)
+    rows = recompute.run(train.build(train.parse(flags)), epochs)
     seconds, losses, auc, pauc = (list(column) for column in zip(*rows, strict=True))
     return {"epochs": seconds, "loss": losses, "AUC": auc, "pAUC": pauc, "memory": peak_memory()}
 

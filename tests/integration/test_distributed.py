@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from torch import device
 from torch.distributed import TCPStore
 
+from engine.distributed import pick_device
 from tests.helpers.commands import HANG, ROOT, Commands
 from tests.helpers.data import SMALL
 from tests.integration.test_scripts import printed
@@ -108,3 +110,12 @@ def test_a_process_that_dies(command, phantoms, tmp_path):
     printed(command, "train.py", "--resume", tmp_path / "runs/one", "--epoch", lines + 2, cwd=tmp_path)
     assert metrics.read_text().startswith(before)
     assert metrics.read_text().count("\n") == lines + 2
+
+
+def test_processes_may_share_a_gpu(monkeypatch):
+    """A GPU each, where there are as many; else they share them."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for count, index in ((2, 1), (1, 0)):
+        monkeypatch.setattr("torch.cuda.device_count", lambda count=count: count)
+        assert pick_device("auto") == device("cuda", index)

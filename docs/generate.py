@@ -64,7 +64,7 @@ def _sections(parser: argparse.ArgumentParser, command: str, told: dict[tuple[st
     if parser.description:
         yield f"{_text(parser.description)}\n"
     for group in parser._action_groups:
-        shown = [a for a in group._group_actions if a.help != argparse.SUPPRESS and a.dest != "help"]
+        shown = [a for a in group._group_actions if a.help != argparse.SUPPRESS and a.dest not in ("help", "version")]
         rows, known = [], dict[str, list[str]]()  # known, or without a word: on one line
         for action in shown:
             if isinstance(action, argparse._SubParsersAction):

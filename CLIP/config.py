@@ -6,13 +6,14 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from utils import EXPECTED, InputError, Unreachable, blame, one_line, preview, read_json, sha256_file
+from utils import EXPECTED, InputError, Unreachable, blame, one_line, read_json, sha256_file
 
 CONFIG_FOLDER = Path(__file__).parent / "model_configs"
 CKPT_FOLDER = Path(__file__).parent / "ckpt"
@@ -43,13 +44,26 @@ HF_NAMES = {
     "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
     "context_length": "max_position_embeddings",
 }  # fmt: skip
-HF_BOTH = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "model_type": "clip", "num_hidden_layers": 12}
+HF_BOTH = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_hidden_layers": 12}
 HF_DEFAULTS = {
     "vision": {**HF_BOTH, "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
                "image_size": 224, "patch_size": 32},
     "text": {**HF_BOTH, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8,
              "vocab_size": 49408, "max_position_embeddings": 77},
 }  # fmt: skip
+# What tells another family, in a config or among the names of tensors; the telling ones first.
+FAMILIES = {
+    r'"init_logit_bias": -?\d|(?<!init_)logit_bias|siglip|vision_model\.head\.|trunk\.attn_pool\.': "a SigLIP model",
+    r'"hf_model_name": "([^"]*(?i:bert)[^"]*)"': "a BERT text tower ({0})",
+    r"word_embeddings|attention\.self\.query": "a BERT text tower",
+    r'"hf_model_name": "([^"]*)"': "a text tower of Hugging Face ({0})",
+    r'"multimodal_cfg": \{|text_decoder\.|visual\.attn_pool': "a CoCa model",
+    r'"layers": \[|visual\.(trunk\.)?(layer1|attnpool|stages)\.': "a ResNet image tower",
+    r'"timm_model_name": "([^"]*)"': "a timm image tower ({0})",
+    r"visual\.trunk\.": "a timm image tower",
+    r"visual\.blocks\.": "an EVA image tower",
+    r'"model_type": "(?!clip)(.*?)"': "{0}",
+}
 # Entries of open_clip's configs that change nothing here; any other must be absent or false.
 HARMLESS = {"patch_dropout", "output_tokens", "name", "hub", "urls", "weights", "custom_text", "init_logit_scale"}
 IGNORED = {"pool_type": ("tok", "argmax"), "proj_type": ("linear",), "act_layer": ("gelu",)}
@@ -106,13 +120,16 @@ class ModelConfig:
 
         `InputError` names `where`, for sizes that are missing or make no sense, and for another family.
         """
-        _check_family(values, where)
         flat = {"quick_gelu": False, "context_length": PROMPT_LENGTH, "vocab_size": VOCABULARY, **values}
         for part, names in (("vision_cfg", VISION), ("text_cfg", TEXT)):
             tower = values[part]
             flat |= {own: tower[name] for name, own in names.items() if name in tower}
             if not tower.get("heads"):
                 flat[names["heads"]] = size_in(tower, "width", where) // tower.get("head_width", 64)
+            known = {*names, "head_width", *HARMLESS}
+            for key, value in tower.items():
+                if key not in known and value and value not in IGNORED.get(key, ()):
+                    raise InputError(f"{where}: {one_line(key)} {one_line(value)} is not supported here")
         flat |= {name: tuple(flat[name]) for name in ("pixel_mean", "pixel_std") if name in flat}
         flat |= {f.name: size_in(flat, f.name, where) for f in fields(cls) if f.type == "int" and f.name not in OWN}
         config = cls(**{f.name: flat[f.name] for f in fields(cls) if f.name in flat})
@@ -156,12 +173,15 @@ def list_models() -> list[str]:
     return sorted(path.stem for path in CONFIG_FOLDER.glob("*.json"))
 
 
-def refused(kind: object, where: object) -> InputError:
-    """The line for a model of another family, `kind` in words."""
-    return InputError(
-        f"{where}: {one_line(kind)} is another family, and not supported: both towers must be CLIP's own transformers "
-        "(a ViT for images, CLIP's text transformer)"
-    )
+def check_family(words: str, where: object) -> None:
+    """`InputError` that says what kind it is, for a config's JSON or the names of tensors that are not all CLIP's."""
+    for pattern, kind in FAMILIES.items():
+        if found := re.search(pattern, words):
+            shown = one_line(kind.format(*found.groups()))
+            raise InputError(
+                f"{where}: {shown} is another family, and not supported: both towers must be CLIP's own transformers "
+                "(a ViT for images, CLIP's text transformer)"
+            )
 
 
 def _find(name: str) -> tuple[Path, str]:
@@ -198,6 +218,7 @@ def file_in(folder: Path, names: Sequence[str], what: str) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     """The values of a JSON file, in open_clip's words."""
     values: dict[str, Any] = read_json(path)
+    check_family(json.dumps(values), path)
     if "model_cfg" in values:  # open_clip_config.json
         return {**values["model_cfg"], **_pixels(values.get("preprocess_cfg") or {}, "mean", "std")}
     if "vision_cfg" in values or not ("model_type" in values or "text_config" in values):
@@ -221,15 +242,11 @@ def size_in(values: Mapping[str, Any], name: str, where: object) -> int:
 
 def _from_hugging_face(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """A CLIPModel's config.json in open_clip's words."""
-    if values.get("model_type", "clip") != "clip":
-        raise refused(values["model_type"], path)
     result: dict[str, Any] = {"embed_dim": values.get("projection_dim", 512)}
     activations = set()
     for part, names in (("vision", VISION), ("text", TEXT)):
         given = [values.get(f"{part}_{suffix}") or {} for suffix in ("config", "config_dict")]
         tower = {**HF_DEFAULTS[part], **given[0], **given[1]}
-        if tower["model_type"] not in ("clip", f"clip_{part}_model"):
-            raise refused(tower["model_type"], path)
         if tower["layer_norm_eps"] != 1e-5 or tower["hidden_act"] not in ("gelu", "quick_gelu"):
             words = " and ".join(f"{name} {one_line(tower[name])}" for name in ("hidden_act", "layer_norm_eps"))
             raise InputError(f"{path}: {words}: not supported here")
@@ -241,46 +258,16 @@ def _from_hugging_face(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return {**result, "quick_gelu": activations == {"quick_gelu"}}
 
 
-def _check_family(values: Mapping[str, Any], where: str) -> None:
-    """`InputError` that says what kind it is for a config with a tower that is not CLIP's."""
-    vision, text = values["vision_cfg"], values["text_cfg"]
-    timm, hf = (str(name or "") for name in (vision.get("timm_model_name"), text.get("hf_model_name")))
-    names = f"{timm} {text.get('hf_tokenizer_name')}".lower()
-    families = {
-        "a SigLIP model": "siglip" in names or values.get("init_logit_bias") is not None,
-        f"a BERT text tower ({hf})": "bert" in hf.lower(),
-        f"a text tower of Hugging Face ({hf})": hf,
-        "a ResNet image tower": isinstance(vision.get("layers"), list) or "resnet" in timm.lower(),
-        f"a timm image tower ({timm})": timm,
-        "a CoCa model": values.get("multimodal_cfg"),
-    }
-    if kinds := [kind for kind, applies in families.items() if applies]:
-        raise refused(kinds[0], where)
-    known = {*VISION, *TEXT, "head_width"} | HARMLESS
-    others = [
-        f"{part}.{key}"
-        for part, tower in (("vision_cfg", vision), ("text_cfg", text))
-        for key, value in tower.items()
-        if key not in known and value and value not in IGNORED.get(key, ())
-    ]
-    if others:
-        raise InputError(f"{where}: {one_line(preview(others))}: not supported here")
-
-
 def _check_sizes(config: ModelConfig, where: str) -> None:
-    faults = {
-        "a width is not a multiple of its heads": config.width % config.heads or config.text_width % config.text_heads,
-        "mlp_ratio must lie between 0 and 64": not (0 < config.mlp_ratio <= 64 and 0 < config.text_mlp_ratio <= 64),
-        "mean and std of the pixels must be three numbers each, std above 0": (
-            not len(config.pixel_mean) == len(config.pixel_std) == 3 or min(config.pixel_std) <= 0
-        ),
-        f"a text tower of {config.vocab_size} words and {config.context_length} positions does not take CLIP's tokens "
-        f"({VOCABULARY} words, {PROMPT_LENGTH} positions): another tokenizer's is not supported": (
-            config.vocab_size < VOCABULARY or config.context_length < PROMPT_LENGTH
-        ),
-    }
-    if wrong := [fault for fault, applies in faults.items() if applies]:
-        raise InputError(f"{where}: {wrong[0]}")
+    if config.width % config.heads or config.text_width % config.text_heads:
+        raise InputError(f"{where}: a width is not a multiple of its heads")
+    if not len(config.pixel_mean) == len(config.pixel_std) == 3 or min(config.pixel_std) <= 0:
+        raise InputError(f"{where}: mean and std of the pixels must be three numbers each, std above 0")
+    if config.vocab_size < VOCABULARY or config.context_length < PROMPT_LENGTH:
+        raise InputError(
+            f"{where}: a text tower of {config.vocab_size} words and {config.context_length} positions does not take "
+            f"CLIP's tokens ({VOCABULARY} words, {PROMPT_LENGTH} positions): another tokenizer's is not supported"
+        )
 
 
 # --- the hub ---

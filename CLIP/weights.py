@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from utils import EXPECTED, InputError, blame, sha256_file
 
-from .config import CKPT_FOLDER, CONFIG_FILES, HUB, ModelConfig, fetch, file_in, list_models, refused
+from .config import CKPT_FOLDER, CONFIG_FILES, HUB, ModelConfig, check_family, fetch, file_in, list_models
 from .dinov2 import find_tower, with_tower
 
 WEIGHT_FILES = (  # in a folder or on the hub
@@ -73,23 +73,13 @@ NAMES = {
     r"^text_projection\.weight": "text_projection/t",
     r"^visual_projection\.weight": "visual.proj/t",
 }
-# What a key of another family looks like, the telling ones first.
-FAMILIES = {
-    r"logit_bias$|vision_model\.head\.|visual\.trunk\.attn_pool\.": "a SigLIP model",
-    r"word_embeddings|attention\.self\.query|bert": "a BERT text tower",
-    r"text_decoder\.|visual\.attn_pool": "a CoCa model",
-    r"visual\.(trunk\.)?(layer1|attnpool|stages)\.": "a ResNet image tower",
-    r"visual\.trunk\.": "a timm image tower",
-    r"visual\.blocks\.": "an EVA image tower",
-}
 # What OpenAI's files hold in float16: convolution, attention, MLP and both projections; the rest is float32.
 HALF = re.compile(
     r"visual\.(conv1\.(weight|bias)|proj)|text_projection|(visual\.)?transformer\.resblocks\.\d+\.(attn|mlp)\..+"
 )
 STORAGES = {
     "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64, "BoolStorage": torch.bool, "ByteStorage": torch.uint8, "CharStorage": torch.int8,
-    "ShortStorage": torch.int16, "IntStorage": torch.int32, "LongStorage": torch.int64,
+    "DoubleStorage": torch.float64, "IntStorage": torch.int32, "LongStorage": torch.int64,
 }  # fmt: skip
 # What a damaged file provokes in the parsers of archives, pickles and safetensors.
 DAMAGE = (*EXPECTED, RuntimeError, zipfile.BadZipFile, SafetensorError, AttributeError, TypeError)
@@ -141,7 +131,11 @@ def find_weights(
         found = Weights(pretrained, f"random, seed {seed}", sha256, config, None, seed)
     else:
         path, source = _locate(model_name, config, pretrained, weights)
-        with blame(path, _hint(path, config.name, pretrained)):
+        wanted = f"{config.name if config.name in list_models() else 'ViT-L-14-336'} --pretrain {pretrained}"
+        hint = (
+            f"fetch it with `python -m CLIP.download {wanted}`, pass another with --weights, or try --pretrain random"
+        )
+        with blame(f"weights {path}", hint):
             if not path.is_file() and path.exists():  # reading a pipe or a device may never end
                 raise InputError(f"the weight file {path} is a folder or a device, not a file")
             found = Weights(pretrained, source, sha256_file(path), config, path, seed)
@@ -150,17 +144,6 @@ def find_weights(
     with blame(tower, "fetch it again"):
         both = hashlib.sha256(f"{found.sha256} {sha256_file(tower)}".encode()).hexdigest()
     return replace(found, source=f"{found.source}; image tower {config.image_tower}", sha256=both, tower=tower)
-
-
-def _hint(path: Path, model_name: str, pretrained: str) -> str:
-    if path.exists():
-        return "fetch it again"
-    wanted = model_name if model_name in list_models() else "ViT-L-14-336"
-    wanted += "" if pretrained == "openai" else f" --pretrain {pretrained}"
-    return (
-        f"fetch it with `python -m CLIP.download {wanted}`, pass another with --weights, or try the program without "
-        "any: --pretrain random"
-    )
 
 
 def _locate(
@@ -303,9 +286,7 @@ def openai_names(loaders: Mapping[str, Loader], path: Path, dinov2: bool = False
 
     `InputError` for no CLIP weights, or none of `dinov2`, and for a tower of another family, which is named.
     """
-    for pattern, kind in FAMILIES.items():
-        if any(re.search(pattern, key) for key in loaders):
-            raise refused(kind, path)
+    check_family("\n".join(loaders), path)
     # What stands before the anchor (`module.`, `model.`) stands before all names.
     anchors = TOWER_ANCHORS if dinov2 else ANCHORS
     prefixes = [key.removesuffix(name) for key in loaders for name in anchors if f".{key}".endswith(f".{name}")]

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from CLIP import weights as weights_module
 from CLIP.adapter_shared import ADAPTERS
-from CLIP.clip import create_model, load_state, random_state
+from CLIP.clip import create_model
 from CLIP.config import ADAPTER_KINDS, ModelConfig, list_models
 from CLIP.tokenizer import tokenize
 from CLIP.weights import find_weights, read_weights
@@ -46,23 +46,8 @@ def write_open_clip(folder: Path) -> str:
     return str(folder)
 
 
-def write_custom_text(folder: Path) -> str:
-    """open_clip's CustomTextCLIP keeps the text tower under `text.`."""
-    state = {key: value for key, value in tiny_state().items() if key not in ("input_resolution", "vocab_size")}
-    state.pop("context_length")
-    named = {k if k.startswith("visual.") or k == "logit_scale" else f"text.{k}": v for k, v in state.items()}
-    save_file(named, folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(json.dumps(open_clip_config(TINY)))
-    return str(folder)
-
-
 def write_hugging_face(folder: Path) -> str:
     save_hugging_face(tiny_state(), TINY, folder)
-    return str(folder)
-
-
-def write_hugging_face_bin(folder: Path) -> str:
-    save_hugging_face(tiny_state(), TINY, folder, "pytorch_model.bin")
     return str(folder)
 
 
@@ -79,7 +64,7 @@ def _weights() -> dict[str, torch.Tensor]:
     return {key: value for key, value in tiny_state().items() if key not in integers}
 
 
-FORMS = [write_open_clip, write_custom_text, write_hugging_face, write_hugging_face_bin, write_half]
+FORMS = [write_open_clip, write_hugging_face, write_half]
 
 
 @pytest.fixture(scope="module")
@@ -125,18 +110,6 @@ def test_pixels_are_normalised_as_the_model_was_trained(tmp_path, write):
     plain = create_model(name, "openai", SIZE)
     images = torch.rand(1, 3, SIZE, SIZE)
     torch.testing.assert_close(clip.visual.embed(images), plain.visual.embed((images - mean) / std))
-
-
-def test_a_folder_and_its_json_file_are_one_config(tmp_path):
-    """Also where files are links into a cache, as huggingface_hub keeps them: pixels and name are the folder's."""
-    write_hugging_face(tmp_path / "blobs")
-    (tmp_path / "blobs" / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.4, 0.3]}')
-    (tmp_path / "model").mkdir()
-    for name in ("config.json", "preprocessor_config.json"):
-        (tmp_path / "model" / name).symlink_to(tmp_path / "blobs" / name)
-    config = ModelConfig.load(str(tmp_path / "model"))
-    assert (config.name, config.pixel_mean) == ("model", (0.5, 0.4, 0.3))
-    assert ModelConfig.load(str(tmp_path / "model" / "config.json")) == config
 
 
 def test_a_file_in_any_form_fits_a_named_model(tmp_path, openai_model):
@@ -196,18 +169,6 @@ def test_named_models_come_back_from_their_dict(name):
         assert re.search(r"/[0-9a-f]{64}/|-[0-9a-f]{8}\.pt$", url)
 
 
-def test_mlp_ratio_of_large_models(tmp_path):
-    config = replace(TINY, mlp_ratio=4.9231, text_mlp_ratio=2.0)
-    state = random_state(config, 0)
-    assert state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape == (630, 128)
-    model = open_clip_model(config, state, 56, quick_gelu=True)
-    mine = create_model(config, "random", 56, fidelity="corrected")
-    load_state(mine, state, "test")
-    with torch.no_grad():
-        ids = tokenize(["a brain"])
-        torch.testing.assert_close(mine.encode_text(ids), model.encode_text(ids), atol=1e-5, rtol=1e-5)
-
-
 # What is refused
 
 
@@ -217,7 +178,7 @@ CONFIGS = [
     ({"vision_cfg": {"timm_model_name": "convnext_base"}}, "a timm image tower .convnext_base"),
     ({"init_logit_bias": -10}, "a SigLIP model"),
     ({"multimodal_cfg": {"layers": 1}}, "a CoCa model"),
-    ({"vision_cfg": {"attentional_pool": True}}, "vision_cfg.attentional_pool"),
+    ({"vision_cfg": {"attentional_pool": True}}, "attentional_pool"),
     ({"vision_cfg": {"width": None}}, "width"),
 ]
 
@@ -233,15 +194,12 @@ def test_configs_of_open_clip_that_are_refused(tmp_path, change, words):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"model_type": "siglip"}, "siglip is another family"),
-        ({"model_type": "dinov2"}, "dinov2 is another family"),
+        ({"model_type": "siglip"}, "a SigLIP model"),
         ({"model_type": "clip", "text_config": {"model_type": "bert"}}, "bert is another family"),
         ({"model_type": "clip", "vision_config": {"hidden_act": "relu"}}, "hidden_act relu"),
-        ({"model_type": "clip", "vision_config": {"hidden_act": "gelu"}}, "hidden_act"),
         ({"model_type": "clip", "text_config": {"layer_norm_eps": 1e-6}}, "layer_norm_eps"),
         ({"model_type": "clip", "text_config": {"vocab_size": 30000}}, "30000 words.*not supported"),
         ({"model_type": "clip", "text_config": {"hidden_size": "x"}}, "hidden_size"),
-        ({"model_type": "clip", "text_config": [1]}, "config.json"),
         ({"model_type": "clip", "vision_config": {"num_attention_heads": 7}}, "heads"),
         ({"model_type": "clip", "vision_config": {"num_hidden_layers": 10**9}}, "layers is 1000000000"),
         ({"embed_dim": 4}, "config.json"),
@@ -326,26 +284,6 @@ def test_text_alone_reads_no_image_tensor_of_safetensors(tmp_path, monkeypatch, 
     assert torch.equal(text["text_projection"], tiny_state()["text_projection"])
     assert seen == list(text)
     assert not [key for key in seen if key.startswith("visual")]
-
-
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="counts the pages of a mapping as Linux does")
-def test_text_alone_reads_no_image_tensor_of_a_state_dict(tmp_path):
-    """Of 64 MB of image tower no page comes into memory."""
-    path = tmp_path / "weights.pt"
-    torch.save({**_weights(), "visual.proj": torch.zeros(4096, 4096)}, path)
-    text = read_weights(path, vision=False)
-    assert float(text["token_embedding.weight"].sum()) != 0
-
-    def resident() -> int:
-        lines = Path("/proc/self/smaps").read_text().splitlines()
-        starts = [i for i, line in enumerate(lines) if line.endswith(str(path))]
-        return sum(int(next(x for x in lines[i:] if x.startswith("Rss:")).split()[1]) for i in starts)
-
-    text_kb = sum(value.nbytes for value in text.values()) // 1024
-    assert text_kb / 2 < resident() < text_kb + 8192
-    whole = read_weights(path)
-    assert float(whole["visual.proj"].sum()) == 0
-    assert resident() > text_kb + 60_000
 
 
 # Where weights are found

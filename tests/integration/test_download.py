@@ -204,12 +204,6 @@ def test_addresses_that_are_none(server: Server, out: Path, url: str) -> None:
         refused(server, out, "check the address")
 
 
-def test_a_folder_that_cannot_be(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="choose another"):
-        download(server.address(), tmp_path / "file" / "weights.pt", SUM)
-
-
 def test_a_password_in_an_address_is_not_told(server: Server, out: Path) -> None:
     secret = server.address().replace("http://", "http://me:secret@")
     server.statuses = (404,)

@@ -27,7 +27,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from utils import InputError, one_line, read_json, redact, warn
+from utils import InputError, blame, one_line, read_json, redact, warn
 
 from .. import distributed
 from ..evaluation import Evaluation, Masks
@@ -176,7 +176,8 @@ def _open(key: str, **options: Any) -> Any:  # noqa: ANN401 - wandb's options, a
     import wandb  # noqa: PLC0415 - takes seconds, and is not needed when tracking is disabled
 
     own = wandb.Settings(**OWN_SETTINGS)
-    setup = wandb.setup(wandb.Settings(silent=True))
+    with blame("W&B's settings", "correct WANDB_BASE_URL, or the variable that is named", (ValueError,)):
+        setup = wandb.setup(wandb.Settings(silent=True))
     mode: Any = setup.settings.mode
     if mode == "online" and not wandb.login(verify=False, prompt=False):
         mode = "online" if key else "offline"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import zipfile
 from pathlib import Path
 
@@ -13,24 +12,8 @@ import pytest
 
 from tests.helpers.attacks import UNGOOD, driver, fine, read_json, refused
 from tests.helpers.commands import ROOT
-from tests.integration.test_distributed import torchrun
 
 ENVIRONMENT = {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-
-
-# --- several processes ---
-
-
-def test_several_processes_say_what_is_wrong_once(home, tmp_path):
-    """Of a mistyped flag and of missing data one process of torchrun prints the line; its own report is torchrun's."""
-    for wrong, words in ((["--no_such_flag"], "--no_such_flag"), (["--data_path", "nowhere"], "--data_path nowhere")):
-        call = torchrun("train.py", *home.train(tmp_path), *wrong)
-        done = subprocess.run(call, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-        assert done.returncode != 0
-        lines = [line for line in done.stderr.splitlines() if "error: " in line and words in line]
-        assert len(lines) == 1, done.stderr
-        assert "interrupted" not in done.stderr
-        assert 'train.py", line' not in done.stderr  # no traceback of ours
 
 
 # --- names and passwords ---
@@ -106,7 +89,7 @@ def test_the_password_in_an_address_is_never_printed(command, home, tmp_path):
     env = {"WANDB_BASE_URL": address, "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online", "WANDB_INIT_TIMEOUT": "1",
            "HOME": str(tmp_path)}  # fmt: skip
     done = command("train.py", *home.train(tmp_path), "--epoch", 1, "--log_images_every", 0, env=env)
-    fine(done)
+    refused(done, "W&B's settings", "WANDB_BASE_URL")
     assert not re.search(r"s3cr|et@127", done.stdout + done.stderr)
     assert b"s3cr" not in contents(tmp_path / "runs")
     for url in (f"{address}/{'0' * 64}/x.pt", f"{address.replace('http', 'ftp')}/x.pt"):

@@ -116,14 +116,14 @@ def mask(change: Callable[[Path], object]) -> Callable[[Path], None]:
 
 SPOILED = {
     "missing data": (shutil.rmtree, ["--data_path", "Brain_AD", "docs/data.md", "python -m dataset.phantom"]),
-    "missing class": (lambda data: shutil.rmtree(data / UNGOOD), [UNGOOD]),
+    "missing class": (lambda data: shutil.rmtree(data / UNGOOD), ["Brain_AD/valid/Ungood", "no images"]),
     "list that is a pipe": (
         lambda data: (shot_list("")(data), replace(os.mkfifo)(data / "Brain_AD/fewshot_seed/my2-shot.txt")),
         ["my2-shot.txt", "pipe"],
     ),
     "split that links to itself": (
         lambda data: (shutil.rmtree(data / "Brain_AD/test"), (data / "Brain_AD/test").symlink_to("test")),
-        ["Brain_AD/test"],
+        ["Brain_AD", "no known layout"],
     ),
     "name with a line break": (lambda data: (data / "Brain_AD/test/good/img/a\nb.png").write_text("x"), ["a b.png"]),
     "list names a missing file": (shot_list(f"a-0: nobody.png\nn-0: {FIRST}\n"), ["my2-shot.txt", "nobody.png"]),
@@ -163,7 +163,7 @@ def test_weights(command, folder):
         refused(command("train.py", *arguments), "weights.pt", *words)
         path.unlink()
 
-    check(random_state(MICRO, seed=0), "does not fit", "(5,8), expected (17,128)", "ViT-tiny-14-56")
+    check(random_state(MICRO, seed=0), "ViT-tiny-14-56")
     check({**tiny, "text_projection": tiny["text_projection"] * float("nan")}, "text_projection holds NaN")
     check({"fc.weight": torch.ones(1)}, "no CLIP weights")
     check({**tiny, "x": Payload(folder / "ran")}, "could run code")

@@ -11,7 +11,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms.functional import normalize
 
 from .config import ModelConfig
 from .transformer import Transformer
@@ -52,7 +51,8 @@ class VisionTower(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [0, 1] -> tokens before the first block (B, L, C), class token first."""
         if self.normalize_pixels:
-            images = normalize(images, self.pixel_mean, self.pixel_std)
+            mean, std = (images.new_tensor(values)[:, None, None] for values in (self.pixel_mean, self.pixel_std))
+            images = (images - mean) / std
         patches = self.conv1(images).flatten(2).transpose(1, 2)  # (B, N, C)
         class_token = self.class_embedding.expand(images.shape[0], 1, -1)
         x = torch.cat([class_token.to(patches.dtype), patches], dim=1) + self.positional_embedding

@@ -63,6 +63,15 @@ def test_what_the_file_says_of_itself(command, home, tmp_path):
     assert 0 < float(about["threshold"]) < 4 and "not a medical device" in about["note"] and about["licence"]
 
 
+@pytest.mark.parametrize("kind", ["MCNNFC", "MViTFC"])
+def test_corrected_fidelity_and_other_adapters(command, home, tmp_path, kind):
+    """Where the command ends with code 0, no score and no pixel differs by more than 1e-4."""
+    changes = ["--epoch", 1, "--visionA", kind, "--fidelity", "corrected", "--text_mood", "fix"]
+    fine(command("train.py", *home.train(tmp_path), *changes))
+    flags = ["--out", tmp_path / "x.onnx", "--check", home.data / "Brain_AD/test/good"]
+    assert "7 images" in fine(command("engine.export", tmp_path / "ckpt/Brain.pth", *flags))
+
+
 def test_scores_that_depend_on_the_batch_are_refused(command, home, tmp_path):
     train = [*home.train(tmp_path), "--epoch", 1, "--visionA", "MViTFC", "--text_mood", "fix"]
     fine(command("train.py", *train))

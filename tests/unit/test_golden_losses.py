@@ -45,7 +45,7 @@ def test_detection_loss_and_gradient(loss_type, dec_type):
     )
 
 
-@pytest.mark.parametrize("loss_type", loss.LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", ["sigmoid", "softmax"])
 @pytest.mark.parametrize(("dec_type", "shares"), [("max", [1.0, 0.0, 0.0]), ("both", [2 / 3, 1 / 6, 1 / 6])])
 def test_the_gradient_of_equal_largest_patches_goes_to_one(loss_type, dec_type, shares):
     """The published decision is torch.max(x, dim=1)[0]: of two equal largest patches one has all of the gradient."""

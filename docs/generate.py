@@ -1,4 +1,4 @@
-"""Write docs/flags.md from the parsers of all commands: python -m docs.generate."""
+"""Write docs/flags.md from the parsers of the scripts: python -m docs.generate."""
 
 from __future__ import annotations
 
@@ -14,16 +14,12 @@ from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "flags.md"
-COMMANDS = (
-    *("train.py", "test.py", "predict.py", "reproduce.py"),
-    *("dataset.check", "dataset.phantom", "dataset.medmnist", "dataset.download"),
-    *("CLIP.download", "engine.checkpoint", "engine.compare", "engine.export"),
-)
-FLAGS_HEAD = """# Every flag
+COMMANDS = ("train.py", "test.py", "predict.py", "reproduce.py")
+FLAGS_HEAD = """# The flags of the four scripts
 
-Written by `python -m docs.generate` from the parsers; a test checks that it is up to date. `--help` shows the same.
-Defaults stand in parentheses. Published flags keep their names and, unless
-[reproduce.md](reproduce.md#what-differs-from-the-published-program) says otherwise, their defaults.
+Written by `python -m docs.generate` from the parsers; a test checks that it is up to date. `--help` shows the same, of
+the small commands too (`python -m dataset.check --help`). Defaults stand in parentheses. Published flags keep their
+names and, unless [reproduce.md](reproduce.md#what-differs-from-the-published-program) says otherwise, their defaults.
 """
 
 
@@ -67,8 +63,6 @@ def _sections(parser: argparse.ArgumentParser, command: str, told: dict[tuple[st
         shown = [a for a in group._group_actions if a.help != argparse.SUPPRESS and a.dest not in ("help", "version")]
         rows, known = [], dict[str, list[str]]()  # known, or without a word: on one line
         for action in shown:
-            if isinstance(action, argparse._SubParsersAction):
-                continue
             names, meaning = _names(action), _meaning(action, parser.prog)
             first = told.setdefault((names, meaning), command) if meaning else ""
             if first != command:
@@ -86,10 +80,6 @@ def _sections(parser: argparse.ArgumentParser, command: str, told: dict[tuple[st
         if rows:
             heading = "" if plain else f"**{_text(title)}**\n\n"
             yield heading + "\n".join(rows) + "\n"
-        for action in shown:
-            for name, part in action.choices.items() if isinstance(action, argparse._SubParsersAction) else ():
-                yield f"### {name}\n"
-                yield from _sections(part, command, told)
 
 
 def _names(action: argparse.Action) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("python", "python3", "make", "pip", "git", "torchrun", "wandb", "cp")
 # What a comment behind a command says where no test can run it as it stands.
-MARK = re.compile(r"\b(needs (weights|data|internet)|takes long)\b")
+MARK = re.compile(r"\b(needs (weights|data|internet)|slow)\b")
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class DocCommand:
 
     page: str
     text: str  # without the comment, continued lines joined
-    mark: str | None  # needs weights, needs data, needs internet, takes long; None where a test must run it
+    mark: str | None  # needs weights, needs data, needs internet, slow; None where a test must run it
 
 
 def pages() -> list[Path]:

@@ -245,7 +245,7 @@ def caption(grid: Grid) -> str:
     seeds = ", mean ± standard deviation (n - 1) over seeds" if len(options.seeds) > 1 else ", seed"
     weights = Path(base.weights).name if base.weights else f"{base.pretrain} weights"
     config = load_config(base.model_name, base.image_tower)
-    tower = f"{config.name} with the image tower {config.image_tower}" if config.image_tower else config.name
+    tower = f"{config.name} with the image tower {config.tower.name}" if config.tower.name else config.name
     return (
         f"MadCLIP, re-implemented: {grid.kind.title}. {tower}, {weights}, "
         f"{base.img_size} px, {base.fidelity}, {epochs}{shots}; percent{seeds} {' '.join(map(str, options.seeds))}."

@@ -19,7 +19,7 @@ def uses_quick_gelu(config: ModelConfig, pretrained: str, img_size: int, fidelit
     """Whether the towers run QuickGELU: the `activation` row of the fidelity table (docs/method.md)."""
     if not config.quick_gelu or pretrained.startswith("laion"):  # LAION's models were trained with plain GELU
         return False
-    return fidelity == "corrected" or img_size == (config.own_image_size or config.image_size)
+    return fidelity == "corrected" or img_size == (config.tower.own_image_size or config.image_size)
 
 
 def random_state(config: ModelConfig, seed: int, vision: bool = True) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ def load_state(model: CLIP, state: dict[str, Tensor], source: str) -> None:
         if name in own:
             if len(own[name]) != config.grid(config.image_size) ** 2 + 1:
                 raise InputError(f"{source} is of another image size than {config.name}, {config.image_size} pixels")
-            own[name] = resize_positional_embedding(own[name], config.grid(model.img_size), config.antialias)
+            own[name] = resize_positional_embedding(own[name], config.grid(model.img_size), config.tower.antialias)
         model.load_state_dict(own, assign=True)
     model.requires_grad_(False)
 

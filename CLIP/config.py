@@ -30,9 +30,6 @@ MAX_SIZE, MAX_LAYERS = 2**17, 256  # of the numbers in a config: a hostile one m
 HUB = "hf-hub:"
 OF_CONFIGS = (*EXPECTED, TypeError, AttributeError)  # what values of another kind provoke
 
-OWN = ("image_tower", "own_image_size", "patch_bias", "layer_scale", "pre_norm", "norm_eps", "swiglu", "registers",
-       "antialias")  # fmt: skip
-
 # The entries of a tower in a config file, and the fields of `ModelConfig` that hold them.
 VISION = {name: name for name in ("image_size", "patch_size", "width", "layers", "heads", "mlp_ratio")}
 TEXT = {
@@ -70,6 +67,24 @@ IGNORED = {"pool_type": ("tok", "argmax"), "proj_type": ("linear",), "act_layer"
 
 
 @dataclass(frozen=True)
+class ImageTower:
+    """What an image tower computes beside its sizes; the defaults are CLIP's, DINOv2's are in CLIP/dinov2.py."""
+
+    name: str = ""  # of a tower that is not the model's own
+    own_image_size: int = 0  # of the model's own, whose text tower stays as it is
+    patch_bias: bool = False
+    layer_scale: bool = False
+    pre_norm: bool = True  # a layer norm before the blocks
+    norm_eps: float = 1e-5
+    swiglu: bool = False  # in place of the MLP
+    registers: int = 0  # tokens that are no patches
+    antialias: bool = True  # where the positional embedding is resized
+
+
+CLIPS = ImageTower()
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Every size of a CLIP model; `load` reads it, `to_dict` and `from_dict` keep it in a checkpoint."""
 
@@ -93,16 +108,7 @@ class ModelConfig:
     text_mlp_ratio: float = 4.0
     pixel_mean: tuple[float, ...] = PIXEL_MEAN
     pixel_std: tuple[float, ...] = PIXEL_STD
-    # What another image tower does otherwise (CLIP/dinov2.py), whose sizes then stand above.
-    image_tower: str = ""  # what it is called; "": the model's own
-    own_image_size: int = 0  # of the model itself, whose text tower stays as it is
-    patch_bias: bool = False
-    layer_scale: bool = False
-    pre_norm: bool = True  # a layer norm before the blocks
-    norm_eps: float = 1e-5
-    swiglu: bool = False  # in place of the MLP
-    registers: int = 0  # tokens that are no patches
-    antialias: bool = True  # where the positional embedding is resized
+    tower: ImageTower = CLIPS
 
     @classmethod
     def load(cls, name: str) -> ModelConfig:
@@ -131,7 +137,8 @@ class ModelConfig:
                 if key not in known and value and value not in IGNORED.get(key, ()):
                     raise InputError(f"{where}: {one_line(key)} {one_line(value)} is not supported here")
         flat |= {name: tuple(flat[name]) for name in ("pixel_mean", "pixel_std") if name in flat}
-        flat |= {f.name: size_in(flat, f.name, where) for f in fields(cls) if f.type == "int" and f.name not in OWN}
+        flat |= {f.name: size_in(flat, f.name, where) for f in fields(cls) if f.type == "int"}
+        flat["tower"] = ImageTower(**values.get("tower", {}))
         config = cls(**{f.name: flat[f.name] for f in fields(cls) if f.name in flat})
         _check_sizes(config, where)
         return config
@@ -143,19 +150,13 @@ class ModelConfig:
             "name": self.name, "embed_dim": self.embed_dim, "quick_gelu": self.quick_gelu,
             "vision_cfg": vision, "text_cfg": text,
             "weights": dict(self.weights), "hub": dict(self.hub), "urls": dict(self.urls),
-            "pixel_mean": list(self.pixel_mean), "pixel_std": list(self.pixel_std), **self.differences(),
+            "pixel_mean": list(self.pixel_mean), "pixel_std": list(self.pixel_std), "tower": asdict(self.tower),
         }  # fmt: skip
-
-    def differences(self) -> dict[str, Any]:
-        """What the image tower does otherwise than CLIP's own."""
-        return {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name in OWN and getattr(self, f.name) != f.default
-        }
 
     def architecture(self) -> dict[str, Any]:
         """What shapes the tokens and text embeddings beside the weights: all but the name and where weights are."""
         values = asdict(replace(self, name="", weights={}, hub={}, urls={}))
-        return {name: value for name, value in values.items() if name not in OWN} | self.differences()
+        return values if self.tower.name else {name: value for name, value in values.items() if name != "tower"}
 
     def grid(self, img_size: int) -> int:
         """Patches along a side at `img_size` pixels; a rest smaller than a patch is dropped, as published."""

@@ -33,20 +33,17 @@ class VisionTower(nn.Module):
 
     def __init__(self, config: ModelConfig, img_size: int, quick_gelu: bool, normalize_pixels: bool) -> None:
         super().__init__()
-        width, patch = config.width, config.patch_size
+        width, patch, tower = config.width, config.patch_size, config.tower
         self.normalize_pixels = normalize_pixels
         self.pixel_mean, self.pixel_std = list(config.pixel_mean), list(config.pixel_std)
-        self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=config.patch_bias)
+        self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=tower.patch_bias)
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(config.grid(img_size) ** 2 + 1, width))
-        self.registers = nn.Parameter(torch.empty(config.registers, width)) if config.registers else None
-        self.ln_pre = nn.LayerNorm(width) if config.pre_norm else nn.Identity()
-        self.transformer = Transformer(
-            width, config.layers, config.heads, quick_gelu, config.mlp_ratio, norm_eps=config.norm_eps,
-            layer_scale=config.layer_scale, swiglu=config.swiglu,
-        )  # fmt: skip
-        self.ln_post = nn.LayerNorm(width, config.norm_eps)
-        self.proj = None if config.image_tower else nn.Parameter(torch.empty(width, config.embed_dim))
+        self.registers = nn.Parameter(torch.empty(tower.registers, width)) if tower.registers else None
+        self.ln_pre = nn.LayerNorm(width) if tower.pre_norm else nn.Identity()
+        self.transformer = Transformer(width, config.layers, config.heads, quick_gelu, config.mlp_ratio, tower)
+        self.ln_post = nn.LayerNorm(width, tower.norm_eps)
+        self.proj = None if tower.name else nn.Parameter(torch.empty(width, config.embed_dim))
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [0, 1] -> tokens before the first block (B, L, C), class token first."""
@@ -130,7 +127,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.config, self.img_size, self.quick_gelu = config, img_size, quick_gelu
         self.info: WeightsInfo | None = None
-        other = bool(config.image_tower)  # DINOv2 knows one activation and one kind of pixels
+        other = bool(config.tower.name)  # DINOv2 knows one activation and one kind of pixels
         tower = partial(VisionTower, config, img_size, quick_gelu and not other, normalize_pixels or other)
         self.visual = tower() if vision else None
         self.text = TextTower(config, quick_gelu)

@@ -6,11 +6,13 @@ Parameter names are OpenAI's, so that a weight file loads without a table of nam
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .config import CLIPS, ImageTower
 
 # Prompts of 77 tokens without a mask: there plain products take two thirds of the fused CPU kernel's time.
 PLAIN_LENGTHS = range(64, 128)
@@ -63,18 +65,6 @@ class Attention(nn.Module):
         return torch.einsum("bhc,hdc->bhd", mixed, values).flatten(1) + bias_v
 
 
-class LayerScale(nn.Module):
-    """A factor for each channel (DINOv2)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.empty(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C)."""
-        return x * self.gamma
-
-
 class SwiGLU(nn.Module):
     """silu of one half of the channels times the other half, in place of an activation (DINOv2 ViT-g)."""
 
@@ -85,30 +75,22 @@ class SwiGLU(nn.Module):
 
 
 class ResidualAttentionBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); DINOv2 scales what is added (`layer_scale`)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); DINOv2 scales the channels of what is added (`ls_1`, `ls_2`)."""
 
     def __init__(
-        self,
-        width: int,
-        heads: int,
-        quick_gelu: bool,
-        mlp_ratio: float = 4.0,
-        norm_eps: float = 1e-5,
-        layer_scale: bool = False,
-        swiglu: bool = False,
+        self, width: int, heads: int, quick_gelu: bool, mlp_ratio: float = 4.0, tower: ImageTower = CLIPS
     ) -> None:
         super().__init__()
         hidden = round(width * mlp_ratio)
-        inner = (int(hidden * 2 / 3) + 7) // 8 * 8 if swiglu else hidden  # as many numbers with three matrices
-        self.ln_1 = nn.LayerNorm(width, norm_eps)
+        if tower.swiglu:
+            hidden = (int(hidden * 2 / 3) + 7) // 8 * 8  # as many numbers with three matrices
+        self.ln_1 = nn.LayerNorm(width, tower.norm_eps)
         self.attn = Attention(width, heads)
-        self.ln_2 = nn.LayerNorm(width, norm_eps)
-        gelu = SwiGLU() if swiglu else QuickGELU() if quick_gelu else nn.GELU()
-        layers: OrderedDict[str, nn.Module] = OrderedDict(
-            c_fc=nn.Linear(width, inner * (1 + swiglu)), gelu=gelu, c_proj=nn.Linear(inner, width)
-        )
-        self.mlp = nn.Sequential(layers)
-        self.ls_1, self.ls_2 = (LayerScale(width) if layer_scale else nn.Identity() for _ in range(2))
+        self.ln_2 = nn.LayerNorm(width, tower.norm_eps)
+        gelu = SwiGLU() if tower.swiglu else QuickGELU() if quick_gelu else nn.GELU()
+        c_fc = nn.Linear(width, hidden * (1 + tower.swiglu))
+        self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=gelu, c_proj=nn.Linear(hidden, width)))
+        self.ls_1, self.ls_2 = (nn.Parameter(torch.empty(width)) if tower.layer_scale else None for _ in range(2))
 
     def qkv(self, x: Tensor) -> Tensor:
         """Queries, keys and values of the block's input, side by side: (..., C) -> (..., 3C)."""
@@ -116,9 +98,8 @@ class ResidualAttentionBlock(nn.Module):
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """The block's output from its input and the attention heads' outputs: (..., C) twice -> (..., C)."""
-        x = x + self.ls_1(self.attn.out_proj(mixed))
-        result: Tensor = x + self.ls_2(self.mlp(self.ln_2(x)))
-        return result
+        x = x + _scaled(self.attn.out_proj(mixed), self.ls_1)
+        return x + _scaled(self.mlp(self.ln_2(x)), self.ls_2)
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         """(B, L, C) -> (B, L, C)."""
@@ -130,21 +111,19 @@ class ResidualAttentionBlock(nn.Module):
         return self.finish(x[rows, position], self.attn.attend_at(self.ln_1(x), position, causal))
 
 
+def _scaled(x: Tensor, factor: Tensor | None) -> Tensor:
+    return x if factor is None else x * factor
+
+
 class Transformer(nn.Module):
     """A stack of residual attention blocks."""
 
     def __init__(
-        self,
-        width: int,
-        layers: int,
-        heads: int,
-        quick_gelu: bool,
-        mlp_ratio: float = 4.0,
-        **of_blocks: Any,  # noqa: ANN401
+        self, width: int, layers: int, heads: int, quick_gelu: bool, mlp_ratio: float = 4.0, tower: ImageTower = CLIPS
     ) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(
-            ResidualAttentionBlock(width, heads, quick_gelu, mlp_ratio, **of_blocks) for _ in range(layers)
+            ResidualAttentionBlock(width, heads, quick_gelu, mlp_ratio, tower) for _ in range(layers)
         )
 
     @property

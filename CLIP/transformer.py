@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import CLIPS, ImageTower
+from .config import ImageTower
 
 # Prompts of 77 tokens without a mask: there plain products take two thirds of the fused CPU kernel's time.
 PLAIN_LENGTHS = range(64, 128)
@@ -77,9 +77,7 @@ class SwiGLU(nn.Module):
 class ResidualAttentionBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); DINOv2 scales the channels of what is added (`ls_1`, `ls_2`)."""
 
-    def __init__(
-        self, width: int, heads: int, quick_gelu: bool, mlp_ratio: float = 4.0, tower: ImageTower = CLIPS
-    ) -> None:
+    def __init__(self, width: int, heads: int, quick_gelu: bool, mlp_ratio: float, tower: ImageTower) -> None:
         super().__init__()
         hidden = round(width * mlp_ratio)
         if tower.swiglu:
@@ -119,7 +117,7 @@ class Transformer(nn.Module):
     """A stack of residual attention blocks."""
 
     def __init__(
-        self, width: int, layers: int, heads: int, quick_gelu: bool, mlp_ratio: float = 4.0, tower: ImageTower = CLIPS
+        self, width: int, layers: int, heads: int, quick_gelu: bool, mlp_ratio: float, tower: ImageTower
     ) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(

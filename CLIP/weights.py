@@ -36,12 +36,12 @@ Loader = Callable[[], torch.Tensor]  # reads one tensor of a file
 
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # three integers in OpenAI's files
 # A key that tells what a file holds: OpenAI's, Hugging Face's, DINOv2's.
-ANCHORS = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight")
-TOWER_ANCHORS = ("embeddings.patch_embeddings.projection.weight",)
+ANCHORS = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight", "layernorm.weight")
 # What becomes OpenAI's spelling, replaced in this order: names of Hugging Face's CLIPModel and Dinov2Model, and of
 # open_clip's CustomTextCLIP. What follows a `/` is a part: q, k and v are stacked, `t` is transposed, `s` loses its
 # sides of 1, `-` is left out.
 NAMES = {
+    r"^(embeddings|encoder|layernorm)\.": r"visual.\1.",
     r"^text\.|^text_model\.": "",
     r"^vision_model\.": "visual.",
     r"position_ids$": "position_ids/-",
@@ -112,7 +112,7 @@ def find_weights(
     file that is missing or cannot be read.
     """
     config = model_name if isinstance(model_name, ModelConfig) else ModelConfig.load(model_name)
-    config, tower = (config, None) if image_tower is None else with_tower(config, image_tower)
+    config, tower = with_tower(config, image_tower)
     if pretrained == "random":
         if weights is not None:
             raise InputError(f"--pretrain random contradicts --weights {weights}: give one of them")
@@ -181,8 +181,8 @@ def _in_folder(folder: Path, config: ModelConfig) -> Path:
 # --- reading ---
 
 
-def read_weights(path: str | Path, vision: bool = True, dinov2: bool = False) -> dict[str, torch.Tensor]:
-    """Weights of a CLIP model, or of `dinov2`, on the CPU, under OpenAI's key names, in the precision of the file.
+def read_weights(path: str | Path, vision: bool = True) -> dict[str, torch.Tensor]:
+    """Weights of a CLIP model, or of DINOv2, on the CPU, under OpenAI's key names, in the precision of the file.
 
     The content decides how the file is read, not its name: a TorchScript archive as OpenAI publishes it, a state dict
     written by torch.save (also under 'state_dict') or safetensors. Without `vision` the image tower's bytes stay unread
@@ -190,7 +190,7 @@ def read_weights(path: str | Path, vision: bool = True, dinov2: bool = False) ->
     """
     path = Path(path)
     with blame(f"{path} is damaged or no weight file", "fetch it again", DAMAGE), ExitStack() as files:
-        loaders = openai_names(_tensors(path, files), path, dinov2)
+        loaders = openai_names(_tensors(path, files), path)
         return {key: load().detach() for key, load in loaders.items() if vision or not key.startswith("visual.")}
 
 
@@ -270,23 +270,22 @@ def _walk(module: _Inert, seen: set[int], prefix: str = "") -> Iterator[tuple[st
 # --- names ---
 
 
-def openai_names(loaders: Mapping[str, Loader], path: Path, dinov2: bool = False) -> dict[str, Loader]:
+def openai_names(loaders: Mapping[str, Loader], path: Path) -> dict[str, Loader]:
     """A CLIP's tensors under OpenAI's names; open_clip's and Hugging Face's become these, a common prefix is dropped.
 
-    `InputError` for no CLIP weights, or none of `dinov2`, and for a tower of another family, which is named.
+    `InputError` for no CLIP weights, and for a tower of another family, which is named.
     """
     check_family("\n".join(loaders), path)
     # What stands before the anchor (`module.`, `model.`) stands before all names.
-    anchors = TOWER_ANCHORS if dinov2 else ANCHORS
-    prefixes = [key.removesuffix(name) for key in loaders for name in anchors if f".{key}".endswith(f".{name}")]
+    prefixes = [key.removesuffix(name) for key in loaders for name in ANCHORS if f".{key}".endswith(f".{name}")]
     if not prefixes:
         raise InputError(
-            f"{path} holds no {'DINOv2' if dinov2 else 'CLIP'} weights (no {' or '.join(anchors)} among its "
-            f"{len(loaders)} tensors): pass OpenAI's, open_clip's or Hugging Face's file of the whole model"
+            f"{path} holds no CLIP weights (no {' or '.join(ANCHORS)} among its {len(loaders)} tensors): "
+            "pass OpenAI's, open_clip's or Hugging Face's file of the whole model"
         )
     prefix, parts = min(prefixes, key=len), dict[str, dict[str, Loader]]()
     for key, load in loaders.items():
-        name = ("visual." if dinov2 else "") + key.removeprefix(prefix)
+        name = key.removeprefix(prefix)
         for pattern, ours in NAMES.items():
             name = re.sub(pattern, ours, name)
         name, _, part = name.partition("/")

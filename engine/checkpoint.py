@@ -47,9 +47,7 @@ def export_file(path: str, out: str, weights_file: str | None) -> None:
     checkpoint = Checkpoint.load(path)
     settings = checkpoint.settings
     if settings.image_tower:
-        raise InputError(
-            f"{path}: the published program knows no image tower but CLIP's own, not {settings.image_tower}"
-        )
+        raise InputError(f"{path}: the published program knows no image tower but CLIP's, not {settings.image_tower}")
     clip = create_model(
         settings.model_name, settings.pretrain, settings.img_size, weights=weights_file, fidelity=settings.fidelity,
         seed=checkpoint.seed, vision=False,

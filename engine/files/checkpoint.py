@@ -141,7 +141,7 @@ def check_weights(
         return
     message = f"--ckpt {path} was trained on CLIP weights {trained_on}, but {weights.source} is {weights.sha256}"
     if not allow_other:
-        raise InputError(f"{message}; give the right file with --weights")
+        raise InputError(f"{message}; give the right file with --weights or --image_tower")
     warn(f"{message}; used all the same (--allow_other_weights)")
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from CLIP.config import ADAPTER_KINDS, FIDELITIES, PRETRAINS, ModelConfig
-from CLIP.dinov2 import find_tower
 from dataset.layout import add_reading_flags, described, object_given, object_name
 from dataset.readers import AS_STORED, ReadOptions
 from Prompt.states import TEXT_MOODS, read_prompts
@@ -389,12 +388,10 @@ def shared_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def check_against(settings: Settings, metadata: Mapping[str, Any], options: argparse.Namespace) -> None:
     """`InputError` where a flag contradicts the checkpoint; a published one's metadata do not name its shots."""
-    for name in MODEL_FLAGS:
+    for name in (name for name in MODEL_FLAGS if name != "image_tower"):  # whose weights are compared
         given, stored = getattr(options, name), getattr(settings, name)
         if name == "model_name" and given is not None:
             given = ModelConfig.load(given).name
-        if name == "image_tower" and given is not None:
-            given = find_tower(given)[0]
         if given is not None and given != (list(stored) if name == "features_list" else stored):
             raise contradiction(name, given, stored)
     shots, trained = metadata.get("shots"), metadata.get("options", {})

@@ -127,7 +127,7 @@ def test_what_is_refused(oracle, tmp_path, monkeypatch):
     save_file({"visual.conv1.weight": torch.ones(1)}, clip)
     for name, words in (
         (text, "DINOv2"), (tmp_path / "vit", "DINOv2"), (clip, "DINOv2"), (tmp_path, "safetensors"),
-        ("dinov2-giant", "python -m CLIP.download dinov2-giant"), ("dinov3", "not found"),
+        ("dinov2-giant", "python -m CLIP.download dinov2"), ("dinov3", "not found"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=words) as caught:
             find(name)

@@ -21,16 +21,11 @@ from PIL import Image
 from utils import InputError, Parser, blame, integer, run_cli
 
 from .layout import MADE_UP, SPLITS
-from .writer import FOLDERS as LABELS
-from .writer import Writer
+from .writer import FOLDERS, Writer
 
 CONTRAST = (0.3, 0.5)  # how far a lesion lies from the tissue around it, of the full grey range: the difficulty
 FAINT = 0.2  # the part of a pixel's colour that is lesion, below which none is painted; the mask is every pixel above
 NOTICE = "synthetic: drawn by dataset/phantom.py, it says nothing about medicine"
-PINK = (0.9, 0.6, 0.75)
-
-Array = np.ndarray
-Rng = np.random.Generator
 
 
 class Kind(NamedTuple):
@@ -51,34 +46,33 @@ KINDS = {
     "Retina_RESC": Kind((2.0, 0.4), 60, (2, 6), (0.1, 0.2), -1, True),
     "Retina_OCT2017": Kind((2.0, 0.4), 60, (2, 6), (0.1, 0.2), -1, False),
     "Chest": Kind((0.9, 1.5), 12, (2, 6), (0.18, 0.4), 1, False),
-    "Histopathology": Kind((3.0, 3.0), 30, (1, 2), (0.25, 0.7), -1, False, PINK),
+    "Histopathology": Kind((3.0, 3.0), 30, (1, 2), (0.25, 0.7), -1, False, (0.9, 0.6, 0.75)),
 }
 
 
-def spot(size: int, center: Array, axes: Array) -> Array:
+def spot(size: int, center: np.ndarray, axes: np.ndarray) -> np.ndarray:
     """Coverage (size, size) in [0, 1] of an ellipse with a soft border; a picture reaches from -1 to 1."""
     axis = (np.arange(size) + 0.5) * 2 / size - 1
-    distance = np.hypot((axis[None] - center[0]) / axes[0], (axis[:, None] - center[1]) / axes[1])
-    cover: Array = np.clip((1.1 - distance) / 0.2, 0, 1)
-    return cover
+    distance: np.ndarray = np.hypot((axis[None] - center[0]) / axes[0], (axis[:, None] - center[1]) / axes[1])
+    return ((1.1 - distance) / 0.2).clip(0, 1)
 
 
-def healthy(kind: Kind, size: int, rng: Rng) -> tuple[Array, Array]:
-    """The healthy image in [0, 1], (size, size), and the coverage of the part where lesions may lie."""
+def draw(obj: str, split: str, label: str, index: int, seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """One picture, which depends on nothing but these arguments.
+
+    Returns the uint8 image, (size, size) or for Histopathology (size, size, 3), and the bool mask (size, size): the
+    pixels that a lesion has changed, all False for label "good".
+    """
+    key = seed, list(KINDS).index(obj), SPLITS.index(split), FOLDERS.index(label), index
+    kind, rng = KINDS[obj], np.random.default_rng([*key, 0])
     center, axes = rng.uniform(-0.05, 0.05, 2), rng.uniform(0.92, 1.08, 2) * np.array(kind.body)
     coarse = Image.fromarray(rng.standard_normal((kind.grain, kind.grain)).astype(np.float32))
     texture = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), np.float64)
-    noise = 0.02 * rng.standard_normal((size, size))
-    rim, inside = spot(size, center, axes), spot(size, center, 0.8 * axes)
-    return 0.05 + 0.25 * rim + inside * (0.2 + 0.05 * texture) + noise, inside
-
-
-def paint(key: Sequence[int], obj: str, size: int, abnormal: bool) -> tuple[Array, Array]:
-    """Paint what `key` seeds, with (`abnormal`) or without its lesions: uint8 image and bool mask (size, size)."""
-    kind, rng = KINDS[obj], np.random.default_rng([*key, 1])
-    image, room = healthy(kind, size, np.random.default_rng([*key, 0]))
+    rim, room = spot(size, center, axes), spot(size, center, 0.8 * axes)  # lesions lie in the room
+    image = 0.05 + 0.25 * rim + room * (0.2 + 0.05 * texture) + 0.02 * rng.standard_normal((size, size))
     mask = np.zeros((size, size), bool)
-    if abnormal:
+    if label == "Ungood":
+        rng = np.random.default_rng([*key, 1])
         ill = image + kind.tone * rng.uniform(*CONTRAST)
         rows, columns = np.nonzero(room >= 0.9)
         for _ in range(rng.integers(*kind.lesions)):
@@ -92,40 +86,27 @@ def paint(key: Sequence[int], obj: str, size: int, abnormal: bool) -> tuple[Arra
     return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8), mask
 
 
-def draw(obj: str, split: str, label: str, index: int, seed: int, size: int) -> tuple[Array, Array]:
-    """One picture, which depends on nothing but these arguments.
-
-    Returns:
-        The uint8 image, (size, size) or for Histopathology (size, size, 3), and the bool mask (size, size): the pixels
-        that a lesion has changed, all False for label "good".
-    """
-    key = (seed, list(KINDS).index(obj), SPLITS.index(split), LABELS.index(label), index)
-    return paint(key, obj, size, abnormal=label == "Ungood")
-
-
-def write(out: str | Path, objs: Sequence[str], valid: int, test: int, seed: int, size: int) -> None:
-    """Write the data sets `objs` below `out`, with `valid` and `test` images a class; size in pixels.
+def write(out: str | Path, obj: Sequence[str], valid: int, test: int, seed: int, size: int) -> None:
+    """Write the data sets `obj` below `out`, with `valid` and `test` images a class; size in pixels.
 
     An earlier phantom's pictures, masks and shot lists are replaced. `InputError` for a folder that is there but is no
     phantom (nothing has been written by then), or one that cannot be written.
     """
-    folders = {obj: Path(out) / f"{obj}_AD" for obj in objs}
-    for folder in folders.values():
-        if folder.exists() and not (folder / MADE_UP).is_file():
-            raise InputError(f"{folder} exists and is not a phantom; choose another --out")
-    for obj, folder in folders.items():
+    folders = {name: Path(out) / f"{name}_AD" for name in obj}
+    if foreign := [folder for folder in folders.values() if folder.exists() and not (folder / MADE_UP).is_file()]:
+        raise InputError(f"{foreign[0]} exists and is not a phantom; choose another --out")
+    for name, folder in folders.items():
         with blame(f"--out {folder}", errors=(OSError,)):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / MADE_UP).write_text(f"{NOTICE}\n", encoding="utf-8")  # first, so that it can be repeated
-            old = [f"{split}/{label}/*/{split}_{label}_*.png" for split, label in product(SPLITS, LABELS)]
+            old = [f"{split}/{label}/*/{split}_{label}_*.png" for split, label in product(SPLITS, FOLDERS)]
             for path in [path for pattern in (*old, "fewshot_seed/my*-shot.txt") for path in folder.glob(pattern)]:
                 path.unlink()
             writer = Writer(folder)
-            for split, (number, label) in product(SPLITS, enumerate(LABELS)):
+            for split, (number, label) in product(SPLITS, enumerate(FOLDERS)):
                 for index in range(valid if split == "valid" else test):
-                    image, marked = draw(obj, split, label, index, seed, size)
-                    has_mask = KINDS[obj].has_masks and marked.any()
-                    mask = Image.fromarray(marked.astype(np.uint8) * 255) if has_mask else None
+                    image, marked = draw(name, split, label, index, seed, size)
+                    mask = Image.fromarray(marked).convert("L") if marked.any() and KINDS[name].has_masks else None
                     writer.add(split, number, f"{split}_{label}_{index:05d}", Image.fromarray(image), mask)
             writer.write_lists()
         print(f"{folder}: {writer.counts()}, {size} px")
@@ -142,8 +123,7 @@ def main() -> None:
     flag("--test", type=count, default=30, help="images a class in test/ (30)")
     flag("--seed", type=integer(0), default=0, help="another seed, other pictures (0)")
     flag("--size", type=integer(32, 4096), default=240, help="height and width in pixels (240)")
-    args = parser.parse_args()
-    write(args.out, args.obj, args.valid, args.test, args.seed, args.size)
+    write(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,9 @@ from PIL import Image
 
 from dataset import phantom
 from dataset.medical_few import MedicalDataset
-from dataset.phantom import KINDS, LABELS, draw, paint, write
+from dataset.phantom import KINDS, draw, write
+from dataset.writer import FOLDERS
 from utils import InputError, run_cli
-
-KEY = (3, 0, 1, 1, 7)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -27,7 +26,7 @@ def test_layout_counts_and_masks(obj: str, tmp_path: Path):
     folder = tmp_path / f"{obj}_AD"
     expected = {"PHANTOM.txt", "fewshot_seed/my1-shot.txt", "fewshot_seed/my2-shot.txt"}
     for split, count in (("valid", 2), ("test", 3)):
-        for label in LABELS:
+        for label in FOLDERS:
             names = [f"{split}_{label}_{i:05d}.png" for i in range(count)]
             expected |= {f"{split}/{label}/img/{name}" for name in names}
             if KINDS[obj].has_masks and label == "Ungood":
@@ -78,11 +77,11 @@ def test_pictures_differ(obj: str):
 
 @pytest.mark.parametrize("obj", KINDS)
 @pytest.mark.parametrize("size", [32, 96])
-def test_a_lesion_changes_its_mask_and_nothing_else(obj: str, size: int):
-    for index in range(12):
-        key = (*KEY[:-1], index)
-        healthy, none = paint(key, obj, size, abnormal=False)
-        ill, mask = paint(key, obj, size, abnormal=True)
+def test_a_lesion_changes_its_mask_and_nothing_else(obj: str, size: int, monkeypatch):
+    pictures = [draw(obj, "test", "Ungood", index, 3, size) for index in range(12)]
+    monkeypatch.setitem(KINDS, obj, KINDS[obj]._replace(lesions=(0, 1)))
+    for index, (ill, mask) in enumerate(pictures):
+        healthy, none = draw(obj, "test", "Ungood", index, 3, size)  # its twin without lesions
         assert not none.any()
         assert (mask.dtype, mask.shape) == (bool, (size, size))
         assert 0 < mask.mean() < 0.75

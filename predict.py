@@ -20,9 +20,10 @@ if __name__ == "__main__":  # reads the flags before it imports torch: --help an
 
 import argparse
 import json
+import os
 import sys
 import time
-from collections import Counter
+import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
@@ -37,7 +38,6 @@ from dataset.readers import Picture, picture_notes
 from engine.calibration import describe_threshold
 from engine.files.checkpoint import read as read_file
 from engine.predictor import Prediction, Predictor, build, read_checkpoint
-from engine.report.images import MAX_OVERLAY_SIDE
 from engine.report.page import Card
 from engine.report.predictions import Drawer, Results, Row, summary, write_page
 from engine.scans import Entry, InputList, list_entries, series_notes
@@ -49,8 +49,7 @@ GROUP_NOTE = (
     "a group is abnormal if its largest score is; the threshold was calibrated for single images, so that the more "
     "images a group has, the more often one exceeds it by chance"
 )
-REMARK_SIDE = 256  # pixels of a picture from which remarks are made, where it is not shown
-HARMLESS = ("window", "wide", "pixels")  # remarks on an image that are no warnings
+SIDE = 1024  # pixels of an overlay's longer side, at most
 NAMES = {"dicom": "DICOM", "nifti": "NIfTI", "pillow": "picture"}
 MACHINE = {"images", "device", "num_workers", "batch_size", "out"}  # flags that leave the rows as they are
 
@@ -63,14 +62,20 @@ def main(options: argparse.Namespace) -> int:
     trained = checkpoint.settings.read_options
     reading = replace(trained, window=options.window or trained.window, plane=options.plane or trained.plane)
     listing = list_entries(options.images, reading, options.anonymous)
-    for line in (*listing.no_image, *(f"skipped: {fault}" for fault in listing.faults)):
+    if options.images and not listing.entries and len(listing.faults) == 1:
+        raise listing.faults[0]
+    for line in listing.no_image:
         say(line)
+    for fault in listing.faults:
+        skip(fault)
     for count, words in ((listing.own, "results of an earlier run"), (listing.masks, "masks of images")):
         if count:
             say(f"{count} files are {words}, and left out")
     if options.images and not listing.entries:
+        if listing.faults:
+            raise InputError(f"{len(listing.faults)} files could not be read, see above; no image is left")
         nothing = f"no image in any of {len(listing.no_image)} files" if listing.no_image else "no image in it"
-        raise InputError(listing.faults[0] if listing.faults else f"{options.images[0]}: {nothing}")
+        raise InputError(f"{options.images[0]}: {nothing}")
     for line in series_notes(listing.entries):
         say(line)
     command = {name: value for name, value in vars(options).items() if name not in MACHINE}
@@ -103,32 +108,31 @@ def predict(model: Predictor, results: Results, listing: InputList, options: arg
     """Images -> rows, pictures, page; the exit code."""
     for line in describe(model):
         print(line)
-    for line in reading_notes(model, listing):
-        warn(line)
+    if words := other_formats(model, listing):
+        warn(words)
     total, start = len(results.todo), time.perf_counter()
     if total < len(listing.entries):
         print(f"{len(listing.entries) - total} images are predicted already: going on with the others")
-    drawer, remarks, bad = Drawer(options, model), Counter[str](), set[Path]()
-    side = MAX_OVERLAY_SIDE if options.pictures or options.report else REMARK_SIDE
+    drawer, remarks, bad = Drawer(options, model), set[str](), set[Path]()
 
     def predicted() -> Iterator[tuple[Entry, Picture, Prediction]]:
         frames = (entry.frame for entry in results.todo)
-        found = model.stream(frames, options.batch_size, options.num_workers, side)
-        for entry, (picture, prediction) in zip(results.todo, found, strict=True):
-            if picture and isinstance(prediction, Prediction):
-                yield entry, picture, prediction
+        found = model.stream(frames, options.batch_size, options.num_workers, SIDE)
+        for entry, result in zip(results.todo, found, strict=True):
+            if not isinstance(result, InputError):
+                yield entry, *result
             elif entry.frame.path not in bad:  # a file of many frames is said once
                 bad.add(entry.frame.path)
-                listing.faults.append(str(prediction))
-                say(f"skipped: {prediction}")
+                listing.faults.append(result)
+                skip(result)
 
     def draw(item: tuple[Entry, Picture, Prediction]) -> tuple[Entry, Row, Card | None]:
         entry, picture, prediction = item
         picture.notes.update(picture_notes(picture.image))
         for kind, text in picture.notes.items():
-            if not remarks[kind]:
-                say(f"{'' if kind in HARMLESS else 'warning: '}{entry.file}: {text}")
-            remarks[kind] += 1
+            if kind not in remarks:  # once; the tables have them all
+                remarks.add(kind)
+                say(f"{entry.file}: {text}")
         return entry, *drawer.draw(entry, picture, prediction)
 
     with tqdm(total=total, desc="predict", unit="image", mininterval=bar_seconds()) as bar:
@@ -142,9 +146,6 @@ def predict(model: Predictor, results: Results, listing: InputList, options: arg
             results.add(done)
     seconds = time.perf_counter() - start
     rows = results.close(describe_run(model, listing, options), model.threshold)
-    for kind, count in remarks.items():
-        if count > 1:
-            say(f"{count} images have such a remark ({kind}), see the column notes")
     if options.report:
         print(f"report: {write_page(results, rows, model)}")
     results.remove_partial()
@@ -167,23 +168,14 @@ def describe(model: Predictor) -> Iterator[str]:
         yield "scores: MViTFC as published looks across the images of a batch, so they depend on --batch_size"
 
 
-def reading_notes(model: Predictor, listing: InputList) -> Iterator[str]:
-    """Where these images are read in another way than those of the training, in words."""
+def other_formats(model: Predictor, listing: InputList) -> str:
+    """In words, that these files are of another format than those of the training; "" where they are not."""
     settings, kinds = model.settings, {entry.kind for entry in listing.entries}
-    trained, stored = settings.read_options, settings.reading or {}
-    known = {"pillow"} if settings.obj in BENCHMARKS else set(stored.get("formats") or kinds)
-    if kinds - known:
-        before, now = (", ".join(NAMES[kind] for kind in sorted(group)) for group in (known, kinds - known))
-        yield f"the checkpoint was trained on {before} files, not on {now}: scores and threshold may not hold"
-    for name in ("window", "plane"):
-        given, before = (shown(getattr(reading, name)) for reading in (model.reading, trained))
-        if stored and given != before and (name == "window" or "nifti" in kinds):
-            yield f"--{name} {given}, but the checkpoint was trained with --{name} {before}"
-
-
-def shown(value: tuple[float, float] | str | None) -> str:
-    """A window or plane as its flag has it."""
-    return " ".join(f"{number:g}" for number in value) if isinstance(value, tuple) else value or "as in the file"
+    known = {"pillow"} if settings.obj in BENCHMARKS else set((settings.reading or {}).get("formats") or kinds)
+    if kinds <= known:
+        return ""
+    before, now = (", ".join(NAMES[kind] for kind in sorted(group)) for group in (known, kinds - known))
+    return f"the checkpoint was trained on {before} files, not on {now}: scores and threshold may not hold"
 
 
 def describe_run(model: Predictor, listing: InputList, options: argparse.Namespace) -> dict[str, Any]:
@@ -194,8 +186,15 @@ def describe_run(model: Predictor, listing: InputList, options: argparse.Namespa
         "settings": model.settings.to_dict(), "calibration": model.calibration, "heat_range": model.heat_range,
         "heat": WEAK if model.weak else "segmentation heads", "window": model.reading.window,
         "plane": model.reading.plane, "no_image": len(listing.no_image) if hidden else listing.no_image,
-        "not_read": len(listing.faults) if hidden else listing.faults,
+        "not_read": len(listing.faults) if hidden else [str(fault) for fault in listing.faults],
     }  # fmt: skip
+
+
+def skip(fault: InputError) -> None:
+    """Say which file is left out, and why; with --debug also where in the program that was found."""
+    say(f"skipped: {fault}")
+    if os.environ.get("MADCLIP_DEBUG"):
+        traceback.print_exception(fault)
 
 
 def say(text: str) -> None:

@@ -170,6 +170,11 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
+def csv_cell(value: object) -> object:
+    """A cell that no spreadsheet computes: text that begins as a formula does gets a quote in front."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+
+
 def preview(names: Sequence[str], limit: int = 3) -> str:
     """The first few of many, for a message: `a, b, c, and 5 more`."""
     return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")

@@ -143,26 +143,24 @@ class Predictor:
 
         def pictures() -> Iterator[ImageLike | InputError]:
             for image in cast("Iterable[ImageLike]", [images] if is_one else images):
-                inside = self._inside(image)
+                inside: Sequence[ImageLike | InputError] = [image]
+                if isinstance(image, str | Path):
+                    try:
+                        inside = frames(Path(image), self.reading)
+                    except InputError as error:
+                        inside = [error]
                 counts.append(len(inside))
                 yield from inside
 
-        found = [prediction for _, prediction in self.stream(pictures(), batch_size)]
+        found = [item if isinstance(item, InputError) else item[1] for item in self.stream(pictures(), batch_size)]
         results = [whole(found[end - count : end]) for count, end in zip(counts, accumulate(counts), strict=True)]
         if is_one and isinstance(first := results[0], InputError):
             raise first
         return results if not is_one else cast("Prediction", results[0])
 
-    def _inside(self, image: ImageLike) -> Sequence[ImageLike | InputError]:
-        """The pictures in a file, or the fault; of anything else itself."""
-        try:
-            return frames(Path(image), self.reading) if isinstance(image, str | Path) else [image]
-        except InputError as error:
-            return [error]
-
     def stream(
         self, pictures: Iterable[ImageLike | InputError], batch_size: int = 16, workers: int = 2, side: int = 1
-    ) -> Iterator[tuple[Picture | None, Prediction | InputError]]:
+    ) -> Iterator[tuple[Picture, Prediction] | InputError]:
         """Predict pictures, one of a file each, as they come; they are read beside the network.
 
         Args:
@@ -172,7 +170,7 @@ class Predictor:
             side: pixels of the longer side, at most, to which a picture that is given back is reduced.
 
         Yields:
-            The picture and its prediction, in order; None and the fault where it cannot be read.
+            The picture and its prediction, in order; the fault where it cannot be read.
         """
 
         def opened(image: ImageLike | InputError) -> tuple[Picture, Tensor] | InputError:
@@ -190,7 +188,7 @@ class Predictor:
             tensors, sizes = [tensor for _, tensor in good], [picture.stored for picture, _ in good]
             predictions = iter(self.predict_tensors(torch.stack(tensors), sizes) if good else [])
             for item in batch:
-                yield (None, item) if isinstance(item, InputError) else (item[0], next(predictions))
+                yield item if isinstance(item, InputError) else (item[0], next(predictions))
 
     def predict_tensors(self, images: Tensor, sizes: Sequence[Size]) -> list[Prediction]:
         """Predict a batch (B, 3, S, S) in [0, 1] of images that have the given sizes in their files."""

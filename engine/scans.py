@@ -8,12 +8,11 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, groupby, pairwise
 from pathlib import Path
-from statistics import median
-from typing import Any
+from statistics import median_low
 
 import numpy as np
 
@@ -72,9 +71,9 @@ class Entry:
     """One image to predict."""
 
     frame: Frame
-    slice: Slice  # with the names that the results give
-    file: str  # as the results name it
-    name: str  # of its pictures, which no two images share and every file system takes
+    slice: Slice
+    file: str
+    name: str  # of its pictures: see `picture_name`
     series: str  # tells the volume, series or single file that it belongs to from others
     title: str  # what that is called
     number: int  # of the image in that, counted from 1
@@ -87,16 +86,6 @@ class Entry:
         """`pillow`, `dicom` or `nifti`."""
         return file_kind(self.frame.path) or ""
 
-    def columns(self) -> dict[str, Any]:
-        """What the tables say of the file and its slice."""
-        info = self.slice
-        return {
-            "file": self.file, "frame": self.frame.index, "PatientID": info.patient_id or None,
-            "StudyInstanceUID": info.study_uid or None, "SeriesInstanceUID": info.series_uid or None,
-            "description": info.description or None, "InstanceNumber": info.instance_number,
-            "slice_position": info.position, "plane": info.plane or None, "orientation": info.orientation or None,
-        }  # fmt: skip
-
     def key(self) -> str:
         """Tells this image of this content from others, for a run that goes on."""
         status = self.frame.path.stat()
@@ -104,65 +93,31 @@ class Entry:
         return hashlib.sha256(os.fsencode(words)).hexdigest()[:16]
 
 
-class Names:
-    """What the results call files, patients, series and folders: with --anonymous running numbers, else as they are."""
-
-    def __init__(self, hidden: bool) -> None:
-        self.hidden = hidden
-        self._numbers: defaultdict[str, dict[str, int]] = defaultdict(dict)
-        self._used: set[str] = set()
-
-    def word(self, kind: str, text: str) -> str:
-        """A name of that kind; the same text has the same one."""
-        if not self.hidden or not text:
-            return printable(text)
-        return f"{kind}-{self._numbers[kind].setdefault(text, len(self._numbers[kind]) + 1):05}"
-
-    def file(self, path: Path) -> str:
-        """A file's."""
-        return self.word("image", str(path)) + path.suffix.lower() if self.hidden else printable(str(path))
-
-    def slice(self, info: Slice) -> Slice:
-        """What a header says, with these names."""
-        return replace(
-            info, patient_id=self.word("patient", info.patient_id), study_uid=self.word("study", info.study_uid),
-            series_uid=self.word("series", info.series_uid),
-            description="" if self.hidden else printable(info.description),
-        )  # fmt: skip
-
-    def picture(self, frame: Frame, place: str) -> tuple[str, str]:
-        """A new name for what is drawn of a file, and of an image in it; `place` is its path below its input."""
-        path = Path(self.file(frame.path) if self.hidden else place)
-        place = path.with_name(stem(path)).as_posix() if self.hidden or place.endswith(".gz") else place
-        clean = re.sub(r"[^\w./-]+", "_", place).replace("/", "__").strip(".")
-        if len(os.fsencode(clean)) > NAME_BYTES:
-            end = os.fsencode(clean)[-NAME_BYTES:].decode("utf-8", "ignore")
-            clean = f"{hashlib.sha256(clean.encode()).hexdigest()[:8]}_{end}"
-        index = "" if frame.index is None else f"_{frame.index:04d}"
-        tried = (f"{clean}{f'-{number}' * (number > 1)}" for number in count(1))
-        name = next(name for name in tried if name + index not in self._used)
-        self._used.add(name + index)
-        return name, name + index
-
-
 @dataclass
 class InputList:
     """Every image, and what is none."""
 
     entries: list[Entry] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)  # could not be read
+    faults: list[InputError] = field(default_factory=list)  # could not be read
     no_image: list[str] = field(default_factory=list)  # sound, but without a picture
     own: int = 0  # results of an earlier run
     masks: int = 0  # below an input
 
 
 def list_entries(inputs: Sequence[str], reading: ReadOptions, hidden: bool) -> InputList:
-    """Walk the inputs; the slices of a series follow each other in the order of their position."""
-    result, files, names = InputList(), [], Names(hidden)
+    """Walk the inputs; the slices of a series follow each other in the order of their position.
+
+    Args:
+        inputs: files and folders.
+        reading: how they are read.
+        hidden: running numbers instead of names.
+    """
+    result = InputList()
+    series: defaultdict[str, list[tuple[Frame, str, Slice]]] = defaultdict(list)
     found = [(path, place) for path, place in list_files(map(Path, inputs)) if not is_clutter(place)]
     reading = replace(reading, deep=reading.deep or is_deep([path for path, _ in found]))
     masks = {mask for beside in tell_apart(path for path, _ in found).masks.values() for mask in beside}
-    for path, place in found:
+    for number, (path, place) in enumerate(found):
         if is_own_result(path):
             result.own += 1
             continue
@@ -176,30 +131,62 @@ def list_entries(inputs: Sequence[str], reading: ReadOptions, hidden: bool) -> I
         except NoImageError as error:
             result.no_image.append(str(error))
         except InputError as error:
-            result.faults.append(str(error))
+            result.faults.append(error)
         else:
-            files.append((place, inside, describe(inside)))
-    series: defaultdict[str, list[tuple[Frame, str, Slice]]] = defaultdict(list)
-    for number, (place, inside, slices) in enumerate(files):
-        for frame, slice_ in zip(inside, slices, strict=True):
-            series[slice_.series_uid or str(number)].append((frame, place, slice_))
+            for frame, slice_ in zip(inside, describe(inside), strict=True):
+                series[slice_.series_uid or str(number)].append((frame, place, slice_))
+    used: set[str] = set()
     for key, members in series.items():
         frame, place, first = members[0]
-        shown = names.file(frame.path) if hidden else printable(place)
-        if first.series_uid:
-            words = (printable(place.rpartition("/")[0]) if not hidden else "", names.slice(first).description)
-            shown = " ".join(filter(None, (*words, names.word("series", first.series_uid)[-12:])))
-        volume = ""
+        words = place.rpartition("/")[0] or frame.path.parent.name, first.description, first.series_uid[-12:]
+        title, volume = printable(" ".join(filter(None, words)) if first.series_uid else place), ""
         for number, i in enumerate(in_order([slice_ for *_, slice_ in members]), 1):
             frame, place, slice_ = members[i]
-            file, info = names.file(frame.path), names.slice(slice_)
-            person = info.patient_id or names.word("patient", patient(place, None, place) or "")
-            groups = {"series": info.series_uid or file, "folder": names.word("folder", str(frame.path.parent))}
-            groups["patient"] = person or groups["series"]
-            base, picture = names.picture(frame, place)
+            file = printable(str(frame.path))
+            groups = {"series": printable(slice_.series_uid) or file, "folder": printable(str(frame.path.parent))}
+            groups["patient"] = printable(slice_.patient_id or patient(place, None, place) or "") or groups["series"]
+            base, name = picture_name(frame, place, used)
             volume = volume or base
-            entry = Entry(frame, info, file, picture, key, shown, number, len(members), volume, groups)
+            entry = Entry(frame, slice_, file, name, key, title, number, len(members), volume, groups)
             result.entries.append(entry)
+    result.entries = hide(result.entries) if hidden else result.entries
+    return result
+
+
+def picture_name(frame: Frame, place: str, used: set[str]) -> tuple[str, str]:
+    """A new name for what is drawn of a file, and of an image in it, made of its path below its input.
+
+    Every file system takes it; `used` holds the names that are taken.
+    """
+    place = Path(place).with_name(stem(Path(place))).as_posix() if place.endswith(".gz") else place
+    clean = re.sub(r"[^\w./-]+", "_", place).replace("/", "__").strip(".")
+    clean = os.fsencode(clean)[-NAME_BYTES:].decode("utf-8", "ignore")
+    index = "" if frame.index is None else f"_{frame.index:04d}"
+    tried = (f"{clean}{f'-{number}' * (number > 1)}" for number in count(1))
+    base = next(name for name in tried if name + index not in used)
+    used.add(base + index)
+    return base, base + index
+
+
+def hide(entries: Iterable[Entry]) -> list[Entry]:
+    """The entries with running numbers for files, patients, studies, series and folders: no number tells a name."""
+    numbers: defaultdict[str, dict[str, int]] = defaultdict(dict)
+
+    def word(kind: str, text: str) -> str:
+        return text and f"{kind}-{numbers[kind].setdefault(text, len(numbers[kind]) + 1):05}"
+
+    result = []
+    for entry in entries:
+        info, file = entry.slice, word("image", entry.file) + entry.frame.path.suffix.lower()
+        patient_id, study, series = map(
+            word, ("patient", "study", "series"), (info.patient_id, info.study_uid, info.series_uid)
+        )
+        slice_ = replace(info, patient_id=patient_id, study_uid=study, series_uid=series, description="")
+        known = "patient" if entry.groups["patient"] != entry.groups["series"] else "series"
+        groups = {kind: word(known if kind == "patient" else kind, text) for kind, text in entry.groups.items()}
+        name, volume = word("picture", entry.name), word("volume", entry.volume)
+        title = series or file
+        result.append(replace(entry, slice=slice_, file=file, name=name, volume=volume, title=title, groups=groups))
     return result
 
 
@@ -214,7 +201,7 @@ def series_notes(entries: Sequence[Entry]) -> Iterator[str]:
             yield f"{members[0].title}: {words}, such as {others[0].file}"
         places = [m.slice.position for m in members if m.slice.plane == usual and m.slice.position is not None]
         steps = [after - before for before, after in pairwise(places) if after > before]
-        if len(steps) > 2 and max(steps) > GAP * median(steps):
-            wide = sum(step > GAP * median(steps) for step in steps)
-            words = f"up to {max(steps):.3g} mm from slice to slice, where {median(steps):.3g} mm are usual"
-            yield f"{members[0].title}: {wide} gaps, {words}: are slices missing?"
+        usual_step = median_low(steps or [0.0])
+        if gaps := [step for step in steps if step > GAP * usual_step]:
+            words = f"up to {max(gaps):.3g} mm from slice to slice, where {usual_step:.3g} mm are usual"
+            yield f"{members[0].title}: gaps ({len(gaps)} of {len(steps)} steps), {words}: are slices missing?"

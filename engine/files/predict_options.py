@@ -79,7 +79,8 @@ def add_result_flags(parser: argparse.ArgumentParser) -> None:
     flag(
         "--anonymous",
         action="store_true",
-        help="running numbers instead of file names, patients and UIDs in all output",
+        help="running numbers instead of file names, patients and UIDs in all results; messages about "
+        "unreadable files name them",
     )
 
 

@@ -1,7 +1,6 @@
 """Figures for papers and for the report page, as PNG: curves, histograms, the run, a sheet of images.
 
-A user's style counts: matplotlib's own style file, `matplotlibrc` (in the working folder, at MATPLOTLIBRC, ...),
-wherever it departs from matplotlib's defaults. The same numbers give the same bytes.
+The same numbers give the same bytes.
 """
 
 from __future__ import annotations
@@ -35,25 +34,18 @@ STYLE: dict[Any, Any] = {
     "font.size": 8.0, "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": MUTED, "xtick.color": MUTED,
     "ytick.color": MUTED, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "axes.axisbelow": True, "grid.color": GRID, "lines.linewidth": 1.5, "legend.frameon": False,
-    "axes.prop_cycle": cycler(color=[ACCENT, INK, MUTED]),
+    "axes.prop_cycle": cycler(linestyle=["-", "--"]) * cycler(color=[ACCENT, INK]),
 }  # fmt: skip
 SIZE = (3.75, 2.8125)  # inches
 DPI = 288
-PAGE_DPI = 192
 BINS = 40
 TILE, GAP, HEAD = 240, 6, 44  # pixels of the sheet: a picture's longer side, between pictures, above them
 LETTERS = 25  # of a file's name that fit above a tile
-RUN_FIGURES = {  # title, y label, and for each curve its key in the history, name, format
-    "auc": ("AUROC over the run", "AUROC", [
-        ("auc", "image", "C0"), ("pauc", "pixel", "C1"),
-        ("valid_auc", "image, valid", "C0--"), ("valid_pauc", "pixel, valid", "C1--"),
-    ]),
-    "losses": ("Losses over the run", "loss", [
-        ("total", "total", "C0"), ("det", "detection", "C1"), ("seg", "segmentation", "C1--"),
-    ]),
-    "similarity": ("Similarity of the two text features", "cosine", [
-        ("similarity", "normal and abnormal prompt", "C0"),
-    ]),
+RUN_FIGURES = {  # title, y label, and the curves: key in the history -> name
+    "auc": ("AUROC over the run", "AUROC",
+            {"auc": "image", "pauc": "pixel", "valid_auc": "image, valid", "valid_pauc": "pixel, valid"}),
+    "losses": ("Losses over the run", "loss", {"total": "total", "det": "detection", "seg": "segmentation"}),
+    "similarity": ("Similarity of the two text features", "cosine", {"similarity": "normal and abnormal prompt"}),
 }  # fmt: skip
 History = Sequence[Mapping[str, Any]]
 
@@ -74,7 +66,7 @@ class Plot:
     title: str
     x: str  # label of the axis
     y: str
-    curves: Sequence[tuple[np.ndarray, str, str]]  # (2, points), name, matplotlib's format such as C0--
+    curves: Sequence[tuple[np.ndarray, str]]  # (2, points), name
     mark: tuple[float, str] | None = None  # a vertical line, and what it is
     filled: bool = False
 
@@ -82,10 +74,10 @@ class Plot:
         """The figure, without its title."""
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.add_subplot(xlabel=self.x, ylabel=self.y)
-        for points, name, style in self.curves:
-            axes.plot(*points, style, label=name)
+        for points, name in self.curves:
+            (line,) = axes.plot(*points, label=name)
             if self.filled:
-                axes.fill_between(*points, color=style, alpha=0.25)
+                axes.fill_between(*points, color=line.get_color(), alpha=0.25)
         if self.mark:
             axes.axvline(self.mark[0], color=MUTED, linestyle=":", label=self.mark[1])
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=self.x == "epoch"))
@@ -93,14 +85,11 @@ class Plot:
         figure.legend(loc="outside upper left", ncols=3)
         return figure
 
-    def png(self, page: bool = False) -> bytes:
-        """The file; with `page` smaller, and without a background."""
-        ours = {name: value for name, value in STYLE.items() if mpl.rcParams[name] == mpl.rcParamsDefault[name]}
-        if page:
-            ours |= {"figure.facecolor": "none", "axes.facecolor": "none"}
+    def png(self, transparent: bool = False) -> bytes:
+        """The file."""
         buffer = io.BytesIO()
-        with mpl.rc_context(ours):
-            self.figure().savefig(buffer, format="png", dpi=PAGE_DPI if page else DPI, metadata={"Software": None})
+        with mpl.rc_context(STYLE):
+            self.figure().savefig(buffer, format="png", dpi=DPI, transparent=transparent, metadata={"Software": None})
         return buffer.getvalue()
 
 
@@ -120,13 +109,12 @@ def plots(
     """
     scores, labels, (threshold, _) = evaluation.image_scores, evaluation.labels, threshold_of(metrics, metadata)
     edges = np.histogram_bin_edges(np.append(scores, threshold), BINS)
-    classes = [(_stairs(scores[labels == label], edges), name, f"C{1 - label}")
-               for label, name in ((0, "normal"), (1, "abnormal"))]  # fmt: skip
+    classes = [(_stairs(scores[labels == label], edges), name) for label, name in ((1, "abnormal"), (0, "normal"))]
     drawn, values = metrics.curves, metrics.values
-    roc = [(drawn[key], f"{name} ({values[value]:.3f})", style) for key, name, value, style in
-           (("roc", "pixel", "pauc", "C1"), ("image_roc", "image", "auc", "C0")) if key in drawn]  # fmt: skip
-    pr = [(drawn[key], f"{name} (AP {values[value]:.3f})", style) for key, name, value, style in
-          (("pr", "pixel", "pixel_ap", "C1"), ("image_pr", "image", "ap", "C0")) if key in drawn]  # fmt: skip
+    roc = [(drawn[key], f"{name} ({values[value]:.3f})") for key, name, value in
+           (("image_roc", "image", "auc"), ("roc", "pixel", "pauc")) if key in drawn]  # fmt: skip
+    pr = [(drawn[key], f"{name} (AP {values[value]:.3f})") for key, name, value in
+          (("image_pr", "image", "ap"), ("pr", "pixel", "pixel_ap")) if key in drawn]  # fmt: skip
     mark = (threshold, f"threshold {threshold:.{digits(scores)}f}")
     figures = {
         "histogram": Plot("Image scores by class", "image score", "% of the class", classes, mark, filled=True),
@@ -134,14 +122,14 @@ def plots(
         "pr": Plot("Precision and recall", "recall", "precision", pr),
     }
     epoch = (metadata.get("metrics") or {}).get("epoch")
-    for name, (title, label, keys) in RUN_FIGURES.items():
+    for figure, (title, label, names) in RUN_FIGURES.items():
         curves = []
-        for key, curve, style in keys:
+        for key, name in names.items():
             points = np.array([(row["epoch"], row[key]) for row in history if row.get(key) is not None], np.float64).T
             if points.size > 2 and points[1].any():  # the segmentation loss is 0 without masks
-                curves.append((points, curve, style))
+                curves.append((points, name))
         if curves:
-            figures[name] = Plot(title, "epoch", label, curves, (epoch, f"epoch {epoch}") if epoch else None)
+            figures[figure] = Plot(title, "epoch", label, curves, (epoch, f"epoch {epoch}") if epoch else None)
     return figures
 
 

@@ -26,7 +26,7 @@ COLOUR_MAP = "inferno"  # bright is abnormal, also in grey and for every kind of
 OUTLINE = (0, 229, 200)
 HEAT_OPACITY = 0.75  # of the highest heat
 CLEAR = 60  # of 255: how far below 0 the opacity of the lowest heat would be
-MAX_OVERLAY_SIDE = 1024  # pixels of an overlay's longer side
+Size = tuple[int, int]  # width and height
 
 
 def read_picture(sample: Sample, longest: int) -> Image.Image | None:
@@ -78,7 +78,7 @@ def outline(mask: np.ndarray, width: int = 1) -> np.ndarray:
     return mask & ~ndimage.binary_erosion(mask, iterations=width) if mask.any() else mask
 
 
-def fit_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def fit_mask(mask: np.ndarray, size: Size) -> np.ndarray:
     """A mask (S, S) bool stretched over a picture of `size` (W, H): (H, W) bool."""
     return np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
 
@@ -91,14 +91,13 @@ def draw_outline(image: Image.Image, mask: np.ndarray, width: int = 1) -> Image.
 
 
 def overlay(
-    image: Image.Image, heat: np.ndarray, heat_range: Sequence[float], regions: Sequence[dict[str, Any]]
+    image: Image.Image, heat: np.ndarray, heat_range: Sequence[float], regions: Sequence[dict[str, Any]], size: Size
 ) -> Image.Image:
-    """The image, at most MAX_OVERLAY_SIDE pixels a side, under its heat map (S, S) and the outlines of `contours`."""
-    picture = alpha_blend(shrink(image, MAX_OVERLAY_SIDE), heat, heat_range)
-    scale_x, scale_y = (after / before for after, before in zip(picture.size, image.size, strict=True))
-    draw = ImageDraw.Draw(picture)
+    """The image under its heat map (S, S) and the outlines of `contours`, which are in pixels of a file of `size`."""
+    picture = alpha_blend(image, heat, heat_range)
+    draw, scale = ImageDraw.Draw(picture), np.divide(picture.size, size)
     for region in regions:
-        points = [(x * scale_x, y * scale_y) for x, y in region["points"]]
+        points = [tuple(point) for point in np.array(region["points"]) * scale]
         draw.line([*points, points[0]], fill=OUTLINE, width=max(1, round(max(picture.size) / 300)))
     return picture
 
@@ -108,7 +107,7 @@ def raw(heat: np.ndarray, high: float) -> Image.Image:
     return Image.fromarray((heat / high * 65535).round().clip(0, 65535).astype(np.uint16))
 
 
-def contours(heat: np.ndarray, level: float, size: tuple[int, int]) -> list[dict[str, Any]]:
+def contours(heat: np.ndarray, level: float, size: Size) -> list[dict[str, Any]]:
     """The regions where a heat map is at least `level`, largest first.
 
     Args:
@@ -136,13 +135,10 @@ def contours(heat: np.ndarray, level: float, size: tuple[int, int]) -> list[dict
     return sorted(regions, key=lambda region: -abs(region["area"]))
 
 
-def data_uri(image: Image.Image, kind: str, **options: Any) -> str:  # noqa: ANN401 - Pillow's options
-    """A picture as the address of itself, for an <img>; without any metadata of the original."""
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return address(buffer.getvalue(), kind)
-
-
-def address(picture: bytes, kind: str) -> str:
-    """A picture's file as the address of itself."""
+def data_uri(picture: Image.Image | bytes, kind: str, **options: Any) -> str:  # noqa: ANN401 - Pillow's options
+    """A picture, or its file, as the address of itself, for an <img>; without any metadata of the original."""
+    if isinstance(picture, Image.Image):
+        buffer = io.BytesIO()
+        picture.save(buffer, kind, **options)
+        picture = buffer.getvalue()
     return f"data:image/{kind.lower()};base64,{base64.b64encode(picture).decode()}"

@@ -30,7 +30,7 @@ from ..evaluation import Evaluation, Masks
 from ..files.config import Settings, shareable
 from ..metrics import METRICS, Metrics
 from .figures import History, digits, plots, threshold_of
-from .images import OUTLINE, address, data_uri, fit_mask, heat_colours, heat_picture, outline, read_picture, shrink
+from .images import OUTLINE, data_uri, fit_mask, heat_colours, heat_picture, outline, read_picture, shrink
 
 SIDE = 480  # pixels of a picture's longer side: shown at 240 and more, enlarged on a click
 HEAT = 60  # pixels a side of a heat map, which the browser enlarges
@@ -44,12 +44,12 @@ TEMPLATES = jinja2.Environment(
 
 @dataclass(frozen=True)
 class Card:
-    """What the gallery shows of an image; pictures are data URIs. Make it with `make_card`."""
+    """What the gallery shows of an image, some 25 kB; pictures are data URIs. Make it with `make_card`."""
 
     name: str
     score: float
-    label: int | None  # None: not known, a prediction
-    group: str | None  # the volume or series that it is a slice of
+    label: int | None  # 0 normal, 1 abnormal; None: not known, a prediction
+    group: str | None  # the volume or series that it is a slice of: shown as a strip, in the order of the cards
     picture: str | None  # None where the file is not there
     width: int  # of the picture, in any unit
     height: int
@@ -68,17 +68,9 @@ def make_card(
     group: str | None = None,
     mask: np.ndarray | None = None,
 ) -> Card:
-    """What the page shows of an image, some 25 kB whatever the size of its picture.
+    """The card of an image from its `picture` of any size, its `heat` map (S, S) and its `mask` (S, S) bool.
 
-    Args:
-        name: what the page calls it.
-        score: of the image.
-        picture: of any size, RGB; None: a placeholder.
-        heat: its map (S, S); None without.
-        heat_range: of the colours, one for all cards of a page.
-        label: 0 normal, 1 abnormal; None: not known.
-        group: the volume or series that it is a slice of: shown as a strip, in the order of the cards.
-        mask: (S, S) bool, whose outline is shown.
+    `heat_range` is that of the colours, one for all cards of a page; the rest as in `Card`.
     """
     small = shrink(picture, SIDE) if picture else None
     width, height = small.size if small else (SIDE, SIDE)
@@ -193,7 +185,7 @@ def write_page(
         scores=[scores[labels == 0], scores[labels == 1]], threshold=threshold, heat_range=heat_range,
         kind="MadCLIP test report", title=obj, origin=origin, weak=evaluation.head != "seg", settings=settings,
         metadata=metadata, values=metrics.values, metrics=METRICS, counts=counts, shown=len(worst), unknown=unknown,
-        plots={name: {"title": plot.title, "picture": address(plot.png(page=True), "png")}
+        plots={name: {"title": plot.title, "picture": data_uri(plot.png(transparent=True), "PNG")}
                for name, plot in plots(evaluation, metrics, metadata, history).items()},
         made={**known, **metadata, "options": {name: v for name, v in options.items() if name not in known}},
     )  # fmt: skip

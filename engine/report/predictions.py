@@ -6,7 +6,7 @@ import argparse
 import csv
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
@@ -17,23 +17,15 @@ from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from dataset.readers import Picture
-from utils import InputError, atomic_path, blame, preview, probe_writable, write_json
+from utils import InputError, atomic_path, blame, csv_cell, preview, printable, probe_writable, write_json
 
 from ..heat_volumes import DicomHeat, NiftiHeat
 from ..predictor import Prediction, Predictor
 from ..scans import LOCK, MARK, PARTIAL, Entry
 from .figures import threshold_words
-from .images import contours, overlay, raw, shrink
+from .images import contours, overlay, raw
 from .page import MAX_CARDS, Card, make_card, write
 
-COLUMNS = (
-    "file", "frame", "score", "threshold", "abnormal", "width", "height", "PatientID", "StudyInstanceUID",
-    "SeriesInstanceUID", "description", "InstanceNumber", "slice_position", "plane", "orientation", "regions",
-    "overlay", "raw", "contours", "heat_volume", "notes",
-)  # fmt: skip
-GROUP_COLUMNS = ("group", "PatientID", "description", "images", "largest", "mean", "percentile_95", "deciding_file",
-                 "deciding_frame", "threshold", "abnormal")  # fmt: skip
-LETTERS = 256  # pixels of an overlay's longer side from which letters can be read
 Row = dict[str, Any]
 
 
@@ -47,10 +39,15 @@ class Drawer:
 
     def draw(self, entry: Entry, picture: Picture, prediction: Prediction) -> tuple[Row, Card | None]:
         """An image's row of the table, its pictures written, and its card of the page."""
-        (width, height), notes = prediction.size, "; ".join(picture.notes.values()) or None
-        row = dict.fromkeys(COLUMNS) | entry.columns() | {
-            "score": prediction.score, "threshold": self.model.threshold, "abnormal": prediction.decision,
-            "width": width, "height": height, "notes": notes,
+        (width, height), info = prediction.size, entry.slice
+        row: Row = {
+            "file": entry.file, "frame": entry.frame.index, "score": prediction.score,
+            "threshold": self.model.threshold, "abnormal": prediction.decision, "width": width, "height": height,
+            "PatientID": printable(info.patient_id) or None, "StudyInstanceUID": printable(info.study_uid) or None,
+            "SeriesInstanceUID": printable(info.series_uid) or None, "description": printable(info.description) or None,
+            "InstanceNumber": info.instance_number, "slice_position": info.position, "plane": info.plane or None,
+            "orientation": info.orientation or None, "regions": None, "overlay": None, "raw": None, "contours": None,
+            "heat_volume": None, "notes": "; ".join(picture.notes.values()) or None,
         }  # fmt: skip
         if self.options.pictures:
             row |= self.pictures(entry, picture.image, prediction)
@@ -68,14 +65,8 @@ class Drawer:
         model, heat, (width, height) = self.model, prediction.heat, prediction.size
         edges, level = entry.slice.edges, model.pixel_threshold
         regions = [] if level is None else contours(heat, level, prediction.size)
-        small = (edges or model.weak) and max(picture.size) < LETTERS
-        shown = shrink(picture, LETTERS, enlarge=True) if small else picture
-        scale = np.divide(shown.size, prediction.size)
-        outlines = [{**region, "points": (np.array(region["points"]) * scale).tolist()} for region in regions]
-        pictures = {
-            "overlay": label(overlay(shown, heat, model.heat_range, outlines), edges, model.weak),
-            "raw": raw(heat, model.layers),
-        }
+        drawn = overlay(picture, heat, model.heat_range, regions, prediction.size)
+        pictures = {"overlay": label(drawn, edges, model.weak), "raw": raw(heat, model.layers)}
         mark = PngImagePlugin.PngInfo()
         mark.add_text("Software", MARK)
         for kind, drawn in pictures.items():
@@ -93,21 +84,15 @@ class Drawer:
         if entry.kind == "pillow" or (entry.kind == "dicom" and entry.count == 1):
             return None
         with self._lock:
-            volume = self.volumes.get(entry.series) or self.volume(entry)
-            self.volumes[entry.series] = volume
-        if isinstance(volume, NiftiHeat):
-            volume.add(entry.frame.index or 0, heat)
-            return volume.path.name
-        volume.add(entry.frame, entry.number, heat)
-        return f"{volume.folder.name}/{entry.number:05d}.dcm"
-
-    def volume(self, entry: Entry) -> NiftiHeat | DicomHeat:
-        """Begin the heat map of a volume or series."""
-        model = self.model
-        if entry.kind == "nifti":
-            path, plane = self.out / f"{entry.volume}_heat.nii.gz", entry.frame.options.plane
-            return NiftiHeat(path, entry.frame.path, plane, model.layers, model.heat_range)
-        return DicomHeat(self.out / f"{entry.volume}_heat", model.layers, model.heat_range, self.options.anonymous)
+            volume = self.volumes.get(entry.series)
+            if volume is None:
+                path, heat_range = self.out / f"{entry.volume}_heat", self.model.heat_range
+                if entry.kind == "nifti":
+                    volume = NiftiHeat(path.with_name(f"{path.name}.nii.gz"), entry.frame, heat_range)
+                else:
+                    volume = DicomHeat(path, self.model.layers, heat_range, self.options.anonymous)
+                self.volumes[entry.series] = volume
+        return volume.add(entry.frame, entry.number, heat)
 
     def finish(self, series: str) -> None:
         """Write the file of a volume that is complete."""
@@ -150,8 +135,10 @@ class Results:
         for name in ("predictions.csv", "predictions.json", PARTIAL):
             probe_writable(self.out / name, "--out")
         self.lock = FileLock(self.out / LOCK)
-        with blame(f"--out {self.out}: another predict.py writes there", "give another folder", (Timeout,)):
+        try:
             self.lock.acquire(timeout=0)
+        except Timeout as error:
+            raise InputError(f"--out {self.out}: another predict.py writes there; give another folder") from error
         self.file = (self.out / PARTIAL).open("a+b")
         self.file.seek(0)
         end, done, head = 0, set(), f"{json.dumps(command)}\n".encode()
@@ -194,17 +181,18 @@ class Results:
         """
         found = {key: row for key, row, _ in self.lines()}
         if not found:
+            self.remove_partial()
             raise InputError(f"no image could be read, see above; {self.out} is as it was")
         result = [(entry, found[key]) for key, entry in self.keys.items() if key in found]
         rows = [row for _, row in result]
         if self.options.group_by:
             groups = group_rows(result, self.options.group_by, threshold)
-            write_csv(self.out / "groups.csv", GROUP_COLUMNS, groups)
+            write_csv(self.out / "groups.csv", groups)
             metadata |= {"group_by": self.options.group_by, "groups": groups}
         with atomic_path(self.out / "predictions.json", "--out") as path:
             write_json(path, {**metadata, "predictions": rows}, "--out")
             (self.out / "predictions.json").unlink(missing_ok=True)
-            write_csv(self.out / "predictions.csv", COLUMNS, rows)
+            write_csv(self.out / "predictions.csv", rows)
         return result
 
     def remove_partial(self) -> None:
@@ -214,17 +202,15 @@ class Results:
         self.lock.release()
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
-    """Write a table whose cells no spreadsheet takes for a formula: text that begins with = + - @ gets a quote."""
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Write a table, whose columns are those of its first row."""
     with (
         atomic_path(path, "--out") as new,
         new.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
-        for row in rows:
-            formulas = {k: f"'{v}" for k, v in row.items() if isinstance(v, str) and v.startswith(tuple("=+-@"))}
-            writer.writerow(row | formulas)
+        writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
 
 
 def group_rows(rows: Iterable[tuple[Entry, Row]], by: str, threshold: float | None) -> list[Row]:
@@ -270,15 +256,14 @@ def write_page(results: Results, rows: Sequence[tuple[Entry, Row]], model: Predi
 
 def summary(rows: Sequence[tuple[Entry, Row]]) -> str:
     """How many patients, series and images are abnormal, of how many; patients and series where there are some."""
-    kinds: dict[str, tuple[bool, Callable[[Entry], str]]] = {
-        "patients": (any(entry.slice.patient_id for entry, _ in rows), lambda entry: entry.groups["patient"]),
-        "series": (any(entry.count > 1 for entry, _ in rows), lambda entry: entry.series),
-        "images": (True, lambda entry: entry.name),
-    }
-    words = []
-    for kind, (there, group) in kinds.items():
-        every = {group(entry) for entry, _ in rows}
-        abnormal = {group(entry) for entry, row in rows if row["abnormal"]}
-        if there:
-            words.append(f"{len(abnormal)} of {len(every)} {kind}")
-    return f"{', '.join(words)} abnormal"
+    names: dict[str, dict[str, bool]] = {"patients": {}, "series": {}, "images": {}}  # of each, whether it is abnormal
+    for entry, row in rows:
+        of = {"images": entry.name}
+        if entry.count > 1:
+            of["series"] = entry.series
+        if entry.groups["patient"] != entry.groups["series"]:  # else nobody knows whose it is
+            of["patients"] = entry.groups["patient"]
+        for kind, name in of.items():
+            names[kind][name] = names[kind].get(name, False) or bool(row["abnormal"])
+    counts = (f"{sum(group.values())} of {len(group)} {kind}" for kind, group in names.items() if group)
+    return f"{', '.join(counts)} abnormal"

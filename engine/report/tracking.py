@@ -23,7 +23,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +53,6 @@ class Tracker:
     def __init__(self, run: Any = None, pictures_every: int = 0, secret: str = "") -> None:  # noqa: ANN401 - a wandb.Run
         self._run, self._every, self._secret = run, pictures_every, secret
         self._pictured = -1  # the last epoch with pictures
-
-    @property
-    def id(self) -> str:
-        """What continues this run later; "" where nothing is tracked."""
-        return str(self._run.id) if self._run is not None else ""
 
     def log_epoch(
         self, history: Sequence[Record], test: Metrics | None, valid: Metrics | None, seconds: float, images: int
@@ -105,9 +99,8 @@ class Tracker:
                 run.log({"epoch": selected["epoch"] - 1, "report": wandb.Html(str(page), inject=False)})
             run.summary.update({**scalars(selected), **measured("test", metrics), **best([selected])})
             if ckpt_path is not None:
-                shaped_by = {field.name: run.config.get(field.name) for field in fields(Settings)}
-                about = {"epoch": selected["epoch"] - 1, "auc": metrics.auc, "pauc": metrics.pauc}
-                artifact = wandb.Artifact(f"{run.config['obj']}-{run.id}", "model", metadata={**shaped_by, **about})
+                metadata = {"epoch": selected["epoch"] - 1, "auc": metrics.auc, "pauc": metrics.pauc}
+                artifact = wandb.Artifact(f"{run.config['obj']}-{run.id}", "model", metadata=metadata)
                 artifact.add_file(str(ckpt_path))
                 run.log_artifact(artifact)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from dataset.layout import PUBLISHED
-from utils import EXPECTED, atomic_path, blame, read_json
+from utils import EXPECTED, atomic_path, blame, csv_cell, read_json
 
 ROWS_ON_A_PAGE = 40  # of LaTeX's \footnotesize, with room for caption and notes; a longer table is divided
 NOTES_IN_LATEX = 480  # characters: three lines of \footnotesize over both columns
@@ -20,7 +20,6 @@ LATEX = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
     "<": "$<$", ">": "$>$", "|": "$|$", '"': "''", **{character: f"\\{character}" for character in "&%$#_{}"},
 }  # fmt: skip
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet computes a cell that begins so
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ class Table:
             numbers = [figure.mean, figure.std, *(figure.interval or (None, None))] if figure else [None] * 4
             cells = ["" if number is None else f"{number:.6f}" for number in numbers]
             note = "" if isinstance(value, Statistic) else value
-            words = [f"'{word}" if word.startswith(FORMULA) else word for word in (*row, column, metric, note)]
+            words = list(map(csv_cell, (*row, column, metric, note)))
             writer.writerow([*words[:-1], *cells, figure.seeds if figure else "", words[-1]])
         return file.getvalue()
 

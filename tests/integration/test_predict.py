@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -208,6 +209,9 @@ def test_dicom_files_objects_without_a_picture_and_damaged_ones(command, ckpts, 
     flags = ["--ckpt", ckpts / "Mine.pth", "--out", tmp_path / "b"]
     refused(command("predict.py", *flags, dicom("JPEGLSNearLossless_16.dcm")), "no image could be read")  # no decoder
     assert before == {name: (tmp_path / "b" / name).read_bytes() for name in before}  # not replaced by an empty table
+    assert not (tmp_path / "b/predictions.partial.jsonl").exists()
+    done = command("predict.py", "--debug", *flags, dicom(good[0]), bad[1])
+    assert (done.returncode, done.stderr.count("Traceback (most recent call last)") > 0) == (1, True)
 
 
 def test_a_file_of_many_frames_that_cannot_be_decoded_is_one_line(command, ckpts, image, tmp_path):
@@ -216,15 +220,6 @@ def test_a_file_of_many_frames_that_cannot_be_decoded_is_one_line(command, ckpts
     header.save_as(tmp_path / "many.dcm")
     done = predicted(command, ckpts / "Mine.pth", tmp_path / "out", image, tmp_path / "many.dcm", code=1)
     assert sum("many.dcm" in line for line in done.stderr.splitlines()) == 1
-
-
-def test_windows(command, ckpts, tmp_path):
-    scores = {}
-    for words in (["full"], ["auto"], [40, 400]):
-        out = tmp_path / str(words[0])
-        predicted(command, ckpts / "Mine.pth", out, "--window", *words, dicom("CT_small.dcm"))  # the image follows
-        scores[words[0]] = rows(out)[0]["score"]
-    assert len(set(scores.values())) == 3
 
 
 def test_what_training_saw_decides(command, ckpts, image, tmp_path):
@@ -236,41 +231,33 @@ def test_what_training_saw_decides(command, ckpts, image, tmp_path):
     assert "warning" not in predicted(command, ct, tmp_path / "b", scan).stderr
     predicted(command, ckpts / "Mine.pth", tmp_path / "c", scan, "--window", 40, 400)
     assert rows(tmp_path / "b")[0]["score"] == rows(tmp_path / "c")[0]["score"]
-    assert "--window full" in predicted(command, ct, tmp_path / "d", scan, "--window", "full").stderr
+    predicted(command, ct, tmp_path / "d", "--window", "full", scan)  # the image follows
+    assert rows(tmp_path / "d")[0]["score"] != rows(tmp_path / "c")[0]["score"]
     assert "trained on DICOM files, not on picture" in predicted(command, ct, tmp_path / "e", image).stderr
     assert str(load(ct, "cpu").predict(scan).score) == rows(tmp_path / "b")[0]["score"]
 
 
-@pytest.mark.parametrize(
-    ("name", "plane", "axis"),
-    [("mni.nii.gz", "axial", 2), ("thick.nii.gz", "coronal", 1), ("thick.nii.gz", "sagittal", 0)],
-)
-def test_a_volume_in_every_plane(command, ckpts, scans, tmp_path, name, plane, axis):
-    done = predicted(command, ckpts / "Mine.pth", tmp_path, scans / name, "--plane", plane)
-    source = nibabel.load(scans / name)
-    canonical = nibabel.as_closest_canonical(source)
+def test_a_volume_of_thick_slices(command, ckpts, scans, tmp_path):
+    """Coronal, of a file with other axes; what other planes look like: tests/unit/test_scans.py."""
+    done = predicted(command, ckpts / "Mine.pth", tmp_path, scans / "thick.nii.gz", "--plane", "coronal")
+    wide, deep, high = nibabel.as_closest_canonical(nibabel.load(scans / "thick.nii.gz")).shape
     table = rows(tmp_path)
-    assert f" of 1 series, {sum(row['abnormal'] == 'True' for row in table)} of {len(table)} images" in done.stdout
-    assert len(table) == canonical.shape[axis]
-    assert {row["plane"] for row in table} == {plane}
-    width, height = (canonical.shape[i] for i in {0: (1, 2), 1: (0, 2), 2: (0, 1)}[axis])
-    assert {(int(row["width"]), int(row["height"])) for row in table} == {(width, height)}
+    assert f" of 1 series, {sum(row['abnormal'] == 'True' for row in table)} of {deep} images" in done.stdout
+    assert {(row["plane"], int(row["width"]), int(row["height"])) for row in table} == {("coronal", wide, high)}
+    assert {row["orientation"] for row in table} == {"left R, right L, top S, bottom I"}
+    np.testing.assert_allclose(np.diff([float(row["slice_position"]) for row in table]), 5)
     outlines = [read_json(tmp_path / row["contours"]) for row in table]
-    assert {(outline["width"], outline["height"]) for outline in outlines} == {(width, height)}
+    assert {(outline["width"], outline["height"]) for outline in outlines} == {(wide, high)}
     points = np.array([point for outline in outlines for region in outline["regions"] for point in region["points"]])
     assert points.min() >= 0
-    assert (points.max(axis=0) <= (width, height)).all()  # the file's pixels, not the square ones that are shown
+    assert (points.max(axis=0) <= (wide, high)).all()  # the file's pixels, not the square ones that are shown
     picture = size(tmp_path / table[0]["overlay"])
-    ratio = 4 if name == "thick.nii.gz" else 1
-    assert picture[1] / picture[0] == pytest.approx(ratio * height / width, rel=0.02)
-    letters = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}[plane]
-    assert {row["orientation"] for row in table} == {"left {}, right {}, top {}, bottom {}".format(*letters)}
-    np.testing.assert_allclose(np.diff([float(row["slice_position"]) for row in table]), 5)
+    assert picture[1] / picture[0] == pytest.approx(4 * high / wide, rel=0.02)
     (volume,) = {row["heat_volume"] for row in table}
     values = nibabel.as_closest_canonical(nibabel.load(tmp_path / volume)).get_fdata()
     for row in table:
-        slice_ = values.take(int(row["frame"]), axis=axis)[::-1, ::-1].T
-        expected = Image.fromarray(raw(tmp_path, row)).resize(slice_.shape[::-1], Image.Resampling.BILINEAR)
+        slice_ = values[::-1, int(row["frame"]), ::-1].T
+        expected = Image.fromarray(raw(tmp_path, row)).resize((wide, high), Image.Resampling.BILINEAR)
         np.testing.assert_allclose(slice_, np.asarray(expected), atol=3e-4)
 
 
@@ -323,8 +310,9 @@ def test_groups(command, ckpts, scans, trained, tmp_path):
     counts = {"series": [1] * 6, "patient": [3], "folder": [3, 3]}
     for by, others in counts.items():
         out = tmp_path / by
-        predicted(command, ckpts / "Mine.pth", out, tmp_path / "in", tmp_path / "series", "--group_by", by)
+        done = predicted(command, ckpts / "Mine.pth", out, tmp_path / "in", tmp_path / "series", "--group_by", by)
         groups, found = table(out / "groups.csv"), rows(out)
+        assert re.search(r" of 2 patients, \d+ of 1 series, \d+ of \d+ images abnormal", done.stdout)
         assert [group["group"] for group in read_json(out / "predictions.json")["groups"]] == [
             group["group"] for group in groups
         ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import pytest
 from PIL import Image
@@ -109,15 +108,6 @@ def test_the_sheet_shows_each_image_its_mask_and_its_map(world, tmp_path):
     for sample in evaluation.samples:
         sample.path.unlink()
     assert sheet(evaluation, None).size == without.size
-
-
-def test_a_matplotlibrc_counts_where_it_departs_from_the_default(world, monkeypatch):
-    evaluation, _, metrics = world
-    plot = plots(evaluation, metrics, {})["roc"]
-    ours = plot.png()
-    monkeypatch.setitem(mpl.rcParams, "grid.color", "#654321")
-    assert plot.png() != ours
-    assert plot.png(page=True) != plot.png()
 
 
 def test_the_history_lies_beside_the_checkpoint(tmp_path):

@@ -8,7 +8,6 @@ from PIL import Image
 
 from dataset.medical_few import Sample
 from engine.report.images import (
-    MAX_OVERLAY_SIDE,
     OUTLINE,
     alpha_blend,
     contours,
@@ -59,11 +58,11 @@ def test_an_outline_and_a_heat_map_lie_over_a_picture_that_is_not_square():
     assert np.abs(blended[10, 37] - 0.75 * heat_colours()[255, :3] - 0.25 * 90).max() < 2
 
 
-def test_overlay_is_bounded_and_draws_regions():
-    picture = Image.new("RGB", (2 * MAX_OVERLAY_SIDE, MAX_OVERLAY_SIDE))
+def test_an_overlay_draws_regions_that_are_in_the_files_pixels():
+    picture = Image.new("RGB", (1024, 512))
     region = {"points": [[200.0, 100.0], [200.0, 900.0], [1800.0, 900.0], [1800.0, 100.0]]}
-    drawn = overlay(picture, np.zeros((4, 4), np.float32), (0.0, 1.0), [region])
-    assert drawn.size == (MAX_OVERLAY_SIDE, MAX_OVERLAY_SIDE // 2)
+    drawn = overlay(picture, np.zeros((4, 4), np.float32), (0.0, 1.0), [region], (2048, 1024))
+    assert drawn.size == picture.size
     assert drawn.getpixel((100, 250)) == OUTLINE
     assert drawn.getpixel((500, 250)) != OUTLINE
 

@@ -12,9 +12,9 @@ from nibabel import orientations
 from PIL import Image
 from pydicom import dcmread
 
-from dataset.readers import ReadOptions, Sample, Slice, describe, frames, read, read_mask, warn_once
+from dataset.readers import Frame, ReadOptions, Sample, Slice, describe, frames, read, read_mask, warn_once
 from engine.heat_volumes import DicomHeat, NiftiHeat
-from engine.scans import Names, in_order, is_own_result, list_entries
+from engine.scans import in_order, is_own_result, list_entries, picture_name, series_notes
 from tests.helpers.scans import dicom_series
 from utils import InputError
 
@@ -42,8 +42,8 @@ def test_a_hot_corner_lies_where_the_patient_has_it(tmp_path, axes, plane):
     inside = frames(tmp_path / "v.nii.gz", ReadOptions(None, plane))
     heat = np.zeros((16, 16), np.float32)
     heat[:1, :1] = 3.0  # top left
-    writer = NiftiHeat(tmp_path / "h.nii.gz", tmp_path / "v.nii.gz", plane, 4, (0.0, 4.0))
-    writer.add(inside[1].index, heat)
+    writer = NiftiHeat(tmp_path / "h.nii.gz", inside[0], (0.0, 4.0))
+    writer.add(inside[1], 2, heat)
     writer.close()
     result = nibabel.load(tmp_path / "h.nii.gz")
     assert result.shape == source.shape
@@ -76,9 +76,9 @@ def test_slices_of_time_points_and_headers_without_orientation(tmp_path):
     assert len(says) == 6
     assert {slice_.edges for slice_ in says} == {""}  # which side is which would be a guess
     assert [slice_.position for slice_ in says[:3]] == [slice_.position for slice_ in says[3:]]
-    writer = NiftiHeat(tmp_path / "h.nii.gz", tmp_path / "v.nii", "axial", 4, (0.0, 4.0))
+    writer = NiftiHeat(tmp_path / "h.nii.gz", inside[0], (0.0, 4.0))
     for frame in inside:
-        writer.add(frame.index, np.full((3, 3), frame.index / 2, np.float32))
+        writer.add(frame, 1, np.full((3, 3), frame.index / 2, np.float32))
     writer.close()
     values = nibabel.load(tmp_path / "h.nii.gz").get_fdata()
     np.testing.assert_allclose(values[0, 0].T.ravel(), np.arange(6) / 2, atol=1e-3)
@@ -95,6 +95,16 @@ def test_dicom_slices_follow_their_position_and_say_their_sides(tmp_path):
         ("axial", "RLAP", "P1")
     }
     assert {(entry.number, entry.count) for entry in entries} == {(i, 5) for i in range(1, 6)}
+
+
+def test_a_gap_is_seen_among_three_slices_and_said_of_their_folder(tmp_path):
+    paths = dicom_series(tmp_path / "series", volume(tmp_path / "v.nii.gz"))
+    for kept, gaps in ((paths[:3], 0), ([*paths[:2], paths[4]], 1)):
+        notes = list(series_notes(list_entries(list(map(str, kept)), ReadOptions(), hidden=False).entries))
+        assert len(notes) == gaps
+    assert notes[0].startswith("series ")
+    assert "12 mm" in notes[0]
+    assert "4 mm" in notes[0]
 
 
 def test_one_depth_holds_for_all_inputs(tmp_path):
@@ -138,11 +148,10 @@ def test_names_that_every_file_system_takes(tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "one.png")
     (frame,) = frames(tmp_path / "one.png")
     places = ("病" * 83 + ".png", "病" * 83 + ".png", "e" * 400 + "/a.png", "a/b.png", "a__b.png", "-x.png")
-    for hidden in (False, True):
-        names = Names(hidden)
-        drawn = [names.picture(frame, place)[1] for place in places]
-        assert len(set(drawn)) == len(drawn)
-        assert all(len(f".{name}_contours.json.4194304.tmp".encode()) <= 255 for name in drawn)
+    used: set[str] = set()
+    drawn = [picture_name(frame, place, used)[1] for place in places]
+    assert len(set(drawn)) == len(drawn)
+    assert all(len(f".{name}_contours.json.4194304.tmp".encode()) <= 255 for name in drawn)
 
 
 def test_pictures_of_prediction_are_recognised(tmp_path):
@@ -151,9 +160,22 @@ def test_pictures_of_prediction_are_recognised(tmp_path):
     (tmp_path / "cut_heat.nii.gz").write_bytes(gzip.compress(b"x" * 900)[:-9])
     assert not is_own_result(tmp_path / "cut_heat.nii.gz")
     volume(tmp_path / "v.nii.gz")
-    NiftiHeat(tmp_path / "v_heat.nii.gz", tmp_path / "v.nii.gz", "axial", 4, (0.0, 4.0)).close()
+    NiftiHeat(tmp_path / "v_heat.nii.gz", Frame(tmp_path / "v.nii.gz", 0), (0.0, 4.0)).close()
     assert is_own_result(tmp_path / "v_heat.nii.gz")
     assert not is_own_result(tmp_path / "v.nii.gz")
+
+
+def test_a_heat_volume_takes_no_names_from_the_scans_header(tmp_path):
+    source = volume(tmp_path / "v.nii.gz")
+    source.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"Doe^Jane" * 50))
+    source.header["aux_file"] = "Doe^Jane"
+    source.to_filename(tmp_path / "named.nii.gz")
+    frame = Frame(tmp_path / "named.nii.gz", 0)
+    writer = NiftiHeat(tmp_path / "h.nii.gz", frame, (0.0, 4.0))
+    writer.add(frame, 1, np.full((4, 4), 3.0, np.float32))
+    writer.close()
+    assert b"Doe" not in gzip.decompress((tmp_path / "h.nii.gz").read_bytes())
+    np.testing.assert_allclose(nibabel.load(tmp_path / "h.nii.gz").get_fdata().max(), 3.0, atol=1e-3)
 
 
 # --- masks of volumes ---

@@ -116,13 +116,17 @@ def list_entries(inputs: Sequence[str], reading: ReadOptions, hidden: bool) -> I
     series: defaultdict[str, list[tuple[Frame, str, Slice]]] = defaultdict(list)
     found = [(path, place) for path, place in list_files(map(Path, inputs)) if not is_clutter(place)]
     reading = replace(reading, deep=reading.deep or is_deep([path for path, _ in found]))
-    masks = {mask for beside in tell_apart(path for path, _ in found).masks.values() for mask in beside}
+    pairs = tell_apart(path for path, _ in found)
+    masks, lost = {mask for beside in pairs.masks.values() for mask in beside}, {*pairs.lost} - {*map(Path, inputs)}
     for number, (path, place) in enumerate(found):
         if is_own_result(path):
             result.own += 1
             continue
         if path in masks or in_mask_folder(place):
             result.masks += 1
+            continue
+        if path in lost:
+            result.no_image.append(f"{path}: named like a mask, but of no image here: left out")
             continue
         try:
             inside = frames(path, reading)

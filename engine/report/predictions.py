@@ -261,7 +261,7 @@ def summary(rows: Sequence[tuple[Entry, Row]]) -> str:
         of = {"images": entry.name}
         if entry.count > 1:
             of["series"] = entry.series
-        if entry.groups["patient"] != entry.groups["series"]:  # else nobody knows whose it is
+        if entry.slice.patient_id:
             of["patients"] = entry.groups["patient"]
         for kind, name in of.items():
             names[kind][name] = names[kind].get(name, False) or bool(row["abnormal"])

@@ -312,7 +312,7 @@ def test_groups(command, ckpts, scans, trained, tmp_path):
         out = tmp_path / by
         done = predicted(command, ckpts / "Mine.pth", out, tmp_path / "in", tmp_path / "series", "--group_by", by)
         groups, found = table(out / "groups.csv"), rows(out)
-        assert re.search(r" of 2 patients, \d+ of 1 series, \d+ of \d+ images abnormal", done.stdout)
+        assert re.search(r" of 1 patients, \d+ of 1 series, \d+ of \d+ images abnormal", done.stdout)
         assert [group["group"] for group in read_json(out / "predictions.json")["groups"]] == [
             group["group"] for group in groups
         ]
@@ -507,10 +507,12 @@ def test_masks_of_a_labelled_folder_are_no_input(command, ckpts, trained, tmp_pa
         Image.new("L", (20, 20), 90).save(tmp_path / "busi" / name)
     done = predicted(command, ckpts / "Brain.pth", tmp_path / "beside", tmp_path / "busi")
     assert "2 files are masks" in done.stderr
-    assert {Path(row["file"]).name for row in rows(tmp_path / "beside")} == {"benign (1).png", "alone_seg.png"}
-    # A folder of masks that is named itself is what its user wants to predict.
-    predicted(command, ckpts / "Brain.pth", tmp_path / "named", test / "Ungood/anomaly_mask")
-    assert len(rows(tmp_path / "named")) == 7
+    assert "alone_seg.png" in done.stderr  # a mask of nothing that is here
+    assert {Path(row["file"]).name for row in rows(tmp_path / "beside")} == {"benign (1).png"}
+    # What is named itself is what its user wants to predict.
+    named = [test / "Ungood/anomaly_mask", tmp_path / "busi/alone_seg.png"]
+    predicted(command, ckpts / "Brain.pth", tmp_path / "named", *named)
+    assert len(rows(tmp_path / "named")) == 8
 
 
 def test_its_own_pictures_are_no_input(command, ckpts, scans, image, tmp_path):

@@ -65,7 +65,7 @@ LABELS_WITHOUT = {
 }
 # What `patient_metrics` adds, for people.
 LABELS_OF_PATIENTS = {
-    "auc_patients": "AUROC over patients, each with his highest score",
+    "auc_patients": "AUROC over patients, each with the highest score of the images",
     "auc_patients_ci95": "AUROC over patients, 95% interval",
     "n_normal_patients": "normal patients",
     "n_abnormal_patients": "abnormal patients",
@@ -282,7 +282,7 @@ def auroc_interval(labels: np.ndarray, scores: np.ndarray) -> list[float]:
 
 
 def patient_metrics(evaluation: Evaluation) -> dict[str, Value]:
-    """AUROC over patients, each with the highest score of his images, and abnormal where one of them is.
+    """AUROC over patients, each with the highest score of the images, and abnormal where one image is.
 
     Returns:
         `auc_patients`, its interval `auc_patients_ci95`, `n_normal_patients` and `n_abnormal_patients`. Nothing where

@@ -17,6 +17,7 @@ import gc
 import importlib
 import json
 import os
+import pkgutil
 import resource
 import runpy
 import signal
@@ -95,10 +96,6 @@ class Running:
         """Let a halted command go on."""
         (self.path / "go").touch()
 
-    def kill(self) -> None:
-        """End it as `kill -9` does."""
-        os.kill(self.pid, signal.SIGKILL)
-
     def wait(self) -> subprocess.CompletedProcess[str]:
         """What the command has printed and its exit code, once it has ended."""
         code = int(self._commands.ask({"wait": self.pid}))
@@ -153,7 +150,7 @@ class Commands:
     def close(self) -> None:
         """End the process that forks, and what a failed test has left halted."""
         for running in list(self.running):
-            running.kill()
+            os.kill(running.pid, signal.SIGKILL)
             running.wait()
         self.server.communicate()
 
@@ -239,31 +236,19 @@ def _install(event: str, action: int, number: int, told: Path, name: str = "", f
         while not (told / "go").exists():
             time.sleep(0.02)
 
-    if event == "Call":
-        owner, attribute = _find(name)
-        setattr(owner, attribute, _before(getattr(owner, attribute), happen))
-    else:
+    if event == "Change":
         sys.addaudithook(functools.partial(_watch, folder, happen))
+        return
+    path, _, attribute = name.rpartition(".")
+    owner = pkgutil.resolve_name(path)
+    function = getattr(owner, attribute)
 
-
-def _find(name: str) -> tuple[Any, str]:
-    """The module or class that holds a function, and the function's name in it."""
-    *path, attribute = name.split(".")
-    owner = importlib.import_module(path[0])
-    for part in path[1:]:
-        if not hasattr(owner, part):
-            importlib.import_module(f"{owner.__name__}.{part}")
-        owner = getattr(owner, part)
-    return owner, attribute
-
-
-def _before(function: Callable[..., Any], happen: Callable[[], None]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapped(*arguments: Any, **options: Any) -> Any:
         happen()
         return function(*arguments, **options)
 
-    return wrapped
+    setattr(owner, attribute, wrapped)
 
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir")

@@ -12,7 +12,6 @@ from PIL import Image
 
 from dataset.medical_few import Sample
 from engine.evaluation import Evaluation, Masks
-from engine.files.config import Settings
 
 SIZE = 28  # pixels a side of the maps: 2 x 2 patches
 LAYERS = 2
@@ -54,13 +53,3 @@ def make_world(
     samples = make_samples(folder, labels, masks)
     evaluation = make_evaluation(samples, scores, "seg" if masks else "det")
     return evaluation, Masks.load(samples, SIZE) if masks else None
-
-
-def make_settings(**changes: Any) -> Settings:
-    """Settings of a small checkpoint."""
-    values: dict[str, Any] = {
-        "obj": "Brain", "model_name": "ViT-tiny-14-56", "pretrain": "openai", "fidelity": "released", "img_size": SIZE,
-        "features_list": (1, 2), "visionA": "MFCFC", "text_mood": "fix", "contrast_mood": "yes", "dec_type": "mean",
-        "loss_type": "sigmoid", "prompt_name": "Brain", "pixel_metrics": True, "weights_sha256": "", "eval_batch": 32,
-    }  # fmt: skip
-    return Settings(**{**values, **changes})

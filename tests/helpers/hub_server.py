@@ -1,4 +1,4 @@
-"""A server that speaks enough of the Hugging Face hub's protocol for huggingface_hub's downloads."""
+"""A server of files: ranges, and as much of the Hugging Face hub's protocol as huggingface_hub's downloads need."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ class HubServer(ThreadingHTTPServer):
     drops = 0  # this many file bodies stop half way
     gated: tuple[str, ...] = ()
     wrong_bytes = False  # bodies of the right length with other content
+    statuses: tuple[int, ...] = ()  # given before the real answer
+    page = False  # answers with a log-in page
 
     def __init__(self, repositories: dict[str, Path]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -39,44 +41,53 @@ class _Handler(BaseHTTPRequestHandler):
         repository, _, rest = self.path.strip("/").partition("/resolve/")
         revision, _, name = rest.partition("/")
         if not rest:
-            return self._refuse(404, "EntryNotFound")
+            return self._send(404, code="EntryNotFound")
         server.log.append((self.command, name, self.headers.get("Range")))
+        if server.statuses:
+            status, *rest = server.statuses
+            server.statuses = tuple(rest)
+            return self._send(status)
+        if server.page:
+            return self._send(200, b"<html>log in first</html>", kind="text/html; charset=utf-8")
         if repository in server.gated:
-            return self._refuse(403, "GatedRepo")
+            return self._send(403, code="GatedRepo")
         if repository not in server.repositories:
-            return self._refuse(401, "RepoNotFound")
+            return self._send(401, code="RepoNotFound")
         if revision not in ("main", COMMIT):
-            return self._refuse(404, "RevisionNotFound")
+            return self._send(404, code="RevisionNotFound")
         path = server.repositories[repository] / name
-        if not path.is_file():
-            return self._refuse(404, "EntryNotFound")
-        return self._send(path.read_bytes())
+        return self._send_file(path.read_bytes()) if path.is_file() else self._send(404, code="EntryNotFound")
 
-    def _send(self, content: bytes) -> None:
+    def _send_file(self, content: bytes) -> None:
         server, wanted = self.server, self.headers.get("Range")
         start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted else 0
-        self.send_response(206 if wanted else 200)
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(content) - start))
-        if wanted:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.end_headers()
-        if self.command == "HEAD":
-            return
+        if start >= len(content):
+            return self._send(416)
         body = bytes(len(content) - start) if server.wrong_bytes else content[start:]
-        if server.drops and len(body) > 100_000:
+        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "Accept-Ranges": "bytes"}
+        if wanted:
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        sent = len(body)
+        if server.drops and self.command == "GET" and len(body) > 100_000:
             server.drops -= 1
-            body = body[: len(body) // 2]
-        self.wfile.write(body)
+            sent //= 2
+        return self._send(206 if wanted else 200, body, sent=sent, headers=headers)
 
-    def _refuse(self, status: int, code: str) -> None:
+    def _send(
+        self, status: int, body: bytes = b"", code: str = "", kind: str = "application/octet-stream",
+        sent: int | None = None, headers: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.send_response(status)
-        self.send_header("X-Error-Code", code)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        if code:
+            self.send_header("X-Error-Code", code)
         self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Length", "0")
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[:sent])
 
     do_GET = do_HEAD = _answer
 

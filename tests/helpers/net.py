@@ -83,28 +83,13 @@ def commands(data: Path) -> Iterator[tuple[str, list[object]]]:
     imported = ["--obj", "Brain", "--data_path", data, "--ckpt", "exported.pth", "--out_json", "imported.json"]
     yield "import", ["test.py", *imported, *model]
     run = ["--data_path", data, "--save_path", "resume/ckpt", "--run_dir", "resume/runs", "--exp_name", "run"]
-    yield (
-        "start",
-        [
-            "train.py",
-            *TINY,
-            *TRAININGS["released"],
-            "--select",
-            "test",
-            *run,
-            "--epoch",
-            1,
-            "--cache_dir",
-            "released/store",
-        ],
-    )
+    start = [*TINY, *TRAININGS["released"], "--select", "test", *run, "--epoch", 1, "--cache_dir", "released/store"]
+    yield "start", ["train.py", *start]
     yield "resume", ["train.py", "--resume", "resume/runs/run", "--epoch", 3]
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "train.py"]
     run = ["--data_path", data, "--save_path", "two/ckpt", "--run_dir", "two/runs", "--exp_name", "run"]
-    yield (
-        "two processes",
-        [*two, *TINY, *TRAININGS["corrected"], "--select", "test", *run, "--epoch", 3, "--cache_dir", "two/store"],
-    )
+    shared = ["--select", "test", *run, "--epoch", 3, "--cache_dir", "two/store"]
+    yield "two processes", [*two, *TINY, *TRAININGS["corrected"], *shared]
     for name, source in (("png", "Brain_AD/test/Ungood/img"), ("dicom", "series"), ("nifti", "template.nii.gz")):
         out = ["--out", f"predicted_{name}", "--ckpt", released, "--device", "cpu"]
         yield f"predict {name}", ["predict.py", *out, data / source]

@@ -13,7 +13,6 @@ import pytest
 from filelock import FileLock
 
 from dataset import phantom
-from tests.helpers.attacks import Home
 from tests.helpers.commands import Commands
 from tests.helpers.data import SMALL
 
@@ -101,9 +100,3 @@ def trained(once, phantoms, command) -> Trained:
             (folder / f"{obj}.out").write_text(done.stdout)
 
     return Trained(phantoms, once("trained", train))
-
-
-@pytest.fixture(scope="session")
-def home(trained) -> Home:
-    """The run on Brain, for the tests of attacks."""
-    return Home(trained.data, trained.ckpt / "Brain.pth", trained.run("Brain"))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
+import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +15,29 @@ import yaml
 from PIL import Image
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
+from engine.files.config import train_options
 from tests.helpers import wandb_runs
+from tests.helpers.attacks import fine
 from tests.helpers.commands import ROOT, Commands
-from tests.helpers.data import SMALL
+from tests.helpers.data import SMALL, unpacked
 
 PUBLISHED = {"epoch", "sim_texts", "loss", "AUC", "pAUC", "AUC+pAUC", "AUCbest", "pAUCbest", "AUC+pAUCbest"}
 EPOCHS = 5
+KEY = "0123456789abcdef" * 2 + "deadbeef"  # the shape of a key, of nobody
 
 
-def train(command: Commands, folder: Path, phantoms: Path, *flags: object) -> str:
-    """Train in a folder and with a home of its own, W&B offline: stdout."""
-    folder.mkdir(exist_ok=True)
-    env = {name: "" for name in os.environ if name.startswith("WANDB")}
-    env |= {"WANDB_MODE": "offline", "HOME": str(folder / "home")}
-    done = command("train.py", *SMALL, "--data_path", phantoms, "--shot", 1, *flags, cwd=folder, env=env)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def train(command: Commands, folder: Path, *flags: object, **env: str) -> subprocess.CompletedProcess[str]:
+    """Train in a folder and with a home of its own."""
+    own = {name: "" for name in os.environ if name.startswith("WANDB")} | {"HOME": str(folder / "home")}
+    done = command("train.py", *SMALL, "--shot", 1, *flags, cwd=folder, env={**own, "WANDB_MODE": "offline", **env})
+    fine(done)
+    return done
 
 
 def test_a_run(command, phantoms, tmp_path):
     # The second or the fourth epoch is selected: the fifth is measured, as the last one, but never chosen.
-    flags = ["--obj", "Brain", "--epoch", EPOCHS, "--select", "valid", "--eval_every", 2]
-    output = train(command, tmp_path, phantoms, *flags, "--log_images_every", 2, "--log_model")
+    flags = ["--obj", "Brain", "--data_path", phantoms, "--epoch", EPOCHS, "--select", "valid", "--eval_every", 2]
+    output = train(command, tmp_path, *flags, "--log_images_every", 2, "--log_model").stdout
     rows = wandb_runs.records(tmp_path)
     (files,) = tmp_path.glob("runs/*/wandb/offline-run-*/files")
     lines = [json.loads(line) for line in next(tmp_path.rglob("metrics.jsonl")).read_text().splitlines()]
@@ -69,7 +71,28 @@ def test_a_run(command, phantoms, tmp_path):
     assert [artifact["type"] for artifact in wandb_runs.of_type(rows, "artifact")] == ["model"]
 
 
-def test_sweep(command, phantoms, tmp_path):
+def test_a_run_goes_on_under_its_id_and_no_key_or_password_is_told(command, phantoms, tmp_path):
+    """Offline, and where the server cannot be reached; without pictures W&B is told no name of a file."""
+    flags = ["--obj", "Brain", "--data_path", phantoms, "--epoch", 1, "--exp_name", "one", "--log_images_every", 0]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://somebody:pass-word@127.0.0.1:{probe.getsockname()[1]}"
+    online = {"WANDB_MODE": "online", "WANDB_BASE_URL": url, "WANDB_INIT_TIMEOUT": "2", "WANDB_API_KEY": KEY}
+    first = train(command, tmp_path, *flags, **online)
+    assert "valid_Ungood" not in json.dumps(wandb_runs.records(tmp_path))
+    again = command(
+        "train.py", "--resume", tmp_path / "runs/one", "--epoch", 2, cwd=tmp_path, env={"WANDB_MODE": "offline"}
+    )
+    fine(again)
+    stored = json.loads((tmp_path / "runs/one/config.json").read_text())
+    assert {path.name.rpartition("-")[2] for path in tmp_path.rglob("offline-run-*")} == {stored["wandb_id"]}
+    said = [done.stdout.encode() + done.stderr.encode() for done in (first, again)]
+    texts = [part for path in tmp_path.rglob("*") if path.is_file() for part in unpacked(path)]
+    assert not [text for text in (*said, *texts) if KEY.encode() in text or b"pass-word" in text]
+
+
+def test_sweep():
+    """Both ends of each parameter give a command line that train.py takes."""
     config = yaml.safe_load((ROOT / "sweep.yaml").read_text())
     parameters = config["parameters"]
     assert set(parameters) == {
@@ -77,17 +100,11 @@ def test_sweep(command, phantoms, tmp_path):
     }  # fmt: skip
     for number in (0, -1):
         cell: dict[str, Any] = {name: {"value": spec["values"][number]} for name, spec in parameters.items()}
-        words: dict[str, list[str]] = {
-            "${env}": ["/usr/bin/env"],
-            "${interpreter}": ["python"],
-            "${program}": [config["program"]],
+        words = {
+            "${env}": ["/usr/bin/env"], "${interpreter}": ["python"], "${program}": [config["program"]],
             "${args}": create_sweep_command_args({"args": cell})["args"],
-        }
+        }  # fmt: skip
         line = [word for part in create_sweep_command(list(config["command"])) for word in words.get(part, [part])]
-        assert line[:3] == ["/usr/bin/env", "python", "train.py"], shlex.join(line)
-        folder = tmp_path / str(number)
-        train(command, folder, phantoms, *line[3:], "--epoch", 1, "--shot", 1)
-        records = wandb_runs.records(folder)
-        settings = wandb_runs.config(records)
-        assert {name: settings[name] for name in cell} == {name: value["value"] for name, value in cell.items()}
-        assert wandb_runs.summary(records)[config["metric"]["name"]] > 0
+        assert line[:3] == ["/usr/bin/env", "python", "train.py"]
+        options = vars(train_options(line[3:]))
+        assert {name: options[name] for name in cell} == {name: value["value"] for name, value in cell.items()}

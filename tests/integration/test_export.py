@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -24,15 +25,28 @@ def example() -> str:
     return textwrap.dedent(block[0])
 
 
-def test_the_example_of_the_docs_gives_the_scores_of_predict_without_torch(command, home, tmp_path):
-    images = home.data / "Brain_AD/test/Ungood/img"
-    said = fine(command("engine.export", home.ckpt, "--out", tmp_path / "brain.onnx", "--check", images))
+@pytest.fixture
+def ckpt(trained) -> Path:
+    return trained.ckpt / "Brain.pth"
+
+
+def test_the_example_of_the_docs_gives_the_scores_of_predict_without_torch(command, trained, ckpt, tmp_path):
+    images = trained.data / "Brain_AD/test/Ungood/img"
+    said = fine(command("engine.export", ckpt, "--out", tmp_path / "brain.onnx", "--check", images))
     assert "7 images" in said and "0 decisions differ" in said
     card = (tmp_path / "brain.md").read_text()
     assert "Not a medical device" in card and "image AUROC: 0." in card
     fine(
         command(
-            "predict.py", "--ckpt", home.ckpt, "--device", "cpu", images, "--out", tmp_path / "out", "--no-pictures"
+            "predict.py",
+            "--ckpt",
+            trained.ckpt / "Brain.pth",
+            "--device",
+            "cpu",
+            images,
+            "--out",
+            tmp_path / "out",
+            "--no-pictures",
         )
     )
     expected = {row["file"]: row for row in rows(tmp_path / "out")}
@@ -51,10 +65,10 @@ def test_the_example_of_the_docs_gives_the_scores_of_predict_without_torch(comma
     assert (tmp_path / "heat.png").is_file()
 
 
-def test_what_the_file_says_of_itself(command, home, tmp_path):
+def test_what_the_file_says_of_itself(command, ckpt, tmp_path):
     import onnxruntime  # noqa: PLC0415
 
-    said = fine(command("engine.export", home.ckpt, "--out", tmp_path / "half.onnx", "--precision", "fp16"))
+    said = fine(command("engine.export", ckpt, "--out", tmp_path / "half.onnx", "--precision", "fp16"))
     assert "opset 18, fp16" in said
     session = onnxruntime.InferenceSession(str(tmp_path / "half.onnx"), providers=["CPUExecutionProvider"])
     about = session.get_modelmeta().custom_metadata_map
@@ -64,16 +78,16 @@ def test_what_the_file_says_of_itself(command, home, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["MCNNFC", "MViTFC"])
-def test_corrected_fidelity_and_other_adapters(command, home, tmp_path, kind):
+def test_corrected_fidelity_and_other_adapters(command, trained, tmp_path, kind):
     """Where the command ends with code 0, no score and no pixel differs by more than 1e-4."""
     changes = ["--epoch", 1, "--visionA", kind, "--fidelity", "corrected", "--text_mood", "fix"]
-    fine(command("train.py", *home.train(tmp_path), *changes))
-    flags = ["--out", tmp_path / "x.onnx", "--check", home.data / "Brain_AD/test/good"]
+    fine(command("train.py", *trained.flags("Brain", tmp_path), *changes))
+    flags = ["--out", tmp_path / "x.onnx", "--check", trained.data / "Brain_AD/test/good"]
     assert "7 images" in fine(command("engine.export", tmp_path / "ckpt/Brain.pth", *flags))
 
 
-def test_scores_that_depend_on_the_batch_are_refused(command, home, tmp_path):
-    train = [*home.train(tmp_path), "--epoch", 1, "--visionA", "MViTFC", "--text_mood", "fix"]
+def test_scores_that_depend_on_the_batch_are_refused(command, trained, tmp_path):
+    train = [*trained.flags("Brain", tmp_path), "--epoch", 1, "--visionA", "MViTFC", "--text_mood", "fix"]
     fine(command("train.py", *train))
     refused(command("engine.export", tmp_path / "ckpt/Brain.pth", "--out", tmp_path / "x.onnx"), "MViTFC")
     assert not (tmp_path / "x.onnx").exists()

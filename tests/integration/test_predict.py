@@ -7,9 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,8 +21,8 @@ from dataset.medical_few import MedicalDataset
 from engine import InputError, load
 from engine.evaluation import Masks
 from engine.files.checkpoint import Checkpoint
-from tests.helpers.attacks import CLOSED, PEAK, driver, fine, read_json, refused, rows
-from tests.helpers.commands import HALT, ROOT, Call
+from tests.helpers.attacks import fine, read_json, refused, rows
+from tests.helpers.commands import HALT, Call
 from tests.helpers.scans import dicom_series, mni
 
 GOOD, UNGOOD = "Brain_AD/test/good/img", "Brain_AD/test/Ungood/img"
@@ -48,10 +45,10 @@ def image(phantoms) -> Path:
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory) -> Path:
-    """The MNI template with 5 mm voxels, with thick slices stored the other way round, and as a DICOM series."""
+    """The MNI template with 8 mm voxels, with thick slices stored the other way round, and as a DICOM series."""
     path = tmp_path_factory.mktemp("scans")
-    dicom_series(path / "series", mni(path / "mni.nii.gz", (5.0, 5.0, 5.0)), shuffle=1)
-    mni(path / "thick.nii.gz", (5.0, 5.0, 20.0), "LSP")
+    dicom_series(path / "series", mni(path / "mni.nii.gz", (8.0, 8.0, 8.0)), shuffle=1)
+    mni(path / "thick.nii.gz", (8.0, 8.0, 32.0), "LSP")
     return path
 
 
@@ -91,6 +88,7 @@ def size(path: Path) -> tuple[int, int]:
         return image.size
 
 
+@pytest.mark.equality
 def test_the_scores_of_the_test_program(command, ckpts, trained, tmp_path):
     done = predicted(command, ckpts / "Brain.pth", tmp_path, trained.data / GOOD, trained.data / UNGOOD)
     assert "not a medical device" in done.stdout
@@ -152,16 +150,6 @@ def test_thresholds_given_missing_and_set_again(command, ckpts, trained, image, 
     predicted(command, tmp_path / "new.pth", tmp_path / "c", image)
     assert float(rows(tmp_path / "c")[0]["threshold"]) == stored["value"]
 
-    # With masks the pixels' threshold is set too, and images may be predicted by it in the same run.
-    flags = ["--calibrate", trained.data / "Brain_AD", "--threshold_at", "fpr=0.5"]
-    done = predicted(command, ckpts / "Brain.pth", tmp_path / "d", *flags, image)
-    assert "names of shots" in done.stderr
-    again = read_json(tmp_path / "d/predictions.json")["calibration"]
-    assert again["figures"]["n_abnormal"] == 11
-    assert again["pixel_value"] != Checkpoint.load(ckpts / "Brain.pth").metadata["threshold"]["pixel_value"]
-    outlines = read_json(tmp_path / "d" / rows(tmp_path / "d")[0]["contours"])
-    assert outlines["pixel_threshold"] == again["pixel_value"]
-
 
 def test_the_grey_of_a_mask_belongs_to_the_data_set_that_is_calibrated_on(ckpts, trained, tmp_path):
     root = Path(shutil.copytree(trained.data / "Brain_AD", tmp_path / "Brain_AD"))
@@ -183,31 +171,26 @@ def test_the_grey_of_a_mask_belongs_to_the_data_set_that_is_calibrated_on(ckpts,
 
 
 def test_dicom_files_objects_without_a_picture_and_damaged_ones(command, ckpts, tmp_path):
-    good = ["CT_small.dcm", "MR_small.dcm", "examples_palette.dcm", "SC_rgb_rle_2frame.dcm"]
-    none = ["rtplan.dcm", "rtdose.dcm", "test-SR.dcm"]
-    done = predicted(command, ckpts / "Mine.pth", tmp_path / "a", *map(dicom, (*good, *none)))
-    assert len(read_json(tmp_path / "a/predictions.json")["no_image"]) == 3
+    good, none = ["CT_small.dcm", "examples_palette.dcm", "SC_rgb_rle_2frame.dcm"], ["rtplan.dcm", "rtdose.dcm"]
+    predicted(command, ckpts / "Mine.pth", tmp_path / "a", *map(dicom, (*good, *none)))
+    assert len(read_json(tmp_path / "a/predictions.json")["no_image"]) == 2
     found = {(Path(row["file"]).name, row["frame"]): row for row in rows(tmp_path / "a")}
-    assert set(found) == {(name, "") for name in good[:3]} | {(good[3], "0"), (good[3], "1")}
+    assert set(found) == {(name, "") for name in good[:2]} | {(good[2], "0"), (good[2], "1")}
     header, row = dcmread(dicom("CT_small.dcm")), found["CT_small.dcm", ""]
-    assert row["PatientID"] == header.PatientID
-    assert row["StudyInstanceUID"] == header.StudyInstanceUID
-    assert row["SeriesInstanceUID"] == header.SeriesInstanceUID
-    assert row["InstanceNumber"] == str(header.InstanceNumber)
+    for name in ("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "InstanceNumber"):
+        assert row[name] == str(header[name].value)
     assert float(row["slice_position"]) == pytest.approx(header.ImagePositionPatient[2], abs=1e-3)
     assert (row["plane"], row["orientation"]) == ("axial", "left R, right L, top A, bottom P")
-    assert "shown from" in row["notes"]
 
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
     bad = [dicom("MR_truncated.dcm"), tmp_path / "broken.png", tmp_path / "missing.png"]
     done = predicted(command, ckpts / "Mine.pth", tmp_path / "b", dicom(good[0]), *bad, code=1)
     for path in bad:
         assert sum(Path(path).name in line for line in done.stderr.splitlines()) == 1
-    assert len(rows(tmp_path / "b")) == 1
-    refused(command("predict.py", "--ckpt", ckpts / "Mine.pth", dicom("rtplan.dcm"), "--out", tmp_path / "c"), "image")
     before = {path.name: path.read_bytes() for path in (tmp_path / "b").glob("predictions.*")}
     flags = ["--ckpt", ckpts / "Mine.pth", "--out", tmp_path / "b"]
-    refused(command("predict.py", *flags, dicom("JPEGLSNearLossless_16.dcm")), "no image could be read")  # no decoder
+    for name in ("rtplan.dcm", "JPEGLSNearLossless_16.dcm"):  # no picture; no decoder
+        refused(command("predict.py", *flags, dicom(name)), "image")
     assert before == {name: (tmp_path / "b" / name).read_bytes() for name in before}  # not replaced by an empty table
     assert not (tmp_path / "b/predictions.partial.jsonl").exists()
     done = command("predict.py", "--debug", *flags, dicom(good[0]), bad[1])
@@ -245,7 +228,7 @@ def test_a_volume_of_thick_slices(command, ckpts, scans, tmp_path):
     assert f" of 1 series, {sum(row['abnormal'] == 'True' for row in table)} of {deep} images" in done.stdout
     assert {(row["plane"], int(row["width"]), int(row["height"])) for row in table} == {("coronal", wide, high)}
     assert {row["orientation"] for row in table} == {"left R, right L, top S, bottom I"}
-    np.testing.assert_allclose(np.diff([float(row["slice_position"]) for row in table]), 5)
+    np.testing.assert_allclose(np.diff([float(row["slice_position"]) for row in table]), 8)
     outlines = [read_json(tmp_path / row["contours"]) for row in table]
     assert {(outline["width"], outline["height"]) for outline in outlines} == {(wide, high)}
     points = np.array([point for outline in outlines for region in outline["regions"] for point in region["points"]])
@@ -286,7 +269,7 @@ def test_gaps_and_localizers_of_a_series_are_said(command, ckpts, scans, tmp_pat
     overview.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
     overview.save_as(headers[1])
     done = predicted(command, ckpts / "Mine.pth", tmp_path / "out", tmp_path / "series", "--no-pictures")
-    assert any("15 mm" in line and "5 mm" in line for line in done.stderr.splitlines())
+    assert any("24 mm" in line and "8 mm" in line for line in done.stderr.splitlines())
     assert any(f"1 of {len(headers) - 2} images" in line and "localizer" in line for line in done.stderr.splitlines())
     done = predicted(command, ckpts / "Mine.pth", tmp_path / "whole", scans / "series", "--no-pictures")
     assert "localizer" not in done.stderr
@@ -297,39 +280,34 @@ def test_gaps_and_localizers_of_a_series_are_said(command, ckpts, scans, tmp_pat
 
 
 def test_groups(command, ckpts, scans, trained, tmp_path):
-    images = sorted((trained.data / UNGOOD).iterdir())
-    for place, source in enumerate(images[:6]):
-        patient = f"P{1 + place // 3}"
-        (tmp_path / "in" / patient).mkdir(parents=True, exist_ok=True)
-        shutil.copy(source, tmp_path / "in" / patient / f"{patient}_slice{place % 3}.png")
+    for place, source in enumerate(sorted((trained.data / UNGOOD).iterdir())[:6]):
+        path = tmp_path / "in" / f"P{1 + place // 3}" / f"P{1 + place // 3}_slice{place % 3}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, path)
     shutil.copytree(scans / "series", tmp_path / "series")
     for path in (tmp_path / "series").iterdir():
         header = dcmread(path)
         header.SeriesDescription = "T1 axial"
         header.save_as(path)
-    counts = {"series": [1] * 6, "patient": [3], "folder": [3, 3]}
-    for by, others in counts.items():
-        out = tmp_path / by
-        done = predicted(command, ckpts / "Mine.pth", out, tmp_path / "in", tmp_path / "series", "--group_by", by)
-        groups, found = table(out / "groups.csv"), rows(out)
-        assert re.search(r" of 1 patients, \d+ of 1 series, \d+ of \d+ images abnormal", done.stdout)
-        assert [group["group"] for group in read_json(out / "predictions.json")["groups"]] == [
-            group["group"] for group in groups
-        ]
-        slices = sum(bool(row["SeriesInstanceUID"]) for row in found)
-        # PatientID of the series is P1 as well: it joins the files that name this patient.
-        assert sorted(int(group["images"]) for group in groups) == sorted([*others, slices + 3 * (by == "patient")])
-        (of_series,) = (group for group in groups if group["PatientID"])
-        assert (of_series["PatientID"], of_series["description"]) == ("P1", "T1 axial")
-        members = [row for row in found if "P2_" in row["file"]]
-        if by != "series":
-            (group,) = (group for group in groups if "P2" in group["group"])
-            scores = sorted((float(row["score"]) for row in members), reverse=True)
-            assert float(group["largest"]) == scores[0]
-            assert float(group["mean"]) == pytest.approx(np.mean(scores))
-            assert float(group["percentile_95"]) == pytest.approx(np.percentile(scores, 95))
-            assert float(next(r for r in members if r["file"] == group["deciding_file"])["score"]) == scores[0]
-            assert group["abnormal"] == str(scores[0] >= float(group["threshold"]))
+    inputs = [tmp_path / "in", tmp_path / "series", "--group_by", "patient"]
+    done = predicted(command, ckpts / "Mine.pth", tmp_path, *inputs)
+    assert re.search(r" of 1 patients, \d+ of 1 series, \d+ of \d+ images abnormal", done.stdout)
+    groups, found = table(tmp_path / "groups.csv"), rows(tmp_path)
+    stored = read_json(tmp_path / "predictions.json")["groups"]
+    assert [group["group"] for group in stored] == [group["group"] for group in groups]
+    # PatientID of the series is P1 as well: it joins the files that name this patient.
+    slices = sum(bool(row["SeriesInstanceUID"]) for row in found)
+    (of_series,) = (group for group in groups if group["PatientID"])
+    assert (of_series["PatientID"], of_series["description"]) == ("P1", "T1 axial")
+    (other,) = (group for group in groups if not group["PatientID"])
+    assert (int(of_series["images"]), int(other["images"])) == (slices + 3, 3)
+    members = [row for row in found if "P2_" in row["file"]]
+    scores = [float(row["score"]) for row in members]
+    assert float(other["largest"]) == max(scores)
+    assert float(other["mean"]) == pytest.approx(np.mean(scores))
+    assert float(other["percentile_95"]) == pytest.approx(np.percentile(scores, 95))
+    assert other["deciding_file"] == members[int(np.argmax(scores))]["file"]
+    assert other["abnormal"] == str(max(scores) >= float(other["threshold"]))
 
 
 def test_anonymous_results_name_no_one(command, ckpts, scans, image, tmp_path):
@@ -364,43 +342,17 @@ def test_report_page(command, ckpts, scans, image, tmp_path):
     assert places[0] > -1 and places == sorted(places)
 
 
-def test_cells_are_no_formulas(command, ckpts, image, tmp_path):
-    (tmp_path / "in").mkdir()
-    for name in ("=1+1.png", "+1.png", "-1.png", "@a.png", "plain.png"):
-        shutil.copy(image, tmp_path / "in" / name)
-    arguments = ["predict.py", "--ckpt", ckpts / "Mine.pth", "--out", tmp_path / "out", "."]
-    fine(command(*arguments, cwd=tmp_path / "in"))
-    cells = sorted(row["file"] for row in rows(tmp_path / "out"))
-    assert cells == ["'+1.png", "'-1.png", "'=1+1.png", "'@a.png", "plain.png"]
-    stored = read_json(tmp_path / "out/predictions.json")["predictions"]
-    assert sorted(row["file"] for row in stored) == sorted(cell.lstrip("'") for cell in cells)
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere.png"], ["nowhere.png"]),
-        (["tests/golden"], ["tests/golden", "no image"]),
+        (["tests/golden"], ["tests/golden"]),
         (["docs/demo.jpg", "--window", 10, 0], ["--window"]),
-        ([""], ["IMAGE_OR_FOLDER", "is empty"]),
-        (["docs/demo.jpg", "--threshold", "nan"], ["--threshold"]),
-        (["docs/demo.jpg", "--ckpt", "README.md"], ["README.md", "not a checkpoint"]),
         (["docs/demo.jpg", "--out", "README.md"], ["--out README.md"]),
         (["docs/demo.jpg", "--threshold", 1, "--calibrate", "x"], ["--threshold", "--calibrate"]),
     ],
 )
 def test_refused(command, ckpts, tmp_path, arguments, words):
     refused(command("predict.py", "--ckpt", ckpts / "Brain.pth", "--out", tmp_path, *arguments), *words)
-
-
-def test_a_missing_package_is_named_before_anything_is_done(ckpts, tmp_path):
-    (tmp_path / "stub").mkdir()
-    (tmp_path / "stub/nibabel.py").write_text("raise ImportError('not here')")
-    (tmp_path / "v.nii.gz").write_bytes(b"x")
-    line = [sys.executable, "predict.py", "--ckpt", ckpts / "Brain.pth", tmp_path / "v.nii.gz", "--out", tmp_path / "o"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "stub")}
-    refused(subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False), "nibabel")
-    assert not (tmp_path / "o").exists()
 
 
 # --- killed, beside each other, again ---
@@ -434,53 +386,14 @@ def test_a_killed_batch_goes_on_where_it_stopped(command, ckpts, scans, trained,
     assert not (out / "predictions.partial.jsonl").exists()
 
 
-def test_lines_of_another_command_or_of_files_that_changed_are_dropped(command, ckpts, image, tmp_path):
+def test_lines_of_files_that_changed_are_dropped(command, ckpts, image, tmp_path):
     shutil.copy(image, tmp_path / "a.png")
     flags = ["--ckpt", ckpts / "Mine.pth", tmp_path / "a.png", "--device", "cpu", "--out", tmp_path / "out"]
-    end = (Call("engine.report.predictions.Results.close"), signal.SIGKILL)
-    for change in ("flag", "file"):
-        command("predict.py", *flags, on=end)
-        assert len((tmp_path / "out/predictions.partial.jsonl").read_text().splitlines()) == 2
-        if change == "file":
-            Image.new("RGB", (30, 20), "white").save(tmp_path / "a.png")
-        fine(command("predict.py", *flags, *(["--threshold", 9] if change == "flag" else [])))
-        (row,) = rows(tmp_path / "out")
-        assert (row["threshold"], row["width"]) == (("9.0", "64") if change == "flag" else (row["threshold"], "30"))
-
-
-def test_a_full_disk_leaves_the_older_tables(command, ckpts, image, tmp_path):
-    out = tmp_path / "out"
-    predicted(command, ckpts / "Brain.pth", out, image)
-    before = [(out / f"predictions.{kind}").read_bytes() for kind in ("csv", "json")]
-    with Image.open(image) as opened:
-        opened.resize((1500, 1500)).save(tmp_path / "large.png")  # its overlay is too large for the disk
-    flags = ["--ckpt", ckpts / "Brain.pth", "--batch_size", 1, image, image, tmp_path / "large.png", "--out", out]
-    refused(command("predict.py", *flags, file_bytes=200_000), "--out")
-    assert before == [(out / f"predictions.{kind}").read_bytes() for kind in ("csv", "json")]
+    command("predict.py", *flags, on=(Call("engine.report.predictions.Results.close"), signal.SIGKILL))
+    assert len((tmp_path / "out/predictions.partial.jsonl").read_text().splitlines()) == 2
+    Image.new("RGB", (30, 20), "white").save(tmp_path / "a.png")
     fine(command("predict.py", *flags))
-    assert len(rows(out)) == len(read_json(out / "predictions.json")["predictions"]) == 3
-
-
-@pytest.mark.parametrize("at", [1, 2])
-def test_a_kill_between_the_files_leaves_no_pair_of_two_runs(command, ckpts, trained, tmp_path, at):
-    predicted(command, ckpts / "Brain.pth", tmp_path, trained.data / GOOD)
-    old = (tmp_path / "predictions.csv").read_bytes()
-    code = """
-seen = 0
-def hook(event, args):
-    global seen
-    if event == "os.rename" and str(args[1]).endswith(("predictions.csv", "predictions.json")):
-        seen += 1
-        if seen == AT:
-            os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(hook)
-""".replace("AT", str(at))
-    flags = ["--ckpt", ckpts / "Brain.pth", trained.data / UNGOOD, "--out", tmp_path]
-    assert command(driver(tmp_path, code), "predict.py", *flags).returncode == -signal.SIGKILL
-    assert ((tmp_path / "predictions.csv").read_bytes() == old) == (at == 1)
-    if (tmp_path / "predictions.json").exists():
-        listed = read_json(tmp_path / "predictions.json")["predictions"]
-        assert [row["file"] for row in listed] == [row["file"] for row in rows(tmp_path)]
+    assert [row["width"] for row in rows(tmp_path / "out")] == ["30"]
 
 
 def test_two_at_a_time_do_not_write_to_one_folder(command, ckpts, image, trained, tmp_path):
@@ -520,58 +433,28 @@ def test_its_own_pictures_are_no_input(command, ckpts, scans, image, tmp_path):
     shutil.copy(scans / "mni.nii.gz", tmp_path / "in")
     shutil.copy(image, tmp_path / "in")
     predicted(command, ckpts / "Mine.pth", tmp_path / "in", tmp_path / "in")
-    first = rows(tmp_path / "in")
-    for inputs in ([tmp_path / "in"], sorted((tmp_path / "in").iterdir())):  # the folder; as the shell writes in/*
-        predicted(command, ckpts / "Mine.pth", tmp_path / "in", *inputs)
-        assert sorted(row["file"] for row in rows(tmp_path / "in")) == sorted(row["file"] for row in first)
-    # Pictures of one's own that lie in the folder of the results are predicted.
-    (tmp_path / "in/results").mkdir()
-    shutil.copy(image, tmp_path / "in/results/other.png")
-    predicted(command, ckpts / "Mine.pth", tmp_path / "in/results", tmp_path / "in")
-    assert len(rows(tmp_path / "in/results")) == len(first) + 1
+    first = sorted(row["file"] for row in rows(tmp_path / "in"))
+    predicted(command, ckpts / "Mine.pth", tmp_path / "in", *sorted((tmp_path / "in").iterdir()))  # the shell's in/*
+    assert sorted(row["file"] for row in rows(tmp_path / "in")) == first
 
 
-def test_names_and_folders_that_cannot_be_used_as_they_are(command, ckpts, image, tmp_path):
-    (tmp_path / "in/closed").mkdir(parents=True)
+def test_names_that_cannot_be_used_as_they_are(command, ckpts, image, tmp_path):
+    (tmp_path / "in").mkdir()
     for name in ["病" * 83 + ".png", "\x1b[31mred.png", os.fsdecode(b"\xff.png")]:
         shutil.copy(image, tmp_path / "in" / name)
     flags = ["--ckpt", ckpts / "Brain.pth", tmp_path / "in", "--out", tmp_path / "out", "--report", tmp_path / "page"]
-    done = command(driver(tmp_path, CLOSED), "predict.py", *flags)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
+    done = command("predict.py", *flags)
+    fine(done)
     assert "\x1b[31m" not in done.stderr + (tmp_path / "out/predictions.csv").read_text()
-    assert f"skipped: {tmp_path / 'in/closed'}: " in done.stderr
     found = rows(tmp_path / "out")
     assert len(found) == 3
     assert all((tmp_path / "out" / row[kind]).is_file() for row in found for kind in ("overlay", "raw", "contours"))
 
 
-@pytest.mark.parametrize(("side", "counts"), [(512, (10, 120)), (2400, (4, 24))])
-def test_memory_does_not_grow_with_the_images(command, ckpts, tmp_path, side, counts):
-    Image.linear_gradient("L").resize((side, side)).save(tmp_path / "image.png")
-    peaks = []
-    for many in counts:
-        (tmp_path / str(many)).mkdir()
-        for i in range(many):
-            (tmp_path / str(many) / f"{i}.png").symlink_to(tmp_path / "image.png")
-        flags = ["--ckpt", ckpts / "Brain.pth", "--batch_size", 4, tmp_path / str(many), "--out", tmp_path / "out"]
-        peaks.append(int(fine(command(driver(tmp_path, PEAK), "predict.py", *flags)).split("peak ")[1]))
-    grown = (counts[1] - counts[0]) * 3 * side * side / 1024  # kB, if the pixels were kept
-    assert peaks[1] - peaks[0] < grown / 3
-
-
 # --- from Python ---
 
 
-def test_published_format(command, ckpts, image, tmp_path):
-    published = tmp_path / "Brain.pth"
-    assert command("engine.checkpoint", "export", ckpts / "Brain.pth", published).returncode == 0
-    found = load(published, "cpu", pretrain="random", img_size=42).predict(image)
-    assert found.decision is None
-    assert found.score == pytest.approx(load(ckpts / "Brain.pth", "cpu").predict(image).score, abs=1e-6)
-
-
-def test_python_api(ckpts, image, tmp_path):
+def test_python_api(ckpts, image):
     model = load(ckpts / "Brain.pth", "cpu")
     grey = np.asarray(Image.open(image).convert("L"))
     one = model.predict(image)
@@ -580,23 +463,17 @@ def test_python_api(ckpts, image, tmp_path):
     assert one.decision == (one.score >= model.threshold)
     assert (one.heat.shape, one.heat.dtype, one.size) == ((42, 42), np.float32, (64, 64))
     assert one.heat.max() == pytest.approx(one.score)
-    assert one.map.shape == grey.shape
-    assert one.map.dtype == np.float32
     wide = model.predict(np.asarray(Image.fromarray(grey).resize((90, 30))))
     assert (wide.size, wide.map.shape) == ((90, 30), (30, 90))
     stacked = np.stack([np.asarray(Image.fromarray(grey).convert("RGB"))] * 3)
     for many in (iter([image] * 3), stacked):  # a generator, such as Path.glob gives; (B, H, W, 3)
-        assert [found.score for found in model.predict(many, 2)] == pytest.approx([one.score] * 3, abs=1e-6)
-    assert model.predict([]) == []
-    for wrong in (lambda: model.predict(image, 0), lambda: load(ckpts / "Brain.pth", no_such_flag=1)):
-        with pytest.raises((ValueError, TypeError), match=r"batch_size|no_such_flag"):
-            wrong()
+        assert [result.score for result in model.predict(many, 2)] == pytest.approx([one.score] * 3, abs=1e-6)
 
 
 def test_one_bad_image_does_not_lose_a_batch(ckpts, image, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n")
     model = load(ckpts / "Brain.pth", "cpu")
-    for bad in (tmp_path / "bad.png", tmp_path / "none.png", np.full((4, 4), np.nan), np.zeros((2, 2, 5)), None):
+    for bad in (tmp_path / "bad.png", np.full((4, 4), np.nan), np.zeros((2, 2, 5))):
         good, error, after = model.predict([image, bad, image])
         assert good.score == pytest.approx(after.score, abs=1e-6)
         assert isinstance(error, InputError)
@@ -616,11 +493,3 @@ def test_volumes_and_files_of_many_frames_give_all_slices(command, ckpts, scans,
     assert volume.map.shape == (len(found), height, width)
     assert volume.heat.shape == (len(found), 42, 42)
     assert (len(frames.slices), frames.score) == (2, max(part.score for part in frames.slices))
-
-
-def test_threads_share_a_model(ckpts, trained):
-    model = load(ckpts / "Brain.pth", "cpu")
-    images = sorted((trained.data / UNGOOD).iterdir())
-    expected = [model.predict(image).score for image in images]
-    with ThreadPoolExecutor(4) as pool:
-        assert [found.score for found in pool.map(model.predict, images * 4)] == expected * 4

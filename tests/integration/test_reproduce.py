@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -19,12 +15,11 @@ import torch
 from CLIP.clip import create_model
 from dataset import phantom
 from engine.baselines import NAMES
-from engine.study.jobs import run_jobs
+from tests.helpers.attacks import fine
 from tests.helpers.commands import Call
 from tests.helpers.data import SMALL
 
 ROOT = Path(__file__).parents[2]
-TABLES = ("md", "csv", "tex")
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +28,6 @@ def small(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("data")
     phantom.write(folder, ["Brain", "Liver", "Chest"], valid=2, test=4, seed=0, size=64)
     return [*SMALL, "--data_path", str(folder), "--cache_dir", str(folder / "cache"), "--epoch", "2"]
-
-
-def same_tables(one: Path, two: Path, name: str) -> None:
-    for suffix in TABLES:
-        assert (one / f"{name}.{suffix}").read_bytes() == (two / f"{name}.{suffix}").read_bytes()
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -50,31 +40,23 @@ def read(path: Path) -> dict:
 
 
 def test_a_killed_ablation(command, small, tmp_path):
-    """The tables and every epoch's losses are those of an undisturbed grid."""
-    grid = ["--table", "ablation", "--obj", "Brain", "--seeds", "111", "--shots", "1", "--select", "test"]
-    grid += [*small, "--features_list", "2"]
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    result = command("reproduce.py", *grid, "--out", undisturbed)
-    assert result.returncode == 0, result.stderr
-    assert "features" not in result.stderr  # one bar only; the cells' output is in their logs
-    assert "epoch 2/2" in (undisturbed / "logs/Brain-1shot-seed111.txt").read_text()
-    event = (Call("engine.files.run.RunFolder.save", 6), signal.SIGKILL)  # two epochs a cell: in the third one
-    assert command("reproduce.py", *grid, "--out", killed, on=event).returncode == -signal.SIGKILL
-    assert len(list(killed.glob("runs/*/result.json"))) == 2
-    assert "2 of 10 cells" in (killed / "ablation.md").read_text()
-    listed = command("reproduce.py", *grid, "--out", killed, "--dry_run").stdout
-    assert listed.count("done   ") == 2
-    assert command("reproduce.py", *grid, "--out", killed).returncode == 0
-    same_tables(undisturbed, killed, "ablation")
-    for run in undisturbed.glob("runs/*"):
-        assert (run / "metrics.jsonl").read_bytes() == (killed / "runs" / run.name / "metrics.jsonl").read_bytes()
+    """It goes on where it was killed, and a cell is what train.py alone gives, sharing neither weights nor features."""
+    shared = [*small, "--features_list", "2", "--epoch", "1", "--select", "test"]
+    grid = ["--table", "ablation", "--obj", "Chest", "--seeds", "111", "--shots", "1", *shared, "--out", tmp_path]
+    event = (Call("engine.files.run.RunFolder.save", 3), signal.SIGKILL)  # in the third cell
+    assert command("reproduce.py", *grid, on=event).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob("runs/*/result.json"))) == 2
+    assert fine(command("reproduce.py", *grid, "--dry_run")).count("done   ") == 2
+    fine(command("reproduce.py", *grid))
+    assert "10 of 10 cells" in (tmp_path / "ablation.md").read_text()
+    assert "epoch 1/1" in (tmp_path / "logs/Chest-1shot-seed111.txt").read_text()
 
-    # A cell of the grid is what train.py alone gives, though that shares neither weights nor features.
-    alone = ["--obj", "Brain", "--shot", "1", "--seed", "111", "--fidelity", "corrected", "--no-save_model"]
-    alone += [*small, "--features_list", "2", "--cache", "ram", "--run_dir", tmp_path, "--exp_name", "alone"]
-    assert command("train.py", *alone).returncode == 0
-    cell = undisturbed / "runs" / "Brain-1shot-seed111-fidelity-corrected"
-    assert (tmp_path / "alone" / "metrics.jsonl").read_bytes() == (cell / "metrics.jsonl").read_bytes()
+    alone = ["--obj", "Chest", "--shot", "1", "--seed", "111", "--no-save_model", *shared, "--cache", "ram"]
+    for cell, flags in (("Chest-1shot-seed111", []), ("Chest-1shot-seed111-fidelity-corrected", ["corrected"])):
+        fidelity = ["--fidelity", *flags] if flags else []
+        fine(command("train.py", *alone, *fidelity, "--run_dir", tmp_path / "alone", "--exp_name", cell))
+        lines = [(tmp_path / folder / cell / "metrics.jsonl").read_bytes() for folder in ("alone", "runs")]
+        assert lines[0] == lines[1]
 
 
 def test_main_table(command, small, tmp_path):
@@ -84,8 +66,7 @@ def test_main_table(command, small, tmp_path):
     compare = tmp_path / "mine.json"
     mine = {"method": "Mine", "source": "here", "shots": 2, "auc": {"Brain": 99.5}}
     compare.write_text(json.dumps({"results": [mine]}))
-    result = command("reproduce.py", *both, "--compare", compare)
-    assert result.returncode == 0, result.stderr
+    printed = fine(command("reproduce.py", *both, "--compare", compare))
     results = [read(tmp_path / f"runs/Brain-2shot-seed{seed}/result.json") for seed in (1, 2)]
     found = {(row["data set"], row["metric"], row["method"]): row for row in rows(tmp_path / "main.csv")}
     for epoch, values in (("selected on test", results), ("last epoch", [result["last"] for result in results])):
@@ -105,7 +86,7 @@ def test_main_table(command, small, tmp_path):
     text = (tmp_path / "main.md").read_text()
     assert "Made-up images (Brain, Chest)" in text
     assert "4 of 4 cells" in text
-    assert text in result.stdout
+    assert text in printed
 
     # Done is done: nothing is computed again.
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*")}
@@ -123,17 +104,13 @@ def test_main_table(command, small, tmp_path):
     assert ("ours, selected on test" in methods) == (chosen == "test")
     # A cell that fails is named, and the others go on.
     failing = command("reproduce.py", *both, "--shots", "3")  # valid/ has two images a class
-    assert failing.returncode == 2
-    assert "--shot 3: valid holds only 2" in failing.stderr
-    assert "4 of 4 cells failed" in failing.stderr
-    assert "Traceback" not in failing.stderr
+    assert (failing.returncode, "4 of 4 cells failed" in failing.stderr) == (2, True)
     assert rows(tmp_path / "main.csv")[0]["note"] == "failed"
 
 
 def test_leave_one_out_table(command, small, tmp_path):
     grid = ["--table", "leave_one_out", "--obj", "Brain", "Liver", "Chest", "--seeds", "1", "--shots", "1", *small]
-    result = command("reproduce.py", *grid, "--out", tmp_path)
-    assert result.returncode == 0, result.stderr
+    fine(command("reproduce.py", *grid, "--out", tmp_path))
     found = {(r["tested on"], r["metric"]): r for r in rows(tmp_path / "leave_one_out.csv")}
     assert {tested for tested, metric in found if metric == "image AUROC"} == {"Brain", "Liver", "Chest"}
     assert {tested for tested, metric in found if metric == "pixel AUROC"} == {"Brain", "Liver"}
@@ -151,8 +128,7 @@ def test_baselines_of_a_tower_of_ones_own(command, small, tmp_path):
     grid = ["--table", "baselines", "--obj", "Brain", "Chest", "--seeds", "1", "--shots", "2", "--device", "cpu"]
     grid += ["--model_name", config, "--weights", weights, "--img_size", "84", "--epoch", "1", "--data_path", data]
     grid += ["--cache_dir", tmp_path / "cache", "--select", "test", "--out", tmp_path, "--fidelity"]
-    result = command("reproduce.py", *grid, "corrected")
-    assert result.returncode == 0, result.stderr
+    fine(command("reproduce.py", *grid, "corrected"))
     caption = (tmp_path / "baselines.md").read_text().splitlines()[0]
     assert "tower, tower.pt, 84 px, corrected, 1 epoch, 2 shots" in caption  # and no folder of this machine
     released = command("reproduce.py", *grid, "released")
@@ -162,27 +138,12 @@ def test_baselines_of_a_tower_of_ones_own(command, small, tmp_path):
     assert [method for obj, metric, method in found if (obj, metric) == ("Brain", "pixel AUROC")] == methods
     assert [method for obj, metric, method in found if (obj, metric) == ("Chest", "image AUROC")] == methods
     assert not any((obj, metric) == ("Chest", "pixel AUROC") for obj, metric, _ in found)
-    measured, trained = (read(tmp_path / f"runs/Brain-2shot-seed1{end}/result.json") for end in ("-baselines", ""))
-    assert (measured["shots"], measured["mask_above"]) == (trained["shots"], trained["mask_above"])
     for name in NAMES:
-        figures = measured["baselines"][name]
+        figures = read(tmp_path / "runs/Brain-2shot-seed1-baselines/result.json")["baselines"][name]
         assert float(found["Brain", "image AUROC", name]["mean"]) == pytest.approx(100 * figures["auc"], abs=1e-5)
-        assert figures["auc_ci95"][0] <= figures["auc"] <= figures["auc_ci95"][1]
     log = (tmp_path / "logs/Brain-2shot-seed1-baselines.txt").read_text()
     # The tower saw these images for MadCLIP already.
     assert re.search(r"tokens: (\d+) images .*; \1 of them computed before", log)
-
-
-def test_a_dry_run_without_data(command, tmp_path):
-    grid = ["--table", "main", "--data_path", tmp_path / "none", "--out", tmp_path]
-    result = command("reproduce.py", *grid, "--dry_run")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("to do  ") == 18
-    assert "18 of 18 to do" in result.stdout
-    assert "2.37 MB" in result.stdout
-    assert not list(tmp_path.iterdir())
-    missing = command("reproduce.py", *grid)
-    assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
 
 
 def test_cross_table(command, small, tmp_path):
@@ -192,8 +153,7 @@ def test_cross_table(command, small, tmp_path):
     (data / "Liver_AD" / "Liver.json").write_text('{"mask_above": 25}')
     flags = [*small, "--data_path", data, "--select", "test"]
     grid = ["--table", "cross", "--obj", "Brain", "Liver", "Chest", "--seeds", "1", "--shots", "1", *flags]
-    result = command("reproduce.py", *grid, "--out", tmp_path)
-    assert result.returncode == 0, result.stderr
+    fine(command("reproduce.py", *grid, "--out", tmp_path))
     last = [row for row in rows(tmp_path / "cross.csv") if row["epoch"] == "last epoch"]
     found = {(r["trained on"], r["tested on"], r["metric"]): r for r in last}
     assert {(a, b) for a, b, metric in found if metric == "pixel AUROC"} == {
@@ -223,54 +183,5 @@ def test_cross_table(command, small, tmp_path):
 
     # Only one of the two has masks: images score as the checkpoint was trained, and nothing is said of pixels.
     output = command("test.py", "--obj", "Chest", *paths, "--ckpt", ckpt).stdout
-    assert "by their highest pixel" in output
     assert "Chest pAUC" not in output
     assert read(out)["pauc"] is None
-    output = command("test.py", "--obj", "Brain", *paths, "--ckpt", tmp_path / "runs/Chest-1shot-seed1/best.pth").stdout
-    assert "by the detection heads" in output
-
-
-def wait_once(folder: Path) -> None:
-    """A job that takes ten minutes, but not when it is called again."""
-    with (folder / "calls.txt").open("a") as file:
-        file.write(f"{os.getpid()}\n")
-    if (folder / "calls.txt").read_text().count("\n") == 1:
-        time.sleep(600)
-
-
-def test_a_preempted_job_is_called_again(tmp_path):
-    pytest.importorskip("submitit")
-    jobs, calls, found = run_jobs(wait_once, [tmp_path], "local", tmp_path, 1), tmp_path / "calls.txt", []
-    waiting = threading.Thread(target=lambda: found.extend(jobs))
-    waiting.start()
-    while not calls.is_file() or not calls.read_text():
-        time.sleep(0.05)
-    os.kill(int(calls.read_text()), signal.SIGUSR2)  # as Slurm does, the way submitit asks it to
-    waiting.join(500)
-    assert found == [(tmp_path, None)]
-    assert calls.read_text().count("\n") == 2
-
-
-def cluster() -> str:
-    """A reason not to use Slurm here, if there is one."""
-    if shutil.which("sbatch") is None:
-        return "no Slurm here"
-    try:
-        state = subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True, timeout=10, check=False)
-    except subprocess.TimeoutExpired:
-        return "Slurm does not answer"
-    return "" if "idle" in state.stdout else "no idle node"
-
-
-@pytest.mark.parametrize("executor", ["local", "slurm"])
-def test_jobs(command, small, tmp_path, executor):
-    """Cells as jobs give the same tables."""
-    pytest.importorskip("submitit")
-    if executor == "slurm" and (reason := cluster()):
-        pytest.skip(reason)
-    grid = ["--table", "main", "--obj", "Chest", "--seeds", "1", "2", "--shots", "1", *small]
-    jobs = command("reproduce.py", *grid, "--out", tmp_path / "jobs", "--executor", executor, "--jobs", 2)
-    assert jobs.returncode == 0, jobs.stderr
-    assert len(list((tmp_path / "jobs/jobs").glob("*_submitted.pkl"))) == 2
-    assert command("reproduce.py", *grid, "--out", tmp_path / "here").returncode == 0
-    same_tables(tmp_path / "jobs", tmp_path / "here", "main")

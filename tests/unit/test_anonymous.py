@@ -45,18 +45,6 @@ def options_of(folder, *flags):
     return train_options(["--obj", "Brain", "--data_path", str(folder), "--shot", "2", "--iterate", "-1", *flags])
 
 
-def test_splits_show_numbers_and_print_no_patient(tmp_path, capsys):
-    write(tmp_path)
-    plain, hidden = (Splits.open(options_of(tmp_path, *flags)) for flags in ([], ["--anonymous"]))
-    assert [sample.path for sample in hidden.test] == [sample.path for sample in plain.test]
-    assert len(hidden.shot_patients()) == len(plain.shot_patients())
-    capsys.readouterr()
-    hidden.describe()
-    said = capsys.readouterr().out
-    assert "patients: " in said and not re.search(r"patient\d", said)
-    assert re.search(r"normal shots: valid-\d{5}\.png", said)
-
-
 def test_a_negative_seed_draws_other_shots(tmp_path):
     write(tmp_path)
     drawn = [Splits.open(options_of(tmp_path, "--seed", seed)).shots.names() for seed in ("5", "-5", "-5")]

@@ -84,34 +84,6 @@ def test_the_nearest_patch_is_exact_and_sees_no_abnormal_shot():
         assert torch.allclose(scores[:, k].flatten(), expected, atol=1e-6)
 
 
-def test_neighbourhoods_average_what_there_is():
-    tokens = torch.zeros(1, N, 2)
-    tokens[0, :, 0] = torch.arange(9.0)
-    tokens[0, :, 1] = 1
-    mean = baselines.neighbourhoods(tokens)
-    assert mean[0, 4, 0] / mean[0, 4, 1] == pytest.approx(4)  # the middle: all nine
-    assert mean[0, 0, 0] / mean[0, 0, 1] == pytest.approx((0 + 1 + 3 + 4) / 4)  # a corner: four
-    assert torch.allclose(mean.norm(dim=-1), torch.ones(1, N))
-
-
-def test_a_coreset_covers_the_bank():
-    generator = torch.Generator().manual_seed(0)
-    centres = 10 * torch.randn(5, 32, generator=generator)
-    bank = centres.repeat_interleave(40, dim=0) + 0.01 * torch.randn(200, 32, generator=generator)
-    chosen = baselines.coreset(bank, 5, generator)
-    assert sorted((chosen // 40).tolist()) == [0, 1, 2, 3, 4]  # one of each heap
-    assert baselines.coreset(bank, 300, generator).tolist() == list(range(200))
-
-
-def test_prototypes_without_abnormal_shots(test_set):
-    batches, _, abnormal = test_set
-    tokens, labels, _ = make(12, 0)
-    normal = Training([x[~labels] for x in tokens], labels[~labels], None, torch.Generator())
-    assert auc(abnormal, scored(baselines.prototypes(normal), batches).sum(dim=1)) > 0.8
-    names = [name for name, _ in baselines.fit(normal, None, torch.eye(C)[:, :2])]
-    assert names == ["nearest normal patch", "class prototypes"]
-
-
 def test_zero_shot_reads_the_last_layer(test_set):
     batches, _, _ = test_set
     last = torch.cat([layers[-1] for layers in batches()])
@@ -119,17 +91,6 @@ def test_zero_shot_reads_the_last_layer(test_set):
     scores = scored(baselines.zero_shot(lambda x: 3 * x[..., :8], text), batches)
     cosines = F.normalize(last[..., :8], dim=-1) @ text
     assert torch.allclose(scores[:, 0], 100 * (cosines[..., 1] - cosines[..., 0]), atol=1e-4)
-
-
-def test_masks_become_parts_of_patches():
-    masks = torch.zeros(1, 6, 6, dtype=torch.bool)
-    masks[0, :2, :2] = True  # the first patch
-    masks[0, 2, 2] = True  # a quarter of the middle one
-    pooled = baselines.pool_masks(masks, 9)
-    assert pooled.tolist() == [[1, 0, 0, 0, 0.25, 0, 0, 0, 0]]
-    shots = Training([torch.zeros(1, N, C)], torch.tensor([True]), pooled, torch.Generator())
-    assert shots.abnormal_patches[0].nonzero().flatten().tolist() == [0]
-    assert shots.normal_patches[0].sum() == 7  # neither the first nor the mixed one
 
 
 def test_zero_shot_obeys_prompts(tmp_path):

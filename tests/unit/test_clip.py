@@ -10,14 +10,15 @@ from CLIP.model import CLIP, ModelConfig
 from CLIP.tokenizer import tokenize
 from tests.conftest import tiny_state
 from tests.helpers.weights import open_clip_model
-from utils import InputError
 
 # The first two numbers of `text_projection` and of `visual.proj` for seed 7.
 PINNED = ([-0.0204647332, -0.1173628494], [-0.0586080588, 0.0273839403])
 
 
-@pytest.mark.parametrize("quick_gelu", [False, True])
-@pytest.mark.parametrize(("name", "size"), [("ViT-tiny-14-56", 56), ("ViT-tiny-14-56", 70), ("ViT-B-16-plus-240", 96)])
+@pytest.mark.parametrize(
+    ("name", "size", "quick_gelu"),
+    [("ViT-tiny-14-56", 56, False), ("ViT-tiny-14-56", 70, True), ("ViT-B-16-plus-240", 48, False)],
+)
 def test_towers_equal_open_clip(name, size, quick_gelu):
     config = ModelConfig.load(name)
     state = dict(tiny_state()) if name == "ViT-tiny-14-56" else random_state(config, 3)
@@ -48,11 +49,6 @@ def test_activation_follows_the_fidelity_table():
     assert not uses_quick_gelu(ModelConfig.load("ViT-B-16-plus-240"), "laion400m", 240, "corrected")
 
 
-def test_default_layers():
-    assert ModelConfig.load("ViT-L-14-336").default_features() == [6, 12, 18, 24]
-    assert ModelConfig.load("ViT-B-16-plus-240").default_features() == [3, 6, 9, 12]
-
-
 def test_fidelity_rounds_and_normalises(tmp_path):
     state = random_state(ModelConfig.load("ViT-tiny-14-56"), 0)
     path = tmp_path / "weights.pt"
@@ -72,16 +68,6 @@ def test_fidelity_rounds_and_normalises(tmp_path):
     assert fine.info.sha256 == rounded.info.sha256
 
 
-def test_random_weights_are_seeded_and_do_not_depend_on_the_size():
-    one, same, other = (create_model("ViT-tiny-14-56", "random", 112, seed=seed) for seed in (1, 1, 2))
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
-    assert not torch.equal(one.visual.proj, other.visual.proj)
-    assert one.info.sha256 == same.info.sha256 != other.info.sha256
-    assert torch.equal(
-        one.visual.conv1.weight, create_model("ViT-tiny-14-56", "random", 56, seed=1).visual.conv1.weight
-    )
-
-
 def test_random_tensors_are_drawn_one_by_one():
     """Pinned: a change of what a seed means must also change the words that are hashed ("random 2")."""
     state = random_state(ModelConfig.load("ViT-tiny-14-56"), 7)
@@ -95,34 +81,3 @@ def test_random_tensors_are_drawn_one_by_one():
     assert stds["visual.conv1.weight"] == pytest.approx((3 * 14**2) ** -0.5, rel=0.05)
     assert stds["transformer.resblocks.1.mlp.c_proj.weight"] == pytest.approx((2 * 2 * 128) ** -0.5, rel=0.05)
     assert stds["token_embedding.weight"] == pytest.approx(0.02, rel=0.05)
-
-
-def test_the_text_tower_alone():
-    """vision=False: the same text embeddings, and no image tower to hold or to run."""
-    whole = create_model("ViT-tiny-14-56", "random", 42, seed=1)
-    text = create_model("ViT-tiny-14-56", "random", 42, seed=1, vision=False)
-    ids = tokenize(["a photo of a brain."])
-    assert torch.equal(text.encode_text(ids), whole.encode_text(ids))
-    assert text.info == whole.info
-    assert text.visual is None
-    assert not any(name.startswith("visual.") for name in text.state_dict())
-    with pytest.raises(RuntimeError, match="without its image tower"):
-        text.image_tokens(torch.zeros(1, 3, 42, 42), [1])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"model_name": "ViT-X"}, "unknown"),
-        ({"model_name": "ViT-B-16-plus-240", "pretrained": "openai"}, "choose --pretrain laion400m or random"),
-        ({"model_name": "ViT-tiny-14-56", "pretrained": "random", "img_size": 13}, "smaller than a patch"),
-        ({"model_name": "ViT-tiny-14-56", "pretrained": "random", "weights": "x.pt"}, "contradicts"),
-    ],
-)
-def test_what_cannot_be_made_says_why(arguments, words):
-    with pytest.raises(InputError, match=words):
-        create_model(**arguments)
-
-
-def test_size_that_is_no_multiple_of_the_patch_drops_the_rest():
-    assert [ModelConfig.load("ViT-tiny-14-56").grid(size) for size in (45, 42, 40)] == [3, 3, 2]

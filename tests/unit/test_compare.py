@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from dataset.medical_few import MedicalDataset
 from engine.compare import Result, auc_difference, compare, main, pauc_difference, wilson
 from engine.metrics import kind_metrics
-from tests.helpers.data import draw_samples
 from utils import InputError
 
 
@@ -44,19 +42,6 @@ def test_the_difference_of_two_aucs_is_that_of_scikit_learn_with_an_interval_for
     error = sum(part.var(ddof=1) / len(part) for part in parts) ** 0.5
     assert (low, high) == pytest.approx((difference - 1.96 * error, difference + 1.96 * error), abs=1e-5)
     assert auc_difference(labels, one, one) == (0.0, (0.0, 0.0))
-
-
-def test_its_interval_covers() -> None:
-    """Of equal readers, 0 lies in at least 90% of 200 intervals; without the pairing they would be twice as wide."""
-    hits, widths = 0, []
-    for seed in range(200):
-        rng = np.random.default_rng(seed)
-        labels = np.arange(60) % 2
-        shared = rng.standard_normal(60) + labels
-        _, (low, high) = auc_difference(labels, *(shared + 0.5 * rng.standard_normal(60) for _ in range(2)))
-        hits, widths = hits + (low <= 0 <= high), [*widths, high - low]
-    assert 180 <= hits < 200
-    assert np.mean(widths) < 0.25
 
 
 def test_the_pixel_auc_is_compared_draw_by_draw(tmp_path: Path) -> None:
@@ -106,11 +91,8 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
     paths = [write(tmp_path / "a.json", labels, one), write(tmp_path / "b.json", labels[:-1], other[:-1])]
     with pytest.raises(InputError, match=r"059\.png"):
         compare([Result.read(path) for path in paths])
-    write(tmp_path / "b.json", 1 - labels, other)
-    with pytest.raises(InputError, match="abnormal"):
-        compare([Result.read(path) for path in paths])
     (tmp_path / "b.json").write_text("{}")
-    for path in (tmp_path / "b.json", tmp_path / "none", tmp_path):
+    for path in (tmp_path / "b.json", tmp_path / "none"):
         with pytest.raises(InputError):
             Result.read(path)
 
@@ -128,21 +110,3 @@ def test_figures_of_each_kind_of_abnormal() -> None:
     assert (found["auc_of_benign"], found["auc_of_malignant"], found["n_of_malignant"]) == (0.5, 1.0, 2)
     evaluation.samples = [SimpleNamespace(kind="Ungood" if kind else "") for kind in kinds]
     assert kind_metrics(evaluation) == {}
-
-
-def test_kinds_are_named_by_folders_or_by_the_list(tmp_path: Path) -> None:
-    (tmp_path / "drawn").mkdir()
-    root, folders = tmp_path / "cable", ["train/good", "test/good", "test/cut", "test/bent"]
-    for place, sample in enumerate(draw_samples(tmp_path / "drawn", 12, masks=False)):
-        folder = root / folders[place % 4]
-        folder.mkdir(parents=True, exist_ok=True)
-        sample.path.rename(folder / sample.path.name)
-    dataset = MedicalDataset.open("cable", tmp_path, root)
-    found = {sample.kind for split in ("valid", "test") for sample in dataset.samples(split)}
-    assert found == {"", "cut", "bent"}
-    paths = [path.relative_to(root) for path in sorted(root.rglob("*.png"))]
-    rows = [f"{path.as_posix()},{path.parent.name},{path.parts[0]}" for path in paths]
-    (root / "images.csv").write_text("\n".join(["image,label,split", *rows]))
-    (root / "cable.json").write_text(json.dumps({"normal": ["good"]}))
-    dataset = MedicalDataset.open("cable", tmp_path, root)
-    assert {sample.kind for split in ("valid", "test") for sample in dataset.samples(split)} == {"", "cut", "bent"}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import json
 import os
 import re
 import shlex
@@ -13,9 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from docs import count
 from docs.generate import parser_of
 from engine.files.config import VERSION
 from tests.helpers.docs import ROOT, doc_commands, pages
@@ -28,13 +24,6 @@ OTHER_FLAGS = {
     *("--archive", "--card", "--check", "--npz", "--size", "--write_list"),
 }
 PARSED = re.compile(r"python (?!-m docs\.)")  # commands with a parser
-DISTRIBUTIONS = {
-    "google": "protobuf",
-    "PIL": "pillow",
-    "sklearn": "scikit-learn",
-    "open_clip": "open_clip_torch",
-    "yaml": "pyyaml",
-}
 
 
 @cache
@@ -50,23 +39,6 @@ def prose(path: Path) -> str:
 def slug(heading: str) -> str:
     """The anchor that a heading gets."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
-
-
-def test_readme_is_short():
-    assert (ROOT / "README.md").stat().st_size <= 7000
-
-
-def test_pictures():
-    shown = set()
-    for page in pages():
-        shown |= {(page.parent / name).resolve() for name in re.findall(r"!\[[^]]+]\(([^)]+)\)", prose(page))}
-    there = {path for path in (ROOT / "docs").iterdir() if path.suffix in {".png", ".jpg", ".svg"}}
-    assert shown == there  # none is missing, none lies about
-    for path in there:
-        assert path.stat().st_size < 400_000
-        if path.suffix != ".svg":
-            with Image.open(path) as picture:
-                picture.load()
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -100,16 +72,6 @@ def test_flags_md_is_up_to_date():
     assert made == text_of(ROOT / "docs" / "flags.md"), "run `make docs`"
 
 
-def test_lines_and_words_are_counted(tmp_path):
-    (tmp_path / "a.py").write_text('"""Two\nlines."""\n\nx = 1  # beside code\n# A comment.\n')
-    assert (count.size(tmp_path / "a.py"), count.told(tmp_path / "a.py")) == (5, 3)
-    (tmp_path / "a.md").write_text("# Three words\n")
-    assert count.size(tmp_path / "a.md") == 3
-    files = count.parts()
-    assert ROOT / "train.py" in files["product"]
-    assert Path(__file__) in files["tests"]
-
-
 def test_each_command_is_run_or_marked():
     unmarked = {shown.text for shown in doc_commands() if not shown.mark}
     assert {text for text in unmarked if not text.startswith(("python ", "make "))} == OTHER_COMMANDS
@@ -129,13 +91,6 @@ def test_each_command_is_taken_by_its_parser(text: str):
         assert others == [], known
 
 
-def test_targets_of_make():
-    targets = {name for page in pages() for name in re.findall(r"^    make (\w+)|`make (\w+)`", text_of(page), re.M)}
-    for target in sorted(filter(None, (name for pair in targets for name in pair))):
-        tried = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert tried.returncode == 0, tried.stderr
-
-
 def test_one_version():
     versions = {
         "pyproject.toml": re.search(r'^version = "([^"]+)"', text_of(ROOT / "pyproject.toml"), re.MULTILINE)[1],
@@ -144,42 +99,3 @@ def test_one_version():
     }
     versions["engine/files/config.py"] = VERSION
     assert len(set(versions.values())) == 1, versions
-
-
-def test_key_file_has_the_published_form():
-    assert list(json.loads(text_of(ROOT / "key.json"))) == ["api_key"]  # its value may be the user's key
-
-
-def imported(path: Path) -> set[str]:
-    """The top-level names of the modules that a file imports, wherever in it."""
-    names = set()
-    for node in ast.walk(ast.parse(text_of(path))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            names.add(node.module.partition(".")[0])
-    return names
-
-
-def test_requirements_name_all_that_is_imported():
-    own = {path.name.removesuffix(".py") for path in ROOT.iterdir()}
-    product, development = (text_of(ROOT / name) for name in ("requirements.txt", "requirements-dev.txt"))
-    for part, text in (("product", product), ("tests", product + development), ("benchmarks", product + development)):
-        listed = {match.lower().replace("-", "_") for match in re.findall(r"(?:^|[ ,])([A-Za-z][\w-]+)>=", text, re.M)}
-        for path in count.parts()[part]:
-            foreign = imported(path) - set(sys.stdlib_module_names) - own
-            needed = {DISTRIBUTIONS.get(module, module).lower().replace("-", "_") for module in foreign}
-            assert needed - listed == set(), path
-
-
-def test_no_address_of_a_package_index():
-    """Plain pip with its user's settings: ranges alone, so that a PyTorch build that is there is kept."""
-    for name in ("requirements.txt", "requirements-dev.txt", "Makefile", "pyproject.toml", ".pre-commit-config.yaml"):
-        assert "://" not in text_of(ROOT / name), name
-        assert not re.search(r"(^|\s)(-i|-f|--[a-z-]*index[a-z-]*|--find-links)\b", text_of(ROOT / name), re.M), name
-
-
-def test_habits_are_called_by_make_test():
-    recipe = text_of(ROOT / "Makefile").split("\ntest:")[1].split("\n\n")[0]
-    assert all(tool in recipe for tool in ("ruff check", "ruff format --check", "mypy", "pytest"))
-    assert all("make test" in text_of(ROOT / name) for name in (".github/workflows/test.yml", ".ci/run"))

@@ -11,7 +11,6 @@ import torch
 
 from dataset.readers import load_mask
 from engine.evaluation import Evaluation, Masks, evaluate
-from loss import decide
 from tests.helpers.data import draw_samples, small_settings
 from utils import InputError
 
@@ -36,15 +35,6 @@ def test_an_images_score_is_the_highest_pixel_of_its_map(samples):
     torch.testing.assert_close(evaluation.maps([4, 1]), maps[[4, 1]])
 
 
-@pytest.mark.parametrize("dec_type", ["mean", "max", "both"])
-def test_detection_heads_score_by_their_patches(samples, dec_type):
-    evaluation = make_evaluation(samples, "det", dec_type)
-    layers = evaluation.patch_scores.sigmoid().unbind(1)
-    expected = sum(decide(layer, dec_type) for layer in layers).double().numpy()
-    np.testing.assert_allclose(evaluation.image_scores, expected, atol=1e-6)
-    assert evaluation.maps([0]).shape == (1, SIZE, SIZE)  # weak localisation
-
-
 def test_masks_are_those_of_the_reader(samples):
     masks = Masks.load(samples, SIZE)
     expected = torch.stack([load_mask(sample, SIZE) for sample in samples])
@@ -53,12 +43,6 @@ def test_masks_are_those_of_the_reader(samples):
         torch.testing.assert_close(masks.get(part), expected[part], atol=0, rtol=0)
     torch.testing.assert_close(masks.select([3, 2]).get(slice(None)), expected[[3, 2]], atol=0, rtol=0)
     torch.testing.assert_close(Masks.pack(expected).get(slice(None)), expected, atol=0, rtol=0)
-
-
-def test_no_masks_without_pixel_metrics(samples):
-    assert Masks.of(samples, small_settings(pixel_metrics=False)) is None
-    assert Masks.of(samples[::2], small_settings()) is None
-    assert len(Masks.of(samples, small_settings())) == 6
 
 
 def draw_more(samples):

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from engine.metrics import measure
-from engine.report import figures
-from engine.report.figures import digits, examples, plots, read_history, save_figures, sheet, threshold_of
-from engine.report.images import OUTLINE
-from tests.helpers.evaluations import METADATA, make_evaluation, make_samples, make_world
+from engine.report.figures import plots, read_history, save_figures, threshold_of
+from tests.helpers.evaluations import METADATA, make_world
 from utils import InputError
 
 LABELS, SCORES = [0, 0, 0, 1, 1], [0.1, 0.2, 0.7, 0.6, 0.9]
@@ -49,39 +46,12 @@ def test_figures_of_an_evaluation(world):
     assert 0.4 in [line.get_xdata()[0] for line in histogram.lines]
 
 
-def test_without_masks_there_are_no_curves_of_pixels(tmp_path):
-    evaluation, _ = make_world(tmp_path / "images", LABELS, SCORES, masks=False)
-    shown = curves((evaluation, None, measure(evaluation, full=True)), {})
-    assert (len(shown["roc"]), len(shown["pr"])) == (1, 1)
-
-
-def test_figures_of_a_run_leave_out_what_was_not_measured(world):
-    shown = curves(world, METADATA, HISTORY)
-    assert list(shown)[3:] == ["auc", "losses", "similarity"]
-    assert shown["auc"] == ["image", "epoch 3"]
-    assert shown["losses"] == ["total", "detection", "epoch 3"]  # the segmentation loss is 0 without masks
-    assert list(curves(world, METADATA, HISTORY[:1])) == ["histogram", "roc", "pr"]  # a point is no curve
-
-
 def test_the_threshold_is_the_checkpoints_where_it_has_one(world):
     _, _, metrics = world
     assert threshold_of(metrics, METADATA)[0] == 0.4
     assert threshold_of(metrics, {"threshold": None})[0] == pytest.approx(0.6)
     one_class = {**METADATA["threshold"], "figures": {"tpr": None, "fpr": 0.1, "n_normal": 9, "n_abnormal": 0}}
     assert threshold_of(metrics, {"threshold": one_class})[1].endswith("10% of the normal ones were false alarms.")
-
-
-def test_digits_tell_narrow_scores_apart():
-    assert digits(np.array([0.1, 2.0])) == 3
-    assert digits(np.array([2.00001, 2.00003])) == 8
-    assert digits(np.array([2.0, 2.0])) == 3
-    assert digits(np.zeros(0)) == 3
-
-
-def test_examples_are_spread_over_both_classes(tmp_path):
-    evaluation = make_evaluation(make_samples(tmp_path / "images", [0] * 10 + [1] * 20), [0.5] * 30)
-    assert examples(evaluation, 9) == [10, 14, 18, 21, 25, 29, 0, 4, 9]
-    assert examples(evaluation.select([10, 11]), 9) == [0, 1]
 
 
 def test_the_same_numbers_give_the_same_files(world):
@@ -97,17 +67,6 @@ def test_the_same_numbers_give_the_same_files(world):
     Path("file").touch()
     with pytest.raises(InputError, match=r"^--figures"):
         save_figures("file/folder", "Brain", evaluation, masks, metrics, {})
-
-
-def test_the_sheet_shows_each_image_its_mask_and_its_map(world, tmp_path):
-    evaluation, masks, _ = world
-    with_masks = sheet(evaluation, masks)
-    assert OUTLINE in {colour for _, colour in with_masks.getcolors(1 << 22)}
-    without = sheet(evaluation, None)
-    assert (with_masks.width, with_masks.height - without.height) == (without.width, figures.TILE + figures.GAP)
-    for sample in evaluation.samples:
-        sample.path.unlink()
-    assert sheet(evaluation, None).size == without.size
 
 
 def test_the_history_lies_beside_the_checkpoint(tmp_path):

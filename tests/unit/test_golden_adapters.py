@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from CLIP.adapter_shared import ADAPTERS, Cosine, DualBranchAdapters
+from CLIP.adapter_shared import ADAPTERS, DualBranchAdapters
 from tests.conftest import VARIANTS, load_golden
 from tests.unit.test_golden_backbone import close
 
@@ -66,30 +66,6 @@ def test_mvitfc_across_tokens_does_not_depend_on_the_batch():
         alone = torch.cat([model([tokens[i : i + 1]], text)[0] for i in range(3)], dim=1)
     assert together.shape == (1, 3, 9, 2)
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
-
-
-def test_mvitfc_across_tokens_drops_the_class_token():
-    """Attention without positions: two patches exchanged exchange their scores, and the first token has none."""
-    torch.manual_seed(0)
-    model = DualBranchAdapters("MViTFC", 128, 96, [1], across_tokens=True)
-    tokens, text = torch.randn(2, 10, 128), torch.nn.functional.normalize(torch.randn(96, 2), dim=0)
-    order = [0, 1, 2, 5, 4, 3, 6, 7, 8, 9]  # of tokens: patches 2 and 4
-    with torch.no_grad():
-        scores, exchanged = model([tokens], text)[0], model([tokens[:, order]], text)[0]
-    torch.testing.assert_close(exchanged[:, :, [0, 1, 4, 3, 2, 5, 6, 7, 8]], scores, atol=1e-5, rtol=0)
-
-
-def test_cosine_has_the_gradients_of_its_formula():
-    torch.manual_seed(0)
-    vectors = torch.randn(2, 3, 2, 7, dtype=torch.float64, requires_grad=True)
-    direction = torch.randn(7, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(Cosine.apply, (vectors, direction))
-    expected = (vectors * direction).sum(-1) / vectors.norm(dim=-1)
-    torch.testing.assert_close(Cosine.apply(vectors, direction), expected)
-    with torch.autocast("cpu", torch.bfloat16):  # as in a step with --precision bf16: both kinds of numbers meet
-        score = Cosine.apply(vectors.detach().bfloat16().requires_grad_(), direction.float())
-    score.float().sum().backward()
-    assert direction.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)

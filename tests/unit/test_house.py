@@ -14,7 +14,6 @@ PRODUCT = sorted(
     path for path in ROOT.rglob("*.py")
     if not set(path.relative_to(ROOT).parts) & {"tests", "benchmarks", ".venv", "demo", "runs", "build"}
 )  # fmt: skip
-SCRIPTS = ("train", "test", "predict", "reproduce")
 # An arrow: what a layer may import beside itself. `loss` and the packages of arithmetic know nothing of `engine`.
 ALLOWED = {
     "utils": set(),
@@ -25,35 +24,10 @@ ALLOWED = {
     "engine": {"CLIP", "Prompt", "dataset", "loss", "utils"},
     "engine.report": {"engine", "CLIP", "Prompt", "dataset", "loss", "utils"},
 }
-LAYERS = {*ALLOWED, *SCRIPTS}
 
 
 def layer(parts: tuple[str, ...]) -> str:
     return "engine.report" if parts[:2] == ("engine", "report") else parts[0]
-
-
-def imported(path: Path) -> set[str]:
-    """The layers of this project that a file imports, anywhere in it."""
-    package = path.relative_to(ROOT).with_suffix("").parts
-    result = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names = [tuple(alias.name.split(".")) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level] if node.level else ()
-            module = (*base, *(node.module or "").split(".")) if node.module else base
-            names = [(*module, alias.name) for alias in node.names]
-        else:
-            continue
-        result |= {layer(name) for name in names if name and name[0] in {entry.split(".")[0] for entry in LAYERS}}
-    return result
-
-
-@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
-def test_arrows_point_one_way(path):
-    own = layer(path.relative_to(ROOT).with_suffix("").parts)
-    if own in ALLOWED:
-        assert imported(path) <= ALLOWED[own] | {own}
 
 
 def modules(path: Path) -> set[Path]:
@@ -76,6 +50,17 @@ def modules(path: Path) -> set[Path]:
     return result - {path}
 
 
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_arrows_point_one_way_and_no_function_is_longer_than_a_screen(path):
+    own = layer(path.relative_to(ROOT).with_suffix("").parts)
+    layers = {layer(other.relative_to(ROOT).with_suffix("").parts) for other in modules(path)}
+    assert own not in ALLOWED or layers <= ALLOWED[own] | {own}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= 60, f"{node.name}: {length} lines"
+
+
 def test_no_circle_of_files():
     """Also not through imports inside of functions, nor through those for types alone."""
     graph = {path: modules(path) & set(PRODUCT) for path in PRODUCT}
@@ -87,14 +72,6 @@ def test_no_circle_of_files():
             break
         graph = kept
     assert [str(path.relative_to(ROOT)) for path in graph] == []
-
-
-@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_function_is_longer_than_a_screen(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = node.end_lineno - node.lineno + 1
-            assert length <= 60, f"{node.name}: {length} lines"
 
 
 @pytest.mark.parametrize(("name", "most"), [("train.py", 200), ("test.py", 120)])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from types import SimpleNamespace
 
 import pytest
 
 from engine.study import jobs
-from engine.study.jobs import Resumable, run_jobs, visible_gpus
-from utils import InputError
+from engine.study.jobs import run_jobs
 
 
 class FakePool:
@@ -62,28 +60,3 @@ def test_at_most_so_many_at_once(pool, monkeypatch, tmp_path):
     assert set(pool.gpus) == {"4", "6"}
     assert found == {"a": None, "bad": "wrong", "c": None, "broken": "RuntimeError: out of memory (job 7)", "e": None}
     assert pool.cancelled == []
-
-
-def test_leaving_cancels_what_runs(pool, tmp_path):
-    loop = run_jobs(no_fault, ["a", "b", "c", "d"], "slurm", tmp_path, 3)
-    next(loop)
-    loop.close()
-    assert pool.cancelled == ["b", "c"]
-    assert pool.gpus == [None] * 3  # Slurm hands out GPUs by itself
-
-
-def test_a_job_sees_its_gpu(monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert visible_gpus() == ["0", "1"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert Resumable(lambda _: os.environ["CUDA_VISIBLE_DEVICES"], "1")("task") == "1"
-
-
-def test_what_is_refused(tmp_path, monkeypatch):
-    pytest.importorskip("submitit")
-    with pytest.raises(InputError, match=r"--job_options nonsense=1: .*nonsense"):
-        next(run_jobs(str, ["a"], "local", tmp_path, 1, ["nonsense=1"]))
-    monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(InputError, match="pip install submitit"):
-        next(run_jobs(str, ["a"], "local", tmp_path, 1))

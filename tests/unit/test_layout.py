@@ -17,7 +17,7 @@ from PIL import Image
 
 from dataset import MedicalDataset, load_mask, notes
 from dataset.pairing import tell_apart
-from dataset.patients import falls_in_valid, patient, spelled_alike
+from dataset.patients import patient, spelled_alike
 from utils import InputError
 
 
@@ -79,21 +79,10 @@ def test_splits_and_classes_under_their_names(tmp_path, form, support, kinds):
         assert all(f"{folder}/" in sample.name for sample in samples)
 
 
-@pytest.mark.parametrize("obj", ["Chest", "Retina_OCT2017", "knee"])
-def test_val_beside_test_in_the_papers_folders(tmp_path, obj):
-    for split, kind in product(("val", "test"), ("good", "Ungood")):
-        draw(tmp_path, *(f"{split}/{kind}/img/{i}.jpeg" for i in "12"))
-    samples = MedicalDataset.open(obj, "data", tmp_path).samples("valid")
-    assert [sample.name for sample in samples][:1] == ["val/good/img/1.jpeg"]
-    assert len(samples) == 4
-
-
 # BMAD's own trees, under the paper's names: where images and masks of each split and class lie.
 TREES = {
     "label": ("{split}/{kind}/img/{name}", "{split}/{kind}/label/{name}"),
-    "lower case": ("{split}/{lower}/img/{name}", "{split}/{lower}/anomaly_mask/{name}"),
     "val": ("{val}/{kind}/img/{name}", "{val}/{kind}/label/{name}"),
-    "without img": ("{split}/{kind}/{name}", "{split}/{kind}/label/{name}"),
     "without img, masks beside": ("{split}/{kind}/{name}", "{split}/label/{kind}/{name}"),
     "deeper": ("BraTS2021_slice/{split}/{kind}/img/{name}", "BraTS2021_slice/{split}/{kind}/label/{name}"),
     "Masks": ("{split}/{kind}/{name}", "{split}/{kind}/Masks/{name}"),
@@ -106,7 +95,7 @@ def test_bmads_trees_under_the_papers_names(tmp_path, tree):
     for split, val in (("valid", "val"), ("test", "test")):
         for kind in ("good", "Ungood"):
             for index in range(3):
-                words = {"split": split, "val": val, "kind": kind, "lower": kind.lower(), "name": f"{index}.png"}
+                words = {"split": split, "val": val, "kind": kind, "name": f"{index}.png"}
                 draw(tmp_path / "Brain_AD", *(place.format(**words) for place in TREES[tree]))
     draw(tmp_path / "Brain_AD", "train/good/9.png")
     dataset = MedicalDataset.open("Brain", tmp_path, mask_above=25)
@@ -159,12 +148,6 @@ def test_what_is_not_used_is_named(tmp_path, stray, where):
     assert f"warning: not used: pictures in {where}" in said(tmp_path)
 
 
-def test_an_unknown_layout_is_refused(tmp_path):
-    draw(tmp_path, "a/1.png", "b/2.png")
-    with pytest.raises(InputError, match="no known layout"):
-        opened(tmp_path)
-
-
 # --- masks ---
 
 
@@ -209,15 +192,6 @@ def test_masks_in_the_patients_own_folder(tmp_path):
     split = "valid" if "case03" in str(by_name(tmp_path, "valid")) else "test"
     files = opened(tmp_path).image_files(split, "abnormal")
     assert [file.path.parts[-3] for file in files if not file.masks] == ["case03"]
-
-
-def test_the_message_says_where_masks_are_sought(tmp_path):
-    for split in ("valid", "test"):
-        draw(tmp_path, *(f"{split}/{kind}/img/{i}.png" for kind in ("good", "Ungood") for i in "12"))
-        draw(tmp_path, *(f"{split}/Ungood/anomaly_mask/{i}.png" for i in "12"))
-    (tmp_path / "test/Ungood/anomaly_mask/2.png").unlink()
-    with pytest.raises(InputError, match=r"2\.png.*test/Ungood/anomaly_mask"):
-        opened(tmp_path).samples("test")
 
 
 def test_names_in_either_form_of_unicode(tmp_path):
@@ -310,22 +284,6 @@ def test_unmarked_images_follow_one_rule(tmp_path, scans):
             assert sum(not sample.label for sample in samples) == (2 if root != scans else 4) + more
 
 
-@pytest.mark.parametrize(("slices", "where"), [(4, "b_seg"), (1, "b_seg")])
-def test_a_mask_of_other_slices_is_refused(scans, slices, where):
-    path = scans / "test/abnormal/b_seg.nii.gz"
-    nibabel.save(nibabel.Nifti1Image(np.ones((20, 24, slices), np.uint8), np.eye(4)), path)
-    with pytest.raises(InputError, match=where):
-        opened(scans).samples("test")
-
-
-def test_a_volume_is_no_mask_of_a_picture(tmp_path):
-    for split in ("valid", "test"):
-        draw(tmp_path, f"{split}/normal/1.png", f"{split}/abnormal/1.png")
-        volume(tmp_path / split / "abnormal" / "1_seg.nii.gz", marks=(2,))
-    with pytest.raises(InputError, match=r"1_seg\.nii\.gz: 6 slices"):
-        opened(tmp_path).samples("test")
-
-
 def test_without_masks_labels_are_per_slice_and_that_is_said(scans):
     for path in scans.glob("*/*/b_seg.nii.gz"):
         path.unlink()
@@ -376,14 +334,12 @@ def test_copies_within_a_series_count_once(tmp_path):
         ("patient12_slice3.png", "patient12"), ("Patient12_slice3.png", "Patient12"), ("A001-0012.png", "A001"),
         ("pat_0001_ax_12.png", "pat_0001"), ("BraTS2021_00124_80.png", "BraTS2021_00124"), ("case_7_2.png", "case_7"),
         ("person1847_bacteria_4716.jpeg", "person1847"), ("IM-0170-0001.jpeg", "0170"), ("10003_left.jpeg", "10003"),
-        ("NORMAL2-IM-0390-0001.jpeg", "NORMAL2-IM-0390"), ("eye-77-OD.png", "77"), ("eye-77-OD-2.png", "77"),
+        ("NORMAL2-IM-0390-0001.jpeg", "NORMAL2-IM-0390"), ("eye-77-OD.png", "77"),
         ("TCGA_CS_4941_19960909_1.tif", "TCGA_CS_4941"), ("LIDC-IDRI-0012_slice_045.png", "LIDC-IDRI-0012"),
         ("Mass-Training_P_00001_LEFT_CC.png", "P_00001"),
         *((name, None) for name in (
             "tile_12_40.png", "cell_4_7.png", "roi_3_5.png", "knee_12_3.png", "IMG_0012_L.jpg", "10003_lesion.png",
-            "IMG_20240105_101530.jpg", "20240105_101530.jpg", "2024-01-05_3.png", "IMG_2023_4.jpg", "DSC_0012.jpg",
-            "DSC_0012_2.jpg", "valid_good_00001.png", "1032.png", "img_0.png",
-            "Normal-ff5b2932-f065-4b79-b2f8-ec2143ffc977.png",
+            "IMG_20240105_101530.jpg", "2024-01-05_3.png", "DSC_0012.jpg", "valid_good_00001.png", "1032.png",
         )),
     ],
 )  # fmt: skip
@@ -410,9 +366,3 @@ def test_spellings_of_one_patient(tmp_path):
     valid, test = ({sample.patient for sample in dataset.samples(split)} for split in ("valid", "test"))
     assert len(valid | test) == 12
     assert not valid & test
-
-
-def test_the_hash_splits_by_patient_and_near_the_share():
-    assert len({falls_in_valid(f"a/00124_{i}.png", 0.3, "00124") for i in range(50)}) == 1
-    share = sum(falls_in_valid(f"a/{i}.png", 0.3) for i in range(4000)) / 4000
-    assert share == pytest.approx(0.3, abs=0.03)

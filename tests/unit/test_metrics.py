@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import tracemalloc
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 from types import SimpleNamespace
@@ -16,8 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
-from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from engine import metrics
 from engine.evaluation import Evaluation, Masks
@@ -27,13 +24,11 @@ from engine.metrics import (
     PixelCounts,
     auroc_interval,
     count_pixels,
-    image_curves,
     image_metrics,
     measure,
     measure_without,
     patient_metrics,
     per_image_metrics,
-    placements,
 )
 from utils import InputError
 
@@ -48,11 +43,9 @@ def sigmoid(values: np.ndarray) -> np.ndarray:
 # What the scores of [0, 4] may look like, from standard normal draws that are shifted for abnormal pixels.
 SHAPES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "wide": lambda z: LAYERS * sigmoid(1.5 * z - 2),
-    "early in training": lambda z: 2 + 0.003 * z,
     "saturated": lambda z: LAYERS * sigmoid(20 * z),
     "saturated layers": lambda z: sum(sigmoid(12 * (z + 0.3 * k)) for k in range(LAYERS)),
     "narrow among wide": lambda z: np.where(np.arange(len(z)) % 10 == 0, LAYERS * sigmoid(z), 2 + 0.003 * z),
-    "near zero": lambda z: np.exp(-30 - 10 * np.abs(z + 3)),
     "heavy ties": lambda z: np.round(20 * sigmoid(z)) / 5,
     "all equal": lambda z: np.full_like(z, 1.7),
 }
@@ -83,29 +76,19 @@ def exact(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float, float]:
     return roc_auc_score(labels, scores), average_precision_score(labels, scores), f1
 
 
-def assert_equal(found: dict[str, metrics.Value], expected: dict[str, metrics.Value]) -> None:
-    assert list(found) == list(expected)
-    for name, value in found.items():
-        assert value == pytest.approx(expected[name], abs=1e-12), name
-
-
 @pytest.fixture(scope="module")
 def golden() -> tuple[dict[str, np.ndarray], dict]:
     with np.load(GOLDEN / "metrics.npz") as file:
         return dict(file), json.loads((GOLDEN / "metrics.json").read_text())
 
 
-def test_golden_segmentation(golden: tuple[dict[str, np.ndarray], dict]) -> None:
+def test_golden(golden: tuple[dict[str, np.ndarray], dict]) -> None:
     arrays, figures = golden
     maps, masks = arrays["layer_maps"].sum(1), arrays["masks"].astype(bool)
     auroc = count_pixels(*sources(maps, masks), 8, 3).auroc()
     assert auroc == pytest.approx(figures["segmentation"]["pixel_auc"], abs=1e-9)
     auc = image_metrics(arrays["labels"], maps.reshape(8, -1).max(1))["auc"]
     assert auc == pytest.approx(figures["segmentation"]["image_auc"], abs=1e-12)
-
-
-def test_golden_detection_only(golden: tuple[dict[str, np.ndarray], dict]) -> None:
-    arrays, figures = golden
     auc = image_metrics(arrays["labels"], arrays["det_scores"])["auc"]
     assert auc == pytest.approx(figures["detection_only"]["image_auc"], abs=1e-12)
 
@@ -113,27 +96,15 @@ def test_golden_detection_only(golden: tuple[dict[str, np.ndarray], dict]) -> No
 # --- pixels ---
 
 
-@pytest.mark.parametrize("share", [0.03, 0.001])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_pixel_metrics_are_exact(shape: str, share: float) -> None:
-    scores, labels = draw(shape, 100_000, share)
+def test_pixel_metrics_are_exact(shape: str) -> None:
+    scores, labels = draw(shape, 100_000, 0.003)
     counts = count(scores, labels)
     assert (int(counts.normal.sum()), int(counts.abnormal.sum())) == ((~labels).sum(), labels.sum())
     f1, threshold = counts.f1_max()
     assert (counts.auroc(), counts.average_precision(), f1) == pytest.approx(exact(scores, labels), abs=1e-12)
     called = scores >= threshold  # the threshold gives the F1 that is reported with it
     assert f1 == pytest.approx(2 * (called & labels).sum() / (called.sum() + labels.sum()), abs=1e-12)
-
-
-@pytest.mark.parametrize("shape", ["wide", "early in training", "saturated layers"])
-def test_a_thinned_grid_is_within_1e_6(shape: str) -> None:
-    scores, labels = draw(shape, 1_800_000, 0.4)
-    assert labels.sum() > 1.2 * metrics.GRID
-    counts = count(scores, labels)
-    assert len(counts.grid) <= metrics.GRID
-    found = counts.auroc(), counts.average_precision(), counts.f1_max()[0]
-    assert found == pytest.approx(exact(scores, labels), abs=1e-6)
-    assert (counts.grid[0], counts.grid[-1]) == (scores[labels].min(), scores[labels].max())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -147,25 +118,6 @@ def test_a_coarse_grid_keeps_the_bound(shape: str, monkeypatch: pytest.MonkeyPat
     assert counts.auroc() == pytest.approx(auroc, abs=1 / 512)
     assert counts.average_precision() == pytest.approx(ap, abs=6e-4)
     assert f1 - 2e-3 < counts.f1_max()[0] <= f1 + 1e-12
-
-
-def test_the_bound_holds_where_all_errors_have_one_sign(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "GRID", 101)
-    abnormal = np.arange(1001, dtype=np.float32)  # every tenth is a grid point
-    normal = np.arange(0, 1000, 10, dtype=np.float32) + 0.5  # below the nine others
-    scores, labels = np.concatenate([abnormal, normal]), np.arange(1101) < 1001
-    counts = count(scores, labels, images=1)
-    error = roc_auc_score(labels, scores) - counts.auroc()
-    assert 0.004 < error < 1 / 202
-
-
-@pytest.mark.parametrize("shape", ["wide", "early in training", "heavy ties"])
-def test_pixel_metrics_agree_with_torchmetrics(shape: str) -> None:
-    scores, labels = draw(shape, 50_000, 0.03)
-    counts, truth = count(scores, labels), torch.from_numpy(labels).long()
-    probability = torch.from_numpy(scores).double() / LAYERS
-    assert counts.auroc() == pytest.approx(float(BinaryAUROC()(probability, truth)), abs=1e-5)  # it adds in float32
-    assert counts.average_precision() == pytest.approx(float(BinaryAveragePrecision()(probability, truth)), abs=1e-5)
 
 
 pixel_sets = st.lists(
@@ -191,147 +143,16 @@ def test_small_sets_with_ties_are_exact(pixels: list[tuple[float, bool]], a: flo
         assert counts.normal[: 2 * k + 1].sum() == (scores[~labels] < point).sum()
 
 
-@settings(max_examples=100, deadline=None)
-@given(pixel_sets, st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.95, 1.0]))
-def test_thresholds_by_brute_force(pixels: list[tuple[float, bool]], rate: float) -> None:
-    scores = np.array([score for score, _ in pixels] + [0.3, 0.2], dtype=np.float32)
-    labels = np.array([label for _, label in pixels] + [False, True])
-    counts = count(scores, labels, 7, images=len(scores))
-    candidates = [*np.unique(scores), np.float32(5)]
-
-    def rates(threshold: float) -> tuple[float, float]:
-        return (scores[~labels] >= threshold).mean(), (scores[labels] >= threshold).mean()
-
-    fpr, tpr = rates(np.float32(counts.threshold_at_fpr(rate)))
-    assert fpr <= rate
-    assert tpr == max(rates(t)[1] for t in candidates if rates(t)[0] <= rate)
-    threshold = counts.threshold_at_tpr(rate)
-    assert rates(threshold)[1] >= rate
-    assert threshold == max(t for t in scores[labels] if rates(t)[1] >= rate)
-
-
-def test_batches_do_not_matter() -> None:
-    scores, labels = draw("heavy ties", 60_000, 0.05)
-    whole, again = count(scores, labels, batch=4), count(scores, labels, batch=7)
-    assert np.array_equal(again.grid, whole.grid)
-    assert np.array_equal(again.normal, whole.normal)
-    assert np.array_equal(again.abnormal, whole.abnormal)
-    assert again.highest == whole.highest == scores.max()
-    assert again.auroc() == whole.auroc() == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
-
-
-def test_counts_beyond_int32() -> None:
-    scores, labels = draw("wide", 50_000, 0.03)
-    counts = count(scores, labels)
-    many = replace(counts, normal=counts.normal << 31, abnormal=counts.abnormal << 31)
-    assert many.auroc() == pytest.approx(counts.auroc(), abs=1e-12)
-    assert many.average_precision() == pytest.approx(counts.average_precision(), abs=1e-4)
-    assert many.f1_max() == pytest.approx(counts.f1_max(), abs=1e-12)
-
-
-def test_other_devices_count_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs on a GPU, on the CPU."""
-    maps, masks = image_set("saturated layers", 10, 0)
-    arguments = *sources(maps, masks), 10, 3
-    first = count_pixels(*arguments, regions=True)
-    expected = per_image_metrics(*arguments, first, 2.0, draws=50)
-    monkeypatch.setattr(metrics, "_use_numpy", lambda scores: False)
-    second = count_pixels(*arguments, regions=True)
-    assert np.array_equal(first.grid, second.grid)
-    assert np.array_equal(first.normal, second.normal)
-    assert np.array_equal(first.abnormal, second.abnormal)
-    assert second.aupro() == pytest.approx(first.aupro(), abs=1e-12)
-    draws, dice = per_image_metrics(*arguments, second, 2.0, draws=50)
-    np.testing.assert_allclose(draws, expected[0], atol=1e-12)
-    assert_equal(dice, expected[1])
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_counts_the_same() -> None:
-    maps, masks = image_set("wide", 10, 0)
-    on_gpu = [lambda part, source=source: source(part).cuda() for source in sources(maps, masks)]
-    first, second = count_pixels(*sources(maps, masks), 10, 3), count_pixels(*on_gpu, 10, 3)
-    assert np.array_equal(first.normal, second.normal)
-    assert np.array_equal(first.abnormal, second.abnormal)
-
-
-def test_memory_does_not_grow_with_normal_pixels() -> None:
-    scores, _ = draw("wide", 8 * 10_000, 0)
-    maps, lesion = torch.from_numpy(scores).view(8, 100, 100), torch.zeros(8, 100, 100, dtype=torch.bool)
-    lesion[0, 10:60, 10:40] = True
-
-    def peak(batches: int) -> int:
-        tracemalloc.start()
-        count_pixels(lambda part: maps, lambda part: lesion if part.start == 0 else lesion & False, 8 * batches, 8)
-        _, most = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        return most
-
-    peak(2)  # what is allocated once
-    assert peak(60) < 1.1 * peak(4)
-
-
-def test_maps_without_an_abnormal_pixel_are_made_once() -> None:
-    maps, masks = image_set("wide", 8, 0)
-    masks[4:] = False
-    asked = []
-
-    def source(part: slice) -> torch.Tensor:
-        asked.append(part.start)
-        return torch.from_numpy(maps[part])
-
-    count_pixels(source, sources(maps, masks)[1], 8, 2)
-    assert asked == [0, 2, 0, 2, 4, 6]
-
-
-def test_a_missing_class_is_named() -> None:
-    for label, missing in ((False, "abnormal"), (True, "normal")):
-        masks = np.full((2, 5, 5), label)
-        counts = count_pixels(*sources(np.zeros((2, 5, 5), np.float32), masks), 2, 1, regions=True)
-        message = f"no {missing} pixels among the 50 pixels: "
-        for call, metric in (
-            (counts.auroc, "pixel AUC is undefined"), (counts.average_precision, "pixel average precision"),
-            (counts.f1_max, "pixel F1"), (counts.aupro, "AUPRO is undefined"), (counts.roc, "the pixel ROC curve"),
-            (counts.pr, "the pixel precision-recall curve"), (counts.coarse_grid, "pixel AUC"),
-            (lambda c=counts: c.threshold_at_fpr(0.1), "a threshold"),
-        ):  # fmt: skip
-            with pytest.raises(InputError, match=message + metric):
-                call()
-        labels = np.full(3, int(label))
-        for call in (image_metrics, auroc_interval):
-            with pytest.raises(InputError, match=f"no {missing} images among the 3 images: image AUC is undefined"):
-                call(labels, np.arange(3.0))
-
-
-def test_pixel_curves() -> None:
-    scores, labels = draw("wide", 100_000, 0.03)
-    counts = count(scores, labels)
-    fpr, tpr = counts.roc(500)
-    assert 400 < len(fpr) <= 500
-    assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0, 0, 1, 1)
-    assert (np.diff(fpr) >= 0).all() and (np.diff(tpr) >= 0).all()
-    assert np.trapezoid(tpr, fpr) == pytest.approx(counts.auroc(), abs=2e-4)
-    recall, precision = counts.pr(500)
-    assert 200 < len(precision) <= 500
-    assert recall[-1] == 1
-    assert (np.diff(recall, prepend=0) * precision).sum() == pytest.approx(counts.average_precision(), abs=5e-3)
-    assert precision[-1] == pytest.approx(labels[scores >= scores[labels].min()].mean(), abs=1e-12)
-
-
-def test_whole_curves_are_those_of_scikit_learn() -> None:
-    scores, labels = draw("heavy ties", 300, 0.3)
-    fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
-    precision, recall, _ = precision_recall_curve(labels, scores)
-    expected = {*zip(fpr.tolist(), tpr.tolist(), strict=True)}
-    found = count(scores, labels).roc(100_000)  # without the corners below the lowest abnormal score
-    assert {*zip(*found.tolist(), strict=True)} == {point for point in expected if point[1] < 1} | {
-        (fpr[tpr == 1][0], 1.0), (1.0, 1.0)
-    }  # fmt: skip
-    curves = image_curves(labels.astype(int), scores.astype(float), 100_000)
-    assert expected == {*zip(*curves["image_roc"].tolist(), strict=True)}
-    expected = {*zip(recall[:-1].tolist(), precision[:-1].tolist(), strict=True)}
-    assert {*zip(*curves["image_pr"].tolist(), strict=True)} == expected
-    assert {*zip(*count(scores, labels).pr(100_000).tolist(), strict=True)} <= expected
+@pytest.mark.parametrize(("label", "missing"), [(False, "abnormal"), (True, "normal")])
+def test_a_missing_class_is_named(label: bool, missing: str) -> None:
+    masks = np.full((2, 5, 5), label)
+    counts = count_pixels(*sources(np.zeros((2, 5, 5), np.float32), masks), 2, 1, regions=True)
+    for call in (counts.auroc, counts.average_precision, counts.f1_max, counts.aupro, counts.roc, counts.pr):
+        with pytest.raises(InputError, match=f"no {missing} pixels among the 50 pixels"):
+            call()
+    for call in (image_metrics, auroc_interval):
+        with pytest.raises(InputError, match=f"no {missing} images among the 3 images"):
+            call(np.full(3, int(label)), np.arange(3.0))
 
 
 # --- AUPRO ---
@@ -361,25 +182,6 @@ def mvtec_aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> floa
     return area / limit
 
 
-def blobs(shape: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    smooth = ndimage.gaussian_filter(rng.standard_normal((6, 64, 64)), (0, 2, 2))
-    masks = smooth > 0.25
-    masks[0] = False
-    masks[1] = np.eye(64, dtype=bool)  # one region only where diagonal neighbours count
-    noise = rng.standard_normal(masks.shape) + masks
-    return np.clip(SHAPES[shape](noise.ravel()), 0, LAYERS).astype(np.float32).reshape(masks.shape), masks
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_aupro_is_mvtecs(shape: str) -> None:
-    maps, masks = blobs(shape)
-    counts = count_pixels(*sources(maps, masks), 6, 4, regions=True)
-    for limit in (0.3, 0.05, 1.0):
-        assert counts.aupro(limit) == pytest.approx(mvtec_aupro(maps, masks, limit), abs=1e-9)
-    assert counts.aupro() == counts.aupro(0.3)
-
-
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=40, max_size=40))
 def test_aupro_of_small_images_with_ties(pixels: list[tuple[int, bool]]) -> None:
@@ -390,15 +192,6 @@ def test_aupro_of_small_images_with_ties(pixels: list[tuple[int, bool]]) -> None
     counts = count_pixels(*sources(maps, masks), 2, 1, regions=True)
     for limit in (0.3, 0.5, 2 / (~masks).sum()):
         assert counts.aupro(limit) == pytest.approx(mvtec_aupro(maps, masks, limit), abs=1e-12)
-
-
-def test_aupro_of_a_thinned_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "GRID", 300)
-    maps, masks = blobs("wide")
-    counts = count_pixels(*sources(maps, masks), 6, 6, regions=True)
-    assert masks.sum() > 800
-    assert len(counts.grid) == 300
-    assert counts.aupro() == pytest.approx(mvtec_aupro(maps, masks), abs=1e-4)
 
 
 def test_regions_are_8_connected_and_end_at_the_image() -> None:
@@ -441,23 +234,10 @@ def test_the_interval_of_the_image_auc_keeps_its_width_at_the_ends() -> None:
     assert 0 <= low < 0.2 < 4 / 6 < 0.9 < high <= 1
 
 
-def test_the_interval_of_the_image_auc_is_delongs_where_there_are_many_images() -> None:
-    rng = np.random.default_rng(0)
-    labels = np.arange(4000) % 2
-    scores = (rng.standard_normal(4000) * (1 + labels) + labels).round(1)
-    below, above = placements(labels, scores)
-    pairs = (scores[labels == 1][:, None] > scores[labels == 0]) + 0.5 * (
-        scores[labels == 1][:, None] == scores[labels == 0]
-    )
-    np.testing.assert_allclose(below, pairs.mean(1))
-    np.testing.assert_allclose(above, pairs.mean(0))
-    auc, error = pairs.mean(), np.sqrt(pairs.mean(1).var() / 2000 + pairs.mean(0).var() / 2000)
-    assert auc == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
-    assert auroc_interval(labels, scores) == pytest.approx([auc - 1.96 * error, auc + 1.96 * error], abs=1e-3)
-
-
-@pytest.mark.parametrize(("normal", "abnormal", "spread"), [(5, 5, 1.0), (16, 4, 2.0), (20, 20, 0.5), (80, 20, 2.0)])
-@pytest.mark.parametrize("auc", [0.7, 0.9, 0.99])
+@pytest.mark.parametrize(
+    ("normal", "abnormal", "spread", "auc"),
+    [(5, 5, 1.0, 0.9), (16, 4, 2.0, 0.7), (20, 20, 0.5, 0.99), (80, 20, 2.0, 0.9), (50, 50, 1.0, 0.99)],
+)
 def test_the_interval_of_the_image_auc_covers(normal: int, abnormal: int, spread: float, auc: float) -> None:
     """Normal scores around 0, abnormal ones `spread` times as wide, 200 draws each: at least 92% are covered."""
     rng = np.random.default_rng(0)
@@ -482,15 +262,6 @@ def test_the_auc_over_patients() -> None:
         assert patient_metrics(evaluation(unknown, [0, 0, 1, 0], [0.1, 0.5, 0.4, 0.2])) == {}
 
 
-def test_draws_of_one_class_are_drawn_again() -> None:
-    maps, masks = image_set("wide", 5, 0)
-    masks[1:] = False
-    masks[0] = True  # pixels of each class come from some of the images only
-    counts = count_pixels(*sources(maps, masks), 5, 5)
-    low, high = np.quantile(per_image_metrics(*sources(maps, masks), 5, 5, counts, draws=100)[0], [0.025, 0.975])
-    assert 0 < low < counts.auroc() < high < 1
-
-
 def image_set(shape: str, images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Maps with an offset of each image's own, so that pixels of an image are not independent."""
     rng = np.random.default_rng(seed)
@@ -500,7 +271,7 @@ def image_set(shape: str, images: int, seed: int) -> tuple[np.ndarray, np.ndarra
     return np.clip(SHAPES[shape](noise.ravel()), 0, LAYERS).astype(np.float32).reshape(masks.shape), masks
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ["wide", "saturated", "heavy ties"])
 def test_pixel_bootstrap_agrees_with_a_loop_over_sklearn(shape: str) -> None:
     maps, masks = image_set(shape, 12, 1)
     rng, values = np.random.default_rng(0), []  # the same draws
@@ -513,27 +284,6 @@ def test_pixel_bootstrap_agrees_with_a_loop_over_sklearn(shape: str) -> None:
     found, _ = per_image_metrics(*sources(maps, masks), 12, 5, counts, draws=40)
     np.testing.assert_allclose(found, values, atol=5e-4)
     np.testing.assert_array_equal(found, per_image_metrics(*sources(maps, masks), 12, 7, counts, draws=40)[0])
-
-
-def test_pixel_bootstrap_with_few_bins_and_wider_than_pixels_suggest() -> None:
-    maps, masks = image_set("early in training", 20, 1)
-    counts = count_pixels(*sources(maps, masks), 20, 20)
-    low, high = np.quantile(per_image_metrics(*sources(maps, masks), 20, 20, counts)[0], [0.025, 0.975])
-    assert low < counts.auroc() < high
-    assert high - low > 0.03  # 32,000 independent pixels would give 0.02
-
-
-def test_dice_is_the_mean_over_abnormal_images() -> None:
-    maps, masks = image_set("wide", 7, 2)
-    counts = count_pixels(*sources(maps, masks), 7, 3)
-    threshold = float(maps[0, 7, 7])  # a pixel's own score: at it is abnormal
-    dices = []
-    for scores, mask in zip(maps[::2], masks[::2], strict=True):
-        called = scores >= threshold
-        dices.append(2 * (called & mask).sum() / (called.sum() + mask.sum()))
-    result = per_image_metrics(*sources(maps, masks), 7, 3, counts, threshold, draws=3)[1]
-    assert result["dice"] == pytest.approx(np.mean(dices), abs=1e-12)
-    assert per_image_metrics(*sources(maps, masks), 7, 3, counts, draws=3)[1] == {}
 
 
 # --- evaluations ---
@@ -601,29 +351,6 @@ def test_detection_heads_maps_are_not_measured(full: bool) -> None:
         assert set(result.curves) == ({"image_roc", "image_pr"} if full else set())
 
 
-def test_masks_that_are_all_empty_are_an_error() -> None:
-    evaluation, masks = make_evaluation()
-    with pytest.raises(InputError, match="no abnormal pixels among the 4,000 pixels: pixel AUC"):
-        measure(evaluation, Masks(masks.rows * 0 - 1, masks.bits, masks.size))
-
-
-def test_maps_are_made_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluation, masks = make_evaluation()
-    whole = measure(evaluation, masks, full=True, pixel_threshold=1.0).values
-    monkeypatch.setattr(metrics, "BATCH_PIXELS", 3 * 400 + 1)
-    sizes = []
-    maps = Evaluation.maps
-
-    def spy(self: Evaluation, part: slice) -> torch.Tensor:
-        result = maps(self, part)
-        sizes.append(len(result))
-        return result
-
-    monkeypatch.setattr(Evaluation, "maps", spy)
-    assert_equal(measure(evaluation, masks, full=True, pixel_threshold=1.0).values, whole)
-    assert set(sizes) == {3, 1}
-
-
 def test_without_the_shots_patients() -> None:
     evaluation, masks = make_evaluation()
     result = measure_without(evaluation, masks, {"p0", "p2", "p9"})
@@ -642,26 +369,8 @@ def test_without_the_shots_patients() -> None:
     assert "pixel" not in Metrics({"auc": 0.5} | measure_without(evaluation, None, set())).table()
     assert measure_without(evaluation, None, set())["auc_without_shot_patients"] == measure(evaluation).auc
     assert measure_without(make_evaluation("det")[0], masks, set())["pauc_without_shot_patients"] is None
-
-
-@pytest.mark.parametrize(("label", "counts"), [(0, (5, 0)), (1, (0, 5))])
-def test_a_class_without_patients_left_is_not_measurable(label: int, counts: tuple[int, int]) -> None:
-    evaluation, masks = make_evaluation()
     for i, sample in enumerate(evaluation.samples):
-        sample.patient = "kept" if i % 2 == label else "shot"
-    result = measure_without(evaluation, masks, {"shot"})
-    assert (result["n_normal_without_shot_patients"], result["n_abnormal_without_shot_patients"]) == counts
-    assert result["auc_without_shot_patients"] is None
-    assert (result["pauc_without_shot_patients"] is None) == (label == 0)  # abnormal images hold normal pixels
-    assert measure_without(evaluation, masks, {"shot", "kept"}) == {
-        "auc_without_shot_patients": None,
-        "pauc_without_shot_patients": None,
-        "n_normal_without_shot_patients": 0,
-        "n_abnormal_without_shot_patients": 0,
-    }
-
-
-def test_names_stand_once() -> None:
-    logged = [key for _, key in METRICS.values() if key]
-    assert len(set(logged)) == len(logged)
-    assert Metrics({"auc": 0.5}).values.keys() < METRICS.keys()
+        sample.patient = "shot" if i % 2 else "kept"
+    assert (
+        measure_without(evaluation, masks, {"shot"})["auc_without_shot_patients"] is None
+    )  # no abnormal image is left

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import phantom
 from dataset.medical_few import MedicalDataset
 from dataset.phantom import KINDS, draw, write
 from dataset.writer import FOLDERS
-from utils import InputError, run_cli
+from utils import InputError
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -48,33 +46,6 @@ def test_layout_counts_and_masks(obj: str, tmp_path: Path):
     assert not dataset.is_benchmark
 
 
-def test_repeats_keeps_earlier_images_and_leaves_nothing_stale(tmp_path: Path):
-    for name, valid in (("once", 2), ("again", 2), ("more", 4)):
-        write(tmp_path / name, KINDS, valid=valid, test=1, seed=2, size=32)
-    once, again, more = (files(tmp_path / name) for name in ("once", "again", "more"))
-    assert once == again
-    assert {name: more[name] for name in once} == once
-    assert len(more) > len(once)
-    own = tmp_path / "more/Brain_AD/valid/good/img/mine.png"
-    own.write_bytes(b"not drawn here")
-    write(tmp_path / "more", KINDS, valid=2, test=1, seed=2, size=32)
-    less = files(tmp_path / "more")
-    assert less.pop("Brain_AD/valid/good/img/mine.png") == b"not drawn here"
-    assert less == once
-    image, mask = draw("Brain", "test", "Ungood", 0, 2, 32)
-    folder = tmp_path / "once/Brain_AD/test/Ungood"
-    assert np.array_equal(np.asarray(Image.open(folder / "img/test_Ungood_00000.png")), image)
-    assert np.array_equal(np.asarray(Image.open(folder / "anomaly_mask/test_Ungood_00000.png")) == 255, mask)
-
-
-@pytest.mark.parametrize("obj", KINDS)
-def test_pictures_differ(obj: str):
-    base = {"obj": obj, "split": "valid", "label": "good", "index": 0, "seed": 0, "size": 32}
-    changes = [{}, {"split": "test"}, {"label": "Ungood"}, {"index": 1}, {"seed": 1}]
-    assert len({draw(**{**base, **change})[0].tobytes() for change in changes}) == len(changes)
-    assert not draw(**base)[1].any()
-
-
 @pytest.mark.parametrize("obj", KINDS)
 @pytest.mark.parametrize("size", [32, 96])
 def test_a_lesion_changes_its_mask_and_nothing_else(obj: str, size: int, monkeypatch):
@@ -100,15 +71,3 @@ def test_a_real_folder_is_refused_and_untouched(tmp_path: Path):
     (tmp_path / "data").write_text("a file")
     with pytest.raises(InputError, match="--out"):
         write(tmp_path / "data", ["Brain"], valid=1, test=1, seed=0, size=32)
-
-
-@pytest.mark.parametrize(
-    ("flag", "value"), [("--obj", "Knee"), ("--valid", "-1"), ("--test", "100000"), ("--seed", "-1"), ("--size", "31")]
-)
-def test_wrong_arguments(tmp_path: Path, monkeypatch, capsys, flag: str, value: str):
-    monkeypatch.setattr(sys, "argv", ["phantom", "--out", str(tmp_path), flag, value])
-    with pytest.raises(SystemExit) as left:
-        run_cli(phantom.main)
-    assert left.value.code == 2
-    assert flag in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())

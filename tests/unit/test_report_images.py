@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.medical_few import Sample
 from engine.report.images import (
     OUTLINE,
     alpha_blend,
@@ -14,11 +13,7 @@ from engine.report.images import (
     draw_outline,
     heat_colours,
     heat_picture,
-    outline,
     overlay,
-    raw,
-    read_picture,
-    shrink,
 )
 
 
@@ -29,17 +24,6 @@ def test_colours_span_the_range_and_stop_at_its_ends():
     heat_picture(np.ones((2, 3)), (1.0, 1.0))  # an empty range is no division by zero
     lightness = heat_colours()[:, :3] @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(lightness) > -0.5).all()  # bright is abnormal, in grey too
-
-
-def test_outline_is_the_edge_inside_the_mask():
-    mask = np.zeros((7, 7), bool)
-    mask[1:6, 1:6] = True
-    edge = outline(mask)
-    assert edge.sum() == 16
-    assert not edge[2:5, 2:5].any()
-    assert outline(mask, 2).sum() == 24
-    assert not outline(np.zeros((7, 7), bool)).any()
-    assert outline(np.ones((5, 5), bool)).sum() == 16  # the picture's border ends a mask
 
 
 def test_an_outline_and_a_heat_map_lie_over_a_picture_that_is_not_square():
@@ -67,13 +51,6 @@ def test_an_overlay_draws_regions_that_are_in_the_files_pixels():
     assert drawn.getpixel((500, 250)) != OUTLINE
 
 
-def test_raw_keeps_the_scores_in_16_bits():
-    heat = np.array([[0.0, 1.0], [2.0, 4.0]])
-    stored = np.asarray(raw(heat, 4.0))
-    assert stored.dtype == np.uint16
-    np.testing.assert_allclose(stored / 65535 * 4, heat, atol=4 / 65535)
-
-
 def test_contours_are_in_the_images_pixels_with_holes():
     heat = np.zeros((8, 8))
     heat[1:7, 1:7] = 1.0
@@ -88,14 +65,3 @@ def test_contours_are_in_the_images_pixels_with_holes():
     assert (y.min(), y.max()) == pytest.approx((1, 7))
     (whole,) = contours(np.ones((4, 4)), 0.5, (4, 4))  # reaches the image's border
     assert whole["area"] == pytest.approx(16)
-
-
-def test_read_picture_keeps_the_aspect_and_forgives_a_missing_file(tmp_path):
-    Image.new("RGB", (60, 30)).save(tmp_path / "a.png")
-    assert read_picture(Sample(tmp_path / "a.png", 0, None, "a"), 20).size == (20, 10)
-    assert read_picture(Sample(tmp_path / "a.png", 0, None, "a"), 120).size == (120, 60)
-    assert read_picture(Sample(tmp_path / "gone.png", 0, None, "a"), 20) is None
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    assert read_picture(Sample(tmp_path / "broken.png", 0, None, "a"), 20) is None
-    assert shrink(Image.new("RGB", (1000, 1)), 10).size == (10, 1)
-    assert shrink(Image.new("RGB", (6, 3)), 10).size == (6, 3)

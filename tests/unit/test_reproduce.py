@@ -8,14 +8,12 @@ import shutil
 import pytest
 
 import reproduce
-from dataset import MedicalDataset, phantom
+from dataset import phantom
 from engine.files.config import train_options
 from engine.study.grid import Cell, Grid, layer_choices
 from engine.study.options import parse
 from engine.study.tables import Statistic
 from utils import InputError
-
-CLEAN = ", without the shots' patients"
 
 
 def plan(tmp_path, *arguments: str):
@@ -56,63 +54,13 @@ def test_an_ablation_changes_one_component_at_a_time(tmp_path):
     ]  # fmt: skip
 
 
-def test_cross_and_leave_one_out(tmp_path):
-    sets = ["--obj", "Brain", "Liver", "Chest", "--seeds", "1"]
-    cells, _ = plan(tmp_path, "--table", "cross", *sets)
-    assert [(cell.obj, cell.others) for cell in cells] == [
-        ("Brain", ("Liver", "Chest")), ("Liver", ("Brain", "Chest")), ("Chest", ("Brain", "Liver"))
-    ]  # fmt: skip
-    cells, grid = plan(tmp_path, "--table", "leave_one_out", *sets)
-    # A data set with masks learns from those that have them.
-    assert [(cell.obj, cell.sources) for cell in cells] == [
-        ("Brain", ("Liver",)), ("Liver", ("Brain",)), ("Chest", ("Brain", "Liver"))
-    ]  # fmt: skip
-    options = grid.parse(cells[2])
-    assert (options.shot, options.select, options.data_path) == (8, "last", str(tmp_path / "unions"))
-    assert options.obj == cells[2].name == "Chest-from-Brain-Liver-4shot-seed1"
-
-
-def test_the_union_holds_others_shots_and_ones_own_test_images(tmp_path):
-    phantom.write(tmp_path / "data", ["Brain", "Liver", "Chest"], valid=3, test=2, seed=0, size=64)
-    flags = ["--table", "leave_one_out", "--obj", "Brain", "Liver", "Chest", "--seeds", "1", "--shots", "2"]
-    cells, grid = plan(tmp_path, *flags, "--data_path", str(tmp_path / "data"))
-    for cell in cells:
-        reproduce.write_union(grid, cell)
-        options = grid.parse(cell)
-        union = MedicalDataset.open(options.obj, options.data_path)
-        target, *sources = (MedicalDataset.open(obj, tmp_path / "data") for obj in (cell.obj, *cell.sources))
-        assert union.pixel_metrics == target.pixel_metrics
-        contents = [(s.path.read_bytes(), s.label) for s in union.samples("test")]
-        assert contents == [(s.path.read_bytes(), s.label) for s in target.samples("test")]
-        shots = union.shots(options.shot_normal, options.shot_abnormal, options.iterate, options.seed)
-        for kind in ("normal", "abnormal"):
-            theirs = [s for source in sources for s in getattr(source.shots(2, 2, 0, 1), kind)]
-            assert [s.path.read_bytes() for s in getattr(shots, kind)] == [s.path.read_bytes() for s in theirs]
-
-
-def test_a_union_is_read_as_its_data_sets_are(tmp_path):
-    phantom.write(tmp_path, ["Brain", "Liver"], valid=3, test=2, seed=0, size=64)
-    flags = ["--table", "leave_one_out", "--obj", "Brain", "Liver", "--seeds", "1", "--shots", "1"]
-    (tmp_path / "Liver_AD" / "Liver.json").write_text('{"mask_above": 25}')
-    cells, grid = plan(tmp_path, *flags, "--data_path", str(tmp_path))
-    with pytest.raises(InputError, match="Brain, Liver are read"):
-        reproduce.write_union(grid, cells[0])
-    (tmp_path / "Brain_AD" / "Brain.json").write_text('{"mask_above": 25}')
-    cells, grid = plan(tmp_path, *flags, "--data_path", str(tmp_path))
-    reproduce.write_union(grid, cells[0])
-    assert MedicalDataset.open(cells[0].name, tmp_path / "unions").mask_above == 25
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--table", "main", "--seed", "5"], "--seed"),
-        (["--table", "main", "--shot=5"], "--shot=5"),
-        (["--table", "main", "--data_root", "x"], "--data_root"),
         (["--table", "cross", "--obj", "Brain"], "two data sets"),
         (["--table", "leave_one_out", "--obj", "Brain", "Chest"], "Brain has masks"),
         (["--table", "leave_one_out", "--obj", "Brain", "Liver", "--select", "test"], "--select"),
-        (["--table", "main", "--obj", "published_results"], "describes no data set"),
         (["--table", "ablation", "--features_list", "99"], "99"),
         (["--table", "cross", "--compare", "x.json"], "--compare"),
     ],
@@ -239,63 +187,3 @@ def test_an_empty_result_is_no_finished_cell(grid_with_results):
     grid.run(cells[0]).result.write_text("{")
     with pytest.raises(InputError, match=r"result\.json"):
         grid.done(cells[0])
-
-
-def test_what_another_tower_and_test_set_mean(tmp_path):
-    phantom.write(tmp_path, ["Retina_OCT2017", "Chest"], valid=2, test=3, seed=0, size=64)
-    (tmp_path / "Chest_AD").rename(tmp_path / "Mine_AD")
-    for obj in ("Retina_OCT2017", "Mine"):
-        (tmp_path / f"{obj}_AD" / "PHANTOM.txt").unlink()
-    shutil.copyfile("CLIP/model_configs/ViT-tiny-14-56.json", tmp_path / "tower.json")
-    tower = ["--model_name", str(tmp_path / "tower.json"), "--weights", str(tmp_path / "tower.pt")]
-    flags = ["--table", "baselines", "--seeds", "1", *tower, "--data_path", str(tmp_path), "--obj", "Mine"]
-    text = reproduce.make_table(plan(tmp_path, *flags)[1], {}).markdown()
-    assert "tower, tower.pt, 240 px" in text
-    assert str(tmp_path) not in text
-    text = reproduce.make_table(plan(tmp_path, *flags, "Retina_OCT2017")[1], {}).markdown()
-    assert "Retina_OCT2017: other images" in text
-    assert "Mine:" not in text
-
-
-def test_clean_figures(grid_with_results):
-    _, grid = grid_with_results("--clean")
-    table = reproduce.make_table(grid, {})
-    assert table.cells["image AUROC", ("ours, selected on test" + CLEAN,), "Brain"].mean == pytest.approx(90)
-    assert table.cells["pixel AUROC", ("ours, selected on test" + CLEAN,), "Brain"] == "not measurable"
-    assert ("image AUROC", ("ours, last epoch" + CLEAN,), "Brain") not in table.cells  # not measured there
-
-
-def test_failed_cells_are_named_in_the_table(grid_with_results):
-    cells, grid = grid_with_results()
-    shutil.rmtree(grid.run(cells[2]).path)
-    table = reproduce.make_table(grid, {cells[2]: "OutOfMemoryError: CUDA out of memory"})
-    assert table.cells["image AUROC", ("ours, last epoch",), "Chest"] == "failed"
-    assert "Chest-4shot-seed1 (OutOfMemoryError: CUDA out of memory)" in table.markdown()
-    table = reproduce.make_table(grid, {})
-    assert table.cells["image AUROC", ("ours, last epoch",), "Chest"] == "to do"
-
-
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (InputError("--shot 9: too many"), "--shot 9: too many"),
-        (KeyboardInterrupt(), ""),
-        (RuntimeError("CUDA error:\n a device-side assert"), "RuntimeError: CUDA error: a device-side assert"),
-    ],
-)
-def test_any_error_ends_its_cell_alone(tmp_path, monkeypatch, error, words):
-    cells, grid = plan(tmp_path, "--table", "main", "--obj", "Brain", "--seeds", "1", "2")
-
-    def broken(*_):
-        print("as far as it came")
-        raise error
-
-    monkeypatch.setattr("train.train", broken)
-    if isinstance(error, KeyboardInterrupt):  # the grid is stopped, no cell has failed
-        with pytest.raises(KeyboardInterrupt):
-            reproduce.run_cell(grid, cells[0])
-        return
-    assert [reproduce.run_cell(grid, cell) for cell in cells] == [words, words]
-    log = grid.log(cells[0]).read_text()
-    assert "as far as it came" in log
-    assert ("Traceback" in log) == (not isinstance(error, InputError))

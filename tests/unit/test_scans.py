@@ -12,9 +12,9 @@ from nibabel import orientations
 from PIL import Image
 from pydicom import dcmread
 
-from dataset.readers import Frame, ReadOptions, Sample, Slice, describe, frames, read, read_mask, warn_once
+from dataset.readers import Frame, ReadOptions, Sample, describe, frames, read_mask, warn_once
 from engine.heat_volumes import DicomHeat, NiftiHeat
-from engine.scans import in_order, is_own_result, list_entries, picture_name, series_notes
+from engine.scans import is_own_result, list_entries, picture_name, series_notes
 from tests.helpers.scans import dicom_series
 from utils import InputError
 
@@ -111,13 +111,6 @@ def test_one_depth_holds_for_all_inputs(tmp_path):
     for name, high in (("dark", 200), ("bright", 4000)):
         Image.fromarray(np.full((4, 4), high, np.uint16)).save(tmp_path / f"{name}.png")
     assert {e.frame.options.deep for e in list_entries([str(tmp_path)], ReadOptions(), hidden=False).entries} == {True}
-
-
-def test_slices_of_several_directions_follow_their_number():
-    across, along = (0.0, 0.0, 1.0), (1.0, 0.0, 0.0)
-    slices = [Slice(instance_number=n, position=-n, normal=d) for n, d in ((3, across), (1, along), (2, across))]
-    assert in_order(slices) == [1, 2, 0]
-    assert in_order([Slice(), Slice(), Slice()]) == [0, 1, 2]
 
 
 def test_a_heat_series_has_new_uids_and_the_values(tmp_path):
@@ -255,9 +248,3 @@ def test_multi_frame_dicom_masks_are_read_frame_by_frame_without_the_window(tmp_
         return
     assert np.asarray(read_mask(replace(last, index=0, options=ReadOptions((0, 1)))).image).max() == 0
     assert np.argwhere(np.asarray(read_mask(last).image) == 255).tolist() == [[2, 3]]
-
-
-def test_several_pictures_need_an_index(tmp_path):
-    volume(tmp_path / "v.nii.gz")
-    with pytest.raises(InputError, match=r"v\.nii\.gz: holds 5 pictures"):
-        read(tmp_path / "v.nii.gz")

@@ -66,32 +66,6 @@ def test_too_long(case: dict[str, Any]) -> None:
     assert tokenize(case["text"], truncate=True)[0].tolist() == case["ids_with_truncate"]
 
 
-@pytest.mark.parametrize("case", GOLDEN["other_context_lengths"], ids=lambda case: str(case["context_length"]))
-def test_other_context_length(case: dict[str, Any]) -> None:
-    length = case["context_length"]
-    if case["default_raises"] is None:
-        assert tokenize(case["text"], length)[0].tolist() == padded(case["ids"], length)
-    else:
-        with pytest.raises(RuntimeError, match=f"at most {length} fit"):
-            tokenize(case["text"], length)
-    assert tokenize(case["text"], length, truncate=True)[0].tolist() == padded(case["ids_with_truncate"], length)
-
-
-def test_several_texts_are_rows_of_their_own() -> None:
-    texts = ["a photo of a brain.", "", "Chest X-ray film"]
-    tokens = tokenize(texts)
-    assert tokens.shape == (3, 77)
-    for row, text in zip(tokens, texts, strict=True):
-        assert torch.equal(row, tokenize(text)[0])
-    assert tokenize([]).shape == (0, 77)
-
-
-def test_vocabulary() -> None:
-    assert TOKENIZER.vocab_size == GOLDEN["vocab_size"] == len(set(TOKENIZER._symbols))
-    assert (TOKENIZER.sot, TOKENIZER.eot) == (GOLDEN["sot"], GOLDEN["eot"])
-    assert Tokenizer.default() is TOKENIZER  # read once
-
-
 def test_equals_open_clip_on_many_scripts() -> None:
     from open_clip.tokenizer import SimpleTokenizer  # noqa: PLC0415 (slow to import)
 

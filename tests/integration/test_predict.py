@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -493,3 +494,11 @@ def test_volumes_and_files_of_many_frames_give_all_slices(command, ckpts, scans,
     assert volume.map.shape == (len(found), height, width)
     assert volume.heat.shape == (len(found), 42, 42)
     assert (len(frames.slices), frames.score) == (2, max(part.score for part in frames.slices))
+
+
+def test_threads_share_a_model(ckpts, trained):
+    model = load(ckpts / "Brain.pth", "cpu")
+    images = sorted((trained.data / UNGOOD).iterdir())
+    expected = [model.predict(image).score for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        assert [found.score for found in pool.map(model.predict, images * 4)] == expected * 4

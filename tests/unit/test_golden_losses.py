@@ -49,12 +49,28 @@ def test_detection_loss_and_gradient(loss_type, dec_type):
 @pytest.mark.parametrize(("dec_type", "shares"), [("max", [1.0, 0.0, 0.0]), ("both", [2 / 3, 1 / 6, 1 / 6])])
 def test_the_gradient_of_equal_largest_patches_goes_to_one(loss_type, dec_type, shares):
     """The published decision is torch.max(x, dim=1)[0]: of two equal largest patches one has all of the gradient."""
+    scores = torch.tensor([[[0.5, -0.5], [0.5, -0.5], [-0.5, 0.5]]])  # (1, 3 patches, 2): the third is the mirror image
+    scores = torch.cat([scores, scores]).requires_grad_()
+    labels = torch.tensor([0.0, 1.0])
+    loss.detection_loss(scores, labels, loss_type, dec_type).backward()
+    plain = scores.detach().clone().requires_grad_()
+    values = plain.softmax(dim=-1) if loss_type == "softmax" else None
+    if values is None:
+        z = torch.tensor([[[1.0, -1.0]], [[-1.0, 1.0]]])
+        values = torch.nn.functional.logsigmoid(z * plain)
+    largest = torch.max(values, dim=1)[0]
+    decided = largest if dec_type == "max" else 0.5 * values.mean(dim=1) + 0.5 * largest
+    if loss_type == "softmax":
+        bce = torch.nn.functional.binary_cross_entropy_with_logits
+        total = bce(1 - decided[:, 0], labels) + bce(decided[:, 1], labels)
+    else:
+        total = -decided.sum(dim=-1).mean()
+    total.backward()
+    torch.testing.assert_close(scores.grad, plain.grad, atol=1e-7, rtol=0)
+
     tied = torch.tensor([[2.0, 2.0, 1.0]], requires_grad=True)
     loss.decide(tied, dec_type).sum().backward()
     torch.testing.assert_close(tied.grad[0], torch.tensor(shares))
-    scores = torch.tensor([[[0.5, -0.5], [0.5, -0.5], [-0.5, 0.5]]]).requires_grad_()  # (1, 3 patches, 2)
-    loss.detection_loss(scores, torch.tensor([0.0]), loss_type, dec_type).backward()
-    assert not torch.equal(scores.grad[0, 0], scores.grad[0, 1])
 
 
 def test_pixel_probability():
@@ -178,6 +194,22 @@ def test_one_adam_step(golden, tiny_clip, obj, file):
         assert float((parameter.grad - gradient).norm()) <= 1e-4 * float(gradient.norm())
         sure = gradient.abs() > 1e-6  # elsewhere rounding decides the sign of the step
         close(parameter[sure], data[f"{tag}/after_adam/{name}"][sure.numpy()])
+
+
+def test_eleven_steps(golden, tiny_clip):
+    case = Case(tiny_clip, "MFCFC", [2, 4], "Brain", "gelu_nomask")
+    optimizers = make_optimizers(case.adapters, case.chooser, 0.001)
+    losses = []
+    for _ in range(11):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        total = case.loss().total
+        losses.append(float(total.detach()))
+        total.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    stored = golden("losses")["train/MFCFC/features_2_4/Brain/gelu_nomask/loss_over_11_evaluations"]
+    np.testing.assert_allclose(losses, stored, atol=1e-5, rtol=0)
 
 
 def test_anomaly_map_is_the_published_sum(golden):

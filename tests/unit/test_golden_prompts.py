@@ -11,6 +11,7 @@ import torch
 from CLIP.clip import load_state, random_state
 from CLIP.model import CLIP, ModelConfig, TextTower
 from CLIP.tokenizer import tokenize
+from Prompt.prompt_pass import PromptPass
 from Prompt.promptChooser import PromptChooser
 from Prompt.states import fixed_sentences, state_phrases
 from tests.conftest import VARIANTS, load_golden
@@ -62,6 +63,13 @@ def test_text_features(golden, tiny_clip, obj, mood, variant):
     close(chooser(), golden("prompts")[f"{obj}/{mood}/{variant}/text_features"], 1e-6)
 
 
+@pytest.mark.parametrize("variant", ["gelu_nomask", "gelu_causal"])
+def test_single_prompts(golden, tiny_clip, variant):
+    chooser = chooser_with_golden_contexts(tiny_clip(False), "Brain", "learnable_all", variant.endswith("causal"))
+    for kind, embeddings in chooser.prompt_embeddings().items():
+        close(embeddings, golden("prompts")[f"Brain/learnable_all/{variant}/{kind}/embeddings_21"])
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_context_gradients(golden, tiny_clip, variant):
     data = golden("prompts")
@@ -92,6 +100,16 @@ def test_context_initialisation_is_seeded_and_abnormal_first(tiny_clip):
         names = [f"{kind}_{position}" for kind in ("abnormal", "normal") for position in ("end", "front", "middle")]
         for name, values in zip(names, expected, strict=True):
             assert torch.equal(drawn[name], values), name
+
+
+def test_contexts_with_a_generator_leave_the_global_one_alone(tiny_clip):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    generator = torch.Generator().manual_seed(5)
+    one, other = (PromptChooser(tiny_clip(False), "Brain", "learnable_all", generator=generator) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    pair = [chooser.prompt_learners["normal"].ctx["normal_end"] for chooser in (one, other)]
+    assert not torch.equal(*pair)  # the generator moves on
 
 
 def every_position(text: TextTower, embeddings: torch.Tensor, eot: torch.Tensor, causal: bool) -> torch.Tensor:
@@ -131,3 +149,30 @@ def test_prompts_computed_in_part_equal_the_whole(causal):
     for part, whole in zip(*gradients, strict=True):
         assert float(whole.norm()) > 0
         assert float((part - whole).norm()) <= 1e-5 * float(whole.norm())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_fixed_positions_are_computed_once(tiny_clip, causal):
+    """Other embeddings at the fixed positions change nothing, at the changing ones they do."""
+    text = tiny_clip(False).text
+    chooser = PromptChooser(tiny_clip(False), "Brain", "learnable_abnormal", causal)
+    learner = chooser.prompt_learners["abnormal"]
+    with torch.no_grad():
+        embeddings, eot = learner()
+        encode = PromptPass(text, embeddings, learner.context_positions, eot, causal)
+        before = encode(embeddings)
+        start_moved, context_moved = embeddings.clone(), embeddings.clone()
+        start_moved[:, 0] *= -5
+        context_moved[torch.arange(len(eot)), learner.context_positions[:, -1]] *= -5
+        assert torch.equal(encode(start_moved), before) is causal  # without a mask its residual still counts
+        assert not torch.isclose(encode(context_moved), before).all(dim=-1).any()
+
+
+def test_everything_is_on_the_tower_s_device():
+    """The tower's device is known before the detector is moved there; `meta` stands for one that is not the CPU."""
+    with torch.device("meta"):
+        clip = CLIP(ModelConfig.load("ViT-tiny-14-56"), 56, quick_gelu=False)
+    chooser = PromptChooser(clip, "Brain", "learnable_all")
+    tensors = [*chooser.parameters(), *chooser.buffers(), *chooser.encode.known, *chooser.encode.rows]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert chooser().device.type == "meta"

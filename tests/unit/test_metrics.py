@@ -1,8 +1,9 @@
-"""engine/metrics.py against scikit-learn, torchmetrics, MVTec's AUPRO and the figures of the published evaluation."""
+"""engine/metrics.py against scikit-learn, MVTec's AUPRO and the figures of the published evaluation."""
 
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from statistics import NormalDist
@@ -29,6 +30,7 @@ from engine.metrics import (
     measure_without,
     patient_metrics,
     per_image_metrics,
+    placements,
 )
 from utils import InputError
 
@@ -374,3 +376,62 @@ def test_without_the_shots_patients() -> None:
     assert (
         measure_without(evaluation, masks, {"shot"})["auc_without_shot_patients"] is None
     )  # no abnormal image is left
+
+
+@pytest.mark.parametrize("shape", ["wide", "saturated"])
+def test_a_thinned_grid_is_within_1e_6(shape: str) -> None:
+    scores, labels = draw(shape, 1_800_000, 0.4)
+    assert labels.sum() > 1.2 * metrics.GRID
+    counts = count(scores, labels)
+    assert len(counts.grid) <= metrics.GRID
+    found = counts.auroc(), counts.average_precision(), counts.f1_max()[0]
+    assert found == pytest.approx(exact(scores, labels), abs=1e-6)
+    assert (counts.grid[0], counts.grid[-1]) == (scores[labels].min(), scores[labels].max())
+
+
+def test_other_devices_count_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs on a GPU, on the CPU."""
+    maps, masks = image_set("saturated", 10, 0)
+    arguments = *sources(maps, masks), 10, 3
+    first = count_pixels(*arguments, regions=True)
+    expected = per_image_metrics(*arguments, first, 2.0, draws=50)
+    monkeypatch.setattr(metrics, "_use_numpy", lambda scores: False)
+    second = count_pixels(*arguments, regions=True)
+    assert np.array_equal(first.grid, second.grid)
+    assert np.array_equal(first.normal, second.normal)
+    assert np.array_equal(first.abnormal, second.abnormal)
+    assert second.aupro() == pytest.approx(first.aupro(), abs=1e-12)
+    draws, dice = per_image_metrics(*arguments, second, 2.0, draws=50)
+    np.testing.assert_allclose(draws, expected[0], atol=1e-12)
+    assert dice == pytest.approx(expected[1], abs=1e-12)
+
+
+def test_memory_does_not_grow_with_normal_pixels() -> None:
+    scores, _ = draw("wide", 8 * 10_000, 0)
+    maps, lesion = torch.from_numpy(scores).view(8, 100, 100), torch.zeros(8, 100, 100, dtype=torch.bool)
+    lesion[0, 10:60, 10:40] = True
+
+    def peak(batches: int) -> int:
+        tracemalloc.start()
+        count_pixels(lambda part: maps, lambda part: lesion if part.start == 0 else lesion & False, 8 * batches, 8)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    peak(2)  # what is allocated once
+    assert peak(60) < 1.1 * peak(4)
+
+
+def test_the_interval_of_the_image_auc_is_delongs_where_there_are_many_images() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(4000) % 2
+    scores = (rng.standard_normal(4000) * (1 + labels) + labels).round(1)
+    below, above = placements(labels, scores)
+    pairs = (scores[labels == 1][:, None] > scores[labels == 0]) + 0.5 * (
+        scores[labels == 1][:, None] == scores[labels == 0]
+    )
+    np.testing.assert_allclose(below, pairs.mean(1))
+    np.testing.assert_allclose(above, pairs.mean(0))
+    auc, error = pairs.mean(), np.sqrt(pairs.mean(1).var() / 2000 + pairs.mean(0).var() / 2000)
+    assert auc == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+    assert auroc_interval(labels, scores) == pytest.approx([auc - 1.96 * error, auc + 1.96 * error], abs=1e-3)

@@ -9,14 +9,11 @@ import torch
 from PIL import Image
 
 from CLIP.clip import create_model
-from CLIP.config import ModelConfig
-from CLIP.model import CLIP
 from dataset import phantom
 from dataset.medical_few import Sample, Shots
 from dataset.readers import load_mask
 from dataset.views import VIEWS, augment
 from engine.detector import Detector
-from engine.evaluation import Evaluation
 from engine.features import TokenStore
 from engine.files.config import train_options
 from engine.metrics import Metrics
@@ -189,23 +186,6 @@ def test_valid_chooses_where_it_is_asked_to(clip):
     assert [record["best"] for record in records] == [True, True]
     assert [record["valid_auc"] for record in records] == [0.3, 0.7]
     assert state.best_score == 0.7
-
-
-@pytest.mark.parametrize("adapters", ["MFCFC", "MCNNFC", "MViTFC"])
-def test_a_step_mixes_no_devices_and_does_not_wait_for_the_gpu(monkeypatch, adapters):
-    """On torch's device `meta`, whose tensors hold no values: an operand on the CPU, and asking for a value, fail."""
-    monkeypatch.setattr("engine.training.make_optimizers", lambda *_: [])  # torch's fused Adam knows no such device
-    with torch.device("meta"):
-        meta_clip = CLIP(ModelConfig.load("ViT-tiny-14-56"), 42, quick_gelu=False)
-    detector = Detector(meta_clip, small_settings(visionA=adapters), 5).to("meta")
-    state = TrainingState.start(detector, None, 0.001, 5)
-    tokens, labels, masks = batch()
-    tokens, labels, masks = [layer.to("meta") for layer in tokens], labels.to("meta"), masks.to("meta")
-    losses = [step(state, tokens, labels, given) for given in (masks, None)]
-    assert {loss.device.type for loss in losses} == {"meta"}
-    scores = detector.patch_scores(tokens, detector.prompts())
-    evaluation = Evaluation([None] * len(scores), scores, "seg", 42, "mean")
-    assert evaluation.maps(slice(0, 2)).device.type == evaluation.maps([0, 2]).device.type == "meta"
 
 
 def test_losses_are_averaged_and_a_bad_one_is_named():

@@ -1,0 +1,126 @@
+"""What runs on a GPU, rehearsed without one: no operation mixes devices, and no step waits for the GPU.
+
+What needs values is outside: the towers and prompts are made on the CPU and moved, gradients are filled in, and of the
+fits of baselines and the ends of passes the test says for what they wait.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from itertools import islice
+
+import pytest
+import torch
+
+from CLIP.clip import create_model
+from CLIP.weights import find_weights
+from dataset.medical_few import Shots
+from engine import baselines
+from engine.detector import Detector, seeded
+from engine.evaluation import Masks, evaluate
+from engine.features import TokenStore, TowerSpec
+from engine.files.checkpoint import Checkpoint
+from engine.predictor import Predictor
+from engine.training import TrainingSet, TrainingState, check_losses
+from tests.helpers.data import draw_samples, small_settings, store_options
+from tests.helpers.rehearsal import COPY, CUDA, VALUE, rehearsal
+
+PRECISIONS = pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+@cache
+def built(**changes):
+    """Towers and detector on the CPU."""
+    settings = small_settings(img_size=28, **changes)
+    clip = create_model("ViT-tiny-14-56", "random", 28, fidelity=settings.fidelity, seed=1)
+    return clip, Detector(clip, settings, 5)
+
+
+class World:
+    """A small run on the rehearsed GPU: samples on disk, their tokens in the store, a detector."""
+
+    def __init__(self, folder, mode, autocast=None, **changes):
+        self.settings, self.samples = small_settings(img_size=28, **changes), draw_samples(folder)
+        shots = TrainingSet.build(Shots([self.samples[1]], [self.samples[0]], "drawn", {}), self.settings, 5)
+        weights = find_weights("ViT-tiny-14-56", "random", None, 1)
+        self.store = TokenStore(
+            TowerSpec.of(self.settings, weights, autocast, CUDA), store_options(folder, cache="gpu")
+        )
+        self.store.plan(shots.items, [self.samples])
+        self.clip, self.detector = mode.moved(built(**changes))
+        visual = self.clip.visual
+        self.store.fill(self.clip)
+        self.clip.visual = visual  # which `fill` frees
+        self.shots, self.state = shots.to(self.store), TrainingState.start(self.detector, autocast, 0.001, 5)
+        mode.waits.clear()
+
+    def step(self, masks=True):
+        rows, labels, views = next(self.shots.batches(torch.arange(len(self.shots)), 8))
+        return self.state.step(self.store, rows, labels, views if masks else None, None)
+
+
+@PRECISIONS
+@pytest.mark.parametrize("adapters", ["MFCFC", "MCNNFC", "MViTFC"])
+def test_steps_scores_maps_and_masks_mix_no_devices_and_do_not_wait(tmp_path, adapters, autocast):
+    with rehearsal() as mode:
+        world = World(tmp_path, mode, autocast, visionA=adapters)
+        losses = [world.step(masks) for masks in (True, False)]
+        assert {loss.device for loss in losses} == {CUDA}
+        assert {p.grad.device for p in world.detector.adapters.parameters() if p.grad is not None} == {CUDA}
+        assert mode.waits == []
+        check_losses(torch.stack(losses), 1)
+        assert mode.waits == [COPY]  # once an epoch
+        mode.waits.clear()
+
+        for pixels in (True, False):
+            world.detector.settings = replace(world.settings, pixel_metrics=pixels)
+            evaluation = evaluate(world.detector, world.store, world.samples)
+            assert mode.waits == [VALUE]  # whether all scores are finite, once an evaluation
+            mode.waits.clear()
+            assert evaluation.maps(slice(0, 4)).device == evaluation.maps([0, 2]).device == CUDA
+            assert mode.waits == []
+            assert evaluation.image_scores.shape == (6,)
+            assert mode.waits == [COPY]  # all scores at once
+            mode.waits.clear()
+        masks = Masks.of(world.samples, world.settings, device=CUDA)
+        assert masks.get(slice(0, 4)).device == masks.get([1, 2]).device == CUDA
+        assert mode.waits == []
+
+
+def test_neither_does_what_is_corrected(tmp_path):
+    with rehearsal() as mode:
+        changes = {"fidelity": "corrected", "visionA": "MViTFC", "loss_type": "softmax", "dec_type": "both"}
+        world = World(tmp_path, mode, torch.bfloat16, **changes)
+        world.step()
+        assert mode.waits == []
+        evaluate(world.detector, world.store, world.samples)
+        assert mode.waits == [VALUE]
+
+
+@PRECISIONS
+def test_prediction_waits_for_its_results_alone(tmp_path, autocast):
+    with rehearsal() as mode:
+        world = World(tmp_path, mode, autocast)
+        model = Predictor(Checkpoint(world.settings, {}, {}), world.detector, world.clip, autocast)
+        assert model.patch_scores(torch.rand(3, 3, 28, 28)).device == CUDA
+        assert mode.waits == []
+        prediction = model.predict(world.samples[0].path)
+        assert prediction.heat.shape == (28, 28)
+        assert mode.waits == [VALUE, COPY]  # score and map
+
+
+@pytest.mark.parametrize("masks", [True, False], ids=["masks", "no masks"])
+def test_baselines_wait_while_they_are_fitted(tmp_path, masks):
+    """And scikit-learn's, which needs values that no rehearsal has, in every batch."""
+    with rehearsal() as mode:
+        world = World(tmp_path, mode)
+        tokens = [layer.float() for layer in world.store.get(world.shots.rows)]
+        pooled = baselines.pool_masks(world.shots.masks, tokens[0].shape[1]) if masks else None
+        training = baselines.Training(tokens, world.shots.labels.bool(), pooled, seeded(5, "baselines"))
+        norm, projection = world.clip.visual.ln_post, world.clip.visual.proj
+        batch = [layer.float() for layer in world.store.get(world.store.rows(world.samples))]
+        methods = baselines.fit(training, lambda x: norm(x) @ projection, world.detector.prompts().detach())
+        for name, scores in islice(methods, 3):
+            mode.waits.clear()
+            assert (scores(batch).device, mode.waits, name) == (CUDA, [], name)

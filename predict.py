@@ -34,7 +34,8 @@ from tqdm import tqdm
 
 from dataset.layout import BENCHMARKS, object_of
 from dataset.medical_few import MedicalDataset
-from dataset.readers import Picture, picture_notes
+from dataset.readers.grey import Picture
+from dataset.readers.images import picture_notes
 from engine.calibration import describe_threshold
 from engine.files.checkpoint import read as read_file
 from engine.predictor import Prediction, Predictor, build, read_checkpoint

@@ -172,7 +172,7 @@ def write_union(grid: Grid, cell: Cell) -> None:
         })  # fmt: skip
     (root / "images.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     # What a mask that marks nothing means was judged above, by each data set for itself.
-    judged = {"prompt_name": target.prompt_name, "pixel_metrics": target.pixel_metrics, "unmarked": "abnormal"}
+    judged = {"prompt_name": target.layout.prompt_name, "pixel_metrics": target.pixel_metrics, "unmarked": "abnormal"}
     given = {name: value for name, value in readings[0].items() if value not in (None, ())}
     write_json(root / f"{cell.name}.json", {**judged, **given})
 
@@ -279,7 +279,7 @@ def describe(grid: Grid, failed: dict[Cell, str]) -> Iterator[str]:
         same = all(shots == group[0] for group in several for shots in group)
         yield "All seeds have the same shots." if same else "Each seed draws other shots."
     yield "Intervals: 95%, over the test images, the mean of the seeds' bounds."
-    if levels := {obj: data.mask_above for obj in options.obj if (data := grid.dataset(obj)).pixel_metrics}:
+    if levels := {obj: data.layout.mask_above for obj in options.obj if (data := grid.dataset(obj)).pixel_metrics}:
         greys = ", ".join(f"{level} ({obj})" for obj, level in levels.items())
         yield f"Abnormal pixels: a mask's grey above {greys}."
     if options.table == "ablation":

@@ -93,7 +93,7 @@ def compute_scores(options: argparse.Namespace) -> Scored:
     read_as_trained(options, trained, metadata)
     dataset = MedicalDataset.from_options(options)
     prompt_name = options.prompt_name or trained.prompt_name
-    settings = replace(trained, prompt_name=prompt_name, mask_above=dataset.mask_above)
+    settings = replace(trained, prompt_name=prompt_name, mask_above=dataset.layout.mask_above)
     patients, unknown = shot_patients(trained, metadata, options)
     samples = dataset.samples("test")
     if options.anonymous:

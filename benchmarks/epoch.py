@@ -29,7 +29,7 @@ from benchmarks.common import (
     tower_operations,
     write_json,
 )
-from dataset.medical_few import Sample
+from dataset.readers.images import Sample
 from dataset.views import VIEWS
 from engine.distributed import pick_autocast, pick_device
 from engine.evaluation import Evaluation, Masks

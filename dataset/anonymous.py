@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from .layout import SPLITS
-from .medical_few import MedicalDataset, Sample, Shots
+from .medical_few import MedicalDataset, Shots
+from .readers.images import Sample
 
 
 class Numbers:

@@ -29,30 +29,19 @@ from .entries import Entry
 from .fewshot import SEEDS, check_shot_names, parse_shot_list
 from .layout import KINDS, SPLITS, add_reading_flags, object_given, object_name
 from .lists import unlabelled, write_list
-from .medical_few import MedicalDataset, data_folder
+from .medical_few import SOUGHT, MedicalDataset, data_folder
 from .patients import compile_rule
-from .readers import (
-    ABNORMAL_ABOVE,
-    NoImageError,
-    Sample,
-    file_kind,
-    frames,
-    mask_notes,
-    parse_window,
-    picture_notes,
-    read,
-    read_mask,
-)
+from .readers.images import Sample, file_kind, parse_window, picture_notes, read
+from .readers.masks import ABNORMAL_ABOVE, mask_notes, read_mask
 
 SHOWN = 3  # examples of a finding
 NAMED = ("no mask", "valid mask")  # of these every example is shown: one cannot see what is not there
-SMALL = 32  # pixels a side
 
 # What is found, and what it is called. Errors first, in the order of the report.
 ERRORS = {
     "layout": "the layout",
     "unusable": "images or masks that cannot be used",
-    "no mask": "abnormal images without a mask",
+    "no mask": f"abnormal images without a mask ({SOUGHT})",
     "ambiguous": "names that make masks ambiguous",
     "mask size": "masks of another size than their image",
     "mask range": "masks with no pixel above --mask_above, though not empty: they count as empty",
@@ -63,12 +52,10 @@ ERRORS = {
 }
 WARNINGS = {
     "duplicate": "the same picture twice in a class",
-    "same name": "names that differ in the extension only",
     "valid mask": "abnormal images of valid without a mask: no shots, and left out of the calibration",
     "any size": "masks of another size than their image: resized, as the published loader does",
     "empty": "abnormal images with an empty mask",
     "full": "masks that cover more than 90% of their image",
-    "grey": "masks with greys: above --mask_above counts as abnormal",
     "alpha": "masks that lie in the alpha channel",
     "wide": "8-bit values in 16- or 32-bit files, read as 8 bits, as the published program reads them",
     "dark": "16-bit images with small values: scaled, they are all but black",
@@ -76,9 +63,7 @@ WARNINGS = {
     "pixels": "slices resampled to square pixels, more than 3 times",
     "constant": "pictures that are nearly constant",
     "clipped": "pictures that are clipped",
-    "small": f"images under {SMALL} pixels a side",
     "orientation": "images or masks with an orientation tag, which is ignored, whatever the format: do they fit?",
-    "no image": "DICOM objects without a picture, left out",
     "ignored": "files that are no image by their extension, left out",
     "list": "few-shot lists",
 }
@@ -115,51 +100,45 @@ class Seen:
     mode: str = ""
     size: tuple[int, int] | None = None  # width, height; None where it could not be read
     digest: bytes = b""  # of the pixels: a picture saved anew without loss is the same
+    has_mask: bool = False
 
 
 def look_into(dataset: MedicalDataset, file: Entry) -> list[Seen]:
-    """Decode every image in a file, and its mask where it has one."""
+    """Decode every image in a file that is a sample, and its mask where it has one."""
     try:
-        frames(file.path, dataset.options)
-        samples = dataset.samples_in(file, judged=False)
-    except NoImageError as error:
-        return [Seen(file.name, {"no image": str(error)})]
+        every = dataset.samples_in(file, judged=False)
+        used = {sample.index for sample in dataset.samples_in(file)}
+        seen = [look_at(sample, dataset.layout.mask_above, is_alone=len(every) == 1) for sample in every]
     except InputError as error:
         return [Seen(file.name, {"unusable": str(error)})]
-    seen = [look_at(sample, dataset.mask_above, alone=len(samples) == 1) for sample in samples]
-    if not any("unusable" in entry.findings for entry in seen):
-        dataset.samples_in(file)  # what is left out is among the data set's notes
+    for sample, one in zip(every, seen, strict=True):
+        if sample.index not in used:  # it is no sample, but a wrong mask may be why
+            one.size, one.findings = None, {kind: text for kind, text in one.findings.items() if kind == "mask range"}
     return seen
 
 
-def look_at(sample: Sample, above: int, alone: bool) -> Seen:
-    """Decode an image and its mask; `alone` is False for slices, of which some may be black."""
-    seen = Seen(sample.name, {})
-    try:
-        picture = read(sample)
-        remarks = dict(picture.notes)
-        seen.mode, seen.size = picture.mode, picture.image.size
-        seen.digest = hashlib.sha256(f"{seen.size}".encode() + picture.image.tobytes()).digest()
-        if alone and min(seen.size) >= SMALL and "dark" not in remarks:
-            remarks |= picture_notes(picture.image)
-        if min(seen.size) < SMALL:
-            remarks["small"] = _size(seen.size)
-        if picture.orientation != 1:
-            remarks["orientation"] = f"orientation {picture.orientation}"
-        seen.findings = {kind: f"{sample.path}: {text}" for kind, text in remarks.items()}
-        if mask := read_mask(sample):
-            remarks = mask.notes | mask_notes(mask, above)
-            if labels := remarks.pop("labels", ""):
-                remarks.pop("wide", None)
-                remarks["mask range"] = labels
-            if mask.image.size not in (seen.size, picture.stored):
-                remarks["any size" if sample.published else "mask size"] = (
-                    f"{_size(mask.image.size)}, its image {_size(seen.size)}"
-                )
-            seen.findings |= {kind: f"{sample.mask}: {text}" for kind, text in remarks.items()}
-    except InputError as error:
-        seen.findings["unusable"] = str(error)
-    return seen
+def look_at(sample: Sample, above: int, is_alone: bool) -> Seen:
+    """Decode an image and its mask; `is_alone` is False for slices, of which some may be dark."""
+    picture = read(sample)
+    digest = hashlib.sha256(f"{picture.image.size}".encode() + picture.image.tobytes()).digest()
+    remarks = dict(picture.notes)
+    if is_alone and "dark" not in remarks:
+        remarks |= picture_notes(picture.image)
+    if picture.orientation != 1:
+        remarks["orientation"] = f"orientation {picture.orientation}"
+    findings = {kind: f"{sample.path}: {text}" for kind, text in remarks.items()}
+    mask = read_mask(sample)
+    if mask:
+        remarks = mask.notes | mask_notes(mask, above)
+        if labels := remarks.pop("labels", ""):
+            remarks.pop("wide", None)
+            remarks["mask range"] = labels
+        if mask.image.size not in (picture.image.size, picture.stored):
+            remarks["any size" if sample.published else "mask size"] = (
+                f"{_size(mask.image.size)}, its image {_size(picture.image.size)}"
+            )
+        findings |= {kind: f"{sample.mask}: {text}" for kind, text in remarks.items()}
+    return Seen(sample.name, findings, picture.mode, picture.image.size, digest, mask is not None)
 
 
 class Check:
@@ -198,10 +177,9 @@ class Check:
         try:
             self.known = TOLERATED if dataset.is_benchmark else ()
             for split, kind in product(SPLITS, KINDS):
-                if dataset.layout.folders(split, kind):
-                    files = dataset.image_files(split, kind)
-                    patients[split] |= {file.patient for file in files}
-                    self.look(dataset, Row(split, kind), files, workers)
+                files = dataset.image_files(split, kind, (split, kind) != ("valid", "abnormal"))
+                patients[split] |= {file.patient for file in files}
+                self.look(dataset, Row(split, kind), files, workers)
         except InputError as error:
             self.add("layout", str(error))
             return
@@ -227,11 +205,6 @@ class Check:
             for name, faults in (("no mask", missing), ("ambiguous", ambiguous)):
                 for words in faults:
                     self.add(name, words)
-            row.masks = sum(bool(file.masks) for file in files)
-        else:
-            for path, count in Counter(file.path.with_name(file.path.stem) for file in files).items():
-                if count > 1:
-                    self.add("same name", f"{path}.*: {count} images ({row.split})")
         results = prefetch(partial(look_into, dataset), files, workers)
         title, pause = f"{row.split} {row.kind}", bar_seconds()
         for seen in chain.from_iterable(tqdm(results, title, len(files), unit="file", mininterval=pause, delay=pause)):
@@ -239,11 +212,12 @@ class Check:
 
     def image(self, row: Row, seen: Seen) -> None:
         """Add one image to its row and to the findings."""
-        row.images += "no image" not in seen.findings
         for finding in seen.findings.items():
             self.add(*finding)
+        row.images += bool(seen.size) or "unusable" in seen.findings
         if not seen.size:
             return
+        row.masks += seen.has_mask
         row.sizes[seen.size] += 1
         row.modes[seen.mode] += 1
         split, kind, other = self.first.setdefault(seen.digest, (row.split, row.kind, seen.name))
@@ -336,9 +310,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         check.run(dataset, options.num_workers)
         metrics = "images and pixels are measured" if dataset.pixel_metrics else "images are measured, no masks"
-        if dataset.pixel_metrics and dataset.mask_above != ABNORMAL_ABOVE:
-            metrics += f", a mask's grey above {dataset.mask_above} is abnormal"
-        print(printable(f'{options.obj}: {root}; prompts say "{dataset.prompt_name}"; {metrics}'))
+        if dataset.pixel_metrics and dataset.layout.mask_above != ABNORMAL_ABOVE:
+            metrics += f", a mask's grey above {dataset.layout.mask_above} is abnormal"
+        print(printable(f'{options.obj}: {root}; prompts say "{dataset.layout.prompt_name}"; {metrics}'))
         heads = ("split", "class", "images", "masks", "width x height", "modes")
         print(table([heads, *(row.cells() for row in check.rows)]))
     for line in (*check.lines(), *check.notes):

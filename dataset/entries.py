@@ -10,10 +10,11 @@ from pathlib import Path, PurePosixPath
 from utils import InputError, preview
 
 from .fewshot import list_paths, parse_shot_list
-from .layout import KINDS, Layout
-from .pairing import find_masks, list_pictures, tell_apart
+from .layout import KINDS, SPLITS, Layout
+from .pairing import find_masks, in_mask_folder, list_pictures
 from .patients import compile_rule, falls_in_valid, patient, spelled_alike
-from .readers import Slice, describe, file_kind, frames
+from .readers.grey import Slice, check_file
+from .readers.images import describe, file_kind, frames
 
 
 @dataclass
@@ -25,7 +26,6 @@ class Entry:
     kind: str  # of `KINDS`
     folder: str  # the class's, relative to the data set's: the file lies in it or below
     masks: list[Path] = field(default_factory=list)  # the files that fit as its mask; several are united
-    place: str = ""  # the template by which the masks were found
     split: str = ""  # of `SPLITS`
     divided: bool = False  # its folder serves both splits
     listed: str = ""  # what few-shot lists call it
@@ -41,28 +41,43 @@ def read_folders(root: Path, layout: Layout) -> list[Entry]:
     """What a layout's folders hold, class by class, folder by folder and sorted; a missing folder holds nothing.
 
     Raises:
-        InputError: a mask fits no image, a patient's rule is none, a few-shot list cannot be read.
+        InputError: a mask fits no image, a patient's rule is none, a few-shot list cannot be read; an image is a link
+            to nothing, a pipe or a device, which nobody may leave out without a word.
     """
     entries: list[Entry] = []
+    images, masks = list_pictures(root)
+    parents = {path.parent for path in images}
     for kind in KINDS:
         for folder in dict.fromkeys((*layout.valid[kind], *layout.test[kind])):
-            pairs = tell_apart(list_pictures(root / folder))
-            if pairs.lost:
-                raise InputError(
-                    f"{preview([str(path) for path in pairs.lost])}: named like masks, but no image of that name lies "
-                    f"beside them ({len(pairs.lost)} files); rename them, or write a list (docs/data.md)"
-                )
-            divided = folder in layout.shared(kind)
-            split = "" if divided else "valid" if folder in layout.valid[kind] else "test"
-            found = find_masks(root, folder, layout.masks, pairs.images)
-            homes = {home: home.relative_to(root).as_posix() for home in {path.parent for path in pairs.images}}
-            for path, (place, masks) in zip(pairs.images, found, strict=True):
-                name = f"{homes[path.parent]}/{path.name}"
-                entries.append(Entry(path, name, kind, folder, masks, place, split, divided))
+            splits = [split for split in SPLITS if folder in layout.folders(split, kind)]
+            split = splits[0] if len(splits) == 1 else ""
+            home = root / folder
+            inside = {parent for parent in parents if home in (parent, *parent.parents)}
+            for path in (path for path in images if path.parent in inside):
+                check_file(path)
+                name = path.relative_to(root).as_posix()
+                entries.append(Entry(path, name, kind, folder, split=split, divided=not split))
+    pair(root, entries, masks)
+    used = {mask for entry in entries for mask in entry.masks}
+    classes = {root / entry.folder for entry in entries}
+    if lost := [path for path in masks if path not in used and not classes.isdisjoint(path.parents)
+                and not in_mask_folder(path.relative_to(root).as_posix())]:  # fmt: skip
+        raise InputError(
+            f"{preview([str(path) for path in lost])}: named like masks, but no image has that name "
+            f"({len(lost)} files); rename them, or write a list (docs/data.md)"
+        )
     name_for_lists(entries)
     name_patients(entries, layout.patient)
     divide(entries, root, layout.valid_share)
     return entries
+
+
+def pair(root: Path, entries: Sequence[Entry], masks: Sequence[Path]) -> None:
+    """Give entries their masks."""
+    for entry, own in zip(entries, find_masks(root, [entry.path for entry in entries], masks), strict=True):
+        for mask in own:
+            check_file(mask)
+        entry.masks = own
 
 
 def name_for_lists(entries: Sequence[Entry]) -> None:

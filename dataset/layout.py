@@ -1,32 +1,30 @@
-"""Where a data set's images and masks lie: as its JSON file says, or as the folder itself shows.
+"""Where a data set's classes and splits lie, as its folder shows; and its JSON file, which says what no folder shows.
 
-The file is <NAME>.json in the data set's own folder, or else in dataset/. docs/data.md explains its keys, which are the
-fields of `Layout`.
+The file is <NAME>.json in the data set's own folder, or else in dataset/. docs/data.md explains its keys.
 """
 
 from __future__ import annotations
 
-import os
 import re
-from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from utils import InputError, integer, read_json
 
-from .pairing import MASK_FOLDERS, PLACEHOLDERS, is_clutter, list_images, mask_places, one_form
+from .pairing import is_clutter, is_mask_folder, list_pictures
 from .patients import compile_rule
-from .readers import ABNORMAL_ABOVE, PLANES, ReadOptions, list_files, parse_window
+from .readers.grey import PLANES
+from .readers.images import parse_window
+from .readers.masks import ABNORMAL_ABOVE
 
 FOLDER = Path(__file__).parent
 PUBLISHED = FOLDER / "published_results.json"  # figures to compare with, the one JSON file that is no data set
 SPLITS = ("valid", "test")
 KINDS = ("normal", "abnormal")  # label 0, label 1
 VALID_SHARE = 0.3
-MVFA_MASKS = "{parent}/anomaly_mask/{stem}"
 # Images of the paper's data sets, (normal, abnormal) or all of them; where sources disagree, each.
 PUBLISHED_COUNTS: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
     "Brain": {"valid": ((39, 44),), "test": ((640, 3075),)},
@@ -51,15 +49,16 @@ SUPPORT_NAMES = ("valid", "val", "train")
 Classes = dict[str, list[Path]]  # `KINDS` -> folders
 
 
+def _no_folders() -> dict[str, list[str]]:
+    return {kind: [] for kind in KINDS}
+
+
 @dataclass(frozen=True)
 class Layout:
-    """What the JSON file says, with the defaults filled in."""
+    """The folders of a data set, and what its JSON file says."""
 
     prompt_name: str
-    pixel_metrics: bool | None  # whether masks are used; None: where there are any
-    valid: dict[str, list[str]]  # `KINDS` -> folders
-    test: dict[str, list[str]]
-    masks: tuple[str, ...] = (MVFA_MASKS,)  # the first by which an image has masks
+    pixel_metrics: bool | None = None  # whether masks are used; None: where there are any
     valid_share: float = VALID_SHARE
     normal: tuple[str, ...] = ()  # a list's labels that mean normal, where any other word means abnormal
     patient: str | None = None  # a regular expression; None: the known names
@@ -68,38 +67,20 @@ class Layout:
     unmarked: str | None = None  # what an abnormal image is whose mask marks nothing, of `UNMARKED`; None: see `check`
     window: tuple[float, float] | str | None = None
     plane: str = "axial"
+    valid: dict[str, list[str]] = field(default_factory=_no_folders)  # `KINDS` -> folders; empty where there is a list
+    test: dict[str, list[str]] = field(default_factory=_no_folders)
 
     @classmethod
     def load(cls, name: str, root: Path, listed: bool = False) -> Layout:
-        """What the data set's JSON file says, and what lies in `root`; `InputError` for faults.
-
-        Where the images are `listed`, folders mean nothing.
-        """
+        """What lies in `root`, unless its images are `listed`, and the JSON file says; `InputError` for faults."""
         path = config_path(name, root)
         given = read_config(path) if path.is_file() else {}
-        if listed:
-            given |= {split: {kind: [] for kind in KINDS} for split in SPLITS}
-        elif not set(SPLITS) <= given.keys():
-            given = {**detect(root), **given}
-        prompt_name = re.sub(r"[_-]+", " ", name).strip() or name
-        given = {"prompt_name": prompt_name, "pixel_metrics": None, **given}
-        if "masks" not in given and given["pixel_metrics"] is not False:
-            folders = dict.fromkeys(folder for split in SPLITS for folder in given[split]["abnormal"])
-            given["masks"] = tuple(mask_places(root, folders)) or (MVFA_MASKS,)
-        return cls(**given)
-
-    @property
-    def options(self) -> ReadOptions:
-        """How files with more than 8 bits or more than one slice are read, and what counts in masks."""
-        return ReadOptions(self.window, self.plane, self.mask_labels)
+        folders = {} if listed else detect(root)
+        return cls(**{"prompt_name": re.sub(r"[_-]+", " ", name).strip() or name, **given, **folders})
 
     def folders(self, split: str, kind: str) -> list[str]:
         """The folders of a class in a split, relative to the data set's."""
         return (self.valid if split == "valid" else self.test)[kind]
-
-    def shared(self, kind: str) -> list[str]:
-        """The folders of a class that both splits name."""
-        return [folder for folder in self.valid[kind] if folder in self.test[kind]]
 
 
 def add_reading_flags(group: Any) -> None:  # noqa: ANN401 - a parser or a group, which is private in argparse
@@ -163,16 +144,12 @@ def object_given(options: Any) -> str | None:  # noqa: ANN401 - the flags
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The checked content of a JSON file, folders as lists; `InputError` that names the file and the key."""
+    """The checked content of a JSON file; `InputError` that names the file and the key."""
     config = read_json(path)
-    known = Layout.__dataclass_fields__
-    if unknown := sorted(set(config) - set(known)) if isinstance(config, dict) else ["not an object"]:
-        raise InputError(f"{path}: unknown {unknown[0]!r:.80}; it may hold {', '.join(known)}")
     tests: dict[str, Callable[[Any], Any]] = {
         "prompt_name": lambda value: isinstance(value, str) and value.strip() and len(value) <= 200,
         "pixel_metrics": lambda value: isinstance(value, bool),
         "valid_share": lambda value: isinstance(value, int | float) and 0 < value < 1,
-        "masks": lambda value: all(isinstance(text, str) and _is_mask_template(text) for text in _several(value)),
         "normal": lambda value: all(isinstance(word, str) and word for word in _several(value)),
         "patient": lambda value: isinstance(value, str) and compile_rule(value, f"{path}: patient"),
         "mask_above": lambda value: type(value) is int and 0 <= value <= 254,
@@ -180,14 +157,14 @@ def read_config(path: Path) -> dict[str, Any]:
         "unmarked": lambda value: value in UNMARKED,
         "window": _is_window,
         "plane": lambda value: value in PLANES,
-        **dict.fromkeys(SPLITS, _are_folders),
     }
+    if unknown := sorted(config.keys() - tests.keys()) if isinstance(config, dict) else ["not an object"]:
+        advice = "a list of images says where they lie" if {*SPLITS, "masks"} & set(unknown) else "see docs/data.md"
+        raise InputError(f"{path}: unknown {unknown[0]!r:.80}; it may hold {', '.join(tests)}; {advice}")
     for key, value in config.items():
         if not tests[key](value):
             raise InputError(f"{path}: {key} cannot be {value!r:.80}; docs/data.md says what it may be")
-    for split in set(SPLITS) & config.keys():
-        config[split] = {kind: _several(folders) for kind, folders in config[split].items()}
-    for key in {"masks", "mask_labels", "normal"} & config.keys():
+    for key in {"mask_labels", "normal"} & config.keys():
         config[key] = tuple(_several(config[key]))
     if isinstance(config.get("window"), list):
         config["window"] = tuple(map(float, config["window"]))
@@ -202,28 +179,6 @@ def _is_window(value: object) -> bool:
     with suppress(InputError):
         return parse_window([str(part) for part in _several(value)]) is not None
     return False
-
-
-def _are_folders(value: object) -> bool:
-    """Whether it is {"normal": folders, "abnormal": folders}, below the data set's own."""
-    listed = [_several(folders) for folders in value.values()] if isinstance(value, dict) else []
-    return (
-        isinstance(value, dict)
-        and set(value) == set(KINDS)
-        and all(isinstance(folder, str) and _is_below(folder) for folders in listed for folder in folders)
-    )
-
-
-def _is_below(folder: str) -> bool:
-    path = PurePosixPath(folder)
-    named = path.parts and folder.isprintable() and all(len(os.fsencode(part)) <= 255 for part in path.parts)
-    return bool(named) and not path.is_absolute() and ".." not in path.parts
-
-
-def _is_mask_template(text: str) -> bool:
-    parent, _, name = text.rpartition("/")
-    plain = re.sub(rf"\{{({'|'.join(PLACEHOLDERS)})\}}", "", parent) + name.replace("{stem}", "", 1)
-    return "{stem}" in name and not re.search(r"[{}]", plain) and _is_below(text)
 
 
 # --- what a folder shows ---
@@ -266,11 +221,8 @@ def _splits(root: Path) -> dict[str, Classes] | None:
 
 def _folders(folder: Path | None) -> list[Path]:
     """The folders in another one, sorted, without hidden ones and those of masks."""
-    inside = sorted(folder.iterdir()) if folder and folder.is_dir() else []
-    names = {path: one_form(path.name).lower() for path in inside if path.is_dir()}
-    return [
-        path for path, name in names.items() if name[0] != "." and not is_clutter(name) and name not in MASK_FOLDERS
-    ]
+    inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder and folder.is_dir() else []
+    return [path for path in inside if not (path.name[0] == "." or is_clutter(path.name) or is_mask_folder(path.name))]
 
 
 def _entry(folder: Path, name: str) -> Path | None:
@@ -285,18 +237,8 @@ def _classes(folder: Path | None) -> Classes:
         found = {kind: [inside[name]] for kind, name in zip(KINDS, (normal, abnormal), strict=True) if name in inside}
         if "normal" in found and "abnormal" not in found and normal != "0":
             others = [path for name, path in inside.items() if name not in (normal, "test", *SUPPORT_NAMES)]
-            if defects := [path for path in others if list_images(path)]:
+            if defects := [path for path in others if list_pictures(path)[0]]:
                 found["abnormal"] = defects
         if found:
             return {kind: [_entry(path, "img") or path for path in paths] for kind, paths in found.items()}
     return {}
-
-
-def unused(root: Path, used: set[Path]) -> list[str]:
-    """The folders of a data set that hold pictures which are neither images nor masks of it, and how many."""
-    counts = Counter(
-        str(PurePosixPath(place).parent)
-        for path, place in list_files([root])
-        if path not in used and not is_clutter(place)
-    )
-    return [f"{folder} ({count})" for folder, count in sorted(counts.items())]

@@ -12,15 +12,15 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from utils import InputError, atomic_path, blame, read_text
 
-from .entries import Entry, divide, name_for_lists, name_patients
+from .entries import Entry, divide, name_for_lists, name_patients, pair
 from .layout import Layout
-from .pairing import find_masks, list_pictures, mask_places, tell_apart
+from .pairing import list_pictures
 
 COLUMNS = ("image", "label", "mask", "patient", "split", "slice", "shot")
 NAMES = ("images.csv", "images.tsv", "images.jsonl")
@@ -68,13 +68,13 @@ def read_list(path: Path, layout: Layout) -> list[Entry]:
         masks = [_locate(path.parent, text, where) for text in filter(None, row.get("mask", "").split("|"))]
         entries.append(Entry(
             image, image.relative_to(path.parent).as_posix(), kind, image.parent.relative_to(path.parent).as_posix(),
-            masks, "the list", split, divided=not split, patient=row.get("patient") or None, index=index,
+            masks, split, divided=not split, patient=row.get("patient") or None, index=index,
             shot=_choose(SWITCH, row.get("shot", ""), f"{where}: shot"),
             word="" if kind == "normal" or row["label"].lower() in LABELS else row["label"],
         ))  # fmt: skip
     entries.sort(key=lambda entry: entry.kind == "abnormal")
     if not has_masks:
-        _find_masks(path.parent, entries)
+        pair(path.parent, entries, list_pictures(path.parent)[1])
     name_for_lists(entries)
     name_patients(entries, layout.patient)
     divide(entries, path.parent, layout.valid_share)
@@ -139,17 +139,6 @@ def _choose(known: dict[str, Any], cell: str, where: str, otherwise: Any = None)
     return known.get(cell.lower(), otherwise)
 
 
-def _find_masks(root: Path, entries: Sequence[Entry]) -> None:
-    """Give entries their masks by the rules for folders, where the list has no column for them."""
-    homes = dict.fromkeys(entry.folder for entry in entries)
-    places = mask_places(root, homes)
-    for home in homes:
-        here = [entry for entry in entries if entry.folder == home]
-        found = find_masks(root, home, places, [entry.path for entry in here])
-        for entry, (place, masks) in zip(here, found, strict=True):
-            entry.place, entry.masks = place, masks
-
-
 def write_list(path: Path, root: Path, entries: Iterable[Entry]) -> Path:
     """Write a list of a data set's images, for the user to correct, and return where; `InputError` where it cannot be.
 
@@ -178,5 +167,7 @@ def write_list(path: Path, root: Path, entries: Iterable[Entry]) -> Path:
 
 def unlabelled(root: Path) -> list[Entry]:
     """Every picture in a folder of no known layout, for a list whose labels are to be filled in."""
-    pairs = tell_apart(list_pictures(root))
-    return [Entry(path, path.name, "", "", pairs.masks.get(path, [])) for path in pairs.images]
+    images, masks = list_pictures(root)
+    entries = [Entry(path, path.name, "", "") for path in images]
+    pair(root, entries, masks)
+    return entries

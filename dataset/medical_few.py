@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
-
-from PIL import Image
 
 from utils import InputError, prefetch, preview, warn
 
@@ -23,37 +20,21 @@ from .entries import Entry, read_folders
 from .fewshot import SEEDS, check_shot_names, draw_shots, list_paths, parse_shot_list, pick_lines
 from .layout import BENCHMARKS, FOLDER, KINDS, MADE_UP, PUBLISHED_COUNTS, SPLITS, Layout, described, object_name
 from .lists import find_list, read_list
-from .pairing import mask_folder
-from .readers import (
-    EXTENSIONS,
-    Levels,
-    Mask,
-    NoImageError,
-    ReadOptions,
-    Sample,
-    file_kind,
-    frames,
-    is_deep,
-    levels_note,
-    parse_window,
-    read,
-    read_mask,
-    stem,
-    warn_once,
-)
+from .pairing import MASK_FOLDERS
+from .readers.grey import NoImageError, ReadOptions
+from .readers.images import EXTENSIONS, Sample, file_kind, frames, is_deep, parse_window, read, stem
+from .readers.masks import Levels, levels_note, read_mask
 
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["Sample"]
-
 HASHED = "the patient, or of the name where none is recognised"
 READERS = 4  # threads that read masks
-FLAT = 8  # of 255: a slice whose greys differ by less shows nothing
-NOTHING = Image.new("L", (1, 1))
+SOUGHT = f"masks are sought beside the image and in folders called {', '.join(MASK_FOLDERS)}"
 # Why something is no sample.
 UNMARKED_MASK = "abnormal images whose mask marks nothing"
 EMPTY_SLICE = "slices that show nothing"
+NO_IMAGE = "DICOM objects without a picture"
 COPY = "copies of another slice of their series"
 
 
@@ -92,22 +73,18 @@ def _hint(obj: str, data_path: str | Path) -> str:
     return f"--obj {obj} is none of {', '.join(described())}, but {advice}"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class MedicalDataset:
     """A data set: its name, its folder and how that is laid out. What is read of the folder is kept."""
 
     obj: str
     root: Path
     layout: Layout
-    entries: list[Entry] = field(compare=False, repr=False)
+    entries: list[Entry]
     listing: Path | None = None  # the list that they come from
-    left_out: dict[str, set[str]] = field(init=False, compare=False, repr=False)  # why -> names of what is no sample
-    levels: dict[str, Mask] = field(init=False, compare=False, repr=False)  # name of a sample -> its mask's levels
-    _known: dict[Any, Any] = field(init=False, compare=False, repr=False)  # samples of files, and copies in series
-
-    def __post_init__(self) -> None:
-        for name, empty in (("left_out", defaultdict(set)), ("levels", {}), ("_known", {})):
-            object.__setattr__(self, name, empty)
+    left_out: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # why -> names of no samples
+    levels: dict[str, tuple[Levels, bool]] = field(default_factory=dict)  # sample -> its mask's, and if they are labels
+    _known: dict[Any, Any] = field(default_factory=dict)  # samples of files, and copies in series
 
     @classmethod
     def open(
@@ -127,11 +104,6 @@ class MedicalDataset:
         root = listing.parent if listing else data_folder(obj, data_path, data_root)
         listing = listing or find_list(root)
         layout = Layout.load(obj, root, listed=listing is not None)
-        for folder in [folder for split, kind in product(SPLITS, KINDS) for folder in layout.folders(split, kind)]:
-            top = root / PurePosixPath(folder).parts[0]
-            if not top.is_dir():
-                other = f"dataset/{obj}.json names it; under a new --obj the folder's own layout would be found"
-                raise InputError(f"{top} not found; {_hint(obj, data_path) if data_root is None else other}")
         layout = replace(layout, **{name: value for name, value in given.items() if value is not None})
         return cls(obj, root, layout, read_list(listing, layout) if listing else read_folders(root, layout), listing)
 
@@ -154,26 +126,17 @@ class MedicalDataset:
         shown = {"window": list(window) if isinstance(window, tuple) else window, "plane": plane, "formats": formats}
         return {**shown, "deep": True} if self.options.deep else shown
 
-    @property
-    def prompt_name(self) -> str:
-        """What the prompts call the object."""
-        return self.layout.prompt_name
-
     @cached_property
     def pixel_metrics(self) -> bool:
         """Whether the data set has masks that are used."""
         has_masks = any(entry.masks for entry in self.entries if entry.kind == "abnormal")
         return has_masks if self.layout.pixel_metrics is None else self.layout.pixel_metrics
 
-    @property
-    def mask_above(self) -> int:
-        """The grey of a mask above which a pixel is abnormal, of 255."""
-        return self.layout.mask_above
-
     @cached_property
     def options(self) -> ReadOptions:
         """How files with more than 8 bits or more than one slice are read, and what counts in masks."""
-        return replace(self.layout.options, deep=is_deep([entry.path for entry in self.entries]))
+        layout, deep = self.layout, is_deep([entry.path for entry in self.entries])
+        return ReadOptions(layout.window, layout.plane, layout.mask_labels, deep)
 
     # --- which of the paper's data sets it is ---
 
@@ -210,8 +173,7 @@ class MedicalDataset:
     def image_files(self, split: str, kind: str, required: bool = True) -> list[Entry]:
         """The image files of a class (`normal`, `abnormal`) in a split, folder by folder and sorted.
 
-        Raises:
-            InputError: a folder is missing or there are no images; not where none are `required`.
+        `InputError` where there are none although some are `required`.
         """
         result = [entry for entry in self.entries if (entry.split, entry.kind) == (split, kind)]
         if required and not result:
@@ -219,9 +181,7 @@ class MedicalDataset:
             where = ", ".join(str(self.root / folder) for folder in folders) or str(self.listing or self.root)
             if divided := sum(entry.kind == kind and entry.divided for entry in self.entries):
                 fault = f"{where}: divided by a hash of {HASHED}, none of the {divided} {kind} images is {split}"
-                raise InputError(f"{fault}; give the splits folders of their own, in dataset/{self.obj}.json")
-            if missing := [folder for folder in folders if not (self.root / folder).is_dir()]:
-                raise InputError(f"{self.root / missing[0]} not found; docs/data.md shows the layout of a data set")
+                raise InputError(f"{fault}; give the splits folders of their own, or write a list (docs/data.md)")
             raise InputError(f"{where}: no images ({', '.join(EXTENSIONS)}) for {split}, {kind}")
         return result
 
@@ -250,14 +210,22 @@ class MedicalDataset:
 
     def mask_problems(self, files: Sequence[Entry]) -> tuple[list[str], list[str]]:
         """The images that have no mask, and those whose mask is ambiguous, in words."""
-        names = [file.path.with_name(stem(file.path)) for file in files]
-        count = Counter(names)
         ambiguous = [
-            f"{file.path} ({len(file.masks)} masks fit {count[name]} images of that name)"
-            for file, name in zip(files, names, strict=True)
-            if file.masks and (count[name] > 1 or len({stem(mask) for mask in file.masks}) < len(file.masks))
+            f"{file.path} ({len(file.masks)} masks fit {images} images of that name)"
+            for file in ([] if self.listing else files)  # a list means what it says
+            if (images := max((len(self._images_of[mask]) for mask in file.masks), default=0)) > 1
+            or len({stem(mask) for mask in file.masks}) < len(file.masks)
         ]
         return [str(file.path) for file in files if not file.masks], ambiguous
+
+    @cached_property
+    def _images_of(self) -> dict[Path, set[Path]]:
+        """The abnormal images of each mask."""
+        result = defaultdict(set)
+        for entry in self.entries:
+            for mask in entry.masks if entry.kind == "abnormal" else []:
+                result[mask].add(entry.path)
+        return result
 
     def _check_masks(self, files: Sequence[Entry], kind: str, may_lack_mask: bool = False) -> None:
         """`InputError` where an abnormal image has no mask of its own."""
@@ -265,20 +233,19 @@ class MedicalDataset:
             return
         missing, ambiguous = self.mask_problems(files)
         if missing and not may_lack_mask:
-            image = next(file for file in files if not file.masks)
-            homes = (mask_folder(self.root, image.folder, place, image.path.parent) for place in self.layout.masks)
-            places = [str(self.listing)] if self.listing else map(str, homes)
-            fault = f"{preview(missing)}: no mask ({len(missing)} of {len(files)} abnormal images)"
-            advice = f'add them, or set "pixel_metrics": false in dataset/{self.obj}.json'
-            where = ", ".join(dict.fromkeys(places))
-            raise InputError(f"{fault}; they are sought in {where}; `python -m dataset.check` names them all; {advice}")
+            homes = sorted({str(mask.parent) for file in self.entries for mask in file.masks})
+            raise InputError(
+                f"{preview(missing)}: no mask ({len(missing)} of {len(files)} abnormal images); {SOUGHT}; "
+                f"others lie in {preview(homes)}; `python -m dataset.check` names them all; add them, or set "
+                f'"pixel_metrics": false in dataset/{self.obj}.json'
+            )
         if ambiguous:
             raise InputError(f"{preview(ambiguous)}: give each image a name of its own, and its mask the same")
 
     def samples_in(self, file: Entry, judged: bool = True) -> list[Sample]:
         """The samples in a file: one, or of a DICOM series and a NIfTI volume one for each frame and slice.
 
-        DICOM objects without a picture give none, with a warning. Where they are `judged`, slices that show nothing and
+        DICOM objects without a picture give none. Where they are `judged`, slices that show nothing and
         copies within a series are left out, and so are abnormal images and slices whose mask marks nothing, unless
         `unmarked` says otherwise.
 
@@ -302,8 +269,8 @@ class MedicalDataset:
         if file_kind(file.path) != "pillow":
             try:
                 inside = frames(file.path, self.options)
-            except NoImageError as error:
-                warn_once(f"{error}; left out")
+            except NoImageError:
+                self.left_out[NO_IMAGE].add(file.name)
                 return []
             if len(inside) > 1:
                 samples = [replace(sample, index=frame.index, name=f"{file.name}#{frame.index}") for frame in inside]
@@ -325,8 +292,8 @@ class MedicalDataset:
         """A sample by what its mask and, of DICOM and NIfTI, its picture shows; None where it is left out."""
         unmarked, mask = self.layout.unmarked or ("abnormal" if self.is_benchmark else "out"), None
         if (self.layout.unmarked or not self.is_benchmark) and (mask := read_mask(sample)):
-            self.levels[sample.name] = mask._replace(image=NOTHING)
-            if not mask.marks(self.mask_above) and unmarked != "abnormal":
+            self.levels[sample.name] = mask.levels, mask.by_label
+            if not mask.marks(self.layout.mask_above) and unmarked != "abnormal":
                 self.left_out[UNMARKED_MASK].add(sample.name)
                 if unmarked == "out":
                     return None
@@ -335,8 +302,7 @@ class MedicalDataset:
         if kind == "pillow" or (kind == "nifti" and sample.mask):
             return sample
         picture = read(sample)
-        low, high = picture.image.convert("L").getextrema()
-        if high - low < FLAT and not sample.mask:  # type: ignore[operator]
+        if picture.is_blank and not sample.mask:
             self.left_out[EMPTY_SLICE].add(sample.name)
             return None
         if kind == "dicom" and series:
@@ -357,9 +323,9 @@ class MedicalDataset:
 
     def levels_line(self) -> str | None:
         """A line on masks of other levels than 0 and 255, as far as they were read; the paper's are not looked at."""
-        total = sum((mask.levels for mask in self.levels.values()), Levels())
-        by_label = any(mask.by_label for mask in self.levels.values())
-        return levels_note(total, by_label, self.mask_above, self.options.mask_labels) if total else None
+        total = sum((levels for levels, _ in self.levels.values()), Levels())
+        by_label = any(by_label for _, by_label in self.levels.values())
+        return levels_note(total, by_label, self.layout.mask_above, self.options.mask_labels) if total else None
 
     # --- shots ---
 
@@ -415,7 +381,9 @@ class MedicalDataset:
         }
         if len(patients) < count:
             masked = " with a mask" * (len(patients) < len(known))
-            raise InputError(f"--{flag} {count}: valid holds only {len(patients)} {kind} images{masked} in {self.root}")
+            why = "".join(f"; {line}" for line in (*self.left_out_lines(), self.levels_line()) if line)
+            fault = f"valid holds only {len(patients)} {kind} images{masked} in {self.root}"
+            raise InputError(f"--{flag} {count}: {fault}{why}")
         return draw_shots(draw, patients, count)
 
     def _listed(

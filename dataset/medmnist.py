@@ -70,14 +70,6 @@ one is abnormal.
 """
 
 
-def set_name(text: str) -> str:
-    """An argparse type: a set with a normal class; `InputError` that says why another has none."""
-    if text in SOURCES:
-        return text
-    why = "holds volumes, not images" if text.endswith("3d") else "has no normal class, or is no MedMNIST set"
-    raise InputError(f"{text}: {why}; use one of {', '.join(SOURCES)}")
-
-
 def convert(archive: Path, name: str, folder: Path, most_valid: int, seed: int) -> Writer:
     """Write images, shot lists, NAME.json and LICENSE.txt below `folder`, which is empty.
 
@@ -127,7 +119,7 @@ def download(name: str, size: int, folder: Path) -> Path:
 def main() -> None:
     """Command line."""
     parser = Parser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("name", type=set_name, help=", ".join(SOURCES))
+    parser.add_argument("name", choices=SOURCES, help="a set that has a normal class")
     parser.add_argument("--size", type=int, choices=SIZES, default=224, help="pixels a side, of the download")
     parser.add_argument("--npz", type=Path, metavar="FILE", help="MedMNIST's file, instead of the download")
     parser.add_argument("--out", type=Path, default=Path("data"), help="folder for <name>_AD (default: data)")

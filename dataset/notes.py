@@ -10,9 +10,11 @@ from dataclasses import replace
 
 from utils import preview
 
-from .layout import BENCHMARKS, SPLITS, unused
+from .entries import Entry
+from .layout import BENCHMARKS, SPLITS
 from .medical_few import HASHED, MedicalDataset
-from .readers import read_mask
+from .pairing import in_mask_folder, list_pictures
+from .readers.masks import read_mask
 
 
 def describe(dataset: MedicalDataset, names: bool = True) -> list[str]:
@@ -21,7 +23,7 @@ def describe(dataset: MedicalDataset, names: bool = True) -> list[str]:
     lines = [
         listing, benchmark_note(dataset), split_note(dataset), kinds_note(dataset), masks_note(dataset),
         normal_note(dataset, names), *dataset.left_out_lines(names), dataset.levels_line(),
-        unused_note(dataset) if names else None, patients_note(dataset, names),
+        *(unused_notes(dataset) if names else []), patients_note(dataset, names),
     ]  # fmt: skip
     return [line for line in lines if line]
 
@@ -55,15 +57,23 @@ def kinds_note(dataset: MedicalDataset) -> str | None:
 
 
 def masks_note(dataset: MedicalDataset) -> str | None:
-    """The rules that found masks; or what the label of a slice means without."""
+    """Where the masks were found; or what the label of a slice means without."""
     abnormal = [entry for entry in dataset.entries if entry.kind == "abnormal"]
     if dataset.pixel_metrics:
-        found = Counter(entry.place for entry in abnormal if entry.masks)
-        rules = ", ".join(f"{count} by {place}" for place, count in sorted(found.items()))
+        found = Counter(_place(entry) for entry in abnormal if entry.masks)
+        rules = ", ".join(f"{count} {place}" for place, count in sorted(found.items()))
         return f"masks: {rules}" if rules else None
     if any(len(dataset.samples_in(entry, judged=False)) > 1 for entry in abnormal):
         return "labels are per slice: without masks every slice of an abnormal series or volume counts as abnormal"
     return None
+
+
+def _place(entry: Entry) -> str:
+    """Where an image's masks lie, in words."""
+    home = entry.masks[0].parent
+    if home == entry.path.parent:
+        return "beside the images"
+    return f"in folders called {next((part for part in reversed(home.parts) if in_mask_folder(f'{part}/')), home.name)}"
 
 
 def normal_note(dataset: MedicalDataset, examples: bool = True) -> str | None:
@@ -73,16 +83,22 @@ def normal_note(dataset: MedicalDataset, examples: bool = True) -> str | None:
         sample.name
         for entry in masked
         for sample in dataset.samples_in(entry)
-        if (mask := read_mask(replace(sample, mask=entry.masks[0]))) and mask.marks(dataset.mask_above)
+        if (mask := read_mask(replace(sample, mask=entry.masks[0]))) and mask.marks(dataset.layout.mask_above)
     ]
     such = f": {preview(names)}" if examples else ""
     return f"warning: {len(names)} normal images have a mask that marks something{such}" if names else None
 
 
-def unused_note(dataset: MedicalDataset) -> str | None:
-    """The pictures in the folder that are neither images nor masks of the data set."""
-    folders = unused(dataset.root, {path for entry in dataset.entries for path in (entry.path, *entry.masks)})
-    return f"warning: not used: pictures in {', '.join(folders)}" if folders else None
+def unused_notes(dataset: MedicalDataset) -> list[str]:
+    """The pictures in the folder that are neither images nor masks of the data set, folder by folder."""
+    images, masks = list_pictures(dataset.root)
+    used = {path for entry in dataset.entries for path in (entry.path, *entry.masks)}
+    lines = []
+    for words, paths in (("not used: pictures in", images), ("masks that fit no image, in name and folder, in", masks)):
+        folders = Counter(path.parent.relative_to(dataset.root).as_posix() for path in paths if path not in used)
+        if folders:
+            lines.append(f"warning: {words} {', '.join(f'{name} ({n})' for name, n in sorted(folders.items()))}")
+    return lines
 
 
 def patients_note(dataset: MedicalDataset, examples: bool = True) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dataset.readers import Sample
+from dataset.readers.images import Sample
 
 from .evaluation import Evaluation, Masks
 from .metrics import PixelCounts, count_pixels, maps_at_a_time

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from CLIP.adapter_shared import mixes_images
-from dataset.medical_few import Sample
-from dataset.readers import load_mask
+from dataset.readers.images import Sample
+from dataset.readers.masks import load_mask
 from loss import anomaly_map, image_score
 from utils import InputError, prefetch
 

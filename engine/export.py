@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dataset.readers import Picture, frames, list_files, to_tensor
+from dataset.readers.grey import Picture
+from dataset.readers.images import frames, list_files, to_tensor
 from loss import anomaly_map, image_score, patch_difference
 from utils import InputError, Parser, atomic_path, blame, run_cli
 

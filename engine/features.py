@@ -30,8 +30,7 @@ from CLIP.adapter_shared import reads_class_token
 from CLIP.clip import create_model, uses_quick_gelu
 from CLIP.model import CLIP
 from CLIP.weights import Weights
-from dataset.medical_few import Sample
-from dataset.readers import READER, load_image_with_hash
+from dataset.readers.images import READER, Sample, load_image_with_hash
 from dataset.views import JITTER_VIEW, augment_view
 from utils import (
     InputError,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dataset.readers import Frame, optional
+from dataset.readers.grey import Frame, optional
 from dataset.readers.volumes import frame_values, numbers, slices_of
 from utils import atomic_path
 

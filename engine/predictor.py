@@ -27,17 +27,8 @@ from CLIP.clip import create_model
 from CLIP.model import CLIP
 from dataset.layout import config_path, read_config
 from dataset.medical_few import MedicalDataset
-from dataset.readers import (
-    Frame,
-    Picture,
-    ReadOptions,
-    frames,
-    load_image,
-    pillow_to_rgb,
-    read,
-    to_rgb,
-    to_tensor,
-)
+from dataset.readers.grey import Frame, Picture, ReadOptions, to_rgb
+from dataset.readers.images import frames, load_image, pillow_to_rgb, read, to_tensor
 from loss import anomaly_map, image_score
 from utils import InputError, prefetch, warn
 
@@ -224,7 +215,7 @@ class Predictor:
         Raises:
             InputError: an image that cannot be read, or images that cannot tell: a class is missing.
         """
-        settings = replace(self.settings, mask_above=dataset.mask_above)
+        settings = replace(self.settings, mask_above=dataset.layout.mask_above)
         pixels, size = settings.pixel_metrics and dataset.pixel_metrics, settings.img_size
         every = {(s.path, s.index): s for split in ("valid", "test") for s in dataset.samples(split)}.values()
         samples = [sample for sample in every if sample.mask or not (pixels and sample.label)]

@@ -16,21 +16,10 @@ from statistics import median_low
 
 import numpy as np
 
-from dataset.pairing import in_mask_folder, is_clutter, tell_apart
+from dataset.pairing import in_mask_folder, is_clutter, named_masks
 from dataset.patients import patient
-from dataset.readers import (
-    Frame,
-    MissingPackageError,
-    NoImageError,
-    ReadOptions,
-    Slice,
-    describe,
-    file_kind,
-    frames,
-    is_deep,
-    list_files,
-    stem,
-)
+from dataset.readers.grey import Frame, MissingPackageError, NoImageError, ReadOptions, Slice
+from dataset.readers.images import describe, file_kind, frames, is_deep, list_files, stem
 from utils import InputError, printable
 
 MARK = "MadCLIP heat map, research use"  # in the head of every picture that is written, so that none becomes an input
@@ -116,8 +105,8 @@ def list_entries(inputs: Sequence[str], reading: ReadOptions, hidden: bool) -> I
     series: defaultdict[str, list[tuple[Frame, str, Slice]]] = defaultdict(list)
     found = [(path, place) for path, place in list_files(map(Path, inputs)) if not is_clutter(place)]
     reading = replace(reading, deep=reading.deep or is_deep([path for path, _ in found]))
-    pairs = tell_apart(path for path, _ in found)
-    masks, lost = {mask for beside in pairs.masks.values() for mask in beside}, {*pairs.lost} - {*map(Path, inputs)}
+    masks, lost = named_masks([path for path, _ in found])
+    lost -= set(map(Path, inputs))
     for number, (path, place) in enumerate(found):
         if is_own_result(path):
             result.own += 1

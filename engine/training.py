@@ -15,8 +15,9 @@ from torch import Tensor
 from dataset import notes
 from dataset.anonymous import Numbers
 from dataset.fewshot import quoted
-from dataset.medical_few import MedicalDataset, Sample, Shots, equal_images
-from dataset.readers import FULL_MASK, check_mask, load_grey_mask, load_mask
+from dataset.medical_few import MedicalDataset, Shots, equal_images
+from dataset.readers.images import Sample
+from dataset.readers.masks import FULL_MASK, check_mask, load_grey_mask, load_mask
 from dataset.views import JITTER_VIEW, VIEWS, augment
 from loss import training_loss
 from utils import InputError, preview, printable, sha256_file, warn

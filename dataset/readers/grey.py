@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import stat
@@ -78,7 +79,9 @@ class Picture:
     """An image or a mask that was read, and what its file says of it."""
 
     image: Image.Image  # at its own size, with square pixels: RGB, of a mask L; 8 bits
-    sha256: str  # of the very bytes that were decoded, with frame, options and a series' range where they matter
+    sha256: (
+        str  # of the very bytes that were decoded, with frame and options where they matter; of scans, of the pixels
+    )
     mode: str  # Pillow's, as stored: L, RGB, I;16, ...; or DICOM, NIfTI
     stored: Size  # before the pixels were made square
     orientation: int = 1  # 1 is upright; ignored
@@ -196,10 +199,9 @@ class Range(NamedTuple):
     whole: Ends
     robust: Ends  # the percentiles `ROBUST`, or the whole range where these are equal
     of: str  # what has these values, in words
-    shared: bool = False  # with other files: they have a part in the picture
 
     @classmethod
-    def measure(cls, parts: Sequence[Array], of: str, path: object, shared: bool = False) -> Range:
+    def measure(cls, parts: Sequence[Array], of: str, path: object) -> Range:
         """Over arrays of any shape; `InputError` where none holds a finite number."""
         extremes: list[float] = []
         sample = []
@@ -214,7 +216,7 @@ class Range(NamedTuple):
         values = np.concatenate(sample).astype(np.float64)
         values = values[np.isfinite(values)]
         low, high = map(float, np.percentile(values, ROBUST)) if values.size else whole
-        return cls(whole, (low, high) if high > low else whole, of, shared)
+        return cls(whole, (low, high) if high > low else whole, of)
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,18 +227,14 @@ class Volume:
     window: Sequence[Callable[[Array], Array] | None]  # how the file wants each shown: values -> [0, 1]; or its range
     span: Callable[[Array], Range]  # the range of which these values are a part
     mode: str
-    sha256: str = ""  # of the file's bytes
     spacing: Sequence[Ends] = ()  # of each, the millimetres of a row and of a column; none: square pixels
     axes: Sequence[Slice] = ()  # of each, where in the patient it lies
     is_inverted: bool = False  # low values are white
     grid: Any = None  # nibabel's image, with its axes turned
 
-    def show(self, index: int, window: Ends | str | None) -> tuple[Picture, Range | None]:
-        """An image by a window as in `ReadOptions`, which leaves 8-bit colours alone; and the range if that was used.
-
-        Pixels that are not square are made so.
-        """
-        values, own, span, notes = self.values[index], self.window[index], None, Notes()
+    def show(self, index: int, window: Ends | str | None) -> Picture:
+        """An image by a window as in `ReadOptions`, which leaves 8-bit colours alone, with square pixels."""
+        values, own, notes = self.values[index], self.window[index], Notes()
         if values.dtype == np.uint8:
             grey = values
         elif isinstance(window, tuple):
@@ -254,7 +252,9 @@ class Volume:
         if is_stretched((down, across), 3):
             times, sides = max(down / across, across / down), "high as wide" if down > across else "wide as high"
             notes["pixels"] = f"pixels {times:.3g} times as {sides}, resampled to square ones"
-        return Picture(square(image, (down, across)), self.sha256, self.mode, image.size, notes=notes), span
+        shown = square(image, (down, across))
+        digest = hashlib.sha256(f"{shown.size} ".encode() + shown.tobytes()).hexdigest()
+        return Picture(shown, digest, self.mode, image.size, notes=notes)
 
 
 def is_stretched(spacing: Ends, ratio: float) -> bool:

@@ -6,7 +6,7 @@ Whatever the format, a picture becomes 8-bit RGB at its own size. Three rules ho
     grey levels   8 bits as they are; 16 bits divided by 257, where Pillow would saturate to white; but whole values up
                   to 255 in a wider file are taken as 8 bits, as the published program takes them, unless other files
                   of the data set hold more (`ReadOptions.deep`)
-    identity      what is hashed is what was decoded: the file is read once
+    identity      what is hashed is what was decoded, the file's bytes or a scan's pixels: the file is read once
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Sample:
     def content_hash(self) -> str:
         """What `load_image_with_hash` gives for the file as it is now: a changed file is another image."""
         frame = as_frame(self)
-        if not _reader(self.path).alone and not isinstance(self.options.window, tuple):
+        if file_kind(self.path) != "pillow":
             return read(frame).sha256
         with blame(self.path):
             return _content_hash(sha256_file(self.path), frame)
@@ -102,8 +102,6 @@ Source = Frame | Sample | str | Path
 
 class Pictures:
     """The reader of Pillow's formats; `Scans` has the same methods for DICOM and NIfTI."""
-
-    alone = True  # no other file has a part in a picture
 
     def describe(self, path: Path, _plane: str) -> Sequence[Slice]:
         """What the file says of each of the images in it: nothing, but how many there are.
@@ -125,11 +123,12 @@ class Pictures:
         """An image: 8 bits as they are, wider ones by the options."""
         data, window = read_bytes(frame.path), frame.options.window
         picture, values, is_inverted = _decode(data, frame)
+        picture = replace(picture, sha256=_content_hash(picture.sha256, frame))
         if values is None:
             return replace(picture, image=_narrow(picture.image, "RGB"))
         own, notes = (None, Notes()) if window else _own_window(values, frame)
         wide = Volume([values], [own], lambda _: _pages(data, frame.path), picture.mode, is_inverted=is_inverted)
-        shown, _ = wide.show(0, window)
+        shown = wide.show(0, window)
         return replace(picture, image=shown.image, notes={**shown.notes, **notes})
 
     def read_mask(self, path: Path, of: Frame, count: int) -> Picture:
@@ -158,7 +157,7 @@ class Pictures:
 
 
 Reader = Pictures | Scans
-READERS: dict[str, Reader] = {"pillow": Pictures(), "dicom": Scans(open_dicom, alone=False), "nifti": Scans(open_nifti)}
+READERS: dict[str, Reader] = {"pillow": Pictures(), "dicom": Scans(open_dicom), "nifti": Scans(open_nifti)}
 ENDINGS = {
     "pillow": (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jp2"),
     "dicom": (".dcm", ".dicom"),
@@ -180,8 +179,7 @@ def read(source: Source) -> Picture:
     count = 1 if frame.index is not None else len(reader.describe(frame.path, frame.options.plane))
     if count > 1:
         raise InputError(f"{frame.path}: holds {count} pictures; say which one is meant, or save it as its own file")
-    picture = reader.read(frame)
-    return replace(picture, sha256=_content_hash(picture.sha256, frame))
+    return reader.read(frame)
 
 
 def read_mask_file(path: Path, of: Source) -> Picture:
@@ -435,7 +433,7 @@ def pillow_to_rgb(image: Image.Image, window: Ends | str | None = None) -> Image
     values = np.asarray(image)
     own = None if window else _own_window(values, Frame(Path("image")))[0]
     wide = Volume([values], [own], lambda _: Range.measure([values], "the image", "image"), image.mode)
-    return wide.show(0, window)[0].image
+    return wide.show(0, window).image
 
 
 def picture_notes(image: Image.Image) -> Notes:

@@ -126,7 +126,7 @@ def load_grey_mask(sample: Sample, size: int) -> Tensor:
 
 
 def mask_notes(mask: Mask, above: int = ABNORMAL_ABOVE) -> Notes:
-    """What is odd about a mask: `empty`, `labels` (marks something, but nothing above `above`), `full`, `grey`."""
+    """What is odd about a mask: `empty`, `labels` (marks something, but nothing above `above`), or `full`."""
     counts = np.asarray(mask.image.histogram())
     greys = np.flatnonzero(counts)
     share = counts[above + 1 :].sum() / max(counts.sum(), 1)
@@ -136,7 +136,7 @@ def mask_notes(mask: Mask, above: int = ABNORMAL_ABOVE) -> Notes:
         return {"labels": f"its largest value is {greys[-1]} of 255, and abnormal is above {above}: save 0 and 255"}
     if share > FULL_MASK:
         return {"full": f"{share:.0%} of the image is abnormal" + (" (a constant mask)" if len(greys) == 1 else "")}
-    return {} if {0, 255}.issuperset(greys.tolist()) else {"grey": f"{len(greys)} greys"}
+    return {}
 
 
 def check_mask(sample: Sample, above: int = ABNORMAL_ABOVE) -> list[str]:

@@ -6,7 +6,6 @@ A NIfTI volume's axes are turned to x right, y anterior, z superior, whatever th
 from __future__ import annotations
 
 import gzip
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -59,7 +58,6 @@ class Scans:
     """The reader of a format whose files are volumes."""
 
     open: Callable[[Path, str, int], Volume]  # path, plane, time; kept for the next image of the file
-    alone: bool = True  # no other file has a part in a picture
 
     def volume(self, path: Path, plane: str) -> Volume:
         """The file; `InputError`, `MissingPackageError` or `NoImageError` where that is impossible."""
@@ -72,11 +70,7 @@ class Scans:
 
     def read(self, frame: Frame) -> Picture:
         """An image: of DICOM by the header's first window or LUT, of NIfTI over the volume's range by default."""
-        volume = self.volume(frame.path, frame.options.plane)
-        picture, span = volume.show(frame.index or 0, frame.options.window)
-        if span and span.shared:
-            return replace(picture, sha256=hashlib.sha256(f"{picture.sha256} {span}".encode()).hexdigest())
-        return picture
+        return self.volume(frame.path, frame.options.plane).show(frame.index or 0, frame.options.window)
 
     def sizes(self, frame: Frame) -> set[Size]:
         """Width and height that an image's mask may have: before and after its pixels were made square."""
@@ -106,7 +100,7 @@ class Scans:
         image, labels = nearest(Image.fromarray(grey)), nearest(Image.fromarray(values))
         stored = values.shape[1], values.shape[0]
         levels = None if is_grey else np.asarray(labels)
-        return Picture(image, volume.sha256, volume.mode, stored, levels=levels, is_labelled=not is_grey)
+        return Picture(image, "", volume.mode, stored, levels=levels, is_labelled=not is_grey)
 
 
 # --- NIfTI ---
@@ -143,11 +137,8 @@ def open_nifti(path: Path, plane: str, _time: int = 0) -> Volume:
     axes = [Slice(position=place, plane=plane, edges=edges) for place in places]
     across, down = (float(zoom) for i, zoom in enumerate(image.header.get_zooms()[:3]) if i != axis)
     whole = Range.measure([values], "the volume", path)
-    spacing, digest = [(down, across)] * len(axes), hashlib.sha256(data).hexdigest()
-    grid = nibabel.Nifti1Image(values, image.affine)
-    return Volume(
-        slices_of(values, plane), [None] * len(axes), lambda _: whole, "NIfTI", digest, spacing, axes, grid=grid
-    )
+    spacing, grid = [(down, across)] * len(axes), nibabel.Nifti1Image(values, image.affine)
+    return Volume(slices_of(values, plane), [None] * len(axes), lambda _: whole, "NIfTI", spacing, axes, grid=grid)
 
 
 def slices_of(values: Array, plane: str) -> list[Array]:
@@ -232,7 +223,7 @@ def open_dicom(path: Path, _plane: str = "", _time: int = 0) -> Volume:
         each = range(_count(header, path))
         return Volume(
             Frames(header, path, len(each)), [_window(header, path, i) for i in each], partial(_range, header, path),
-            "DICOM", hashlib.sha256(data).hexdigest(), [_spacing(header, i) for i in each],
+            "DICOM", [_spacing(header, i) for i in each],
             [_slice(header, i, len(each)) for i in each], header.PhotometricInterpretation == "MONOCHROME1",
         )  # fmt: skip
 
@@ -339,7 +330,7 @@ def _common_range(files: tuple[Path, ...], of: str) -> Range | None:
                 grey = values[index]
                 step = max(grey.size // 4096, 1) if len(files) > 1 else 1
                 parts += [np.array([grey.min(), grey.max()]), grey.ravel()[::step]] if grey.ndim == 2 else []
-    return Range.measure(parts, of, files[0], shared=len(files) > 1) if parts else None
+    return Range.measure(parts, of, files[0]) if parts else None
 
 
 def _range(header: Header, path: Path, picture: Array) -> Range:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from CLIP.config import ADAPTER_KINDS, FIDELITIES, PRETRAINS, ModelConfig
 from dataset.layout import add_reading_flags, described, object_given, object_name
-from dataset.readers import AS_STORED, ReadOptions
+from dataset.readers.grey import AS_STORED, ReadOptions
 from Prompt.states import TEXT_MOODS, read_prompts
 from utils import InputError, Parser, integer, printable, read_json
 
@@ -197,12 +197,12 @@ def new_settings(options: argparse.Namespace, dataset: MedicalDataset, weights: 
         **{name: getattr(options, name) for name in names},
         obj=dataset.obj,
         features_list=check_layers(options.features_list, config),
-        prompt_name=options.prompt_name or dataset.prompt_name,
+        prompt_name=options.prompt_name or dataset.layout.prompt_name,
         states=options.prompts,
         pixel_metrics=dataset.pixel_metrics,
         weights_sha256=weights.sha256,
         eval_batch=2 * options.batch_size,
-        mask_above=dataset.mask_above,
+        mask_above=dataset.layout.mask_above,
         reading=dataset.reading,
         model_config=config.to_dict(),
         version=VERSION,

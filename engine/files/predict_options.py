@@ -7,7 +7,8 @@ import math
 import os
 from collections.abc import Sequence
 
-from dataset.readers import PLANES, parse_window
+from dataset.readers.grey import PLANES
+from dataset.readers.images import parse_window
 from utils import InputError, Parser, integer
 
 from .config import Formatter, add_machine_flags, add_model_flags, nonempty_path, threshold_rule

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from dataset.anonymous import Numbers
-from dataset.medical_few import MedicalDataset, Sample
-from dataset.readers import parse_window
+from dataset.medical_few import MedicalDataset
+from dataset.readers.images import Sample, parse_window
 from utils import EXPECTED, InputError, atomic_path, blame, preview
 
 from ..evaluation import Evaluation, Masks

@@ -18,8 +18,7 @@ from matplotlib import colormaps
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from dataset.medical_few import Sample
-from dataset.readers import read
+from dataset.readers.images import Sample, read
 from utils import InputError
 
 COLOUR_MAP = "inferno"  # bright is abnormal, also in grey and for every kind of colour vision

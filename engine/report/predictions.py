@@ -16,7 +16,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from dataset.readers import Picture
+from dataset.readers.grey import Picture
 from utils import InputError, atomic_path, blame, csv_cell, preview, printable, probe_writable, write_json
 
 from ..heat_volumes import DicomHeat, NiftiHeat

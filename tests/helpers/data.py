@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.fewshot import parse_shot_list, pick_lines
-from dataset.medical_few import Sample
+from dataset.readers.images import Sample
 from engine.files.config import Settings
 
 # Flags of a small model that needs no weights: seconds on one core.

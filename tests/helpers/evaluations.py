@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dataset.medical_few import Sample
+from dataset.readers.images import Sample
 from engine.evaluation import Evaluation, Masks
 
 SIZE = 28  # pixels a side of the maps: 2 x 2 patches

@@ -97,7 +97,7 @@ def test_busi_as_it_is_distributed(call, tmp_path):
     checked = call("dataset.check", "--data_root", root)
     trained = call("train.py", *ONE_EPOCH, "--data_root", root, "--save_path", tmp_path, "--shot", 2)
     for output in (checked, trained):
-        assert "masks: 52 by {here}/{stem}_mask" in output
+        assert "masks: 52 beside the images" in output
         assert "of their 104 images" in output
     assert len(last_lines(trained)) == 2
     call("dataset.check", "--data_root", root, "--write_list", "images.csv")
@@ -116,25 +116,14 @@ def test_series_and_volumes_are_trained_slice_by_slice(call, once, tmp_path, kin
     assert last_lines(trained) == last_lines(call("test.py", *paths))  # which reads them as the training did
 
 
-def test_a_file_names_layout_and_prompts(brain, call, tmp_path):
+def test_a_file_names_prompts_and_whether_masks_are_used(brain, call, tmp_path):
     """As a user would: the file is put into dataset/."""
-    root = tmp_path / "x"
-    shutil.copytree(brain / "valid", root / "a")
-    shutil.copytree(brain / "test", root / "b")
-    for split in ("a", "b"):
-        (root / split / "Ungood/anomaly_mask").rename(root / split / "Ungood/outlines")
     name = f"zz_{os.getpid()}"
-    config = {
-        "prompt_name": "knee joint",
-        "valid": {"normal": "a/good/img", "abnormal": "a/Ungood/img"},
-        "test": {"normal": ["b/good/img"], "abnormal": ["b/Ungood/img"]},
-        "masks": "{parent}/outlines/{stem}",
-    }
     path = FOLDER / f"{name}.json"
-    arguments = [*ONE_EPOCH, "--obj", name, "--data_root", root, "--save_path", tmp_path, "--shot", 2]
     try:
-        path.write_text(json.dumps(config))
-        assert len(last_lines(call("train.py", *arguments))) == 2
+        path.write_text(json.dumps({"prompt_name": "knee joint", "pixel_metrics": False}))
+        paths = ["--obj", name, "--data_root", brain, "--save_path", tmp_path, "--shot", 2]
+        assert len(last_lines(call("train.py", *ONE_EPOCH, *paths))) == 1
     finally:
         path.unlink()
     assert torch.load(tmp_path / f"{name}.pth", weights_only=True)["settings"]["prompt_name"] == "knee joint"

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import MedicalDataset, download, layout
+from dataset import download, layout
+from dataset.medical_few import MedicalDataset
 from tests.helpers.hub_server import HubServer, hub_server
 from utils import InputError
 

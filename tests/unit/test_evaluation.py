@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.readers import load_mask
+from dataset.readers.masks import load_mask
 from engine.evaluation import Evaluation, Masks, evaluate
 from tests.helpers.data import draw_samples, small_settings
 from utils import InputError

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.medical_few import Sample
-from dataset.readers import load_image, load_mask
+from dataset.readers.images import Sample, load_image
+from dataset.readers.masks import load_mask
 from dataset.views import VIEWS, augment, augment_view
 from tests.unit.test_golden_backbone import close
 

@@ -14,23 +14,10 @@ import pydicom.data
 import pytest
 from PIL import Image
 
-from dataset import Sample, load_grey_mask, load_image, load_mask
-from dataset.readers import (
-    Frame,
-    MissingPackageError,
-    NoImageError,
-    ReadOptions,
-    file_kind,
-    frames,
-    grey,
-    images,
-    is_deep,
-    list_files,
-    masks,
-    read,
-    to_tensor,
-    volumes,
-)
+from dataset.readers import grey, images, masks, volumes
+from dataset.readers.grey import Frame, MissingPackageError, NoImageError, ReadOptions
+from dataset.readers.images import Sample, file_kind, frames, is_deep, list_files, load_image, read, to_tensor
+from dataset.readers.masks import load_grey_mask, load_mask
 from utils import InputError
 
 DICOM = Path(pydicom.data.__file__).parent / "test_files"
@@ -395,7 +382,7 @@ def test_objects_without_a_picture_are_told_apart(name):
 
 @pytest.mark.parametrize(
     ("greys", "kind"),
-    [((0,), "empty"), ((0, 1), "labels"), ((0, 127), "labels"), ((0, 128), "grey"), ((0, 255), None), ((255,), "full")],
+    [((0,), "empty"), ((0, 1), "labels"), ((0, 127), "labels"), ((0, 128), None), ((0, 255), None), ((255,), "full")],
 )
 def test_what_is_odd_about_a_mask(greys, kind):
     """Abnormal is above 127: a mask that reaches exactly that marks nothing."""

@@ -15,9 +15,11 @@ import pydicom.data
 import pytest
 from PIL import Image
 
-from dataset import MedicalDataset, load_mask, notes
-from dataset.pairing import tell_apart
+from dataset import notes
+from dataset.medical_few import MedicalDataset
+from dataset.pairing import find_masks, named_masks
 from dataset.patients import patient, spelled_alike
+from dataset.readers.masks import load_mask
 from utils import InputError
 
 
@@ -99,7 +101,7 @@ def test_bmads_trees_under_the_papers_names(tmp_path, tree):
                 draw(tmp_path / "Brain_AD", *(place.format(**words) for place in TREES[tree]))
     draw(tmp_path / "Brain_AD", "train/good/9.png")
     dataset = MedicalDataset.open("Brain", tmp_path, mask_above=25)
-    assert (dataset.prompt_name, dataset.pixel_metrics, dataset.mask_above) == ("Brain", True, 25)
+    assert (dataset.layout.prompt_name, dataset.pixel_metrics, dataset.layout.mask_above) == ("Brain", True, 25)
     for split in ("valid", "test"):
         samples = dataset.samples(split)
         assert [sample.path.name for sample in samples] == ["0.png", "1.png", "2.png"] * 2
@@ -163,7 +165,7 @@ def test_busi_as_it_is_distributed(tmp_path):
     assert {label for name, (label, _) in found.items() if "normal" in name} == {0}
     assert all(mask == f"{Path(name).stem}_mask.png" for name, (label, mask) in found.items() if label)
     lines = said(tmp_path)
-    assert "38 by {here}/{stem}_mask" in lines
+    assert "masks: 38 beside the images" in lines
     assert "normal images have a mask" not in lines
     assert "not used" not in lines
 
@@ -171,9 +173,40 @@ def test_busi_as_it_is_distributed(tmp_path):
 @pytest.mark.parametrize("word", ["-mask", "_seg", "_label", "_gt", "_Mask", "_ground_truth"])
 @pytest.mark.parametrize("ending", [".png", ".nii.gz"])
 def test_words_for_masks(tmp_path, word, ending):
-    files = [tmp_path / f"X{ending}", tmp_path / f"X{word}{ending}", tmp_path / f"Y{word}_1{ending}"]
-    pairs = tell_apart(files)
-    assert (pairs.images, pairs.masks, pairs.lost) == (files[:1], {files[0]: [files[1]]}, files[2:])
+    image, mask, lost = (tmp_path / name for name in (f"X{ending}", f"X{word}{ending}", f"Y{word}_1{ending}"))
+    assert named_masks([image, mask, lost]) == ({mask}, {lost})
+    assert find_masks(tmp_path, [image], [mask, lost]) == [[mask]]
+
+
+@pytest.mark.parametrize(
+    ("image", "masks", "fitting"),
+    [
+        ("test/Ungood/img/1", ["test/Ungood/anomaly_mask/1", "valid/Ungood/anomaly_mask/1"], [0]),
+        ("test/crack/1", ["ground_truth/crack/1_mask", "ground_truth/hole/1_mask"], [0]),
+        ("test/crack/img/1", ["ground_truth/crack/img/1_mask", "ground_truth/crack/img/1_mask_1"], [0, 1]),
+        ("test/crack/images/1", ["ground_truth/crack/1_mask", "ground_truth/1_mask"], [0]),
+        ("abnormal/case09/CT/1", ["abnormal/case09/Masks/1", "abnormal/case08/Masks/1"], [0]),
+        ("abnormal/case09/CT/1", ["seg/abnormal/case09/1", "seg/case09/abnormal/1"], [0]),
+        ("abnormal/1", ["Ground Truth/1", "masks/11", "masks/other/1"], [0]),
+        ("abnormal/1", ["abnormal/1_seg", "abnormal/deeper/1_seg", "abnormal/11_seg"], [0]),
+    ],
+)
+def test_one_rule_pairs_masks_with_images(tmp_path, image, masks, fitting):
+    paths = [tmp_path / f"{mask}.png" for mask in masks]
+    assert find_masks(tmp_path, [tmp_path / f"{image}.dcm"], paths) == [[paths[i] for i in fitting]]
+
+
+def test_a_mask_that_fits_several_images_is_refused(tmp_path):
+    draw(tmp_path, *(f"{split}/{kind}/1.png" for split in ("valid", "test") for kind in ("good", "crack", "hole")))
+    draw(tmp_path, "test/masks/1.png", "valid/masks/1.png")
+    with pytest.raises(InputError, match="a name of its own"):
+        opened(tmp_path).samples("test")
+
+
+def test_masks_that_fit_no_image_are_named(tmp_path):
+    draw_classes(tmp_path, "{split}/{kind}/{i}.png")
+    draw(tmp_path, "ground_truth/other/0.png", "ground_truth/other/1.png")
+    assert "warning: masks that fit no image, in name and folder, in ground_truth/other (2)" in said(tmp_path)
 
 
 def test_a_mask_without_its_image_is_refused(tmp_path):
@@ -242,7 +275,7 @@ def test_palettes_count_by_index(tmp_path):
 
 def volume(path: Path, slices: int = 6, marks: tuple[int, ...] = (), empty: tuple[int, ...] = ()) -> None:
     """A volume, or with `marks` the labels of one: 2 in these slices, 1 in the next."""
-    values = np.random.default_rng(len(str(path))).integers(0, 99, (20, 24, slices)).astype(np.int16)
+    values = np.random.default_rng(zlib.crc32(str(path).encode())).integers(0, 99, (20, 24, slices)).astype(np.int16)
     values[..., list(empty)] = 0
     if marks:
         values = np.zeros_like(values)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dataset import MedicalDataset, check
+from dataset import check
+from dataset.medical_few import MedicalDataset
 from tests.unit.test_layout import draw, opened
 from utils import InputError, run_cli
 
@@ -70,6 +71,14 @@ def test_what_is_not_given_follows_the_rules_of_folders(tmp_path):
     assert not {s.patient for s in valid} & {s.patient for s in test}
     assert "b3" in {s.patient for s in valid}  # a shot is in valid, and so is its patient
     assert all(s.mask.name == f"{s.path.stem}_mask.png" for s in valid | test if s.label)
+
+
+def test_masks_are_whose_the_list_says(pictures):
+    """Two of one image with the same name, and one of two images: folders would not be so clear."""
+    draw(pictures, "other/masks/4.png")
+    rows = "scans/4.png,1,masks/4.png|other/masks/4.png,test\nscans/6.png,1,masks/4.png,test\n"
+    dataset = listed(pictures, f"image,label,mask,split\nscans/0.png,0,,test\n{rows}")
+    assert [len(sample.more_masks) for sample in dataset.samples("test")] == [0, 1, 0]
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import MedicalDataset, equal_images, layout, load_image, notes
+from dataset import layout, notes
 from dataset.layout import FOLDER
+from dataset.medical_few import MedicalDataset, equal_images
 from dataset.readers import images
+from dataset.readers.images import load_image
 from tests.helpers.data import read_shot_list
 from tests.unit.test_layout import draw
 from utils import InputError
@@ -130,7 +132,7 @@ def test_a_rule_of_ones_own_finds_the_patients(tmp_path):
     assert "20 recognised" in notes.patients_note(dataset)
     (tmp_path / "knee.json").write_text(json.dumps({"patient": r"visit(\d)", "prompt_name": "left knee"}))
     dataset = MedicalDataset.open("knee", "data", tmp_path)
-    assert dataset.prompt_name == "left knee"
+    assert dataset.layout.prompt_name == "left knee"
     assert {sample.patient for sample in dataset.samples("test")} <= {"0", "1", "2"}
     with pytest.raises(InputError, match=r"--patient '\(': not a regular expression"):
         MedicalDataset.open("knee", "data", tmp_path, patient="(")

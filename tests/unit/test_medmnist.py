@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import MedicalDataset, medmnist
+from dataset import medmnist
+from dataset.medical_few import MedicalDataset
 from utils import InputError
 
 COUNTS = {"train": 24, "val": 8, "test": 12}
@@ -51,7 +52,7 @@ def test_a_binary_set(tmp_path, monkeypatch, name, normal):
         assert sample.label == (arrays[f"{split}_labels"][number, 0] != normal)
         assert (np.array(Image.open(sample.path)) == arrays[f"{split}_images"][number]).all()
     config = json.loads((dataset.root / f"{name}.json").read_text())
-    assert dataset.prompt_name == config["prompt_name"]
+    assert dataset.layout.prompt_name == config["prompt_name"]
     assert config == {"prompt_name": medmnist.SOURCES[name].prompt_name, "pixel_metrics": False}
     licence = (dataset.root / "LICENSE.txt").read_text()
     assert "CC BY 4.0" in licence
@@ -67,13 +68,14 @@ def test_what_is_refused(tmp_path, monkeypatch):
     lacking = tmp_path / "lacking.npz"
     np.savez(lacking, **{key: value for key, value in arrays.items() if key != "val_labels"})
     cases = [
-        (["bloodmnist"], "no normal class"),
         (["breastmnist", "--npz", text], "text.npz"),
         (["breastmnist", "--npz", lacking], "val_labels"),
     ]
     for arguments, words in cases:
         with pytest.raises(InputError, match=words):
             convert(monkeypatch, *arguments, "--out", tmp_path / "data")
+    with pytest.raises(SystemExit):
+        convert(monkeypatch, "bloodmnist", "--out", tmp_path / "data")  # it has no normal class
     assert not list((tmp_path / "data").glob("*"))
     (tmp_path / "data/breastmnist_AD/mine").mkdir(parents=True)
     with pytest.raises(InputError, match="there already"):

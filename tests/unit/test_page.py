@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.medical_few import Sample
+from dataset.readers.images import Sample
 from engine.metrics import measure
 from engine.report import page
 from engine.report.page import make_card, write, write_page

@@ -12,7 +12,9 @@ from nibabel import orientations
 from PIL import Image
 from pydicom import dcmread
 
-from dataset.readers import Frame, ReadOptions, Sample, describe, frames, read_mask, warn_once
+from dataset.readers.grey import Frame, ReadOptions, warn_once
+from dataset.readers.images import Sample, describe, frames
+from dataset.readers.masks import read_mask
 from engine.heat_volumes import DicomHeat, NiftiHeat
 from engine.scans import is_own_result, list_entries, picture_name, series_notes
 from tests.helpers.scans import dicom_series

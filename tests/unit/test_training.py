@@ -10,8 +10,9 @@ from PIL import Image
 
 from CLIP.clip import create_model
 from dataset import phantom
-from dataset.medical_few import Sample, Shots
-from dataset.readers import load_mask
+from dataset.medical_few import Shots
+from dataset.readers.images import Sample
+from dataset.readers.masks import load_mask
 from dataset.views import VIEWS, augment
 from engine.detector import Detector
 from engine.features import TokenStore

@@ -34,7 +34,6 @@ CASES = {
     "ram": ["--obj", "Brain", "--cache", "ram", "--batch_size", 31],
     "disk": ["--obj", "Brain", "--cache", "disk", "--batch_size", 3, "--visionA", "MViTFC"],
     "corrected": ["--obj", "Brain", "--cache", "disk", "--fidelity", "corrected", "--select", "valid"],
-    "off": ["--obj", "Chest", "--cache", "off", "--batch_size", 5, "--text_mood", "fix", "--loss_type", "softmax"],
 }
 
 

@@ -114,19 +114,6 @@ def test_the_scores_of_the_test_program(command, ckpts, trained, tmp_path):
     assert [str(row["score"]) for row in stored["predictions"]] == [row["score"] for row in rows(tmp_path)]
 
 
-def test_a_checkpoint_without_masks_draws_a_weak_localisation(command, ckpts, trained, tmp_path):
-    image = next((trained.data / "Chest_AD/test/good/img").iterdir())
-    predicted(command, ckpts / "Chest.pth", tmp_path, image)
-    (row,) = rows(tmp_path)
-    heat = raw(tmp_path, row)
-    assert heat.std() > 0
-    assert heat.max() != pytest.approx(float(row["score"]), abs=1e-6)  # the detection heads' own score
-    assert "weak localisation" in read_json(tmp_path / "predictions.json")["heat"]
-    model = load(ckpts / "Chest.pth", "cpu")
-    assert model.weak
-    assert model.predict(image).score == pytest.approx(float(row["score"]), abs=1e-6)
-
-
 # --- thresholds ---
 
 

@@ -84,15 +84,6 @@ def test_the_nearest_patch_is_exact_and_sees_no_abnormal_shot():
         assert torch.allclose(scores[:, k].flatten(), expected, atol=1e-6)
 
 
-def test_zero_shot_reads_the_last_layer(test_set):
-    batches, _, _ = test_set
-    last = torch.cat([layers[-1] for layers in batches()])
-    text = F.normalize(torch.randn(8, 2, generator=torch.Generator().manual_seed(3)), dim=0)
-    scores = scored(baselines.zero_shot(lambda x: 3 * x[..., :8], text), batches)
-    cosines = F.normalize(last[..., :8], dim=-1) @ text
-    assert torch.allclose(scores[:, 0], 100 * (cosines[..., 1] - cosines[..., 0]), atol=1e-4)
-
-
 def test_zero_shot_obeys_prompts(tmp_path):
     phantom.write(tmp_path, ["Brain"], valid=2, test=3, seed=0, size=64)
     path = tmp_path / "prompts.json"

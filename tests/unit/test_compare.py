@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from engine.compare import Result, auc_difference, compare, main, pauc_difference, wilson
+from engine.compare import Result, auc_difference, compare, main, wilson
 from engine.metrics import kind_metrics
 from utils import InputError
 
@@ -42,16 +42,6 @@ def test_the_difference_of_two_aucs_is_that_of_scikit_learn_with_an_interval_for
     error = sum(part.var(ddof=1) / len(part) for part in parts) ** 0.5
     assert (low, high) == pytest.approx((difference - 1.96 * error, difference + 1.96 * error), abs=1e-5)
     assert auc_difference(labels, one, one) == (0.0, (0.0, 0.0))
-
-
-def test_the_pixel_auc_is_compared_draw_by_draw(tmp_path: Path) -> None:
-    labels, one, other = scores_of(0)
-    draws = np.random.default_rng(0).normal(0.9, 0.05, 1000)
-    first = Result.read(write(tmp_path / "a.json", labels, one, pauc=0.9, pauc_draws=draws.tolist()))
-    second = Result.read(write(tmp_path / "b.json", labels, other, pauc=0.91, pauc_draws=(draws + 0.01).tolist()))
-    difference, (low, high) = pauc_difference(first, second)
-    assert (difference, low, high) == pytest.approx((0.01, 0.01, 0.01))  # the same images are drawn
-    assert pauc_difference(first, Result.read(write(tmp_path / "c.json", labels, one))) is None
 
 
 def test_rates_have_wilsons_interval() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,18 +76,6 @@ def test_a_wrong_sum_is_refused(server, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="SHA-256"):
         download.main(["Brain", "--out", str(tmp_path / "data")])
     assert not (tmp_path / "data/Brain_AD").exists()
-
-
-@pytest.mark.parametrize("top", ["Brain_AD/", "a/b/", ""])
-def test_mvfas_archives(tmp_path, top):
-    with tarfile.open(tmp_path / "Brain.tar.gz", "w:gz") as tar:
-        for name, content in files("Brain").items():
-            info = tarfile.TarInfo(f"{top}{name.partition('/')[2].replace('/label/', '/anomaly_mask/')}")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    download.main(["Brain", "--archive", str(tmp_path / "Brain.tar.gz"), "--out", str(tmp_path / "data")])
-    found = {path.relative_to(tmp_path / "data/Brain_AD").parts[0] for path in (tmp_path / "data").rglob("*.png")}
-    assert found == {"train", "valid", "test"}
 
 
 @pytest.mark.parametrize("fault", ["outside", "cut", "another data set", "no room"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -108,13 +106,6 @@ KEY_CHANGES = {
 def test_what_shapes_tokens_is_in_the_folders_name(tmp_path, change):
     folders = {TokenStore(tower, store_options(tmp_path)).folder for tower in (make_tower(), make_tower(**change))}
     assert len(folders) == 2
-
-
-def test_quick_gelu_is_in_the_key_where_the_size_decides_it():
-    """At its own size a model with OpenAI's weights runs another activation."""
-    weights = replace(make_tower().weights, pretrain="openai")
-    at = [replace(make_tower(), weights=weights, img_size=size).description(torch.float32) for size in (42, 56)]
-    assert [entry["quick_gelu"] for entry in at] == [False, True]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "remove"])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import struct
-import sys
 import zlib
 from pathlib import Path
 
@@ -15,8 +13,8 @@ import pytest
 from PIL import Image
 
 from dataset.readers import grey, images, masks, volumes
-from dataset.readers.grey import Frame, MissingPackageError, NoImageError, ReadOptions
-from dataset.readers.images import Sample, file_kind, frames, is_deep, list_files, load_image, read, to_tensor
+from dataset.readers.grey import Frame, NoImageError, ReadOptions
+from dataset.readers.images import Sample, file_kind, frames, is_deep, load_image, read, to_tensor
 from dataset.readers.masks import load_grey_mask, load_mask
 from utils import InputError
 
@@ -113,26 +111,6 @@ def test_nifti_slices_stand_as_radiologists_look_at_them(volume):
 def save_nifti(path: Path, values: np.ndarray, affine: np.ndarray | None = None) -> Path:
     nibabel.save(nibabel.Nifti1Image(values, np.eye(4) if affine is None else affine), path)
     return path
-
-
-@pytest.mark.parametrize(("package", "name"), [("pydicom", "a.dcm"), ("nibabel", "a.nii.gz")])
-def test_a_missing_package_is_named(tmp_path, monkeypatch, package, name):
-    monkeypatch.setitem(sys.modules, package, None)
-    (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(MissingPackageError, match=rf"pip install '?{package}"):
-        frames(tmp_path / name)
-
-
-def test_a_folder_is_walked(tmp_path):
-    for name in ("b.png", "a/c.TIF", "a/DICOMDIR", "a/notes.txt", ".hidden/x.png", "a/.x.png", "v.nii.gz"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"x")
-    (tmp_path / "a/pacs").write_bytes(bytes(128) + b"DICM")
-    os.mkfifo(tmp_path / "a/pipe")
-    found = list(list_files([tmp_path]))
-    assert [place for _, place in found] == ["b.png", "v.nii.gz", "a/c.TIF", "a/pacs"]
-    assert [path for path, _ in found] == [tmp_path / place for _, place in found]
-    assert list(list_files([tmp_path / "gone.png"])) == [(tmp_path / "gone.png", "gone.png")]
 
 
 # --- what is hashed is what was decoded ---

@@ -11,6 +11,9 @@ from CLIP.tokenizer import tokenize
 from tests.conftest import tiny_state
 from tests.helpers.weights import open_clip_model
 
+# The first two numbers of `text_projection` and of `visual.proj` for seed 7.
+PINNED = ([-0.0204647332, -0.1173628494], [-0.0586080588, 0.0273839403])
+
 
 @pytest.mark.parametrize(
     ("name", "size", "quick_gelu"),
@@ -63,3 +66,18 @@ def test_fidelity_rounds_and_normalises(tmp_path):
     tokens = torch.cat([fine.visual.class_embedding.expand(1, 1, -1), blank], dim=1) + fine.visual.positional_embedding
     torch.testing.assert_close(fine.visual.embed(mean), fine.visual.ln_pre(tokens))
     assert fine.info.sha256 == rounded.info.sha256
+
+
+def test_random_tensors_are_drawn_one_by_one():
+    """Pinned: a change of what a seed means must also change the words that are hashed ("random 2")."""
+    state = random_state(ModelConfig.load("ViT-tiny-14-56"), 7)
+    text = random_state(ModelConfig.load("ViT-tiny-14-56"), 7, vision=False)
+    assert text.keys() == {key for key in state if not key.startswith("visual.")}
+    assert all(torch.equal(value, state[key]) for key, value in text.items())
+    drawn = [state[key].flatten()[:2].tolist() for key in ("text_projection", "visual.proj")]
+    assert drawn[0] == pytest.approx(PINNED[0], abs=1e-6)
+    assert drawn[1] == pytest.approx(PINNED[1], abs=1e-6)
+    stds = {key: float(value.std()) for key, value in state.items() if value.numel() > 1000 and value.std() > 0}
+    assert stds["visual.conv1.weight"] == pytest.approx((3 * 14**2) ** -0.5, rel=0.05)
+    assert stds["transformer.resblocks.1.mlp.c_proj.weight"] == pytest.approx((2 * 2 * 128) ** -0.5, rel=0.05)
+    assert stds["token_embedding.weight"] == pytest.approx(0.02, rel=0.05)

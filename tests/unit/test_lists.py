@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from dataset import check
 from dataset.medical_few import MedicalDataset
 from tests.unit.test_layout import draw, opened
-from utils import InputError, run_cli
+from utils import InputError
 
 
 def listed(root: Path, text: str, name: str = "images.csv") -> MedicalDataset:
@@ -99,24 +97,3 @@ def test_a_wrong_line_is_named(pictures, line, words):
     assert words in str(error.value)
     assert "line 4" in str(error.value) or words == "csv"
     listed(pictures, text.replace(line, '"scans/a, b.png",0,test'))
-
-
-def call_check(monkeypatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["check", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        run_cli(check.main)
-    return left.value.code
-
-
-def test_a_written_list_means_the_same_as_the_folders(tmp_path, monkeypatch):
-    for kind in ("benign", "normal"):
-        draw(tmp_path, *(f"{kind}/{kind} ({i}).png" for i in range(12)))
-        draw(tmp_path, *(f"{kind}/{kind} ({i})_mask.png" for i in range(12)), "benign/benign (3)_mask_1.png")
-    before = opened(tmp_path)
-    assert call_check(monkeypatch, "--data_root", tmp_path, "--obj", "knee", "--write_list", "images.csv") == 0
-    after = opened(tmp_path)
-    assert after.listing == tmp_path / "images.csv"
-    for split in ("valid", "test"):
-        assert after.samples(split) == before.samples(split)
-    assert after.shots(2, 2, -1, 0).names() == before.shots(2, 2, -1, 0).names()
-    assert call_check(monkeypatch, "--data_root", tmp_path, "--write_list", "images.csv") == 2  # never overwritten

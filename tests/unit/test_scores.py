@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
 from dataset import phantom
 from dataset.medical_few import MedicalDataset
-from engine.evaluation import Evaluation, Masks
+from engine.evaluation import Evaluation
 from engine.files.config import test_options as options_of_test
 from engine.files.scores import Scored, Source
 from tests.helpers.data import draw_samples, small_settings
@@ -26,20 +25,6 @@ def make_scored(samples, masks=None, **source) -> Scored:
     values = {"words": "what", "obj": "Brain", "anonymous": False, "read": {**read, "plane": "axial"}}
     values["patients"] = ["1"]
     return Scored(evaluation, masks, small_settings(), {"select": "last"}, Source(**{**values, **source}))
-
-
-def test_kept_scores_give_the_same_scores_maps_and_masks(tmp_path):
-    samples = draw_samples(tmp_path)
-    masks, path = Masks.load(samples, SIZE), tmp_path / "scores.npz"
-    scored = make_scored(samples, masks)
-    scored.save(path)
-    kept = Scored.load(path)
-    assert torch.equal(kept.evaluation.patch_scores, scored.evaluation.patch_scores)
-    assert kept.evaluation.names == scored.evaluation.names
-    np.testing.assert_array_equal(kept.evaluation.image_scores, scored.evaluation.image_scores)
-    assert torch.equal(kept.masks.get(slice(None)), masks.get(slice(None)))
-    assert (kept.settings, kept.metadata, kept.source.patients) == (scored.settings, scored.metadata, ["1"])
-    assert str(tmp_path).encode() not in path.read_bytes()
 
 
 def test_labels_and_patients_are_those_of_the_file(tmp_path):

@@ -13,7 +13,7 @@ from utils import preview
 from .entries import Entry
 from .layout import BENCHMARKS, SPLITS
 from .medical_few import HASHED, MedicalDataset
-from .pairing import in_mask_folder, list_pictures
+from .pairing import is_mask_folder, list_pictures
 from .readers.masks import read_mask
 
 
@@ -73,7 +73,8 @@ def _place(entry: Entry) -> str:
     home = entry.masks[0].parent
     if home == entry.path.parent:
         return "beside the images"
-    return f"in folders called {next((part for part in reversed(home.parts) if in_mask_folder(f'{part}/')), home.name)}"
+    named = [part for part in home.parts if is_mask_folder(part)]
+    return f"in folders called {named[-1]}" if named else "in other folders"  # a patient's name, perhaps
 
 
 def normal_note(dataset: MedicalDataset, examples: bool = True) -> str | None:

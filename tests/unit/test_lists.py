@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dataset import notes
 from dataset.medical_few import MedicalDataset
 from tests.unit.test_layout import draw, opened
 from utils import InputError
@@ -73,10 +74,12 @@ def test_what_is_not_given_follows_the_rules_of_folders(tmp_path):
 
 def test_masks_are_whose_the_list_says(pictures):
     """Two of one image with the same name, and one of two images: folders would not be so clear."""
-    draw(pictures, "other/masks/4.png")
+    draw(pictures, "other/masks/4.png", "Doe/4_mask.png")
     rows = "scans/4.png,1,masks/4.png|other/masks/4.png,test\nscans/6.png,1,masks/4.png,test\n"
+    rows += "scans/7.png,1,Doe/4_mask.png,test\n"
     dataset = listed(pictures, f"image,label,mask,split\nscans/0.png,0,,test\n{rows}")
-    assert [len(sample.more_masks) for sample in dataset.samples("test")] == [0, 1, 0]
+    assert [len(sample.more_masks) for sample in dataset.samples("test")] == [0, 1, 0, 0]
+    assert notes.masks_note(dataset) == "masks: 2 in folders called masks, 1 in other folders"  # names no patient
 
 
 @pytest.mark.parametrize(

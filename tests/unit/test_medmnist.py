@@ -64,9 +64,8 @@ def test_a_binary_set(tmp_path, monkeypatch, name, normal):
 def test_what_is_refused(tmp_path, monkeypatch):
     text = tmp_path / "text.npz"
     text.write_text("no archive")
-    for arguments, words in ((["bloodmnist"], "no normal class"), (["breastmnist", "--npz", text], "text.npz")):
-        with pytest.raises(InputError, match=words):
-            convert(monkeypatch, *arguments, "--out", tmp_path / "data")
+    with pytest.raises(InputError, match=r"text\.npz"):
+        convert(monkeypatch, "breastmnist", "--npz", text, "--out", tmp_path / "data")
     assert not list((tmp_path / "data").glob("*"))
     write_npz(tmp_path / "set.npz")
     (tmp_path / "data/breastmnist_AD/mine").mkdir(parents=True)

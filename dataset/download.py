@@ -13,10 +13,11 @@ import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple
+from typing import IO
 
 from tqdm import tqdm
 
@@ -34,67 +35,57 @@ LICENCE = (
     "Bao et al. BMAD: Benchmarks for Medical Anomaly Detection. CVPR Workshops (2024)."
 )
 DAMAGE = (*EXPECTED, zipfile.BadZipFile, tarfile.TarError, zlib.error, RuntimeError, NotImplementedError)
-
-
-class Member(NamedTuple):
-    """A file in an archive."""
-
-    name: str
-    size: int  # bytes, unpacked
-    open: Callable[[], IO[bytes] | None]
+LARGEST_RATIO = 100  # unpacked to packed: pictures are compressed already, and what grows more is no data set
+Member = tuple[int, Callable[[], IO[bytes] | None]]  # bytes of a file, unpacked, and how to open it
 
 
 @contextmanager
-def opened(archive: Path) -> Iterator[list[Member]]:
-    """The files in a .zip or .tar archive; `InputError` where it is none, or damaged."""
+def opened(archive: Path) -> Iterator[dict[str, Member]]:
+    """The files in a .zip or .tar archive by their names; `InputError` where it is none, or damaged."""
     with blame(archive, errors=DAMAGE):
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as packed:
-                infos = [info for info in packed.infolist() if not info.is_dir()]
-                yield [Member(i.filename, i.file_size, lambda i=i: packed.open(i)) for i in infos]  # type: ignore[misc]
+                yield {i.filename: (i.file_size, partial(packed.open, i)) for i in packed.infolist() if not i.is_dir()}
         else:
             with tarfile.open(archive) as tar:
-                files = [info for info in tar if info.isfile()]
-                yield [Member(i.name, i.size, lambda i=i: tar.extractfile(i)) for i in files]  # type: ignore[misc]
+                yield {i.name: (i.size, partial(tar.extractfile, i)) for i in tar if i.isfile()}
 
 
-def members_of(obj: str, members: Sequence[Member]) -> dict[PurePosixPath, Member]:
+def files_of(obj: str, archive: Path, members: Mapping[str, Member]) -> dict[PurePosixPath, Member]:
     """A data set's files, by their paths below its folder.
 
     Its folder is called as it is, with or without _AD; where none of the six is named, it is the one that holds the
-    splits. `InputError` for a path that leads out of the archive's folders, and where there is no such file.
+    splits. `InputError` for a path that leads out of the folder, where there is no such file, or more than pictures.
     """
     names = {f"{name}{end}".lower() for name in BENCHMARKS for end in ("", "_ad")}
-    paths = {PurePosixPath(member.name.replace("\\", "/")): member for member in members}
+    paths = {PurePosixPath(name.replace("\\", "/")): member for name, member in members.items()}
     if unsafe := [path for path in paths if path.is_absolute() or ".." in path.parts]:
-        raise InputError(f"{unsafe[0]}: leads out of the archive's folder")
+        raise InputError(f"{archive}: {unsafe[0]} leads out of its folder")
     is_named = any(part.lower() in names for path in paths for part in path.parts)
-    wanted = {obj.lower(), f"{obj}_ad".lower()} if is_named else {"train", "valid", "val", "test"}
+    tops = {obj.lower(), f"{obj}_ad".lower()} if is_named else {"train", "valid", "val", "test"}
     result = {}
     for path, member in paths.items():
-        at = next((i for i, part in enumerate(path.parts[:-1]) if part.lower() in wanted), None)
-        is_hidden = is_clutter(path.as_posix()) or any(part.startswith(".") for part in path.parts)
-        if at is not None and not is_hidden:
-            result[PurePosixPath(*path.parts[at + is_named :])] = member
+        at = [i for i, part in enumerate(path.parts[:-1]) if part.lower() in tops]
+        if at and not is_clutter(path.as_posix()):
+            result[PurePosixPath(*path.parts[at[0] + is_named :])] = member
     if not result:
-        raise InputError(f"no files of {obj} in it")
+        raise InputError(f"{archive}: no files of {obj} in it")
+    if sum(size for size, _ in result.values()) > LARGEST_RATIO * archive.stat().st_size:
+        raise InputError(f"{archive}: unpacks to more than {LARGEST_RATIO} times its size: no archive of pictures")
     return result
 
 
 def unpack(archive: Path, obj: str, root: Path) -> None:
     """Unpack a data set's files alone into `root`, which appears when all of them are there."""
-    with opened(archive) as members:
-        files = members_of(obj, members)
-        needed = sum(member.size for member in files.values())
-        with new_folder(root, "--out") as folder:
-            check_room(root.parent, needed, f"{obj}, unpacked")
-            bar = tqdm(files.items(), obj, unit="file", mininterval=bar_seconds(), disable=None)
-            for path, member in bar:
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                source = member.open()
-                if source is not None:
-                    with source, (folder / path).open("wb") as target:
-                        shutil.copyfileobj(source, target, 2**20)
+    with opened(archive) as members, new_folder(root, "--out") as folder:
+        files = files_of(obj, archive, members)
+        check_room(root.parent, sum(size for size, _ in files.values()), f"{obj}, unpacked")
+        for path, (_, member) in tqdm(files.items(), obj, unit="file", mininterval=bar_seconds(), disable=None):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            if source := member():
+                with source, (folder / path).open("wb") as target:
+                    shutil.copyfileobj(source, target, 2**20)
+    print(printable(f"{root}: unpacked from {archive}"), flush=True)
 
 
 def check_room(folder: Path, needed: int, what: str) -> None:
@@ -111,12 +102,13 @@ def fetch(out: Path) -> Path:
 
     archive = out / URL.rpartition("/")[2]
     if not archive.exists():
-        out.mkdir(parents=True, exist_ok=True)
+        with blame(f"--out {out}", errors=(OSError,)):
+            out.mkdir(parents=True, exist_ok=True)
         with blame(URL, "see docs/data.md for other ways", (requests.RequestException,)):
-            size = requests.head(URL, allow_redirects=True, timeout=30).headers.get("Content-Length", "0")
+            size = int(requests.head(URL, allow_redirects=True, timeout=30).headers.get("Content-Length", 0))
         part = archive.with_name(f"{archive.name}.part")
-        left = int(size) - (part.stat().st_size if part.exists() else 0)
-        check_room(out, max(left, 0), f"{archive.name}, which is unpacked beside itself, so all six need that twice")
+        left = max(size - (part.stat().st_size if part.exists() else 0), 0)
+        check_room(out, left, f"{archive.name}, which is unpacked beside itself, so all six need that twice")
     download(URL, archive, SHA256)
     return archive
 
@@ -124,13 +116,10 @@ def fetch(out: Path) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code is the check's."""
     parser = Parser(prog="python -m dataset.download", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument(
-        "obj", nargs="+", choices=[*BENCHMARKS, "all"], metavar="OBJ", help=f"{', '.join(BENCHMARKS)}; all"
-    )
-    parser.add_argument("--out", type=Path, default=Path("data"), help="folder for <obj>_AD (default: data)")
-    parser.add_argument(
-        "--archive", type=Path, metavar="FILE", help="an archive that you have: BMAD's .zip, MVFA's .tar.gz"
-    )
+    add = parser.add_argument
+    add("obj", nargs="+", choices=[*BENCHMARKS, "all"], metavar="OBJ", help=f"{', '.join(BENCHMARKS)}; all")
+    add("--out", type=Path, default=Path("data"), help="folder for <obj>_AD (default: data)")
+    add("--archive", type=Path, metavar="FILE", help="an archive that you have: BMAD's .zip, MVFA's .tar.gz")
     options = parser.parse_args(argv)
     names = list(BENCHMARKS if "all" in options.obj else dict.fromkeys(options.obj))
     for name in names:
@@ -140,7 +129,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     archive = options.archive or fetch(options.out)
     for name in names:
         unpack(archive, name, options.out / f"{name}_AD")
-        print(printable(f"{options.out / f'{name}_AD'}: unpacked from {archive}"), flush=True)
     return max(check.main(["--obj", name, "--data_path", str(options.out)]) for name in names)
 
 

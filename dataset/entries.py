@@ -34,7 +34,7 @@ class Entry:
     series: str = ""  # the DICOM header's SeriesInstanceUID
     index: int | None = None  # the slice that a list names; None: all of them
     shot: bool = False  # a list says so
-    word: str = ""  # a list's for its kind of abnormal, such as malignant
+    word: str = ""  # for its kind of abnormal, such as malignant: a list's, or its folder where there are several
 
 
 def read_folders(root: Path, layout: Layout) -> list[Entry]:
@@ -47,16 +47,19 @@ def read_folders(root: Path, layout: Layout) -> list[Entry]:
     entries: list[Entry] = []
     images, masks = list_pictures(root)
     parents = {path.parent for path in images}
+    defects = {PurePosixPath(folder.removesuffix("/img")).name for split in SPLITS
+               for folder in layout.folders(split, "abnormal")}  # fmt: skip
     for kind in KINDS:
         for folder in dict.fromkeys((*layout.valid[kind], *layout.test[kind])):
             splits = [split for split in SPLITS if folder in layout.folders(split, kind)]
             split = splits[0] if len(splits) == 1 else ""
+            word = PurePosixPath(folder.removesuffix("/img")).name if kind == "abnormal" and len(defects) > 1 else ""
             home = root / folder
             inside = {parent for parent in parents if home in (parent, *parent.parents)}
             for path in (path for path in images if path.parent in inside):
                 check_file(path)
                 name = path.relative_to(root).as_posix()
-                entries.append(Entry(path, name, kind, folder, split=split, divided=not split))
+                entries.append(Entry(path, name, kind, folder, split=split, divided=not split, word=word))
     pair(root, entries, masks)
     used = {mask for entry in entries for mask in entry.masks}
     classes = {root / entry.folder for entry in entries}

@@ -1,9 +1,9 @@
 """A list instead of folders: a row for each image, in images.csv, .tsv or .jsonl.
 
-Columns are image and label, and optionally mask (several with | between), patient, split (valid or test; train counts
-as valid), slice (of a volume, counted from 0) and shot (1: this is one). Paths are relative to the list. What is not
-given follows the rules of folders: a division by patient, masks beside the images. Tables may look as Excel writes
-them: semicolons, a byte-order mark, empty lines, backslashes in paths.
+Columns are image and label, and optionally kind (of abnormal, such as malignant), mask (several with | between),
+patient, split (valid or test; train counts as valid), slice (of a volume, counted from 0) and shot (1: this is one).
+Paths are relative to the list. What is not given follows the rules of folders: a division by patient, masks beside the
+images. Tables may look as Excel writes them: semicolons, a byte-order mark, empty lines, backslashes in paths.
 """
 
 from __future__ import annotations
@@ -16,24 +16,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from utils import InputError, atomic_path, blame, read_text
+from utils import EXPECTED, InputError, atomic_path, blame, read_text
 
 from .entries import Entry, divide, name_for_lists, name_patients, pair
 from .layout import Layout
 from .pairing import list_pictures
+from .readers.images import file_kind
 
-COLUMNS = ("image", "label", "mask", "patient", "split", "slice", "shot")
+COLUMNS = ("image", "label", "kind", "mask", "patient", "split", "slice", "shot")
 NAMES = ("images.csv", "images.tsv", "images.jsonl")
-LABELS = {
-    "0": "normal",
-    "normal": "normal",
-    "good": "normal",
-    "1": "abnormal",
-    "abnormal": "abnormal",
-    "ungood": "abnormal",
-}
+LABELS = {"0": "normal", "normal": "normal", "good": "normal",
+          "1": "abnormal", "abnormal": "abnormal", "ungood": "abnormal"}  # fmt: skip
 SPLITS = {"": "", "valid": "valid", "val": "valid", "train": "valid", "test": "test"}
-SWITCH = {"": False, "0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
+SWITCH = {"": False, "0": False, "false": False, "1": True, "true": True}
 Row = dict[str, str]  # column -> cell, without blanks around it
 
 
@@ -52,26 +47,14 @@ def read_list(path: Path, layout: Layout) -> list[Entry]:
     entries: list[Entry] = []
     lines: dict[tuple[Path, int | None], int] = {}
     has_masks = False
-    for number, row in read_rows(path):
-        where = f"{path}, line {number}"
-        image = _locate(path.parent, row["image"], where)
-        with blame(f"{where}: slice {row.get('slice')}"):
-            index = int(float(row["slice"])) if row.get("slice") else None
-        if (image, index) in lines:
-            raise InputError(f"{where}: {row['image']} stands in line {lines[image, index]} already")
-        lines[image, index] = number
-        known = {**LABELS, **dict.fromkeys(map(str.lower, layout.normal), "normal")}
-        others = "abnormal" if layout.normal and row["label"] else None
-        kind = _choose(known, row["label"].removesuffix(".0"), f"{where}: label", others)
-        split = _choose(SPLITS, row.get("split", ""), f"{where}: split")
+    for number, row in _rows(path):
+        with blame(where := f"{path}, line {number}"):
+            entry = _entry(path.parent, row, layout, where)
+        first = lines.setdefault((entry.path, entry.index), number)
+        if first != number:
+            raise InputError(f"{where}: {row['image']} stands in line {first} already")
+        entries.append(entry)
         has_masks |= "mask" in row
-        masks = [_locate(path.parent, text, where) for text in filter(None, row.get("mask", "").split("|"))]
-        entries.append(Entry(
-            image, image.relative_to(path.parent).as_posix(), kind, image.parent.relative_to(path.parent).as_posix(),
-            masks, split, divided=not split, patient=row.get("patient") or None, index=index,
-            shot=_choose(SWITCH, row.get("shot", ""), f"{where}: shot"),
-            word="" if kind == "normal" or row["label"].lower() in LABELS else row["label"],
-        ))  # fmt: skip
     entries.sort(key=lambda entry: entry.kind == "abnormal")
     if not has_masks:
         pair(path.parent, entries, list_pictures(path.parent)[1])
@@ -81,45 +64,59 @@ def read_list(path: Path, layout: Layout) -> list[Entry]:
     return entries
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """The rows of a list that are not empty, and their line numbers; `InputError` where they are no table."""
-    with blame(path):
+def _rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """The rows that are not empty, and the line in which each ends; `InputError` where they are no table."""
+    with blame(path, "save it as CSV in UTF-8"):
         text = read_text(path)
-    rows = _json_rows(path, text) if path.suffix.lower() == ".jsonl" else _table_rows(path, text)
-    for number, row in rows:
-        if any(row.values()):
-            if missing := [name for name in COLUMNS[:2] if name not in row]:
-                raise InputError(f"{path}, line {number}: no column {missing[0]}; a list has {', '.join(COLUMNS)}")
-            yield number, row
-
-
-def _json_rows(path: Path, text: str) -> Iterator[tuple[int, Row]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    if path.suffix.lower() != ".jsonl":
+        yield from _table_rows(path, text)
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            with blame(f"{path}, line {number}"):
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise InputError(f"{path}, line {number}: not an object")
-            yield number, {str(name).lower(): "" if cell is None else str(cell).strip() for name, cell in row.items()}
+            with blame(f"{path}, line {number}", errors=(*EXPECTED, TypeError)):  # a TypeError: it is no object
+                row = dict(json.loads(line))
+            yield number, {name.lower(): "" if cell is None else str(cell).strip() for name, cell in row.items()}
 
 
 def _table_rows(path: Path, text: str) -> Iterator[tuple[int, Row]]:
-    first = next((line for line in text.splitlines() if line.strip() and not line.startswith("sep=")), "")
+    first = next((line for line in text.splitlines() if line.strip(",; \t") and not line.startswith("sep=")), "")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count), strict=True)
     heads: list[str] = []
-    with blame(path, errors=(csv.Error,)):
-        for cells in reader:
-            row, where = [cell.strip() for cell in cells], f"{path}, line {reader.line_num}"
-            if not any(row) or (not heads and row[0].startswith("sep=")):
+    number = 0
+    try:
+        for number, cells in ((reader.line_num, list(map(str.strip, cells))) for cells in reader):
+            if not any(cells) or (not heads and cells[0] == "sep="):  # sep=; tells Excel
                 continue
             if not heads:
-                heads = [name.lower() for name in row]
-                if unknown := [name for name in heads if name and heads.count(name) > 1]:
-                    raise InputError(f"{where}: two columns {unknown[0]}")
-            elif len(row) > len(heads) and any(row[len(heads) :]):
-                raise InputError(f"{where}: {len(row)} cells for {len(heads)} columns; put quotes around a comma")
+                heads = [name.lower() for name in cells]
+                if twice := {name for name in heads if name and heads.count(name) > 1}:
+                    raise InputError(f"{path}, line {number}: two columns {min(twice)}")
+            elif any(cells[len(heads) :]):
+                raise InputError(f"{path}, line {number}: {len(cells)} cells for {len(heads)} columns; put quotes "
+                                 f"around a path with a comma")  # fmt: skip
             else:
-                yield reader.line_num, dict(zip(heads, row + [""] * len(heads), strict=False))
+                yield number, dict(zip(heads, cells + [""] * len(heads), strict=False))
+    except csv.Error as error:
+        raise InputError(f"{path}, line {number + 1}: {error}; is a quotation mark not closed?") from error
+
+
+def _entry(root: Path, row: Row, layout: Layout, where: str) -> Entry:
+    """The image of a row; a `ValueError` is a slice that is no number."""
+    if missing := [name for name in COLUMNS[:2] if name not in row]:
+        raise InputError(f"{where}: no column {missing[0]}; a list has {', '.join(COLUMNS)}")
+    paths = (row["image"], *filter(None, row.get("mask", "").split("|")))
+    image, *masks = [_locate(root, text, where) for text in paths]
+    label = row["label"].removesuffix(".0")
+    known = LABELS | dict.fromkeys(map(str.lower, layout.normal), "normal")
+    kind = _choose(known, label, f"{where}: label", "abnormal" if layout.normal and label else None)
+    word = row.get("kind", "") or (label if label.lower() not in known else "")
+    split = _choose(SPLITS, row.get("split", ""), f"{where}: split")
+    return Entry(
+        image, image.relative_to(root).as_posix(), kind, image.parent.relative_to(root).as_posix(), masks, split,
+        divided=not split, patient=row.get("patient") or None, word=word if kind == "abnormal" else "",
+        index=int(float(row["slice"])) if row.get("slice") else None,
+        shot=_choose(SWITCH, row.get("shot", "").removesuffix(".0"), f"{where}: shot"),
+    )  # fmt: skip
 
 
 def _locate(root: Path, text: str, where: str) -> Path:
@@ -129,6 +126,8 @@ def _locate(root: Path, text: str, where: str) -> Path:
         raise InputError(f"{where}: {text} leads out of the list's folder")
     if not (root / place).is_file():
         raise InputError(f"{where}: {text or 'an image without a name'}: no such file in {root}")
+    if file_kind(root / place) is None:
+        raise InputError(f"{where}: {text} is no image by its extension")
     return root / place
 
 
@@ -147,21 +146,24 @@ def write_list(path: Path, root: Path, entries: Iterable[Entry]) -> Path:
     path = root / path if path.parent == Path() else path
     if path.exists():
         raise InputError(f"--write_list {path}: is there already")
-    if path.resolve().parent not in (root.resolve(), *root.resolve().parents):
-        raise InputError(
-            f"--write_list {path}: a list lies in the data set's folder or above it, as its paths lead down"
-        )
+    with blame(f"--write_list {path}", "write it into the data set's folder or above it: its paths lead down"):
+        top = root.resolve().relative_to(path.resolve().parent)
 
-    def place(file: Path) -> str:
-        return file.resolve().relative_to(path.resolve().parent).as_posix()
+    def row(entry: Entry) -> Row:
+        image, *masks = [(top / file.relative_to(root)).as_posix() for file in (entry.path, *entry.masks)]
+        index = "" if entry.index is None else str(entry.index)
+        cells = (image, entry.kind, entry.word, "|".join(masks), entry.patient or "", entry.split, index)
+        return dict(zip(COLUMNS, (*cells, str(int(entry.shot))), strict=True))
 
-    with atomic_path(path, "--write_list") as temporary, temporary.open("w", encoding="utf-8-sig", newline="") as file:
-        writer = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-        writer.writerow(COLUMNS)
-        for entry in entries:
-            masks = "|".join(map(place, entry.masks))
-            index = "" if entry.index is None else entry.index
-            writer.writerow((place(entry.path), entry.kind, masks, entry.patient, entry.split, index, int(entry.shot)))
+    is_json = path.suffix.lower() == ".jsonl"
+    encoding = "utf-8" if is_json else "utf-8-sig"  # by its mark Excel knows UTF-8
+    with atomic_path(path, "--write_list") as temporary, temporary.open("w", encoding=encoding, newline="") as file:
+        if is_json:
+            file.writelines(json.dumps(row(entry), ensure_ascii=False) + "\n" for entry in entries)
+        else:
+            writer = csv.DictWriter(file, COLUMNS, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(map(row, entries))
     return path
 
 

@@ -11,14 +11,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils import InputError, prefetch, preview, warn
 
 from .entries import Entry, read_folders
 from .fewshot import SEEDS, check_shot_names, draw_shots, list_paths, parse_shot_list, pick_lines
-from .layout import BENCHMARKS, FOLDER, KINDS, MADE_UP, PUBLISHED_COUNTS, SPLITS, Layout, described, object_name
+from .layout import BENCHMARKS, FOLDER, KINDS, MADE_UP, PUBLISHED_COUNTS, Layout, described, object_name
 from .lists import find_list, read_list
 from .pairing import MASK_FOLDERS
 from .readers.grey import NoImageError, ReadOptions
@@ -263,7 +263,7 @@ class MedicalDataset:
         sample = Sample(
             file.path, KINDS.index(file.kind), masks[0] if masks else None, file.name, file.patient,
             options=self.options, published=self.is_benchmark, more_masks=tuple(masks[1:]),
-            kind=self._kind_of(file),
+            kind=file.word,
         )  # fmt: skip
         samples = [sample]
         if file_kind(file.path) != "pillow":
@@ -280,13 +280,6 @@ class MedicalDataset:
         if file.index is not None and not 0 <= file.index < len(samples):
             raise InputError(f"{self.listing}: slice {file.index} of {file.path}, which has {len(samples)}")
         return samples if file.index is None else samples[file.index : file.index + 1]
-
-    def _kind_of(self, file: Entry) -> str:
-        """What kind of abnormal a file is, by the list or, where there are several, by its class's folder."""
-        names = {folder: PurePosixPath(folder.removesuffix("/img")).name for split in SPLITS
-                 for folder in self.layout.folders(split, "abnormal")}  # fmt: skip
-        several = file.kind == "abnormal" and len(set(names.values())) > 1
-        return file.word or (names.get(file.folder, "") if several else "")
 
     def _judged(self, sample: Sample, series: str) -> Sample | None:
         """A sample by what its mask and, of DICOM and NIfTI, its picture shows; None where it is left out."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,17 +79,35 @@ def test_a_wrong_sum_is_refused(server, tmp_path, monkeypatch):
     assert not (tmp_path / "data/Brain_AD").exists()
 
 
-@pytest.mark.parametrize("fault", ["outside", "cut", "another data set", "no room"])
+@pytest.mark.parametrize("fault", ["outside", "cut", "another data set", "no room", "bomb", "a lie"])
 def test_what_is_refused(archive, tmp_path, monkeypatch, fault):
     obj = "Liver" if fault == "another data set" else "Brain"
-    if fault == "outside":
-        with zipfile.ZipFile(archive, "a") as packed:
-            packed.writestr("BMAD/Brain/../../../x.png", b"x")
+    if fault in ("outside", "bomb", "a lie"):
+        with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED) as packed:
+            name = "BMAD/Brain/../../../x.png" if fault == "outside" else "Brain/test/x.png"
+            packed.writestr(name, bytes(10**8 if fault == "bomb" else 1001))
+    if fault == "a lie":
+        archive.write_bytes(archive.read_bytes().replace((1001).to_bytes(4, "little"), (5).to_bytes(4, "little")))
     elif fault == "cut":
         archive.write_bytes(archive.read_bytes()[:-2000])
     elif fault == "no room":
         monkeypatch.setattr(download.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(InputError, match="needs" if fault == "no room" else r"bmad\.zip|leads out|no files of Liver"):
+    with pytest.raises(InputError, match="--out .* needs" if fault == "no room" else r"bmad\.zip"):
         download.main([obj, "--archive", str(archive), "--out", str(tmp_path / "data")])
     assert not list((tmp_path / "data").glob("*"))
     assert not list(tmp_path.rglob("x.png"))
+
+
+def test_mvfas_archive_and_links_in_it(tmp_path):
+    with tarfile.open(tmp_path / "Brain.tar.gz", "w:gz") as tar:
+        for name, content in files("Brain").items():
+            info = tarfile.TarInfo(name.replace("Brain/", "Brain_AD/").replace("/label/", "/anomaly_mask/"))
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+            info = tarfile.TarInfo(f"Brain_AD/test/good/img/{kind!r}.png")
+            info.type, info.linkname = kind, "/etc/hosts"
+            tar.addfile(info)
+    download.main(["Brain", "--archive", str(tmp_path / "Brain.tar.gz"), "--out", str(tmp_path / "data")])
+    assert {path.name for path in (tmp_path / "data/Brain_AD").iterdir()} == {"train", "valid", "test"}
+    assert len(list((tmp_path / "data/Brain_AD/test/good/img").iterdir())) == 3  # links are left out

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from dataset import notes
+from dataset import check, notes
 from dataset.medical_few import MedicalDataset
-from tests.unit.test_layout import draw, opened
-from utils import InputError
+from tests.unit.test_layout import draw, opened, volume
+from utils import InputError, run_cli
 
 
 def listed(root: Path, text: str, name: str = "images.csv") -> MedicalDataset:
@@ -90,13 +93,116 @@ def test_masks_are_whose_the_list_says(pictures):
         ("scans/0.png,1,", "line 2"),
         ("../x.png,0,", "leads out"),
         ("scans/a, b.png,0,test", "quotes"),
-        ('"scans/a, b.png,0,test', "csv"),
+        ('"scans/a, b.png,0,test', "quotation mark"),
+        ("scans/notes.txt,0,test", "extension"),
     ],
 )
 def test_a_wrong_line_is_named(pictures, line, words):
     text = f"image,label,split\nscans/0.png,0,valid\n\n{line}\n"
+    (pictures / "scans/notes.txt").touch()
     with pytest.raises(InputError, match=r"images\.csv") as error:
         listed(pictures, text)
     assert words in str(error.value)
-    assert "line 4" in str(error.value) or words == "csv"
+    assert "line 4" in str(error.value)
     listed(pictures, text.replace(line, '"scans/a, b.png",0,test'))
+
+
+def call_check(monkeypatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["check", *map(str, arguments)])
+    with pytest.raises(SystemExit) as left:
+        run_cli(check.main)
+    return left.value.code
+
+
+def numbered(*forms: str, count: int = 9) -> list[str]:
+    return [form.format(i=i, j=i // 2) for form in forms for i in range(count)]
+
+
+FOLDERS = {
+    "kinds": numbered("benign/{i}.png", "cyst/{i}.png", "normal/{i}.png", "benign/{i}_mask.png", "cyst/{i}_mask.png",
+                      "cyst/{i}_mask_1.png"),
+    "defects": numbered("train/good/{i}.png", "test/good/{i}.png", "test/cut/{i}.png", "test/hole/{i}.png",
+                        "ground_truth/cut/{i}_mask.png", "ground_truth/hole/{i}_mask.png"),
+    "the paper's": numbered(*(f"{split}/{kind}/img/{{j:05}}_{{i}}.png" for split in ("valid", "test")
+                              for kind in ("good", "Ungood")), "valid/Ungood/anomaly_mask/{j:05}_{i}.png",
+                            "test/Ungood/anomaly_mask/{j:05}_{i}.png"),
+    "patients": numbered("normal/patient{j}/{i}.png", "abnormal/patient{j}/{i}.png"),
+}  # fmt: skip
+
+
+WRITTEN = [("kinds", "csv"), ("defects", "tsv"), ("the paper's", "jsonl"), ("patients", "csv"), ("volumes", "csv")]
+
+
+@pytest.mark.parametrize(("layout", "form"), WRITTEN)
+def test_a_written_list_means_the_same_as_the_folders(tmp_path, monkeypatch, layout, form):
+    """Samples with their masks, patients and kinds, what was drawn as shots, and what a list of shots names."""
+    root = draw(tmp_path / "knee", *FOLDERS.get(layout, ()))
+    if layout == "volumes":
+        for name in ("valid/normal/a", "valid/abnormal/b", "test/normal/c", "test/abnormal/d"):
+            volume(root / f"{name}.nii.gz")
+    elif layout == "the paper's":
+        (root / "fewshot_seed").mkdir()
+        (root / "fewshot_seed" / "my2-shot.txt").write_text(
+            "a-0: 00000_1.png 00001_2.png\nn-0: 00003_6.png 00000_0.png"
+        )
+
+    def shown() -> list[object]:
+        dataset = opened(root)
+        samples = dataset.samples("valid"), dataset.samples("test")
+        kinds = [[sample.kind for sample in part] for part in samples]  # which == does not compare
+        return [samples, kinds, *(dataset.shots(n, n, 0, 0).names() for n in (1, 2)), dataset.pixel_metrics]
+
+    before = shown()
+    assert call_check(monkeypatch, "--data_root", root, "--write_list", f"images.{form}") in (0, 1)
+    assert opened(root).listing == root / f"images.{form}"
+    assert shown() == before
+    assert call_check(monkeypatch, "--data_root", root, "--write_list", f"images.{form}") == 2  # never overwritten
+    call_check(monkeypatch, "--data_root", root, "--write_list", tmp_path / f"above.{form}")
+    above = MedicalDataset.open("knee", "", listing=tmp_path / f"above.{form}")
+    paths = [sample.path for sample in above.samples("test")]
+    assert paths == [sample.path for sample in opened(root).samples("test")]
+    (root / f"images.{form}").rename(root / f"mine.{form}")
+    call_check(monkeypatch, "--list", root / f"mine.{form}", "--write_list", "images.csv")
+    assert shown() == before
+
+
+def test_a_list_keeps_slices_and_shots(tmp_path, monkeypatch):
+    draw(tmp_path, *numbered("{i}.png"))
+    volume(tmp_path / "v.nii.gz")
+    rows = ["0.png,0,valid,,1", "1.png,0,test,,", "2.png,1,valid,,1", "v.nii.gz,1,test,3,", "v.nii.gz,1,test,1,"]
+    (tmp_path / "mine.csv").write_text("\n".join(["image,label,split,slice,shot", *rows]))
+    assert call_check(monkeypatch, "--list", tmp_path / "mine.csv", "--obj", "knee", "--write_list", "images.csv") == 0
+    before, after = MedicalDataset.open("knee", "", listing=tmp_path / "mine.csv"), opened(tmp_path)
+    assert found(before) == found(after)
+    assert [sample.name for sample in after.samples("test")] == ["1.png", "v.nii.gz#3", "v.nii.gz#1"]
+    assert after.shots(1, 1, 0, 0).names() == {"abnormal": ["2.png"], "normal": ["0.png"]}
+
+
+def test_a_list_is_examined_as_folders_are(tmp_path, monkeypatch, capsys):
+    draw(tmp_path, *numbered("{i}.png", count=6))
+    (tmp_path / "5.png").write_bytes((tmp_path / "5.png").read_bytes()[:60])
+    (tmp_path / "4.png").write_bytes((tmp_path / "3.png").read_bytes())
+    rows = [f"{i}.png,{i % 2},{'valid' if i < 2 else 'test'}" for i in range(6)]
+    (tmp_path / "images.csv").write_text("\n".join(["image,label,split", *rows]))
+    assert call_check(monkeypatch, "--data_root", tmp_path, "--obj", "knee") == 1
+    said = capsys.readouterr().out
+    assert "5.png" in said.split("cannot be used")[1] and "4.png = 3.png" in said
+    assert [line.split()[2] for line in said.splitlines()[2:6]] == ["1", "1", "2", "2"]
+
+
+def test_the_program_of_the_docs_makes_a_list_of_coco(tmp_path, monkeypatch):
+    draw(tmp_path, "scans/a.png", "scans/b.png", "scans/c.png", "scans/d.png")
+    names = [f"scans/{name}.png" for name in "abcd"]
+    images = [{"id": i, "file_name": name, "width": 24, "height": 20} for i, name in enumerate(names)]
+    shapes = [{"image_id": 1, "segmentation": [[2, 2, 9, 2, 9, 9, 2, 9]], "bbox": [2, 2, 7, 7]},
+              {"image_id": 3, "bbox": [2, 2, 7, 7]}]  # fmt: skip
+    (tmp_path / "coco.json").write_text(json.dumps({"images": images, "annotations": shapes}))
+    text = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
+    lines = text[text.index("    import csv, json") :].split("\n\n")[0].splitlines()
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(line[4:] for line in lines), {})
+    entries = opened(tmp_path).entries
+    assert [(entry.name, len(entry.masks)) for entry in entries] == [
+        (names[0], 0), (names[2], 0), (names[1], 1), (names[3], 1),
+    ]  # fmt: skip
+    assert [np.asarray(Image.open(tmp_path / f"masks/{i}.png")).sum() for i in (1, 3)] == [64 * 255] * 2

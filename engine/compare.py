@@ -9,22 +9,26 @@ AUC with that of a bootstrap over the same draws of images.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
+from scipy.stats import binomtest, rankdata
 
 from utils import EXPECTED, InputError, Parser, blame, preview, read_json, run_cli
 
-from .metrics import CONFIDENCE_LEVEL, Z_95, auroc_interval, placements
+from .metrics import CONFIDENCE_LEVEL, Z_95, placements
 from .study.tables import Statistic, Table
 
 CAPTION = "Runs on the same test images, in percent [95% interval]; differences are to {first}."
 DISAGREEMENTS = 5  # images that are named
 SHORT = 60  # characters of a setting; of a longer one only that it differs is said
+BESIDE = ("seed", "select", "shots")  # what shapes a run beside its settings
+Value = tuple[float, Sequence[float]]  # with its interval, both in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,6 @@ class Result:
     files: list[str]
     labels: np.ndarray  # (M,)
     scores: np.ndarray  # (M,)
-    kinds: np.ndarray  # (M,) str
 
     @classmethod
     def read(cls, path: Path) -> Result:
@@ -46,13 +49,10 @@ class Result:
         with blame(path, hint, (*EXPECTED, TypeError)):
             rows = sorted(values["per_image"], key=lambda row: row["file"])
             labels, scores = (np.array([row[name] for row in rows]) for name in ("label", "score"))
-            kinds = np.array([row.get("kind", "") for row in rows])
-            return cls(
-                path.stem if path.is_file() else path.name, values, [r["file"] for r in rows], labels, scores, kinds
-            )
+        return cls(path.stem if path.is_file() else path.name, values, [row["file"] for row in rows], labels, scores)
 
 
-def auc_difference(labels: np.ndarray, one: np.ndarray, other: np.ndarray) -> tuple[float, tuple[float, float]]:
+def auc_difference(labels: np.ndarray, one: np.ndarray, other: np.ndarray) -> Value:
     """AUROC of `other` less that of `one`, scores (M,) of the same images, and DeLong's (1988) interval for pairs."""
     parts = [after - before for before, after in zip(placements(labels, one), placements(labels, other), strict=True)]
     error = sum(float(part.var(ddof=1)) / len(part) for part in parts if len(part) > 1) ** 0.5
@@ -60,40 +60,34 @@ def auc_difference(labels: np.ndarray, one: np.ndarray, other: np.ndarray) -> tu
     return difference, (difference - Z_95 * error, difference + Z_95 * error)
 
 
-def pauc_difference(one: Result, other: Result) -> tuple[float, tuple[float, float]] | None:
+def pauc_difference(one: Result, other: Result) -> Value | None:
     """The same of the pixel AUROC, from the draws of the bootstrap; None where one has none, or of other images."""
     draws = [np.array(result.values.get("pauc_draws") or ()) for result in (one, other)]
     order = [[row["file"] for row in result.values["per_image"]] for result in (one, other)]
     if not len(draws[0]) or len(draws[0]) != len(draws[1]) or order[0] != order[1]:
         return None
     tail = (1 - CONFIDENCE_LEVEL) / 2
-    low, high = np.quantile(draws[1] - draws[0], [tail, 1 - tail])
-    return other.values["pauc"] - one.values["pauc"], (float(low), float(high))
+    return other.values["pauc"] - one.values["pauc"], np.quantile(draws[1] - draws[0], [tail, 1 - tail]).tolist()
 
 
-def wilson(hits: int, total: int) -> tuple[float, tuple[float, float]]:
-    """A rate and its 95% interval by Wilson's score, which does not degenerate at 0 and 1."""
-    rate, square = hits / total, Z_95**2 / total
-    middle = (rate + square / 2) / (1 + square)
-    half = (square * rate * (1 - rate) + square**2 / 4) ** 0.5 / (1 + square)
-    return rate, (middle - half, middle + half)
+def rate(hits: np.ndarray) -> Value:
+    """The share of hits (M,) and its 95% interval by Wilson's score, which does not degenerate at 0 and 1."""
+    return float(hits.mean()), binomtest(int(hits.sum()), len(hits)).proportion_ci(CONFIDENCE_LEVEL, "wilson")
 
 
-def figures(first: Result, result: Result) -> Iterator[tuple[str, tuple[float, Sequence[float]] | None]]:
-    """What is compared: a name, and the value with its interval, both in [0, 1]."""
-    labels, scores, values = result.labels, result.scores, result.values
-    yield "image AUC", (float(placements(labels, scores)[0].mean()), auroc_interval(labels, scores))
-    yield "image AUC, difference", None if result is first else auc_difference(labels, first.scores, scores)
-    yield "pixel AUC", None if values.get("pauc") is None else (values["pauc"], values.get("pauc_ci95") or ())
-    yield "pixel AUC, difference", None if result is first else pauc_difference(first, result)
+def figures(first: Result, result: Result) -> Iterator[tuple[str, Value | None]]:
+    """What is compared: names and values."""
+    values, called = result.values, None
+    kinds = {f"image AUC of {name[7:]}": name for name in values if re.fullmatch("auc_of_.*(?<!_ci95)", name)}
+    for words, name in {"image AUC": "auc", "pixel AUC": "pauc", **kinds}.items():
+        yield words, None if values.get(name) is None else (values[name], values.get(f"{name}_ci95") or ())
+    if result is not first:
+        yield "image AUC, difference", auc_difference(result.labels, first.scores, result.scores)
+        yield "pixel AUC, difference", pauc_difference(first, result)
     if decision := values.get("decision"):
-        called = scores >= decision["value"]
-        yield "sensitivity at its threshold", wilson(int(called[labels == 1].sum()), int((labels == 1).sum()))
-        yield "specificity at its threshold", wilson(int((~called)[labels == 0].sum()), int((labels == 0).sum()))
-    for kind in sorted(set(result.kinds.tolist()) - {""}):
-        kept = (labels == 0) | (result.kinds == kind)
-        auc = float(placements(labels[kept], scores[kept])[0].mean())
-        yield f"image AUC of {kind}", (auc, auroc_interval(labels[kept], scores[kept]))
+        called = result.scores >= decision["value"]
+        yield "sensitivity at its threshold", rate(called[result.labels == 1])
+        yield "specificity at its threshold", rate(~called[result.labels == 0])
 
 
 def compare(results: Sequence[Result]) -> Table:
@@ -108,25 +102,24 @@ def compare(results: Sequence[Result]) -> Table:
     columns = [f"{place}: {result.name}" for place, result in enumerate(results, 1)]
     table = Table("compare", CAPTION.format(first=columns[0]), [], "run", list(notes(results, columns)))
     for column, result in zip(columns, results, strict=True):
-        for name, found in figures(first, result):
-            if found:
-                bounds = [100 * bound for bound in found[1]]
-                table.add(name, [], column, Statistic(100 * found[0], None, (bounds[0], bounds[1]) if bounds else None))
+        for name, value in figures(first, result):
+            if value:
+                table.add(name, [], column, Statistic.over([value[0]], [value[1]] if value[1] else [], 1))
     return table
 
 
 def notes(results: Sequence[Result], columns: Sequence[str]) -> Iterator[str]:
     """Which settings differ, and on which images the runs disagree most, by the place that each gives them."""
-    settings = [result.values.get("settings") or {} for result in results]
+    beside = [{name: result.values[name] for name in BESIDE if name in result.values} for result in results]
+    settings = [{**result.values["settings"], **more} for result, more in zip(results, beside, strict=True)]
     differing = []
-    for name in sorted({name for values in settings for name in values}):
-        values = [str(own.get(name)) for own in settings]
+    for name in dict.fromkeys(chain(*settings)):
+        values = [str(own[name]) for own in settings if name in own]
         if len(set(values)) > 1:
             differing.append(f"{name} {' / '.join(values)}" if max(map(len, values)) < SHORT else name)
     yield f"Settings that differ: {'; '.join(differing) or 'none'}."
     ranks = np.array([rankdata(result.scores) for result in results])
-    apart = np.ptp(ranks, axis=0)
-    for i in np.argsort(-apart, kind="stable")[:DISAGREEMENTS]:
+    for i in np.argsort(-np.ptp(ranks, axis=0), kind="stable")[:DISAGREEMENTS]:
         places = ", ".join(f"{rank:g} in {name}" for rank, name in zip(ranks[:, i], columns, strict=True))
         truth = ("normal", "abnormal")[results[0].labels[i]]
         yield f"Disagreement: {results[0].files[i]} ({truth}) is number {places}, counted from the lowest score."

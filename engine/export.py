@@ -9,7 +9,6 @@ Image tower, adapters and text features, as constants, are in it; beside it a mo
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 from collections.abc import Iterator
@@ -19,19 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dataset.readers.grey import Picture
-from dataset.readers.images import frames, list_files, to_tensor
+from dataset.pairing import list_pictures
+from dataset.readers.grey import Frame, ReadOptions
+from dataset.readers.images import frames, to_tensor
 from loss import anomaly_map, image_score, patch_difference
 from utils import InputError, Parser, atomic_path, blame, run_cli
 
-from .card import write_card
-from .files.config import nonempty_path
-from .predictor import Predictor, load, open_picture
+from .card import card
+from .files.config import MAX_IMG_SIZE, MODEL_FLAGS, add_model_flags, nonempty_path
+from .predictor import Predictor, load
 
 OPSET = 18
 LARGEST = 2**31  # bytes of an ONNX file
 BAR = 1e-4  # by which score and map of float32 may differ from PyTorch's
-LICENCE = "of the weights: that of their publishers (OpenAI's CLIP: MIT); of the data trained on: see there"
+LICENCE = "weights: that of their publishers (OpenAI's CLIP: MIT; DINOv2: Apache-2.0); data trained on: see there"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -44,9 +44,8 @@ class Portable(nn.Module):
     def __init__(self, model: Predictor, dtype: torch.dtype) -> None:
         super().__init__()
         assert model.clip.visual is not None
-        self.visual, self.adapters = model.clip.visual, model.detector.adapters
-        if dtype != torch.float32:  # which leaves the model as it is
-            self.visual, self.adapters = copy.deepcopy(self.visual).to(dtype), copy.deepcopy(self.adapters).to(dtype)
+        self.visual = copy.deepcopy(model.clip.visual).to(dtype)  # the model stays as it is
+        self.adapters = copy.deepcopy(model.detector.adapters).to(dtype)
         self.settings, self.head, self.dtype = model.settings, model.detector.scoring_head, dtype
         self.register_buffer("text", model.detector.prompts().detach().to(dtype))  # (D, 2)
 
@@ -69,8 +68,7 @@ def export(model: Predictor, out: str | Path, precision: str = "fp32") -> None:
     if model.detector.adapters.mixes_images:
         raise InputError("MViTFC as published looks across the images of a batch: its scores are no image's own")
     with blame("python -m engine.export", "pip install onnx onnxscript onnxruntime", errors=(ImportError,)):
-        import onnx  # noqa: F401, PLC0415 - optional
-        import onnxscript  # noqa: F401, PLC0415 - optional
+        import onnxscript  # noqa: F401, PLC0415 - optional; it brings onnx
     portable = Portable(model, DTYPES[precision])
     size = sum(tensor.nbytes for tensor in (*portable.parameters(), *portable.buffers()))
     if size > LARGEST:
@@ -101,11 +99,11 @@ def describe(model: Predictor, precision: str) -> dict[str, str]:
     return {name: "" if value is None else str(value) for name, value in values.items()}
 
 
-def compare(model: Predictor, path: str | Path, images: list[Path]) -> tuple[float, float, int, int]:
-    """Score images with PyTorch and with ONNX Runtime on the CPU.
+def check(model: Predictor, path: str | Path, folder: str | Path) -> float:
+    """Score the images in a folder with PyTorch and with ONNX Runtime on the CPU, and print how far they differ.
 
     Returns:
-        The largest difference of a score, that of a pixel of a map, the number of decisions that differ, and of images.
+        The largest difference of a score or of a pixel of a map.
 
     Raises:
         InputError: onnxruntime is missing, or no image can be read.
@@ -113,36 +111,35 @@ def compare(model: Predictor, path: str | Path, images: list[Path]) -> tuple[flo
     with blame("--check", "pip install onnxruntime", errors=(ImportError,)):
         import onnxruntime  # noqa: PLC0415 - optional
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    scores, maps, decisions, count = 0.0, 0.0, 0, 0
-    for pixels in _pixels(model, images):
-        expected = model.predict_tensors(pixels, [(1, 1)])[0]
-        score, heat = session.run(None, {"pixels": pixels.numpy()})
-        scores = max(scores, abs(float(score[0]) - expected.score))
-        maps = max(maps, float(np.abs(heat[0] - expected.heat).max()))
-        decisions += model.threshold is not None and (float(score[0]) >= model.threshold) != expected.decision
-        count += 1
-    if not count:
-        raise InputError("--check: no image in it that can be read")
-    return scores, maps, decisions, count
+    scores, maps, decisions = [], [], 0
+    for item in model.stream(_pictures(folder, model.reading), batch_size=1, side=MAX_IMG_SIZE):
+        if isinstance(item, InputError):
+            print(f"skipped: {item}")
+            continue
+        picture, expected = item
+        pixels = to_tensor(picture.image, model.settings.img_size)[None]
+        (score,), (heat,) = session.run(None, {"pixels": pixels.numpy()})
+        scores.append(abs(float(score) - expected.score))
+        maps.append(float(np.abs(heat - expected.heat).max()))
+        decisions += model.threshold is not None and (float(score) >= model.threshold) != expected.decision
+    if not scores:
+        raise InputError(f"--check {folder}: no image in it that can be read")
+    print(f"check: {len(scores)} images, largest difference of a score {max(scores):.2g}, of a map {max(maps):.2g}; "
+          f"{decisions} decisions differ")  # fmt: skip
+    return max(*scores, *maps)
 
 
-def _pixels(model: Predictor, images: list[Path]) -> Iterator[Tensor]:
-    """The pixels (1, 3, S, S) of every picture that can be read: one a file, or one a slice of a volume."""
-    for path in images:
-        for picture in _pictures(model, path):
-            yield to_tensor(picture.image, model.settings.img_size)[None]
-
-
-def _pictures(model: Predictor, path: Path) -> list[Picture]:
-    try:
-        return [open_picture(frame, model.reading) for frame in frames(path, model.reading)]
-    except InputError as error:
-        print(f"skipped: {error}")
-        return []
+def _pictures(folder: str | Path, reading: ReadOptions) -> Iterator[Frame | InputError]:
+    """The pictures in a folder's images, and in the place of a file that cannot be read its fault."""
+    for path in list_pictures(Path(folder))[0]:
+        try:
+            yield from frames(path, reading)
+        except InputError as error:  # noqa: PERF203 - a fault of one file
+            yield error
 
 
 def main() -> None:
-    """Command line."""
+    """Command line: checkpoint -> file, card, comparison; `InputError` where float32 differs by more than the bar."""
     parser = Parser(prog="python -m engine.export", description="Write a checkpoint as an ONNX file.")
     add = parser.add_argument
     add("ckpt", type=nonempty_path, help="checkpoint of train.py, or one in the published format")
@@ -151,23 +148,18 @@ def main() -> None:
     add("--precision", choices=tuple(DTYPES), default="fp32", help="fp16: half of the file")
     add("--weights", type=nonempty_path, help="file with CLIP weights, instead of that in CLIP/ckpt")
     add("--obj", help="of a published checkpoint: the data set that it was trained on")
-    run(parser.parse_args())
-
-
-def run(options: argparse.Namespace) -> None:
-    """Checkpoint -> file, card, comparison; `InputError` where float32 differs by more than the bar."""
-    model = load(options.ckpt, "cpu", weights=options.weights, precision="fp32", obj=options.obj)
-    images = [path for path, _ in list_files([Path(options.check)])] if options.check else []
+    add_model_flags(parser, from_checkpoint=True)
+    options = parser.parse_args()
+    flags = {name: getattr(options, name) for name in ("weights", "obj", *MODEL_FLAGS)}
+    model = load(options.ckpt, "cpu", precision="fp32", **flags)
     export(model, options.out, options.precision)
-    card = write_card(Path(options.out).with_suffix(".md"), model.settings, model.checkpoint.metadata)
+    page = Path(options.out).with_suffix(".md")
+    with atomic_path(page) as temporary:
+        temporary.write_text(card(model.settings, model.checkpoint.metadata), encoding="utf-8")
     print(f"{options.out}: opset {OPSET}, {options.precision}, {Path(options.out).stat().st_size / 2**20:.0f} MiB")
-    print(f"{card}: the model card")
-    if options.check:
-        scores, maps, decisions, count = compare(model, options.out, images)
-        print(f"check: {count} images, largest difference of a score {scores:.2g}, of a map {maps:.2g}; "
-              f"{decisions} decisions differ")  # fmt: skip
-        if options.precision == "fp32" and max(scores, maps) > BAR:
-            raise InputError(f"--check {options.check}: the file differs by more than {BAR:g} from PyTorch")
+    print(f"{page}: the model card")
+    if options.check and check(model, options.out, options.check) > BAR and options.precision == "fp32":
+        raise InputError(f"--check {options.check}: the file differs by more than {BAR:g} from PyTorch")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from engine.compare import Result, auc_difference, compare, main, wilson
-from engine.metrics import kind_metrics
+from engine.compare import Result, auc_difference, compare, main, rate
+from engine.metrics import auroc_interval, kind_metrics
 from utils import InputError
 
 
@@ -23,13 +23,11 @@ def scores_of(seed: int, images: int = 60) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def write(path: Path, labels: np.ndarray, scores: np.ndarray, **values: object) -> Path:
-    rows = [
-        {"file": f"{i:03}.png", "label": int(label), "score": float(score)}
-        | ({"kind": ("benign", "malignant")[i % 2]} if label else {})
-        for i, (label, score) in enumerate(zip(labels, scores, strict=True))
-    ]
+    pairs = zip(labels.tolist(), scores.tolist(), strict=True)
+    rows = [{"file": f"{i:03}.png", "label": label, "score": score} for i, (label, score) in enumerate(pairs)]
+    auc = {"auc": roc_auc_score(labels, scores), "auc_ci95": auroc_interval(labels, scores)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"pauc": None, "settings": {}, "decision": None, "per_image": rows, **values}))
+    path.write_text(json.dumps({**auc, "pauc": None, "settings": {}, "decision": None, "per_image": rows, **values}))
     return path
 
 
@@ -45,15 +43,15 @@ def test_the_difference_of_two_aucs_is_that_of_scikit_learn_with_an_interval_for
 
 
 def test_rates_have_wilsons_interval() -> None:
-    assert wilson(10, 10) == (1.0, pytest.approx((0.7225, 1.0), abs=1e-4))
-    assert wilson(9, 20) == (0.45, pytest.approx((0.2582, 0.6579), abs=1e-4))
+    assert rate(np.ones(10, bool)) == (1.0, pytest.approx((0.7225, 1.0), abs=1e-4))
+    assert rate(np.arange(20) < 9) == (0.45, pytest.approx((0.2582, 0.6579), abs=1e-4))
 
 
 def test_the_table_in_three_forms(tmp_path: Path, capsys, monkeypatch) -> None:
     labels, one, other = scores_of(0)
-    decision = {"decision": {"value": 0.5}}
-    write(tmp_path / "a/result.json", labels, one, settings={"visionA": "MFCFC", "img_size": 240}, **decision)
-    write(tmp_path / "b.json", labels, other, settings={"visionA": "MCNNFC", "img_size": 240}, **decision)
+    shared = {"decision": {"value": 0.5}, "auc_of_benign": 0.7, "auc_of_benign_ci95": [0.6, 0.8], "n_of_benign": 9}
+    write(tmp_path / "a/result.json", labels, one, settings={"visionA": "MFCFC", "img_size": 240}, **shared, seed=1)
+    write(tmp_path / "b.json", labels, other, settings={"visionA": "MCNNFC", "img_size": 240}, **shared, seed=2)
     values = json.loads((tmp_path / "b.json").read_text())
     (tmp_path / "b.json").write_text(json.dumps({**values, "per_image": values["per_image"][::-1]}))  # in another order
     monkeypatch.setattr("sys.argv", ["compare", str(tmp_path / "a"), str(tmp_path / "b.json"), "--out", str(tmp_path)])
@@ -66,8 +64,9 @@ def test_the_table_in_three_forms(tmp_path: Path, capsys, monkeypatch) -> None:
         ("sensitivity at its threshold", 1, (other[labels == 1] >= 0.5).mean()),
     ):  # fmt: skip
         assert float(found[name][place]) == pytest.approx(100 * value, abs=0.01)
-    assert {"image AUC of benign", "image AUC of malignant", "image AUC, 95% interval"} <= set(found)
-    assert "visionA MFCFC / MCNNFC" in table and "img_size" not in table
+    assert found["image AUC of benign, 95% interval"] == [" [60.00, 80.00] "] * 2
+    assert {"image AUC, 95% interval", "specificity at its threshold, 95% interval"} <= set(found)
+    assert "visionA MFCFC / MCNNFC; seed 1 / 2" in table and "img_size" not in table
     assert table.count("Disagreement: ") == 5
     assert all((tmp_path / f"compare{suffix}").is_file() for suffix in (".md", ".csv", ".tex"))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+import pytest
 
 from tests.helpers.docs import ROOT, DocCommand, doc_commands
 
@@ -42,6 +43,19 @@ def typed(text: str, folder: Path) -> list[str]:
     return shlex.split(f"{text} {more}".removeprefix("python ").removeprefix("-m "))
 
 
+def installed(folder: Path) -> Path:
+    """Where `pip install -e .` puts what lets Python find the project: into a folder here, not into the environment."""
+    pytest.importorskip("setuptools")
+    (folder / "project").mkdir()
+    for name in ("CLIP", "Prompt", "dataset", "engine", "loss.py", "utils.py", "README.md", "pyproject.toml",
+                 "requirements.txt"):  # fmt: skip
+        (folder / "project" / name).symlink_to(ROOT / name)  # what a build writes stays out of the project
+    flags = ["--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--target", folder / "site"]
+    pip = [sys.executable, "-m", "pip", "install", *flags, "-e", folder / "project"]
+    subprocess.run(pip, cwd=folder, capture_output=True, check=True)
+    return folder / "site"
+
+
 def test_commands_as_they_stand(command, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "sample").symlink_to(SAMPLE.parent)
@@ -67,9 +81,10 @@ def test_commands_as_they_stand(command, tmp_path):
     nibabel.Nifti1Image(np.arange(4000, dtype=np.int16).reshape(20, 20, 10), np.eye(4)).to_filename(
         tmp_path / "head.nii.gz"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    program = f"import site\nsite.addsitedir({str(installed(tmp_path))!r})\n" + (tmp_path / "snippet.py").read_text()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "snippet.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     printed = done.stdout.splitlines()[-17:]  # after what is said of the weights
     assert [line.split()[0] for line in printed[3:13]] == [str(number) for number in range(10)]

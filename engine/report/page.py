@@ -179,7 +179,6 @@ def write_page(
     counts = {name: int(((called == positive) & (labels == label)).sum()) for name, positive, label in
               (("tp", True, 1), ("fn", False, 1), ("tn", False, 0), ("fp", True, 0))}  # fmt: skip
     known, options = settings.to_dict(), shareable(metadata.get("options") or {})
-    known.pop("model_config", None)
     return write(
         folder, "report.html", list(_cards(evaluation, masks, worst.tolist(), heat_range)),
         scores=[scores[labels == 0], scores[labels == 1]], threshold=threshold, heat_range=heat_range,

@@ -98,7 +98,7 @@ def test_predictions_share_the_page(tmp_path):
     cards = [make_card(f"{i}.png", i / 10, picture, heat, (0, 2)) for i in range(3)]
     cards += [make_card(f"s{i}", i / 10, picture, heat, (0, 2), group=EVIL) for i in range(2)]
     values = {"kind": "k", "title": EVIL, "lead": [], "notes": [], "origin": "o", "weak": False, "above": 1}
-    values["made"] = {"a": {"b": [1, 0.5], "none": None}}
+    values["made"] = {"a": {"b": [1, 0.5], "none": None}, "model_config": {"width": 1}}
     path = write(
         tmp_path, "predictions.html", cards, scores=[np.array([c.score for c in cards])], threshold=None,
         heat_range=(0, 2), **values,

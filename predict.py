@@ -109,8 +109,8 @@ def predict(model: Predictor, results: Results, listing: InputList, options: arg
     """Images -> rows, pictures, page; the exit code."""
     for line in describe(model):
         print(line)
-    if words := other_formats(model, listing):
-        warn(words)
+    for line in reading_notes(model, listing):
+        warn(line)
     total, start = len(results.todo), time.perf_counter()
     if total < len(listing.entries):
         print(f"{len(listing.entries) - total} images are predicted already: going on with the others")
@@ -169,14 +169,17 @@ def describe(model: Predictor) -> Iterator[str]:
         yield "scores: MViTFC as published looks across the images of a batch, so they depend on --batch_size"
 
 
-def other_formats(model: Predictor, listing: InputList) -> str:
-    """In words, that these files are of another format than those of the training; "" where they are not."""
+def reading_notes(model: Predictor, listing: InputList) -> Iterator[str]:
+    """Where these images are read in another way than those of the training, in words."""
     settings, kinds = model.settings, {entry.kind for entry in listing.entries}
     known = {"pillow"} if settings.obj in BENCHMARKS else set((settings.reading or {}).get("formats") or kinds)
-    if kinds <= known:
-        return ""
-    before, now = (", ".join(NAMES[kind] for kind in sorted(group)) for group in (known, kinds - known))
-    return f"the checkpoint was trained on {before} files, not on {now}: scores and threshold may not hold"
+    if not kinds <= known:
+        before, now = (", ".join(NAMES[kind] for kind in sorted(group)) for group in (known, kinds - known))
+        yield f"the checkpoint was trained on {before} files, not on {now}: scores and threshold may not hold"
+    for name in ("window", "plane") if settings.reading else ():
+        given, trained = getattr(model.reading, name), getattr(settings.read_options, name)
+        if given != trained:
+            yield f"--{name} {given}, but training read images with {trained}: scores and threshold may not hold"
 
 
 def describe_run(model: Predictor, listing: InputList, options: argparse.Namespace) -> dict[str, Any]:

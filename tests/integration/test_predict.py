@@ -202,7 +202,8 @@ def test_what_training_saw_decides(command, ckpts, image, tmp_path):
     assert "warning" not in predicted(command, ct, tmp_path / "b", scan).stderr
     predicted(command, ckpts / "Mine.pth", tmp_path / "c", scan, "--window", 40, 400)
     assert rows(tmp_path / "b")[0]["score"] == rows(tmp_path / "c")[0]["score"]
-    predicted(command, ct, tmp_path / "d", "--window", "full", scan)  # the image follows
+    other = predicted(command, ct, tmp_path / "d", "--window", "full", scan)  # the image follows
+    assert "warning: --window full, but training read images with (40.0, 400.0)" in other.stderr
     assert rows(tmp_path / "d")[0]["score"] != rows(tmp_path / "c")[0]["score"]
     assert "trained on DICOM files, not on picture" in predicted(command, ct, tmp_path / "e", image).stderr
     assert str(load(ct, "cpu").predict(scan).score) == rows(tmp_path / "b")[0]["score"]

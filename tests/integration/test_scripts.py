@@ -86,7 +86,6 @@ def test_every_choice(command, phantoms, tmp_path, row):
     assert {name: settings[name] for name in chosen} == chosen
 
 
-@pytest.mark.equality
 def test_cache_modes_give_the_same_numbers(command, phantoms, tmp_path):
     runs = {}
     for cache in ("ram", "disk", "off"):

@@ -139,7 +139,7 @@ def test_on(grid: Grid, cell: Cell, obj: str) -> None:
         metrics = {name: record[name] for name in ("epoch", *SHOWN)}
         metadata = {**selected.metadata, "select": "last", "metrics": metrics}
         if selected.metadata["metrics"]["epoch"] != record["epoch"]:
-            metadata["threshold"] = None  # that of the selected epoch
+            metadata |= {"threshold": None, "figures": None}  # those of the selected epoch
         replace(selected, parts=state["parts"], metadata=metadata).save(last)
     shared = shared_options(grid.parse(cell))
     results = [test.test(test_options(["--obj", obj, "--ckpt", str(ckpt)], shared)) for ckpt in (run.best, last)]

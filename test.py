@@ -94,7 +94,7 @@ def compute_scores(options: argparse.Namespace) -> Scored:
     dataset = MedicalDataset.from_options(options)
     prompt_name = options.prompt_name or trained.prompt_name
     settings = replace(trained, prompt_name=prompt_name, mask_above=dataset.layout.mask_above)
-    patients, unknown = shot_patients(trained, metadata, options)
+    patients, unknown = shot_patients(trained, metadata, dataset)
     samples = dataset.samples("test")
     if options.anonymous:
         numbers = Numbers(dataset)

@@ -33,9 +33,9 @@ from engine.detector import Detector
 from engine.distributed import pick_autocast, pick_device
 from engine.evaluation import Evaluation, Masks, evaluate
 from engine.features import TokenStore, TowerSpec
-from engine.files.checkpoint import Checkpoint, copy, print_weights_info, set_aside
+from engine.files.checkpoint import Checkpoint, copy, print_weights_info
 from engine.files.config import SELECTS, Settings, new_settings
-from engine.files.run import RunFolder, StopSignals, check_outputs, open_run, published_lines, result_json
+from engine.files.run import RunFolder, check_outputs, open_run, published_lines, result_json
 from engine.metrics import measure
 from engine.report.page import write_page
 from engine.report.tracking import Tracker, start_tracker
@@ -75,17 +75,19 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         InputError: whatever the user can put right.
         KeyboardInterrupt: on Ctrl-C or SIGTERM; the files of the last finished epoch are complete.
     """
-    with StopSignals() as signals:
-        setup = build(options)
-        run, state = setup.run, setup.state
-        with run.writing(state, options.epoch):
-            run.load_into(state, options.epoch)
-            run.write_config(setup.config)  # not before, or a refused --resume would spoil it
-            setup.store.fill(setup.clip)
-            if 0 < state.epoch == state.best_epoch:  # killed between last.pth and best.pth, perhaps
-                save_best(setup)
-            with start_tracker(options, setup.settings, run, setup.config) as tracker:
-                return finish(setup, tracker, train_epochs(setup, tracker, signals))
+    setup = build(options)
+    run, state = setup.run, setup.state
+    with run.writing():
+        run.load_into(state, options.epoch)
+        if options.resume is None:  # else after the check of the images: a refused run stays as it is
+            run.write_config(setup.config)
+        setup.store.fill(setup.clip)
+        setup.splits.print_warnings(setup.training.masks, setup.store)
+        run.check_contents(setup.config, setup.splits.digest(setup.store))
+        if 0 < state.epoch == state.best_epoch:  # stopped between last.pth and best.pth, perhaps
+            save_best(setup)
+        with start_tracker(options, setup.settings, run, setup.config) as tracker:
+            return finish(setup, tracker, train_epochs(setup, tracker))
 
 
 def build(options: argparse.Namespace) -> Setup:
@@ -100,7 +102,6 @@ def build(options: argparse.Namespace) -> Setup:
     print_weights_info(weights)
     settings = new_settings(options, splits.dataset, weights)
     training = TrainingSet.build(splits.shots, settings, options.seed)
-    splits.print_warnings(training.masks)
     masks = {name: Masks.of(getattr(splits, name), settings, options.num_workers, device) for name in ("test", "valid")}
     store = TokenStore(TowerSpec.of(settings, weights, pick_autocast(options.precision, device), device), options)
     store.plan(training.items, splits.own_batches(settings, device))
@@ -112,7 +113,7 @@ def build(options: argparse.Namespace) -> Setup:
     return Setup(options, settings, splits, training, masks, store, clip, detector, state, run, config, metadata)
 
 
-def train_epochs(setup: Setup, tracker: Tracker, signals: StopSignals) -> Evaluation | None:
+def train_epochs(setup: Setup, tracker: Tracker) -> Evaluation | None:
     """Train from the last finished epoch on; after each, --resume has all on disk. The last evaluation, if any."""
     options, splits, state, store = setup.options, setup.splits, setup.state, setup.store
     text = evaluation = None
@@ -139,16 +140,15 @@ def train_epochs(setup: Setup, tracker: Tracker, signals: StopSignals) -> Evalua
             if splits.valid:
                 valid = measure(evaluate(setup.detector, store, splits.valid, features), setup.masks["valid"])
         seconds = time.perf_counter() - start
-        with signals.held():  # an interrupt waits until the epoch's files are written
-            record = state.finish_epoch(loss, text_similarity(features), test, valid, due, seconds)
-            setup.run.save(state.state_dict(), state.history)
-            if record["best"]:
-                save_best(setup)
-            if test and evaluation:
-                tracker.log_sheet(epoch - 1, evaluation, setup.masks["test"], last)
-            images = len(order) + len(splits.test) * bool(test) + len(splits.valid) * bool(valid)
-            tracker.log_epoch(state.history, test, valid, seconds, images)
-            print(epoch_line(record, options.epoch, seconds), flush=True)
+        record = state.finish_epoch(loss, text_similarity(features), test, valid, due, seconds)
+        setup.run.save(state.state_dict(), state.history)
+        if record["best"]:
+            save_best(setup)
+        if test and evaluation:
+            tracker.log_sheet(epoch - 1, evaluation, setup.masks["test"], last)
+        images = len(order) + len(splits.test) * bool(test) + len(splits.valid) * bool(valid)
+        tracker.log_epoch(state.history, test, valid, seconds, images)
+        print(epoch_line(record, options.epoch, seconds), flush=True)
         state.warn_if_stuck(options.epoch)
     return evaluation
 
@@ -160,9 +160,7 @@ def save_best(setup: Setup) -> None:
     if distributed.is_main():
         Checkpoint(setup.settings, setup.detector.parts(), metadata).save(setup.run.best)
         if setup.options.save_model:
-            path = Path(setup.options.save_path) / f"{setup.options.obj}.pth"
-            set_aside(path, metadata["run"], metadata["started"])
-            copy(setup.run.best, path)
+            copy(setup.run.best, Path(setup.options.save_path) / f"{setup.options.obj}.pth", metadata)
 
 
 def finish(setup: Setup, tracker: Tracker, evaluation: Evaluation | None) -> dict[str, Any]:
@@ -187,8 +185,8 @@ def finish(setup: Setup, tracker: Tracker, evaluation: Evaluation | None) -> dic
         "decision": threshold, "seed": options.seed, "shots": splits.shots.names(), "seconds": state.seconds,
         "run": str(run.path),
     }  # fmt: skip
-    run.write_result(result)
     if distributed.is_main():
+        write_json(run.result, result)
         metadata = {**setup.metadata, "metrics": {"epoch": state.selected_epoch}}
         page = write_page(run.path, evaluation, masks, best, settings, metadata, state.history)
         if options.out_json:
@@ -196,5 +194,7 @@ def finish(setup: Setup, tracker: Tracker, evaluation: Evaluation | None) -> dic
         tracker.log_result(state.history[state.selected_epoch - 1], best, page, run.best if options.log_model else None)
     print(f"last epoch: {last.line()}   [epoch {state.epoch} of {state.epoch}]")
     print(f"selected:   {best.line()}   [{selected}]")
-    print(describe_threshold(threshold), *run.files(options), published_lines(settings.obj, best), sep="\n")
+    checkpoint = f"{Path(options.save_path) / options.obj}.pth" if options.save_model else run.best
+    print(f"{describe_threshold(threshold)}\ncheckpoint: {checkpoint}\nrun:        {run.path}")
+    print(f"report:     {run.path / 'index.html'}\n{published_lines(settings.obj, best)}")
     return result

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy as np
 from dataset.readers.images import Sample
 
 from .evaluation import Evaluation, Masks
-from .metrics import PixelCounts, count_pixels, maps_at_a_time
+from .metrics import choose_threshold, count_pixels, maps_at_a_time
 
 MAX_IMAGES = 100  # of a class: enough for a threshold, and each passes the tower once
 HEAT_QUANTILES = (0.02, 0.9995)  # of the pixels: the range of colours in pictures
@@ -24,39 +23,12 @@ HEAT_PIXELS = 2**20  # at most, evenly spaced, for the quantiles
 VALID_SOURCE = "images of valid/ that are no shots"
 CHOSEN_SOURCE = f"{VALID_SOURCE}, which chose the epoch too: optimistic"
 VIEWS_SOURCE = "augmented views of the shots, which were trained on: optimistic"
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How a threshold is chosen.
-
-    The largest F1; with `fpr` the largest sensitivity at a false positive rate of at most that; with `tpr` the highest
-    threshold with a sensitivity of at least that.
-    """
-
-    fpr: float | None = None
-    tpr: float | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Rule:
-        """From `f1`, `fpr=0.05` (0 to below 1) or `tpr=0.95` (0 to 1); ValueError for anything else."""
-        if text == "f1":
-            return cls()
-        name, _, value = text.partition("=")
-        if name == "fpr" and 0 <= float(value) < 1:
-            return cls(fpr=float(value))
-        if name == "tpr" and 0 <= float(value) <= 1:
-            return cls(tpr=float(value))
-        raise ValueError(text)
-
-    def __str__(self) -> str:
-        if self.fpr is not None:
-            return f"a false positive rate of at most {self.fpr:g}"
-        return "the largest F1" if self.tpr is None else f"a sensitivity of at least {self.tpr:g}"
-
-    def can_use(self, normal: bool, abnormal: bool) -> bool:
-        """Whether the classes that there are suffice."""
-        return (normal or self.tpr is not None) and (abnormal or self.fpr is not None)
+# The rules by which a threshold is chosen, in words, and the classes that each of them needs.
+RULES = {
+    "f1": ("the largest F1", {0, 1}),
+    "fpr": ("a false positive rate of at most {}", {0}),  # with the largest sensitivity
+    "tpr": ("a sensitivity of at least {}", {1}),  # the highest threshold
+}
 
 
 def calibration_samples(samples: Sequence[Sample]) -> list[Sample]:
@@ -71,14 +43,14 @@ def calibration_samples(samples: Sequence[Sample]) -> list[Sample]:
     return kept
 
 
-def calibrate(evaluation: Evaluation, masks: Masks | None, rule: Rule, source: str) -> dict[str, Any] | None:
+def calibrate(evaluation: Evaluation, masks: Masks | None, rule: str, source: str) -> dict[str, Any] | None:
     """A threshold for images, one for pixels, and the range of colours.
 
     Args:
         evaluation: of the selected epoch, on what `calibration_samples` gave, or on the shots' augmented views, whose
             samples are the shots' again and again.
         masks: of the same images or views; None on image-only data sets.
-        rule: for images and pixels alike.
+        rule: `f1`, `fpr=RATE` or `tpr=RATE`, for images and pixels alike.
         source: which images these are, one of the *_SOURCE.
 
     Returns:
@@ -87,12 +59,14 @@ def calibrate(evaluation: Evaluation, masks: Masks | None, rule: Rule, source: s
         None where a class that the rule needs has no image.
     """
     labels, scores = evaluation.labels, evaluation.image_scores
-    if not rule.can_use(bool((labels == 0).any()), bool((labels == 1).any())):
+    name, _, rate = rule.partition("=")
+    words, needed = RULES[name]
+    if not needed <= set(labels.tolist()):
         return None
     value = select_threshold(labels, scores, rule)
     result = {
         "value": value,
-        "rule": str(rule),
+        "rule": words.format(rate),
         "from": source,
         "figures": threshold_metrics(labels, scores, value),
         "heat_range": heat_range(evaluation),
@@ -100,7 +74,7 @@ def calibrate(evaluation: Evaluation, masks: Masks | None, rule: Rule, source: s
     if masks is not None and evaluation.head == "seg":
         counts = count_pixels(evaluation.maps, masks.get, len(labels), maps_at_a_time(evaluation))
         if counts.normal.any() and counts.abnormal.any():
-            result["pixel_value"] = pixel_threshold(counts, rule)
+            result["pixel_value"] = counts.threshold(rule)
     return result
 
 
@@ -123,17 +97,12 @@ def describe_threshold(threshold: dict[str, Any] | None) -> str:
     )
 
 
-def select_threshold(labels: np.ndarray, scores: np.ndarray, rule: Rule) -> float:
+def select_threshold(labels: np.ndarray, scores: np.ndarray, rule: str) -> float:
     """The threshold by the rule, half way down to the next score against rounding: labels, scores (M,)."""
     values, place = np.unique(-scores, return_inverse=True)  # candidates, highest first
     true, false = (np.bincount(place[labels == label], minlength=len(values)).cumsum() for label in (1, 0))
-    if rule.fpr is not None:
-        best = int((false / max(false[-1], 1) <= rule.fpr).sum()) - 1
-    elif rule.tpr is not None:
-        best = int((true / true[-1] >= rule.tpr).argmax())
-    else:
-        best = int((2 * true / (true + false + true[-1])).argmax())
-    if best < 0:  # even the highest score is a normal image's
+    best = choose_threshold(true, false, false[-1], rule)
+    if best < 0:
         return float(np.nextafter(-values[0], np.inf))
     return float((-values[best] - values[min(best + 1, len(values) - 1)]) / 2)
 
@@ -154,13 +123,6 @@ def threshold_metrics(labels: np.ndarray, scores: np.ndarray, threshold: float) 
         "n_normal": n_normal,
         "n_abnormal": n_abnormal,
     }
-
-
-def pixel_threshold(counts: PixelCounts, rule: Rule) -> float:
-    """The same rule over pixels; InputError where a class is missing."""
-    if rule.fpr is not None:
-        return counts.threshold_at_fpr(rule.fpr)
-    return counts.f1_max()[1] if rule.tpr is None else counts.threshold_at_tpr(rule.tpr)
 
 
 def heat_range(evaluation: Evaluation) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +18,9 @@ from loss import anomaly_map, image_score
 from utils import InputError, prefetch
 
 from . import distributed
-from .features import chunk_size, filled
-
-if TYPE_CHECKING:
-    from .detector import Detector
-    from .features import Item, TokenStore
-    from .files.config import Settings
+from .detector import Detector
+from .features import Item, TokenStore, chunk_size, filled
+from .files.config import Settings
 
 MAP_BATCH = 32  # maps at a time where only their largest pixel is kept
 Part = slice | Sequence[int]
@@ -99,40 +96,29 @@ class Masks:
     def of(
         cls, samples: Sequence[Sample], settings: Settings, workers: int = 2, device: str | torch.device = "cpu"
     ) -> Masks | None:
-        """`load` with a checkpoint's settings; None where it or the images have no masks: no pixel is measured."""
-        if not settings.pixel_metrics or not any(sample.mask for sample in samples):
+        """Decode the masks of `samples`, resized to the settings' size by nearest neighbour.
+
+        None where the settings or the images have no masks: no pixel is measured.
+
+        Raises:
+            InputError: a mask that cannot be read or does not fit its image.
+        """
+        size, above = settings.img_size, settings.mask_above
+        has_mask = torch.tensor([sample.mask is not None for sample in samples])
+        if not settings.pixel_metrics or not has_mask.any():
             return None
-        return cls.load(samples, settings.img_size, settings.mask_above, workers, device)
+        masked = [sample for sample in samples if sample.mask is not None]
+        masks = prefetch(lambda sample: load_mask(sample, size, above), masked, workers)
+        bits = np.stack([np.packbits(mask.numpy().ravel()) for mask in masks])
+        rows = torch.full((len(samples),), -1)
+        rows[has_mask] = torch.arange(len(masked))
+        return cls(rows, torch.from_numpy(bits).to(device), size)
 
     @classmethod
     def pack(cls, masks: Tensor) -> Masks:
         """Of masks (M, S, S) bool."""
         bits = np.packbits(masks.cpu().flatten(1).numpy(), axis=1)
         return cls(torch.arange(len(masks)), torch.from_numpy(bits), masks.shape[-1])
-
-    @classmethod
-    def load(
-        cls,
-        samples: Sequence[Sample],
-        size: int,
-        above: int = 127,
-        workers: int = 2,
-        device: str | torch.device = "cpu",
-    ) -> Masks:
-        """Decode the masks of `samples`, resized to (size, size) by nearest neighbour; abnormal is grey > `above`.
-
-        Raises:
-            InputError: a mask that cannot be read or does not fit its image.
-        """
-        masked = [sample for sample in samples if sample.mask is not None]
-        packed = [
-            np.packbits(mask.numpy().ravel())
-            for mask in prefetch(lambda sample: load_mask(sample, size, above), masked, workers)
-        ]
-        bits = np.stack(packed) if packed else np.zeros((0, (size * size + 7) // 8), np.uint8)
-        rows = torch.full((len(samples),), -1)
-        rows[[sample.mask is not None for sample in samples]] = torch.arange(len(masked))
-        return cls(rows, torch.from_numpy(bits).to(device), size)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -17,7 +17,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,13 +32,7 @@ from CLIP.model import CLIP
 from CLIP.weights import Weights
 from dataset.readers.images import READER, Sample, load_image_with_hash
 from dataset.views import JITTER_VIEW, augment_view
-from utils import (
-    InputError,
-    bar_seconds,
-    prefetch,
-    remove_stale,
-    write_json,
-)
+from utils import InputError, atomic_path, bar_seconds, blame, prefetch
 
 from . import distributed
 from .files.config import Settings
@@ -50,6 +44,7 @@ RAM_SHARE = 0.5
 # images; a GPU wants more at a time: 64 are 18,560 tokens at ViT-L-14, 240 px.
 CPU_CHUNK, CUDA_CHUNK = 8, 64
 CRC_BYTES = 4
+DECODED = 32  # images that are held for their next view: 22 MB at 240 px
 
 
 def chunk_size(device: torch.device) -> int:
@@ -73,11 +68,6 @@ class Item:
     sample: Sample
     view: int = 0
     jitter: tuple[float, float] | None = None  # the draws of the colour-jitter view
-
-    def load(self, size: int) -> tuple[str, Tensor]:
-        """The hash of the very bytes that were decoded, and the view (3, size, size) in [0, 1]."""
-        content, image = load_image_with_hash(self.sample, size)
-        return content, augment_view(image[None], self.view, self.jitter)[0]
 
     def key(self, content: str) -> str:
         """What stands for the pixels, in hexadecimal: the content's hash, the view and, where it matters, its draws."""
@@ -163,6 +153,9 @@ class TokenStore:
         self.items: list[Item] = []
         self.missing: list[int] = []  # rows that `fill` has to compute
         self._rows: dict[Item, int] = {}
+        self._hashes: dict[Sample, str] = {}
+        # The 16 views of a shot pass after each other: it is decoded once for all of them.
+        self._decode = lru_cache(maxsize=DECODED)(partial(load_image_with_hash, size=tower.img_size))
         # Rows in the chunks in which they pass the tower: those that every process needs, and this one's own.
         self._common: list[list[int]] = []
         self._own: list[list[int]] = []
@@ -177,17 +170,13 @@ class TokenStore:
     @property
     def writes_files(self) -> bool:
         """Whether new tokens go into files: where asked for, and where this store has files already."""
-        return self.cache == "disk" or (self.cache != "off" and (self.folder / "meta.json").is_file())
+        return self.cache == "disk" or (self.cache != "off" and self.folder.is_dir())
 
-    @cached_property
-    def keys(self) -> list[str]:
-        """The name of each item's files; an image's bytes are hashed once (see `utils.sha256_file`)."""
-        return [item.key(item.sample.content_hash()) for item in self.items]
-
-    @property
-    def needs_tower(self) -> bool:
-        """Whether the image tower has to run at all; known after `plan`."""
-        return bool(self.missing) or self.cache == "off"
+    def content_hash(self, sample: Sample) -> str:
+        """What stands for an image's bytes: of those that were decoded, or else, reading the file, of the file now."""
+        if sample not in self._hashes:
+            self._hashes[sample] = sample.content_hash()
+        return self._hashes[sample]
 
     def plan(self, common: Sequence[Item], own: Iterable[Sequence[Sample]] = ()) -> None:
         """Decide where the tokens are kept, print it, and read what files hold already.
@@ -204,25 +193,25 @@ class TokenStore:
         self.missing = list(range(len(self.items)))
         total = len(self.items) * self.image_bytes
         self.cache = choose_cache(self.cache, total, self.folder, self.tower.device)
-        if self.cache == "disk":
-            self._make_folder()
-        while self.cache in ("gpu", "ram"):
+        if self.cache == "gpu":
             try:
                 self._resident = self._allocate()
-                break
-            except (torch.cuda.OutOfMemoryError, RuntimeError, MemoryError):
-                smaller = "ram" if self.cache == "gpu" else "disk"
-                print(f"tokens: no room for {readable_size(total)} ({self.cache}), so {smaller}", flush=True)
-                self.cache = smaller
-                if smaller == "disk":
-                    self._make_folder()
-        if self.cache != "off" and (self.folder / "meta.json").is_file():
+            except torch.cuda.OutOfMemoryError:
+                print(f"tokens: no room for {readable_size(total)} on {self.tower.device}, so in memory", flush=True)
+                self.cache = "ram"
+        if self.cache == "ram":
+            self._resident = self._allocate()
+        has_files = self.cache != "off" and self.folder.is_dir()
+        if self.cache == "disk":
+            with blame(f"--cache_dir {self.folder.parent}", "use --cache ram, or another folder", (OSError,)):
+                self.folder.mkdir(parents=True, exist_ok=True)
+        if has_files:
             loaded = prefetch(self._load, range(len(self.items)), self.workers)
             self.missing = [row for row, there in enumerate(loaded) if not there]
-        kept = len(self.items) - len(self.missing)
+        places = {"gpu": f"kept on {self.tower.device}", "ram": "kept in memory", "disk": f"kept in {self.folder}"}
         print(
             f"tokens: {len(self.items)} images x {readable_size(self.image_bytes)} = {readable_size(total)}, "
-            f"{describe_cache(self.cache, self.folder, self.tower.device)}; {kept} of them computed before",
+            f"{places.get(self.cache, 'computed on every use')}; {len(self.items) - len(self.missing)} computed before",
             flush=True,
         )
         distributed.barrier()
@@ -230,13 +219,8 @@ class TokenStore:
     def load_clip(self) -> CLIP:
         """The frozen towers, after `plan`; without the image tower where all tokens are there."""
         tower = self.tower
-        return create_model(
-            tower.weights,
-            img_size=tower.img_size,
-            fidelity=tower.fidelity,
-            device=tower.device,
-            vision=self.needs_tower,
-        )
+        size, vision = tower.img_size, bool(self.missing) or self.cache == "off"
+        return create_model(tower.weights, img_size=size, fidelity=tower.fidelity, device=tower.device, vision=vision)
 
     def fill(self, clip: CLIP) -> None:
         """Pass through the tower what is missing, then free it; `off` keeps it and computes on every use instead.
@@ -250,8 +234,6 @@ class TokenStore:
         self._clip = clip
         if self.cache == "off":
             return
-        if self.writes_files and distributed.is_main():
-            remove_stale(self.folder.glob("layer*/*/.*.tmp"))
         missing = set(self.missing)
         common, own = ([rows for rows in chunks if missing & set(rows)] for chunks in (self._common, self._own))
         total = len(missing)
@@ -266,8 +248,8 @@ class TokenStore:
                 self._keep(rows, tokens)
                 bar.update(len(rows))
         self.missing = []
-        if self.cache != "off":  # else it is still needed
-            clip.visual = None
+        self._decode.cache_clear()
+        clip.visual = None
 
     def rows(self, items: Sequence[Item] | Sequence[Sample]) -> Tensor:
         """Where planned items (or the plain view of samples) stand: (B,) int64, for `get`."""
@@ -362,10 +344,11 @@ class TokenStore:
         """The images of a batch (B, 3, S, S), decoded from the very bytes whose hash names them everywhere."""
         images = []
         for row in rows:
-            content, image = self.items[row].load(self.tower.img_size)
-            if self.items[row].key(content) != self.keys[row]:
-                raise InputError(f"{self.items[row].sample.path}: changed while it was read; start again")
-            images.append(image)
+            item = self.items[row]
+            content, image = self._decode(item.sample)
+            if self._hashes.setdefault(item.sample, content) != content:
+                raise InputError(f"{item.sample.path}: changed while it was read; start again")
+            images.append(augment_view(image[None], item.view, item.jitter)[0])
         return torch.stack(images)
 
     def _keep(self, rows: list[int], tokens: Tensor) -> None:
@@ -379,30 +362,13 @@ class TokenStore:
 
     def _path(self, row: int, layer: int) -> Path:
         kind = "" if self.tower.class_token else "-patches"
-        key = self.keys[row]
+        key = self.items[row].key(self.content_hash(self.items[row].sample))
         return self.folder / f"layer{layer}{kind}" / key[:2] / f"{key}.tokens"
-
-    def _make_folder(self) -> None:
-        """The folder of the files; one that is complete may be read-only."""
-        if not (self.folder / "meta.json").is_file():
-            write_json(
-                self.folder / "meta.json", self.tower.description(self.dtype), f"--cache_dir {self.folder.parent}:"
-            )
 
     def _write(self, path: Path, values: Tensor) -> None:
         data = values.contiguous().view(torch.uint8).numpy().tobytes()
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path, "--cache_dir") as temporary:
             temporary.write_bytes(data + zlib.crc32(data).to_bytes(CRC_BYTES, "little"))
-            temporary.replace(path)
-        except OSError as error:
-            with contextlib.suppress(OSError):  # a file system that is read-only says so again
-                temporary.unlink()
-            raise InputError(
-                f"--cache_dir {self.folder.parent}: cannot write ({error.strerror}); what is stored stays usable, "
-                f"free some room or use --cache ram"
-            ) from error
 
     def _read_file(self, row: int, layer: int, target: Tensor) -> bool:
         """Read an item's file of a layer into `target` (T, C), on the CPU; False for no file, or a damaged one."""
@@ -437,32 +403,21 @@ class TokenStore:
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process may still use: the machine's, its control groups' (version 2) and Slurm's limit.
+    """Bytes that this process may still use: the machine's, and its control groups' (version 2), such as Slurm's.
 
     `root` is where /proc and /sys are, for tests.
     """
-    rooms = []
-    try:
-        lines = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
-        rooms.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    except OSError:  # not Linux
-        rooms.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if hasattr(os, "sysconf") else 2**32)
     with contextlib.suppress(OSError):
+        lines = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
+        rooms = [int(lines["MemAvailable"].split()[0]) * 1024]
         own = (root / "proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
         for group in (Path(own), *Path(own).parents):  # a limit of any of them holds
             folder = root / "sys/fs/cgroup" / group
             with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
                 limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
                 rooms.append(limit - used)
-    megabytes = os.environ.get("SLURM_MEM_PER_NODE") or _slurm_memory_of_cpus()
-    if megabytes and megabytes.isdigit() and int(megabytes):
-        rooms.append(int(megabytes) * 2**20)
-    return max(min(rooms), 0)
-
-
-def _slurm_memory_of_cpus() -> str:
-    per_cpu, cpus = os.environ.get("SLURM_MEM_PER_CPU", ""), os.environ.get("SLURM_CPUS_ON_NODE", "")
-    return str(int(per_cpu) * int(cpus)) if per_cpu.isdigit() and cpus.isdigit() else ""
+        return max(min(rooms), 0)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # not Linux
 
 
 def free_disk(folder: Path) -> int:
@@ -486,18 +441,6 @@ def choose_cache(cache: str, need: int, folder: Path, device: torch.device) -> s
     if need * distributed.world() <= free_memory() * RAM_SHARE:  # the processes of a machine share its memory
         return "ram"
     return "disk" if need < free_disk(folder) else "off"
-
-
-def describe_cache(cache: str, folder: Path, device: torch.device) -> str:
-    """Where tokens are kept, with the room that is left."""
-    files = f", files in {folder}" if (folder / "meta.json").is_file() else ""
-    if cache == "gpu":
-        return f"kept on {device} ({readable_size(torch.cuda.mem_get_info(device)[0])} free){files}"
-    if cache == "ram":
-        return f"kept in memory ({readable_size(free_memory())} free){files}"
-    if cache == "disk":
-        return f"kept in {folder} ({readable_size(free_disk(folder))} free)"
-    return "kept nowhere: computed on every use (--cache off)"
 
 
 def readable_size(size: float) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -25,8 +25,7 @@ from torch import Tensor
 
 from utils import InputError
 
-if TYPE_CHECKING:
-    from .evaluation import Evaluation, Masks
+from .evaluation import Evaluation, Masks
 
 GRID = 2**19  # grid points at most: 20 MB of counts
 BATCH_PIXELS = 2**22  # of the maps that are made at a time: 72 images of 240 x 240
@@ -56,15 +55,12 @@ METRICS = {
     "aupro": ("AUPRO up to 30% false positives", "AUPRO"),
     "dice": ("Dice at the calibrated pixel threshold", "Dice"),
 }
-# What `measure_without` adds, for people.
-LABELS_WITHOUT = {
+# What `measure_without` and `patient_metrics` add, for people.
+MORE_LABELS = {
     "auc_without_shot_patients": "image AUROC without the shots' patients",
     "pauc_without_shot_patients": "pixel AUROC without the shots' patients",
     "n_normal_without_shot_patients": "normal images without the shots' patients",
     "n_abnormal_without_shot_patients": "abnormal images without the shots' patients",
-}
-# What `patient_metrics` adds, for people.
-LABELS_OF_PATIENTS = {
     "auc_patients": "AUROC over patients, each with the highest score of the images",
     "auc_patients_ci95": "AUROC over patients, 95% interval",
     "n_normal_patients": "normal patients",
@@ -105,7 +101,7 @@ class Metrics:
 
     def table(self) -> str:
         """AUC and pAUC as `line` has them, and a line for each other value but thresholds that the test set set."""
-        labels = {name: label for name, (label, _) in METRICS.items()} | LABELS_WITHOUT | LABELS_OF_PATIENTS
+        labels = {name: label for name, (label, _) in METRICS.items()} | MORE_LABELS
         hidden = {"auc", "pauc"} | ({"pauc_without_shot_patients"} if self.pauc is None else set())
         rows = [
             f"  {labels.get(name, name.replace('_', ' '))}: {readable_value(value)}"
@@ -132,7 +128,6 @@ def measure(
     evaluation: Evaluation,
     masks: Masks | None = None,
     full: bool = False,
-    aupro: bool = False,
     pixel_threshold: float | None = None,
     without: set[str] | None = None,
 ) -> Metrics:
@@ -142,7 +137,6 @@ def measure(
         evaluation: M images.
         masks: theirs; None on image-only data sets. The maps of detection heads are never measured.
         full: also AUPRO, Dice, intervals over images, figures over patients, and curves.
-        aupro: also AUPRO, which costs more than the other metrics.
         pixel_threshold: for Dice: abnormal is score >= threshold.
         without: patients of the shots, for the figures without them; None where they are unknown: then there are none.
 
@@ -157,12 +151,11 @@ def measure(
         curves = image_curves(labels, scores)
     if masks is not None and evaluation.head == "seg":
         pixels = evaluation.maps, masks.get, len(labels), maps_at_a_time(evaluation)
-        counts = count_pixels(*pixels, regions=full or aupro)
+        counts = count_pixels(*pixels, regions=full)
         values |= {"pauc": counts.auroc(), "pixel_ap": counts.average_precision()}
         values["pixel_f1_max"], values["pixel_f1_max_threshold_on_test"] = counts.f1_max()
-        if full or aupro:
-            values["aupro"] = counts.aupro()
         if full:
+            values["aupro"] = counts.aupro()
             draws, dice = per_image_metrics(*pixels, counts, pixel_threshold)
             values |= {"pauc_ci95": _interval(draws), **dice}
             curves |= {"roc": counts.roc(), "pr": counts.pr()}
@@ -320,6 +313,24 @@ def kind_metrics(evaluation: Evaluation) -> dict[str, Value]:
     return result
 
 
+def choose_threshold(true: np.ndarray, false: np.ndarray, n_normal: float, rule: str) -> int:
+    """Which of T thresholds a rule takes, counted from the highest; -1: one above all scores.
+
+    Args:
+        true: (T,), how many abnormal scores are at or above each threshold, in the last entry all of them.
+        false: (T,), how many normal ones.
+        n_normal: of all normal ones.
+        rule: `f1` (the largest), `fpr=RATE` (the largest sensitivity at a false positive rate of at most RATE) or
+            `tpr=RATE` (the highest threshold with a sensitivity of at least RATE).
+    """
+    name, _, rate = rule.partition("=")
+    if name == "fpr":
+        return int((false / max(n_normal, 1) <= float(rate)).sum()) - 1
+    if name == "tpr":
+        return int((true / true[-1] >= float(rate)).argmax())
+    return int((2 * true / (true + false + true[-1])).argmax())
+
+
 # --- pixels ---
 
 
@@ -394,18 +405,13 @@ class PixelCounts:
         last = overlap[end - 1] + share * (overlap[end] - overlap[end - 1])
         return float(np.trapezoid(np.append(overlap[:end], last), np.append(rate[:end], limit)) / limit)
 
-    def threshold_at_fpr(self, rate: float) -> float:
-        """The threshold of the largest sensitivity at a false positive rate of at most `rate`."""
-        false, _ = self._above("a threshold at a false positive rate")
-        kept = int((false[2::2] / false[-1] <= rate).sum())
-        if kept == 0:  # normal pixels lie above all abnormal ones
+    def threshold(self, rule: str) -> float:
+        """The threshold that a rule takes, see `choose_threshold`."""
+        false, true = self._above("a pixel threshold")
+        best = choose_threshold(true[2::2], false[2::2], false[-1], rule)
+        if best < 0:
             return float(np.nextafter(np.float32(self.highest), np.float32(np.inf)))
-        return float(self.grid[::-1][kept - 1])
-
-    def threshold_at_tpr(self, rate: float) -> float:
-        """The highest threshold with a sensitivity of at least `rate`."""
-        _, true = self._above("a threshold at a sensitivity")
-        return float(self.grid[::-1][int((true[2::2] / true[-1] >= rate).argmax())])
+        return float(self.grid[::-1][best])
 
     def coarse_grid(self, points: int = COARSE) -> np.ndarray:
         """At most `points` of the grid, which share out both classes evenly: ascending, float32."""

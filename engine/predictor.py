@@ -32,7 +32,7 @@ from dataset.readers.images import frames, load_image, pillow_to_rgb, read, to_t
 from loss import anomaly_map, image_score
 from utils import InputError, prefetch, warn
 
-from .calibration import Rule, calibrate
+from .calibration import calibrate
 from .detector import Detector
 from .distributed import pick_autocast, pick_device
 from .evaluation import Evaluation, Masks
@@ -230,7 +230,7 @@ class Predictor:
             scores.append(self.patch_scores(torch.stack(batch)).cpu())
         evaluation = Evaluation(samples, torch.cat(scores), self.detector.scoring_head, size, settings.dec_type)
         masks = Masks.of(samples, settings, workers)
-        result = calibrate(evaluation, masks, Rule.parse(rule), f"images of {dataset.obj}")
+        result = calibrate(evaluation, masks, rule, f"images of {dataset.obj}")
         if result is None:
             raise InputError(f"--calibrate {dataset.root}: both normal and abnormal images are needed for {rule}")
         kept = {key: self.calibration[key] for key in PIXEL_KEYS if key in self.calibration and key not in result}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,13 +19,13 @@ from dataset.anonymous import Numbers
 from dataset.fewshot import quoted
 from dataset.medical_few import MedicalDataset, Shots, equal_images
 from dataset.readers.images import Sample
-from dataset.readers.masks import FULL_MASK, check_mask, load_grey_mask, load_mask
+from dataset.readers.masks import check_mask, load_grey_mask, load_mask
 from dataset.views import JITTER_VIEW, VIEWS, augment
 from loss import training_loss
 from utils import InputError, preview, printable, sha256_file, warn
 
 from . import distributed
-from .calibration import CHOSEN_SOURCE, VALID_SOURCE, VIEWS_SOURCE, Rule, calibrate, calibration_samples
+from .calibration import CHOSEN_SOURCE, VALID_SOURCE, VIEWS_SOURCE, calibrate, calibration_samples
 from .detector import Detector, make_optimizers, seeded
 from .evaluation import Masks, evaluate, own_batches
 from .features import Item, TokenStore
@@ -297,7 +299,7 @@ def calibrate_run(
         evaluation = evaluate(detector, store, training.items)
         masks = None if training.masks is None else Masks.pack(training.masks)
         source = VIEWS_SOURCE
-    return calibrate(evaluation, masks, Rule.parse(rule), source)
+    return calibrate(evaluation, masks, rule, source)
 
 
 @dataclass
@@ -311,7 +313,7 @@ class Splits:
     calibration: list[Sample]  # some of what is left, for the decision threshold
     unused: list[Sample]  # all that is left of valid/ after the shots
     select: str  # the rule by which the epoch is chosen
-    numbered: bool = False  # with --anonymous samples and their patients bear numbers instead of names
+    numbered: bool  # with --anonymous samples and their patients bear numbers instead of names
 
     @classmethod
     def open(cls, options: argparse.Namespace) -> Splits:
@@ -324,6 +326,10 @@ class Splits:
         shots = dataset.shots(options.shot_normal, options.shot_abnormal, options.iterate, options.seed)
         used = {(sample.path, sample.index) for sample in (*shots.abnormal, *shots.normal)}
         unused = [sample for sample in dataset.samples("valid") if (sample.path, sample.index) not in used]
+        test = dataset.samples("test")
+        if options.anonymous:
+            numbers = Numbers(dataset)
+            shots, unused, test = numbers.shots(shots), numbers.samples(unused), numbers.samples(test)
         scored = [sample for sample in unused if sample.mask or not (sample.label and dataset.pixel_metrics)]
         abnormal = sum(sample.label for sample in scored)
         counts = (len(scored) - abnormal, abnormal)
@@ -339,22 +345,7 @@ class Splits:
                 f"the threshold is set without them"
             )
         valid = scored if select == "valid" else []
-        test, calibration = dataset.samples("test"), calibration_samples(scored)
-        splits = cls(dataset, shots, test, valid, calibration, unused, select)
-        return splits.anonymous() if options.anonymous else splits
-
-    def anonymous(self) -> Splits:
-        """The same with numbers for the names of files and patients."""
-        numbers = Numbers(self.dataset)
-        return replace(
-            self,
-            shots=numbers.shots(self.shots),
-            test=numbers.samples(self.test),
-            valid=numbers.samples(self.valid),
-            calibration=numbers.samples(self.calibration),
-            unused=numbers.samples(self.unused),
-            numbered=True,
-        )
+        return cls(dataset, shots, test, valid, calibration_samples(scored), unused, select, options.anonymous)
 
     def own_batches(self, settings: Settings, device: torch.device) -> list[Sequence[Sample]]:
         """What this process scores of all lists, in the batches of `evaluate`."""
@@ -365,15 +356,15 @@ class Splits:
         """The patients of the shots, as far as names tell."""
         return {s.patient for s in (*self.shots.abnormal, *self.shots.normal) if s.patient is not None}
 
-    def contents(self) -> dict[str, str]:
-        """Hashes of all images and masks that shape the numbers, by name."""
-        result = {}
+    def digest(self, store: TokenStore) -> str:
+        """A hash of all images and masks that shape the numbers, and of their names."""
+        contents = {}
         for sample in (*self.shots.abnormal, *self.shots.normal, *self.test, *self.valid, *self.calibration):
-            result[sample.name] = sample.content_hash()[:16]
+            contents[sample.name] = store.content_hash(sample)[:16]
             for mask in (sample.mask, *sample.more_masks):
                 if mask is not None:
-                    result[f"{sample.name} ({mask.name}, mask)"] = sha256_file(mask)[:16]
-        return result
+                    contents[f"{sample.name} ({mask.name}, mask)"] = sha256_file(mask)[:16]
+        return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
     def describe(self) -> None:
         """Print what is trained on and what is measured."""
@@ -382,16 +373,16 @@ class Splits:
         print(f"{self.dataset.obj}: {len(self.test)} test images ({abnormal} abnormal); shots {printable(source)}")
         for kind, names in self.shots.names().items():
             print(f"  {kind} shots: {printable(quoted(names)) or 'none'}")
-        for note in filter(None, (*notes.describe(self.dataset, names=not self.numbered), losses_note(self.shots))):
+        for note in notes.describe(self.dataset, names=not self.numbered):
             print(printable(note))
 
-    def print_warnings(self, masks: Tensor | None) -> None:
-        """Print warnings for images in valid and in test, and for shots whose mask is empty or nearly everything."""
+    def print_warnings(self, masks: Tensor | None, store: TokenStore) -> None:
+        """After the pass, print warnings for images in valid and in test, and for shots whose mask is empty."""
         if not distributed.is_main():
             return
         shots = (*self.shots.normal, *self.shots.abnormal)
         for samples, what in ((shots, "a shot, which flatters every number"), (self.unused, "another image of valid/")):
-            if pairs := equal_images(samples, self.test):
+            if pairs := equal_images(samples, self.test, store.content_hash):
                 sample, twin = pairs[0]
                 warn(
                     f"{len(pairs)} test images equal {what}: {twin.name} is {sample.name}; "
@@ -399,27 +390,8 @@ class Splits:
                 )
         if masks is not None:  # view by view, so the plain view of the abnormal shots comes first
             pairs_of = zip(self.shots.abnormal, masks, strict=False)
-            shares = {sample.name: float(mask.float().mean()) for sample, mask in pairs_of}
-            if empty := [name for name, share in shares.items() if not share]:
+            if empty := [sample.name for sample, mask in pairs_of if not mask.any()]:
                 warn(
                     f"{len(empty)} abnormal shots have an empty mask at this size, so all their pixels count as "
                     f"normal: {preview(empty)}"
                 )
-            if full := [name for name, share in shares.items() if share > FULL_MASK]:
-                warn(f"{len(full)} abnormal shots have a mask of over {FULL_MASK:.0%} of the image: {preview(full)}")
-
-
-def losses_note(shots: Shots) -> str | None:
-    """What the paper's losses mean with unequal shots, in a line; None for equal ones."""
-    normal, abnormal = len(shots.normal), len(shots.abnormal)
-    if not abnormal:
-        return (
-            "losses: no abnormal shots, so they only draw normal images and pixels towards the normal prompt and away "
-            "from the abnormal one; nothing shows what abnormal looks like, the frozen CLIP alone has to tell"
-        )
-    if normal != abnormal:
-        return (
-            f"losses: means over all images, as published, without weights: the {normal} normal shots together count "
-            f"{normal / abnormal:.3g} times as much as the {abnormal} abnormal ones"
-        )
-    return None

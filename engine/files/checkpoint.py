@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import itertools
 import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ import torchvision
 from CLIP.config import ModelConfig
 from CLIP.model import CLIP
 from CLIP.weights import Weights, WeightsInfo, find_weights, read_pickle
-from utils import EXPECTED, InputError, atomic_path, blame, printable, warn
+from utils import EXPECTED, InputError, atomic_path, blame, warn
 
 from ..detector import Detector
 from .config import VERSION, Settings
-from .published import encoder_difference, features_difference, infer_settings, looks_published
+from .published import frozen_difference, infer_settings, looks_published
 
 Facts = Callable[[], Mapping[str, Any]]
 FORMAT = "madclip-1"
@@ -84,15 +85,11 @@ class Checkpoint:
         """
         with blame(f"--ckpt {path}: its tensors do not fit its settings", errors=ODD):
             detector.load_parts(self.parts)
-            differences = {
-                "text encoder differs": encoder_difference(self.parts, clip),
-                "text features differ": features_difference(self.parts, detector),
-            }
+            difference = frozen_difference(self.parts, detector, clip)
         if not all(bool(tensor.isfinite().all()) for tensor in detector.parameters()):
             raise InputError(f"--ckpt {path}: its tensors hold NaN or infinite numbers")
-        for what, difference in differences.items():
-            if difference:
-                print(f"{path}: its {what} by up to {difference:.3g} from the CLIP weights, which are used")
+        if difference:
+            print(f"{path}: its text side differs by up to {difference:.3g} from the CLIP weights, which are used")
 
 
 def read(path: str | Path, flag: str = "--ckpt") -> dict[str, Any]:
@@ -115,10 +112,27 @@ def write(payload: Mapping[str, Any], path: str | Path) -> None:
         torch.save(dict(payload), temporary)  # a RuntimeError is how it reports a full disk
 
 
-def copy(source: str | Path, path: str | Path) -> None:
-    """Copy a checkpoint atomically; `InputError` where that is impossible."""
+def copy(source: str | Path, path: Path, metadata: Mapping[str, Any]) -> None:
+    """Copy a run's checkpoint atomically; `metadata` are those of the run.
+
+    What another run or the published program wrote there is renamed first: it may be the only copy of what its owner
+    has downloaded or trained.
+    """
+    if path.is_file() and not _is_of(path, metadata):
+        stem = f"{path.stem}.before-{time.strftime('%Y%m%d-%H%M')}"
+        names = (f"{stem}{f'-{n}' * (n > 1)}{path.suffix}" for n in itertools.count(1))
+        kept = next(place for name in names if not (place := path.with_name(name)).exists())
+        path.rename(kept)
+        print(f"{path} is not of this run: renamed to {kept}", flush=True)
     with atomic_path(path) as temporary:
         shutil.copyfile(source, temporary)
+
+
+def _is_of(path: Path, metadata: Mapping[str, Any]) -> bool:
+    with suppress(InputError):
+        stored = read(path).get(METADATA, {})
+        return all(stored.get(name) == metadata[name] for name in ("run", "started"))
+    return False
 
 
 def versions() -> dict[str, str]:
@@ -158,11 +172,6 @@ def find_trained_weights(checkpoint: Checkpoint, options: argparse.Namespace) ->
     tower = options.image_tower or settings.image_tower
     weights = find_weights(model, settings.pretrain, options.weights, seed, tower)
     print_weights_info(weights)
-    deepest, depth = max(settings.features_list), weights.config.layers
-    if deepest > depth:
-        raise InputError(
-            f"--ckpt {options.ckpt}: reads layer {deepest}, but {printable(weights.config.name)} has {depth}"
-        )
     check_weights(checkpoint, weights, options.ckpt, options.allow_other_weights)
     return weights
 
@@ -181,21 +190,3 @@ def default_checkpoint(save_path: str, obj: str) -> Path:
     path = Path(save_path) / f"{obj}.pth"
     released = path.with_suffix(".tar.pth")
     return released if released.is_file() and not path.is_file() else path
-
-
-def set_aside(path: Path, run: str, started: str) -> None:
-    """Rename a checkpoint that another run or the published program wrote, before this run writes under its name.
-
-    It may be the only copy of what its owner has downloaded or trained.
-    """
-    if not path.is_file():
-        return
-    with contextlib.suppress(InputError):
-        metadata = read(path).get(METADATA, {})
-        if (metadata.get("run"), metadata.get("started")) == (run, started):
-            return
-    stem = f"{path.stem}.before-{time.strftime('%Y%m%d-%H%M')}"
-    names = (f"{stem}{f'-{n}' * (n > 1)}{path.suffix}" for n in range(1, 1000))
-    kept = next(place for name in names if not (place := path.with_name(name)).exists())
-    path.rename(kept)
-    print(f"{path} is not of this run: renamed to {kept}", flush=True)

@@ -8,7 +8,6 @@ Imports no torch, so that `--help` is instant.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -69,15 +68,13 @@ def nonempty_path(text: str) -> str:
 
 def run_name(text: str) -> str:
     """An argparse type: a name that may be a folder's, in W&B too."""
-    if not text.strip() or not text.isprintable() or len(text) > 100 or len(os.fsencode(text)) > 255:
-        raise argparse.ArgumentTypeError("give 1 to 100 printable characters")
-    if text.startswith(("-", ".")) or ".." in text or set("/\\") & set(text):
-        raise argparse.ArgumentTypeError(f"{text!r} begins with '-' or '.', or holds '/', '\\' or '..'")
+    if not re.fullmatch(r"\w(?!.*\.\.)[\w .,=+@()-]{0,99}", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: 1 to 100 letters, digits and _ - . , = + @ ( ), no '..'")
     return text
 
 
 def threshold_rule(text: str) -> str:
-    """An argparse type: f1, fpr=RATE or tpr=RATE, see engine.calibration.Rule."""
+    """An argparse type: f1, fpr=RATE or tpr=RATE, see engine.metrics.choose_threshold."""
     if not re.fullmatch(r"f1|[ft]pr=(0|0?\.\d+)|tpr=1", text):
         raise argparse.ArgumentTypeError(f"{text!r} is neither f1 nor fpr=RATE or tpr=RATE, a RATE from 0 to below 1")
     return text
@@ -92,14 +89,6 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
         if isinstance(action.default, list):
             return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return super()._get_help_string(action)
-
-
-def switch(text: str) -> bool:
-    """An argparse type: the published `--flag 1` and `--flag 0`, true, yes, false and no."""
-    values = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-    if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither 0 nor 1")
-    return values[text.lower()]
 
 
 def flag(default: object, text: str, **options: object) -> dict[str, Any]:
@@ -232,12 +221,9 @@ def add_data_flags(parser: argparse.ArgumentParser, obj: str) -> None:
     )  # fmt: skip
     add_machine_flags(parser)
     add = parser.add_argument_group("token store (docs/method.md)").add_argument
-    add("--cache", default="auto", choices=CACHES,
-        help="where tokens are kept; auto: the first with room")  # fmt: skip
+    add("--cache", default="auto", choices=CACHES, help="where tokens are kept; auto: the first with room")
     add("--cache_dir", default=".cache/features", type=nonempty_path, help="folder of tokens kept on disk")
-    add("--cache_dtype", default="auto", choices=CACHE_DTYPES,
-        help="precision of kept tokens; auto: as computed"
-    )  # fmt: skip
+    add("--cache_dtype", default="auto", choices=CACHE_DTYPES, help="precision of kept tokens; auto: as computed")
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
@@ -273,8 +259,7 @@ def train_parser() -> Parser:
     group = parser.add_argument_group("training")
     add = group.add_argument
     add("--exp_name", type=run_name, help="name of the run in W&B and under runs/ (default: made from the settings)")
-    add("--batch_size", type=integer(1, 65536), default=16,
-        help="images per training step")  # fmt: skip
+    add("--batch_size", type=integer(1, 65536), default=16, help="images per training step")
     add("--epoch", type=positive, default=60, help="number of epochs")
     add("--learning_rate", type=positive_float, default=0.001, help="learning rate of Adam")
     add_shot_flags(group, 16)
@@ -291,9 +276,8 @@ def train_parser() -> Parser:
     add("--log_images_every", type=count, default=10,
         help="epochs between pictures in W&B; 0: no picture and no file name leaves this machine")  # fmt: skip
     add("--log_model", action="store_true", help="upload the checkpoint to W&B as an artifact")
-    add("--save_model", type=switch, nargs="?", const=True, default=True, metavar="0|1",
-        help="write <obj>.pth (published: off)")  # fmt: skip
-    add("--no-save_model", dest="save_model", action="store_false", help="do not")
+    add("--save_model", type=int, choices=(0, 1), nargs="?", const=1, default=1, help="write <obj>.pth (published: 0)")
+    add("--no-save_model", dest="save_model", action="store_const", const=0, help="do not")
     add("--run_dir", default="runs", type=nonempty_path, help="folder that holds a folder for each run")
     add("--resume", metavar="RUN", help="continue the run in this folder, with its settings")
     return parser
@@ -309,18 +293,15 @@ def test_parser() -> Parser:
     published = parser.add_argument_group("published flags", "accepted, but without effect in a test")
     for name, kind in (("exp_name", str), ("epoch", positive), ("learning_rate", positive_float), ("iterate", int)):
         published.add_argument(f"--{name}", type=kind)
-    published.add_argument("--save_model", type=switch, nargs="?", const=True, metavar="0|1")
+    published.add_argument("--save_model", type=int, choices=(0, 1), nargs="?", const=1)
     add = parser.add_argument
-    add("--batch_size", type=integer(1, 65536), default=16,
-        help="images computed together"
-    )  # fmt: skip
+    add("--batch_size", type=integer(1, 65536), default=16, help="images computed together")
     add("--ckpt", type=nonempty_path, help="checkpoint (default: <save_path>/<obj>.pth)")
     add("--prompt_name", type=nonblank_text, help="what the prompts call the object (default: as in training)")
     add("--allow_other_weights", action="store_true",
         help="only warn if the CLIP weights are not those of the training")  # fmt: skip
     add("--save_scores", metavar="FILE", type=nonempty_path, help="keep the patch scores (.npz)")
-    add("--scores", metavar="FILE", type=nonempty_path,
-        help="repeat the evaluation from such a file, without weights")  # fmt: skip
+    add("--scores", metavar="FILE", type=nonempty_path, help="repeat the evaluation from such a file, without weights")
     add("--figures", type=nonempty_path, help="folder for figures as PNG")
     add("--report", type=nonempty_path, help="folder for the report page, index.html")
     return parser
@@ -338,7 +319,8 @@ def train_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = train_parser()
     options = parser.parse_args(arguments)
     if options.resume is not None:
-        stored = stored_options(options.resume)
+        stored = read_json(Path(options.resume) / "config.json", "--resume takes a run's folder")["options"]
+        stored = {name: value for name, value in stored.items() if hasattr(options, name)}  # those still known
         parser.set_defaults(**stored)
         options = parser.parse_args(arguments)
         for name, before in stored.items():
@@ -351,13 +333,6 @@ def train_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if not options.shot_normal:
         raise InputError("--shot_normal 0: training needs normal shots; only --shot_abnormal may be 0")
     return options
-
-
-def stored_options(folder: str | Path) -> dict[str, Any]:
-    """The options in a run's config.json, those that train.py still knows."""
-    known = vars(train_parser().parse_args([]))
-    stored = read_json(Path(folder) / "config.json", "--resume takes a run's folder")["options"]
-    return {name: value for name, value in stored.items() if name in known}
 
 
 def test_options(
@@ -409,6 +384,7 @@ def check_against(settings: Settings, metadata: Mapping[str, Any], options: argp
 def contradiction(name: str, given: object, stored: object, what: str = "checkpoint, which was trained") -> InputError:
     """What to say where a flag contradicts a checkpoint, or something else that was made."""
     given, stored = (" ".join(map(str, v)) if isinstance(v, list | tuple) else v for v in (given, stored))
+    stored = "the default" if stored in (None, "") else stored
     return InputError(f"--{name} {given} contradicts the {what} with {stored}; leave it out")
 
 

@@ -122,37 +122,25 @@ def encoder_tensors(clip: CLIP) -> dict[str, Tensor]:
     }
 
 
-def encoder_difference(parts: dict[str, Any], clip: CLIP) -> float | None:
-    """The largest difference between the text encoder in a checkpoint and the loaded one; None where it holds none.
+@torch.no_grad()
+def frozen_difference(parts: dict[str, Any], detector: Detector, clip: CLIP) -> float:
+    """The largest difference between the frozen tensors in a checkpoint and those that are used; 0 where it holds none.
 
-    Infinite where a tensor has another name or shape, or holds NaN.
+    They are the text encoder and, with fixed prompts, `text_features_fix`. Infinite where a tensor has another name or
+    shape, or holds NaN.
     """
     own = encoder_tensors(clip)
-
-    def difference(name: str, stored: Tensor) -> float:
-        if name not in own or stored.shape != own[name].shape:
-            return math.inf
-        return float((stored.float() - own[name].cpu()).abs().nan_to_num(nan=math.inf).max())
-
     learners = [parts.get(f"prompt_maker_{branch}", {}) for branch in BRANCHES]
-    return max(
-        (
-            difference(name, stored)
-            for learner in learners
-            for name, stored in learner.items()
-            if name.startswith(ENCODER_PREFIX)
-        ),
-        default=None,
-    )
-
-
-@torch.no_grad()
-def features_difference(parts: dict[str, Any], detector: Detector) -> float | None:
-    """The largest difference between `text_features_fix` in a checkpoint and those of `detector`; None without any."""
-    stored = parts.get("text_features_fix")
-    if stored is None or detector.settings.text_mood != "fix":
-        return None
-    return float((stored.float() - detector.prompts().cpu()).abs().max())
+    stored = [item for learner in learners for item in learner.items() if item[0].startswith(ENCODER_PREFIX)]
+    if "text_features_fix" in parts:
+        own["text_features_fix"] = detector.prompts()
+        stored.append(("text_features_fix", parts["text_features_fix"]))
+    largest = 0.0
+    for name, tensor in stored:
+        if name not in own or tensor.shape != own[name].shape:
+            return math.inf
+        largest = max(largest, float((tensor.float() - own[name].cpu()).abs().nan_to_num(nan=math.inf).max()))
+    return largest
 
 
 @torch.no_grad()

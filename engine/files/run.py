@@ -14,27 +14,25 @@ last.pth is the truth: it is written first, and what a killed process did not wr
 from __future__ import annotations
 
 import argparse
-import contextlib
-import hashlib
+import itertools
 import json
 import os
-import platform
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
 from dataset import notes
-from dataset.layout import Layout
 from dataset.medical_few import MedicalDataset
 from utils import InputError, atomic_path, blame, printable, probe_writable, read_json, remove_stale, write_json
 
@@ -70,25 +68,18 @@ class RunFolder:
 
     @classmethod
     def _claim(cls, run_dir: Path, name: str) -> RunFolder:
-        number = 1
-        while True:
+        for number in itertools.count(1):
             run = cls(run_dir / (name if number == 1 else f"{name}-{number}"))
-            with blame(f"--run_dir {run_dir}: {run.path} cannot be made", errors=(OSError,)):
+            with blame(f"--run_dir {run_dir}: {run.path} cannot be made", errors=(OSError,)), suppress(Timeout):
                 run.path.mkdir(parents=True, exist_ok=True)
-                if run._is_unused():
-                    with contextlib.suppress(Timeout):
-                        run._lock.acquire(timeout=0)
-                        if run._is_unused():  # still: another process may have begun and ended meanwhile
-                            break
-                        run._lock.release()
-            number += 1
+                run._lock.acquire(timeout=0)
+                # A process that was killed before it wrote config.json leaves nothing but the lock.
+                if {path.name for path in run.path.iterdir()} <= {"lock"}:
+                    break
+                run._lock.release()
         if number > 1:
             print(f"{run_dir / name} is there already, so this run is {run.path}", file=sys.stderr)
         return run
-
-    def _is_unused(self) -> bool:
-        """Whether no run has begun here: a process that is killed before it writes config.json leaves but the lock."""
-        return not {path.name for path in self.path.iterdir()} - {"lock"}
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -98,8 +89,8 @@ class RunFolder:
             raise InputError(f"--resume {path}: no run there (no config.json in it)")
         return run
 
-    @contextlib.contextmanager
-    def writing(self, state: TrainingState, epochs: int) -> Iterator[None]:
+    @contextmanager
+    def writing(self) -> Iterator[None]:
         """Be the one process that writes here, until the block ends or the process dies.
 
         An interrupt prints how to go on.
@@ -117,20 +108,15 @@ class RunFolder:
                 config = self.read_config()
                 writer = f"process {config['pid']} on {config['host']}"
                 raise InputError(f"--resume {self.path}: {writer} is still at this run; stop it first") from None
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: Slurm sends it before it takes a machine
         try:
             remove_stale(self.path.glob(".*.tmp"), seconds=0)  # of a killed process: this one is alone here
             yield
         except KeyboardInterrupt:
-            hint = f"to go on: python train.py --resume {shlex.quote(str(self.path))}"
-            print(f"stopped after epoch {state.epoch} of {epochs}; {hint}", file=sys.stderr)
+            print(f"stopped; to go on: python train.py --resume {shlex.quote(str(self.path))}", file=sys.stderr)
             raise
         finally:
             self._lock.release(force=True)
-
-    def files(self, options: argparse.Namespace) -> list[str]:
-        """Lines that say where the results are."""
-        lines = [f"checkpoint: {Path(options.save_path) / options.obj}.pth"] if options.save_model else []
-        return [*lines, f"run:        {self.path}", f"report:     {self.path / 'index.html'}"]
 
     def read_config(self) -> dict[str, Any]:
         """What `write_config` wrote."""
@@ -141,10 +127,13 @@ class RunFolder:
         if distributed.is_main():
             write_json(self.config, config)
 
-    def write_result(self, result: Mapping[str, Any]) -> None:
-        """Write result.json, which marks the run as finished."""
-        if distributed.is_main():
-            write_json(self.result, result)
+    def check_contents(self, config: dict[str, Any], digest: str) -> None:
+        """Keep the digest of all images and masks in config.json; `InputError` where the run began with others."""
+        if config.setdefault("contents", digest) != digest:
+            raise InputError(
+                f"--resume {self.path}: the images and masks are not those that the run began with; start a new run"
+            )
+        self.write_config(config)
 
     def save(self, state: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:
         """Write last.pth, then the newest line of metrics.jsonl."""
@@ -159,7 +148,7 @@ class RunFolder:
         """Put back what an interrupted run had reached, and make metrics.jsonl agree; nothing in a new run.
 
         Raises:
-            InputError: what `load` refuses, more than `epochs` finished epochs, a best.pth that is gone.
+            InputError: what `load` refuses, or more than `epochs` finished epochs.
         """
         stored = self.load()
         if stored is None:
@@ -168,11 +157,6 @@ class RunFolder:
             state.load_state_dict(stored)
         if state.epoch > epochs:
             raise InputError(f"--epoch {epochs}: {self.path} has finished {state.epoch} already")
-        if 0 < state.best_epoch < state.epoch and not self.best.is_file():
-            raise InputError(
-                f"--resume {self.path}: best.pth is missing, the only copy of the selected epoch {state.best_epoch}: "
-                f"put it back, or start a new run"
-            )
         if distributed.is_main():
             with atomic_path(self.metrics) as temporary:
                 temporary.write_text("".join(map(_line, state.history)), encoding="utf-8")
@@ -181,14 +165,11 @@ class RunFolder:
         """The state in last.pth, or None before the first epoch's end.
 
         Raises:
-            InputError: a damaged file, a run of an older version, or epochs in metrics.jsonl without a last.pth.
+            InputError: a damaged file, or none though there are epochs, or a run of an older version.
         """
         if not self.last.is_file():
             if self.metrics.is_file() and self.metrics.stat().st_size:
-                raise InputError(
-                    f"--resume {self.path}: last.pth is missing, though metrics.jsonl has epochs: put it back, or "
-                    f"start a new run"
-                )
+                raise InputError(f"--resume {self.path}: last.pth is missing: put it back, or start a new run")
             return None
         payload = checkpoint.read(self.last, "--resume")
         if payload.get("format") != STATE:
@@ -204,14 +185,13 @@ def open_run(
     The metadata holds no path, no host and no command: a checkpoint is shared, a run folder is not.
 
     Raises:
-        InputError: a run to resume had other settings, other shots, or other images and masks.
+        InputError: a run to resume had other settings or other shots.
     """
     config: dict[str, Any] = {
         "options": {name: value for name, value in vars(options).items() if name != "resume"},
         "settings": settings.to_dict(),
         "shots": splits.shots.names(),
         "shots_from": splits.shots.source,
-        "contents": hashlib.sha256(json.dumps(splits.contents(), sort_keys=True).encode()).hexdigest(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         **checkpoint.versions(),
         **environment_info(device),
@@ -229,15 +209,10 @@ def open_run(
         "run": run.path.name,
         "benchmark": splits.dataset.is_benchmark,  # the paper's own images
         "shot_patients": None if options.anonymous else sorted(splits.shot_patients()),
-        "data": described_by(splits.dataset.layout),
+        "data": {name: getattr(splits.dataset.layout, name) for name in ("patient", "unmarked", "mask_above")}
+        | {"mask_labels": list(splits.dataset.layout.mask_labels)},
     }
     return run, config, metadata
-
-
-def described_by(layout: Layout) -> dict[str, Any]:
-    """What masks and names of a data set mean, in plain values."""
-    named = {"patient": layout.patient, "unmarked": layout.unmarked}
-    return {**named, "mask_above": layout.mask_above, "mask_labels": list(layout.mask_labels)}
 
 
 def _continue(run: RunFolder, config: dict[str, Any]) -> None:
@@ -248,30 +223,26 @@ def _continue(run: RunFolder, config: dict[str, Any]) -> None:
         for key in now:
             if key != "version" and now[key] != then.get(key):
                 raise InputError(f"--resume {run.path}: {key} was {then.get(key)}, but is now {now[key]}")
-    if stored["contents"] != config["contents"]:
-        raise InputError(
-            f"--resume {run.path}: the images and masks are not those that the run began with; start a new run"
-        )
     if stored["threads"] != config["threads"]:
         print(
             f"--resume: {config['threads']} threads, {stored['threads']} so far: the numbers go on within rounding, "
             f"not to the bit (OMP_NUM_THREADS={stored['threads']} keeps them)"
         )
-    config |= {name: stored[name] for name in ("wandb_id", "started") if name in stored}
+    config |= {name: stored[name] for name in ("wandb_id", "started", "contents") if name in stored}
     config["resumed"] = stored.get("resumed", 0) + 1
 
 
 def shot_patients(
-    settings: Settings, metadata: Mapping[str, Any], options: argparse.Namespace
+    settings: Settings, metadata: Mapping[str, Any], dataset: MedicalDataset
 ) -> tuple[set[str] | None, str]:
     """The patients of a checkpoint's shots as the data set names them, or None and why they are not known."""
     patients, rule = metadata.get("shot_patients"), metadata.get("data", {}).get("patient")
     if "shot_patients" not in metadata:
         return None, "the checkpoint does not name its shots"
-    if settings.obj != options.obj:
-        return None, f"trained on {settings.obj}, and names do not tell whether {options.obj} shows the same patients"
-    if options.patient not in (None, rule):
-        return None, "--patient is not what the training named patients by"
+    if settings.obj != dataset.obj:
+        return None, f"trained on {settings.obj}, and names do not tell whether {dataset.obj} shows the same patients"
+    if dataset.layout.patient != rule:
+        return None, "patients are named by another rule than in the training (--patient, or the JSON description)"
     if patients is None:
         return None, "trained with --anonymous, which keeps no patient"
     return set(patients), ""
@@ -326,31 +297,22 @@ def describe_test(
     options: argparse.Namespace, dataset: MedicalDataset, settings: Settings, metadata: Mapping[str, Any], images: int
 ) -> str:
     """What was tested on what, in a few lines."""
-    masks_note = None
+    lines = [f"{options.obj}: {images} test images", *notes.describe(dataset, names=not options.anonymous)]
     if settings.pixel_metrics and not dataset.pixel_metrics:
-        masks_note = f"{dataset.obj} has no masks: no pixel metrics; images score as trained, by their highest pixel"
+        lines.append(f"{dataset.obj} has no masks: no pixel metrics; images score as trained, by their highest pixel")
     elif dataset.pixel_metrics and not settings.pixel_metrics:
-        masks_note = (
+        lines.append(
             f"{settings.obj} has no masks, so the checkpoint's segmentation heads are untrained: no pixel metrics; "
             f"images score as trained, by the detection heads"
         )
-    epoch = metadata.get("metrics", {}).get("epoch", "unknown")
-    what = (
-        f"{Path(options.ckpt).name}: trained on {settings.obj}, tested on {options.obj}, epoch {epoch}, --select "
-        f"{metadata['select']}; the prompts say {settings.prompt_name!r}"
-    )
-    reading_note = None
     if any(dataset.reading.get(name) != value for name, value in (settings.reading or {}).items()):
-        reading_note = f"warning: training read pictures with {settings.reading}, this test with {dataset.reading}"
-    first = f"{options.obj}: {images} test images"
-    lines = (
-        first,
-        *map(printable, notes.describe(dataset, names=not options.anonymous)),
-        masks_note,
-        reading_note,
-        printable(what),
+        lines.append(f"warning: training read pictures with {settings.reading}, this test with {dataset.reading}")
+    lines.append(
+        f"{Path(options.ckpt).name}: trained on {settings.obj}, tested on {options.obj}, epoch "
+        f"{metadata.get('metrics', {}).get('epoch', 'unknown')}, --select {metadata['select']}; the prompts say "
+        f"{settings.prompt_name!r}"
     )
-    return "\n".join(filter(None, lines))
+    return "\n".join(map(printable, lines))
 
 
 def check_outputs(options: argparse.Namespace) -> None:
@@ -370,62 +332,14 @@ def _line(values: Mapping[str, Any]) -> str:
 
 def environment_info(device: torch.device) -> dict[str, Any]:
     """Where and from what a run was started: command, git commit, host, process, device. Only config.json holds it."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    describe = ["git", "-C", str(PROJECT), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    has_git = shutil.which("git") is not None
+    commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip() if has_git else ""
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "git_commit": git_commit(),
+        "git_commit": commit or None,  # with `+` where tracked files differ from it
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "device": str(device),
-        "device_name": name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
     }
-
-
-def git_commit() -> str | None:
-    """The project's commit, with `+` where tracked files differ from it; None outside of git."""
-    try:
-        call = ["git", "-C", str(PROJECT), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
-        result = subprocess.run(call, capture_output=True, stdin=subprocess.DEVNULL, timeout=10, check=False)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.decode().strip() or None
-
-
-class StopSignals:
-    """SIGTERM interrupts like Ctrl-C (Slurm sends it before it takes a machine back), and neither does in `held`.
-
-    Use as a context manager, in the main thread.
-    """
-
-    def __init__(self) -> None:
-        self._held, self._pending = False, False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, _number: int, _frame: FrameType | None) -> None:
-        if self._held:
-            self._pending = True
-        else:
-            raise KeyboardInterrupt
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Let the block finish; an interrupt that came meanwhile follows it."""
-        self._held = True
-        try:
-            yield
-        finally:
-            self._held = False
-        if self._pending:
-            self._pending = False
-            raise KeyboardInterrupt

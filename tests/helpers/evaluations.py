@@ -12,6 +12,7 @@ from PIL import Image
 
 from dataset.readers.images import Sample
 from engine.evaluation import Evaluation, Masks
+from tests.helpers.data import small_settings
 
 SIZE = 28  # pixels a side of the maps: 2 x 2 patches
 LAYERS = 2
@@ -52,4 +53,4 @@ def make_world(
     """Samples, evaluation and masks in one; without masks the scores are of the detection heads."""
     samples = make_samples(folder, labels, masks)
     evaluation = make_evaluation(samples, scores, "seg" if masks else "det")
-    return evaluation, Masks.load(samples, SIZE) if masks else None
+    return evaluation, Masks.of(samples, small_settings(img_size=SIZE)) if masks else None

@@ -24,6 +24,7 @@ from engine.evaluation import Masks
 from engine.files.checkpoint import Checkpoint
 from tests.helpers.attacks import fine, read_json, refused, rows
 from tests.helpers.commands import HALT, Call
+from tests.helpers.data import small_settings
 from tests.helpers.scans import dicom_series, mni
 
 GOOD, UNGOOD = "Brain_AD/test/good/img", "Brain_AD/test/Ungood/img"
@@ -148,7 +149,7 @@ def test_the_grey_of_a_mask_belongs_to_the_data_set_that_is_calibrated_on(ckpts,
     model.calibrate(dataset, "f1")
     samples = [sample for split in ("valid", "test") for sample in dataset.samples(split)]
     results = list(model.predict([sample.path for sample in samples]))
-    truth = Masks.load(samples, 42, 50).get(slice(None)).numpy()
+    truth = Masks.of(samples, small_settings(mask_above=50)).get(slice(None)).numpy()
     called = np.stack([result.heat for result in results]) >= model.pixel_threshold
     f1 = 2 * (called & truth).sum() / (called.sum() + truth.sum())
     others = [np.stack([r.heat for r in results]) >= value for value in np.linspace(0, 4, 200)]

@@ -166,9 +166,11 @@ def test_cross_table(command, small, tmp_path):
     assert float(found["Brain", "Liver", "pixel AUROC"]["mean"]) == pytest.approx(100 * both["last"]["pauc"], abs=1e-5)
     assert (both["mask_above"], read(tmp_path / "runs/Liver-1shot-seed1/on-Brain.json")["mask_above"]) == (25, 127)
     assert "127 (Brain), 25 (Liver)" in (tmp_path / "cross.md").read_text()
-    # A threshold belongs to the epoch that it was set for.
+    # A threshold and figures belong to the epoch that they are of.
     run = read(tmp_path / "runs/Brain-1shot-seed1/result.json")
     assert ("decision" in both["last"]) == (run["selected_epoch"] == 2)
+    stored = torch.load(tmp_path / "runs/Brain-1shot-seed1/last-checkpoint.pth", weights_only=True)["about"]
+    assert (stored["figures"] is None) == (run["selected_epoch"] != 2)
 
     # test.py gives the same; the prompts keep the name unless another is given.
     out, ckpt = tmp_path / "t.json", tmp_path / "runs/Brain-1shot-seed1/last-checkpoint.pth"

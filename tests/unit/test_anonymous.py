@@ -51,8 +51,9 @@ def test_a_negative_seed_draws_other_shots(tmp_path):
     assert drawn[0] != drawn[1] == drawn[2]
 
 
-def known(metadata, obj="Brain", patient=None, ckpt="x.pth"):
-    return shot_patients(small_settings(), metadata, Namespace(obj=obj, patient=patient, ckpt=ckpt))
+def known(metadata, obj="Brain", patient=None):
+    """`patient` is the rule of the data set: of the flag, or of its JSON description."""
+    return shot_patients(small_settings(), metadata, Namespace(obj=obj, layout=Namespace(patient=patient)))
 
 
 def test_unknown_shots_are_not_nobodys():

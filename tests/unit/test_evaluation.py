@@ -36,7 +36,7 @@ def test_an_images_score_is_the_highest_pixel_of_its_map(samples):
 
 
 def test_masks_are_those_of_the_reader(samples):
-    masks = Masks.load(samples, SIZE)
+    masks = Masks.of(samples, small_settings())
     expected = torch.stack([load_mask(sample, SIZE) for sample in samples])
     assert len(masks.bits) == 3  # images without a mask take no room
     for part in (slice(None), slice(1, 4), [5, 0, 3]):

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+import test as test_script
 import train
 from dataset import phantom
+from dataset.readers import images
+from engine import features, load
 from engine.features import TokenStore
 from engine.training import TrainingState
 from tests.helpers.data import SMALL
@@ -56,16 +59,37 @@ sys.addaudithook(watch)  # for good: Python has no way to take it back
 def test_nothing_is_decoded_after_the_pass(data_path, tmp_path, monkeypatch, cache):
     """The audit hook sees every open() of the data set's folder, whoever calls it and by whatever library."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    counts, passes = [], []
+    counts, passes, decoded, hashed = [], [], [], []
+    load_image, sha256_file = features.load_image_with_hash, images.sha256_file
+    monkeypatch.setattr(features, "load_image_with_hash", lambda s, size: decoded.append(s.path) or load_image(s, size))
+    monkeypatch.setattr(images, "sha256_file", lambda path: hashed.append(path) or sha256_file(path))
     tokens = TokenStore._tokens
     monkeypatch.setattr(TokenStore, "_tokens", lambda self, batch: passes.append(len(batch)) or tokens(self, batch))
     each_epoch(monkeypatch, lambda: counts.append((len(opened), sum(passes))))
     opened.clear()
     watching.append(data_path)
     try:
-        train.train(options(data_path, tmp_path, "--cache", cache))
+        train.train(options(data_path, tmp_path, "--cache", cache, "--num_workers", 1))
     finally:
         watching.clear()
+    assert len(decoded) == len(set(decoded)) == 2 * 2 + 14 + 4  # once for its tokens, all views and its hash
+    assert not set(decoded) & set(hashed)
     assert counts[0][0] >= 22 + 11  # every image and every mask once at least, before the first epoch's end
     assert counts == counts[:1] * EPOCHS
     assert counts[0][1] == 2 * 2 * 16 + 14 + 4  # views of the shots, test images, what is left of valid/
+
+
+@pytest.mark.equality
+def test_caches_tests_and_predictions_agree(data_path, tmp_path, monkeypatch):
+    """Trained with each cache, tested in other batches: the same bits. An image predicted alone: within 1e-5."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    runs = [tmp_path / cache for cache in ("ram", "disk", "off")]
+    results = [train.train(options(data_path, run, "--cache", run.name, "--epoch", 1)) for run in runs]
+    assert len({(run / "run" / "metrics.jsonl").read_bytes() for run in runs}) == 1
+    scores = results[0]["per_image"]
+    flags = ["--obj", "Brain", "--data_path", data_path, "--ckpt", runs[0] / "Brain.pth", "--device", "cpu"]
+    tested = test_script.test(test_script.parse([*map(str, flags), "--cache", "off", "--batch_size", "3"]))
+    assert scores == results[1]["per_image"] == results[2]["per_image"] == tested["per_image"]
+    model = load(runs[0] / "Brain.pth", "cpu")
+    for image in scores[::5]:
+        assert model.predict(data_path / "Brain_AD" / image["file"]).score == pytest.approx(image["score"], abs=1e-5)

@@ -20,10 +20,8 @@ if __name__ == "__main__":  # reads the flags before it imports torch: --help an
 
 import argparse
 import json
-import os
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
@@ -42,7 +40,7 @@ from engine.predictor import Prediction, Predictor, build, read_checkpoint
 from engine.report.page import Card
 from engine.report.predictions import Drawer, Results, Row, summary, write_page
 from engine.scans import Entry, InputList, list_entries, series_notes
-from utils import InputError, bar_seconds, prefetch, printable, probe_writable, sha256_file, warn
+from utils import InputError, bar_seconds, prefetch, printable, probe_writable, sha256_file, show_traceback, warn
 
 NOTE = "research use, not a medical device"
 WEAK = "weak localisation from the detection heads, not measured"
@@ -197,8 +195,7 @@ def describe_run(model: Predictor, listing: InputList, options: argparse.Namespa
 def skip(fault: InputError) -> None:
     """Say which file is left out, and why; with --debug also where in the program that was found."""
     say(f"skipped: {fault}")
-    if os.environ.get("MADCLIP_DEBUG"):
-        traceback.print_exception(fault)
+    show_traceback(fault)
 
 
 def say(text: str) -> None:

@@ -46,7 +46,7 @@ from engine.metrics import METRICS
 from engine.study.grid import COMPONENTS, Cell, Grid, layers_of, read_result
 from engine.study.jobs import run_jobs
 from engine.study.tables import Published, Statistic, Table, read_published
-from utils import InputError, bar_seconds, locked, one_line, probe_writable, tune_allocator, write_json
+from utils import InputError, bar_seconds, locked, one_line, probe_writable, show_traceback, tune_allocator, write_json
 
 SHOWN = ("auc", "pauc")  # of METRICS, what tables show
 READING = ("mask_above", "mask_labels", "window", "plane")  # of a layout: how its files are read
@@ -101,6 +101,7 @@ def run_cell(grid: Grid, cell: Cell) -> str | None:
             with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
                 compute(grid, cell)
         except InputError as error:
+            show_traceback(error, log)
             reason = str(error)
         except Exception as error:  # out of memory, a fault of the program: the log has its traceback
             traceback.print_exc(file=log)
@@ -185,8 +186,8 @@ def make_table(grid: Grid, failed: dict[Cell, str]) -> Table:
     options = grid.options
     published = read_published(options.compare) if grid.kind.published else []
     labels = [*["shots"] * (len(options.shots) > 1), *grid.kind.labels]
-    notes = [*caveats(grid, published), *describe(grid, failed), *sources_of(grid, published)]
     scope = " ".join(f"--{name} {' '.join(map(str, getattr(options, name)))}" for name in ("obj", "seeds", "shots"))
+    notes = list(notes_on(grid, published, failed))
     table = Table(options.table, caption(grid), labels, grid.kind.heading, notes, scope)
     masks = {obj: grid.has_masks(obj) for obj in options.obj}
     for shot in options.shots:
@@ -252,22 +253,17 @@ def caption(grid: Grid) -> str:
     )
 
 
-def caveats(grid: Grid, published: Sequence[Published]) -> Iterator[str]:
-    """Why the figures mean little, or compare with none of the published ones, where that is so."""
-    if grid.base.pretrain == "random":
+def notes_on(grid: Grid, published: Sequence[Published], failed: dict[Cell, str]) -> Iterator[str]:
+    """What a reader has to know of the figures, the most important first."""
+    options, base, datasets = grid.options, grid.base, [grid.dataset(obj) for obj in grid.options.obj]
+    if base.pretrain == "random":
         nothing = "Nothing is pre-trained: these figures only show that the program runs."
-        yield "The text tower is random: no text is aligned with the images." if grid.base.image_tower else nothing
-    datasets = [grid.dataset(obj) for obj in grid.options.obj]
-    if made_up := [data.obj for data in datasets if data.is_made_up]:
-        yield f"Made-up images ({', '.join(made_up)}): their figures compare with none that is published."
-    for data in datasets if published else ():
-        if data.other_counts and not data.is_made_up:
-            yield f"{data.obj}: other images than the published ones, so no published figure compares."
-
-
-def describe(grid: Grid, failed: dict[Cell, str]) -> Iterator[str]:
-    """How the epoch was chosen, what the figures are over, what failed."""
-    options, base = grid.options, grid.base
+        yield "The text tower is random: no text is aligned with the images." if base.image_tower else nothing
+    made_up = [data.obj for data in datasets if data.is_made_up]
+    others = [data.obj for data in datasets if published and data.other_counts and not data.is_made_up]
+    for what, objs in (("Made-up images", made_up), ("Other images than the published ones", others)):
+        if objs:
+            yield f"{what} ({', '.join(objs)}): no published figure compares."
     words = {words for cell in grid.cells if not cell.baselines for words in grid.epochs(cell).values()}
     where = " of the data set trained on" if options.table == "cross" else ""
     for select in (select for select in SELECTS if f"selected on {select}" in words):
@@ -279,25 +275,19 @@ def describe(grid: Grid, failed: dict[Cell, str]) -> Iterator[str]:
         same = all(shots == group[0] for group in several for shots in group)
         yield "All seeds have the same shots." if same else "Each seed draws other shots."
     yield "Intervals: 95%, over the test images, the mean of the seeds' bounds."
-    if levels := {obj: data.layout.mask_above for obj in options.obj if (data := grid.dataset(obj)).pixel_metrics}:
-        greys = ", ".join(f"{level} ({obj})" for obj, level in levels.items())
-        yield f"Abnormal pixels: a mask's grey above {greys}."
+    if greys := [f"{data.layout.mask_above} ({data.obj})" for data in datasets if data.pixel_metrics]:
+        yield f"Abnormal pixels: a mask's grey above {', '.join(greys)}."
     if options.table == "ablation":
         values = {**vars(base), "features_list": " ".join(map(str, layers_of(base)))}
         yield f"Default: {', '.join(f'{words} {values[flag]}' for flag, words in COMPONENTS.items())}."
     yield f"{sum(map(grid.done, grid.cells))} of {len(grid.cells)} cells are done."
-    if failed:
-        yield "Failed: " + "; ".join(f"{cell.name} ({reason})" for cell, reason in failed.items()) + "."
-
-
-def sources_of(grid: Grid, published: Sequence[Published]) -> Iterator[str]:
-    """Where the published figures are from, under the numbers that the rows bear, and which are not shown."""
-    options = grid.options
-    known = {
-        i: entry for i, entry in enumerate(published, 1)
+    for cell, reason in failed.items():
+        yield f"Failed: {cell.name} ({reason})."
+    known = [
+        (i, entry) for i, entry in enumerate(published, 1)
         if any(entry.figure(obj, metric) for obj, metric in product(options.obj, SHOWN))
-    }  # fmt: skip
-    for shown, words in ((True, "Published figures"), (False, "Not shown, as of another number of shots")):
-        notes = [f"({i}) {entry.note()}" for i, entry in known.items() if (entry.shots in options.shots) == shown]
-        if notes:
-            yield f"{words}: {'; '.join(notes)}."
+    ]  # fmt: skip
+    if shown := [f"({i}) {entry.note()}" for i, entry in known if entry.shots in options.shots]:
+        yield f"Published figures: {'; '.join(shown)}."
+    if others := [f"{entry.method} ({entry.shots} shots)" for _, entry in known if entry.shots not in options.shots]:
+        yield f"Not shown, as of another number of shots: {', '.join(others)}."

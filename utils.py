@@ -1,4 +1,4 @@
-"""What everything shares: errors and exit codes, seeds, atomic files, remembered hashes and downloads.
+"""What everything shares: errors and exit codes, seeds, atomic files, hashes and downloads.
 
 Nothing here imports torch before it is needed, so that `--help` and a mistyped flag are answered at once.
 """
@@ -6,7 +6,6 @@ Nothing here imports torch before it is needed, so that `--help` and a mistyped 
 from __future__ import annotations
 
 import argparse
-import atexit
 import contextlib
 import ctypes
 import errno
@@ -26,14 +25,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 In = TypeVar("In")
 Out = TypeVar("Out")
 
-HASHES = Path(".cache/hashes.json")  # where `sha256_file` remembers, below the working folder
 STALE_SECONDS = 86_400.0  # of a temporary file: nothing takes a day to write
-SETTLED_SECONDS = 2.0  # a file that changed later than this may change again within one tick of its clock
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - a function
@@ -95,10 +92,15 @@ def run_script(module: str, parse: Callable[[], argparse.Namespace]) -> NoReturn
 
 
 def _refuse(message: object) -> int:
-    if os.environ.get("MADCLIP_DEBUG"):
-        traceback.print_exc()
+    show_traceback(sys.exc_info()[1])
     print(f"error: {printable(' '.join(str(message).split()))}", file=sys.stderr, flush=True)
     return 2
+
+
+def show_traceback(refusal: BaseException | None, file: TextIO | None = None) -> None:
+    """With --debug, or MADCLIP_DEBUG=1, print where in the program a refusal was raised; None: no exception was."""
+    if refusal is not None and os.environ.get("MADCLIP_DEBUG"):
+        traceback.print_exception(refusal, file=file)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -228,47 +230,22 @@ def set_seed(seed: int) -> None:
 
 
 def sha256_file(path: str | Path) -> str:
-    """SHA-256 of a file in hexadecimal; remembered in `HASHES` by path, size and times, so that it is read once.
+    """SHA-256 of a file in hexadecimal; a process reads a file again only where its size or a time has changed.
 
     `OSError` where the file cannot be read.
     """
     path = Path(path).absolute()
     status = path.stat()
-    state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-    remembered = _remembered_hashes()
-    known = remembered.get(str(path))
-    if isinstance(known, list) and known[:-1] == state and isinstance(known[-1], str):
-        return known[-1]
+    return _sha256(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@cache
+def _sha256(path: Path, *_state: int) -> str:
     hasher = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(2**20):
             hasher.update(piece)
-    digest = hasher.hexdigest()
-    if time.time() - max(status.st_mtime, status.st_ctime) > SETTLED_SECONDS:
-        remembered[str(path)] = _new_hashes[str(path)] = [*state, digest]
-        if len(_new_hashes) == 1:
-            atexit.register(_write_hashes)
-    return digest
-
-
-_new_hashes: dict[str, list[Any]] = {}
-_tidied: set[Path] = set()  # folders in which this process has looked for what killed ones left
-
-
-@cache
-def _remembered_hashes() -> dict[str, Any]:
-    try:
-        values = json.loads(read_text(HASHES))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def _write_hashes() -> None:
-    """Add what this process has read to the file, beside what others have written meanwhile."""
-    _remembered_hashes.cache_clear()
-    with contextlib.suppress(InputError, OSError):  # a folder that cannot be written: read again next time
-        write_json(HASHES, {**_remembered_hashes(), **_new_hashes})
+    return hasher.hexdigest()
 
 
 class Unreachable(InputError):
@@ -361,9 +338,6 @@ def temporary_path(path: str | Path, flag: str = "") -> Iterator[Path]:
             raise InputError(f"{name}: a folder, a device or a pipe, where a file is to be written")
         # Not tempfile: its files are private (mode 0600), and would stay so under the final name.
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        if path.parent not in _tidied:
-            _tidied.add(path.parent)
-            remove_stale(path.parent.glob(".*.[0-9]*.tmp"))
         try:
             yield temporary
         finally:

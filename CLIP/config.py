@@ -6,7 +6,6 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -30,40 +29,28 @@ MAX_SIZE, MAX_LAYERS = 2**17, 256  # of the numbers in a config: a hostile one m
 HUB = "hf-hub:"
 OF_CONFIGS = (*EXPECTED, TypeError, AttributeError)  # what values of another kind provoke
 
-# The entries of a tower in a config file, and the fields of `ModelConfig` that hold them.
-VISION = {name: name for name in ("image_size", "patch_size", "width", "layers", "heads", "mlp_ratio")}
-TEXT = {
-    "context_length": "context_length", "vocab_size": "vocab_size", "width": "text_width", "layers": "text_layers",
-    "heads": "text_heads", "mlp_ratio": "text_mlp_ratio",
+# The sizes of a tower as this project and open_clip call them, then as Hugging Face does, with the default of its
+# CLIPConfig, whose files leave out what equals that.
+TOWERS = {
+    "vision": {
+        "image_size": ("image_size", 224), "patch_size": ("patch_size", 32), "width": ("hidden_size", 768),
+        "layers": ("num_hidden_layers", 12), "heads": ("num_attention_heads", 12),
+        "mlp_ratio": ("intermediate_size", 3072),
+    },
+    "text": {
+        "context_length": ("max_position_embeddings", 77), "vocab_size": ("vocab_size", 49408),
+        "width": ("hidden_size", 512), "layers": ("num_hidden_layers", 12), "heads": ("num_attention_heads", 8),
+        "mlp_ratio": ("intermediate_size", 2048),
+    },
 }  # fmt: skip
-# Hugging Face's words for these, and the defaults of its CLIPConfig, whose files leave out what equals them.
-HF_NAMES = {
-    "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
-    "context_length": "max_position_embeddings",
-}  # fmt: skip
-HF_BOTH = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_hidden_layers": 12}
-HF_DEFAULTS = {
-    "vision": {**HF_BOTH, "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
-               "image_size": 224, "patch_size": 32},
-    "text": {**HF_BOTH, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8,
-             "vocab_size": 49408, "max_position_embeddings": 77},
-}  # fmt: skip
-# What tells another family, in a config or among the names of tensors; the telling ones first.
-FAMILIES = {
-    r'"init_logit_bias": -?\d|(?<!init_)logit_bias|siglip|vision_model\.head\.|trunk\.attn_pool\.': "a SigLIP model",
-    r'"hf_model_name": "([^"]*(?i:bert)[^"]*)"': "a BERT text tower ({0})",
-    r"word_embeddings|attention\.self\.query": "a BERT text tower",
-    r'"hf_model_name": "([^"]*)"': "a text tower of Hugging Face ({0})",
-    r'"multimodal_cfg": \{|text_decoder\.|visual\.attn_pool': "a CoCa model",
-    r'"layers": \[|visual\.(trunk\.)?(layer1|attnpool|stages)\.': "a ResNet image tower",
-    r'"timm_model_name": "([^"]*)"': "a timm image tower ({0})",
-    r"visual\.trunk\.": "a timm image tower",
-    r"visual\.blocks\.": "an EVA image tower",
-    r'"model_type": "(?!clip)(.*?)"': "{0}",
-}
 # Entries of open_clip's configs that change nothing here; any other must be absent or false.
 HARMLESS = {"patch_dropout", "output_tokens", "name", "hub", "urls", "weights", "custom_text", "init_logit_scale"}
 IGNORED = {"pool_type": ("tok", "argmax"), "proj_type": ("linear",), "act_layer": ("gelu",)}
+
+
+def _field(part: str, size: str) -> str:
+    """The field of `ModelConfig` that holds a size of the `vision` or the `text` tower."""
+    return f"text_{size}" if part == "text" and size in TOWERS["vision"] else size
 
 
 @dataclass(frozen=True)
@@ -124,14 +111,14 @@ class ModelConfig:
         `InputError` names `where`, for sizes that are missing or make no sense, and for another family.
         """
         flat = {"quick_gelu": False, "context_length": PROMPT_LENGTH, "vocab_size": VOCABULARY, **values}
-        for part, names in (("vision_cfg", VISION), ("text_cfg", TEXT)):
-            tower = values[part]
-            flat |= {own: tower[name] for name, own in names.items() if name in tower}
+        for part, sizes in TOWERS.items():
+            tower = values[f"{part}_cfg"]
+            flat |= {_field(part, size): tower[size] for size in sizes if size in tower}
             if not tower.get("heads"):
-                flat[names["heads"]] = size_in(tower, "width", where) // tower.get("head_width", 64)
-            known = {*names, "head_width", *HARMLESS}
+                flat[_field(part, "heads")] = size_in(tower, "width", where) // tower.get("head_width", 64)
             for key, value in tower.items():
-                if key not in known and value and value not in IGNORED.get(key, ()):
+                known = key in {*sizes, "head_width", *HARMLESS} or value in IGNORED.get(key, ())
+                if value and not known:
                     raise InputError(f"{where}: {one_line(key)} {one_line(value)} is not supported here")
         flat |= {name: tuple(flat[name]) for name in ("pixel_mean", "pixel_std") if name in flat}
         flat |= {f.name: size_in(flat, f.name, where) for f in fields(cls) if f.type == "int"}
@@ -142,7 +129,7 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values in the form of model_configs/*.json."""
-        vision, text = ({name: getattr(self, own) for name, own in names.items()} for names in (VISION, TEXT))
+        vision, text = ({size: getattr(self, _field(part, size)) for size in sizes} for part, sizes in TOWERS.items())
         return {
             "name": self.name, "embed_dim": self.embed_dim, "quick_gelu": self.quick_gelu,
             "vision_cfg": vision, "text_cfg": text,
@@ -158,7 +145,8 @@ class ModelConfig:
     def grid(self, img_size: int) -> int:
         """Patches along a side at `img_size` pixels; a rest smaller than a patch is dropped, as published."""
         if img_size < self.patch_size:
-            raise InputError(f"--img_size {img_size} is smaller than a patch of {self.name} ({self.patch_size} pixels)")
+            tower = self.tower.name or self.name
+            raise InputError(f"--img_size {img_size} is smaller than a patch of {tower} ({self.patch_size} pixels)")
         return img_size // self.patch_size
 
     def default_features(self) -> list[int]:
@@ -169,17 +157,6 @@ class ModelConfig:
 def list_models() -> list[str]:
     """Names under CLIP/model_configs."""
     return sorted(path.stem for path in CONFIG_FOLDER.glob("*.json"))
-
-
-def check_family(words: str, where: object) -> None:
-    """`InputError` that says what kind it is, for a config's JSON or the names of tensors that are not all CLIP's."""
-    for pattern, kind in FAMILIES.items():
-        if found := re.search(pattern, words):
-            shown = one_line(kind.format(*found.groups()))
-            raise InputError(
-                f"{where}: {shown} is another family, and not supported: both towers must be CLIP's own transformers "
-                "(a ViT for images, CLIP's text transformer)"
-            )
 
 
 def _find(name: str) -> tuple[Path, str]:
@@ -216,7 +193,6 @@ def file_in(folder: Path, names: Sequence[str], what: str) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     """The values of a JSON file, in open_clip's words."""
     values: dict[str, Any] = read_json(path)
-    check_family(json.dumps(values), path)
     if "model_cfg" in values:  # open_clip_config.json
         return {**values["model_cfg"], **_pixels(values.get("preprocess_cfg") or {}, "mean", "std")}
     if "vision_cfg" in values or not ("model_type" in values or "text_config" in values):
@@ -234,22 +210,26 @@ def size_in(values: Mapping[str, Any], name: str, where: object) -> int:
     """An entry that is a size; `InputError` for another value."""
     value, highest = values.get(name), MAX_LAYERS if "layers" in name else MAX_SIZE
     if type(value) is not int or not 1 <= value <= highest:
-        raise InputError(f"{where}: {name} is {one_line(repr(value))}, not an integer from 1 to {highest}")
+        wrong = f"{name} is {one_line(repr(value))}, not an integer from 1 to {highest}"
+        raise InputError(f"{where}: {wrong}; both towers must be CLIP's own transformers")
     return value
 
 
 def _from_hugging_face(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """A CLIPModel's config.json in open_clip's words."""
+    if (kind := values.get("model_type", "clip")) != "clip":
+        raise InputError(f"{path}: model_type {one_line(kind)} is not supported here, only clip")
     result: dict[str, Any] = {"embed_dim": values.get("projection_dim", 512)}
     activations = set()
-    for part, names in (("vision", VISION), ("text", TEXT)):
-        given = [values.get(f"{part}_{suffix}") or {} for suffix in ("config", "config_dict")]
-        tower = {**HF_DEFAULTS[part], **given[0], **given[1]}
+    for part, sizes in TOWERS.items():
+        tower = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, **dict(sizes.values())}
+        for suffix in ("config", "config_dict"):
+            tower |= values.get(f"{part}_{suffix}") or {}
         if tower["layer_norm_eps"] != 1e-5 or tower["hidden_act"] not in ("gelu", "quick_gelu"):
             words = " and ".join(f"{name} {one_line(tower[name])}" for name in ("hidden_act", "layer_norm_eps"))
             raise InputError(f"{path}: {words}: not supported here")
-        tower["mlp_ratio"] = size_in(tower, "intermediate_size", path) / size_in(tower, "hidden_size", path)
-        result[f"{part}_cfg"] = {name: tower[HF_NAMES.get(name, name)] for name in names}
+        ratio = size_in(tower, "intermediate_size", path) / size_in(tower, "hidden_size", path)
+        result[f"{part}_cfg"] = {size: tower[theirs] for size, (theirs, _) in sizes.items()} | {"mlp_ratio": ratio}
         activations.add(tower["hidden_act"])
     if len(activations) > 1:
         raise InputError(f"{path}: another hidden_act in each tower is not supported here")

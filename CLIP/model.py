@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .config import ImageTower, ModelConfig
 from .transformer import Transformer
-from .weights import WeightsInfo
+from .weights import Weights
 
 
 def resize_positional_embedding(embedding: Tensor, grid: int, antialias: bool = True) -> Tensor:
@@ -128,7 +128,7 @@ class CLIP(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.img_size, self.quick_gelu = config, img_size, quick_gelu
-        self.info: WeightsInfo | None = None
+        self.info: Weights | None = None
         self.visual = VisionTower(config, img_size, quick_gelu, normalize_pixels) if vision else None
         self.text = TextTower(config, quick_gelu)
         self.logit_scale = nn.Parameter(torch.empty(()))  # part of every weight file; the method does not use it

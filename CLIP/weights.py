@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from utils import EXPECTED, InputError, blame, sha256_file
 
-from .config import CKPT_FOLDER, CONFIG_FILES, HUB, ModelConfig, check_family, fetch, file_in, list_models
+from .config import CKPT_FOLDER, CONFIG_FILES, HUB, ModelConfig, fetch, file_in, list_models
 from .dinov2 import with_tower
 
 WEIGHT_FILES = (  # in a folder or on the hub
@@ -78,18 +78,12 @@ DAMAGE = (*EXPECTED, RuntimeError, zipfile.BadZipFile, SafetensorError, Attribut
 
 
 @dataclass(frozen=True)
-class WeightsInfo:
-    """Where the weights came from: goes into every checkpoint and into the key of every stored feature."""
+class Weights:
+    """Where the weights come from, or the seed that makes random ones: goes into every checkpoint and token's key."""
 
     pretrain: str  # openai | laion400m | laion2b | random
     source: str  # file name without its folder, `owner/name/file` from the hub, or the seed of random weights
     sha256: str  # of the file; for random weights, of the words that make them
-
-
-@dataclass(frozen=True)
-class Weights(WeightsInfo):
-    """A model's config and its weight file, or the seed that makes random weights."""
-
     config: ModelConfig
     path: Path | None  # None: random
     seed: int
@@ -103,7 +97,7 @@ def find_weights(
     seed: int = 0,
     image_tower: str | None = None,
 ) -> Weights:
-    """Find a model's weight file and its SHA-256, which is remembered, so that a second call reads no file.
+    """Find a model's weight file and its SHA-256.
 
     `model_name` is what `ModelConfig.load` takes (a folder or repository holds the weights too), or a checkpoint's
     config; `pretrained`, one of `PRETRAINS`, says which file belongs to a name of model_configs/, and `weights` is a
@@ -121,10 +115,9 @@ def find_weights(
         found = Weights(pretrained, f"random, seed {seed}", sha256, config, None, seed)
     else:
         path, source = _locate(model_name, config, pretrained, weights)
-        wanted = f"{config.name if config.name in list_models() else 'ViT-L-14-336'} --pretrain {pretrained}"
-        hint = (
-            f"fetch it with `python -m CLIP.download {wanted}`, pass another with --weights, or try --pretrain random"
-        )
+        hint = "name its file with --weights"
+        if config.name in list_models():
+            hint = f"fetch it with `python -m CLIP.download {config.name} --pretrain {pretrained}`, or {hint}"
         with blame(f"weights {path}", hint):
             if not path.is_file() and path.exists():  # reading a pipe or a device may never end
                 raise InputError(f"the weight file {path} is a folder or a device, not a file")
@@ -186,7 +179,7 @@ def read_weights(path: str | Path, vision: bool = True) -> dict[str, torch.Tenso
 
     The content decides how the file is read, not its name: a TorchScript archive as OpenAI publishes it, a state dict
     written by torch.save (also under 'state_dict') or safetensors. Without `vision` the image tower's bytes stay unread
-    (a pickle of torch before 1.6 apart). `InputError` for what holds no CLIP weights; another family is named.
+    (a pickle of torch before 1.6 apart). `InputError` for what holds no CLIP weights.
     """
     path = Path(path)
     with blame(f"{path} is damaged or no weight file", "fetch it again", DAMAGE), ExitStack() as files:
@@ -273,9 +266,8 @@ def _walk(module: _Inert, seen: set[int], prefix: str = "") -> Iterator[tuple[st
 def openai_names(loaders: Mapping[str, Loader], path: Path) -> dict[str, Loader]:
     """A CLIP's tensors under OpenAI's names; open_clip's and Hugging Face's become these, a common prefix is dropped.
 
-    `InputError` for no CLIP weights, and for a tower of another family, which is named.
+    `InputError` for no CLIP weights.
     """
-    check_family("\n".join(loaders), path)
     # What stands before the anchor (`module.`, `model.`) stands before all names.
     prefixes = [key.removesuffix(name) for key in loaders for name in ANCHORS if f".{key}".endswith(f".{name}")]
     if not prefixes:

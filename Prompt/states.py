@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from utils import InputError, read_text
+from utils import EXPECTED, blame, read_text
 
 TEXT_MOODS = ("fix", "learnable_all", "learnable_abnormal")
 
@@ -30,30 +30,18 @@ def read_prompts(path: str) -> dict[str, list[str]]:
 
     `InputError` for an unreadable file, another form, or a phrase without exactly one {}.
     """
-    try:
-        states = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"--prompts {path}: cannot be read as JSON ({error})") from error
-    if fault := states_fault(states):
-        raise InputError(f"--prompts {path}: {fault}")
-    return dict(states)
-
-
-def states_fault(states: object) -> str | None:
-    """What is wrong with state phrases that a file holds; None for nothing."""
-    if not isinstance(states, dict) or set(states) != set(STATES):
-        return 'expected {"normal": [phrases], "abnormal": [phrases]}'
-    for kind, phrases in states.items():
-        if not isinstance(phrases, list) or not phrases:
-            return f"{kind} must be a list of at least one phrase"
-        if len(phrases) > MAX_PHRASES:
-            return f"{kind} has {len(phrases)} phrases, more than {MAX_PHRASES}"
-        for phrase in phrases:
-            if not isinstance(phrase, str) or phrase.count("{}") != 1 or set("{}") & set(phrase.replace("{}", "")):
-                return f"{kind} phrase {phrase!r:.80} needs {{}} once, for the object's name"
-            if len(phrase) > MAX_CHARACTERS:
-                return f"{kind} phrase {phrase!r:.80}... is longer than {MAX_CHARACTERS} characters"
-    return None
+    with blame(f"--prompts {path}", "docs/data.md shows the form", (*EXPECTED, AttributeError, TypeError)):
+        states: dict[str, list[str]] = json.loads(read_text(path))
+        if states.keys() != STATES.keys():
+            raise ValueError(f"expected the keys {' and '.join(STATES)}")
+        for kind, phrases in states.items():
+            if not isinstance(phrases, list) or not 1 <= len(phrases) <= MAX_PHRASES:
+                raise ValueError(f"{kind} must be a list of 1 to {MAX_PHRASES} phrases")
+            for phrase in phrases:
+                if phrase.count("{}") != 1 or set("{}") & set(phrase.replace("{}", "")) or len(phrase) > MAX_CHARACTERS:
+                    words = f"{{}} once, for the object's name, and at most {MAX_CHARACTERS} characters"
+                    raise ValueError(f"{kind} phrase {phrase!r:.80} needs {words}")
+    return states
 
 
 def state_phrases(kind: str, name: str, states: Mapping[str, Sequence[str]] = STATES) -> list[str]:

@@ -45,8 +45,7 @@ def equal_images(
 ) -> list[tuple[Sample, Sample]]:
     """Samples of the second list whose file equals one of the first, byte for byte, each with the first such one.
 
-    `content_hash` lets a caller that has the hashes already (a token store) save the reading; by default they are
-    remembered by path, size and time (`utils.sha256_file`).
+    `content_hash` lets a caller that has the hashes already (a token store) save the reading.
     """
     by_hash: dict[str, Sample] = {}
     for sample in samples_a:

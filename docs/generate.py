@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import re
 import runpy
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 from unittest import mock
@@ -47,46 +45,27 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 
 
 def flags() -> str:
-    """The text of flags.md: a section for each command, a list for each group of flags, each flag explained once."""
-    lines = [FLAGS_HEAD]
-    told: dict[tuple[str, str], str] = {}  # a flag and its meaning, and the command at which it is explained
+    """The text of flags.md: a section for each script, a line for each flag, which is explained once."""
+    lines, told = [FLAGS_HEAD], set[tuple[str, str]]()  # names and meanings
     for command in COMMANDS:
-        start = f"python {command}" if command.endswith(".py") else f"python -m {command}"
-        lines += [f"## {start}\n", *_sections(parser_of(command), command, told)]
+        parser, again = parser_of(command), dict[str, list[str]]()
+        lines += [f"## python {command}\n", f"{_text(parser.description or '')}\n"]
+        for group in parser._action_groups:
+            for action in group._group_actions:
+                if action.help == argparse.SUPPRESS or action.dest in ("help", "version"):
+                    continue
+                names, meaning = _names(action), _meaning(action, parser.prog)
+                if (names, meaning) in told or not meaning:
+                    again.setdefault(f", {group.description}" * bool(group.description), []).append(names)
+                else:
+                    told.add((names, meaning))
+                    lines.append(f"- {names}{_default(action)}: {meaning}")
+        lines += [f"\nAs above{words}: {', '.join(names)}." for words, names in again.items()] + [""]
     return "\n".join(lines)
 
 
-def _sections(parser: argparse.ArgumentParser, command: str, told: dict[tuple[str, str], str]) -> Iterator[str]:
-    if parser.description:
-        yield f"{_text(parser.description)}\n"
-    for group in parser._action_groups:
-        shown = [a for a in group._group_actions if a.help != argparse.SUPPRESS and a.dest not in ("help", "version")]
-        rows, known = [], dict[str, list[str]]()  # known, or without a word: on one line
-        for action in shown:
-            names, meaning = _names(action), _meaning(action, parser.prog)
-            first = told.setdefault((names, meaning), command) if meaning else ""
-            if first != command:
-                known.setdefault(f"as in {first}: " if first else "", []).append(names)
-                continue
-            default = _default(action)
-            meaning = re.sub(rf" \((default: )?{re.escape(default)}\)$", "", meaning)
-            rows.append(f"- {names}" + (f" ({default})" if default else "") + f": {meaning}")
-        title = f"{group.title}: {group.description}" if group.description else f"{group.title}"
-        plain = title in ("options", "positional arguments")
-        if not rows and len(known) == 1 and not plain and (start := next(iter(known))):
-            yield f"**{_text(title)}**, {start.removesuffix(': ')}\n"
-            continue
-        rows += [f"- {start}{', '.join(names)}" for start, names in known.items()]
-        if rows:
-            heading = "" if plain else f"**{_text(title)}**\n\n"
-            yield heading + "\n".join(rows) + "\n"
-
-
-def _names(action: argparse.Action) -> str:
-    return ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.metavar or action.dest}`"
-
-
 def _meaning(action: argparse.Action, prog: str) -> str:
+    """Choices and help."""
     meaning = (action.help or "") % {**vars(action), "prog": prog}
     if action.choices and not all(str(choice) in meaning for choice in action.choices):
         meaning = f"{', '.join(map(str, action.choices))}: {meaning}".removesuffix(": ")
@@ -94,8 +73,14 @@ def _meaning(action: argparse.Action, prog: str) -> str:
 
 
 def _default(action: argparse.Action) -> str:
-    default = " ".join(map(str, action.default)) if isinstance(action.default, list) else str(action.default)
-    return _text({"None": "", "\0": "", argparse.SUPPRESS: "", "True": "on", "False": "off"}.get(default, default))
+    nothing = action.default is False or action.default in (None, [], argparse.SUPPRESS)
+    if nothing or "(default" in (action.help or ""):
+        return ""
+    return f" ({' '.join(map(str, action.default)) if isinstance(action.default, list) else action.default})"
+
+
+def _names(action: argparse.Action) -> str:
+    return ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.metavar or action.dest}`"
 
 
 def _text(text: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from CLIP.clip import create_model
+from CLIP.config import ModelConfig
 from dataset.layout import BENCHMARKS, config_path, read_config
 from utils import InputError, Parser, printable, probe_writable, run_cli
 
@@ -48,8 +49,9 @@ def export_file(path: str, out: str, weights_file: str | None) -> None:
     settings = checkpoint.settings
     if settings.image_tower:
         raise InputError(f"{path}: the published program knows no image tower but CLIP's, not {settings.image_tower}")
+    known = ModelConfig.from_dict(settings.model_config) if settings.model_config else settings.model_name
     clip = create_model(
-        settings.model_name, settings.pretrain, settings.img_size, weights=weights_file, fidelity=settings.fidelity,
+        known, settings.pretrain, settings.img_size, weights=weights_file, fidelity=settings.fidelity,
         seed=checkpoint.seed, vision=False,
     )  # fmt: skip
     assert clip.info is not None

@@ -18,7 +18,7 @@ import torchvision
 
 from CLIP.config import ModelConfig
 from CLIP.model import CLIP
-from CLIP.weights import Weights, WeightsInfo, find_weights, read_pickle
+from CLIP.weights import Weights, find_weights, read_pickle
 from utils import EXPECTED, InputError, atomic_path, blame, warn
 
 from ..detector import Detector
@@ -146,9 +146,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def check_weights(
-    checkpoint: Checkpoint, weights: Weights | WeightsInfo, path: str | Path, allow_other: bool = False
-) -> None:
+def check_weights(checkpoint: Checkpoint, weights: Weights, path: str | Path, allow_other: bool = False) -> None:
     """Name both hashes where a checkpoint was trained on other CLIP weights: `InputError`, or a warning if allowed."""
     trained_on = checkpoint.settings.weights_sha256
     if not trained_on or weights.sha256 == trained_on:

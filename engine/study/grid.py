@@ -162,30 +162,28 @@ class Grid:
 
     def cost(self, cells: Sequence[Cell]) -> str:
         """The images that pass through the tower for some cells, which share them, and the bytes of their tokens."""
-        images: dict[tuple[object, ...], int | None] = {}
-        layers = set[int]()
+        images, layers = dict[tuple[object, ...], int](), set[int]()
         for cell in cells:
             options = self.parse(cell)
             layers |= set(layers_of(options))
             images |= {(options.fidelity, obj): self.count_tests(obj) for obj in (cell.obj, *cell.others)}
             images[options.fidelity, cell.obj, "calibration"] = 2 * MAX_IMAGES
             images[options.fidelity, cell.obj, cell.sources, cell.shot, cell.seed] = VIEWS * 2 * options.shot
-        config, total = load_config(self.base.model_name, self.base.image_tower), sum(filter(None, images.values()))
+        config, total = load_config(self.base.model_name, self.base.image_tower), sum(images.values())
         one = 2 * len(layers) * config.grid(self.base.img_size) ** 2 * config.width  # bytes
-        unknown = [str(key[1]) for key, count in images.items() if count is None]
         return (
             f"images: at most {total:,} through the frozen tower, once each\nstore:  {total * one / 1e9:,.1f} GB "
             f"({one / 1e6:.2f} MB an image) in 16 bits, as CUDA computes; twice that in float32, as a CPU does"
-            + f"\nnot counted, as they are not there: the test images of {', '.join(unknown)}"
-            * bool(unknown)
         )
 
-    def count_tests(self, obj: str) -> int | None:
-        """How many test images a data set has: counted, or where it is not there as published; None: not known."""
+    def count_tests(self, obj: str) -> int:
+        """How many test images a data set has; of the paper's, where it is not there, as published."""
         try:
             return len(self.dataset(obj).samples("test"))
         except InputError:
-            return sum(PUBLISHED_COUNTS[obj]["test"][0]) if obj in PUBLISHED_COUNTS else None
+            if obj not in PUBLISHED_COUNTS:
+                raise
+            return sum(PUBLISHED_COUNTS[obj]["test"][0])
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from statistics import mean, stdev
 from dataset.layout import PUBLISHED
 from utils import EXPECTED, atomic_path, blame, csv_cell, read_json
 
-ROWS_ON_A_PAGE = 40  # of LaTeX's \footnotesize, with room for caption and notes; a longer table is divided
 NOTES_IN_LATEX = 480  # characters: three lines of \footnotesize over both columns
 LATEX = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
@@ -94,36 +93,30 @@ class Table:
         return "\n\n".join([self.caption, table, *self.notes, f"<!-- {self.scope} -->"]) + "\n"
 
     def latex(self) -> str:
-        """`table*` environments, each of as many rows as fit a page."""
+        """A `table*` environment, scaled down where it is wider or higher than a page."""
         heading, *body = self.rows()
         notes = [note for i, note in enumerate(self.notes) if len(" ".join(self.notes[: i + 1])) <= NOTES_IN_LATEX]
-        starts = range(0, max(len(body), 1), ROWS_ON_A_PAGE)
-        parts = [r"% needs \usepackage{booktabs} and \usepackage{graphicx}"]
-        for start in starts:
-            rows = body[start : start + ROWS_ON_A_PAGE]
-            lines = [_latex_row(heading)]
-            for i, row in enumerate(rows):  # a metric stands once, above a line
-                same = i > 0 and rows[i - 1][0] == row[0]
-                lines += [*[r"\midrule"] * (not same), _latex_row(["" if same else row[0], *row[1:]])]
-            parts.append(self._float(lines, len(heading), start // ROWS_ON_A_PAGE, () if start else notes))
-        return "\n\n".join(parts) + "\n"
-
-    def _float(self, lines: Sequence[str], width: int, number: int, notes: Sequence[str]) -> str:
-        left = 1 + len(self.labels)
+        left, lines, above = 1 + len(self.labels), list[str](), ""
+        for metric, *row in body:  # a metric stands once, above a line
+            lines += [*[r"\midrule"] * (metric != above), _latex_row(["" if metric == above else metric, *row])]
+            above = metric
         return "\n".join([
+            r"% needs \usepackage{booktabs} and \usepackage{adjustbox}",
             r"\begin{table*}[t]",
             r"\centering\footnotesize\setlength{\tabcolsep}{4pt}",
-            rf"\caption{{{latex(self.caption)}{' (Continued.)' if number else ''}}}",
-            rf"\label{{tab:{self.name}{f'-{number + 1}' if number else ''}}}\par\smallskip",
-            rf"\sbox0{{\begin{{tabular}}{{{'l' * left}{'r' * (width - left)}}}",
+            rf"\caption{{{latex(self.caption)}}}",
+            rf"\label{{tab:{self.name}}}\par\smallskip",
+            r"\begin{adjustbox}{max width=\textwidth, max totalheight=0.8\textheight}",
+            rf"\begin{{tabular}}{{{'l' * left}{'r' * (len(heading) - left)}}}",
             r"\toprule",
+            _latex_row(heading),
             *lines,
             r"\bottomrule",
-            r"\end{tabular}}%",
-            r"\ifdim\wd0>\textwidth\resizebox{\textwidth}{!}{\usebox0}\else\usebox0\fi",
+            r"\end{tabular}",
+            r"\end{adjustbox}",
             *([rf"\par\smallskip\parbox{{\textwidth}}{{{latex(' '.join(notes))}}}"] if notes else []),
             r"\end{table*}",
-        ])  # fmt: skip
+        ]) + "\n"  # fmt: skip
 
     def csv(self) -> str:
         """A line for each figure."""

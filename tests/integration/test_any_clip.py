@@ -1,4 +1,4 @@
-"""Another image tower, DINOv2, through the real commands."""
+"""A tower of one's own, and another image tower, DINOv2, through the real commands."""
 
 from __future__ import annotations
 
@@ -8,8 +8,29 @@ import json
 import torch
 import transformers
 
+from CLIP.config import ModelConfig
+from tests.conftest import tiny_state
 from tests.helpers.attacks import fine, refused
 from tests.helpers.data import SMALL
+from tests.helpers.weights import save_hugging_face
+
+
+def test_an_exported_checkpoint_is_tested_with_ones_own_tower(command, phantoms, tmp_path):
+    """The published format names no model: a JSON file with weights beside it and a folder do."""
+    tiny, found = ModelConfig.load("ViT-tiny-14-56"), []
+    values = {key: value for key, value in tiny.to_dict().items() if key not in ("name", "hub", "urls")}
+    (tmp_path / "Own.json").write_text(json.dumps({**values, "weights": {"openai": "own.pt"}}))
+    torch.save(tiny_state(), tmp_path / "own.pt")
+    save_hugging_face(tiny_state(), tiny, tmp_path / "hf")
+    shared = ["--obj", "Brain", "--data_path", phantoms, "--device", "cpu", "--img_size", 42, "--cache", "off"]
+    own = ["--model_name", tmp_path / "Own.json"]
+    fine(command("train.py", *shared, *own, "--save_path", tmp_path, "--epoch", 1, "--shot", 2))
+    ckpt, out, result = tmp_path / "Brain.pth", tmp_path / "out.pth", tmp_path / "result.json"
+    fine(command("engine.checkpoint", "export", ckpt, out, "--weights", tmp_path / "own.pt"))
+    for path, model in ((ckpt, tmp_path / "Own.json"), (out, tmp_path / "Own.json"), (out, tmp_path / "hf")):
+        fine(command("test.py", *shared, "--ckpt", path, "--model_name", model, "--out_json", result))
+        found.append(json.loads(result.read_text())["auc"])
+    assert found[0] == found[1] == found[2]
 
 
 def test_dinov2_is_trained_tested_and_predicts(command, phantoms, tmp_path):

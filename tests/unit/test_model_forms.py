@@ -1,4 +1,4 @@
-"""Any CLIP: OpenAI's, open_clip's and Hugging Face's files are one model; towers of other families are named."""
+"""Any CLIP: OpenAI's, open_clip's and Hugging Face's files are one model; other families are refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ from utils import InputError
 
 TINY = ModelConfig.load("ViT-tiny-14-56")
 SIZE = 42
-ROOT = Path(__file__).parents[2]
 
 
 def write_open_clip(folder: Path) -> str:
@@ -145,10 +144,11 @@ def test_named_models_come_back_from_their_dict(name):
 
 
 REFUSED = [
-    ({"model_cfg": {"text_cfg": {"hf_model_name": "microsoft/BiomedNLP-BiomedBERT-base"}}}, "BERT"),
+    ({"model_cfg": {"text_cfg": {"hf_model_name": "microsoft/BiomedNLP-BiomedBERT-base"}}}, "BiomedBERT"),
     ({"model_cfg": {"vision_cfg": {"timm_model_name": "convnext_base"}}}, "convnext_base"),
-    ({"model_cfg": {"init_logit_bias": -10}}, "SigLIP"),
+    ({"model_cfg": {"vision_cfg": {"layers": [3, 4, 6, 3]}}}, "layers"),
     ({"model_type": "bert"}, "bert"),
+    ({"model_type": "siglip"}, "siglip"),
     ({"model_type": "clip", "text_config": {"vocab_size": 30000}}, "30000"),
     ({"model_type": "clip", "vision_config": {"num_attention_heads": 7}}, "heads"),
     ([1], "config.json"),
@@ -170,9 +170,6 @@ def test_configs_that_are_refused(tmp_path, values, words):
         find_weights(str(tmp_path), "openai")
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-# Reading the text tower alone
 
 
 # Where weights are found

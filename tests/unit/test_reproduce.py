@@ -90,7 +90,8 @@ def test_cost_counts_every_image_once(tmp_path):
     assert "2.37 MB" in grid.cost(cells)  # 4 layers x 289 patches x 1024 numbers x 2 bytes
     cells, grid = plan(tmp_path, "--table", "ablation", "--obj", "Brain", "--seeds", "1", *absent)
     assert f"{2 * (3715 + 200 + 16 * 8):,} " in grid.cost(cells)  # both fidelities
-    assert "test images of Mine" in grid.cost([Cell("Mine", 4, 1)])
+    with pytest.raises(InputError, match="Mine"):
+        grid.cost([Cell("Mine", 4, 1)])
     phantom.write(tmp_path, ["Brain"], valid=2, test=5, seed=0, size=64)
     cells, grid = plan(tmp_path, "--table", "main", "--obj", "Brain", "--seeds", "1", "--data_path", str(tmp_path))
     assert f"{10 + 200 + 16 * 8} " in grid.cost(cells)

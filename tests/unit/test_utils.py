@@ -1,4 +1,4 @@
-"""Atomic files, remembered hashes, messages and exit codes, values of files, threads."""
+"""Atomic files, hashes, messages and exit codes, values of files, threads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from utils import (
     read_text,
     run_cli,
     sha256_file,
-    write_json,
 )
 
 
@@ -68,71 +67,21 @@ def test_run_names():
             run_name(name)
 
 
-# Hashes that are remembered.
-
-
-@pytest.fixture
-def hashes(tmp_path, monkeypatch) -> Path:
-    """A working folder without remembered hashes, with files that have settled."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(utils, "_new_hashes", {})
-    monkeypatch.setattr(utils, "SETTLED_SECONDS", -1.0)
-    monkeypatch.setattr(utils.atexit, "register", lambda _: None)
-    utils._remembered_hashes.cache_clear()
-    yield tmp_path
-    utils._remembered_hashes.cache_clear()
-
-
-@pytest.fixture
-def reads(monkeypatch) -> list[str]:
-    """The names of the files that are opened to be hashed."""
-    names, opened = [], Path.open
+def test_a_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
+    path, read, opened = tmp_path / "x", [], Path.open
 
     def note(self: Path, *arguments: object, **options: object):
-        names.extend([self.name] * (arguments == ("rb",)))
+        read.extend([self.name] * (arguments == ("rb",)))
         return opened(self, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", note)
-    return names
-
-
-def another_process() -> None:
-    """What this one has read is written at its end, and the next one reads it."""
-    utils._write_hashes()
-    utils._new_hashes.clear()
-    utils._remembered_hashes.cache_clear()
-
-
-def test_a_file_is_hashed_once(hashes, reads):
-    (hashes / "x").write_bytes(b"abc")
-    expected = hashlib.sha256(b"abc").hexdigest()
-    assert [sha256_file("x"), sha256_file(hashes / "x")] == [expected] * 2
-    another_process()
-    assert sha256_file("x") == expected
-    assert reads.count("x") == 1
-
-
-@pytest.mark.parametrize("change", ["size", "time", "other file"])
-def test_a_changed_file_is_hashed_again(hashes, change):
-    path = hashes / "x"
     path.write_bytes(b"abc")
-    sha256_file(path)
-    another_process()
-    if change == "other file":  # of the same size and time, under the same name
-        (hashes / "y").write_bytes(b"xyz")
-        os.utime(hashes / "y", ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
-        (hashes / "y").rename(path)
-    else:
-        path.write_bytes(b"xyz" if change == "time" else b"xyz1")
-        os.utime(path, (0, 0))
-    assert sha256_file(path) == hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def test_a_file_that_may_still_change_is_not_remembered(hashes, reads, monkeypatch):
-    monkeypatch.setattr(utils, "SETTLED_SECONDS", 1e9)
-    (hashes / "x").write_bytes(b"abc")
-    sha256_file("x"), sha256_file("x")
-    assert reads.count("x") == 2
+    assert sha256_file(path) == sha256_file(str(path)) == hashlib.sha256(b"abc").hexdigest()
+    assert read == ["x"]
+    path.write_bytes(b"xyz")
+    os.utime(path, (0, 0))
+    assert sha256_file(path) == hashlib.sha256(b"xyz").hexdigest()
+    assert read == ["x", "x"]
 
 
 # Messages.
@@ -186,17 +135,6 @@ def test_a_probe_leaves_what_is_there(tmp_path):
     assert path.read_text() == "a poem"
 
 
-def test_only_old_temporary_files_are_removed(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "_tidied", set())
-    old, new, other = (tmp_path / name for name in (".x.1.tmp", ".y.2.tmp", "x.1.tmp"))
-    for path in (old, new, other):
-        path.touch()
-    for path in (old, other):
-        os.utime(path, (0, 0))
-    write_json(tmp_path / "z.json", 1)
-    assert [path.exists() for path in (old, new, other)] == [False, True, True]
-
-
 def test_text_is_read_without_a_mark_and_from_files_alone(tmp_path):
     (tmp_path / "x").write_bytes(b"\xef\xbb\xbfa\n")
     assert read_text(tmp_path / "x") == "a\n"
@@ -248,6 +186,14 @@ def test_debug_shows_the_traceback_of_a_refusal(capsys, monkeypatch, by):
         run_cli(main)
     lines = capsys.readouterr().err
     assert lines.startswith("Traceback") and lines.endswith("error: x\n")
+
+
+def test_debug_shows_nothing_of_a_wrong_flag(capsys, monkeypatch):
+    """No exception is behind it."""
+    monkeypatch.setenv("MADCLIP_DEBUG", "1")
+    with pytest.raises(SystemExit):
+        utils.Parser(prog="x").parse_args(["--nonsense"])
+    assert capsys.readouterr().err == "error: unrecognized arguments: --nonsense\n"
 
 
 def test_blame_turns_expected_errors_into_one_line_and_no_others(tmp_path):

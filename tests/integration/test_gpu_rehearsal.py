@@ -6,6 +6,7 @@ fits of baselines and the ends of passes the test says for what they wait.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import cache
 from itertools import islice
@@ -124,3 +125,14 @@ def test_baselines_wait_while_they_are_fitted(tmp_path, masks):
         for name, scores in islice(methods, 3):
             mode.waits.clear()
             assert (scores(batch).device, mode.waits, name) == (CUDA, [], name)
+
+
+@pytest.mark.parametrize(("device", "code", "outcome"), [("cpu", 0, "passed"), ("cuda", 1, "failed")])
+def test_the_script_of_the_first_run(command, tmp_path, device, code, outcome):
+    """benchmarks.gpu, without its slow parts; a part that fails is told with its reason and stops no other."""
+    flags = ["--device", device, "--small", "--parts", "fp32", "full card", "--json", tmp_path / "g.json"]
+    done = command("benchmarks.gpu", *flags, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == code, done.stdout[-3000:]
+    rows = json.loads((tmp_path / "g.json").read_text())["rows"]
+    assert [(row["part"], row["result"]) for row in rows] == [("fp32", outcome), ("full card", outcome)]
+    assert all(bool(row.get("reason")) is (outcome == "failed") for row in rows)

@@ -37,8 +37,8 @@ CASES = {
 }
 
 
-@pytest.mark.equality
-@pytest.mark.parametrize("case", CASES)
+# Not MViTFC, which scores in batches as published: with other kernels it is the slowest.
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.equality] * (c != "disk")) for c in CASES])
 def test_two_processes_are_one(command, phantoms, tmp_path, case):
     """Losses, metrics, thresholds, the selected epoch and every image's score, in training and of the checkpoint."""
     runs, tested = [], []

@@ -231,8 +231,10 @@ def mean_over_seeds(
     if not done:
         return "failed" if any(cell in failed for cell in cells) else "to do"
     measured = [values for values in done if values.get(metric) is not None]
-    if not measured:  # of a class no image is left, or the metric is none of this data set's
-        return "not measurable" if metric.endswith(CLEAN) and any(metric in values for values in done) else None
+    if not measured:  # the metric is none of this data set's, or of a class no image is left
+        if not metric.endswith(CLEAN):
+            return None
+        return "not measurable" if any(metric in values for values in done) else "patients not known"
     intervals = [values[f"{metric}_ci95"] for values in measured if values.get(f"{metric}_ci95")]
     complete = len(intervals) == len(measured)
     return Statistic.over([values[metric] for values in measured], intervals if complete else [], len(cells))

@@ -31,7 +31,11 @@ ASSUMED = ("img_size", "contrast_mood", "dec_type", "loss_type", "fidelity")
 
 def facts_of(dataset: MedicalDataset) -> dict[str, Any]:
     """What a published checkpoint does not say and the data set that it was trained on does."""
-    return {name: getattr(dataset, name) for name in ("obj", "prompt_name", "pixel_metrics", "mask_above")}
+    layout = dataset.layout
+    return {
+        "obj": dataset.obj, "prompt_name": layout.prompt_name, "pixel_metrics": dataset.pixel_metrics,
+        "mask_above": layout.mask_above,
+    }  # fmt: skip
 
 
 def looks_published(payload: dict[str, Any]) -> bool:

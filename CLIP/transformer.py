@@ -96,8 +96,10 @@ class ResidualAttentionBlock(nn.Module):
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """The block's output from its input and the attention heads' outputs: (..., C) twice -> (..., C)."""
-        x = x + _scaled(self.attn.out_proj(mixed), self.ls_1)
-        return x + _scaled(self.mlp(self.ln_2(x)), self.ls_2)
+        added = self.attn.out_proj(mixed)
+        x = x + (added if self.ls_1 is None else added * self.ls_1)
+        added = self.mlp(self.ln_2(x))
+        return x + (added if self.ls_2 is None else added * self.ls_2)
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         """(B, L, C) -> (B, L, C)."""
@@ -107,10 +109,6 @@ class ResidualAttentionBlock(nn.Module):
         """`forward(x, causal)[range(B), position]` at its cost alone: x (B, L, C), position (B,) -> (B, C)."""
         rows = torch.arange(len(x), device=x.device)
         return self.finish(x[rows, position], self.attn.attend_at(self.ln_1(x), position, causal))
-
-
-def _scaled(x: Tensor, factor: Tensor | None) -> Tensor:
-    return x if factor is None else x * factor
 
 
 class Transformer(nn.Module):

@@ -138,8 +138,7 @@ class Settings:
     model_config: dict[str, Any] | None = None  # the sizes of a tower that CLIP/model_configs does not name
     version: str = ""  # of this project, when the checkpoint was made
     image_tower: str | None = field(default=None, metadata=flag(
-        None, "DINOv2 as image encoder: dinov2-small (base, large, giant), a folder, a safetensors file, "
-        "hf-hub:OWNER/NAME", type=nonblank_text,
+        None, "DINOv2 as image tower: dinov2-small (or base ...), FOLDER, FILE, hf-hub:OWNER/NAME", type=nonblank_text,
     ))  # fmt: skip
 
     @classmethod

@@ -14,7 +14,6 @@ BIN := $(VENV)/bin
 DEMO_DATA := --obj BreastBUSI --data_path data/sample
 DEMO_TOWER := --model_name ViT-tiny-14-56 --pretrain random --image_tower dinov2-small --img_size 224 --fidelity corrected
 DEMO_TOKENS := --cache disk --cache_dir demo/cache --cache_dtype float16
-DEMO_SHOWN := data/sample/BreastBUSI_AD/test/*/img/*5.png
 DEMO_EPOCHS := --epoch 4 --eval_every 4 --select last
 
 # Small model, random weights, made-up images: minutes on a laptop.
@@ -48,7 +47,7 @@ demo-real: $(VENV)/runtime
 	$(BIN)/python -m dataset.check $(DEMO_DATA)
 	WANDB_MODE=disabled $(BIN)/python train.py $(DEMO_DATA) $(DEMO_TOWER) $(DEMO_TOKENS) $(DEMO_EPOCHS) --shot 4 --save_path demo/ckpt --run_dir demo/runs
 	$(BIN)/python test.py $(DEMO_DATA) $(DEMO_TOKENS) --save_path demo/ckpt --out_json demo/test.json --report demo/report --figures demo/pictures
-	$(BIN)/python predict.py --ckpt demo/ckpt/BreastBUSI.pth $(DEMO_SHOWN) --out demo/predictions
+	$(BIN)/python predict.py --ckpt demo/ckpt/BreastBUSI.pth data/sample/BreastBUSI_AD/test/Ungood/img --out demo/predictions
 	$(BIN)/python -m docs.demo demo $(DEMO_DATA) $(DEMO_TOWER) $(DEMO_TOKENS) --shot 4
 
 demo-offline: $(VENV)/runtime

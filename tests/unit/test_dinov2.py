@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +92,8 @@ def test_config_and_hash_say_which_tower_it_is(oracle, tmp_path):
     assert found.sha256 != own.sha256
     assert ModelConfig.from_dict(json.loads(json.dumps(found.config.to_dict()))) == found.config
     assert ModelConfig.from_dict(own.config.to_dict()) == own.config
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    assert find(copied).sha256 == found.sha256  # whatever the folder is called
     again = find_weights(found.config, "random", seed=1, image_tower=str(folder))  # as from a checkpoint
     assert again == found
     state = load_file(folder / "model.safetensors")

@@ -163,4 +163,3 @@ def test_unequal_shots_take_each_classs_own_list(brain, call, tmp_path):
     assert shots["abnormal"] == [f"valid_Ungood_{i:05d}.png" for i in range(2)]
     assert "my2-shot.txt" in output
     assert "my8-shot.txt" in output
-    assert "count 4 times as much" in output

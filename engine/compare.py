@@ -118,6 +118,9 @@ def notes(results: Sequence[Result], columns: Sequence[str]) -> Iterator[str]:
         if len(set(values)) > 1:
             differing.append(f"{name} {' / '.join(values)}" if max(map(len, values)) < SHORT else name)
     yield f"Settings that differ: {'; '.join(differing) or 'none'}."
+    orders = {tuple(row["file"] for row in result.values["per_image"]) for result in results}
+    if len(orders) > 1 and all(result.values.get("pauc_draws") for result in results):
+        yield "The results list the images in different orders: the bootstrap of pixel AUCs cannot be paired."
     ranks = np.array([rankdata(result.scores) for result in results])
     for i in np.argsort(-np.ptp(ranks, axis=0), kind="stable")[:DISAGREEMENTS]:
         places = ", ".join(f"{rank:g} in {name}" for rank, name in zip(ranks[:, i], columns, strict=True))

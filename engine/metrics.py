@@ -102,6 +102,13 @@ class Metrics:
     def table(self) -> str:
         """AUC and pAUC as `line` has them, and a line for each other value but thresholds that the test set set."""
         labels = {name: label for name, (label, _) in METRICS.items()} | MORE_LABELS
+        for kind in (name.removeprefix("n_of_") for name in self.values if name.startswith("n_of_")):
+            words = f"image AUROC of {kind}"
+            labels |= {
+                f"auc_of_{kind}": words,
+                f"auc_of_{kind}_ci95": f"{words}, 95% interval",
+                f"n_of_{kind}": f"{kind} images",
+            }
         hidden = {"auc", "pauc"} | ({"pauc_without_shot_patients"} if self.pauc is None else set())
         rows = [
             f"  {labels.get(name, name.replace('_', ' '))}: {readable_value(value)}"

@@ -11,7 +11,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from engine.compare import Result, auc_difference, compare, main, rate
-from engine.metrics import auroc_interval, kind_metrics
+from engine.metrics import Metrics, auroc_interval, kind_metrics
 from utils import InputError
 
 
@@ -82,6 +82,17 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
             Result.read(path)
 
 
+def test_images_in_another_order_leave_the_pixels_difference_out(tmp_path: Path) -> None:
+    labels, one, _ = scores_of(1)
+    first = Result.read(write(tmp_path / "a.json", labels, one, pauc=0.9, pauc_draws=[0.9, 0.8]))
+    turned = json.loads((tmp_path / "a.json").read_text())
+    turned["per_image"].reverse()
+    (tmp_path / "b.json").write_text(json.dumps(turned))
+    table = compare([first, Result.read(tmp_path / "b.json")])
+    assert not any(metric == "pixel AUC, difference" for metric, _, _ in table.cells)
+    assert any("different orders" in note for note in table.notes)
+
+
 # --- kinds of abnormal ---
 
 
@@ -93,5 +104,6 @@ def test_figures_of_each_kind_of_abnormal() -> None:
     )  # fmt: skip
     found = kind_metrics(evaluation)
     assert (found["auc_of_benign"], found["auc_of_malignant"], found["n_of_malignant"]) == (0.5, 1.0, 2)
+    assert "image AUROC of benign: 0.5000" in Metrics({"auc": 0.7, **found}).table()
     evaluation.samples = [SimpleNamespace(kind="Ungood" if kind else "") for kind in kinds]
     assert kind_metrics(evaluation) == {}

@@ -57,8 +57,7 @@ def find_tower(name: str) -> tuple[str, Path]:
     """
     path = Path(name)
     if name.startswith(HUB):
-        for file in FILES:  # the config lies beside the weights then
-            path = fetch(name.removeprefix(HUB), (file,))
+        _, path = (fetch(name.removeprefix(HUB), (file,)) for file in FILES)  # the hub's cache has both in one folder
         return name, path
     if path.is_dir():
         return path.resolve().name, file_in(path, FILES[1:], f"--image_tower {name}: the folder")

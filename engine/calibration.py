@@ -20,7 +20,7 @@ from .metrics import choose_threshold, count_pixels, maps_at_a_time
 MAX_IMAGES = 100  # of a class: enough for a threshold, and each passes the tower once
 HEAT_QUANTILES = (0.02, 0.9995)  # of the pixels: the range of colours in pictures
 HEAT_PIXELS = 2**20  # at most, evenly spaced, for the quantiles
-VALID_SOURCE = "images of valid/ that are no shots"
+VALID_SOURCE = "images of valid/ that are not shots"
 CHOSEN_SOURCE = f"{VALID_SOURCE}, which chose the epoch too: optimistic"
 VIEWS_SOURCE = "augmented views of the shots, which were trained on: optimistic"
 # The rules by which a threshold is chosen, in words, and the classes that each of them needs.

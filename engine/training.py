@@ -289,7 +289,7 @@ def epoch_line(record: dict[str, Any], epochs: int, seconds: float) -> str:
 def calibrate_run(
     detector: Detector, store: TokenStore, splits: Splits, training: TrainingSet, rule: str
 ) -> dict[str, Any] | None:
-    """The decision's threshold: set on images of valid/ that are no shots, or else on the shots' augmented views."""
+    """The decision's threshold: set on images of valid/ that are not shots, or else on the shots' augmented views."""
     settings = detector.settings
     if splits.calibration:
         evaluation = evaluate(detector, store, splits.calibration)
@@ -341,7 +341,7 @@ class Splits:
             )
         if len(scored) < len(unused):
             print(
-                f"{len(unused) - len(scored)} abnormal images of valid/ have no mask and are no shots: "
+                f"{len(unused) - len(scored)} abnormal images of valid/ have no mask and are not shots: "
                 f"the threshold is set without them"
             )
         valid = scored if select == "valid" else []

@@ -220,7 +220,7 @@ def test_what_a_run_trains_on_is_said(tmp_path, capsys):
     (tmp_path / "Brain_AD/fewshot_seed/my2-shot.txt").unlink()
     options = train_options(["--obj", "Brain", "--data_path", str(tmp_path), "--shot", "2", "--seed", "4"])
     splits = Splits.open(options)
-    assert "1 abnormal images of valid/ have no mask and are no shots" in capsys.readouterr().out
+    assert "1 abnormal images of valid/ have no mask and are not shots" in capsys.readouterr().out
     assert (len(splits.unused), len(splits.calibration), splits.select) == (6, 5, "valid")
     assert mask.name not in {sample.path.name for sample in splits.calibration}
     splits.describe()

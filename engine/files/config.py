@@ -36,7 +36,7 @@ SELECTS = {
     "last": "last epoch",
 }
 MAX_IMG_SIZE = 4096
-MAX_TEXT = 200  # characters of an object's name: prompts have few words, and the tokenizer takes long over long ones
+MAX_TEXT = 200  # characters of an object's name: prompts have few words, and the tokenizer is slow on long ones
 
 
 # Argparse types.

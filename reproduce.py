@@ -259,13 +259,13 @@ def notes_on(grid: Grid, published: Sequence[Published], failed: dict[Cell, str]
     """What a reader has to know of the figures, the most important first."""
     options, base, datasets = grid.options, grid.base, [grid.dataset(obj) for obj in grid.options.obj]
     if base.pretrain == "random":
-        nothing = "Nothing is pre-trained: these figures only show that the program runs."
+        nothing = "Nothing is pre-trained: these results only show that the program runs."
         yield "The text tower is random: no text is aligned with the images." if base.image_tower else nothing
     made_up = [data.obj for data in datasets if data.is_made_up]
     others = [data.obj for data in datasets if published and data.other_counts and not data.is_made_up]
     for what, objs in (("Made-up images", made_up), ("Other images than the published ones", others)):
         if objs:
-            yield f"{what} ({', '.join(objs)}): no published figure compares."
+            yield f"{what} ({', '.join(objs)}): they cannot be compared with published results."
     words = {words for cell in grid.cells if not cell.baselines for words in grid.epochs(cell).values()}
     where = " of the data set trained on" if options.table == "cross" else ""
     for select in (select for select in SELECTS if f"selected on {select}" in words):
@@ -290,6 +290,6 @@ def notes_on(grid: Grid, published: Sequence[Published], failed: dict[Cell, str]
         if any(entry.figure(obj, metric) for obj, metric in product(options.obj, SHOWN))
     ]  # fmt: skip
     if shown := [f"({i}) {entry.note()}" for i, entry in known if entry.shots in options.shots]:
-        yield f"Published figures: {'; '.join(shown)}."
+        yield f"Published results: {'; '.join(shown)}."
     if others := [f"{entry.method} ({entry.shots} shots)" for _, entry in known if entry.shots not in options.shots]:
         yield f"Not shown, as of another number of shots: {', '.join(others)}."

@@ -88,14 +88,13 @@ def add_reading_flags(group: Any) -> None:  # noqa: ANN401 - a parser or a group
     flag, otherwise = group.add_argument, "default: the data set's, else"
     flag("--list", metavar="FILE",
          help="images and labels in a .csv, .tsv or .jsonl (default: images.csv in the data's folder)")  # fmt: skip
-    flag("--patient", metavar="REGEX", help="regular expression: the patient in an image's path (docs/data.md)")
+    flag("--patient", metavar="REGEX", help="regular expression for the patient in an image's path (docs/data.md)")
     flag("--mask_above", type=integer(0, 254), metavar="GREY",
-         help=f"grey of masks above which a pixel is abnormal ({otherwise} 127; 25: BMAD, 0: AA-CLIP)")  # fmt: skip
+         help=f"grey level above which a mask marks a pixel ({otherwise} 127; 25: BMAD, 0: AA-CLIP)")  # fmt: skip
     flag("--mask_labels", type=integer(0, 65535), nargs="+", metavar="LABEL",
          help="abnormal grey levels, palette indices or labels of masks, instead of --mask_above")  # fmt: skip
     flag("--unmarked", choices=UNMARKED,
-         help="how abnormal images with an empty mask count; out: not at all "
-              f"({otherwise} out; the paper's six: abnormal, as published)")  # fmt: skip
+         help=f"how to count abnormal images with an empty mask; out: not at all ({otherwise} out)")  # fmt: skip
     flag("--window", nargs="+", metavar="W",
          help=f"CENTER WIDTH, auto or full: grey range beyond 8 bits ({otherwise} the file's)")  # fmt: skip
     flag("--plane", choices=PLANES, help=f"in which NIfTI volumes are cut ({otherwise} axial)")
@@ -117,7 +116,7 @@ def object_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", text):
         raise InputError(f"--obj {text!r}: use letters, digits, '_', '-' and '.', as the name goes into file names")
     if text == PUBLISHED.stem:
-        raise InputError(f"--obj {text}: dataset/{PUBLISHED.name} holds published figures and describes no data set")
+        raise InputError(f"--obj {text}: dataset/{PUBLISHED.name} holds published results and describes no data set")
     return text
 
 

@@ -147,7 +147,7 @@ def main() -> None:
     add("--check", type=nonempty_path, metavar="FOLDER", help="score these images with PyTorch and with ONNX Runtime")
     add("--precision", choices=tuple(DTYPES), default="fp32", help="fp16: half of the file")
     add("--weights", type=nonempty_path, help="file with CLIP weights, instead of that in CLIP/ckpt")
-    add("--obj", help="of a published checkpoint: the data set that it was trained on")
+    add("--obj", help="data set that a published checkpoint was trained on")
     add_model_flags(parser, from_checkpoint=True)
     options = parser.parse_args()
     flags = {name: getattr(options, name) for name in ("weights", "obj", *MODEL_FLAGS)}

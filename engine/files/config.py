@@ -118,7 +118,7 @@ class Settings:
     )
     features_list: tuple[int, ...] = field(metadata=flag(
         None,
-        "layers that adapters read, from 1 (default: the depth's quarters, 6 12 18 24 for ViT-L)",
+        "layers that adapters read, from 1 (default: quarters of the depth, 6 12 18 24 for ViT-L)",
         type=int, nargs="+",
     ))  # fmt: skip
     visionA: str = field(metadata=flag("MFCFC", "kind of adapter", choices=ADAPTER_KINDS))
@@ -216,7 +216,7 @@ def add_data_flags(parser: argparse.ArgumentParser, obj: str) -> None:
     add("--seed", type=integer(-(2**63), 2**64 - 1), default=111, help="seed of all random draws")  # torch's range
     add("--out_json", type=nonempty_path, help="write the results to this file")
     add("--anonymous", action="store_true",
-        help="running numbers instead of file names, patients and UIDs in all output"
+        help="replace file names, patients and UIDs with numbers in all output"
     )  # fmt: skip
     add_machine_flags(parser)
     add = parser.add_argument_group("token store (docs/method.md)").add_argument
@@ -251,7 +251,7 @@ def add_shot_flags(group: Any, default: int | None) -> None:  # noqa: ANN401 - a
 
 def train_parser() -> Parser:
     """The command line of train.py: the published flags with the published defaults, and ours beside them."""
-    description = "Train MadCLIP on a few labelled images; docs/flags.md lists these flags too."
+    description = "Train MadCLIP on a few labelled images."
     parser = Parser(prog="train.py", description=description, formatter_class=Formatter)
     add_data_flags(parser, obj="Liver")
     add_model_flags(parser, from_checkpoint=False)
@@ -267,17 +267,17 @@ def train_parser() -> Parser:
     add("--iterate", type=int, default=0,
         help="K: lines a-K and n-K of the list of shots; negative: sample with --seed")  # fmt: skip
     add("--select", choices=tuple(SELECTS),
-        help="epoch that is reported and saved (default: test for the paper's six data sets; else valid if it has both "
-        "classes beside the shots, else last)")  # fmt: skip
+        help="epoch to report and save "
+             "(default: test for the paper's six, else valid or last: docs/data.md)")  # fmt: skip
     add("--threshold_at", type=threshold_rule, default="f1", metavar="RULE",
-        help="how the decision threshold is set: f1 (the largest), fpr=RATE or tpr=RATE")  # fmt: skip
+        help="rule for the decision threshold: f1 (largest F1), fpr=RATE or tpr=RATE")  # fmt: skip
     add("--eval_every", type=positive, default=1, help="epochs between evaluations")
     add("--log_images_every", type=count, default=10,
-        help="epochs between pictures in W&B; 0: no picture and no file name leaves this machine")  # fmt: skip
+        help="epochs between pictures in W&B; 0: upload no pictures and no file names")  # fmt: skip
     add("--log_model", action="store_true", help="upload the checkpoint to W&B as an artifact")
     add("--save_model", type=int, choices=(0, 1), nargs="?", const=1, default=1, help="write <obj>.pth (published: 0)")
-    add("--no-save_model", dest="save_model", action="store_const", const=0, help="do not")
-    add("--run_dir", default="runs", type=nonempty_path, help="folder that holds a folder for each run")
+    add("--no-save_model", dest="save_model", action="store_const", const=0, help="write none")
+    add("--run_dir", default="runs", type=nonempty_path, help="folder of all runs")
     add("--resume", metavar="RUN", help="continue the run in this folder, with its settings")
     return parser
 
@@ -299,8 +299,8 @@ def test_parser() -> Parser:
     add("--prompt_name", type=nonblank_text, help="what the prompts call the object (default: as in training)")
     add("--allow_other_weights", action="store_true",
         help="only warn if the CLIP weights are not those of the training")  # fmt: skip
-    add("--save_scores", metavar="FILE", type=nonempty_path, help="keep the patch scores (.npz)")
-    add("--scores", metavar="FILE", type=nonempty_path, help="repeat the evaluation from such a file, without weights")
+    add("--save_scores", metavar="FILE", type=nonempty_path, help="write the patch scores (.npz)")
+    add("--scores", metavar="FILE", type=nonempty_path, help="repeat the evaluation from this file, without weights")
     add("--figures", type=nonempty_path, help="folder for figures as PNG")
     add("--report", type=nonempty_path, help="folder for the report page, index.html")
     return parser

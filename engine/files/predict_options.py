@@ -22,7 +22,7 @@ def predict_options(arguments: Sequence[str] | None = None) -> argparse.Namespac
     flag("images", nargs="*", type=nonempty_path, metavar="IMAGE_OR_FOLDER",
          help="PNG, JPEG, BMP, TIFF, WebP, GIF, JPEG 2000; DICOM (with pydicom), NIfTI (with nibabel)")  # fmt: skip
     flag("--ckpt", required=True, type=nonempty_path, help="checkpoint of train.py, or one in the published format")
-    flag("--obj", help="of a published checkpoint: the data set that it was trained on")
+    flag("--obj", help="data set that a published checkpoint was trained on")
     flag("--weights", type=nonempty_path, help="file with CLIP weights, instead of the one in CLIP/ckpt")
     flag(
         "--allow_other_weights", action="store_true", help="only warn if the CLIP weights are not those of the training"
@@ -60,9 +60,9 @@ def add_reading_flags(parser: argparse.ArgumentParser) -> None:
     one = group.add_mutually_exclusive_group().add_argument
     one("--threshold", type=finite, help="abnormal is score >= threshold (default: the checkpoint's)")
     one("--calibrate", type=nonempty_path, metavar="FOLDER",
-        help="set it on labelled images, in any layout that dataset.check knows")  # fmt: skip
+        help="set it on labelled images, in any layout of docs/data.md")  # fmt: skip
     group.add_argument("--threshold_at", type=threshold_rule, metavar="RULE",
-                       help="with --calibrate: f1 (max., the default), fpr=0.05, tpr=0.95")  # fmt: skip
+                       help="with --calibrate: f1 (default), fpr=RATE or tpr=RATE")  # fmt: skip
     group.add_argument("--save_ckpt", type=nonempty_path, metavar="FILE",
                        help="a copy of the checkpoint with the thresholds of --calibrate")  # fmt: skip
 
@@ -73,15 +73,15 @@ def add_result_flags(parser: argparse.ArgumentParser) -> None:
     flag("--out", type=nonempty_path, help="folder of the results")
     flag("--pictures", action=switch, default=True, help="write heat maps and contours")
     flag("--volumes", action=switch, default=True,
-         help="with --pictures, write heat maps of NIfTI volumes and DICOM series in the scan's own space")  # fmt: skip
+         help="with --pictures, write heat maps of NIfTI volumes and DICOM series in the scan's space")  # fmt: skip
     flag("--group_by", choices=("series", "patient", "folder"), help="a row for each, in groups.csv")
     flag("--report", type=nonempty_path, metavar="FOLDER",
          help="a page (index.html) with every image, highest scores first")  # fmt: skip
     flag(
         "--anonymous",
         action="store_true",
-        help="running numbers instead of file names, patients and UIDs in all results; messages about "
-        "unreadable files name them",
+        help="replace file names, patients and UIDs with numbers in all results, but not in messages about "
+        "unreadable files",
     )
 
 

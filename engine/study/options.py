@@ -18,21 +18,21 @@ class Kind:
     """What sets a table apart; which cells it has is in `Grid`."""
 
     title: str
-    labels: tuple[str, ...] = ("method",)  # headings of what stands before a row's figures
+    labels: tuple[str, ...] = ("method",)  # headings of what stands before a row's results
     heading: str = "data set"  # of the columns
-    published: bool = False  # published figures stand beside ours
+    published: bool = False  # published results stand beside ours
     shots: tuple[int, ...] = (4,)  # where --shots is not given
     data_sets: int = 1  # as many at least
 
 
 TABLES = {
-    "main": Kind("figures on each data set", published=True),
+    "main": Kind("results on each data set", published=True),
     "cross": Kind("trained on one data set, tested on another", ("trained on", "epoch"), "tested on", data_sets=2),
     "leave_one_out": Kind(
         "trained on the shots of all other data sets, tested on one", heading="tested on", data_sets=2
     ),
     "ablation": Kind("one component changed at a time", ("component", "setting", "epoch")),
-    "shots": Kind("figures over the number of shots", published=True, shots=(2, 4, 8, 16)),
+    "shots": Kind("results over the number of shots", published=True, shots=(2, 4, 8, 16)),
     "baselines": Kind("beside baselines on the same tokens, shots and test images", published=True),
 }
 # Flags of train.py that the grid sets itself; --select too where nothing is selected.
@@ -52,13 +52,13 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
     add = parser.add_argument
     add("--table", required=True, choices=tuple(TABLES))
     add("--obj", nargs="+", type=object_name, default=list(BENCHMARKS), help="data sets")
-    add("--seeds", nargs="+", type=int, default=[111, 112, 113], help="means are over these")
-    add("--shots", nargs="+", type=positive, help="(default: 4; of the table shots 2 4 8 16)")
+    add("--seeds", nargs="+", type=int, default=[111, 112, 113], help="seeds to average over")
+    add("--shots", nargs="+", type=positive, help="images of each class (default: 4; 2 4 8 16 for --table shots)")
     add("--out", type=nonempty_path, default="results", help="folder of tables, runs and logs")
     add("--dry_run", action="store_true", help="list cells, images and disk space, and do nothing")
     add("--compare", nargs="+", type=Path, default=[], metavar="JSON",
-        help="more published figures, in the form of dataset/published_results.json")  # fmt: skip
-    add("--clean", action="store_true", help="also figures without test images of the shots' patients")
+        help="more published results, in the form of dataset/published_results.json")  # fmt: skip
+    add("--clean", action="store_true", help="also results without test images of the shots' patients")
     add("--executor", choices=("here", "local", "slurm"), default="here",
         help="here: in this process; local, slurm: jobs through submitit, at most --jobs at once")  # fmt: skip
     add("--jobs", type=positive, default=1, help="jobs at once")
@@ -75,5 +75,5 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
     if len(options.obj) < kind.data_sets:
         raise InputError(f"--table {options.table}: name two data sets or more with --obj")
     if options.compare and not kind.published:
-        raise InputError(f"--compare: no published figure belongs in --table {options.table}")
+        raise InputError(f"--compare: no published result belongs in --table {options.table}")
     return options

@@ -159,7 +159,7 @@ def _latex_row(cells: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Published:
-    """One method's published figures: an entry of dataset/published_results.json, or of a file of that form."""
+    """One method's published results: an entry of dataset/published_results.json, or of a file of that form."""
 
     method: str
     source: str
@@ -173,7 +173,7 @@ class Published:
         if wrong := [percent for percent in figures if not 1 < percent <= 100]:
             raise ValueError(f"{wrong[0]} is not a percentage above 1 and up to 100")
         if figures and not (self.shots or 0) >= 1:
-            raise ValueError("figures need their number of `shots`, from 1 on")
+            raise ValueError("results need their number of `shots`, from 1 on")
 
     def figure(self, obj: str, metric: str) -> Statistic | None:
         """`auc` or `pauc` of a data set; None where the source has none for it."""

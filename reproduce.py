@@ -165,7 +165,7 @@ def write_union(grid: Grid, cell: Cell) -> None:
         (root / dataset.obj).symlink_to(dataset.root.absolute())
     rows = []
     for dataset, split, sample in chosen:
-        files = (sample.path, *((sample.mask, *sample.more_masks) if sample.mask and target.pixel_metrics else ()))
+        files = (sample.path, *(sample.masks if target.pixel_metrics else ()))
         image, *masks = (f"{dataset.obj}/{path.relative_to(dataset.root).as_posix()}" for path in files)
         rows.append({
             "image": image, "label": sample.label, "mask": "|".join(masks), "split": split, "slice": sample.index,

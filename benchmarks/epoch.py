@@ -97,7 +97,7 @@ class Epoch:
     def evaluation(self) -> tuple[Evaluation, Masks | None]:
         """Random scores of all test images, and masks: a square lesion in each abnormal one."""
         names = [f"{i}.png" for i in range(self.images)]
-        samples = [Sample(Path(name), int(i >= self.normal), None, name) for i, name in enumerate(names)]
+        samples = [Sample(Path(name), int(i >= self.normal), (), name) for i, name in enumerate(names)]
         scores = 0.1 * torch.randn(self.images, self.layers, self.patches, device=self.device)
         evaluation = Evaluation(samples, scores, self.detector.scoring_head, self.size, "mean")
         if not self.settings.pixel_metrics:

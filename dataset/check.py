@@ -137,7 +137,7 @@ def look_at(sample: Sample, above: int, is_alone: bool) -> Seen:
             remarks["any size" if sample.published else "mask size"] = (
                 f"{_size(mask.image.size)}, its image {_size(picture.image.size)}"
             )
-        findings |= {kind: f"{sample.mask}: {text}" for kind, text in remarks.items()}
+        findings |= {kind: f"{sample.masks[0]}: {text}" for kind, text in remarks.items()}
     return Seen(sample.name, findings, picture.mode, picture.image.size, digest, mask is not None)
 
 

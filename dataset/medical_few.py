@@ -260,9 +260,8 @@ class MedicalDataset:
             return known
         masks = file.masks if file.kind == "abnormal" and self.pixel_metrics else []
         sample = Sample(
-            file.path, KINDS.index(file.kind), masks[0] if masks else None, file.name, file.patient,
-            options=self.options, published=self.is_benchmark, more_masks=tuple(masks[1:]),
-            kind=file.word,
+            file.path, KINDS.index(file.kind), tuple(masks), file.name, file.patient,
+            options=self.options, published=self.is_benchmark, kind=file.word,
         )  # fmt: skip
         samples = [sample]
         if file_kind(file.path) != "pillow":
@@ -289,12 +288,12 @@ class MedicalDataset:
                 self.left_out[UNMARKED_MASK].add(sample.name)
                 if unmarked == "out":
                     return None
-                sample = replace(sample, label=0, mask=None, more_masks=())
+                sample = replace(sample, label=0, masks=())
         kind = file_kind(sample.path)
-        if kind == "pillow" or (kind == "nifti" and sample.mask):
+        if kind == "pillow" or (kind == "nifti" and sample.masks):
             return sample
         picture = read(sample)
-        if picture.is_blank and not sample.mask:
+        if picture.is_blank and not sample.masks:
             self.left_out[EMPTY_SLICE].add(sample.name)
             return None
         if kind == "dicom" and series:

@@ -84,7 +84,7 @@ def normal_note(dataset: MedicalDataset, examples: bool = True) -> str | None:
         sample.name
         for entry in masked
         for sample in dataset.samples_in(entry)
-        if (mask := read_mask(replace(sample, mask=entry.masks[0]))) and mask.marks(dataset.layout.mask_above)
+        if (mask := read_mask(replace(sample, masks=tuple(entry.masks)))) and mask.marks(dataset.layout.mask_above)
     ]
     such = f": {preview(names)}" if examples else ""
     return f"warning: {len(names)} normal images have a mask that marks something{such}" if names else None

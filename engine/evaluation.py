@@ -104,10 +104,10 @@ class Masks:
             InputError: a mask that cannot be read or does not fit its image.
         """
         size, above = settings.img_size, settings.mask_above
-        has_mask = torch.tensor([sample.mask is not None for sample in samples])
+        has_mask = torch.tensor([bool(sample.masks) for sample in samples])
         if not settings.pixel_metrics or not has_mask.any():
             return None
-        masked = [sample for sample in samples if sample.mask is not None]
+        masked = [sample for sample in samples if sample.masks]
         masks = prefetch(lambda sample: load_mask(sample, size, above), masked, workers)
         bits = np.stack([np.packbits(mask.numpy().ravel()) for mask in masks])
         rows = torch.full((len(samples),), -1)

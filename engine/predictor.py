@@ -218,7 +218,7 @@ class Predictor:
         settings = replace(self.settings, mask_above=dataset.layout.mask_above)
         pixels, size = settings.pixel_metrics and dataset.pixel_metrics, settings.img_size
         every = {(s.path, s.index): s for split in ("valid", "test") for s in dataset.samples(split)}.values()
-        samples = [sample for sample in every if sample.mask or not (pixels and sample.label)]
+        samples = [sample for sample in every if sample.masks or not (pixels and sample.label)]
         if len(samples) < len(every):
             warn(f"{dataset.root}: {len(every) - len(samples)} abnormal images without a mask are left out")
         shots = {name for names in (self.checkpoint.metadata.get("shots") or {}).values() for name in names}

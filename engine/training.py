@@ -330,7 +330,7 @@ class Splits:
         if options.anonymous:
             numbers = Numbers(dataset)
             shots, unused, test = numbers.shots(shots), numbers.samples(unused), numbers.samples(test)
-        scored = [sample for sample in unused if sample.mask or not (sample.label and dataset.pixel_metrics)]
+        scored = [sample for sample in unused if sample.masks or not (sample.label and dataset.pixel_metrics)]
         abnormal = sum(sample.label for sample in scored)
         counts = (len(scored) - abnormal, abnormal)
         select = options.select or ("test" if dataset.is_benchmark else "valid" if min(counts) else "last")
@@ -361,9 +361,8 @@ class Splits:
         contents = {}
         for sample in (*self.shots.abnormal, *self.shots.normal, *self.test, *self.valid, *self.calibration):
             contents[sample.name] = store.content_hash(sample)[:16]
-            for mask in (sample.mask, *sample.more_masks):
-                if mask is not None:
-                    contents[f"{sample.name} ({mask.name}, mask)"] = sha256_file(mask)[:16]
+            for mask in sample.masks:
+                contents[f"{sample.name} ({mask.name}, mask)"] = sha256_file(mask)[:16]
         return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
     def describe(self) -> None:

@@ -79,13 +79,12 @@ class Sample:
 
     path: Path
     label: int  # 1 = abnormal
-    mask: Path | None  # of abnormal images, where the data set has masks
+    masks: tuple[Path, ...]  # of abnormal images, where the data set has masks; several are united
     name: str  # the path below the data set's folder, `#INDEX` behind it: what reports and JSON files call it
     patient: str | None = None  # as far as the name tells
     index: int | None = None  # the frame of a series or slice of a volume, counted from 0
     options: ReadOptions = field(default=AS_STORED, compare=False)
     published: bool = field(default=False, compare=False)  # of the paper's own data: masks are read as it read them
-    more_masks: tuple[Path, ...] = ()  # united with `mask`
     kind: str = field(default="", compare=False)  # of abnormal images, where list or folders name kinds: malignant
 
     def content_hash(self) -> str:

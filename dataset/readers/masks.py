@@ -52,13 +52,13 @@ def read_mask(sample: Sample) -> Mask | None:
     Raises:
         InputError: a file cannot be read, or several masks of the image differ in size.
     """
-    if sample.mask is None:
+    if not sample.masks:
         return None
-    mask = _read(sample.mask, sample)
-    for path in sample.more_masks:
+    mask = _read(sample.masks[0], sample)
+    for path in sample.masks[1:]:
         other = _read(path, sample)
         if other.image.size != mask.image.size:
-            raise InputError(f"{path}: {other.image.size} pixels, but {sample.mask} has {mask.image.size}")
+            raise InputError(f"{path}: {other.image.size} pixels, but {sample.masks[0]} has {mask.image.size}")
         mask = Mask(
             ImageChops.lighter(mask.image, other.image), {**mask.notes, **other.notes}, mask.levels + other.levels,
             mask.by_label or other.by_label,
@@ -114,14 +114,14 @@ def load_grey_mask(sample: Sample, size: int) -> Tensor:
     import torch  # noqa: PLC0415 (half a second, which `--help` need not wait for)
 
     found = read_mask(sample)
-    if found is None or sample.mask is None:
+    if found is None:
         return torch.zeros(1, size, size)
     mask = found.image
     if mask.size not in (sizes := mask_sizes(sample)):
         if not sample.published:
-            raise InputError(f"{sample.mask}: {mask.size} pixels, but its image has {' or '.join(map(str, sizes))}")
+            raise InputError(f"{sample.masks[0]}: {mask.size} pixels, but its image has {' or '.join(map(str, sizes))}")
         words = "masks of another size than their images: resized, as the published loader does"
-        warn_once(f"{sample.mask.parent}: {words}")
+        warn_once(f"{sample.masks[0].parent}: {words}")
     return torch.from_numpy(np.array(mask.resize((size, size), Image.Resampling.NEAREST))).float()[None] / 255
 
 
@@ -150,5 +150,5 @@ def check_mask(sample: Sample, above: int = ABNORMAL_ABOVE) -> list[str]:
     mask = read_mask(sample)
     notes = {} if mask is None else mask_notes(mask, above)
     if "labels" in notes:
-        raise InputError(f"{sample.mask}: {notes['labels']}")
-    return [f"{sample.mask}: {notes[kind]}" for kind in ("empty", "full") if kind in notes]
+        raise InputError(f"{sample.masks[0]}: {notes['labels']}")
+    return [f"{sample.masks[0]}: {notes[kind]}" for kind in ("empty", "full") if kind in notes]

@@ -93,7 +93,7 @@ class Scored:
             if description["format"] != FORMAT:
                 raise ValueError(f"format {description['format']!r:.40}")
         rows = zip(*(arrays[name].tolist() for name in ("names", "labels", "patients", "kinds")), strict=True)
-        samples = [Sample(Path(name), label, None, name, who or None, kind=kind) for name, label, who, kind in rows]
+        samples = [Sample(Path(name), label, (), name, who or None, kind=kind) for name, label, who, kind in rows]
         shape = description["head"], description["img_size"], description["dec_type"]
         evaluation, masks = Evaluation(samples, torch.from_numpy(arrays["patch_scores"]), *shape), None
         if "mask_bits" in arrays:

@@ -47,7 +47,7 @@ def draw_samples(folder: Path, count: int = 6, size: int = 50, masks: bool = Tru
             marked = np.zeros((size, size), np.uint8)
             marked[5 : 15 + i, 10:30] = 255
             Image.fromarray(marked).save(mask)
-        samples.append(Sample(path, i % 2, mask if i % 2 and masks else None, path.name))
+        samples.append(Sample(path, i % 2, (mask,) if i % 2 and masks else (), path.name))
     return samples
 
 

@@ -35,7 +35,7 @@ def make_samples(folder: Path, labels: Sequence[int], masks: bool = True) -> lis
         Image.new("RGB", PICTURE, (40 + i, 90, 90)).save(folder / f"{i}.png")
         has_mask = bool(label) and masks
         samples.append(
-            Sample(folder / f"{i}.png", label, folder / "mask.png" if has_mask else None, f"test/{i:05}.png")
+            Sample(folder / f"{i}.png", label, (folder / "mask.png",) if has_mask else (), f"test/{i:05}.png")
         )
     return samples
 

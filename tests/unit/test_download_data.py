@@ -67,7 +67,7 @@ def test_only_what_was_asked_for_is_unpacked_and_checked(server, tmp_path, monke
     assert "counts as published: valid 3 + 3; test 3 + 3" in output
     dataset = MedicalDataset.open("Brain", tmp_path / "data")
     assert len(dataset.samples("test")) == 6
-    assert all(sample.mask for sample in dataset.samples("test") if sample.label)
+    assert all(sample.masks for sample in dataset.samples("test") if sample.label)
     with pytest.raises(InputError, match="Brain_AD is there already"):
         download.main(["Brain", "--out", str(tmp_path / "data")])
 

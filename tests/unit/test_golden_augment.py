@@ -48,5 +48,5 @@ def test_mask(golden, tmp_path):
     data = golden("transforms")
     path = tmp_path / "mask.png"
     path.write_bytes(data["mask/png"].tobytes())
-    mask = load_mask(Sample(path, 1, path, "mask.png"), 42)
+    mask = load_mask(Sample(path, 1, (path,), "mask.png"), 42)
     assert np.array_equal(mask.numpy(), data["mask/tensor"][0] > 0.5)

@@ -131,7 +131,7 @@ def test_orientation_is_ignored_in_every_format(tmp_path, name, orientation):
     assert picture.image.size == (48, 32)
     assert images.mask_sizes(tmp_path / name) == {(48, 32)}
     assert np.abs(np.asarray(picture.image)[..., 0].astype(int) - GRADIENT).max() <= 2
-    sample = Sample(tmp_path / name, 1, tmp_path / name, "x")
+    sample = Sample(tmp_path / name, 1, (tmp_path / name,), "x")
     assert (masks.read_mask(sample).image.size) == (48, 32)
 
 
@@ -144,7 +144,7 @@ def test_eight_bit_values_in_wider_files_are_read_as_the_published_program_reads
         assert np.array_equal(np.asarray(image.convert("L")), GRADIENT)  # which is what it does
     assert load_image(path, 16).equal(load_image(plain, 16))
     assert f"8-bit values in a {bits}-bit file" in read(path).notes["wide"]
-    assert load_mask(Sample(plain, 1, path, "x"), 16).equal(load_mask(Sample(plain, 1, plain, "x"), 16))
+    assert load_mask(Sample(plain, 1, (path,), "x"), 16).equal(load_mask(Sample(plain, 1, (plain,), "x"), 16))
 
 
 def sixteen_bit_png(path: Path, values: np.ndarray) -> Path:
@@ -223,7 +223,7 @@ def test_grey_masks_of_the_published_program(tmp_path, golden):
     for index, values in enumerate(data["raw"]):
         path = tmp_path / f"{index}.png"
         Image.fromarray(values).save(path)
-        sample = Sample(path, 1, path, "x")
+        sample = Sample(path, 1, (path,), "x")
         grey = load_grey_mask(sample, 48)
         assert grey.shape == (1, 48, 48)
         assert np.array_equal(grey.numpy() > 0.5, data["test_masks"][index])
@@ -232,7 +232,7 @@ def test_grey_masks_of_the_published_program(tmp_path, golden):
             assert np.array_equal(
                 load_mask(sample, 75, above).numpy(), np.array(Image.fromarray(values).resize((75, 75), 0)) > above
             )
-    assert not load_grey_mask(Sample(path, 0, None, "x"), 48).any()
+    assert not load_grey_mask(Sample(path, 0, (), "x"), 48).any()
 
 
 @pytest.mark.parametrize("colour", [0, 255])
@@ -240,7 +240,7 @@ def test_masks_in_the_alpha_channel(tmp_path, colour):
     lesion = (np.add.outer(np.arange(20), np.arange(20)) > 25).astype(np.uint8) * 255
     rgba = np.dstack([*[np.full_like(lesion, colour)] * 3, lesion])
     Image.fromarray(rgba).save(tmp_path / "mask.png")
-    sample = Sample(tmp_path / "mask.png", 1, tmp_path / "mask.png", "x")
+    sample = Sample(tmp_path / "mask.png", 1, (tmp_path / "mask.png",), "x")
     assert np.array_equal(load_mask(sample, 20).numpy(), lesion > 0)
     assert "alpha channel" in masks.read_mask(sample).notes["alpha"]
     # Where the colours hold the mask, transparency is dropped as ever.
@@ -251,7 +251,7 @@ def test_masks_in_the_alpha_channel(tmp_path, colour):
 def test_a_mask_of_another_size_is_resized_where_the_data_set_may_have_it(tmp_path, capsys):
     Image.fromarray(GRADIENT).save(tmp_path / "x.png")
     Image.fromarray(GRADIENT).resize((20, 20)).save(tmp_path / "mask.png")
-    sample = Sample(tmp_path / "x.png", 1, tmp_path / "mask.png", "x", published=True)
+    sample = Sample(tmp_path / "x.png", 1, (tmp_path / "mask.png",), "x", published=True)
     grey.warn_once.cache_clear()
     assert load_mask(sample, 16).any()
     assert load_mask(sample, 32).any()
@@ -297,7 +297,7 @@ def test_a_series_has_one_range(tmp_path):
     assert np.asarray(first.image).max() < 50
     assert np.asarray(last.image).max() == 255
     assert "the whole range of its series (4 files)" in last.notes["window"]
-    assert Sample(tmp_path / "3.dcm", 0, None, "x").content_hash() == last.sha256
+    assert Sample(tmp_path / "3.dcm", 0, (), "x").content_hash() == last.sha256
     # Other files have a part in this picture, so they have one in its hash.
     volumes._common_range.cache_clear()
     volumes._series_in.cache_clear()
@@ -327,10 +327,10 @@ def test_dicom_slices_get_square_pixels(tmp_path, elements, size, said):
     assert np.array_equal(np.asarray(picture.image), np.asarray(expected))
     for fits in {size, (48, 32)}:  # a mask drawn on either
         Image.new("L", fits, 255).save(tmp_path / "mask.png")
-        assert load_mask(Sample(path, 1, tmp_path / "mask.png", "x"), 8).all()
+        assert load_mask(Sample(path, 1, (tmp_path / "mask.png",), "x"), 8).all()
     Image.new("L", (9, 9), 255).save(tmp_path / "mask.png")
     with pytest.raises(InputError, match="but its image has"):
-        load_mask(Sample(path, 1, tmp_path / "mask.png", "x"), 8)
+        load_mask(Sample(path, 1, (tmp_path / "mask.png",), "x"), 8)
 
 
 def test_a_header_that_is_cut_before_its_rows_is_damaged_not_without_a_picture(tmp_path):

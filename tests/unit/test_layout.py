@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import unicodedata
 import zlib
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def opened(root: Path, **given: object) -> MedicalDataset:
 def by_name(root: Path, split: str = "test") -> dict[str, tuple[int, str | None]]:
     """Name -> label and mask's name."""
     samples = opened(root).samples(split)
-    return {sample.name: (sample.label, sample.mask and sample.mask.name) for sample in samples}
+    return {sample.name: (sample.label, sample.masks[0].name if sample.masks else None) for sample in samples}
 
 
 def every(root: Path) -> dict[str, tuple[int, str | None]]:
@@ -106,7 +107,7 @@ def test_bmads_trees_under_the_papers_names(tmp_path, tree):
         samples = dataset.samples(split)
         assert [sample.path.name for sample in samples] == ["0.png", "1.png", "2.png"] * 2
         assert [sample.label for sample in samples] == [0] * 3 + [1] * 3
-        assert [sample.mask.name for sample in samples[3:]] == ["0.png", "1.png", "2.png"]
+        assert [sample.masks[0].name for sample in samples[3:]] == ["0.png", "1.png", "2.png"]
     assert any("fewshot_seed/Brain" in str(path) for path in dataset.shot_lists())
 
 
@@ -124,8 +125,9 @@ def test_mvtecs_tree_and_what_is_no_defect(tmp_path, top):
     assert all(mask == f"{Path(name).stem}_mask.png" for name, (_, mask) in found.items())
     every_sample = (sample for split in ("valid", "test") for sample in opened(tmp_path).samples(split))
     first = next(sample for sample in every_sample if sample.name == f"{top}test/crack/0.png")
-    assert [path.name for path in first.more_masks] == ["0_mask_1.png"]
-    assert load_mask(first, 24).sum() > load_mask(first.__class__(first.path, 1, first.mask, "x"), 24).sum()  # united
+    assert [path.name for path in first.masks] == ["0_mask.png", "0_mask_1.png"]
+    one = replace(first, masks=first.masks[:1])
+    assert load_mask(first, 24).sum() > load_mask(one, 24).sum()  # united
     assert "abnormal are 2 folders" in said(tmp_path)
 
 

@@ -23,7 +23,7 @@ def listed(root: Path, text: str, name: str = "images.csv") -> MedicalDataset:
 
 def found(dataset: MedicalDataset) -> dict[str, list[tuple[object, ...]]]:
     return {
-        split: [(s.name, s.label, s.mask and s.mask.name, s.patient, s.index) for s in dataset.samples(split)]
+        split: [(s.name, s.label, [mask.name for mask in s.masks], s.patient, s.index) for s in dataset.samples(split)]
         for split in ("valid", "test")
     }
 
@@ -55,8 +55,8 @@ def test_all_forms_of_a_list_mean_the_same(pictures, form):
         text = text.replace('"label": "0"', '"label": 0').replace('"mask": ""', '"mask": null')
     dataset = listed(pictures, text, name)
     assert found(dataset) == {
-        "valid": [("scans/0.png", 0, None, "p0", None), ("scans/4.png", 1, "4.png", "p4", None)],
-        "test": [("scans/1.png", 0, None, "p1", None), ("scans/6.png", 1, "6.png", "p6", None)],
+        "valid": [("scans/0.png", 0, [], "p0", None), ("scans/4.png", 1, ["4.png"], "p4", None)],
+        "test": [("scans/1.png", 0, [], "p1", None), ("scans/6.png", 1, ["6.png"], "p6", None)],
     }
     assert dataset.shots(1, 1, 0, 0).names() == {"abnormal": ["4.png"], "normal": ["0.png"]}
     assert dataset.shots(1, 1, 0, 0).source.endswith(name)
@@ -72,7 +72,7 @@ def test_what_is_not_given_follows_the_rules_of_folders(tmp_path):
     assert len(valid | test) == 36
     assert not {s.patient for s in valid} & {s.patient for s in test}
     assert "b3" in {s.patient for s in valid}  # a shot is in valid, and so is its patient
-    assert all(s.mask.name == f"{s.path.stem}_mask.png" for s in valid | test if s.label)
+    assert all(s.masks[0].name == f"{s.path.stem}_mask.png" for s in valid | test if s.label)
 
 
 def test_masks_are_whose_the_list_says(pictures):
@@ -81,7 +81,7 @@ def test_masks_are_whose_the_list_says(pictures):
     rows = "scans/4.png,1,masks/4.png|other/masks/4.png,test\nscans/6.png,1,masks/4.png,test\n"
     rows += "scans/7.png,1,Doe/4_mask.png,test\n"
     dataset = listed(pictures, f"image,label,mask,split\nscans/0.png,0,,test\n{rows}")
-    assert [len(sample.more_masks) for sample in dataset.samples("test")] == [0, 1, 0, 0]
+    assert [len(sample.masks) for sample in dataset.samples("test")] == [0, 2, 1, 1]
     assert notes.masks_note(dataset) == "masks: 2 in folders called masks, 1 in other folders"  # names no patient
 
 

@@ -36,8 +36,8 @@ def test_normal_first_sorted_with_masks(tmp_path):
     assert [sample.label for sample in samples] == [0] * 4 + [1] * 4
     assert [sample.name for sample in samples[:2]] == ["test/good/img/img_0.png", "test/good/img/img_1.png"]
     # The published path of a mask replaces every `img`, and would break these names.
-    assert samples[4].mask == tmp_path / "Brain_AD/test/Ungood/anomaly_mask/img_0.png"
-    assert samples[0].mask is None
+    assert samples[4].masks == (tmp_path / "Brain_AD/test/Ungood/anomaly_mask/img_0.png",)
+    assert samples[0].masks == ()
 
 
 def test_published_lists_are_complete():

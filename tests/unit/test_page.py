@@ -74,7 +74,7 @@ def test_the_worst_errors_come_first_and_all_images_count(tmp_path, monkeypatch)
 
 
 def test_names_from_the_data_are_text(tmp_path):
-    samples = [Sample(s.path, s.label, s.mask, f"{s.label}{EVIL}") for s in make_samples(tmp_path, [0, 1])]
+    samples = [Sample(s.path, s.label, s.masks, f"{s.label}{EVIL}") for s in make_samples(tmp_path, [0, 1])]
     metadata = {"select": EVIL, "shots": {"normal": [EVIL, "\udcff"]}, "run": EVIL}  # the latter is no UTF-8
     html = written(tmp_path / "page", make_evaluation(samples, [0.1, 0.9]), None, metadata)
     assert "<img src=x" not in html

@@ -182,7 +182,7 @@ def labels_and(folder, image_affine, mask_affine, mask_shape=(6, 8, 5)):
     labels = np.zeros(mask_shape, np.uint8)
     labels[0, -1, 1], labels[1, -1, 1] = 1, 2
     nibabel.Nifti1Image(labels, mask_affine).to_filename(folder / "m.nii")
-    return [Sample(folder / "v.nii", 1, folder / "m.nii", "v", index=i) for i in range(5)]
+    return [Sample(folder / "v.nii", 1, (folder / "m.nii",), "v", index=i) for i in range(5)]
 
 
 def marked(sample, **options):
@@ -226,11 +226,11 @@ def test_masks_that_cannot_belong_to_their_image_are_refused(tmp_path):
         read_mask(samples[1])
     Image.new("L", (8, 6)).save(tmp_path / "single.png")
     with pytest.raises(InputError):  # a volume as the mask of a single picture
-        read_mask(Sample(tmp_path / "single.png", 1, tmp_path / "m.nii", "x"))
+        read_mask(Sample(tmp_path / "single.png", 1, (tmp_path / "m.nii",), "x"))
     pages = [Image.new("L", (6, 8), 255)] * 3
     pages[0].save(tmp_path / "m.tif", save_all=True, append_images=pages[1:])
     with pytest.raises(InputError, match=r"m\.tif: 3 pictures, but its image's file has 5"):
-        read_mask(replace(samples[1], mask=tmp_path / "m.tif"))
+        read_mask(replace(samples[1], masks=(tmp_path / "m.tif",)))
 
 
 @pytest.mark.parametrize("frames_of_mask", [1, 3])
@@ -243,7 +243,7 @@ def test_multi_frame_dicom_masks_are_read_frame_by_frame_without_the_window(tmp_
         header.NumberOfFrames, header.PixelData = count, values.tobytes()
         header.WindowCenter, header.WindowWidth, header.PixelSpacing = 5000, 1, [1, 1]
         header.save_as(tmp_path / f"{name}.dcm")
-    last = Sample(tmp_path / "image.dcm", 1, tmp_path / "mask.dcm", "x", index=2)
+    last = Sample(tmp_path / "image.dcm", 1, (tmp_path / "mask.dcm",), "x", index=2)
     if frames_of_mask == 1:
         with pytest.raises(InputError, match=r"mask\.dcm: 1 frames, but its image has 3"):
             read_mask(last)

@@ -82,7 +82,7 @@ def test_released_thresholds_after_the_views_and_corrected_before(golden, tmp_pa
     samples = []
     for i, raw in enumerate(grey["raw"][:3]):  # the fourth is refused: labels 0 and 1
         Image.fromarray(raw).save(tmp_path / f"{i}.png")
-        samples.append(Sample(tmp_path / f"{i}.png", 1, tmp_path / f"{i}.png", f"{i}.png"))
+        samples.append(Sample(tmp_path / f"{i}.png", 1, (tmp_path / f"{i}.png",), f"{i}.png"))
     expected = grey["train_masks"].reshape(VIEWS, 4, 48, 48)[:, :3].reshape(-1, 48, 48)
     released = view_masks(samples, small_settings(img_size=48))
     assert torch.equal(released, torch.from_numpy(expected))

@@ -90,7 +90,7 @@ def add_reading_flags(group: Any) -> None:  # noqa: ANN401 - a parser or a group
          help="images and labels in a .csv, .tsv or .jsonl (default: images.csv in the data's folder)")  # fmt: skip
     flag("--patient", metavar="REGEX", help="regular expression for the patient in an image's path (docs/data.md)")
     flag("--mask_above", type=integer(0, 254), metavar="GREY",
-         help=f"grey level above which a mask marks a pixel ({otherwise} 127; 25: BMAD, 0: AA-CLIP)")  # fmt: skip
+         help=f"grey level above which a mask marks a pixel ({otherwise} 127)")  # fmt: skip
     flag("--mask_labels", type=integer(0, 65535), nargs="+", metavar="LABEL",
          help="abnormal grey levels, palette indices or labels of masks, instead of --mask_above")  # fmt: skip
     flag("--unmarked", choices=UNMARKED,

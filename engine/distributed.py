@@ -106,7 +106,7 @@ def _peers() -> Iterator[None]:
         reason = " ".join(str(error).split())[:120]
         raise InputError(
             f"rank {rank()}: another process of this run died or cannot be reached ({reason}); its own message comes "
-            f"before; to go on, give --resume with the run's folder"
+            f"before; to continue, give --resume with the run's folder"
         ) from error
 
 

@@ -200,19 +200,20 @@ def new_settings(options: argparse.Namespace, dataset: MedicalDataset, weights: 
 # --- flags ---
 
 
-def add_data_flags(parser: argparse.ArgumentParser, obj: str) -> None:
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of train.py and test.py: data, machine, kept tokens."""
     group = parser.add_argument_group("data")
     add = group.add_argument
     add(
         "--obj", type=object_name,
-        help=f"data set, the paper's ({', '.join(described())}) or your own (default: --data_root's name, else {obj})"
+        help=f"data set, the paper's ({', '.join(described())}) or your own "
+        "(default: --data_root's name, else Liver to train, Brain to test)"
     )  # fmt: skip
     add("--data_path", default="./data/", type=nonempty_path, help="folder that holds <obj>_AD")
     add("--data_root", type=nonempty_path, help="the data set's own folder, instead of <data_path>/<obj>_AD")
     add_reading_flags(group)
     add("--save_path", default="./ckpt/", type=nonempty_path, help="folder of <obj>.pth, the checkpoint")
-    add("--weights", type=nonempty_path, help="file with CLIP weights, instead of the one in CLIP/ckpt")
+    add("--weights", type=nonempty_path, help="file with CLIP weights (default: in CLIP/ckpt)")
     add("--seed", type=integer(-(2**63), 2**64 - 1), default=111, help="seed of all random draws")  # torch's range
     add("--out_json", type=nonempty_path, help="write the results to this file")
     add("--anonymous", action="store_true",
@@ -253,7 +254,7 @@ def train_parser() -> Parser:
     """The command line of train.py: the published flags with the published defaults, and ours beside them."""
     description = "Train MadCLIP on a few labelled images."
     parser = Parser(prog="train.py", description=description, formatter_class=Formatter)
-    add_data_flags(parser, obj="Liver")
+    add_data_flags(parser)
     add_model_flags(parser, from_checkpoint=False)
     group = parser.add_argument_group("training")
     add = group.add_argument
@@ -286,7 +287,7 @@ def test_parser() -> Parser:
     """The command line of test.py: every flag of the published one, and ours."""
     description = "Test a MadCLIP checkpoint on a data set's test images."
     parser = Parser(prog="test.py", description=description, formatter_class=Formatter)
-    add_data_flags(parser, obj="Brain")
+    add_data_flags(parser)
     add_model_flags(parser, from_checkpoint=True)
     add_shot_flags(parser.add_argument_group("shots", "checked against the checkpoint, if it names its shots"), None)
     published = parser.add_argument_group("published flags", "accepted, but without effect in a test")
@@ -298,7 +299,7 @@ def test_parser() -> Parser:
     add("--ckpt", type=nonempty_path, help="checkpoint (default: <save_path>/<obj>.pth)")
     add("--prompt_name", type=nonblank_text, help="what the prompts call the object (default: as in training)")
     add("--allow_other_weights", action="store_true",
-        help="only warn if the CLIP weights are not those of the training")  # fmt: skip
+        help="only warn if the CLIP weights differ from the training's")  # fmt: skip
     add("--save_scores", metavar="FILE", type=nonempty_path, help="write the patch scores (.npz)")
     add("--scores", metavar="FILE", type=nonempty_path, help="repeat the evaluation from this file, without weights")
     add("--figures", type=nonempty_path, help="folder for figures as PNG")
@@ -355,7 +356,7 @@ def test_options(
 def shared_options(options: argparse.Namespace) -> dict[str, Any]:
     """Of train.py's options those by which a test on another data set reads, computes and keeps tokens alike."""
     parser = argparse.ArgumentParser()
-    add_data_flags(parser, "")
+    add_data_flags(parser)
     own = {"obj", "data_root", "save_path", "out_json"}
     return {name: getattr(options, name) for name in vars(parser.parse_args([])) if name not in own}
 

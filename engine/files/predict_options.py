@@ -23,10 +23,8 @@ def predict_options(arguments: Sequence[str] | None = None) -> argparse.Namespac
          help="PNG, JPEG, BMP, TIFF, WebP, GIF, JPEG 2000; DICOM (with pydicom), NIfTI (with nibabel)")  # fmt: skip
     flag("--ckpt", required=True, type=nonempty_path, help="checkpoint of train.py, or one in the published format")
     flag("--obj", help="data set that a published checkpoint was trained on")
-    flag("--weights", type=nonempty_path, help="file with CLIP weights, instead of the one in CLIP/ckpt")
-    flag(
-        "--allow_other_weights", action="store_true", help="only warn if the CLIP weights are not those of the training"
-    )
+    flag("--weights", type=nonempty_path, help="file with CLIP weights (default: in CLIP/ckpt)")
+    flag("--allow_other_weights", action="store_true", help="only warn if the CLIP weights differ from the training's")
     flag("--batch_size", type=integer(1, 65536), default=16, help="images computed together")
     add_reading_flags(parser)
     add_result_flags(parser)
@@ -53,8 +51,8 @@ def add_reading_flags(parser: argparse.ArgumentParser) -> None:
     """How files are read, and where the threshold lies."""
     flag = parser.add_argument_group("reading").add_argument
     flag("--window", nargs="+", metavar=("C W|auto|full", ""),
-         help="CENTER WIDTH of grey values beyond 8 bits; auto: robust percentiles of the series or volume; full: "
-         "its whole range (default: as in training, else the file's own window)")  # fmt: skip
+         help="CENTER WIDTH, auto (robust percentiles of a scan) or full: grey range beyond 8 bits "
+         "(default: as in training, else the file's)")  # fmt: skip
     flag("--plane", choices=PLANES, help="in which NIfTI volumes are cut (default: as in training, else axial)")
     group = parser.add_argument_group("decisions")
     one = group.add_mutually_exclusive_group().add_argument
@@ -73,7 +71,7 @@ def add_result_flags(parser: argparse.ArgumentParser) -> None:
     flag("--out", type=nonempty_path, help="folder of the results")
     flag("--pictures", action=switch, default=True, help="write heat maps and contours")
     flag("--volumes", action=switch, default=True,
-         help="with --pictures, write heat maps of NIfTI volumes and DICOM series in the scan's space")  # fmt: skip
+         help="with --pictures, also write heat maps of scans as volumes")  # fmt: skip
     flag("--group_by", choices=("series", "patient", "folder"), help="a row for each, in groups.csv")
     flag("--report", type=nonempty_path, metavar="FOLDER",
          help="a page (index.html) with every image, highest scores first")  # fmt: skip

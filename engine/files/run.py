@@ -113,7 +113,7 @@ class RunFolder:
             remove_stale(self.path.glob(".*.tmp"), seconds=0)  # of a killed process: this one is alone here
             yield
         except KeyboardInterrupt:
-            print(f"stopped; to go on: python train.py --resume {shlex.quote(str(self.path))}", file=sys.stderr)
+            print(f"stopped; to continue: python train.py --resume {shlex.quote(str(self.path))}", file=sys.stderr)
             raise
         finally:
             self._lock.release(force=True)

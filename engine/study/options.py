@@ -50,17 +50,17 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
         allow_abbrev=False,
     )  # fmt: skip
     add = parser.add_argument
-    add("--table", required=True, choices=tuple(TABLES))
+    add("--table", required=True, choices=tuple(TABLES), help="the table to make")
     add("--obj", nargs="+", type=object_name, default=list(BENCHMARKS), help="data sets")
     add("--seeds", nargs="+", type=int, default=[111, 112, 113], help="seeds to average over")
     add("--shots", nargs="+", type=positive, help="images of each class (default: 4; 2 4 8 16 for --table shots)")
     add("--out", type=nonempty_path, default="results", help="folder of tables, runs and logs")
-    add("--dry_run", action="store_true", help="list cells, images and disk space, and do nothing")
+    add("--dry_run", action="store_true", help="only list cells, images and disk space")
     add("--compare", nargs="+", type=Path, default=[], metavar="JSON",
         help="more published results, in the form of dataset/published_results.json")  # fmt: skip
     add("--clean", action="store_true", help="also results without test images of the shots' patients")
     add("--executor", choices=("here", "local", "slurm"), default="here",
-        help="here: in this process; local, slurm: jobs through submitit, at most --jobs at once")  # fmt: skip
+        help="here: in this process; local, slurm: jobs through submitit")  # fmt: skip
     add("--jobs", type=positive, default=1, help="jobs at once")
     add("--job_options", nargs="+", default=[], metavar="KEY=VALUE", help="submitit's, such as timeout_min=240")
     options, flags = parser.parse_known_args(arguments)

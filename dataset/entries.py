@@ -14,7 +14,7 @@ from .layout import KINDS, SPLITS, Layout
 from .pairing import find_masks, in_mask_folder, list_pictures
 from .patients import compile_rule, falls_in_valid, patient, spelled_alike
 from .readers.grey import Slice, check_file
-from .readers.images import describe, file_kind, frames
+from .readers.images import file_kind, frames
 
 
 @dataclass
@@ -114,7 +114,7 @@ def name_patients(entries: Sequence[Entry], rule: str | None) -> None:
 
 def _header(path: Path) -> Slice:
     try:
-        return describe(frames(path))[0]
+        return frames(path)[0].slice
     except InputError:  # it is reported where it is read
         return Slice()
 

@@ -260,7 +260,8 @@ def open_picture(image: ImageLike | InputError, reading: ReadOptions) -> Picture
     if isinstance(image, Frame):
         return read(image)
     if isinstance(image, Image.Image):
-        return Picture(pillow_to_rgb(image, reading.window).copy(), "", image.mode, image.size)
+        rgb, notes = pillow_to_rgb(image, Frame(Path("image"), options=reading))
+        return Picture(rgb.copy(), "", image.mode, image.size, notes=notes)
     if isinstance(image, np.ndarray):
         rgb = to_rgb(image)
         return Picture(rgb, "", "array", rgb.size)

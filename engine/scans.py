@@ -19,7 +19,7 @@ import numpy as np
 from dataset.pairing import in_mask_folder, is_clutter, named_masks
 from dataset.patients import patient
 from dataset.readers.grey import Frame, MissingPackageError, NoImageError, ReadOptions, Slice
-from dataset.readers.images import describe, file_kind, frames, is_deep, list_files, stem
+from dataset.readers.images import file_kind, frames, is_deep, list_files, stem
 from utils import InputError, printable
 
 MARK = "MadCLIP heat map, research use"  # in the head of every picture that is written, so that none becomes an input
@@ -126,8 +126,8 @@ def list_entries(inputs: Sequence[str], reading: ReadOptions, hidden: bool) -> I
         except InputError as error:
             result.faults.append(error)
         else:
-            for frame, slice_ in zip(inside, describe(inside), strict=True):
-                series[slice_.series_uid or str(number)].append((frame, place, slice_))
+            for frame in inside:
+                series[frame.slice.series_uid or str(number)].append((frame, place, frame.slice))
     used: set[str] = set()
     for key, members in series.items():
         frame, place, first = members[0]

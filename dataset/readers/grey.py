@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import stat
@@ -24,6 +23,7 @@ Array = np.ndarray
 Ends = tuple[float, float]
 Size = tuple[int, int]  # width and height
 Notes = dict[str, str]  # a kind of remark -> what is to be said of this picture
+Window = Ends | str | None  # see `ReadOptions`
 PLANES = ("sagittal", "coronal", "axial")  # which of the axes x, y, z is cut
 ROBUST = (0.5, 99.5)  # the percentiles of `--window auto`
 SAMPLED = 2**20  # values that percentiles are taken from
@@ -49,7 +49,7 @@ class ReadOptions:
     is one, else `full` (16-bit pictures: the range of 16 bits).
     """
 
-    window: Ends | str | None = None
+    window: Window = None
     plane: str = "axial"  # of NIfTI volumes
     mask_labels: tuple[int, ...] = field(default=(), compare=False)  # of masks: what is abnormal; none: the default
     deep: bool = False  # values up to 255 are not taken as 8 bits, as files beside this one hold more: see `is_deep`
@@ -60,40 +60,6 @@ class ReadOptions:
 
 
 AS_STORED = ReadOptions()  # the defaults
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One image: a file, or a frame, page or slice of it (counted from 0; of a 4-D volume time by time)."""
-
-    path: Path
-    index: int | None = None
-    options: ReadOptions = AS_STORED
-
-    def __str__(self) -> str:
-        return str(self.path) if self.index is None else f"{self.path}, frame {self.index}"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An image or a mask that was read, and what its file says of it."""
-
-    image: Image.Image  # at its own size, with square pixels: RGB, of a mask L; 8 bits
-    sha256: (
-        str  # of the very bytes that were decoded, with frame and options where they matter; of scans, of the pixels
-    )
-    mode: str  # Pillow's, as stored: L, RGB, I;16, ...; or DICOM, NIfTI
-    stored: Size  # before the pixels were made square
-    orientation: int = 1  # 1 is upright; ignored
-    notes: Notes = field(default_factory=dict)  # `wide`, `dark`, `window`, `pixels`, ... -> what is to be said
-    levels: Array | None = None  # (H, W), of a mask: labels as they are stored, where these are not the grey
-    is_labelled: bool = False  # of a mask: labels say what is abnormal, not the grey
-
-    @property
-    def is_blank(self) -> bool:
-        """Whether there is nothing to see, as at the ends of a volume: all pixels are nearly one colour."""
-        extremes = np.asarray(self.image.getextrema())
-        return bool((extremes[..., 1] - extremes[..., 0]).max() < 8)
 
 
 @dataclass(frozen=True)
@@ -116,6 +82,46 @@ class Slice:
         """The edges in words."""
         names = ("left", "right", "top", "bottom")
         return ", ".join(f"{name} {side}" for name, side in zip(names, self.edges, strict=False))
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One image: a file, or a frame, page or slice of it (counted from 0; of a 4-D volume time by time)."""
+
+    path: Path
+    index: int | None = None
+    options: ReadOptions = AS_STORED
+    slice: Slice = field(default=Slice(), compare=False, kw_only=True)  # where `images.frames` has made this
+
+    def __str__(self) -> str:
+        return str(self.path) if self.index is None else f"{self.path}, frame {self.index}"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image that was read, and what its file says of it."""
+
+    image: Image.Image  # at its own size, with square pixels: RGB, 8 bits
+    sha256: str  # of the very bytes that were decoded, with index and options where they matter; of scans, of pixels
+    mode: str  # Pillow's, as stored: L, RGB, I;16, ...; or DICOM, NIfTI
+    stored: Size  # before the pixels were made square
+    orientation: int = 1  # 1 is upright; ignored
+    notes: Notes = field(default_factory=dict)  # `wide`, `dark`, `window`, `pixels`, ... -> what is to be said
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether there is nothing to see, as at the ends of a volume: all pixels are nearly one colour."""
+        extremes = np.asarray(self.image.getextrema())
+        return bool((extremes[..., 1] - extremes[..., 0]).max() < 8)
+
+
+class MaskFile(NamedTuple):
+    """What a mask's file holds, each (H, W) at the mask's own size."""
+
+    grey: Array  # uint8
+    levels: Array  # the values that labels are picked from: the grey, 16 bits as stored, a palette's indices, labels
+    is_labelled: bool  # every level but 0 is abnormal, whatever the grey
+    notes: Notes
 
 
 # --- files ---
@@ -179,7 +185,7 @@ def apply_window(values: Array, center: float, width: float, function: str = "LI
     """Grey values of any shape -> [0, 1], by DICOM's functions (PS3.3, C.11.2.1): LINEAR, LINEAR_EXACT, SIGMOID."""
     values = values.astype(np.float64)
     if function == "SIGMOID":
-        return 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700)))
+        return np.nan_to_num(1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700))))
     if function == "LINEAR":
         center, width = center - 0.5, max(width - 1, 1e-6)
     windowed: Array = np.nan_to_num(((values - center) / width + 0.5).clip(0, 1))
@@ -219,42 +225,31 @@ class Range(NamedTuple):
         return cls(whole, (low, high) if high > low else whole, of)
 
 
-@dataclass(frozen=True, eq=False)
-class Volume:
-    """The images of a file: a DICOM file's frames, a NIfTI file's slices, or a picture of more than 8 bits."""
+def show(
+    values: Array,
+    window: Window,
+    own: Callable[[Array], Array] | None,
+    measure: Callable[[], Range],
+    is_inverted: bool = False,
+) -> tuple[Image.Image, Notes]:
+    """Grey values, or colours of more than 8 bits, as 8-bit RGB, and what is to be said; uint8 as it is.
 
-    values: Sequence[Array]  # (H, W) in the file's units, or (H, W, 3) colours; decoded when they are asked for
-    window: Sequence[Callable[[Array], Array] | None]  # how the file wants each shown: values -> [0, 1]; or its range
-    span: Callable[[Array], Range]  # the range of which these values are a part
-    mode: str
-    spacing: Sequence[Ends] = ()  # of each, the millimetres of a row and of a column; none: square pixels
-    axes: Sequence[Slice] = ()  # of each, where in the patient it lies
-    is_inverted: bool = False  # low values are white
-    grid: Any = None  # nibabel's image, with its axes turned
-
-    def show(self, index: int, window: Ends | str | None) -> Picture:
-        """An image by a window as in `ReadOptions`, which leaves 8-bit colours alone, with square pixels."""
-        values, own, notes = self.values[index], self.window[index], Notes()
-        if values.dtype == np.uint8:
-            grey = values
-        elif isinstance(window, tuple):
-            grey = apply_window(values, *window)
-        elif window is None and own is not None:
-            grey = own(values)
-        else:
-            span = self.span(values)
-            (low, high), words = (span.robust, "robust") if window == "auto" else (span.whole, "whole")
-            grey = stretch(values, low, high)
-            notes["window"] = f"shown from {low:g} to {high:g}, the {words} range of {span.of}"
-        if values.dtype != np.uint8:
-            grey = np.nan_to_num(1 - grey if self.is_inverted else grey).clip(0, 1)
-        image, (down, across) = to_rgb(grey), self.spacing[index] if self.spacing else (1, 1)
-        if is_stretched((down, across), 3):
-            times, sides = max(down / across, across / down), "high as wide" if down > across else "wide as high"
-            notes["pixels"] = f"pixels {times:.3g} times as {sides}, resampled to square ones"
-        shown = square(image, (down, across))
-        digest = hashlib.sha256(f"{shown.size} ".encode() + shown.tobytes()).hexdigest()
-        return Picture(shown, digest, self.mode, image.size, notes=notes)
+    `window` is that of `ReadOptions`; `own` is the file's, values -> [0, 1], if there is one; `measure` gives the range
+    of all that the values are a part of. `is_inverted`: low values are white.
+    """
+    notes = Notes()
+    if values.dtype == np.uint8:
+        return to_rgb(values), notes
+    if isinstance(window, tuple):
+        grey = apply_window(values, *window)
+    elif window is None and own is not None:
+        grey = own(values)
+    else:
+        span = measure()
+        (low, high), words = (span.robust, "robust") if window == "auto" else (span.whole, "whole")
+        grey = stretch(values, low, high)
+        notes["window"] = f"shown from {low:g} to {high:g}, the {words} range of {span.of}"
+    return to_rgb(1 - grey if is_inverted else grey), notes
 
 
 def is_stretched(spacing: Ends, ratio: float) -> bool:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from io import BytesIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -31,25 +31,9 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from utils import InputError, blame, sha256_file
 
-from .grey import (
-    AS_STORED,
-    DAMAGE,
-    Array,
-    Ends,
-    Frame,
-    Notes,
-    Picture,
-    Range,
-    ReadOptions,
-    Size,
-    Slice,
-    Volume,
-    check_file,
-    read_bytes,
-    stretch,
-    to_rgb,
-)
-from .volumes import Scans, open_dicom, open_nifti
+from . import grey
+from .grey import AS_STORED, Array, Frame, MaskFile, Notes, Picture, Range, ReadOptions, Size, Slice, Window
+from .volumes import Dicom, Nifti, Volume
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,11 +45,6 @@ MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"GIF8", b"\
 MAX_PIXELS = 89_478_485  # 9,459 x 9,459, where Pillow warns: several are decoded at a time
 DARK = 8192  # of 65535: the largest value, below which a 16-bit picture is all but black
 ORIENTATION, PHOTOMETRIC = 0x0112, 0x0106  # tags
-# What undoes the turn that Pillow makes of a TIFF's orientation.
-INVERSE_ORIENTATION = dict(zip(range(2, 9), (
-    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
-    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_90, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_270,
-), strict=True))  # fmt: skip
 SIXTEEN = re.compile(r"\b(RGBA?|LA);16([BLN])")  # Pillow's names for 16-bit colours in a file, and their order of bytes
 LOW_BYTES = {"B": "L", "L": "B", "N": "B"}  # the order by which Pillow keeps the other byte
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_opened` refuses such pictures
@@ -74,33 +53,28 @@ for _package in ("PIL", "pydicom"):  # remarks on damaged tags, of which an erro
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One image of a data set: a file, or a frame or slice of one."""
+class Sample(Frame):
+    """One image of a data set."""
 
-    path: Path
     label: int  # 1 = abnormal
     masks: tuple[Path, ...]  # of abnormal images, where the data set has masks; several are united
     name: str  # the path below the data set's folder, `#INDEX` behind it: what reports and JSON files call it
     patient: str | None = None  # as far as the name tells
-    index: int | None = None  # the frame of a series or slice of a volume, counted from 0
-    options: ReadOptions = field(default=AS_STORED, compare=False)
+    index: int | None = field(default=None, kw_only=True)
+    options: ReadOptions = field(default=AS_STORED, compare=False, kw_only=True)
     published: bool = field(default=False, compare=False)  # of the paper's own data: masks are read as it read them
     kind: str = field(default="", compare=False)  # of abnormal images, where list or folders name kinds: malignant
 
     def content_hash(self) -> str:
         """What `load_image_with_hash` gives for the file as it is now: a changed file is another image."""
-        frame = as_frame(self)
         if file_kind(self.path) != "pillow":
-            return read(frame).sha256
+            return read(self).sha256
         with blame(self.path):
-            return _content_hash(sha256_file(self.path), frame)
-
-
-Source = Frame | Sample | str | Path
+            return _content_hash(sha256_file(self.path), self)
 
 
 class Pictures:
-    """The reader of Pillow's formats; `Scans` has the same methods for DICOM and NIfTI."""
+    """The protocol of Pillow's formats; `Volume` has the same methods for scans."""
 
     def describe(self, path: Path, _plane: str) -> Sequence[Slice]:
         """What the file says of each of the images in it: nothing, but how many there are.
@@ -109,54 +83,48 @@ class Pictures:
         """
         count = 1
         if path.suffix.lower() not in (".jpg", ".jpeg", ".jfif", ".bmp"):
-            with path.open("rb") as file, _opened(file, path) as image:
+            with _opened(Frame(path)) as image:
                 count = getattr(image, "n_frames", 1)
         return [Slice()] * count
 
     def sizes(self, frame: Frame) -> set[Size]:
         """Width and height that an image's mask may have: the image's, from its header."""
-        with frame.path.open("rb") as file, _opened(file, frame) as image:
-            return {(image.tag_v2[256], image.tag_v2[257]) if isinstance(image, TiffImageFile) else image.size}
+        with _opened(frame) as image:
+            return {image.size}
 
     def read(self, frame: Frame) -> Picture:
         """An image: 8 bits as they are, wider ones by the options."""
-        data, window = read_bytes(frame.path), frame.options.window
+        data = grey.read_bytes(frame.path)
         picture, values, is_inverted = _decode(data, frame)
-        picture = replace(picture, sha256=_content_hash(picture.sha256, frame))
-        if values is None:
-            return replace(picture, image=_narrow(picture.image, "RGB"))
-        own, notes = (None, Notes()) if window else _own_window(values, frame)
-        wide = Volume([values], [own], lambda _: _pages(data, frame.path), picture.mode, is_inverted=is_inverted)
-        shown = wide.show(0, window)
-        return replace(picture, image=shown.image, notes={**shown.notes, **notes})
+        image, notes = pillow_to_rgb(picture.image, frame, values, partial(_pages, data, frame.path), is_inverted)
+        digest = _content_hash(hashlib.sha256(data).hexdigest(), frame)
+        return replace(picture, image=image, notes=notes, sha256=digest)
 
-    def read_mask(self, path: Path, of: Frame, count: int) -> Picture:
+    def read_mask(self, path: Path, of: Frame, count: int) -> MaskFile:
         """A mask's greys: colours become their luminance, or the alpha channel where that alone holds a mask."""
         pages = len(self.describe(path, ""))
         if pages != count:
             raise InputError(f"{path}: {pages} pictures, but its image's file has {count}")
         frame = Frame(path, of.index if pages > 1 else None)
-        picture, values, _ = _decode(read_bytes(path), frame)
+        picture, values, _ = _decode(grey.read_bytes(path), frame)
         stored, notes = picture.image, Notes()
         if picture.orientation != 1:
             notes["orientation"] = f"orientation {picture.orientation}"
         if values is not None:
             own, remarks = _own_window(values, frame)
-            grey = to_rgb(own(values)).convert("L")
-            return replace(picture, image=grey, levels=values, notes={**notes, **remarks})
-        grey = _narrow(stored, "L")
+            greys = np.asarray(grey.to_rgb(own(values)).convert("L"))
+            return MaskFile(greys, values if values.ndim == 2 else greys, False, notes | remarks)
+        greys = np.asarray(stored.convert("L"))
         if stored.has_transparency_data:
-            alpha = stored.convert("RGBA").getchannel("A")
-            colours, shades = grey.getextrema(), alpha.getextrema()
-            if colours[0] == colours[1] and shades[0] != shades[1]:
-                return replace(picture, image=alpha, notes={**notes, "alpha": "the mask lies in the alpha channel"})
-        levels = np.asarray(stored) if stored.mode == "P" else None
-        is_labelled = levels is not None and _is_coloured(stored)
-        return replace(picture, image=grey, levels=levels, is_labelled=is_labelled, notes=notes)
+            alpha = np.asarray(stored.convert("RGBA").getchannel("A"))
+            if np.ptp(greys) == 0 < np.ptp(alpha):
+                return MaskFile(alpha, alpha, False, notes | {"alpha": "the mask lies in the alpha channel"})
+        levels = np.asarray(stored) if stored.mode == "P" else greys
+        return MaskFile(greys, levels, stored.mode == "P" and _is_coloured(stored), notes)
 
 
-Reader = Pictures | Scans
-READERS: dict[str, Reader] = {"pillow": Pictures(), "dicom": Scans(open_dicom), "nifti": Scans(open_nifti)}
+Reader = Pictures | type[Volume]
+READERS: dict[str, Reader] = {"pillow": Pictures(), "dicom": Dicom, "nifti": Nifti}
 ENDINGS = {
     "pillow": (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jp2"),
     "dicom": (".dcm", ".dicom"),
@@ -165,7 +133,7 @@ ENDINGS = {
 EXTENSIONS = tuple(ending for endings in ENDINGS.values() for ending in endings)
 
 
-def read(source: Source) -> Picture:
+def read(source: Frame | str | Path) -> Picture:
     """Read a picture of any format.
 
     Raises:
@@ -173,7 +141,7 @@ def read(source: Source) -> Picture:
         NoImageError: a DICOM object without a picture.
         InputError: unreadable, cut short, too large, several pictures in a file where no index is given.
     """
-    frame = as_frame(source)
+    frame = source if isinstance(source, Frame) else Frame(Path(source))
     reader = _reader(frame.path)
     count = 1 if frame.index is not None else len(reader.describe(frame.path, frame.options.plane))
     if count > 1:
@@ -181,37 +149,33 @@ def read(source: Source) -> Picture:
     return reader.read(frame)
 
 
-def read_mask_file(path: Path, of: Source) -> Picture:
-    """A mask of an image as grey (L) at its own size, with its labels as `levels`.
-
-    Raises:
-        InputError: it cannot be read, or is none of that image: other counts, another place in the patient.
-    """
-    frame, reader, count = as_frame(of), _reader(path), 1
-    if frame.index is not None:
-        count = len(_reader(frame.path).describe(frame.path, frame.options.plane))
-    return reader.read_mask(path, frame, count)
+def read_mask_file(path: Path, of: Frame) -> MaskFile:
+    """A mask of an image; `InputError` where it cannot be read, or has other counts or another place in the patient."""
+    reader, count = _reader(path), 1
+    if of.index is not None:
+        count = len(_reader(of.path).describe(of.path, of.options.plane))
+    return reader.read_mask(path, of, count)
 
 
-def as_frame(source: Source) -> Frame:
-    """Whatever says where an image lies as a `Frame`."""
-    return Frame(Path(source)) if isinstance(source, str | Path) else Frame(source.path, source.index, source.options)
+def mask_sizes(frame: Frame) -> set[Size]:
+    """Width and height that a picture's mask may have: the picture's, before or after its pixels were made square."""
+    return _reader(frame.path).sizes(frame)
 
 
 def _content_hash(file_sha256: str, frame: Frame) -> str:
-    """The hash of a picture: its file's, and where frame or options matter, of these as well."""
+    """The hash of a picture: its file's, and where index or options matter, of these as well."""
     words = f"{'' if frame.index is None else frame.index} {frame.options.key()}".strip()
     return hashlib.sha256(f"{file_sha256} {words}".encode()).hexdigest() if words else file_sha256
 
 
-def load_image(source: Source, size: int) -> Tensor:
+def load_image(source: Frame | str | Path, size: int) -> Tensor:
     """A picture resized bicubically (antialiased): (3, size, size) float32 in [0, 1]; errors are those of `read`."""
     return to_tensor(read(source).image, size)
 
 
-def load_image_with_hash(source: Source, size: int) -> tuple[str, Tensor]:
+def load_image_with_hash(sample: Sample, size: int) -> tuple[str, Tensor]:
     """`load_image`, after the SHA-256 of the very bytes that it was made from (hexadecimal)."""
-    picture = read(source)
+    picture = read(sample)
     return picture.sha256, to_tensor(picture.image, size)
 
 
@@ -231,13 +195,8 @@ def frames(path: Path, options: ReadOptions = AS_STORED) -> list[Frame]:
         NoImageError: a DICOM object without a picture.
         InputError: the header cannot be read, or claims more than the file holds.
     """
-    count = len(_reader(path).describe(path, options.plane))
-    return [Frame(path, None, options)] if count == 1 else [Frame(path, i, options) for i in range(count)]
-
-
-def describe(inside: Sequence[Frame]) -> Sequence[Slice]:
-    """What a file says of its images, all of which `inside` names; errors are those of `frames`."""
-    return _reader(inside[0].path).describe(inside[0].path, inside[0].options.plane)
+    says = _reader(path).describe(path, options.plane)
+    return [Frame(path, i if len(says) > 1 else None, options, slice=slice_) for i, slice_ in enumerate(says)]
 
 
 def is_deep(paths: Sequence[Path]) -> bool:
@@ -248,10 +207,9 @@ def is_deep(paths: Sequence[Path]) -> bool:
     for path in paths[:: max(len(paths) // 64, 1)]:
         if path.suffix.lower() in (".png", ".tif", ".tiff", ".jp2"):
             with suppress(InputError):  # it is reported where it is read
-                check_file(path)
-                with path.open("rb") as file, _opened(file, path) as image:
+                with _opened(Frame(path)) as image:
                     is_wide = _is_wide(image)
-                values = _decode(read_bytes(path), Frame(path, 0))[1] if is_wide else None
+                values = _decode(grey.read_bytes(path), Frame(path))[1] if is_wide else None
                 if values is not None and values.max() > 255:
                     return True
     return False
@@ -259,7 +217,7 @@ def is_deep(paths: Sequence[Path]) -> bool:
 
 def _reader(path: Path) -> Reader:
     """`InputError` unless `path` is a file in a format that is read."""
-    check_file(path)
+    grey.check_file(path)
     kind = file_kind(path)
     if kind is None:
         raise InputError(f"{path}: not one of the formats that are read ({', '.join(EXTENSIONS)})")
@@ -315,7 +273,7 @@ def _is_loop(folder: Path) -> bool:
     return folder.is_symlink() and folder.resolve() in (parent := folder.parent.resolve(), *parent.parents)
 
 
-def parse_window(words: Sequence[str]) -> Ends | str | None:
+def parse_window(words: Sequence[str]) -> Window:
     """`--window` from its words: centre and width, `auto` or `full`; None for none; `InputError` for anything else."""
     if not words:
         return None
@@ -332,18 +290,25 @@ def parse_window(words: Sequence[str]) -> Ends | str | None:
 
 
 @contextmanager
-def _opened(file: IO[bytes], path: object) -> Iterator[ImageFile]:
-    """The picture in a file; `InputError` where it is none, damaged, or has too many pixels."""
+def _opened(frame: Frame, data: bytes | None = None) -> Iterator[ImageFile]:
+    """A picture, not decoded yet, from a file or its content; its size is that of what is stored.
+
+    `InputError` where it is none, damaged, or has too many pixels.
+    """
+    grey.check_file(frame.path)
     try:
         with (
-            blame(f"{path}: not a readable image, or cut short", errors=DAMAGE),
-            Image.open(file, formats=PILLOW_FORMATS) as image,
+            blame(f"{frame}: not a readable image, or cut short", errors=grey.DAMAGE),
+            Image.open(frame.path if data is None else BytesIO(data), formats=PILLOW_FORMATS) as image,
         ):
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
+            image.seek(frame.index or 0)
+            if isinstance(image, TiffImageFile):  # Pillow says the size after the turn that the orientation asks for
+                image._size = image.tag_v2[256], image.tag_v2[257]
             yield image
     except Image.DecompressionBombError as error:
-        raise InputError(f"{path}: more than {MAX_PIXELS:,} pixels; scale it down or cut it into tiles") from error
+        raise InputError(f"{frame}: more than {MAX_PIXELS:,} pixels; scale it down or cut it into tiles") from error
 
 
 def _is_wide(image: ImageFile) -> bool:
@@ -353,52 +318,40 @@ def _is_wide(image: ImageFile) -> bool:
 
 def _decode(data: bytes, frame: Frame) -> tuple[Picture, Array | None, bool]:
     """The picture in its own mode, its values where they are wider than 8 bits, and whether 0 is white."""
-    with _opened(BytesIO(data), frame) as image:
-        image.seek(frame.index or 0)
+    with _opened(frame, data) as image:
         mode, is_wide, halved = image.mode, _is_wide(image), SIXTEEN.search(str(image.tile[:1]))
         is_inverted = isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC) == 0
-        stored, orientation = _as_stored(image)
-    values = np.asarray(stored) if is_wide else None
+        orientation = _load(image)
+    values = np.asarray(image) if is_wide else None
     if halved:  # of 16-bit colours Pillow has kept the high bytes alone
         layout, order = halved.groups()
-        with _opened(BytesIO(data), frame) as image:
-            image.seek(frame.index or 0)
+        with _opened(frame, data) as other:
             raw = f"{layout};16{LOW_BYTES[order]}"
             if layout == "LA":  # both bytes of both channels as four channels
-                raw = image._mode = "RGBA"
-            image.tile = [t._replace(args=(raw, *t[3][1:]) if isinstance(t[3], tuple) else raw) for t in image.tile]
-            low = np.asarray(_as_stored(image)[0]).astype(np.uint16)
-        high = np.asarray(stored).astype(np.uint16)
+                raw = other._mode = "RGBA"
+            other.tile = [t._replace(args=(raw, *t[3][1:]) if isinstance(t[3], tuple) else raw) for t in other.tile]
+            _load(other)
+        low, high = (np.asarray(part).astype(np.uint16) for part in (other, image))
         values = low[..., 0] * 256 + low[..., 1] if layout == "LA" else (high * 256 + low)[..., :3]
-    digest = hashlib.sha256(data).hexdigest()
-    return Picture(stored, digest, mode, stored.size, orientation), values, is_inverted
+    return Picture(image, "", mode, image.size, orientation), values, is_inverted
 
 
-def _as_stored(image: ImageFile) -> tuple[Image.Image, int]:
-    """The picture, loaded and without the turn that Pillow makes of a TIFF's orientation; and the orientation."""
+def _load(image: ImageFile) -> int:
+    """Decode a picture as it is stored; its orientation, by which Pillow would turn a TIFF."""
     if not isinstance(image, TiffImageFile):
-        image.load()  # before the orientation, which in a PNG may follow the pixels
-        return image, image.getexif().get(ORIENTATION, 1)
-    orientation = image.tag_v2.get(ORIENTATION, 1)
-    image.load()  # a TIFF loses its orientation by that
-    inverse = INVERSE_ORIENTATION.get(orientation)
-    return (image if inverse is None else image.transpose(inverse)), orientation
+        image.load()  # in a PNG the orientation may follow the pixels
+    orientation = image.getexif().pop(ORIENTATION, 1)
+    image.load()
+    return int(orientation)
 
 
 @lru_cache(maxsize=2)
 def _pages(data: bytes, path: Path) -> Range:
     """The grey values of all pages of a file."""
-    with _opened(BytesIO(data), path) as image:
+    with _opened(Frame(path), data) as image:
         count = getattr(image, "n_frames", 1)
     pages = [_decode(data, Frame(path, page))[1] for page in range(count)]
     return Range.measure([values for values in pages if values is not None], "the file", path)
-
-
-def _narrow(image: Image.Image, mode: str) -> Image.Image:
-    """A picture of at most 8 bits as `RGB` or `L`, without its transparency."""
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # the same colours, without Pillow's advice on stderr to do so
-    return image.convert(mode)
 
 
 def _own_window(values: Array, frame: Frame) -> tuple[Callable[[Array], Array], Notes]:
@@ -408,7 +361,7 @@ def _own_window(values: Array, frame: Frame) -> tuple[Callable[[Array], Array], 
     is_whole = not is_float or bool(high > 1 and (values == values.round()).all())
     if low >= 0 and high <= 255 and is_whole and not frame.options.deep:
         words = f"8-bit values in a {8 * values.dtype.itemsize}-bit file (largest {high:g}): read as 8 bits"
-        return partial(stretch, low=0, high=255), {"wide": words}
+        return partial(grey.stretch, low=0, high=255), {"wide": words}
     if is_float or not 0 <= low <= high <= 65535:
         raise InputError(f"{frame.path}: 32 bits a pixel have no known range; save it with 8 or 16, or give --window")
     notes, high = {}, int(high)
@@ -416,7 +369,7 @@ def _own_window(values: Array, frame: Frame) -> tuple[Callable[[Array], Array], 
         used = f"range used: {max(100 * high / 65535, 1):.0f}%, the largest value is {high} of 65535"
         kind = f"a {high.bit_length()}-bit picture in a 16-bit file"
         notes["dark"] = f"{kind} ({used}): all but black; give --window"
-    return partial(stretch, low=0, high=65535), notes
+    return partial(grey.stretch, low=0, high=65535), notes
 
 
 def _is_coloured(image: Image.Image) -> bool:
@@ -425,14 +378,22 @@ def _is_coloured(image: Image.Image) -> bool:
     return bool((palette != palette[:, :1]).any())
 
 
-def pillow_to_rgb(image: Image.Image, window: Ends | str | None = None) -> Image.Image:
-    """A Pillow image as 8-bit RGB, as training reads it; `window` maps grey of more than 8 bits instead."""
-    if image.mode != "F" and not image.mode.startswith("I"):
-        return _narrow(image, "RGB")
-    values = np.asarray(image)
-    own = None if window else _own_window(values, Frame(Path("image")))[0]
-    wide = Volume([values], [own], lambda _: Range.measure([values], "the image", "image"), image.mode)
-    return wide.show(0, window).image
+def pillow_to_rgb(
+    image: Image.Image,
+    frame: Frame,
+    values: Array | None = None,
+    measure: Callable[[], Range] | None = None,
+    is_inverted: bool = False,
+) -> tuple[Image.Image, Notes]:
+    """A Pillow image as 8-bit RGB by a frame's options, and what is to be said; values wider than 8 bits count."""
+    if values is None and (image.mode == "F" or image.mode.startswith("I")):
+        values = np.asarray(image)
+    if values is None:
+        return image.convert("RGB"), {}
+    own, notes = (None, Notes()) if frame.options.window else _own_window(values, frame)
+    measure = measure or partial(Range.measure, [values], "the image", frame.path)
+    shown, remarks = grey.show(values, frame.options.window, own, measure, is_inverted)
+    return shown, remarks | notes
 
 
 def picture_notes(image: Image.Image) -> Notes:
@@ -446,9 +407,3 @@ def picture_notes(image: Image.Image) -> Notes:
         if counts[level] > 0.75 * total:
             return {"clipped": f"{counts[level] / total:.0%} of the pixels are {word}: does the window fit?"}
     return {}
-
-
-def mask_sizes(source: Source) -> set[Size]:
-    """Width and height that a picture's mask may have: the picture's, before or after its pixels were made square."""
-    frame = as_frame(source)
-    return _reader(frame.path).sizes(frame)

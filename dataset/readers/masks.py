@@ -67,20 +67,15 @@ def read_mask(sample: Sample) -> Mask | None:
 
 
 def _read(path: Path, sample: Sample) -> Mask:
-    picture, labels = read_mask_file(path, sample), sample.options.mask_labels
-    if picture.levels is None or sample.published or not (labels or picture.is_labelled):
-        return _grey_mask(picture.image, picture.notes, labels)
-    marked = np.isin(picture.levels, labels) if labels else picture.levels != 0
-    levels, counts = np.unique(picture.levels, return_counts=True)
-    counted = Levels(dict(zip(levels.tolist(), counts.tolist(), strict=True)))
-    return Mask(Image.fromarray(marked.astype(np.uint8) * 255), picture.notes, counted, by_label=True)
-
-
-def _grey_mask(grey: Image.Image, notes: Notes, labels: tuple[int, ...]) -> Mask:
-    levels = Levels({level: count for level, count in enumerate(grey.histogram()) if count})
-    if labels:
-        grey = grey.point([255 * (level in labels) for level in range(256)])
-    return Mask(grey, notes, levels, bool(labels))
+    file, labels = read_mask_file(path, sample), sample.options.mask_labels
+    levels = file.grey if sample.published else file.levels
+    by_label = bool(labels) or (file.is_labelled and not sample.published)
+    grey = file.grey
+    if by_label:
+        grey = (np.isin(levels, labels) if labels else levels != 0).astype(np.uint8) * 255
+    values, counts = np.unique(levels if by_label else grey, return_counts=True)
+    counted = Levels(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+    return Mask(Image.fromarray(grey), file.notes, counted, by_label)
 
 
 def levels_note(levels: Levels, by_label: bool, above: int, labels: tuple[int, ...]) -> str | None:

@@ -5,46 +5,29 @@ A NIfTI volume's axes are turned to x right, y anterior, z superior, whatever th
 
 from __future__ import annotations
 
-import gzip
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from io import BytesIO
 from pathlib import Path
 from threading import RLock
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
 
 from utils import InputError, blame
 
-from .grey import (
-    DAMAGE,
-    PLANES,
-    Array,
-    Frame,
-    NoImageError,
-    Picture,
-    Range,
-    Size,
-    Slice,
-    Volume,
-    apply_window,
-    optional,
-    read_bytes,
-    square,
-    stretch,
-    to_rgb,
-    warn_once,
-)
+from . import grey
+from .grey import DAMAGE, PLANES, Array, Ends, Frame, MaskFile, NoImageError, Picture, Range, Size, Slice, optional
 
 Header = Any  # pydicom's Dataset
 NO_PICTURE = ("RTDOSE", "RTSTRUCT", "RTPLAN", "RTRECORD", "SEG", "SR", "PR", "KO", "REG", "ECG", "HD", "DOC")
 ELEMENTS = ("Rows", "Columns", "BitsAllocated", "BitsStored", "PhotometricInterpretation")  # no image is without
 SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio")  # each: of rows, of columns
+DECODERS = "other decoders: pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
 SAMPLED_FRAMES = 64  # of a file, for its range
 OPPOSITE = dict(zip("LRPASI", "RLAPIS", strict=True))  # the patient's sides
 EDGES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}
@@ -53,92 +36,133 @@ SAME_PLACE = 0.1  # of a voxel, by which the corners of a mask and its volume ma
 _lock = RLock()  # threads ask for images of the same file or series: it is read once
 
 
-@dataclass(frozen=True)
-class Scans:
-    """The reader of a format whose files are volumes."""
+class Volume:
+    """An opened scan, and the protocol of its format.
 
-    open: Callable[[Path, str, int], Volume]  # path, plane, time; kept for the next image of the file
+    Opening raises `MissingPackageError`, `NoImageError` for a DICOM object without a picture, and `InputError` for a
+    file that is damaged, cut short or claims more than it holds.
+    """
 
-    def volume(self, path: Path, plane: str) -> Volume:
-        """The file; `InputError`, `MissingPackageError` or `NoImageError` where that is impossible."""
+    mode: str  # the format
+    axes: list[Slice]  # of each image, where in the patient it lies
+    spacing: list[Ends]  # of each, the millimetres of a row and of a column
+    windows: Sequence[Callable[[Array], Array] | None]  # how the file wants each shown: values -> [0, 1]
+    is_inverted = False  # low values are white
+
+    def __init__(self, path: Path, plane: str) -> None:
+        raise NotImplementedError
+
+    def values(self, index: int) -> Array:
+        """An image (H, W) in the file's units, or colours (H, W, 3); decoded now."""
+        raise NotImplementedError
+
+    def measure(self, values: Array) -> Range:
+        """The range of all of which an image's values are a part."""
+        raise NotImplementedError
+
+    def mask_values(self, of: Frame, count: int) -> tuple[Array, Ends]:
+        """The labels for an image, (H, W) or with colours, and their spacing."""
+        raise NotImplementedError
+
+    @classmethod
+    def open(cls, path: Path, plane: str) -> Volume:
+        """The file, which is kept for the next image of it."""
         with _lock, blame(path):
-            return self.open(path, plane, path.stat().st_mtime_ns)
+            return _opened(cls, path, plane, path.stat().st_mtime_ns)  # type: ignore[arg-type] # a class has a hash
 
-    def describe(self, path: Path, plane: str) -> Sequence[Slice]:
+    @classmethod
+    def describe(cls, path: Path, plane: str) -> Sequence[Slice]:
         """What the file says of each of its images."""
-        return self.volume(path, plane).axes
+        return cls.open(path, plane).axes
 
-    def read(self, frame: Frame) -> Picture:
+    @classmethod
+    def read(cls, frame: Frame) -> Picture:
         """An image: of DICOM by the header's first window or LUT, of NIfTI over the volume's range by default."""
-        return self.volume(frame.path, frame.options.plane).show(frame.index or 0, frame.options.window)
+        volume, index = cls.open(frame.path, frame.options.plane), frame.index or 0
+        values, (down, across) = volume.values(index), volume.spacing[index]
+        own, measure = volume.windows[index], partial(volume.measure, values)
+        image, notes = grey.show(values, frame.options.window, own, measure, volume.is_inverted)
+        if grey.is_stretched((down, across), 3):
+            times, sides = max(down / across, across / down), "high as wide" if down > across else "wide as high"
+            notes["pixels"] = f"pixels {times:.3g} times as {sides}, resampled to square ones"
+        shown = grey.square(image, (down, across))
+        digest = hashlib.sha256(f"{shown.size} ".encode() + shown.tobytes()).hexdigest()
+        return Picture(shown, digest, volume.mode, image.size, notes=notes)
 
-    def sizes(self, frame: Frame) -> set[Size]:
+    @classmethod
+    def sizes(cls, frame: Frame) -> set[Size]:
         """Width and height that an image's mask may have: before and after its pixels were made square."""
-        picture = self.read(frame)
+        picture = cls.read(frame)
         return {picture.image.size, picture.stored}
 
-    def read_mask(self, path: Path, of: Frame, count: int) -> Picture:
+    @classmethod
+    def read_mask(cls, path: Path, of: Frame, count: int) -> MaskFile:
         """The mask of an image, of which its file holds `count`: never windowed, every label but 0 is abnormal.
 
         DICOM whose values reach from 128 to 255 holds greys instead.
         """
-        index, plane = of.index or 0, of.options.plane
-        volume = grid = self.volume(path, plane)
-        if not isinstance(volume.values, Frames):
-            grid = self.volume(of.path, plane)
-            slices = _onto(volume, grid, path, plane)
-        elif len(volume.values) == count:
-            slices = replace(volume.values, is_rescaled=False)
-        else:
-            raise InputError(f"{path}: {len(volume.values)} frames, but its image has {count}")
-        values = np.nan_to_num(slices[index]).astype(np.float32)
+        volume = cls.open(path, of.options.plane)
+        values, spacing = volume.mask_values(of, count)
+        values = np.nan_to_num(values).astype(np.float32)
         if values.ndim == 3:
             values = values.max(axis=2)
         is_grey = volume.mode == "DICOM" and 127 < values.max() <= 255
-        grey = (values if is_grey else (values != 0) * 255).astype(np.uint8)
-        nearest = partial(square, spacing=grid.spacing[index], how=Image.Resampling.NEAREST)
-        image, labels = nearest(Image.fromarray(grey)), nearest(Image.fromarray(values))
-        stored = values.shape[1], values.shape[0]
-        levels = None if is_grey else np.asarray(labels)
-        return Picture(image, "", volume.mode, stored, levels=levels, is_labelled=not is_grey)
+        labels = np.asarray(grey.square(Image.fromarray(values), spacing, Image.Resampling.NEAREST))
+        greys = (labels if is_grey else (labels != 0) * 255).astype(np.uint8)
+        return MaskFile(greys, greys if is_grey else labels, not is_grey, {})
+
+
+@lru_cache(maxsize=3)  # image and mask of one that is being read, and one whose pictures are being written
+def _opened(kind: type[Volume], path: Path, plane: str, _time: int) -> Volume:
+    return kind(path, plane)
 
 
 # --- NIfTI ---
 
 
-@lru_cache(maxsize=3)  # images and mask of one that is being read, and one whose pictures are being written
-def open_nifti(path: Path, plane: str, _time: int = 0) -> Volume:
-    """A NIfTI file, cut along a plane.
+class Nifti(Volume):
+    """A NIfTI file, cut along a plane."""
 
-    Raises:
-        MissingPackageError: nibabel is not installed.
-        InputError: no numbers, not 3 or 4 axes, or fewer bytes than the header claims.
-    """
-    nibabel, data = optional("nibabel", path), read_bytes(path)
-    errors = nibabel.spatialimages.HeaderDataError, nibabel.wrapstruct.WrapStructError
-    own = *errors, nibabel.orientations.OrientationError
-    with blame(f"{path}: not readable as NIfTI, or cut short", errors=(*DAMAGE, *own)):
-        file: Any = BytesIO(data) if data[:2] != b"\x1f\x8b" else gzip.GzipFile(fileobj=BytesIO(data))
-        is_second = 540 in (int.from_bytes(start, order) for start in [file.read(4)] for order in ("little", "big"))
-        file.seek(0)
-        stored = (nibabel.Nifti2Image if is_second else nibabel.Nifti1Image).from_stream(file)
-        if not 0 < math.prod(stored.shape) < MAX_VOXELS or stored.get_data_dtype().kind not in "iuf":
-            raise InputError(f"{path}: {stored.shape} of {stored.get_data_dtype()}, no volume of numbers that is read")
-        image = nibabel.as_closest_canonical(nibabel.squeeze_image(stored))
-        if image.ndim not in (3, 4):
-            raise InputError(f"{path}: {image.ndim} axes; split it into volumes of 3 or 4")
-        values = image.get_fdata(dtype=np.float32, caching="unchanged")
-    codes = int(stored.header["qform_code"]), int(stored.header["sform_code"])
-    edges = EDGES[plane] if max(codes) > 0 else ""  # else the axes' directions are a guess
-    axis, center = PLANES.index(plane), np.append((np.array(values.shape[:3]) - 1) / 2, 1.0)
-    center[axis] = 0
-    first, step = float((image.affine @ center)[axis]), float(image.affine[axis, axis])
-    places = [round(first + step * number, 3) for number in range(values.shape[axis])] * math.prod(values.shape[3:])
-    axes = [Slice(position=place, plane=plane, edges=edges) for place in places]
-    across, down = (float(zoom) for i, zoom in enumerate(image.header.get_zooms()[:3]) if i != axis)
-    whole = Range.measure([values], "the volume", path)
-    spacing, grid = [(down, across)] * len(axes), nibabel.Nifti1Image(values, image.affine)
-    return Volume(slices_of(values, plane), [None] * len(axes), lambda _: whole, "NIfTI", spacing, axes, grid=grid)
+    mode = "NIfTI"
+
+    def __init__(self, path: Path, plane: str) -> None:
+        self.path, self.plane = path, plane
+        nibabel = optional("nibabel", path)
+        errors = nibabel.spatialimages.HeaderDataError, nibabel.wrapstruct.WrapStructError
+        own = *errors, nibabel.orientations.OrientationError, nibabel.filebasedimages.ImageFileError
+        with blame(f"{path}: not readable as NIfTI, or cut short", errors=(*DAMAGE, *own)):
+            stored = nibabel.load(path, mmap=False)
+            if not 0 < math.prod(stored.shape) < MAX_VOXELS or stored.get_data_dtype().kind not in "iuf":
+                fault = f"{stored.shape} of {stored.get_data_dtype()}, no volume of numbers that is read"
+                raise InputError(f"{path}: {fault}")
+            image = nibabel.as_closest_canonical(nibabel.squeeze_image(stored))
+            if image.ndim not in (3, 4):
+                raise InputError(f"{path}: {image.ndim} axes; split it into volumes of 3 or 4")
+            values = image.get_fdata(dtype=np.float32, caching="unchanged")
+        codes = int(stored.header["qform_code"]), int(stored.header["sform_code"])
+        edges = EDGES[plane] if max(codes) > 0 else ""  # else the axes' directions are a guess
+        axis, center = PLANES.index(plane), np.append((np.array(values.shape[:3]) - 1) / 2, 1.0)
+        center[axis] = 0
+        first, step = float((image.affine @ center)[axis]), float(image.affine[axis, axis])
+        places = [round(first + step * number, 3) for number in range(values.shape[axis])] * math.prod(values.shape[3:])
+        self.axes = [Slice(position=place, plane=plane, edges=edges) for place in places]
+        across, down = (float(zoom) for i, zoom in enumerate(image.header.get_zooms()[:3]) if i != axis)
+        self.spacing, self.windows = [(down, across)] * len(places), [None] * len(places)
+        self.range = Range.measure([values], "the volume", path)
+        self.slices, self.grid = slices_of(values, plane), nibabel.Nifti1Image(values, image.affine)
+
+    def values(self, index: int) -> Array:
+        """A view of the volume."""
+        return self.slices[index]
+
+    def measure(self, values: Array) -> Range:
+        """Of the whole volume."""
+        return self.range
+
+    def mask_values(self, of: Frame, count: int) -> tuple[Array, Ends]:
+        """Where the headers say that the mask lies in the image."""
+        image, index = cast(Nifti, self.open(of.path, of.options.plane)), of.index or 0
+        return _onto(self, image)[index], image.spacing[index]
 
 
 def slices_of(values: Array, plane: str) -> list[Array]:
@@ -152,12 +176,12 @@ def slices_of(values: Array, plane: str) -> list[Array]:
 
 
 @lru_cache(maxsize=3)
-def _onto(mask: Volume, image: Volume, path: Path, plane: str) -> Sequence[Array]:
+def _onto(mask: Nifti, image: Nifti) -> Sequence[Array]:
     """A mask's slices on its image's grid: as they are where shape and place agree, else resampled, which is said."""
-    there, here = mask.grid, image.grid
+    there, here, path = mask.grid, image.grid, mask.path
     apart = np.abs(there.affine - here.affine) @ [*there.shape[:3], 1]
     if there.shape == here.shape and apart.max() < SAME_PLACE * min(there.header.get_zooms()[:3]):
-        return mask.values
+        return mask.slices
     if max(here.ndim, there.ndim) > 3 or not (mask.axes[0].edges and image.axes[0].edges):
         fault = f"its {there.shape} voxels lie elsewhere than the {here.shape} of its image"
         raise InputError(f"{path}: {fault}, and the headers do not say how both lie in the patient")
@@ -165,67 +189,63 @@ def _onto(mask: Volume, image: Volume, path: Path, plane: str) -> Sequence[Array
     values = moved.get_fdata(dtype=np.float32)
     if there.get_fdata().any() and not values.any():
         raise InputError(f"{path}: nothing that it marks lies in its image: the headers say that it lies elsewhere")
-    warn_once(f"{path}: shape or affine differ from its image's: the mask is resampled onto it, to the nearest voxel")
-    return slices_of(values, plane)
+    fault = "shape or affine differ from its image's: the mask is resampled onto it, to the nearest voxel"
+    grey.warn_once(f"{path}: {fault}")
+    return slices_of(values, mask.plane)
 
 
 # --- DICOM ---
 
 
-@dataclass(frozen=True)
-class Frames(Sequence[Array]):
-    """The frames of a DICOM file, decoded when they are asked for: rescaled grey (H, W), or colours (H, W, 3)."""
+class Dicom(Volume):
+    """A DICOM file of one or more frames."""
 
-    header: Header
-    path: Path
-    length: int
-    is_rescaled: bool = True  # into the modality's units; else as stored
+    mode = "DICOM"
 
-    def __len__(self) -> int:
-        return self.length
+    def __init__(self, path: Path, plane: str) -> None:
+        data, own = grey.read_bytes(path), optional("pydicom.errors", path).BytesLengthException
+        with blame(f"{path}: not readable as DICOM, or cut short", errors=(*DAMAGE, own)):  # parsed when looked at
+            self.path, self.header = path, _parse(data, path)
+            each = range(_count(self.header, path))
+            self.axes = [_slice(self.header, i, len(each)) for i in each]
+            self.spacing = [_spacing(self.header, i) for i in each]
+            self.windows = [_window(self.header, i) for i in each]
+            self.is_inverted = self.header.PhotometricInterpretation == "MONOCHROME1"
 
-    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401 - a sequence also takes slices, which nobody asks for
+    def stored(self, index: int) -> Array:
+        """A frame as it is stored, but for a palette's colours."""
         pixels, header = optional("pydicom.pixels", self.path), self.header
         with blame(f"{self.path}: not a readable image, or cut short", errors=DAMAGE):
-            try:
-                values = pixels.pixel_array(header, index=index)
-            except RuntimeError as error:
-                name, reason = header.file_meta.TransferSyntaxUID.name, str(error).rpartition(": ")[2]
-                lacks = "missing dependencies" in str(error)
-                fault = f"no decoder for {name}" if lacks else f"{name} cannot be decoded ({reason})"
-                hint = "other decoders: pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
-                raise InputError(f"{self.path}: {fault}; {hint}") from error
+            name = header.file_meta.TransferSyntaxUID.name
+            with blame(f"{self.path}: {name} cannot be decoded", DECODERS, (RuntimeError,)):
+                values: Array = pixels.pixel_array(header, index=index)
             if header.PhotometricInterpretation == "PALETTE COLOR":
-                return np.asarray(to_rgb(pixels.apply_color_lut(values, header)))
-            if values.ndim == 3 or not self.is_rescaled:
-                return values
-            line = _line(header, index)
-            if line is None:
-                group = frame_values(header, index, "PixelValueTransformationSequence")
-                return pixels.apply_modality_lut(values, group)
-        if line == (1, 0):
-            return values.astype(np.int16) if values.dtype == np.uint8 else values  # 8-bit grey has a window, too
-        return values * line[0] + line[1]
+                return np.asarray(grey.to_rgb(pixels.apply_color_lut(values, header)))
+            return values
 
+    def values(self, index: int) -> Array:
+        """Grey in the modality's units, float64, or colours as stored."""
+        values = self.stored(index)
+        if values.ndim == 3:
+            return values
+        group = frame_values(self.header, index, "PixelValueTransformationSequence")
+        with blame(f"{self.path}: not a readable image, or cut short", errors=DAMAGE):
+            return np.asarray(optional("pydicom.pixels", self.path).apply_modality_lut(values, group), np.float64)
 
-@lru_cache(maxsize=3)
-def open_dicom(path: Path, _plane: str = "", _time: int = 0) -> Volume:
-    """A DICOM file.
+    def mask_values(self, of: Frame, count: int) -> tuple[Array, Ends]:
+        """The frame of the same number."""
+        if len(self.axes) != count:
+            raise InputError(f"{self.path}: {len(self.axes)} frames, but its image has {count}")
+        return self.stored(of.index or 0), self.spacing[of.index or 0]
 
-    Raises:
-        MissingPackageError: pydicom is not installed.
-        NoImageError: it holds no picture.
-        InputError: it is damaged, cut short, or claims more frames than it holds.
-    """
-    data, own = read_bytes(path), optional("pydicom.errors", path).BytesLengthException
-    with blame(f"{path}: not readable as DICOM, or cut short", errors=(*DAMAGE, own)):  # elements are parsed when read
-        header = _parse(data, path)
-        each = range(_count(header, path))
-        return Volume(
-            Frames(header, path, len(each)), [_window(header, path, i) for i in each], partial(_range, header, path),
-            "DICOM", [_spacing(header, i) for i in each],
-            [_slice(header, i, len(each)) for i in each], header.PhotometricInterpretation == "MONOCHROME1",
-        )  # fmt: skip
+    def measure(self, values: Array) -> Range:
+        """Of all pictures of this file's series in its folder, or of the file's frames."""
+        frames, uid = len(self.axes), self.axes[0].series_uid
+        with _lock:
+            files = [self.path] if frames > 1 or not uid else _series_in(self.path.parent).get(uid, [self.path])
+            of = f"its {frames} frames" if frames > 1 else f"its series ({len(files)} files)"
+            common = _common_range(tuple(files), of) if frames > 1 or len(files) > 1 else None
+        return common or Range.measure([values], "this picture", self.path)
 
 
 def _parse(data: bytes, path: Path) -> Header:
@@ -265,28 +285,23 @@ def _spacing(header: Header, index: int) -> tuple[float, float]:
     return down, across
 
 
-def _line(header: Header, index: int) -> tuple[float, float] | None:
-    """Slope and intercept from stored values to the modality's units; None where a table does that."""
-    group = frame_values(header, index, "PixelValueTransformationSequence")
-    slope, intercept = numbers(group, "RescaleSlope") or [1.0], numbers(group, "RescaleIntercept") or [0.0]
-    return None if group.get("ModalityLUTSequence") else (slope[0], intercept[0])
-
-
-def _window(header: Header, path: Path, index: int) -> Callable[[Array], Array] | None:
+def _window(header: Header, index: int) -> Callable[[Array], Array] | None:
     """How the header wants a frame shown: its first window or table; up to 8 bits, and colours, their whole range."""
     display, bits = frame_values(header, index, "FrameVOILUTSequence"), int(header.BitsStored)
     center, width = numbers(display, "WindowCenter"), numbers(display, "WindowWidth")
     if int(header.get("SamplesPerPixel", 1)) > 1:
-        return partial(stretch, low=0, high=2**bits - 1)
+        return partial(grey.stretch, low=0, high=2**bits - 1)
     if center and width and width[0] > 0:
         function = display.get("VOILUTFunction") or "LINEAR"
-        return partial(apply_window, center=center[0], width=width[0], function=function)
+        return partial(grey.apply_window, center=center[0], width=width[0], function=function)
     if display.get("VOILUTSequence"):
-        look_up, top = optional("pydicom.pixels", path).apply_voi_lut, display.VOILUTSequence[0].LUTDescriptor[2]
-        return lambda values: np.asarray(look_up(values, display) / (2.0**top - 1))
-    if bits <= 8 and _line(header, index) == (1, 0):
+        look_up, top = optional("pydicom.pixels", "").apply_voi_lut, display.VOILUTSequence[0].LUTDescriptor[2]
+        return lambda values: (look_up(values.astype(int), display) / (2.0**top - 1)).clip(0, 1)
+    group = frame_values(header, index, "PixelValueTransformationSequence")
+    rescaled = [*numbers(group, "RescaleSlope"), *numbers(group, "RescaleIntercept")] not in ([], [1, 0])
+    if bits <= 8 and not rescaled and not group.get("ModalityLUTSequence"):
         least = -(2 ** (bits - 1)) if header.get("PixelRepresentation") else 0
-        return partial(stretch, low=least, high=least + 2**bits - 1)
+        return partial(grey.stretch, low=least, high=least + 2**bits - 1)
     return None
 
 
@@ -325,22 +340,13 @@ def _common_range(files: tuple[Path, ...], of: str) -> Range | None:
     parts = []
     for path in files:
         with suppress(InputError):
-            values = open_dicom(path).values
-            for index in np.linspace(0, len(values) - 1, min(len(values), SAMPLED_FRAMES)).astype(int).tolist():
-                grey = values[index]
-                step = max(grey.size // 4096, 1) if len(files) > 1 else 1
-                parts += [np.array([grey.min(), grey.max()]), grey.ravel()[::step]] if grey.ndim == 2 else []
+            volume = Dicom.open(path, "")
+            count = len(volume.axes)
+            for index in np.linspace(0, count - 1, min(count, SAMPLED_FRAMES)).astype(int).tolist():
+                values = volume.values(index)
+                step = max(values.size // 4096, 1) if len(files) > 1 else 1
+                parts += [np.array([values.min(), values.max()]), values.ravel()[::step]] if values.ndim == 2 else []
     return Range.measure(parts, of, files[0]) if parts else None
-
-
-def _range(header: Header, path: Path, picture: Array) -> Range:
-    """The grey values of all pictures of this file's series in its folder, or of the file's frames."""
-    frames, uid = int(header.get("NumberOfFrames") or 1), str(header.get("SeriesInstanceUID") or "")
-    with _lock:
-        files = [path] if frames > 1 or not uid else _series_in(path.parent).get(uid, [path])
-        of = f"its {frames} frames" if frames > 1 else f"its series ({len(files)} files)"
-        common = _common_range(tuple(files), of) if frames > 1 or len(files) > 1 else None
-    return common or Range.measure([picture], "this picture", path)
 
 
 def _slice(header: Header, index: int, frames: int) -> Slice:

@@ -129,7 +129,7 @@ def test_orientation_is_ignored_in_every_format(tmp_path, name, orientation):
     picture = read(tmp_path / name)
     assert picture.orientation == orientation
     assert picture.image.size == (48, 32)
-    assert images.mask_sizes(tmp_path / name) == {(48, 32)}
+    assert images.mask_sizes(Frame(tmp_path / name)) == {(48, 32)}
     assert np.abs(np.asarray(picture.image)[..., 0].astype(int) - GRADIENT).max() <= 2
     sample = Sample(tmp_path / name, 1, (tmp_path / name,), "x")
     assert (masks.read_mask(sample).image.size) == (48, 32)
@@ -173,6 +173,13 @@ def test_twelve_bits_of_colour_or_beside_alpha_are_neither_black_nor_deaf_to_the
     assert np.abs(shown - grey / 4096 * 255).max() <= 0.5 + 1e-6
     full = sixteen_bit_png(tmp_path / "full.png", np.stack([grey * 16] * 3, -1))
     assert np.abs(pixels(full)[..., 1] - grey * 16 / 257).max() <= 0.5 + 1e-6
+
+
+def test_labels_are_picked_from_the_grey_of_a_16_bit_mask_of_colours(tmp_path):
+    values = np.repeat(np.kron([[0, 514], [257 * 9, 0]], np.ones((4, 4)))[..., None], 3, axis=2).astype(np.uint16)
+    path = sixteen_bit_png(tmp_path / "x.png", values)
+    sample = Sample(path, 1, (path,), "x", options=ReadOptions(mask_labels=(9,)))
+    assert np.argwhere(load_mask(sample, 8).numpy()).tolist() == [[y, x] for y in range(4, 8) for x in range(4)]
 
 
 def test_a_16_bit_tiff_whose_zero_is_white_is_not_inverted(tmp_path):
@@ -362,8 +369,10 @@ def test_objects_without_a_picture_are_told_apart(name):
     ("greys", "kind"),
     [((0,), "empty"), ((0, 1), "labels"), ((0, 127), "labels"), ((0, 128), None), ((0, 255), None), ((255,), "full")],
 )
-def test_what_is_odd_about_a_mask(greys, kind):
+def test_what_is_odd_about_a_mask(tmp_path, greys, kind):
     """Abnormal is above 127: a mask that reaches exactly that marks nothing."""
     values = np.full((20, 20), greys[0], np.uint8)
     values[5:9, 5:9] = greys[-1]
-    assert list(masks.mask_notes(masks._grey_mask(Image.fromarray(values), {}, ()))) == ([kind] if kind else [])
+    Image.fromarray(values).save(tmp_path / "mask.png")
+    mask = masks.read_mask(Sample(tmp_path / "mask.png", 1, (tmp_path / "mask.png",), "x"))
+    assert list(masks.mask_notes(mask)) == ([kind] if kind else [])

@@ -13,7 +13,7 @@ from PIL import Image
 from pydicom import dcmread
 
 from dataset.readers.grey import Frame, ReadOptions, warn_once
-from dataset.readers.images import Sample, describe, frames
+from dataset.readers.images import Sample, frames
 from dataset.readers.masks import read_mask
 from engine.heat_volumes import DicomHeat, NiftiHeat
 from engine.scans import is_own_result, list_entries, picture_name, series_notes
@@ -60,7 +60,7 @@ def test_a_hot_corner_lies_where_the_patient_has_it(tmp_path, axes, plane):
             assert world[side] == pytest.approx(high[side])
         else:  # the axis that is cut: the second slice
             assert world[side] == pytest.approx(-low[side] + (2, 3, 4)[side])
-    says = describe(inside)
+    says = [frame.slice for frame in inside]
     assert {slice_.edges for slice_ in says} == {SIDES[plane]}
     axis = ("sagittal", "coronal", "axial").index(plane)
     steps = np.diff([slice_.position for slice_ in says])
@@ -74,7 +74,7 @@ def test_slices_of_time_points_and_headers_without_orientation(tmp_path):
     image.set_qform(None, 0)
     image.to_filename(tmp_path / "v.nii")
     inside = frames(tmp_path / "v.nii")
-    says = describe(inside)
+    says = [frame.slice for frame in inside]
     assert len(says) == 6
     assert {slice_.edges for slice_ in says} == {""}  # which side is which would be a guess
     assert [slice_.position for slice_ in says[:3]] == [slice_.position for slice_ in says[3:]]

@@ -34,6 +34,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from tqdm import tqdm
 
 import test
@@ -46,7 +47,7 @@ from engine.metrics import METRICS
 from engine.study.grid import COMPONENTS, Cell, Grid, layers_of, read_result
 from engine.study.jobs import run_jobs
 from engine.study.tables import Published, Statistic, Table, read_published
-from utils import InputError, bar_seconds, locked, one_line, probe_writable, show_traceback, tune_allocator, write_json
+from utils import InputError, bar_seconds, one_line, probe_writable, show_traceback, tune_allocator, write_json
 
 SHOWN = ("auc", "pauc")  # of METRICS, what tables show
 READING = ("mask_above", "mask_labels", "window", "plane")  # of a layout: how its files are read
@@ -114,7 +115,7 @@ def compute(grid: Grid, cell: Cell) -> None:
     """Train, or go on training, and test."""
     lock, run, options = grid.out / "locks" / cell.name, grid.run(cell), grid.parse(cell)
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with locked(lock, f"{cell.name}: another process is at it; waiting for it"):
+    with FileLock(lock):  # another process that computes this cell is waited for
         if cell.baselines:
             write_json(run.config, {"options": vars(options)})
             write_json(run.result, baselines.measure_baselines(options))

@@ -30,8 +30,6 @@ from typing import Any, NoReturn, TextIO, TypeVar
 In = TypeVar("In")
 Out = TypeVar("Out")
 
-STALE_SECONDS = 86_400.0  # of a temporary file: nothing takes a day to write
-
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - a function
     """The 16 views of dataset/views.py, under the names that they have in the published utils.py."""
@@ -349,14 +347,6 @@ def temporary_path(path: str | Path, flag: str = "") -> Iterator[Path]:
         raise InputError(f"{name}: cannot be written: {reason}{full}{intact}") from error
 
 
-def remove_stale(paths: Iterable[Path], seconds: float = STALE_SECONDS) -> None:
-    """Delete temporary files that a killed process left behind, if they are older than `seconds`."""
-    for path in paths:
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > seconds:
-                path.unlink()
-
-
 def probe_writable(
     path: str | Path | None, flag: str, kind: str = "", read: Callable[[Path], object] | None = None
 ) -> None:
@@ -388,23 +378,6 @@ def read_text(path: str | Path) -> str:
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "a folder, a pipe or a device, not a file", str(path))
     return path.read_text(encoding="utf-8-sig")
-
-
-@contextlib.contextmanager
-def locked(path: Path, waiting: str) -> Iterator[None]:
-    """Hold the lock of a file that is made for it; print `waiting` where another process holds it, and wait."""
-    from filelock import FileLock, Timeout  # noqa: PLC0415
-
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(waiting, flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def prefetch(function: Callable[[In], Out], inputs: Iterable[In], workers: int = 1, ahead: int = 2) -> Iterator[Out]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,32 +52,26 @@ def positive_float(text: str) -> float:
     return value
 
 
-def nonblank_text(text: str) -> str:
-    """An argparse type: text that is not blank, nor longer than a prompt's name may be."""
-    if not text.strip() or len(text) > MAX_TEXT:
-        raise argparse.ArgumentTypeError(f"is blank, or longer than {MAX_TEXT} characters")
-    return text
+def matching(pattern: str, fault: str) -> Callable[[str], str]:
+    """An argparse type: a text of which all fits a regular expression; `fault` says what one that does not is."""
+
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text, re.DOTALL):
+            raise argparse.ArgumentTypeError(f"{text!r:.80} {fault}")
+        return text
+
+    return parse
 
 
-def nonempty_path(text: str) -> str:
-    """An argparse type: a path; not an empty one, which would be the current folder."""
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError("is empty, or no path")
-    return text
-
-
-def run_name(text: str) -> str:
-    """An argparse type: a name that may be a folder's, in W&B too."""
-    if not re.fullmatch(r"\w(?!.*\.\.)[\w .,=+@()-]{0,99}", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: 1 to 100 letters, digits and _ - . , = + @ ( ), no '..'")
-    return text
-
-
-def threshold_rule(text: str) -> str:
-    """An argparse type: f1, fpr=RATE or tpr=RATE, see engine.metrics.choose_threshold."""
-    if not re.fullmatch(r"f1|[ft]pr=(0|0?\.\d+)|tpr=1", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither f1 nor fpr=RATE or tpr=RATE, a RATE from 0 to below 1")
-    return text
+nonblank_text = matching(rf"(?=.*\S).{{1,{MAX_TEXT}}}", f"is blank, or longer than {MAX_TEXT} characters")
+nonempty_path = matching("[^\0]+", "is empty, or no path")  # an empty one would be the current folder
+run_name = matching(  # a folder's, in W&B too
+    r"\w(?!.*\.\.)[\w .,=+@()-]{0,99}", "is not 1 to 100 letters, digits and _ - . , = + @ ( ) without '..'"
+)
+# See engine.metrics.choose_threshold.
+threshold_rule = matching(
+    r"f1|[ft]pr=(0|0?\.\d+)|tpr=1", "is neither f1 nor fpr=RATE or tpr=RATE, a RATE from 0 to below 1"
+)
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -34,7 +34,7 @@ from filelock import FileLock, Timeout
 
 from dataset import notes
 from dataset.medical_few import MedicalDataset
-from utils import InputError, atomic_path, blame, printable, probe_writable, read_json, remove_stale, write_json
+from utils import InputError, atomic_path, blame, printable, probe_writable, read_json, write_json
 
 from .. import distributed
 from ..evaluation import Evaluation
@@ -62,14 +62,8 @@ class RunFolder:
         """The folder `run_dir`/`name`, locked; -2, -3, ... is appended where a run of that name has left files."""
         if not distributed.is_main():
             return cls(distributed.from_main(Path()))
-        run = cls._claim(Path(run_dir), name)
-        distributed.from_main(run.path)
-        return run
-
-    @classmethod
-    def _claim(cls, run_dir: Path, name: str) -> RunFolder:
         for number in itertools.count(1):
-            run = cls(run_dir / (name if number == 1 else f"{name}-{number}"))
+            run = cls(Path(run_dir) / f"{name}{f'-{number}' * (number > 1)}")
             with blame(f"--run_dir {run_dir}: {run.path} cannot be made", errors=(OSError,)), suppress(Timeout):
                 run.path.mkdir(parents=True, exist_ok=True)
                 run._lock.acquire(timeout=0)
@@ -78,7 +72,8 @@ class RunFolder:
                     break
                 run._lock.release()
         if number > 1:
-            print(f"{run_dir / name} is there already, so this run is {run.path}", file=sys.stderr)
+            print(f"{Path(run_dir) / name} is there already, so this run is {run.path}", file=sys.stderr)
+        distributed.from_main(run.path)
         return run
 
     @classmethod
@@ -110,7 +105,8 @@ class RunFolder:
                 raise InputError(f"--resume {self.path}: {writer} is still at this run; stop it first") from None
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: Slurm sends it before it takes a machine
         try:
-            remove_stale(self.path.glob(".*.tmp"), seconds=0)  # of a killed process: this one is alone here
+            for path in self.path.glob(".*.tmp"):  # of a killed process: this one is alone here
+                path.unlink()
             yield
         except KeyboardInterrupt:
             print(f"stopped; to continue: python train.py --resume {shlex.quote(str(self.path))}", file=sys.stderr)

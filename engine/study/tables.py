@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 
+import jinja2
+
 from dataset.layout import PUBLISHED
 from utils import EXPECTED, atomic_path, blame, csv_cell, read_json
 
@@ -19,6 +21,11 @@ LATEX = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
     "<": "$<$", ">": "$>$", "|": "$|$", '"': "''", **{character: f"\\{character}" for character in "&%$#_{}"},
 }  # fmt: skip
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True,
+    variable_start_string="<<", variable_end_string=">>", block_start_string="<%", block_end_string="%>",
+    keep_trailing_newline=True,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,30 +100,11 @@ class Table:
         return "\n\n".join([self.caption, table, *self.notes, f"<!-- {self.scope} -->"]) + "\n"
 
     def latex(self) -> str:
-        """A `table*` environment, scaled down where it is wider or higher than a page."""
+        """A `table*` environment, scaled down where it is wider or higher than a page: table.tex.jinja."""
         heading, *body = self.rows()
         notes = [note for i, note in enumerate(self.notes) if len(" ".join(self.notes[: i + 1])) <= NOTES_IN_LATEX]
-        left, lines, above = 1 + len(self.labels), list[str](), ""
-        for metric, *row in body:  # a metric stands once, above a line
-            lines += [*[r"\midrule"] * (metric != above), _latex_row(["" if metric == above else metric, *row])]
-            above = metric
-        return "\n".join([
-            r"% needs \usepackage{booktabs} and \usepackage{adjustbox}",
-            r"\begin{table*}[t]",
-            r"\centering\footnotesize\setlength{\tabcolsep}{4pt}",
-            rf"\caption{{{latex(self.caption)}}}",
-            rf"\label{{tab:{self.name}}}\par\smallskip",
-            r"\begin{adjustbox}{max width=\textwidth, max totalheight=0.8\textheight}",
-            rf"\begin{{tabular}}{{{'l' * left}{'r' * (len(heading) - left)}}}",
-            r"\toprule",
-            _latex_row(heading),
-            *lines,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{adjustbox}",
-            *([rf"\par\smallskip\parbox{{\textwidth}}{{{latex(' '.join(notes))}}}"] if notes else []),
-            r"\end{table*}",
-        ]) + "\n"  # fmt: skip
+        template = TEMPLATES.get_template("table.tex.jinja")
+        return template.render(table=self, heading=heading, body=body, notes=notes, left=1 + len(self.labels))
 
     def csv(self) -> str:
         """A line for each figure."""
@@ -153,8 +141,7 @@ def latex(text: str) -> str:
     return re.sub(r"(?<![\w-])-(?=\d)", "$-$", re.sub("-(?=-)", "-{}", escaped))
 
 
-def _latex_row(cells: Iterable[str]) -> str:
-    return " & ".join(map(latex, cells)) + r" \\"
+TEMPLATES.filters["latex"] = latex
 
 
 @dataclass(frozen=True)

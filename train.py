@@ -182,7 +182,7 @@ def finish(setup: Setup, tracker: Tracker, evaluation: Evaluation | None) -> dic
     selected = f"epoch {state.selected_epoch} of {state.epoch}, {SELECTS[options.select]} (--select {options.select})"
     result = result_json(settings, evaluation, best, options.select) | {
         "selected": selected, "selected_epoch": state.selected_epoch, "last": {"epoch": state.epoch, **last.values},
-        "decision": threshold, "seed": options.seed, "shots": splits.shots.names(), "seconds": state.seconds,
+        "decision": threshold, "seed": options.seed, "shots": splits.shots.names, "seconds": state.seconds,
         "run": str(run.path),
     }  # fmt: skip
     if distributed.is_main():

@@ -42,7 +42,5 @@ class Numbers:
     def shots(self, shots: Shots) -> Shots:
         """The same shots, under their numbers in lists as well."""
         abnormal, normal = self.samples(shots.abnormal), self.samples(shots.normal)
-        listed = {
-            kind: [sample.name for sample in group] for kind, group in (("abnormal", abnormal), ("normal", normal))
-        }
-        return replace(shots, abnormal=abnormal, normal=normal, listed=listed)
+        names = {"abnormal": [sample.name for sample in abnormal], "normal": [sample.name for sample in normal]}
+        return replace(shots, abnormal=abnormal, normal=normal, names=names)

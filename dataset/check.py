@@ -13,9 +13,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
@@ -25,17 +25,20 @@ from tqdm import tqdm
 from utils import InputError, Parser, bar_seconds, integer, prefetch, printable, run_cli
 
 from . import notes
-from .entries import Entry
-from .fewshot import SEEDS, check_shot_names, parse_shot_list
+from .fewshot import LETTERS, SEEDS, check_shot_names, parse_shot_list
+from .folders import pair
 from .layout import KINDS, SPLITS, add_reading_flags, object_given, object_name
-from .lists import unlabelled, write_list
+from .lists import write_list
 from .medical_few import SOUGHT, MedicalDataset, data_folder
+from .pairing import list_pictures
 from .patients import compile_rule
 from .readers.images import Sample, file_kind, parse_window, picture_notes, read
 from .readers.masks import ABNORMAL_ABOVE, mask_notes, read_mask
 
+Findings = defaultdict[str, list[str]]  # of `ERRORS` and `WARNINGS`: what was found, in words
+
 SHOWN = 3  # examples of a finding
-NAMED = ("no mask", "valid mask")  # of these every example is shown: one cannot see what is not there
+NAMED = ("no mask", "valid mask")  # of these every one is shown: one cannot see what is not there
 
 # What is found, and what it is called. Errors first, in the order of the report.
 ERRORS = {
@@ -71,47 +74,60 @@ TOLERATED = ("leak", "patient", "two labels")  # of the paper's own files, where
 
 
 @dataclass
-class Row:
-    """A class of a split in the table."""
-
-    split: str
-    kind: str
-    images: int = 0
-    masks: int = 0
-    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    modes: Counter[str] = field(default_factory=Counter)
-
-    def cells(self) -> tuple[str, ...]:
-        """The row's texts."""
-        modes = ", ".join(mode if count == self.images else f"{mode} {count}" for mode, count in self.modes.items())
-        size = "".join(map(_size, self.sizes))
-        if len(self.sizes) > 1:
-            spans = (f"{min(sides)}-{max(sides)}" for sides in zip(*self.sizes, strict=True))
-            size = f"{' x '.join(spans)} ({len(self.sizes)} sizes)"
-        return self.split, self.kind, f"{self.images}", f"{self.masks or '-'}", size, modes
-
-
-@dataclass
 class Seen:
     """What one image and its mask showed."""
 
     name: str
     findings: dict[str, str]  # kind -> words
     mode: str = ""
-    size: tuple[int, int] | None = None  # width, height; None where it could not be read
+    size: tuple[int, int] | None = None  # width, height; None where it could not be read, or is no sample
     digest: bytes = b""  # of the pixels: a picture saved anew without loss is the same
     has_mask: bool = False
 
 
-def look_into(dataset: MedicalDataset, file: Entry) -> list[Seen]:
+def examine(dataset: MedicalDataset, workers: int, findings: Findings) -> dict[tuple[str, int], list[Seen]]:
+    """Add what is found in every class of every split, and in the few-shot lists; returns the images of each.
+
+    Where a class is missing, what comes after it is not looked at.
+    """
+    seen: dict[tuple[str, int], list[Seen]] = {}
+    missing: list[str] = []
+    try:
+        for split, label in product(SPLITS, (0, 1)):
+            files = dataset.image_files(split, label, (split, label) != ("valid", 1))
+            if label and dataset.pixel_metrics:
+                without, ambiguous = dataset.mask_problems(files)
+                missing += without
+                findings["ambiguous"] += ambiguous
+            results, pause = prefetch(partial(look_into, dataset), files, workers), bar_seconds()
+            bar = tqdm(results, f"{split} {KINDS[label]}", len(files), unit="file", mininterval=pause, delay=pause)
+            seen[split, label] = list(chain.from_iterable(bar))
+    except InputError as error:
+        findings["layout"].append(str(error))
+        return seen
+    finally:
+        compare(seen, findings)
+    valid, test = ({file.patient for file in dataset.files if file.split == split} for split in SPLITS)
+    findings["patient"] += sorted(filter(None, valid & test))
+    for folder in sorted({file.path.parent for file in dataset.files}):
+        others = [path for path in sorted(folder.glob("[!.]*")) if path.is_file() and file_kind(path) is None]
+        findings["ignored"] += map(str, others)
+    shots = check_lists(dataset, findings)
+    may_lack = {str(file.path) for file in dataset.image_files("valid", 1, required=False)} - shots
+    for path in missing:
+        findings["valid mask" if path in may_lack else "no mask"].append(path)
+    return seen
+
+
+def look_into(dataset: MedicalDataset, file: Sample) -> list[Seen]:
     """Decode every image in a file that is a sample, and its mask where it has one."""
     try:
-        every = dataset.samples_in(file, judged=False)
+        images = dataset.images_in(file)
         used = {sample.index for sample in dataset.samples_in(file)}
-        seen = [look_at(sample, dataset.layout.mask_above, is_alone=len(every) == 1) for sample in every]
+        seen = [look_at(sample, dataset.layout.mask_above, is_alone=len(images) == 1) for sample in images]
     except InputError as error:
         return [Seen(file.name, {"unusable": str(error)})]
-    for sample, one in zip(every, seen, strict=True):
+    for sample, one in zip(images, seen, strict=True):
         if sample.index not in used:  # it is no sample, but a wrong mask may be why
             one.size, one.findings = None, {kind: text for kind, text in one.findings.items() if kind == "mask range"}
     return seen
@@ -141,133 +157,90 @@ def look_at(sample: Sample, above: int, is_alone: bool) -> Seen:
     return Seen(sample.name, findings, picture.mode, picture.image.size, digest, mask is not None)
 
 
-class Check:
-    """Goes through a data set; `rows`, `counts`, `examples` and `notes` are what it found."""
+def compare(seen: dict[tuple[str, int], list[Seen]], findings: Findings) -> None:
+    """Add what was found in each image, and the pictures that are the same."""
+    first: dict[bytes, tuple[str, int, str]] = {}  # digest -> split, label, name of the first such picture
+    for (split, label), images in seen.items():
+        for one in images:
+            for kind, words in one.findings.items():
+                findings[kind].append(words)
+            if one.size:
+                other_split, other_label, other = first.setdefault(one.digest, (split, label, one.name))
+                pair_of = f"{other} = {one.name}"
+                if other_label != label:
+                    findings["two labels"].append(pair_of)
+                if other_split != split:
+                    findings["leak"].append(pair_of)
+                elif other_label == label and other != one.name:
+                    findings["duplicate"].append(pair_of)
 
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()  # of `ERRORS` and `WARNINGS`
-        self.examples: defaultdict[str, list[str]] = defaultdict(list)  # the first few of each, and all of `NAMED`
-        self.rows: list[Row] = []
-        self.notes: list[str] = []
-        self.known: tuple[str, ...] = ()  # kinds that are no error here
-        self.first: dict[bytes, tuple[str, str, str]] = {}  # digest -> split, class, name of the first such picture
-        self.without_mask: set[str] = set()  # abnormal images of valid
 
-    def add(self, kind: str, example: str, count: int = 1) -> None:
-        """Note one finding, or `count` that share an example."""
-        self.counts[kind] += count
-        if kind in NAMED or len(self.examples[kind]) < SHOWN:
-            self.examples[kind].append(example)
-
-    def lines(self) -> Iterator[str]:
-        """A line for each kind of finding, and one for each of its examples."""
-        titles = {kind: f"error: {title}" for kind, title in ERRORS.items() if kind not in self.known}
-        titles |= {kind: f"warning: {title}" for kind, title in WARNINGS.items()}
-        titles |= {kind: f"published: {ERRORS[kind]}" for kind in self.known}
-        for kind, title in titles.items():
-            if self.counts[kind]:
-                yield f"{title}: {self.counts[kind]}"
-                yield from (f"    {example}" for example in self.examples[kind])
-                if self.counts[kind] > len(self.examples[kind]) == SHOWN:
-                    yield "    ..."
-
-    def run(self, dataset: MedicalDataset, workers: int = 2) -> None:
-        """Examine every class of every split, then the few-shot lists."""
-        patients: dict[str, set[str | None]] = {split: set() for split in SPLITS}
+def check_lists(dataset: MedicalDataset, findings: Findings) -> set[str]:
+    """Look at every line of every few-shot list that a training could use; returns the paths of the images on them."""
+    known: dict[str, dict[str, str]] = {}  # of `LETTERS` -> name -> path
+    for label, letter in enumerate(LETTERS):
+        with suppress(InputError):  # it is among the errors already
+            known[letter] = {name: str(sample.path) for name, sample in dataset.known_shots(label).items()}
+    shots = set()
+    used = {path.name: path for path in reversed(dataset.shot_lists())}  # the first of a name wins
+    for path in sorted(used.values()):
         try:
-            self.known = TOLERATED if dataset.is_benchmark else ()
-            for split, kind in product(SPLITS, KINDS):
-                files = dataset.image_files(split, kind, (split, kind) != ("valid", "abnormal"))
-                patients[split] |= {file.patient for file in files}
-                self.look(dataset, Row(split, kind), files, workers)
+            lines, warnings = parse_shot_list(path)
         except InputError as error:
-            self.add("layout", str(error))
-            return
-        for number in sorted(filter(None, patients["valid"] & patients["test"])):
-            self.add("patient", number)
-        for folder in sorted({entry.path.parent for entry in dataset.entries}):
-            others = [path for path in folder.glob("[!.]*") if path.is_file() and file_kind(path) is None]
-            for suffix, count in Counter(path.suffix.lower() or "no extension" for path in others).items():
-                self.add("ignored", f"{folder}: {count} x {suffix}", count)
-        self.lists(dataset)
-        for path in sorted(self.without_mask):
-            self.add("valid mask", path)
-        self.notes += notes.describe(dataset)
-
-    def look(self, dataset: MedicalDataset, row: Row, files: list[Entry], workers: int) -> None:
-        """Examine the files of a class."""
-        self.rows.append(row)
-        if row.kind == "abnormal" and dataset.pixel_metrics:
-            missing, ambiguous = dataset.mask_problems(files)
-            if row.split == "valid":
-                self.without_mask |= set(missing)  # an error only where it is a shot
-                missing = []
-            for name, faults in (("no mask", missing), ("ambiguous", ambiguous)):
-                for words in faults:
-                    self.add(name, words)
-        results = prefetch(partial(look_into, dataset), files, workers)
-        title, pause = f"{row.split} {row.kind}", bar_seconds()
-        for seen in chain.from_iterable(tqdm(results, title, len(files), unit="file", mininterval=pause, delay=pause)):
-            self.image(row, seen)
-
-    def image(self, row: Row, seen: Seen) -> None:
-        """Add one image to its row and to the findings."""
-        for finding in seen.findings.items():
-            self.add(*finding)
-        row.images += bool(seen.size) or "unusable" in seen.findings
-        if not seen.size:
-            return
-        row.masks += seen.has_mask
-        row.sizes[seen.size] += 1
-        row.modes[seen.mode] += 1
-        split, kind, other = self.first.setdefault(seen.digest, (row.split, row.kind, seen.name))
-        if kind != row.kind:
-            self.add("two labels", f"{other} = {seen.name}")
-        if split != row.split:
-            self.add("leak", f"{other} = {seen.name}")
-        elif kind == row.kind and other != seen.name:
-            self.add("duplicate", f"{other} = {seen.name}")
-
-    def lists(self, dataset: MedicalDataset) -> None:
-        """Every line of every few-shot list that a training could use."""
-        shots: dict[str, dict[str, str]] = {}  # `a` or `n` -> name -> path
-        for kind in KINDS:
-            with suppress(InputError):  # it is among the errors already
-                shots[kind[0]] = {name: str(sample.path) for name, (_, sample) in dataset.known_shots(kind).items()}
-        used = {path.name: path for path in reversed(dataset.shot_lists())}  # the first of a name wins
-        for path in sorted(used.values()):
-            try:
-                lines, warnings = parse_shot_list(path)
-            except InputError as error:
-                self.add("bad list", str(error))
-                continue
-            if SEEDS in path.parents and set(chain(*shots.values())).isdisjoint(chain(*lines.values())):
-                self.notes.append(f"{path.name} of the project names none of these images: shots would be sampled")
-                continue
-            count = int(path.name.removeprefix("my").removesuffix("-shot.txt"))
-            for (letter, index), line in lines.items():
-                if letter not in shots:
-                    continue
+            findings["bad list"].append(str(error))
+            continue
+        if SEEDS in path.parents and set(chain(*known.values())).isdisjoint(chain(*lines.values())):
+            continue  # other images under the same name: shots would be sampled
+        count = int(path.name.removeprefix("my").removesuffix("-shot.txt"))
+        for (letter, index), names in lines.items():
+            if letter in known:
                 try:
                     where = f"{path}, {letter}-{index}"
-                    warnings += check_shot_names(line, shots[letter], count, where, dataset.root)
+                    warnings += check_shot_names(names, known[letter], count, where, dataset.root)
                 except InputError as error:
-                    self.add("bad list", str(error))
-                for path_of_shot in {shots[letter].get(name, "") for name in line} & self.without_mask:
-                    self.without_mask.remove(path_of_shot)
-                    self.add("no mask", path_of_shot)
-            for text in warnings:
-                self.add("list", text)
+                    findings["bad list"].append(str(error))
+                shots |= {known[letter][name] for name in names if name in known[letter]}
+        findings["list"] += warnings
+    return shots
 
 
-def _size(size: tuple[int, int]) -> str:
-    return f"{size[0]} x {size[1]}"
+# --- what is printed ---
 
 
-def table(rows: list[tuple[str, ...]]) -> str:
-    """Rows of texts as aligned columns."""
+def lines_of(findings: Findings, known: Sequence[str]) -> Iterator[str]:
+    """A line for each kind of finding, those that are `known` as such, and one for each of its examples."""
+    titles = {kind: f"error: {title}" for kind, title in ERRORS.items() if kind not in known}
+    titles |= {kind: f"warning: {title}" for kind, title in WARNINGS.items()}
+    titles |= {kind: f"published: {ERRORS[kind]}" for kind in known}
+    for kind, title in titles.items():
+        if examples := findings[kind]:
+            shown = examples if kind in NAMED else examples[:SHOWN]
+            yield f"{title}: {len(examples)}"
+            yield from (f"    {example}" for example in shown)
+            if len(shown) < len(examples):
+                yield "    ..."
+
+
+def table(seen: dict[tuple[str, int], list[Seen]]) -> str:
+    """How many images and masks each class has, of which sizes and modes, as aligned columns."""
+    rows = [("split", "class", "images", "masks", "width x height", "modes")]
+    for (split, label), every in seen.items():
+        sizes = Counter(one.size for one in every if one.size)
+        modes = Counter(one.mode for one in every if one.size)
+        images = sizes.total() + sum("unusable" in one.findings for one in every)
+        masks = sum(one.has_mask for one in every if one.size)
+        size = "".join(map(_size, sizes))
+        if len(sizes) > 1:
+            spans = (f"{min(sides)}-{max(sides)}" for sides in zip(*sizes, strict=True))
+            size = f"{' x '.join(spans)} ({len(sizes)} sizes)"
+        mode = ", ".join(mode if count == images else f"{mode} {count}" for mode, count in modes.items())
+        rows.append((split, KINDS[label], f"{images}", f"{masks or '-'}", size, mode))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _size(size: Iterable[int]) -> str:
+    return " x ".join(map(str, size))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -295,33 +268,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.patient is not None:
         compile_rule(options.patient, "--patient")
     parse_window(options.window)
-    check = Check()
-    entries: list[Entry] = []
+    findings: Findings = defaultdict(list)
+    known: tuple[str, ...] = ()
+    remarks: list[str] = []
+    files: list[Sample] = []
     try:
         dataset = MedicalDataset.from_options(options)
-        entries = dataset.entries
     except InputError as error:
-        check.add("layout", str(error))
+        findings["layout"].append(str(error))
         print(printable(f"{options.obj}: {root}"))
         with suppress(InputError):  # a pipe, say, which is the error then
-            entries = unlabelled(root)
-        counts = Counter(entry.path.parent.relative_to(root).as_posix() for entry in entries)
+            images, masks = list_pictures(root)  # for a list whose labels are to be filled in
+            files = pair(root, [Sample(path, -1, (), path.name) for path in images], masks)
+        counts = Counter(file.path.parent.relative_to(root).as_posix() for file in files)
         print(*(printable(f"    {folder}: {count} pictures") for folder, count in sorted(counts.items())), sep="\n")
     else:
-        check.run(dataset, options.num_workers)
+        files, known = dataset.files, TOLERATED if dataset.is_benchmark else ()
+        seen = examine(dataset, options.num_workers, findings)
+        remarks = [] if findings["layout"] else notes.describe(dataset)
         metrics = "images and pixels are measured" if dataset.pixel_metrics else "images are measured, no masks"
         if dataset.pixel_metrics and dataset.layout.mask_above != ABNORMAL_ABOVE:
             metrics += f", a mask's grey above {dataset.layout.mask_above} is abnormal"
         print(printable(f'{options.obj}: {root}; prompts say "{dataset.layout.prompt_name}"; {metrics}'))
-        heads = ("split", "class", "images", "masks", "width x height", "modes")
-        print(table([heads, *(row.cells() for row in check.rows)]))
-    for line in (*check.lines(), *check.notes):
+        print(table(seen))
+    for line in (*lines_of(findings, known), *remarks):
         print(printable(line))
-    errors = sum(check.counts[kind] for kind in ERRORS if kind not in check.known)
-    warnings = sum(check.counts[kind] for kind in WARNINGS) + sum(n.startswith("warning: ") for n in check.notes)
+    errors = sum(len(findings[kind]) for kind in ERRORS if kind not in known)
+    warnings = sum(len(findings[kind]) for kind in WARNINGS) + sum(note.startswith("warning: ") for note in remarks)
     print(f"errors: {errors}, warnings: {warnings}" if errors or warnings else "fine")
     if options.write_list:
-        print(printable(f"written: {write_list(options.write_list, root, entries)}"))
+        print(printable(f"written: {write_list(options.write_list, root, files)}"))
     return 1 if errors else 0
 
 

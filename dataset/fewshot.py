@@ -10,6 +10,7 @@ from pathlib import Path
 
 from utils import InputError, blame, preview, read_text
 
+LETTERS = "na"  # of the lines for label 0, normal, and 1, abnormal
 Lines = dict[tuple[str, int], list[str]]  # (`a` or `n`, index) -> names
 SEEDS = Path(__file__).parent / "fewshot_seed"  # the project's lists: SEEDS / obj
 NAME = re.compile(r'"([^"]+)"|\'([^\']+)\'|(\S+)')  # with blanks in quotes, else without

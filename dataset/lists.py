@@ -9,27 +9,28 @@ images. Tables may look as Excel writes them: semicolons, a byte-order mark, emp
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
 from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from utils import EXPECTED, InputError, atomic_path, blame, read_text
 
-from .entries import Entry, divide, name_for_lists, name_patients, pair
-from .layout import Layout
+from .folders import complete, pair
+from .layout import KINDS, Layout
 from .pairing import list_pictures
-from .readers.images import file_kind
+from .readers.images import Sample, file_kind
 
 COLUMNS = ("image", "label", "kind", "mask", "patient", "split", "slice", "shot")
 NAMES = ("images.csv", "images.tsv", "images.jsonl")
-LABELS = {"0": "normal", "normal": "normal", "good": "normal",
-          "1": "abnormal", "abnormal": "abnormal", "ungood": "abnormal"}  # fmt: skip
-SPLITS = {"": "", "valid": "valid", "val": "valid", "train": "valid", "test": "test"}
-SWITCH = {"": False, "0": False, "false": False, "1": True, "true": True}
-Row = dict[str, str]  # column -> cell, without blanks around it
+CHOICES: dict[str, dict[str, Any]] = {
+    "label": {"0": 0, "normal": 0, "good": 0, "1": 1, "abnormal": 1, "ungood": 1},
+    "split": {"": "", "valid": "valid", "val": "valid", "train": "valid", "test": "test"},
+    "shot": {"": False, "0": False, "false": False, "1": True, "true": True},
+}
+Row = dict[str, str]  # column, in lower case -> cell, both without blanks around them
 
 
 def find_list(root: Path) -> Path | None:
@@ -37,85 +38,76 @@ def find_list(root: Path) -> Path | None:
     return next((root / name for name in NAMES if (root / name).is_file()), None)
 
 
-def read_list(path: Path, layout: Layout) -> list[Entry]:
+def read_list(path: Path, layout: Layout) -> list[Sample]:
     """The images on a list, normal ones first, else in its order.
 
     Raises:
         InputError: naming the line: a file that is not there, a label or split that is unknown, an image that stands
             twice, a path that leads out of the list's folder.
     """
-    entries: list[Entry] = []
+    files: list[Sample] = []
     lines: dict[tuple[Path, int | None], int] = {}
     has_masks = False
     for number, row in _rows(path):
         with blame(where := f"{path}, line {number}"):
-            entry = _entry(path.parent, row, layout, where)
-        first = lines.setdefault((entry.path, entry.index), number)
-        if first != number:
+            file = _file(path.parent, row, layout, where)
+        if (first := lines.setdefault((file.path, file.index), number)) != number:
             raise InputError(f"{where}: {row['image']} stands in line {first} already")
-        entries.append(entry)
+        files.append(file)
         has_masks |= "mask" in row
-    entries.sort(key=lambda entry: entry.kind == "abnormal")
     if not has_masks:
-        pair(path.parent, entries, list_pictures(path.parent)[1])
-    name_for_lists(entries)
-    name_patients(entries, layout.patient)
-    divide(entries, path.parent, layout.valid_share)
-    return entries
+        files = pair(path.parent, files, list_pictures(path.parent)[1])
+    return complete(files, path.parent, layout)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """The rows that are not empty, and the line in which each ends; `InputError` where they are no table."""
+    """The rows that are not empty, with their lines' numbers; `InputError` where they are none."""
     with blame(path, "save it as CSV in UTF-8"):
-        text = read_text(path)
-    if path.suffix.lower() != ".jsonl":
-        yield from _table_rows(path, text)
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            with blame(f"{path}, line {number}", errors=(*EXPECTED, TypeError)):  # a TypeError: it is no object
+        lines = read_text(path).split("\n")
+    errors = (*EXPECTED, csv.Error, TypeError)  # a TypeError: it is no object
+    heads, delimiter = list[str](), ""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip(",;\t ") or line.startswith("sep="):  # sep=; tells Excel
+            continue
+        with blame(where := f"{path}, line {number}", "is a quotation mark not closed?", errors):
+            if path.suffix.lower() == ".jsonl":
                 row = dict(json.loads(line))
-            yield number, {name.lower(): "" if cell is None else str(cell).strip() for name, cell in row.items()}
-
-
-def _table_rows(path: Path, text: str) -> Iterator[tuple[int, Row]]:
-    first = next((line for line in text.splitlines() if line.strip(",; \t") and not line.startswith("sep=")), "")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count), strict=True)
-    heads: list[str] = []
-    number = 0
-    try:
-        for number, cells in ((reader.line_num, list(map(str.strip, cells))) for cells in reader):
-            if not any(cells) or (not heads and cells[0] == "sep="):  # sep=; tells Excel
-                continue
-            if not heads:
-                heads = [name.lower() for name in cells]
-                if twice := {name for name in heads if name and heads.count(name) > 1}:
-                    raise InputError(f"{path}, line {number}: two columns {min(twice)}")
-            elif any(cells[len(heads) :]):
-                raise InputError(f"{path}, line {number}: {len(cells)} cells for {len(heads)} columns; put quotes "
-                                 f"around a path with a comma")  # fmt: skip
             else:
-                yield number, dict(zip(heads, cells + [""] * len(heads), strict=False))
-    except csv.Error as error:
-        raise InputError(f"{path}, line {number + 1}: {error}; is a quotation mark not closed?") from error
+                delimiter = delimiter or max(",;\t", key=line.count)
+                cells = next(csv.reader([line], delimiter=delimiter, strict=True))
+                if any(cells[len(heads) :]) and heads:
+                    raise InputError(f"{where}: {len(cells)} cells for {len(heads)} columns; put quotes around a path "
+                                     f"with a comma")  # fmt: skip
+                row = dict(zip_longest(heads, cells[: len(heads)], fillvalue=""))
+                heads = heads or cells
+        if row:
+            yield (
+                number,
+                {name.strip().lower(): str("" if cell is None else cell).strip() for name, cell in row.items()},
+            )
 
 
-def _entry(root: Path, row: Row, layout: Layout, where: str) -> Entry:
+def _file(root: Path, row: Row, layout: Layout, where: str) -> Sample:
     """The image of a row; a `ValueError` is a slice that is no number."""
     if missing := [name for name in COLUMNS[:2] if name not in row]:
         raise InputError(f"{where}: no column {missing[0]}; a list has {', '.join(COLUMNS)}")
     paths = (row["image"], *filter(None, row.get("mask", "").split("|")))
     image, *masks = [_locate(root, text, where) for text in paths]
-    label = row["label"].removesuffix(".0")
-    known = LABELS | dict.fromkeys(map(str.lower, layout.normal), "normal")
-    kind = _choose(known, label, f"{where}: label", "abnormal" if layout.normal and label else None)
-    word = row.get("kind", "") or (label if label.lower() not in known else "")
-    split = _choose(SPLITS, row.get("split", ""), f"{where}: split")
-    return Entry(
-        image, image.relative_to(root).as_posix(), kind, image.parent.relative_to(root).as_posix(), masks, split,
-        divided=not split, patient=row.get("patient") or None, word=word if kind == "abnormal" else "",
-        index=int(float(row["slice"])) if row.get("slice") else None,
-        shot=_choose(SWITCH, row.get("shot", "").removesuffix(".0"), f"{where}: shot"),
+    word, labels = row["label"].removesuffix(".0"), CHOICES["label"] | dict.fromkeys(map(str.lower, layout.normal), 0)
+    kind = row.get("kind") or (word if word.lower() not in labels else "")
+    if layout.normal and word:
+        labels.setdefault(word.lower(), 1)
+    chosen = {}
+    for column, known in {**CHOICES, "label": labels}.items():
+        cell = row.get(column, "").removesuffix(".0")
+        if cell.lower() not in known:
+            words = ", ".join(list(filter(None, known))[:8])
+            raise InputError(f"{where}: {column} {cell!r} is unknown; it may be {words} (docs/data.md)")
+        chosen[column] = known[cell.lower()]
+    name, folder = (place.relative_to(root).as_posix() for place in (image, image.parent))
+    return Sample(
+        image, masks=tuple(masks), name=name, folder=folder, patient=row.get("patient") or None,
+        index=int(float(row["slice"])) if row.get("slice") else None, kind=kind if chosen["label"] else "", **chosen,
     )  # fmt: skip
 
 
@@ -131,14 +123,7 @@ def _locate(root: Path, text: str, where: str) -> Path:
     return root / place
 
 
-def _choose(known: dict[str, Any], cell: str, where: str, otherwise: Any = None) -> Any:  # noqa: ANN401 - of `known`
-    if cell.lower() not in known and otherwise is None:
-        words = ", ".join(list(filter(None, known))[:8])
-        raise InputError(f"{where} {cell!r} is unknown; it may be {words} (docs/data.md)")
-    return known.get(cell.lower(), otherwise)
-
-
-def write_list(path: Path, root: Path, entries: Iterable[Entry]) -> Path:
+def write_list(path: Path, root: Path, files: Iterable[Sample]) -> Path:
     """Write a list of a data set's images, for the user to correct, and return where; `InputError` where it cannot be.
 
     A name without a folder is a file in the data set's, from where it is read.
@@ -148,28 +133,16 @@ def write_list(path: Path, root: Path, entries: Iterable[Entry]) -> Path:
         raise InputError(f"--write_list {path}: is there already")
     with blame(f"--write_list {path}", "write it into the data set's folder or above it: its paths lead down"):
         top = root.resolve().relative_to(path.resolve().parent)
-
-    def row(entry: Entry) -> Row:
-        image, *masks = [(top / file.relative_to(root)).as_posix() for file in (entry.path, *entry.masks)]
-        index = "" if entry.index is None else str(entry.index)
-        cells = (image, entry.kind, entry.word, "|".join(masks), entry.patient or "", entry.split, index)
-        return dict(zip(COLUMNS, (*cells, str(int(entry.shot))), strict=True))
-
+    rows = []
+    for file in files:
+        image, *masks = [(top / place.relative_to(root)).as_posix() for place in (file.path, *file.masks)]
+        label = "" if file.label < 0 else KINDS[file.label]
+        rows.append((image, label, file.kind, "|".join(masks), file.patient, file.split, file.index, int(file.shot)))
     is_json = path.suffix.lower() == ".jsonl"
     encoding = "utf-8" if is_json else "utf-8-sig"  # by its mark Excel knows UTF-8
-    with atomic_path(path, "--write_list") as temporary, temporary.open("w", encoding=encoding, newline="") as file:
+    with atomic_path(path, "--write_list") as temporary, temporary.open("w", encoding=encoding, newline="") as out:
         if is_json:
-            file.writelines(json.dumps(row(entry), ensure_ascii=False) + "\n" for entry in entries)
+            out.writelines(json.dumps(dict(zip(COLUMNS, row, strict=True)), ensure_ascii=False) + "\n" for row in rows)
         else:
-            writer = csv.DictWriter(file, COLUMNS, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-            writer.writeheader()
-            writer.writerows(map(row, entries))
+            csv.writer(out, delimiter="\t" if path.suffix.lower() == ".tsv" else ",").writerows([COLUMNS, *rows])
     return path
-
-
-def unlabelled(root: Path) -> list[Entry]:
-    """Every picture in a folder of no known layout, for a list whose labels are to be filled in."""
-    images, masks = list_pictures(root)
-    entries = [Entry(path, path.name, "", "") for path in images]
-    pair(root, entries, masks)
-    return entries

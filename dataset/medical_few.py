@@ -1,4 +1,4 @@
-"""A data set on disk: its samples, its splits and its few shots. Where they lie is dataset/layout.py's matter.
+"""A data set on disk: its samples, its splits and its few shots. Where they lie is dataset/folders.py's matter.
 
 The six published data sets lie as <data_path>/<obj>_AD/{valid,test}/{good,Ungood}/{img,anomaly_mask}/NAME
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from utils import InputError, prefetch, preview, warn
 
-from .entries import Entry, read_folders
 from .fewshot import SEEDS, check_shot_names, draw_shots, list_paths, parse_shot_list, pick_lines
+from .folders import find_places, read_folders
 from .layout import BENCHMARKS, FOLDER, KINDS, MADE_UP, PUBLISHED_COUNTS, Layout, described, object_name
 from .lists import find_list, read_list
 from .pairing import MASK_FOLDERS
@@ -74,16 +74,17 @@ def _hint(obj: str, data_path: str | Path) -> str:
 
 @dataclass(eq=False)
 class MedicalDataset:
-    """A data set: its name, its folder and how that is laid out. What is read of the folder is kept."""
+    """A data set: its name, its folder and its files. What is read of these is kept."""
 
     obj: str
     root: Path
     layout: Layout
-    entries: list[Entry]
+    files: list[Sample]  # normal ones first
     listing: Path | None = None  # the list that they come from
     left_out: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # why -> names of no samples
     levels: dict[str, tuple[Levels, bool]] = field(default_factory=dict)  # sample -> its mask's, and if they are labels
-    _known: dict[Any, Any] = field(default_factory=dict)  # samples of files, and copies in series
+    _samples: dict[Sample, list[Sample]] = field(default_factory=dict)  # file -> what `samples_in` gives
+    _series: dict[Any, str] = field(default_factory=dict)  # series, frame and hash of pixels -> the first such sample
 
     @classmethod
     def open(
@@ -102,8 +103,7 @@ class MedicalDataset:
         """
         root = listing.parent if listing else data_folder(obj, data_path, data_root)
         listing = listing or find_list(root)
-        layout = Layout.load(obj, root, listed=listing is not None)
-        layout = replace(layout, **{name: value for name, value in given.items() if value is not None})
+        layout = replace(Layout.load(obj, root), **{name: value for name, value in given.items() if value is not None})
         return cls(obj, root, layout, read_list(listing, layout) if listing else read_folders(root, layout), listing)
 
     @classmethod
@@ -120,7 +120,7 @@ class MedicalDataset:
     def reading(self) -> dict[str, Any]:
         """How pictures beyond 8 bits are read, in plain values: what a checkpoint keeps."""
         window, plane = self.layout.window, self.layout.plane
-        kinds = {file_kind(entry.path) for entry in self.entries}
+        kinds = {file_kind(file.path) for file in self.files}
         formats = sorted(kind for kind in kinds if kind)
         shown = {"window": list(window) if isinstance(window, tuple) else window, "plane": plane, "formats": formats}
         return {**shown, "deep": True} if self.options.deep else shown
@@ -128,13 +128,13 @@ class MedicalDataset:
     @cached_property
     def pixel_metrics(self) -> bool:
         """Whether the data set has masks that are used."""
-        has_masks = any(entry.masks for entry in self.entries if entry.kind == "abnormal")
+        has_masks = any(file.masks for file in self.files if file.label)
         return has_masks if self.layout.pixel_metrics is None else self.layout.pixel_metrics
 
     @cached_property
     def options(self) -> ReadOptions:
         """How files with more than 8 bits or more than one slice are read, and what counts in masks."""
-        layout, deep = self.layout, is_deep([entry.path for entry in self.entries])
+        layout, deep = self.layout, is_deep([file.path for file in self.files])
         return ReadOptions(layout.window, layout.plane, layout.mask_labels, deep)
 
     # --- which of the paper's data sets it is ---
@@ -154,7 +154,7 @@ class MedicalDataset:
 
     def count(self, split: str) -> tuple[int, ...]:
         """How many normal and abnormal files there are."""
-        return tuple(len(self.image_files(split, kind, required=False)) for kind in KINDS)
+        return tuple(len(self.image_files(split, label, required=False)) for label in (0, 1))
 
     @cached_property
     def other_counts(self) -> list[str]:
@@ -169,16 +169,17 @@ class MedicalDataset:
 
     # --- files ---
 
-    def image_files(self, split: str, kind: str, required: bool = True) -> list[Entry]:
-        """The image files of a class (`normal`, `abnormal`) in a split, folder by folder and sorted.
+    def image_files(self, split: str, label: int, required: bool = True) -> list[Sample]:
+        """The image files of a class in a split, folder by folder and sorted.
 
         `InputError` where there are none although some are `required`.
         """
-        result = [entry for entry in self.entries if (entry.split, entry.kind) == (split, kind)]
+        result = [file for file in self.files if (file.split, file.label) == (split, label)]
         if required and not result:
-            folders = self.layout.folders(split, kind)
-            where = ", ".join(str(self.root / folder) for folder in folders) or str(self.listing or self.root)
-            if divided := sum(entry.kind == kind and entry.divided for entry in self.entries):
+            places, kind = {} if self.listing else find_places(self.root), KINDS[label]
+            folders = [str(folder) for folder, place in places.items() if place in ((split, label), ("", label))]
+            where = self.listing or ", ".join(folders)
+            if divided := sum(file.label == label and file.divided for file in self.files):
                 fault = f"{where}: divided by a hash of {HASHED}, none of the {divided} {kind} images is {split}"
                 raise InputError(f"{fault}; give the splits folders of their own, or write a list (docs/data.md)")
             raise InputError(f"{where}: no images ({', '.join(EXTENSIONS)}) for {split}, {kind}")
@@ -189,50 +190,48 @@ class MedicalDataset:
     def samples(self, split: str) -> list[Sample]:
         """The images of `valid` or `test`, normal first, each class sorted by name; `valid` may lack abnormal ones.
 
-        In `valid` an abnormal image without a mask has mask None although the data set has masks: it may be no shot,
-        and cannot be calibrated on.
+        In `valid` an abnormal image may lack a mask although the data set has masks: it may be no shot, and cannot be
+        calibrated on.
 
         Raises:
             InputError: a class without images, or with pixel metrics a test image without a mask of its own.
         """
         result: list[Sample] = []
-        for kind in KINDS:
-            files = self.image_files(split, kind, (split, kind) != ("valid", "abnormal"))
-            self._check_masks(files, kind, may_lack_mask=split == "valid")
+        for label in (0, 1):
+            files = self.image_files(split, label, (split, label) != ("valid", 1))
+            if label:
+                self._check_masks(files, may_lack_mask=split == "valid")
             workers = 1 if any(file.series for file in files) else READERS  # of copies the first one stays
             found = [sample for inside in prefetch(self.samples_in, files, workers) for sample in inside]
             if split == "test" and not found:
-                why = "; ".join((*self.left_out_lines(), self.levels_line() or "no slice"))
-                raise InputError(f"{self.root}: none of the {len(files)} {kind} files of test gives an image: {why}")
+                why = "; ".join(self.left_out_lines() or ["no slice"])
+                raise InputError(f"{self.root}: none of the {len(files)} {KINDS[label]} files of test gives an image: "
+                                 f"{why}")  # fmt: skip
             result += found
         return sorted(result, key=lambda sample: sample.label)  # slices without a mark may have become normal
 
-    def mask_problems(self, files: Sequence[Entry]) -> tuple[list[str], list[str]]:
+    def mask_problems(self, files: Sequence[Sample]) -> tuple[list[str], list[str]]:
         """The images that have no mask, and those whose mask is ambiguous, in words."""
         ambiguous = [
             f"{file.path} ({len(file.masks)} masks fit {images} images of that name)"
             for file in ([] if self.listing else files)  # a list means what it says
-            if (images := max((len(self._images_of[mask]) for mask in file.masks), default=0)) > 1
+            if (images := max((self._images_of[mask] for mask in file.masks), default=0)) > 1
             or len({stem(mask) for mask in file.masks}) < len(file.masks)
         ]
         return [str(file.path) for file in files if not file.masks], ambiguous
 
     @cached_property
-    def _images_of(self) -> dict[Path, set[Path]]:
-        """The abnormal images of each mask."""
-        result = defaultdict(set)
-        for entry in self.entries:
-            for mask in entry.masks if entry.kind == "abnormal" else []:
-                result[mask].add(entry.path)
-        return result
+    def _images_of(self) -> Counter[Path]:
+        """How many abnormal images each mask has."""
+        return Counter(mask for file in self.files if file.label for mask in file.masks)
 
-    def _check_masks(self, files: Sequence[Entry], kind: str, may_lack_mask: bool = False) -> None:
+    def _check_masks(self, files: Sequence[Sample], may_lack_mask: bool = False) -> None:
         """`InputError` where an abnormal image has no mask of its own."""
-        if kind == "normal" or not self.pixel_metrics:
+        if not self.pixel_metrics:
             return
         missing, ambiguous = self.mask_problems(files)
         if missing and not may_lack_mask:
-            homes = sorted({str(mask.parent) for file in self.entries for mask in file.masks})
+            homes = sorted({str(mask.parent) for file in self.files for mask in file.masks})
             raise InputError(
                 f"{preview(missing)}: no mask ({len(missing)} of {len(files)} abnormal images); {SOUGHT}; "
                 f"others lie in {preview(homes)}; `python -m dataset.check` names them all; add them, or set "
@@ -241,29 +240,14 @@ class MedicalDataset:
         if ambiguous:
             raise InputError(f"{preview(ambiguous)}: give each image a name of its own, and its mask the same")
 
-    def samples_in(self, file: Entry, judged: bool = True) -> list[Sample]:
-        """The samples in a file: one, or of a DICOM series and a NIfTI volume one for each frame and slice.
+    def images_in(self, file: Sample) -> list[Sample]:
+        """The images in a file: one, or of a DICOM series and a NIfTI volume one for each frame and slice.
 
-        DICOM objects without a picture give none. Where they are `judged`, slices that show nothing and
-        copies within a series are left out, and so are abnormal images and slices whose mask marks nothing, unless
-        `unmarked` says otherwise.
-
-        Raises:
-            InputError: a mask has another number of slices than its image.
+        DICOM objects without a picture give none. `InputError` for a mask with another number of slices than its image.
         """
-        if judged:
-            key = (file.path, file.index)
-            if key not in self._known:
-                found = (self._judged(sample, file.series) for sample in self.samples_in(file, judged=False))
-                self._known[key] = [sample for sample in found if sample]
-            known: list[Sample] = self._known[key]
-            return known
-        masks = file.masks if file.kind == "abnormal" and self.pixel_metrics else []
-        sample = Sample(
-            file.path, KINDS.index(file.kind), tuple(masks), file.name, file.patient,
-            options=self.options, published=self.is_benchmark, kind=file.word,
-        )  # fmt: skip
-        samples = [sample]
+        masks = file.masks if file.label and self.pixel_metrics else ()
+        sample = replace(file, masks=masks, index=None, options=self.options, published=self.is_benchmark)
+        images = [sample]
         if file_kind(file.path) != "pillow":
             try:
                 inside = frames(file.path, self.options)
@@ -271,15 +255,25 @@ class MedicalDataset:
                 self.left_out[NO_IMAGE].add(file.name)
                 return []
             if len(inside) > 1:
-                samples = [replace(sample, index=frame.index, name=f"{file.name}#{frame.index}") for frame in inside]
+                images = [replace(sample, index=frame.index, name=f"{file.name}#{frame.index}") for frame in inside]
         for mask in masks:
-            if file_kind(mask) != "pillow" and (count := len(frames(mask, self.options))) != len(samples):
-                raise InputError(f"{mask}: {count} slices, but {file.path} has {len(samples)}: no mask of it")
-        if file.index is not None and not 0 <= file.index < len(samples):
-            raise InputError(f"{self.listing}: slice {file.index} of {file.path}, which has {len(samples)}")
-        return samples if file.index is None else samples[file.index : file.index + 1]
+            if file_kind(mask) != "pillow" and (count := len(frames(mask, self.options))) != len(images):
+                raise InputError(f"{mask}: {count} slices, but {file.path} has {len(images)}: no mask of it")
+        if file.index is not None and not 0 <= file.index < len(images):
+            raise InputError(f"{self.listing}: slice {file.index} of {file.path}, which has {len(images)}")
+        return images if file.index is None else images[file.index : file.index + 1]
 
-    def _judged(self, sample: Sample, series: str) -> Sample | None:
+    def samples_in(self, file: Sample) -> list[Sample]:
+        """The images in a file that count.
+
+        Slices that show nothing and copies within a series are left out, and so are abnormal images and slices whose
+        mask marks nothing, unless `unmarked` says otherwise. Errors are those of `images_in`.
+        """
+        if file not in self._samples:
+            self._samples[file] = [sample for sample in map(self._judged, self.images_in(file)) if sample]
+        return self._samples[file]
+
+    def _judged(self, sample: Sample) -> Sample | None:
         """A sample by what its mask and, of DICOM and NIfTI, its picture shows; None where it is left out."""
         unmarked, mask = self.layout.unmarked or ("abnormal" if self.is_benchmark else "out"), None
         if (self.layout.unmarked or not self.is_benchmark) and (mask := read_mask(sample)):
@@ -296,27 +290,27 @@ class MedicalDataset:
         if picture.is_blank and not sample.masks:
             self.left_out[EMPTY_SLICE].add(sample.name)
             return None
-        if kind == "dicom" and series:
-            key = (series, sample.index, hashlib.sha256(picture.image.tobytes()).digest())
-            if self._known.setdefault(key, sample.name) != sample.name:
-                self.left_out[COPY].add(sample.name)
-                return None
+        key = sample.series, sample.index, hashlib.sha256(picture.image.tobytes()).digest()
+        if sample.series and self._series.setdefault(key, sample.name) != sample.name:
+            self.left_out[COPY].add(sample.name)
+            return None
         return sample
 
     def left_out_lines(self, examples: bool = True) -> list[str]:
-        """A line for each reason why something is no sample, of the samples that were asked for so far."""
+        """Why something is no sample, and the levels of masks if not just 0 and 255: of what was read so far.
+
+        The masks of the paper's data are not looked at.
+        """
         words = {UNMARKED_MASK: f"{self.layout.unmarked or 'out'} by --unmarked"}
-        return [
+        lines = [
             f"{len(names)} {why}: {words.get(why, 'left out')}"
             + (f", such as {preview(sorted(names), 1)}" if examples else "")
             for why, names in sorted(self.left_out.items())
         ]
-
-    def levels_line(self) -> str | None:
-        """A line on masks of other levels than 0 and 255, as far as they were read; the paper's are not looked at."""
         total = sum((levels for levels, _ in self.levels.values()), Levels())
         by_label = any(by_label for _, by_label in self.levels.values())
-        return levels_note(total, by_label, self.layout.mask_above, self.options.mask_labels) if total else None
+        note = levels_note(total, by_label, self.layout.mask_above, self.options.mask_labels) if total else None
+        return [*lines, note] if note else lines
 
     # --- shots ---
 
@@ -332,76 +326,71 @@ class MedicalDataset:
         draw = random.Random(seed if seed >= 0 else str(seed))  # which takes -5 for 5
         chosen: dict[str, list[Sample]] = {"abnormal": [], "normal": []}
         names: dict[str, list[str]] = {"abnormal": [], "normal": []}
-        sources: dict[str, None] = {}  # an ordered set, and so is
-        warnings: dict[str, None] = {}
-        for kind, count in (("abnormal", shot_abnormal), ("normal", shot_normal)):
-            if not count:
-                continue
-            known = self.known_shots(kind)
-            listed = self._listed(kind, count, iterate, known, warnings) if iterate >= 0 else None
-            source = f"sampled with seed {seed} from the sorted names of valid/ (no list for {count} shots is used)"
-            names[kind], source = listed or (
-                self._drawn(kind, count, draw, known, f"shot_{kind}" if shot_normal != shot_abnormal else "shot"),
-                source,
-            )
-            sources[source] = None
-            files = {known[name][0].path: known[name][0] for name in names[kind]}
-            self._check_masks(list(files.values()), kind)
-            chosen[kind] = [known[name][1] for name in names[kind]]
-        for text in warnings:
+        sources, warnings = list[str](), list[str]()
+        for label, count in ((1, shot_abnormal), (0, shot_normal)):
+            if count:
+                known, kind = self.known_shots(label), KINDS[label]
+                listed = self._listed(label, count, iterate, known, warnings) if iterate >= 0 else None
+                flag = f"shot_{kind}" if shot_normal != shot_abnormal else "shot"
+                names[kind], source = listed or (
+                    self._drawn(label, count, draw, known, flag),
+                    f"sampled with seed {seed} from the sorted names of valid/ (no list for {count} shots is used)",
+                )
+                sources.append(source)
+                chosen[kind] = [known[name] for name in names[kind]]
+                if label:
+                    self._check_masks(list({sample.path: sample for sample in chosen[kind]}.values()))
+        for text in dict.fromkeys(warnings):
             warn(text)
-        return Shots(chosen["abnormal"], chosen["normal"], ", ".join(sources), names)
+        return Shots(chosen["abnormal"], chosen["normal"], ", ".join(dict.fromkeys(sources)), names)
 
-    def known_shots(self, kind: str) -> dict[str, tuple[Entry, Sample]]:
+    def known_shots(self, label: int) -> dict[str, Sample]:
         """The images of a class in valid by what lists call them, `#INDEX` behind it for a slice."""
         return {
-            file.listed + sample.name.removeprefix(file.name): (file, sample)
-            for file in self.image_files("valid", kind)
-            for sample in self.samples_in(file, judged=False)
+            file.listed + sample.name.removeprefix(file.name): sample
+            for file in self.image_files("valid", label)
+            for sample in self.images_in(file)
         }
 
-    def _drawn(
-        self, kind: str, count: int, draw: random.Random, known: dict[str, tuple[Entry, Sample]], flag: str
-    ) -> list[str]:
+    def _drawn(self, label: int, count: int, draw: random.Random, known: Mapping[str, Sample], flag: str) -> list[str]:
         """The names of `count` images, drawn from those that may be shots."""
+        usable = {sample for file in self.image_files("valid", label) for sample in self.samples_in(file)}
         patients = {
             name: None if self.is_benchmark else sample.patient
-            for name, (file, sample) in known.items()
-            if (file.masks or kind == "normal" or not self.pixel_metrics)
-            and any(judged == sample for judged in self.samples_in(file))
+            for name, sample in known.items()
+            if sample in usable and (sample.masks or not (label and self.pixel_metrics))
         }
         if len(patients) < count:
             masked = " with a mask" * (len(patients) < len(known))
-            why = "".join(f"; {line}" for line in (*self.left_out_lines(), self.levels_line()) if line)
-            fault = f"valid holds only {len(patients)} {kind} images{masked} in {self.root}"
+            why = "".join(f"; {line}" for line in self.left_out_lines())
+            fault = f"valid holds only {len(patients)} {KINDS[label]} images{masked} in {self.root}"
             raise InputError(f"--{flag} {count}: {fault}{why}")
         return draw_shots(draw, patients, count)
 
     def _listed(
-        self, kind: str, count: int, iterate: int, known: Mapping[str, tuple[Entry, Sample]], warnings: dict[str, None]
+        self, label: int, count: int, iterate: int, known: Mapping[str, Sample], warnings: list[str]
     ) -> tuple[list[str], str] | None:
         """The names on the list for `count` shots and that list's name; None where there is none for these images.
 
         Shots in the list of the images come first.
         """
-        if names := [name for name, (file, _) in known.items() if file.shot]:
-            warnings.update(dict.fromkeys(check_shot_names(names, known, count, str(self.listing), self.root)))
+        if names := [name for name, sample in known.items() if sample.shot]:
+            warnings += check_shot_names(names, known, count, str(self.listing), self.root)
             return names, self.listing.name if self.listing else ""
         path = next((path for path in self.shot_lists() if path.name == f"my{count}-shot.txt"), None)
         if path is None:
             return None
         lines, remarks = parse_shot_list(path)
-        names = pick_lines(lines, remarks, path, iterate)[0 if kind == "abnormal" else 1]
+        names = pick_lines(lines, remarks, path, iterate)[0 if label else 1]
         source = "/".join(path.parts[-3:])  # checkpoints keep it: the data set's folder, not what leads there
         if SEEDS in path.parents:
             source = path.relative_to(FOLDER.parent).as_posix()
             if not set(names) & set(known):  # other images under the same name, as with the phantom
                 if self.obj in BENCHMARKS and not self.is_made_up:
-                    fault = f"{source}: none of its {kind} images is in valid, so the shots are not the published ones"
-                    warnings[f"{fault}: is the copy whole?"] = None
+                    fault = f"none of its {KINDS[label]} images is in valid, so the shots are not the published ones"
+                    warnings.append(f"{source}: {fault}: is the copy whole?")
                 return None
-        remarks += check_shot_names(names, known, count, source, self.root)
-        warnings.update(dict.fromkeys(remarks))
+        warnings += remarks + check_shot_names(names, known, count, source, self.root)
         return names, source
 
     def shot_lists(self) -> list[Path]:
@@ -416,8 +405,4 @@ class Shots:
     abnormal: list[Sample]  # may be empty: normal-only support
     normal: list[Sample]
     source: str  # the list file, or how they were sampled
-    listed: dict[str, list[str]]
-
-    def names(self) -> dict[str, list[str]]:
-        """What is printed, logged and stored in the checkpoint: the names as a list would give them."""
-        return self.listed
+    names: dict[str, list[str]]  # as a list would give them: what is printed, logged and stored in the checkpoint

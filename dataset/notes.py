@@ -10,10 +10,10 @@ from dataclasses import replace
 
 from utils import preview
 
-from .entries import Entry
 from .layout import BENCHMARKS, SPLITS
 from .medical_few import HASHED, MedicalDataset
 from .pairing import is_mask_folder, list_pictures
+from .readers.images import Sample
 from .readers.masks import read_mask
 
 
@@ -22,8 +22,8 @@ def describe(dataset: MedicalDataset, names: bool = True) -> list[str]:
     listing = f"images by {dataset.listing}" if dataset.listing else None
     lines = [
         listing, benchmark_note(dataset), split_note(dataset), kinds_note(dataset), masks_note(dataset),
-        normal_note(dataset, names), *dataset.left_out_lines(names), dataset.levels_line(),
-        *(unused_notes(dataset) if names else []), patients_note(dataset, names),
+        normal_note(dataset, names), *dataset.left_out_lines(names), *(unused_notes(dataset) if names else []),
+        patients_note(dataset, names),
     ]  # fmt: skip
     return [line for line in lines if line]
 
@@ -41,37 +41,38 @@ def benchmark_note(dataset: MedicalDataset) -> str | None:
 
 def split_note(dataset: MedicalDataset) -> str | None:
     """The folders that are divided between the splits."""
-    divided = [entry for entry in dataset.entries if entry.divided]
+    divided = [file for file in dataset.files if file.divided]
     if not divided:
         return None
-    names = preview(list(dict.fromkeys(entry.folder for entry in divided)))
-    valid = sum(entry.split == "valid" for entry in divided)
+    names = preview(list(dict.fromkeys(file.folder for file in divided)))
+    valid = sum(file.split == "valid" for file in divided)
     counts = f"of their {len(divided)} images {valid} are valid, for shots, and {len(divided) - valid} test"
     return f"{dataset.obj}: {names} serve both splits: {counts}, by a hash of {HASHED}"
 
 
 def kinds_note(dataset: MedicalDataset) -> str | None:
     """The folders that count as abnormal, where there are several."""
-    folders = dataset.layout.test["abnormal"]
-    return f"abnormal are {len(folders)} folders: {', '.join(folders)}" if len(folders) > 1 else None
+    measured = [file for file in dataset.files if file.label and (file.divided or file.split == "test")]
+    folders = list(dict.fromkeys(file.folder for file in measured))
+    return f"abnormal are {len(folders)} folders: {', '.join(folders)}" if folders[1:] and not dataset.listing else None
 
 
 def masks_note(dataset: MedicalDataset) -> str | None:
     """Where the masks were found; or what the label of a slice means without."""
-    abnormal = [entry for entry in dataset.entries if entry.kind == "abnormal"]
+    abnormal = [file for file in dataset.files if file.label]
     if dataset.pixel_metrics:
-        found = Counter(_place(entry) for entry in abnormal if entry.masks)
+        found = Counter(_place(file) for file in abnormal if file.masks)
         rules = ", ".join(f"{count} {place}" for place, count in sorted(found.items()))
         return f"masks: {rules}" if rules else None
-    if any(len(dataset.samples_in(entry, judged=False)) > 1 for entry in abnormal):
+    if any(len(dataset.images_in(file)) > 1 for file in abnormal):
         return "labels are per slice: without masks every slice of an abnormal series or volume counts as abnormal"
     return None
 
 
-def _place(entry: Entry) -> str:
+def _place(file: Sample) -> str:
     """Where an image's masks lie, in words."""
-    home = entry.masks[0].parent
-    if home == entry.path.parent:
+    home = file.masks[0].parent
+    if home == file.path.parent:
         return "beside the images"
     named = [part for part in home.parts if is_mask_folder(part)]
     return f"in folders called {named[-1]}" if named else "in other folders"  # a patient's name, perhaps
@@ -79,12 +80,12 @@ def _place(entry: Entry) -> str:
 
 def normal_note(dataset: MedicalDataset, examples: bool = True) -> str | None:
     """Normal images whose mask marks something; the paper's are not looked at."""
-    masked = [entry for entry in dataset.entries if entry.kind == "normal" and entry.masks and not dataset.is_benchmark]
+    masked = [file for file in dataset.files if not file.label and file.masks and not dataset.is_benchmark]
     names = [
         sample.name
-        for entry in masked
-        for sample in dataset.samples_in(entry)
-        if (mask := read_mask(replace(sample, masks=tuple(entry.masks)))) and mask.marks(dataset.layout.mask_above)
+        for file in masked
+        for sample in dataset.samples_in(file)
+        if (mask := read_mask(replace(sample, masks=file.masks))) and mask.marks(dataset.layout.mask_above)
     ]
     such = f": {preview(names)}" if examples else ""
     return f"warning: {len(names)} normal images have a mask that marks something{such}" if names else None
@@ -93,7 +94,7 @@ def normal_note(dataset: MedicalDataset, examples: bool = True) -> str | None:
 def unused_notes(dataset: MedicalDataset) -> list[str]:
     """The pictures in the folder that are neither images nor masks of the data set, folder by folder."""
     images, masks = list_pictures(dataset.root)
-    used = {path for entry in dataset.entries for path in (entry.path, *entry.masks)}
+    used = {path for file in dataset.files for path in (file.path, *file.masks)}
     lines = []
     for words, paths in (("not used: pictures in", images), ("masks that fit no image, in name and folder, in", masks)):
         folders = Counter(path.parent.relative_to(dataset.root).as_posix() for path in paths if path not in used)
@@ -106,15 +107,15 @@ def patients_note(dataset: MedicalDataset, examples: bool = True) -> str:
     """How many patients were recognised, with examples; a warning where none was."""
     if dataset.is_made_up:
         return "patients: none, as the images are made up"
-    entries = dataset.entries
-    patients = sorted({entry.patient for entry in entries if entry.patient})
+    files = dataset.files
+    patients = sorted({file.patient for file in files if file.patient})
     if not patients:
-        such = f" (such as {entries[0].name})" if examples else ""
+        such = f" (such as {files[0].name})" if examples else ""
         fault = f"none recognised in the names{such}"
         advice = f"say how to find them with --patient REGEX, or `patient` in {dataset.obj}.json"
         return f"warning: patients: {fault}, so one may be in both splits unnoticed; {advice}"
-    without = sum(entry.patient is None for entry in entries)
+    without = sum(file.patient is None for file in files)
     unknown = f" ({without} images without)" if without else ""
-    source = "PatientIDs" if any(entry.from_header for entry in entries) else "names"
+    source = "PatientIDs" if any(file.from_header for file in files) else "names"
     such = f": {preview(patients)}" if examples else ""
-    return f"patients: {len(patients)} recognised in {len(entries)} {source}{unknown}{such}"
+    return f"patients: {len(patients)} recognised in {len(files)} {source}{unknown}{such}"

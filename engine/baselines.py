@@ -214,5 +214,5 @@ def measure_baselines(options: argparse.Namespace, names: Sequence[str] = NAMES)
         metrics = measure(evaluation, masks if localised else None, full=True, without=splits.shot_patients())
         results[name] = metrics.values
         print(f"{name}: {metrics.line()}", flush=True)
-    result = {"obj": options.obj, "mask_above": settings.mask_above, "shots": splits.shots.names()}
+    result = {"obj": options.obj, "mask_above": settings.mask_above, "shots": splits.shots.names}
     return {**result, "baselines": results}

@@ -370,7 +370,7 @@ class Splits:
         abnormal = sum(sample.label for sample in self.test)
         source = self.shots.source if self.shots.source.startswith("sampled") else f"from {self.shots.source}"
         print(f"{self.dataset.obj}: {len(self.test)} test images ({abnormal} abnormal); shots {printable(source)}")
-        for kind, names in self.shots.names().items():
+        for kind, names in self.shots.names.items():
             print(f"  {kind} shots: {printable(quoted(names)) or 'none'}")
         for note in notes.describe(self.dataset, names=not self.numbered):
             print(printable(note))

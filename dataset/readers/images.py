@@ -54,16 +54,23 @@ for _package in ("PIL", "pydicom"):  # remarks on damaged tags, of which an erro
 
 @dataclass(frozen=True)
 class Sample(Frame):
-    """One image of a data set."""
+    """An image file of a data set, or one image of it: itself, or a frame or slice."""
 
-    label: int  # 1 = abnormal
+    label: int  # 1 = abnormal; -1: not known yet, in a list that is to be filled in
     masks: tuple[Path, ...]  # of abnormal images, where the data set has masks; several are united
     name: str  # the path below the data set's folder, `#INDEX` behind it: what reports and JSON files call it
-    patient: str | None = None  # as far as the name tells
+    patient: str | None = None  # as far as rule, header or name tells
     index: int | None = field(default=None, kw_only=True)
     options: ReadOptions = field(default=AS_STORED, compare=False, kw_only=True)
     published: bool = field(default=False, compare=False)  # of the paper's own data: masks are read as it read them
     kind: str = field(default="", compare=False)  # of abnormal images, where list or folders name kinds: malignant
+    split: str = field(default="", compare=False)  # valid or test
+    divided: bool = field(default=False, compare=False)  # its folder serves both splits
+    folder: str = field(default="", compare=False)  # the class's, relative to the data set's: the file lies below
+    listed: str = field(default="", compare=False)  # what few-shot lists call the file
+    shot: bool = field(default=False, compare=False)  # the data set's own list says so
+    series: str = field(default="", compare=False)  # the DICOM header's SeriesInstanceUID
+    from_header: bool = field(default=False, compare=False)  # the patient is the DICOM header's
 
     def content_hash(self) -> str:
         """What `load_image_with_hash` gives for the file as it is now: a changed file is another image."""

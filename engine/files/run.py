@@ -186,7 +186,7 @@ def open_run(
     config: dict[str, Any] = {
         "options": {name: value for name, value in vars(options).items() if name != "resume"},
         "settings": settings.to_dict(),
-        "shots": splits.shots.names(),
+        "shots": splits.shots.names,
         "shots_from": splits.shots.source,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         **checkpoint.versions(),

@@ -47,7 +47,7 @@ def options_of(folder, *flags):
 
 def test_a_negative_seed_draws_other_shots(tmp_path):
     write(tmp_path)
-    drawn = [Splits.open(options_of(tmp_path, "--seed", seed)).shots.names() for seed in ("5", "-5", "-5")]
+    drawn = [Splits.open(options_of(tmp_path, "--seed", seed)).shots.names for seed in ("5", "-5", "-5")]
     assert drawn[0] != drawn[1] == drawn[2]
 
 

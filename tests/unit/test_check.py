@@ -115,7 +115,7 @@ def spoil(brain: Path, fault: str) -> None:
         ("duplicate", 0, "the same picture twice in a class: 1"),
         ("list missing", 1, "names no.png"),
         ("patient", 1, "in valid and in test: 1\n    00124"),
-        ("ignored", 0, "1 x .xml"),
+        ("ignored", 0, "scan.xml"),
         ("no picture", 0, "\n1 DICOM objects without a picture: left out"),
     ],
 )

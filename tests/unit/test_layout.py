@@ -225,7 +225,7 @@ def test_masks_in_the_patients_own_folder(tmp_path):
     assert sorted(found) == [f"abnormal/case{i:02d}/CT/IM1.png" for i in range(12)]
     (tmp_path / "abnormal/case03/anomaly_mask/IM1.png").unlink()
     split = "valid" if "case03" in str(by_name(tmp_path, "valid")) else "test"
-    files = opened(tmp_path).image_files(split, "abnormal")
+    files = opened(tmp_path).image_files(split, 1)
     assert [file.path.parts[-3] for file in files if not file.masks] == ["case03"]
 
 

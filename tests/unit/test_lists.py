@@ -58,7 +58,7 @@ def test_all_forms_of_a_list_mean_the_same(pictures, form):
         "valid": [("scans/0.png", 0, [], "p0", None), ("scans/4.png", 1, ["4.png"], "p4", None)],
         "test": [("scans/1.png", 0, [], "p1", None), ("scans/6.png", 1, ["6.png"], "p6", None)],
     }
-    assert dataset.shots(1, 1, 0, 0).names() == {"abnormal": ["4.png"], "normal": ["0.png"]}
+    assert dataset.shots(1, 1, 0, 0).names == {"abnormal": ["4.png"], "normal": ["0.png"]}
     assert dataset.shots(1, 1, 0, 0).source.endswith(name)
 
 
@@ -150,7 +150,7 @@ def test_a_written_list_means_the_same_as_the_folders(tmp_path, monkeypatch, lay
         dataset = opened(root)
         samples = dataset.samples("valid"), dataset.samples("test")
         kinds = [[sample.kind for sample in part] for part in samples]  # which == does not compare
-        return [samples, kinds, *(dataset.shots(n, n, 0, 0).names() for n in (1, 2)), dataset.pixel_metrics]
+        return [samples, kinds, *(dataset.shots(n, n, 0, 0).names for n in (1, 2)), dataset.pixel_metrics]
 
     before = shown()
     assert call_check(monkeypatch, "--data_root", root, "--write_list", f"images.{form}") in (0, 1)
@@ -175,7 +175,7 @@ def test_a_list_keeps_slices_and_shots(tmp_path, monkeypatch):
     before, after = MedicalDataset.open("knee", "", listing=tmp_path / "mine.csv"), opened(tmp_path)
     assert found(before) == found(after)
     assert [sample.name for sample in after.samples("test")] == ["1.png", "v.nii.gz#3", "v.nii.gz#1"]
-    assert after.shots(1, 1, 0, 0).names() == {"abnormal": ["2.png"], "normal": ["0.png"]}
+    assert after.shots(1, 1, 0, 0).names == {"abnormal": ["2.png"], "normal": ["0.png"]}
 
 
 def test_a_list_is_examined_as_folders_are(tmp_path, monkeypatch, capsys):
@@ -201,7 +201,7 @@ def test_the_program_of_the_docs_makes_a_list_of_coco(tmp_path, monkeypatch):
     lines = text[text.index("    import csv, json") :].split("\n\n")[0].splitlines()
     monkeypatch.chdir(tmp_path)
     exec("\n".join(line[4:] for line in lines), {})
-    entries = opened(tmp_path).entries
+    entries = opened(tmp_path).files
     assert [(entry.name, len(entry.masks)) for entry in entries] == [
         (names[0], 0), (names[2], 0), (names[1], 1), (names[3], 1),
     ]  # fmt: skip

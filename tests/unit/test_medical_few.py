@@ -61,11 +61,11 @@ def test_own_list_wins_and_iterate_picks_the_line(tmp_path):
         "\na-0: img_0.png img_1.png\nn-0: img_2.png img_3.png\n\na-1: img_3.png img_0.png\nn-1: img_1.png img_0.png\n"
     )
     dataset = MedicalDataset.open("Brain", tmp_path)
-    assert dataset.shots(2, 2, 0, 1).names() == {
+    assert dataset.shots(2, 2, 0, 1).names == {
         "abnormal": ["img_0.png", "img_1.png"],
         "normal": ["img_2.png", "img_3.png"],
     }
-    assert dataset.shots(2, 2, 1, 1).names()["abnormal"] == ["img_3.png", "img_0.png"]
+    assert dataset.shots(2, 2, 1, 1).names["abnormal"] == ["img_3.png", "img_0.png"]
     # Checkpoints keep it, so it says no more of where the data are, not even where a folder has a blank in its name.
     assert dataset.shots(2, 2, 1, 1).source == "Brain_AD/fewshot_seed/my2-shot.txt"
     with pytest.raises(InputError, match=r"--iterate 7.*it has 0, 1"):
@@ -75,7 +75,7 @@ def test_own_list_wins_and_iterate_picks_the_line(tmp_path):
 @pytest.mark.parametrize("iterate", [0, -1])
 def test_without_a_list_the_seed_samples(tmp_path, iterate):
     dataset = MedicalDataset.open("Brain", make(tmp_path))
-    one, same, other = (dataset.shots(3, 3, iterate, seed).names() for seed in (5, 5, 6))
+    one, same, other = (dataset.shots(3, 3, iterate, seed).names for seed in (5, 5, 6))
     assert one == same != other
     assert "sampled with seed 5" in dataset.shots(3, 3, iterate, 5).source
     with pytest.raises(InputError, match="--shot 9"):
@@ -178,7 +178,7 @@ def test_names_with_blanks_stand_in_quotes_and_are_in_valid_by_being_listed(tmp_
     (lists / "my2-shot.txt").write_text(f'a-0: "{one}" \'{two}\'\nn-0: "normal (1).png" "normal (2).png"\n')
     (lists / "my1-shot.txt").write_text(f"{patient[0]}-0: {patient.partition('/')[2]}\n")
     dataset = MedicalDataset.open("knee", "data", tmp_path)
-    names = dataset.shots(2, 2, 0, 0).names()
+    names = dataset.shots(2, 2, 0, 0).names
     assert names == {"abnormal": [one, two], "normal": ["normal (1).png", "normal (2).png"]}
     moved = {*listed, "normal/normal (1).png", "normal/normal (2).png"}
     moved |= {f"{kind}/case_{patient.split('_')[1]}_{kind}.png" for kind in ("normal", "abnormal")}
@@ -193,10 +193,10 @@ def test_shots_are_drawn_over_patients_first(tmp_path):
     dataset = MedicalDataset.open("knee", "data", tmp_path)
     for seed in range(9):
         assert len({sample.patient for sample in dataset.shots(4, 4, -1, seed).abnormal}) == 4
-        assert len(set(dataset.shots(6, 6, -1, seed).names()["normal"])) == 6  # of four patients, then again
+        assert len(set(dataset.shots(6, 6, -1, seed).names["normal"])) == 6  # of four patients, then again
     everyone = MedicalDataset.open("knee", "data", tmp_path, patient=r"_(\d+)")
     nobody = MedicalDataset.open("knee", "data", tmp_path, patient="nobody")
-    assert everyone.shots(4, 4, -1, 1).names() == nobody.shots(4, 4, -1, 1).names()  # as ever where none repeats
+    assert everyone.shots(4, 4, -1, 1).names == nobody.shots(4, 4, -1, 1).names  # as ever where none repeats
 
 
 def test_the_papers_name_is_the_papers_data_by_its_counts_alone(tmp_path, monkeypatch):

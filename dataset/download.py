@@ -3,25 +3,24 @@
     python -m dataset.download Brain Liver --out data         from BMAD's archive of all six: resumes, checks its sum
     python -m dataset.download all --archive bmad.zip         from an archive fetched otherwise, MVFA's .tar.gz too
 
-Each becomes <out>/<name>_AD. The address could not be reached in development: address and sum are those that anomalib
-2.6 has, and an archive of the same form was tested.
+Each becomes <out>/<name>_AD. Address and sum are anomalib 2.6's; the address could not be reached in development.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import Any
 
+import requests
 from tqdm import tqdm
 
-from utils import EXPECTED, InputError, Parser, bar_seconds, blame, download, printable, run_cli
+from utils import EXPECTED, InputError, Parser, bar_seconds, blame, download, run_cli
 
 from . import check
 from .layout import BENCHMARKS
@@ -31,43 +30,24 @@ from .writer import new_folder
 URL = "https://huggingface.co/datasets/code-dev05/BMAD/resolve/main/bmad.zip"
 SHA256 = "df655def31f3f638a91c567550de54d6e45a74b2368f666c13a6a3052c063165"
 LICENCE = (
-    "BMAD: CC BY-NC-SA 4.0, not for commercial use; its sources have terms of their own (docs/data.md). Please cite "
-    "Bao et al. BMAD: Benchmarks for Medical Anomaly Detection. CVPR Workshops (2024)."
+    "BMAD, CC BY-NC-SA 4.0: not for commercial use; docs/data.md names its sources. Cite Bao et al., CVPRW (2024)."
 )
 DAMAGE = (*EXPECTED, zipfile.BadZipFile, tarfile.TarError, zlib.error, RuntimeError, NotImplementedError)
 LARGEST_RATIO = 100  # unpacked to packed: pictures are compressed already, and what grows more is no data set
-Member = tuple[int, Callable[[], IO[bytes] | None]]  # bytes of a file, unpacked, and how to open it
 
 
-@contextmanager
-def opened(archive: Path) -> Iterator[dict[str, Member]]:
-    """The files in a .zip or .tar archive by their names; `InputError` where it is none, or damaged."""
-    with blame(archive, errors=DAMAGE):
-        if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as packed:
-                yield {i.filename: (i.file_size, partial(packed.open, i)) for i in packed.infolist() if not i.is_dir()}
-        else:
-            with tarfile.open(archive) as tar:
-                yield {i.name: (i.size, partial(tar.extractfile, i)) for i in tar if i.isfile()}
-
-
-def files_of(obj: str, archive: Path, members: Mapping[str, Member]) -> dict[PurePosixPath, Member]:
-    """A data set's files, by their paths below its folder.
+def files_of(obj: str, archive: Path, members: Mapping[str, tuple[int, Any]]) -> dict[str, tuple[int, Any]]:
+    """A data set's files, by their paths below its folder, of an archive's -> bytes when unpacked, and entry in it.
 
     Its folder is called as it is, with or without _AD; where none of the six is named, it is the one that holds the
     splits. `InputError` for a path that leads out of the folder, where there is no such file, or more than pictures.
     """
-    names = {f"{name}{end}".lower() for name in BENCHMARKS for end in ("", "_ad")}
-    paths = {PurePosixPath(name.replace("\\", "/")): member for name, member in members.items()}
-    if unsafe := [path for path in paths if path.is_absolute() or ".." in path.parts]:
+    is_named = any(re.search(rf"(?i)(^|/)({'|'.join(BENCHMARKS)})(_AD)?/", name) for name in members)
+    inside = rf"(?i)(?:^|/){obj}(?:_AD)?/(.+)" if is_named else "(?i)(?:^|/)((?:train|valid|val|test)/.+)"
+    found = ((re.search(inside, name), member) for name, member in members.items() if not is_clutter(name))
+    result = {match[1]: member for match, member in found if match}
+    if unsafe := [path for path in map(PurePosixPath, result) if path.is_absolute() or ".." in path.parts]:
         raise InputError(f"{archive}: {unsafe[0]} leads out of its folder")
-    is_named = any(part.lower() in names for path in paths for part in path.parts)
-    tops = {obj.lower(), f"{obj}_ad".lower()} if is_named else {"train", "valid", "val", "test"}
-    result = {}
-    for path, member in paths.items():
-        at = [i for i, part in enumerate(path.parts[:-1]) if part.lower() in tops]
-        if at and not is_clutter(path.as_posix()):
-            result[PurePosixPath(*path.parts[at[0] + is_named :])] = member
     if not result:
         raise InputError(f"{archive}: no files of {obj} in it")
     if sum(size for size, _ in result.values()) > LARGEST_RATIO * archive.stat().st_size:
@@ -76,16 +56,20 @@ def files_of(obj: str, archive: Path, members: Mapping[str, Member]) -> dict[Pur
 
 
 def unpack(archive: Path, obj: str, root: Path) -> None:
-    """Unpack a data set's files alone into `root`, which appears when all of them are there."""
-    with opened(archive) as members, new_folder(root, "--out") as folder:
-        files = files_of(obj, archive, members)
+    """Unpack a data set's files alone, of a .zip or .tar, into `root`, which appears when all of them are there."""
+    is_zip = zipfile.is_zipfile(archive)
+    opener: Any = zipfile.ZipFile if is_zip else tarfile.open
+    with blame(archive, errors=DAMAGE), opener(archive) as packed, new_folder(root, "--out") as folder:
+        if is_zip:
+            members = {entry.filename: (entry.file_size, entry) for entry in packed.infolist() if not entry.is_dir()}
+        else:
+            members = {entry.name: (entry.size, entry) for entry in packed if entry.isfile()}
+        files, read = files_of(obj, archive, members), packed.open if is_zip else packed.extractfile
         check_room(root.parent, sum(size for size, _ in files.values()), f"{obj}, unpacked")
-        for path, (_, member) in tqdm(files.items(), obj, unit="file", mininterval=bar_seconds(), disable=None):
+        for path, (_, entry) in tqdm(files.items(), obj, unit="file", mininterval=bar_seconds(), disable=None):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            if source := member():
-                with source, (folder / path).open("wb") as target:
-                    shutil.copyfileobj(source, target, 2**20)
-    print(printable(f"{root}: unpacked from {archive}"), flush=True)
+            with read(entry) as source:
+                (folder / path).write_bytes(source.read())
 
 
 def check_room(folder: Path, needed: int, what: str) -> None:
@@ -98,17 +82,14 @@ def check_room(folder: Path, needed: int, what: str) -> None:
 
 def fetch(out: Path) -> Path:
     """BMAD's archive in `out`, downloaded as far as it is not there."""
-    import requests  # noqa: PLC0415 - for the few commands that download
-
     archive = out / URL.rpartition("/")[2]
     if not archive.exists():
-        with blame(f"--out {out}", errors=(OSError,)):
+        with blame(f"--out {out}, from {URL}", "docs/data.md names other ways", (OSError,)):
             out.mkdir(parents=True, exist_ok=True)
-        with blame(URL, "see docs/data.md for other ways", (requests.RequestException,)):
             size = int(requests.head(URL, allow_redirects=True, timeout=30).headers.get("Content-Length", 0))
-        part = archive.with_name(f"{archive.name}.part")
-        left = max(size - (part.stat().st_size if part.exists() else 0), 0)
-        check_room(out, left, f"{archive.name}, which is unpacked beside itself, so all six need that twice")
+        have = sum(part.stat().st_size for part in out.glob(f"{archive.name}.part"))
+        what = f"{archive.name}, which is unpacked beside itself, so all six need that twice"
+        check_room(out, max(size - have, 0), what)
     download(URL, archive, SHA256)
     return archive
 
@@ -122,9 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--archive", type=Path, metavar="FILE", help="an archive that you have: BMAD's .zip, MVFA's .tar.gz")
     options = parser.parse_args(argv)
     names = list(BENCHMARKS if "all" in options.obj else dict.fromkeys(options.obj))
-    for name in names:
-        if (options.out / f"{name}_AD").exists():
-            raise InputError(f"--out {options.out}: {name}_AD is there already; move it away, or leave {name} out")
+    if there := [name for name in names if (options.out / f"{name}_AD").exists()]:
+        raise InputError(f"--out {options.out}: {there[0]}_AD is there already; move it away, or leave {there[0]} out")
     print(LICENCE, flush=True)
     archive = options.archive or fetch(options.out)
     for name in names:

@@ -108,7 +108,7 @@ def write(out: str | Path, obj: Sequence[str], valid: int, test: int, seed: int,
                     image, marked = draw(name, split, label, index, seed, size)
                     mask = Image.fromarray(marked).convert("L") if marked.any() and KINDS[name].has_masks else None
                     writer.add(split, number, f"{split}_{label}_{index:05d}", Image.fromarray(image), mask)
-            writer.write_lists()
+            writer.write_lists(*(writer.names["valid", label] for label in (0, 1)))
         print(f"{folder}: {writer.counts()}, {size} px")
     print(NOTICE)
 

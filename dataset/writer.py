@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -56,18 +56,13 @@ class Writer:
             mask.save(folder / "anomaly_mask" / file)
         self.names[split, label].append(file)
 
-    def write_lists(self, names: Mapping[int, Sequence[str]] | None = None) -> None:
-        """Write few-shot lists, each the beginning of the next, as far as there are images of both labels.
-
-        `names` are the images of each label in their order, by default those of valid as they were added.
-        """
-        names = names or {label: self.names["valid", label] for label in (0, 1)}
+    def write_lists(self, normal: Sequence[str], abnormal: Sequence[str]) -> None:
+        """Write few-shot lists of these images, each the beginning of the next, as far as there are some of both."""
         lists = self.root / "fewshot_seed"
         lists.mkdir(exist_ok=True)
-        for shot in SHOTS:
-            if all(len(of) >= shot for of in names.values()):
-                lines = (f"{tag}-0: {' '.join(names[label][:shot])}\n" for tag, label in (("a", 1), ("n", 0)))
-                (lists / f"my{shot}-shot.txt").write_text("".join(lines), encoding="utf-8")
+        for shot in (shot for shot in SHOTS if shot <= min(len(normal), len(abnormal))):
+            lines = f"a-0: {' '.join(abnormal[:shot])}\nn-0: {' '.join(normal[:shot])}\n"
+            (lists / f"my{shot}-shot.txt").write_text(lines, encoding="utf-8")
 
     def counts(self) -> str:
         """How many images there are, in words."""

@@ -53,11 +53,11 @@ def test_a_binary_set(tmp_path, monkeypatch, name, normal):
         assert (np.array(Image.open(sample.path)) == arrays[f"{split}_images"][number]).all()
     config = json.loads((dataset.root / f"{name}.json").read_text())
     assert dataset.layout.prompt_name == config["prompt_name"]
-    assert config == {"prompt_name": medmnist.SOURCES[name].prompt_name, "pixel_metrics": False}
+    assert config == {"prompt_name": medmnist.SOURCES[name]["prompt_name"], "pixel_metrics": False}
     licence = (dataset.root / "LICENSE.txt").read_text()
     assert "CC BY 4.0" in licence
     assert "MedMNIST v2" in licence
-    assert medmnist.SOURCES[name].citation in licence
+    assert medmnist.SOURCES[name]["citation"] in licence
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [f"{name}_AD"]  # nothing half-made is left
 
 

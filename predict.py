@@ -19,10 +19,9 @@ if __name__ == "__main__":  # reads the flags before it imports torch: --help an
     run_script("predict", parse)
 
 import argparse
-import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -37,10 +36,9 @@ from dataset.readers.images import picture_notes
 from engine.calibration import describe_threshold
 from engine.files.checkpoint import read as read_file
 from engine.predictor import Prediction, Predictor, build, read_checkpoint
-from engine.report.page import Card
-from engine.report.predictions import Drawer, Results, Row, summary, write_page
-from engine.scans import Entry, InputList, list_entries, series_notes
-from utils import InputError, bar_seconds, prefetch, printable, probe_writable, sha256_file, show_traceback, warn
+from engine.report.predictions import Results, summary
+from engine.scans import Entry, InputList, list_entries
+from utils import InputError, bar_seconds, prefetch, printable, probe_writable, show_traceback, warn
 
 NOTE = "research use, not a medical device"
 WEAK = "weak localisation from the detection heads, not measured"
@@ -50,7 +48,6 @@ GROUP_NOTE = (
 )
 SIDE = 1024  # pixels of an overlay's longer side, at most
 NAMES = {"dicom": "DICOM", "nifti": "NIfTI", "pillow": "picture"}
-MACHINE = {"images", "device", "num_workers", "batch_size", "out"}  # flags that leave the rows as they are
 
 
 def main(options: argparse.Namespace) -> int:
@@ -61,28 +58,16 @@ def main(options: argparse.Namespace) -> int:
     trained = checkpoint.settings.read_options
     reading = replace(trained, window=options.window or trained.window, plane=options.plane or trained.plane)
     listing = list_entries(options.images, reading, options.anonymous)
-    if options.images and not listing.entries and len(listing.faults) == 1:
-        raise listing.faults[0]
-    for line in listing.no_image:
+    for line in (*listing.no_image, *listing.remarks):
         say(line)
-    for fault in listing.faults:
+    faults, nothing = list(listing.faults.values()), bool(options.images) and not listing.entries
+    for fault in faults[nothing:]:
         skip(fault)
-    for count, words in ((listing.own, "results of an earlier run"), (listing.masks, "masks of images")):
-        if count:
-            say(f"{count} files are {words}, and left out")
-    if options.images and not listing.entries:
-        if listing.faults:
-            raise InputError(f"{len(listing.faults)} files could not be read, see above; no image is left")
-        nothing = f"no image in any of {len(listing.no_image)} files" if listing.no_image else "no image in it"
-        raise InputError(f"{options.images[0]}: {nothing}")
-    for line in series_notes(listing.entries):
-        say(line)
-    command = {name: value for name, value in vars(options).items() if name not in MACHINE}
-    results = None
-    if options.images:
-        results = Results(options, json.dumps([command, sha256_file(options.ckpt)]), listing.entries)
+    if nothing:
+        raise faults[0] if faults else InputError(f"{options.images[0]}: no image in it")
     model = build(checkpoint, options)
     model.reading = reading
+    results = Results(options, model, listing.entries) if options.images else None
     if options.calibrate:
         calibrate(model, options)
     return predict(model, results, listing, options) if results else 0
@@ -99,7 +84,8 @@ def calibrate(model: Predictor, options: argparse.Namespace) -> None:
     model.calibrate(dataset, options.threshold_at or "f1", options.batch_size, options.num_workers)
     print(describe_threshold(model.calibration))
     if options.save_ckpt:
-        model.save(options.save_ckpt)
+        metadata = {**model.checkpoint.metadata, "threshold": model.calibration}
+        replace(model.checkpoint, metadata=metadata).save(options.save_ckpt)
         print(f"{options.save_ckpt}: the checkpoint with these thresholds")
 
 
@@ -107,51 +93,43 @@ def predict(model: Predictor, results: Results, listing: InputList, options: arg
     """Images -> rows, pictures, page; the exit code."""
     for line in describe(model):
         print(line)
-    for line in reading_notes(model, listing):
+    for line in reading_notes(model, listing.entries):
         warn(line)
-    total, start = len(results.todo), time.perf_counter()
-    if total < len(listing.entries):
-        print(f"{len(listing.entries) - total} images are predicted already: going on with the others")
-    drawer, remarks, bad = Drawer(options, model), set[str](), set[Path]()
+    todo, start = results.todo, time.perf_counter()
+    if len(todo) < len(listing.entries):
+        print(f"{len(listing.entries) - len(todo)} images are predicted already: going on with the others")
+    remarks = set[str]()
 
-    def predicted() -> Iterator[tuple[Entry, Picture, Prediction]]:
-        frames = (entry.frame for entry in results.todo)
-        found = model.stream(frames, options.batch_size, options.num_workers, SIDE)
-        for entry, result in zip(results.todo, found, strict=True):
-            if not isinstance(result, InputError):
-                yield entry, *result
-            elif entry.frame.path not in bad:  # a file of many frames is said once
-                bad.add(entry.frame.path)
-                listing.faults.append(result)
-                skip(result)
-
-    def draw(item: tuple[Entry, Picture, Prediction]) -> tuple[Entry, Row, Card | None]:
-        entry, picture, prediction = item
+    def draw(item: tuple[Entry, tuple[int, tuple[Picture, Prediction] | InputError]]) -> tuple[Entry, Any]:
+        entry, (_, outcome) = item
+        if isinstance(outcome, InputError):
+            return entry, outcome
+        picture, prediction = outcome
         picture.notes.update(picture_notes(picture.image))
-        for kind, text in picture.notes.items():
-            if kind not in remarks:  # once; the tables have them all
-                remarks.add(kind)
-                say(f"{entry.file}: {text}")
-        return entry, *drawer.draw(entry, picture, prediction)
+        for kind in [kind for kind in picture.notes if kind not in remarks]:  # the tables have all
+            remarks.add(kind)
+            say(f"{entry.file}: {picture.notes[kind]}")
+        return entry, (prediction, *results.draw(entry, picture, prediction))
 
-    with tqdm(total=total, desc="predict", unit="image", mininterval=bar_seconds()) as bar:
-        drawn = prefetch(draw, predicted(), options.num_workers, ahead=4)
-        for series, members in groupby(drawn, key=lambda item: item[0].series):
-            done = []
-            for item in members:
-                done.append(item)
+    with tqdm(total=len(todo), desc="predict", unit="image", mininterval=bar_seconds()) as bar:
+        stream = model.stream(todo, options.batch_size, options.num_workers, SIDE)
+        drawn = prefetch(draw, zip(todo, stream, strict=True), options.num_workers, ahead=4)
+        for _, members in groupby(drawn, key=lambda item: item[0].series):
+            images = []
+            for entry, outcome in members:
                 bar.update()
-            drawer.finish(series)
-            results.add(done)
-    seconds = time.perf_counter() - start
-    rows = results.close(describe_run(model, listing, options), model.threshold)
-    if options.report:
-        print(f"report: {write_page(results, rows, model)}")
-    results.remove_partial()
+                if not isinstance(outcome, InputError):
+                    images.append((entry, *outcome))
+                elif entry.path not in listing.faults:  # a file of many frames is said once
+                    listing.faults[entry.path] = outcome
+                    skip(outcome)
+            results.add(images)
+    rate = len(todo) / (time.perf_counter() - start)
+    rows = results.close(describe_run(model, listing, options))
     if options.group_by:
         print(f"groups: {options.out}/groups.csv; {GROUP_NOTE}")
     counts = f"{len(rows)} images" if model.threshold is None else summary(rows)
-    print(f"{counts}; {total / seconds:.1f} images a second; {options.out}/predictions.csv and .json ({NOTE})")
+    print(f"{counts}; {rate:.1f} images a second; {options.out}/predictions.csv and .json ({NOTE})")
     if listing.faults:
         say(f"{len(listing.faults)} files could not be read, see above")
     return 1 if listing.faults else 0
@@ -167,9 +145,9 @@ def describe(model: Predictor) -> Iterator[str]:
         yield "scores: MViTFC as published looks across the images of a batch, so they depend on --batch_size"
 
 
-def reading_notes(model: Predictor, listing: InputList) -> Iterator[str]:
+def reading_notes(model: Predictor, entries: Sequence[Entry]) -> Iterator[str]:
     """Where these images are read in another way than those of the training, in words."""
-    settings, kinds = model.settings, {entry.kind for entry in listing.entries}
+    settings, kinds = model.settings, {entry.kind for entry in entries}
     known = {"pillow"} if settings.obj in BENCHMARKS else set((settings.reading or {}).get("formats") or kinds)
     if not kinds <= known:
         before, now = (", ".join(NAMES[kind] for kind in sorted(group)) for group in (known, kinds - known))
@@ -188,7 +166,7 @@ def describe_run(model: Predictor, listing: InputList, options: argparse.Namespa
         "settings": model.settings.to_dict(), "calibration": model.calibration, "heat_range": model.heat_range,
         "heat": WEAK if model.weak else "segmentation heads", "window": model.reading.window,
         "plane": model.reading.plane, "no_image": len(listing.no_image) if hidden else listing.no_image,
-        "not_read": len(listing.faults) if hidden else [str(fault) for fault in listing.faults],
+        "not_read": len(listing.faults) if hidden else [str(fault) for fault in listing.faults.values()],
     }  # fmt: skip
 
 

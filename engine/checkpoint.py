@@ -17,8 +17,8 @@ from CLIP.config import ModelConfig
 from dataset.layout import BENCHMARKS, config_path, read_config
 from utils import InputError, Parser, printable, probe_writable, run_cli
 
-from .card import card
 from .detector import Detector
+from .export import card
 from .files.checkpoint import METADATA, Checkpoint, check_weights, read, write
 from .files.config import MODEL_FLAGS, Settings
 from .files.published import export

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from dataset.readers.grey import Frame, optional
+from dataset.readers.grey import optional
 from dataset.readers.volumes import frame_values, numbers, slices_of
 from utils import atomic_path
 
-from .scans import MARK
+from .predictor import Prediction, Predictor
+from .scans import MARK, Entry
 
 DERIVATION = "Anomaly heat map (MadCLIP), in thousandths of a score. Research use, not a medical device."
+Slices = Sequence[tuple[Entry, Prediction]]  # of a volume or series
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 # Copied from the source's header, so that viewers file the heat map beside it; the latter tell who the patient is.
 SPACE = ("SpecificCharacterSet", "StudyInstanceUID", "FrameOfReferenceUID", "PositionReferenceIndicator")
@@ -30,109 +32,94 @@ PLACE = {  # of a frame: the group of a multi-frame file that holds it, and its 
 }
 
 
-def fit(heat: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A heat map (S, S) stretched over a slice: (height, width) float32."""
-    return np.asarray(Image.fromarray(heat.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR))
+def write_volume(out: Path, slices: Slices, model: Predictor, anonymous: bool) -> list[str | None]:
+    """Write the heat maps of a NIfTI volume or a DICOM series; for each slice the name of the file that holds its own.
 
-
-class NiftiHeat:
-    """The heat maps of a volume as a NIfTI file with its shape, affine and zooms: it opens over the scan in viewers.
-
-    Values are int16 with the header's slope; they lie in [0, K], K layers.
+    Plain pictures and a single DICOM image have none.
 
     Args:
-        path: of the result, .nii.gz.
-        frame: a slice of the volume.
-        heat_range: what viewers show as black and white.
+        out: the folder of the results.
+        slices: those that could be read.
+        model: what predicted them; viewers show its `heat_range` from black to white.
+        anonymous: leave out who the patient is; the UIDs of study and space are hashes of the true ones.
     """
-
-    def __init__(self, path: Path, frame: Frame, heat_range: tuple[float, float]) -> None:
-        source, plane = frame.path, frame.options.plane
-        nibabel, orientations = optional("nibabel", source), optional("nibabel.orientations", source)
-        image = nibabel.squeeze_image(nibabel.load(source))
-        header, values = image.header.copy(), np.zeros(image.shape, np.float32)
-        header.set_data_dtype(np.int16)
-        header["descrip"] = f"{MARK}, {plane}"
-        header["aux_file"] = header["db_name"] = ""  # they may name a patient, and so may extensions
-        header.extensions.clear()
-        header.set_data_offset(0)  # right behind the header
-        header["cal_min"], header["cal_max"] = heat_range
-        self.path, self.image = path, type(image)(values, image.affine, header)
-        turned = orientations.apply_orientation(values, orientations.io_orientation(image.affine))
-        self.slices = slices_of(turned, plane)  # views, not copies
-
-    def add(self, frame: Frame, _number: int, heat: np.ndarray) -> str:
-        """Put in the heat map (S, S) of a slice; the name of the file that will hold it."""
-        target = self.slices[frame.index or 0]
-        target[...] = fit(heat, *target.shape)
-        return self.path.name
-
-    def close(self) -> None:
-        """Write the file."""
-        with atomic_path(self.path, "--out") as path, gzip.open(path, "wb", compresslevel=4) as file:
-            self.image.to_stream(file)
+    first = slices[0][0]
+    name = f"{first.volume}_heat"
+    if first.kind == "nifti":
+        write_nifti(out / f"{name}.nii.gz", slices, model.heat_range)
+        return [f"{name}.nii.gz"] * len(slices)
+    if first.kind == "dicom" and first.count > 1:
+        return [f"{name}/{file}" for file in write_dicom(out / name, slices, model, anonymous)]
+    return [None] * len(slices)
 
 
-class DicomHeat:
-    """The heat maps of a series as a DICOM series: secondary captures with new UIDs, in the same study and space.
+def write_nifti(path: Path, slices: Slices, heat_range: tuple[float, float]) -> None:
+    """A NIfTI file with the volume's shape, affine and zooms, which opens over the scan in viewers.
+
+    Values are int16 with the header's slope; they lie in [0, K], K layers.
+    """
+    source, plane = slices[0][0].path, slices[0][0].options.plane
+    nibabel, orientations = optional("nibabel", source), optional("nibabel.orientations", source)
+    image = nibabel.squeeze_image(nibabel.load(source))
+    header, values = image.header.copy(), np.zeros(image.shape, np.float32)
+    header.set_data_dtype(np.int16)
+    header["descrip"] = f"{MARK}, {plane}"
+    header["aux_file"] = header["db_name"] = ""  # they may name a patient, and so may extensions
+    header.extensions.clear()
+    header.set_data_offset(0)  # right behind the header
+    header["cal_min"], header["cal_max"] = heat_range
+    turned = orientations.apply_orientation(values, orientations.io_orientation(image.affine))
+    places = slices_of(turned, plane)  # views of `values`, not copies
+    for entry, prediction in slices:
+        places[entry.index or 0][...] = prediction.map
+    with atomic_path(path, "--out") as temporary, gzip.open(temporary, "wb", compresslevel=4) as file:
+        type(image)(values, image.affine, header).to_stream(file)
+
+
+def write_dicom(folder: Path, slices: Slices, model: Predictor, anonymous: bool) -> Iterator[str]:
+    """Secondary captures with new UIDs, in the same study and space; the names of their files.
 
     Values are unsigned 16 bits with a rescale slope. Rescaled they are thousandths of a score, in [0, 1000 layers], as
     DICOM's linear windows are at least 1 wide.
-
-    Args:
-        folder: of the files, one an image; made if need be.
-        layers: K.
-        heat_range: the window in the header.
-        anonymous: leave out who the patient is; the UIDs of study and space are hashes of the true ones.
     """
-
-    def __init__(self, folder: Path, layers: int, heat_range: tuple[float, float], anonymous: bool) -> None:
-        self.pydicom = optional("pydicom", folder)
-        self.folder, self.layers, self.heat_range, self.anonymous = folder, layers, heat_range, anonymous
-        self.uid = self.pydicom.uid.generate_uid()
-
-    def add(self, frame: Frame, number: int, heat: np.ndarray) -> str:
-        """Write the heat map (S, S) of an image as file `number` of the series; its name."""
-        source = self.pydicom.dcmread(frame.path, force=True, stop_before_pixels=True)
-        result = self._copied(source, frame.index or 0)
-        low, high = (1000 * end for end in self.heat_range)
+    pydicom = optional("pydicom", folder)
+    series, (low, high) = pydicom.uid.generate_uid(), (1000 * end for end in model.heat_range)
+    for entry, prediction in slices:
+        source = pydicom.dcmread(entry.path, force=True, stop_before_pixels=True)
+        result = copied_header(pydicom, source, entry.index or 0, anonymous)
         values = {
-            "SOPClassUID": SECONDARY_CAPTURE, "SOPInstanceUID": self.pydicom.uid.generate_uid(),
-            "SeriesInstanceUID": self.uid, "SeriesDescription": MARK, "DerivationDescription": DERIVATION,
+            "SOPClassUID": SECONDARY_CAPTURE, "SeriesInstanceUID": series, "SeriesDescription": MARK,
+            "DerivationDescription": DERIVATION, "Modality": "OT", "ConversionType": "WSD",
             "SeriesNumber": int(sum(numbers(source, "SeriesNumber")[:1])) % 100_000 * 1000 + 777,
-            "InstanceNumber": number, "ImageType": ["DERIVED", "SECONDARY"], "Modality": "OT", "ConversionType": "WSD",
-            "SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2", "Rows": source.Rows,
-            "Columns": source.Columns, "BitsAllocated": 16, "BitsStored": 16, "HighBit": 15, "PixelRepresentation": 0,
-            "RescaleIntercept": "0", "RescaleSlope": f"{1000 * self.layers / 65535:.10g}", "RescaleType": "US",
+            "InstanceNumber": entry.number, "ImageType": ["DERIVED", "SECONDARY"], "RescaleType": "US",
+            "RescaleIntercept": "0", "RescaleSlope": f"{1000 * model.layers / 65535:.10g}",
             "WindowCenter": f"{(low + high) / 2:.8g}", "WindowWidth": f"{max(high - low, 1.0):.8g}",
         }  # fmt: skip
         for name, value in values.items():
             setattr(result, name, value)
-        pixels = fit(heat, source.Rows, source.Columns) / self.layers * 65535
-        result.PixelData = pixels.round().clip(0, 65535).astype("<u2").tobytes()
-        result.file_meta = self.pydicom.dataset.FileMetaDataset()
-        result.file_meta.TransferSyntaxUID = self.pydicom.uid.ExplicitVRLittleEndian
-        name = f"{number:05d}.dcm"
-        with atomic_path(self.folder / name, "--out") as path:
+        pixels = (prediction.map / model.layers * 65535).round().clip(0, 65535).astype(np.uint16)
+        result.set_pixel_data(pixels, "MONOCHROME2", 16)  # with a SOPInstanceUID of its own
+        with atomic_path(folder / f"{entry.number:05d}.dcm", "--out") as path:
             result.save_as(path, enforce_file_format=True)
-        return f"{self.folder.name}/{name}"
+        yield f"{entry.number:05d}.dcm"
 
-    def _copied(self, source: Any, index: int) -> Any:  # noqa: ANN401 - pydicom's Datasets
-        """A header with the patient, study and place of a frame of the source."""
-        result = self.pydicom.Dataset()
-        for name in (*SPACE, *IDENTIFYING):
-            if name in source and not (self.anonymous and name in IDENTIFYING):
-                result[name] = source[name]
-            elif name in IDENTIFYING:  # these may be empty, but not missing
-                setattr(result, name, "")
-        if self.anonymous:
-            result.PatientIdentityRemoved = "YES"
-            for name in ("StudyInstanceUID", "FrameOfReferenceUID"):
-                if result.get(name):
-                    setattr(result, name, self.pydicom.uid.generate_uid(entropy_srcs=[str(result[name].value)]))
-        for sequence, names in PLACE.items():
-            holder = frame_values(source, index, sequence)
-            for name in names:
-                if holder.get(name) not in (None, ""):
-                    result[name] = holder[name]
-        return result
+
+def copied_header(pydicom: Any, source: Any, index: int, anonymous: bool) -> Any:  # noqa: ANN401 - pydicom's
+    """A header with the patient, study and place of a frame of the source."""
+    result = pydicom.Dataset()
+    for name in (*SPACE, *IDENTIFYING):
+        if name in source and not (anonymous and name in IDENTIFYING):
+            result[name] = source[name]
+        elif name in IDENTIFYING:  # these may be empty, but not missing
+            setattr(result, name, "")
+    if anonymous:
+        result.PatientIdentityRemoved = "YES"
+        for name in ("StudyInstanceUID", "FrameOfReferenceUID"):
+            if result.get(name):
+                setattr(result, name, pydicom.uid.generate_uid(entropy_srcs=[str(result[name].value)]))
+    for sequence, names in PLACE.items():
+        holder = frame_values(source, index, sequence)
+        for name in names:
+            if holder.get(name) not in (None, ""):
+                result[name] = holder[name]
+    return result

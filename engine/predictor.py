@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, islice
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from threading import Lock
 from typing import Any, cast
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from CLIP.clip import create_model
 from CLIP.model import CLIP
-from dataset.layout import config_path, read_config
+from dataset.layout import SPLITS, config_path, read_config
 from dataset.medical_few import MedicalDataset
 from dataset.readers.grey import Frame, Picture, ReadOptions, to_rgb
 from dataset.readers.images import frames, load_image, pillow_to_rgb, read, to_tensor
@@ -37,11 +38,10 @@ from .detector import Detector
 from .distributed import pick_autocast, pick_device
 from .evaluation import Evaluation, Masks
 from .files.checkpoint import Checkpoint, find_trained_weights
-from .files.config import MODEL_FLAGS, check_against
+from .files.config import MODEL_FLAGS, Settings, check_against
 
 ImageLike = str | Path | Frame | Image.Image | np.ndarray
 Size = tuple[int, int]  # width and height of an image as its file has it
-PIXEL_KEYS = ("pixel_value", "heat_range")  # of a threshold: what needs masks
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ class Predictor:
         clip: the frozen towers.
         checkpoint: the file's content.
         reading: how it reads files with more than 8 bits or more than one slice: as training did.
+        weak: heat maps are a weak localisation: training had no masks, so they come from the detection heads.
+        layers: K; scores and heat lie in [0, K].
         calibration: where the thresholds come from, as checkpoints keep it; empty where there are none.
         threshold: abnormal is score >= threshold; None where the checkpoint has none.
         pixel_threshold: the same of a pixel of a heat map.
@@ -86,20 +88,11 @@ class Predictor:
 
     def __init__(self, checkpoint: Checkpoint, detector: Detector, clip: CLIP, autocast: torch.dtype | None) -> None:
         self.checkpoint, self.settings, self.detector = checkpoint, checkpoint.settings, detector
-        self.reading = self.settings.read_options
+        self.reading, self.weak = self.settings.read_options, not self.settings.pixel_metrics
+        self.layers = len(self.settings.features_list)
         self.clip, self._autocast, self._lock = clip, autocast, Lock()
         self._text = detector.prompts().detach()
         self._set(checkpoint.metadata.get("threshold") or {})
-
-    @property
-    def weak(self) -> bool:
-        """Whether heat maps are a weak localisation: training had no masks, so they come from the detection heads."""
-        return self.detector.scoring_head == "det"
-
-    @property
-    def layers(self) -> int:
-        """K: scores and heat lie in [0, K]."""
-        return len(self.settings.features_list)
 
     def _set(self, calibration: dict[str, Any]) -> None:
         self.calibration = calibration
@@ -127,65 +120,53 @@ class Predictor:
         Raises:
             InputError: the one image cannot be read.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size {batch_size} is not at least 1")
         is_one = isinstance(images, ImageLike) and getattr(images, "ndim", 0) < 4
-        counts: list[int] = []
-
-        def pictures() -> Iterator[ImageLike | InputError]:
-            for image in cast("Iterable[ImageLike]", [images] if is_one else images):
-                inside: Sequence[ImageLike | InputError] = [image]
-                if isinstance(image, str | Path):
-                    try:
-                        inside = frames(Path(image), self.reading)
-                    except InputError as error:
-                        inside = [error]
-                counts.append(len(inside))
-                yield from inside
-
-        found = [item if isinstance(item, InputError) else item[1] for item in self.stream(pictures(), batch_size)]
-        results = [whole(found[end - count : end]) for count, end in zip(counts, accumulate(counts), strict=True)]
-        if is_one and isinstance(first := results[0], InputError):
-            raise first
-        return results if not is_one else cast("Prediction", results[0])
+        stream = self.stream(cast("Iterable[ImageLike]", [images] if is_one else images), batch_size)
+        results = [whole([item for _, item in parts]) for _, parts in groupby(stream, key=itemgetter(0))]
+        if not is_one:
+            return results
+        if isinstance(results[0], InputError):
+            raise results[0]
+        return results[0]
 
     def stream(
-        self, pictures: Iterable[ImageLike | InputError], batch_size: int = 16, workers: int = 2, side: int = 1
-    ) -> Iterator[tuple[Picture, Prediction] | InputError]:
-        """Predict pictures, one of a file each, as they come; they are read beside the network.
+        self, images: Iterable[ImageLike], batch_size: int = 16, workers: int = 2, side: int = 1
+    ) -> Iterator[tuple[int, tuple[Picture, Prediction] | InputError]]:
+        """Predict images as they come; they are read beside the network.
 
         Args:
-            pictures: a fault is passed on.
+            images: as `predict` takes several.
             batch_size: pictures through the network at a time.
             workers: threads that decode them.
             side: pixels of the longer side, at most, to which a picture that is given back is reduced.
 
         Yields:
-            The picture and its prediction, in order; the fault where it cannot be read.
+            For each picture, in order, the place of its image in `images`, and the picture with its prediction, or the
+            fault where it cannot be read.
         """
 
-        def opened(image: ImageLike | InputError) -> tuple[Picture, Tensor] | InputError:
+        def opened(numbered: tuple[int, ImageLike | InputError]) -> tuple[int, tuple[Picture, Tensor] | InputError]:
+            place, image = numbered
             try:
                 picture = open_picture(image, self.reading)
             except InputError as error:
-                return error
+                return place, error
             tensor = to_tensor(picture.image, self.settings.img_size)
             picture.image.thumbnail((side, side), Image.Resampling.BICUBIC)
-            return picture, tensor
+            return place, (picture, tensor)
 
+        pictures = ((place, part) for place, image in enumerate(images) for part in parts_of(image, self.reading))
         reader = prefetch(opened, pictures, workers, min(batch_size, 16))
         while batch := list(islice(reader, batch_size)):
-            good = [item for item in batch if not isinstance(item, InputError)]
+            good = [item for _, item in batch if not isinstance(item, InputError)]
             tensors, sizes = [tensor for _, tensor in good], [picture.stored for picture, _ in good]
             predictions = iter(self.predict_tensors(torch.stack(tensors), sizes) if good else [])
-            for item in batch:
-                yield item if isinstance(item, InputError) else (item[0], next(predictions))
+            for place, item in batch:
+                yield place, item if isinstance(item, InputError) else (item[0], next(predictions))
 
     def predict_tensors(self, images: Tensor, sizes: Sequence[Size]) -> list[Prediction]:
         """Predict a batch (B, 3, S, S) in [0, 1] of images that have the given sizes in their files."""
-        patches = self.patch_scores(images)
-        maps = anomaly_map(patches, self.settings.img_size)  # (B, S, S)
-        scores = image_score(patches, self.settings.dec_type) if self.weak else maps.flatten(1).amax(dim=1)
+        scores, maps = score_images(self.patch_scores(images), self.settings)
         return [
             Prediction(score, None if self.threshold is None else score >= self.threshold, heat, size)
             for score, heat, size in zip(scores.double().tolist(), maps.cpu().numpy(), sizes, strict=True)
@@ -198,13 +179,12 @@ class Predictor:
         first = 0 if self.detector.adapters.reads_class_token else 1
         with self._lock, torch.autocast(device.type, dtype=self._autocast, enabled=self._autocast is not None):
             tokens = self.clip.image_tokens(images.to(device), layers)
-            tokens = [layer if layer.dtype == self._autocast else layer.float() for layer in tokens]
             return self.detector.patch_scores([layer[:, first:].contiguous() for layer in tokens], self._text)
 
     def calibrate(self, dataset: MedicalDataset, rule: str, batch_size: int = 16, workers: int = 2) -> None:
         """Set the thresholds of images and pixels again, on all labelled images of a data set.
 
-        Without masks, or with a checkpoint that was trained without, those of pixels stay what they were.
+        Without masks, or with a checkpoint that was trained without, that of pixels stays what it was.
 
         Args:
             dataset: its images of both splits are used, but for abnormal ones whose mask is missing.
@@ -217,7 +197,7 @@ class Predictor:
         """
         settings = replace(self.settings, mask_above=dataset.layout.mask_above)
         pixels, size = settings.pixel_metrics and dataset.pixel_metrics, settings.img_size
-        every = {(s.path, s.index): s for split in ("valid", "test") for s in dataset.samples(split)}.values()
+        every = dict.fromkeys(sample for split in SPLITS for sample in dataset.samples(split))
         samples = [sample for sample in every if sample.masks or not (pixels and sample.label)]
         if len(samples) < len(every):
             warn(f"{dataset.root}: {len(every) - len(samples)} abnormal images without a mask are left out")
@@ -233,26 +213,39 @@ class Predictor:
         result = calibrate(evaluation, masks, rule, f"images of {dataset.obj}")
         if result is None:
             raise InputError(f"--calibrate {dataset.root}: both normal and abnormal images are needed for {rule}")
-        kept = {key: self.calibration[key] for key in PIXEL_KEYS if key in self.calibration and key not in result}
-        if kept:
+        if "pixel_value" in self.calibration and "pixel_value" not in result:
+            result["pixel_value"] = self.calibration["pixel_value"]
             result["from"] += " (that of pixels as before, as there are no masks)"
-        self._set({**result, **kept})
-
-    def save(self, path: str | Path) -> None:
-        """Write a copy of the checkpoint with the thresholds as they are now; `InputError` where that is impossible."""
-        metadata = {**self.checkpoint.metadata, "threshold": self.calibration or None}
-        Checkpoint(self.settings, self.checkpoint.parts, metadata).save(path)
+        self._set(result)
 
 
-def whole(slices: list[Prediction | InputError]) -> Prediction | InputError:
+def score_images(patches: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Patch scores (B, K, N) -> the scores of images (B,) and their heat maps (B, S, S), both in [0, K]."""
+    maps = anomaly_map(patches, settings.img_size)
+    return maps.flatten(1).amax(1) if settings.pixel_metrics else image_score(patches, settings.dec_type), maps
+
+
+def whole(parts: Iterable[tuple[Picture, Prediction] | InputError]) -> Prediction | InputError:
     """The prediction of a file from those of the pictures in it, or its first fault."""
-    parts = tuple(part for part in slices if isinstance(part, Prediction))
-    if len(parts) < len(slices):
-        return next(part for part in slices if isinstance(part, InputError))
-    if len(parts) == 1:
-        return parts[0]
-    highest = max(parts, key=lambda part: part.score)
-    return replace(highest, heat=np.stack([part.heat for part in parts]), slices=parts)
+    slices = []
+    for part in parts:
+        if isinstance(part, InputError):
+            return part
+        slices.append(part[1])
+    if len(slices) == 1:
+        return slices[0]
+    highest = max(slices, key=lambda part: part.score)
+    return replace(highest, heat=np.stack([part.heat for part in slices]), slices=tuple(slices))
+
+
+def parts_of(image: ImageLike, reading: ReadOptions) -> Sequence[ImageLike | InputError]:
+    """The pictures in a file, or the fault where it cannot be opened; anything else is one picture."""
+    if not isinstance(image, str | Path):
+        return [image]
+    try:
+        return frames(Path(image), reading)
+    except InputError as error:
+        return [error]
 
 
 def open_picture(image: ImageLike | InputError, reading: ReadOptions) -> Picture:

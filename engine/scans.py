@@ -8,9 +8,10 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count, groupby, pairwise
+from functools import cached_property
+from itertools import count, pairwise
 from pathlib import Path
 from statistics import median_low
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from dataset.pairing import in_mask_folder, is_clutter, named_masks
 from dataset.patients import patient
-from dataset.readers.grey import Frame, MissingPackageError, NoImageError, ReadOptions, Slice
+from dataset.readers.grey import Frame, MissingPackageError, NoImageError, ReadOptions
 from dataset.readers.images import file_kind, frames, is_deep, list_files, stem
 from utils import InputError, printable
 
@@ -28,18 +29,7 @@ LOCK = ".predict.lock"
 TABLES = ("predictions.csv", "predictions.json", "groups.csv", PARTIAL, LOCK)
 NAME_BYTES = 150  # of a picture's name, without what is added; a file system takes 255, and many a cloud fewer
 GAP = 1.5  # times the usual distance of two slices
-
-
-def in_order(slices: Sequence[Slice]) -> list[int]:
-    """The order of the slices of one series: by position where all have one along the same normal, else by number."""
-    normals = [slice_.normal for slice_ in slices]
-    parallel = len({bool(n) for n in normals}) == 1 and all(np.dot(n, normals[0]) > 0.99 for n in normals if n)
-
-    def key(i: int) -> list[float]:
-        values = (slices[i].position if parallel else 0.0, slices[i].instance_number)
-        return [math.inf if value is None else value for value in values]
-
-    return sorted(range(len(slices)), key=key)
+Member = tuple[Frame, str]  # an image, and the path of its file below its input
 
 
 def is_own_result(path: Path) -> bool:
@@ -55,12 +45,10 @@ def is_own_result(path: Path) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One image to predict."""
+@dataclass(frozen=True, kw_only=True)
+class Entry(Frame):
+    """One image to predict, and what results call it; the texts of its `slice` are as results show them."""
 
-    frame: Frame
-    slice: Slice
     file: str
     name: str  # of its pictures: see `picture_name`
     series: str  # tells the volume, series or single file that it belongs to from others
@@ -73,12 +61,13 @@ class Entry:
     @property
     def kind(self) -> str:
         """`pillow`, `dicom` or `nifti`."""
-        return file_kind(self.frame.path) or ""
+        return file_kind(self.path) or ""
 
+    @cached_property
     def key(self) -> str:
         """Tells this image of this content from others, for a run that goes on."""
-        status = self.frame.path.stat()
-        words = f"{self.name} {self.frame} {status.st_size} {status.st_mtime_ns}"
+        status = self.path.stat()
+        words = f"{self.name} {self} {status.st_size} {status.st_mtime_ns}"
         return hashlib.sha256(os.fsencode(words)).hexdigest()[:16]
 
 
@@ -87,10 +76,9 @@ class InputList:
     """Every image, and what is none."""
 
     entries: list[Entry] = field(default_factory=list)
-    faults: list[InputError] = field(default_factory=list)  # could not be read
+    faults: dict[Path, InputError] = field(default_factory=dict)  # of files that could not be read
     no_image: list[str] = field(default_factory=list)  # sound, but without a picture
-    own: int = 0  # results of an earlier run
-    masks: int = 0  # below an input
+    remarks: list[str] = field(default_factory=list)  # what is left out, and what is odd about a series
 
 
 def list_entries(inputs: Sequence[str], reading: ReadOptions, hidden: bool) -> InputList:
@@ -99,51 +87,87 @@ def list_entries(inputs: Sequence[str], reading: ReadOptions, hidden: bool) -> I
     Args:
         inputs: files and folders.
         reading: how they are read.
-        hidden: running numbers instead of names.
+        hidden: results show running numbers instead of names: no number tells a name.
     """
-    result = InputList()
-    series: defaultdict[str, list[tuple[Frame, str, Slice]]] = defaultdict(list)
-    found = [(path, place) for path, place in list_files(map(Path, inputs)) if not is_clutter(place)]
-    reading = replace(reading, deep=reading.deep or is_deep([path for path, _ in found]))
-    masks, lost = named_masks([path for path, _ in found])
-    lost -= set(map(Path, inputs))
-    for number, (path, place) in enumerate(found):
-        if is_own_result(path):
-            result.own += 1
-            continue
-        if path in masks or in_mask_folder(place):
-            result.masks += 1
-            continue
-        if path in lost:
-            result.no_image.append(f"{path}: named like a mask, but of no image here: left out")
-            continue
+    result, series = InputList(), defaultdict[str, list[Member]](list)
+    files = pick_files(inputs, result)
+    reading = replace(reading, deep=reading.deep or is_deep([path for path, _ in files]))
+    for number, (path, place) in enumerate(files):
         try:
             inside = frames(path, reading)
-        except MissingPackageError:
+        except MissingPackageError:  # noqa: PERF203 - a fault of one file
             raise
         except NoImageError as error:
             result.no_image.append(str(error))
         except InputError as error:
-            result.faults.append(error)
+            result.faults[path] = error
         else:
             for frame in inside:
-                series[frame.slice.series_uid or str(number)].append((frame, place, frame.slice))
-    used: set[str] = set()
+                series[frame.slice.series_uid or str(number)].append((frame, place))
+    numbers, used = defaultdict[str, dict[str, int]](dict), set[str]()
+
+    def shown(kind: str, text: str) -> str:
+        if hidden and text:
+            return f"{kind}-{numbers[kind].setdefault(text, len(numbers[kind]) + 1):05}"
+        return printable(text)
+
     for key, members in series.items():
-        frame, place, first = members[0]
+        frame, place = members[0]
+        first = frame.slice
         words = place.rpartition("/")[0] or frame.path.parent.name, first.description, first.series_uid[-12:]
-        title, volume = printable(" ".join(filter(None, words)) if first.series_uid else place), ""
-        for number, i in enumerate(in_order([slice_ for *_, slice_ in members]), 1):
-            frame, place, slice_ = members[i]
-            file = printable(str(frame.path))
-            groups = {"series": printable(slice_.series_uid) or file, "folder": printable(str(frame.path.parent))}
-            groups["patient"] = printable(slice_.patient_id or patient(place, None, place) or "") or groups["series"]
+        title, volume, entries = " ".join(filter(None, words)) if first.series_uid else place, "", []
+        for number, (frame, place) in enumerate(in_order(members), 1):
+            file, info, known = str(frame.path), frame.slice, frame.slice.patient_id or patient(place, None, place)
+            slice_ = replace(
+                info, patient_id=shown("patient", info.patient_id), study_uid=shown("study", info.study_uid),
+                series_uid=shown("series", info.series_uid), description=printable(info.description) * (not hidden),
+            )  # fmt: skip
+            groups = {"series": shown("series", info.series_uid or file),
+                      "folder": shown("folder", str(frame.path.parent))}  # fmt: skip
+            groups["patient"] = shown("patient", known) if known else groups["series"]
+            file = shown("image", file) + frame.path.suffix.lower() * hidden
             base, name = picture_name(frame, place, used)
-            volume = volume or base
-            entry = Entry(frame, slice_, file, name, key, title, number, len(members), volume, groups)
-            result.entries.append(entry)
-    result.entries = hide(result.entries) if hidden else result.entries
+            name, volume = shown("picture", name), volume or shown("volume", base)
+            called = slice_.series_uid or file if hidden else printable(title)
+            entries.append(Entry(
+                frame.path, frame.index, frame.options, slice=slice_, file=file, name=name, series=key, title=called,
+                number=number, count=len(members), volume=volume, groups=groups,
+            ))  # fmt: skip
+        result.entries += entries
+        result.remarks += series_notes(entries)
     return result
+
+
+def pick_files(inputs: Sequence[str], result: InputList) -> list[tuple[Path, str]]:
+    """The files to read, each with its path below its input; what else lies there is told in `result`."""
+    files = [(path, place) for path, place in list_files(map(Path, inputs)) if not is_clutter(place)]
+    masks, lost = named_masks([path for path, _ in files])
+    lost -= set(map(Path, inputs))
+    kept, left_out = [], Counter[str]()
+    for path, place in files:
+        if is_own_result(path):
+            left_out["results of an earlier run"] += 1
+        elif path in masks or in_mask_folder(place):
+            left_out["masks of images"] += 1
+        elif path in lost:
+            result.no_image.append(f"{path}: named like a mask, but of no image here: left out")
+        else:
+            kept.append((path, place))
+    result.remarks += [f"{number} files are {words}, and left out" for words, number in left_out.items()]
+    return kept
+
+
+def in_order(members: list[Member]) -> list[Member]:
+    """The slices of a series: by position where all have one along the same normal, else by number."""
+    normals = [frame.slice.normal for frame, _ in members]
+    parallel = len({bool(n) for n in normals}) == 1 and all(np.dot(n, normals[0]) > 0.99 for n in normals if n)
+
+    def place(member: Member) -> list[float]:
+        slice_ = member[0].slice
+        values = (slice_.position if parallel else 0.0, slice_.instance_number)
+        return [math.inf if value is None else value for value in values]
+
+    return sorted(members, key=place)
 
 
 def picture_name(frame: Frame, place: str, used: set[str]) -> tuple[str, str]:
@@ -161,40 +185,15 @@ def picture_name(frame: Frame, place: str, used: set[str]) -> tuple[str, str]:
     return base, base + index
 
 
-def hide(entries: Iterable[Entry]) -> list[Entry]:
-    """The entries with running numbers for files, patients, studies, series and folders: no number tells a name."""
-    numbers: defaultdict[str, dict[str, int]] = defaultdict(dict)
-
-    def word(kind: str, text: str) -> str:
-        return text and f"{kind}-{numbers[kind].setdefault(text, len(numbers[kind]) + 1):05}"
-
-    result = []
-    for entry in entries:
-        info, file = entry.slice, word("image", entry.file) + entry.frame.path.suffix.lower()
-        patient_id, study, series = map(
-            word, ("patient", "study", "series"), (info.patient_id, info.study_uid, info.series_uid)
-        )
-        slice_ = replace(info, patient_id=patient_id, study_uid=study, series_uid=series, description="")
-        known = "patient" if entry.groups["patient"] != entry.groups["series"] else "series"
-        groups = {kind: word(known if kind == "patient" else kind, text) for kind, text in entry.groups.items()}
-        name, volume = word("picture", entry.name), word("volume", entry.volume)
-        title = series or file
-        result.append(replace(entry, slice=slice_, file=file, name=name, volume=volume, title=title, groups=groups))
-    return result
-
-
-def series_notes(entries: Sequence[Entry]) -> Iterator[str]:
+def series_notes(members: Sequence[Entry]) -> Iterator[str]:
     """What is odd about a series: slices that are missing between others, images in another direction than the rest."""
-    for _, group in groupby(entries, key=lambda entry: entry.series):
-        members = list(group)
-        planes = Counter(member.slice.plane for member in members)
-        usual = planes.most_common(1)[0][0]
-        if others := [member for member in members if member.slice.plane != usual or member.slice.localizer]:
-            words = f"{len(others)} of {len(members)} images are localizers or cut in another direction"
-            yield f"{members[0].title}: {words}, such as {others[0].file}"
-        places = [m.slice.position for m in members if m.slice.plane == usual and m.slice.position is not None]
-        steps = [after - before for before, after in pairwise(places) if after > before]
-        usual_step = median_low(steps or [0.0])
-        if gaps := [step for step in steps if step > GAP * usual_step]:
-            words = f"up to {max(gaps):.3g} mm from slice to slice, where {usual_step:.3g} mm are usual"
-            yield f"{members[0].title}: gaps ({len(gaps)} of {len(steps)} steps), {words}: are slices missing?"
+    usual = Counter(member.slice.plane for member in members).most_common(1)[0][0]
+    if others := [member for member in members if member.slice.plane != usual or member.slice.localizer]:
+        words = f"{len(others)} of {len(members)} images are localizers or cut in another direction"
+        yield f"{members[0].title}: {words}, such as {others[0].file}"
+    places = [m.slice.position for m in members if m.slice.plane == usual and m.slice.position is not None]
+    steps = [after - before for before, after in pairwise(places) if after > before]
+    usual_step = median_low(steps or [0.0])
+    if gaps := [step for step in steps if step > GAP * usual_step]:
+        words = f"up to {max(gaps):.3g} mm from slice to slice, where {usual_step:.3g} mm are usual"
+        yield f"{members[0].title}: gaps ({len(gaps)} of {len(steps)} steps), {words}: are slices missing?"

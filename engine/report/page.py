@@ -11,9 +11,9 @@ and outlines can be switched off and whose pictures enlarge on a click, for scre
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from ..metrics import METRICS, Metrics
 from .figures import History, digits, plots, threshold_of
 from .images import OUTLINE, data_uri, fit_mask, heat_colours, heat_picture, outline, read_picture, shrink
 
+Card = dict[str, Any]
 SIDE = 480  # pixels of a picture's longer side: shown at 240 and more, enlarged on a click
 HEAT = 60  # pixels a side of a heat map, which the browser enlarges
 MAX_CARDS = 1000  # images: some 25 MB
@@ -42,48 +43,42 @@ TEMPLATES = jinja2.Environment(
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Card:
-    """What the gallery shows of an image, some 25 kB; pictures are data URIs. Make it with `make_card`."""
-
-    name: str
-    score: float
-    label: int | None  # 0 normal, 1 abnormal; None: not known, a prediction
-    group: str | None  # the volume or series that it is a slice of: shown as a strip, in the order of the cards
-    picture: str | None  # None where the file is not there
-    width: int  # of the picture, in any unit
-    height: int
-    heat: str | None  # transparent where the heat is low
-    outline: str | None  # transparent but for the mask's edge
-
-
 def make_card(
     name: str,
     score: float,
     picture: Image.Image | None,
-    heat: np.ndarray | None,
+    heat: np.ndarray,
     heat_range: Sequence[float],
     *,
     label: int | None = None,
     group: str | None = None,
     mask: np.ndarray | None = None,
 ) -> Card:
-    """The card of an image from its `picture` of any size, its `heat` map (S, S) and its `mask` (S, S) bool.
+    """What the gallery shows of an image, some 25 kB.
 
-    `heat_range` is that of the colours, one for all cards of a page; the rest as in `Card`.
+    Args:
+        name: of the image.
+        score: its score.
+        picture: of any size; None where the file is not there.
+        heat: its heat map (S, S).
+        heat_range: of the colours, one for all cards of a page.
+        label: 0 normal, 1 abnormal; None: not known, a prediction.
+        group: the volume or series that it is a slice of: shown as a strip, in the order of the cards.
+        mask: (S, S) bool.
     """
     small = shrink(picture, SIDE) if picture else None
     width, height = small.size if small else (SIDE, SIDE)
-    layer = edge = None
-    if heat is not None:
-        pooled = F.adaptive_avg_pool2d(torch.from_numpy(heat.astype(np.float32))[None], HEAT)[0].numpy()
-        layer = data_uri(heat_picture(pooled, heat_range), "PNG")
+    pooled = F.adaptive_avg_pool2d(torch.from_numpy(heat.astype(np.float32))[None], HEAT)[0].numpy()
+    edge = None
     if mask is not None and mask.any():
         drawn = Image.fromarray(outline(fit_mask(mask, (width, height)), 2).astype(np.uint8))
         drawn.putpalette([0, 0, 0, *OUTLINE])
         edge = data_uri(drawn, "PNG", transparency=0, bits=1)
     shown = data_uri(small.convert("RGB"), "WEBP", quality=75) if small else None
-    return Card(name, score, label, group, shown, width, height, layer, edge)
+    return {
+        "name": name, "score": score, "label": label, "group": group, "picture": shown, "width": width,
+        "height": height, "heat": data_uri(heat_picture(pooled, heat_range), "PNG"), "outline": edge,
+    }  # fmt: skip
 
 
 def write(
@@ -106,9 +101,8 @@ def write(
             known.
         threshold: abnormal is score >= threshold; None: no decisions until one is set by hand.
         heat_range: the colours' ends.
-        **values: what else base.html and the template use. base.html: `kind` and `title`, `lead` and `notes` (lines
-            below the title and above the gallery), `origin` (the threshold in words), `weak` (the maps are from
-            detection heads), `made` (a mapping, which may be nested, of how it was made).
+        **values: what else base.html and the template use. base.html: `title`, `origin` (the threshold in words),
+            `weak` (the maps are from detection heads), `made` (a mapping, which may be nested, of how it was made).
 
     Returns:
         The page's path.
@@ -126,8 +120,9 @@ def write(
     stops = [f"rgb({r} {g} {b} / {a / 255:.2f})" for r, g, b, a in heat_colours()[::15].tolist()]
     html = TEMPLATES.get_template(template).render(
         **values, data=data, scale=heat_range, gradient=", ".join(stops), outline=f"rgb{OUTLINE}",
-        groups=[list(group) for _, group in groupby(cards, key=lambda card: card.group)],
-        has_heat=any(card.heat for card in cards), has_outline=any(card.outline for card in cards),
+        groups=[list(group) for _, group in groupby(cards, key=itemgetter("group"))], shown=len(cards),
+        above=[int((of_class >= (np.inf if threshold is None else threshold)).sum()) for of_class in scores],
+        has_outline=any(card["outline"] for card in cards),
         number=lambda value: f"{value:.{decimals}f}",
         place=lambda value: round((value - low) / (high - low or 1), 4),
     )  # fmt: skip
@@ -175,28 +170,21 @@ def write_page(
     threshold, origin = threshold_of(metrics, metadata)
     heat_range = (metadata.get("threshold") or {}).get("heat_range") or calibration.heat_range(evaluation)
     worst = np.argsort(np.where(labels == 1, scores - threshold, threshold - scores), kind="stable")[:MAX_CARDS]
-    called = scores >= threshold
-    counts = {name: int(((called == positive) & (labels == label)).sum()) for name, positive, label in
-              (("tp", True, 1), ("fn", False, 1), ("tn", False, 0), ("fp", True, 0))}  # fmt: skip
     known, options = settings.to_dict(), shareable(metadata.get("options") or {})
+    cards = prefetch(lambda i: _card(i, evaluation, masks, heat_range), worst.tolist(), WORKERS)
     return write(
-        folder, "report.html", list(_cards(evaluation, masks, worst.tolist(), heat_range)),
-        scores=[scores[labels == 0], scores[labels == 1]], threshold=threshold, heat_range=heat_range,
-        kind="MadCLIP test report", title=obj, origin=origin, weak=evaluation.head != "seg", settings=settings,
-        metadata=metadata, values=metrics.values, metrics=METRICS, counts=counts, shown=len(worst), unknown=unknown,
+        folder, "report.html", list(cards), scores=[scores[labels == 0], scores[labels == 1]], threshold=threshold,
+        heat_range=heat_range, title=obj, origin=origin, weak=evaluation.head != "seg", settings=settings,
+        metadata=metadata, values=metrics.values, metrics=METRICS, unknown=unknown,
         plots={name: {"title": plot.title, "picture": data_uri(plot.png(transparent=True), "PNG")}
                for name, plot in plots(evaluation, metrics, metadata, history).items()},
         made={**known, **metadata, "options": {name: v for name, v in options.items() if name not in known}},
     )  # fmt: skip
 
 
-def _cards(
-    evaluation: Evaluation, masks: Masks | None, shown: Sequence[int], heat_range: Sequence[float]
-) -> Iterator[Card]:
-    def make(i: int) -> Card:
-        sample, heat = evaluation.samples[i], evaluation.maps([i])[0].cpu().numpy()
-        mask = None if masks is None else masks.get([i])[0].cpu().numpy()
-        picture, score = read_picture(sample, SIDE), float(evaluation.image_scores[i])
-        return make_card(sample.name, score, picture, heat, heat_range, label=sample.label, mask=mask)
-
-    return prefetch(make, shown, WORKERS)
+def _card(i: int, evaluation: Evaluation, masks: Masks | None, heat_range: Sequence[float]) -> Card:
+    """Of image `i` of a test set."""
+    sample, heat = evaluation.samples[i], evaluation.maps([i])[0].cpu().numpy()
+    mask = None if masks is None else masks.get([i])[0].cpu().numpy()
+    picture, score = read_picture(sample, SIDE), float(evaluation.image_scores[i])
+    return make_card(sample.name, score, picture, heat, heat_range, label=sample.label, mask=mask)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from engine.compare import Result, auc_difference, compare, main, rate
+from engine.compare import auc_difference, compare, main, rate, read
 from engine.metrics import Metrics, auroc_interval, kind_metrics
 from utils import InputError
 
@@ -75,20 +75,20 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
     labels, one, other = scores_of(0)
     paths = [write(tmp_path / "a.json", labels, one), write(tmp_path / "b.json", labels[:-1], other[:-1])]
     with pytest.raises(InputError, match=r"059\.png"):
-        compare([Result.read(path) for path in paths])
+        compare([read(path) for path in paths])
     (tmp_path / "b.json").write_text("{}")
     for path in (tmp_path / "b.json", tmp_path / "none"):
         with pytest.raises(InputError):
-            Result.read(path)
+            read(path)
 
 
 def test_images_in_another_order_leave_the_pixels_difference_out(tmp_path: Path) -> None:
     labels, one, _ = scores_of(1)
-    first = Result.read(write(tmp_path / "a.json", labels, one, pauc=0.9, pauc_draws=[0.9, 0.8]))
+    first = read(write(tmp_path / "a.json", labels, one, pauc=0.9, pauc_draws=[0.9, 0.8]))
     turned = json.loads((tmp_path / "a.json").read_text())
     turned["per_image"].reverse()
     (tmp_path / "b.json").write_text(json.dumps(turned))
-    table = compare([first, Result.read(tmp_path / "b.json")])
+    table = compare([first, read(tmp_path / "b.json")])
     assert not any(metric == "pixel AUC, difference" for metric, _, _ in table.cells)
     assert any("different orders" in note for note in table.notes)
 

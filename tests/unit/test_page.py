@@ -50,11 +50,11 @@ def test_a_card_holds_picture_heat_map_and_outline():
     mask = np.zeros((28, 28), bool)
     mask[:, :14] = True
     card = make_card("a", 0.5, Image.new("RGB", (960, 480), (90, 90, 90)), heat, (0.5, 1.5), label=1, mask=mask)
-    size = (card.width, card.height)
-    assert picture_of(card.picture).size == size == (page.SIDE, page.SIDE // 2)
-    alpha = np.asarray(picture_of(card.heat).convert("RGBA"))[..., 3]
+    size = (card["width"], card["height"])
+    assert picture_of(card["picture"]).size == size == (page.SIDE, page.SIDE // 2)
+    alpha = np.asarray(picture_of(card["heat"]).convert("RGBA"))[..., 3]
     assert alpha[0, 0] == 0 < alpha[page.HEAT // 2, 0] < alpha[-1, -1] < 255  # the anatomy is seen through it
-    edge = np.asarray(picture_of(card.outline).convert("RGBA"))[..., 3] > 0
+    edge = np.asarray(picture_of(card["outline"]).convert("RGBA"))[..., 3] > 0
     assert edge.shape == size[::-1]
     assert edge[120, page.SIDE // 2 - 1] and not edge[120, 100]
 
@@ -97,10 +97,10 @@ def test_predictions_share_the_page(tmp_path):
     picture = Image.new("RGB", PICTURE, (90, 90, 90))
     cards = [make_card(f"{i}.png", i / 10, picture, heat, (0, 2)) for i in range(3)]
     cards += [make_card(f"s{i}", i / 10, picture, heat, (0, 2), group=EVIL) for i in range(2)]
-    values = {"kind": "k", "title": EVIL, "lead": [], "notes": [], "origin": "o", "weak": False, "above": 1}
-    values["made"] = {"a": {"b": [1, 0.5], "none": None}, "model_config": {"width": 1}}
+    made = {"a": {"b": [1, 0.5], "none": None}, "model_config": {"width": 1}}
+    values = {"title": EVIL, "counts": "0 of 5 images abnormal", "origin": "o", "weak": False, "made": made}
     path = write(
-        tmp_path, "predictions.html", cards, scores=[np.array([c.score for c in cards])], threshold=None,
+        tmp_path, "predictions.html", cards, scores=[np.array([c["score"] for c in cards])], threshold=None,
         heat_range=(0, 2), **values,
     )  # fmt: skip
     html = path.read_text(encoding="utf-8")

@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import gzip
 from dataclasses import replace
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
 import pytest
 from nibabel import orientations
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from pydicom import dcmread
 
-from dataset.readers.grey import Frame, ReadOptions, warn_once
-from dataset.readers.images import Sample, frames
+from dataset.readers.grey import ReadOptions, warn_once
+from dataset.readers.images import Sample, frames, read
 from dataset.readers.masks import read_mask
-from engine.heat_volumes import DicomHeat, NiftiHeat
-from engine.scans import is_own_result, list_entries, picture_name, series_notes
+from engine.heat_volumes import write_volume
+from engine.predictor import Prediction
+from engine.scans import MARK, is_own_result, list_entries, picture_name
 from tests.helpers.scans import dicom_series
 from utils import InputError
 
 SIDES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}
 # The corner of a slice's picture (row, column) that is dark everywhere else -> the side of the patient on each axis.
 TOP_LEFT = {"axial": "RA", "coronal": "RS", "sagittal": "AS"}
+
+
+def listed(*paths, plane="axial"):
+    return list_entries(list(map(str, paths)), ReadOptions(None, plane), hidden=False)
+
+
+def written(out, entries, heat, heat_range=(0.0, 4.0), anonymous=False):
+    """What `write_volume` says of these slices, whose heat maps are `heat(entry)`."""
+    slices = [(e, Prediction(0.0, None, heat(e), read(e).stored)) for e in entries]
+    return write_volume(out, slices, SimpleNamespace(layers=4, heat_range=heat_range), anonymous)
 
 
 def volume(path, axes="RAS", shape=(6, 8, 5), zooms=(2.0, 3.0, 4.0)):
@@ -44,10 +56,9 @@ def test_a_hot_corner_lies_where_the_patient_has_it(tmp_path, axes, plane):
     inside = frames(tmp_path / "v.nii.gz", ReadOptions(None, plane))
     heat = np.zeros((16, 16), np.float32)
     heat[:1, :1] = 3.0  # top left
-    writer = NiftiHeat(tmp_path / "h.nii.gz", inside[0], (0.0, 4.0))
-    writer.add(inside[1], 2, heat)
-    writer.close()
-    result = nibabel.load(tmp_path / "h.nii.gz")
+    (second,) = (entry for entry in listed(tmp_path / "v.nii.gz", plane=plane).entries if entry.index == 1)
+    assert written(tmp_path, [second], lambda _: heat) == ["v_heat.nii.gz"]
+    result = nibabel.load(tmp_path / "v_heat.nii.gz")
     assert result.shape == source.shape
     np.testing.assert_allclose(result.affine, source.affine)
     assert result.header.get_zooms() == source.header.get_zooms()
@@ -78,18 +89,16 @@ def test_slices_of_time_points_and_headers_without_orientation(tmp_path):
     assert len(says) == 6
     assert {slice_.edges for slice_ in says} == {""}  # which side is which would be a guess
     assert [slice_.position for slice_ in says[:3]] == [slice_.position for slice_ in says[3:]]
-    writer = NiftiHeat(tmp_path / "h.nii.gz", inside[0], (0.0, 4.0))
-    for frame in inside:
-        writer.add(frame, 1, np.full((3, 3), frame.index / 2, np.float32))
-    writer.close()
-    values = nibabel.load(tmp_path / "h.nii.gz").get_fdata()
+    entries = listed(tmp_path / "v.nii").entries
+    (name,) = set(written(tmp_path, entries, lambda entry: np.full((3, 3), entry.index / 2, np.float32)))
+    values = nibabel.load(tmp_path / name).get_fdata()
     np.testing.assert_allclose(values[0, 0].T.ravel(), np.arange(6) / 2, atol=1e-3)
 
 
 def test_dicom_slices_follow_their_position_and_say_their_sides(tmp_path):
     paths = dicom_series(tmp_path / "series", volume(tmp_path / "v.nii.gz"), shuffle=3)
-    entries = list_entries([tmp_path / "series"], ReadOptions(), hidden=False).entries
-    assert [entry.frame.path for entry in entries] == paths  # from foot to head, not by name
+    entries = listed(tmp_path / "series").entries
+    assert [entry.path for entry in entries] == paths  # from foot to head, not by name
     assert sorted(paths) != paths
     assert [entry.slice.instance_number for entry in entries] == [1, 2, 3, 4, 5]
     assert np.diff([entry.slice.position for entry in entries]).tolist() == [4.0] * 4
@@ -102,7 +111,7 @@ def test_dicom_slices_follow_their_position_and_say_their_sides(tmp_path):
 def test_a_gap_is_seen_among_three_slices_and_said_of_their_folder(tmp_path):
     paths = dicom_series(tmp_path / "series", volume(tmp_path / "v.nii.gz"))
     for kept, gaps in ((paths[:3], 0), ([*paths[:2], paths[4]], 1)):
-        notes = list(series_notes(list_entries(list(map(str, kept)), ReadOptions(), hidden=False).entries))
+        notes = listed(*kept).remarks
         assert len(notes) == gaps
     assert notes[0].startswith("series ")
     assert "12 mm" in notes[0]
@@ -112,17 +121,20 @@ def test_a_gap_is_seen_among_three_slices_and_said_of_their_folder(tmp_path):
 def test_one_depth_holds_for_all_inputs(tmp_path):
     for name, high in (("dark", 200), ("bright", 4000)):
         Image.fromarray(np.full((4, 4), high, np.uint16)).save(tmp_path / f"{name}.png")
-    assert {e.frame.options.deep for e in list_entries([str(tmp_path)], ReadOptions(), hidden=False).entries} == {True}
+    assert {entry.options.deep for entry in listed(tmp_path).entries} == {True}
+    (tmp_path / "bright.png").unlink()
+    mark = PngImagePlugin.PngInfo()
+    mark.add_text("Software", MARK)  # 16 bits of an earlier run, which is no input
+    Image.fromarray(np.full((4, 4), 60000, np.uint16)).save(tmp_path / "dark_raw.png", pnginfo=mark)
+    assert [entry.options.deep for entry in listed(tmp_path).entries] == [False]
 
 
 def test_a_heat_series_has_new_uids_and_the_values(tmp_path):
     paths = dicom_series(tmp_path / "series", volume(tmp_path / "v.nii.gz"))
     heat = np.linspace(0, 4, 64, dtype=np.float32).reshape(8, 8)
     for hidden in (False, True):
-        writer = DicomHeat(tmp_path / f"h{hidden}", 4, (1.0, 3.0), hidden)
-        for number, path in enumerate(paths, 1):
-            writer.add(frames(path)[0], number, heat)
-        results = [dcmread(path) for path in sorted((tmp_path / f"h{hidden}").iterdir())]
+        names = written(tmp_path / f"h{hidden}", listed(*paths).entries, lambda _: heat, (1.0, 3.0), hidden)
+        results = [dcmread(tmp_path / f"h{hidden}" / name) for name in sorted(names)]
         sources = [dcmread(path) for path in paths]
         assert len({result.SOPInstanceUID for result in results} | {s.SOPInstanceUID for s in sources}) == 10
         assert {result.SeriesInstanceUID for result in results}.isdisjoint({s.SeriesInstanceUID for s in sources})
@@ -155,7 +167,7 @@ def test_pictures_of_prediction_are_recognised(tmp_path):
     (tmp_path / "cut_heat.nii.gz").write_bytes(gzip.compress(b"x" * 900)[:-9])
     assert not is_own_result(tmp_path / "cut_heat.nii.gz")
     volume(tmp_path / "v.nii.gz")
-    NiftiHeat(tmp_path / "v_heat.nii.gz", Frame(tmp_path / "v.nii.gz", 0), (0.0, 4.0)).close()
+    written(tmp_path, listed(tmp_path / "v.nii.gz").entries[:1], lambda _: np.zeros((4, 4), np.float32))
     assert is_own_result(tmp_path / "v_heat.nii.gz")
     assert not is_own_result(tmp_path / "v.nii.gz")
 
@@ -165,12 +177,9 @@ def test_a_heat_volume_takes_no_names_from_the_scans_header(tmp_path):
     source.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"Doe^Jane" * 50))
     source.header["aux_file"] = "Doe^Jane"
     source.to_filename(tmp_path / "named.nii.gz")
-    frame = Frame(tmp_path / "named.nii.gz", 0)
-    writer = NiftiHeat(tmp_path / "h.nii.gz", frame, (0.0, 4.0))
-    writer.add(frame, 1, np.full((4, 4), 3.0, np.float32))
-    writer.close()
-    assert b"Doe" not in gzip.decompress((tmp_path / "h.nii.gz").read_bytes())
-    np.testing.assert_allclose(nibabel.load(tmp_path / "h.nii.gz").get_fdata().max(), 3.0, atol=1e-3)
+    (name,) = written(tmp_path, listed(tmp_path / "named.nii.gz").entries[:1], lambda _: np.full((4, 4), 3, np.float32))
+    assert b"Doe" not in gzip.decompress((tmp_path / name).read_bytes())
+    np.testing.assert_allclose(nibabel.load(tmp_path / name).get_fdata().max(), 3.0, atol=1e-3)
 
 
 # --- masks of volumes ---

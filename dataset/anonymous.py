@@ -27,20 +27,17 @@ class Numbers:
         self._patients = {patient: f"patient-{number:05}" for number, patient in enumerate(patients, start=1)}
 
     def samples(self, samples: Iterable[Sample]) -> list[Sample]:
-        """Samples of the data set with numbers for names and patients."""
-        return [
-            replace(
-                sample, name=self._names[sample.path, sample.index], patient=self._patients.get(sample.patient or "")
-            )
-            for sample in samples
-        ]
+        """Samples of the data set with numbers for names, in lists as well, and patients."""
+        result = []
+        for sample in samples:
+            name, patient = self._names[sample.path, sample.index], self._patients.get(sample.patient or "")
+            result.append(replace(sample, name=name, listed=name, patient=patient))
+        return result
 
     def patients(self, names: Iterable[str]) -> set[str]:
         """The numbers of patients; one that the data set does not show has none."""
         return {self._patients[name] for name in names if name in self._patients}
 
     def shots(self, shots: Shots) -> Shots:
-        """The same shots, under their numbers in lists as well."""
-        abnormal, normal = self.samples(shots.abnormal), self.samples(shots.normal)
-        names = {"abnormal": [sample.name for sample in abnormal], "normal": [sample.name for sample in normal]}
-        return replace(shots, abnormal=abnormal, normal=normal, names=names)
+        """The same shots, under their numbers."""
+        return replace(shots, abnormal=self.samples(shots.abnormal), normal=self.samples(shots.normal))

@@ -58,14 +58,13 @@ def quoted(names: Sequence[str]) -> str:
     return " ".join(f'"{name}"' if re.search(r"\s", name) else name for name in names)
 
 
-def pick_lines(lines: Lines, warnings: Sequence[str], path: Path, iterate: int) -> tuple[list[str], list[str]]:
-    """The abnormal and normal names for `iterate`; `InputError` where there are none."""
-    for kind in "an":
-        if not lines.get((kind, iterate)):
-            known = ", ".join(sorted({str(index) for _, index in lines})) or "none"
-            fault = f"--iterate {iterate}: {path} has no line `{kind}-{iterate}:` with names (it has {known})"
-            raise InputError("; ".join([fault, *warnings[:1]]))
-    return lines["a", iterate], lines["n", iterate]
+def pick_names(lines: Lines, warnings: Sequence[str], path: Path, letter: str, iterate: int) -> list[str]:
+    """The names of a class for `iterate`; `InputError` where there are none."""
+    if not lines.get((letter, iterate)):
+        known = ", ".join(sorted({str(index) for _, index in lines})) or "none"
+        fault = f"--iterate {iterate}: {path} has no line `{letter}-{iterate}:` with names (it has {known})"
+        raise InputError("; ".join([fault, *warnings[:1]]))
+    return lines[letter, iterate]
 
 
 def check_shot_names(names: Sequence[str], known: Collection[str], count: int, source: str, root: Path) -> list[str]:

@@ -147,8 +147,7 @@ def _name_patients(files: Sequence[Sample], rule: str | None) -> list[Sample]:
         header = headers[file.path]
         below = file.name.removeprefix(f"{PurePosixPath(file.folder).as_posix()}/")
         who = file.patient or (tell and header.patient_id) or patient(file.name, pattern, below)
-        from_header = tell and bool(header.patient_id)
-        result.append(replace(file, patient=who, from_header=from_header, series=header.series_uid))
+        result.append(replace(file, patient=who, slice=header))
     names = sorted({file.patient for file in result if file.patient}, reverse=True)
     spelling = {spelled_alike(name) or name: name for name in names}
     return [replace(f, patient=f.patient and spelling[spelled_alike(f.patient) or f.patient]) for f in result]

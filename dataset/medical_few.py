@@ -14,14 +14,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils import InputError, prefetch, preview, warn
+from utils import InputError, prefetch, preview
 
-from .fewshot import SEEDS, check_shot_names, draw_shots, list_paths, parse_shot_list, pick_lines
+from .fewshot import LETTERS, SEEDS, check_shot_names, draw_shots, list_paths, parse_shot_list, pick_names
 from .folders import find_places, read_folders
-from .layout import BENCHMARKS, FOLDER, KINDS, MADE_UP, PUBLISHED_COUNTS, Layout, described, object_name
+from .layout import BENCHMARKS, FOLDER, KINDS, MADE_UP, PUBLISHED_COUNTS, Layout, object_name
 from .lists import find_list, read_list
 from .pairing import MASK_FOLDERS
-from .readers.grey import NoImageError, ReadOptions
+from .readers.grey import NoImageError, ReadOptions, warn_once
 from .readers.images import EXTENSIONS, Sample, file_kind, frames, is_deep, parse_window, read, stem
 from .readers.masks import Levels, levels_note, read_mask
 
@@ -56,20 +56,13 @@ def equal_images(
 
 def data_folder(obj: str, data_path: str | Path, data_root: str | Path | None = None) -> Path:
     """`data_root`, or <data_path>/<obj>_AD; `InputError` where it is no folder."""
-    name = object_name(obj)
-    root = Path(data_path) / f"{name}_AD" if data_root is None else Path(data_root)
+    root = Path(data_path) / f"{object_name(obj)}_AD" if data_root is None else Path(data_root)
     if not root.is_dir():
-        flag = f"--data_path {data_path}" if data_root is None else f"--data_root {data_root}"
-        raise InputError(f"{flag}: {root} not found; {_hint(obj, data_path)}")
+        flag = f"--obj {obj} --data_path {data_path}" if data_root is None else f"--data_root {data_root}"
+        draw = f"`python -m dataset.phantom --obj {obj if obj in BENCHMARKS else 'Brain'} --out {data_path}`"
+        hint = "docs/data.md says where to get the paper's data sets and how to use your own (--data_root)"
+        raise InputError(f"{flag}: {root} not found; {hint}, and {draw} draws a made-up one")
     return root
-
-
-def _hint(obj: str, data_path: str | Path) -> str:
-    if obj in BENCHMARKS:
-        draw = f"`python -m dataset.phantom --obj {obj} --out {data_path}` draws a made-up one"
-        return f"docs/data.md says where to get {obj}, and {draw}"
-    advice = "may be your own: put the data set there, or name its folder with --data_root (docs/data.md)"
-    return f"--obj {obj} is none of {', '.join(described())}, but {advice}"
 
 
 @dataclass(eq=False)
@@ -201,7 +194,7 @@ class MedicalDataset:
             files = self.image_files(split, label, (split, label) != ("valid", 1))
             if label:
                 self._check_masks(files, may_lack_mask=split == "valid")
-            workers = 1 if any(file.series for file in files) else READERS  # of copies the first one stays
+            workers = 1 if any(file.slice.series_uid for file in files) else READERS  # of copies the first one stays
             found = [sample for inside in prefetch(self.samples_in, files, workers) for sample in inside]
             if split == "test" and not found:
                 why = "; ".join(self.left_out_lines() or ["no slice"])
@@ -255,7 +248,10 @@ class MedicalDataset:
                 self.left_out[NO_IMAGE].add(file.name)
                 return []
             if len(inside) > 1:
-                images = [replace(sample, index=frame.index, name=f"{file.name}#{frame.index}") for frame in inside]
+                images = [
+                    replace(sample, index=index, name=f"{file.name}#{index}", listed=f"{file.listed}#{index}")
+                    for index in range(len(inside))
+                ]
         for mask in masks:
             if file_kind(mask) != "pillow" and (count := len(frames(mask, self.options))) != len(images):
                 raise InputError(f"{mask}: {count} slices, but {file.path} has {len(images)}: no mask of it")
@@ -290,8 +286,9 @@ class MedicalDataset:
         if picture.is_blank and not sample.masks:
             self.left_out[EMPTY_SLICE].add(sample.name)
             return None
-        key = sample.series, sample.index, hashlib.sha256(picture.image.tobytes()).digest()
-        if sample.series and self._series.setdefault(key, sample.name) != sample.name:
+        series = sample.slice.series_uid
+        key = series, sample.index, hashlib.sha256(picture.image.tobytes()).digest()
+        if series and self._series.setdefault(key, sample.name) != sample.name:
             self.left_out[COPY].add(sample.name)
             return None
         return sample
@@ -324,35 +321,27 @@ class MedicalDataset:
             InputError: a list that names other images or too few, fewer images than shots, a shot without a mask.
         """
         draw = random.Random(seed if seed >= 0 else str(seed))  # which takes -5 for 5
-        chosen: dict[str, list[Sample]] = {"abnormal": [], "normal": []}
-        names: dict[str, list[str]] = {"abnormal": [], "normal": []}
-        sources, warnings = list[str](), list[str]()
+        groups: list[list[Sample]] = [[], []]
+        sources: list[str] = []
         for label, count in ((1, shot_abnormal), (0, shot_normal)):
             if count:
-                known, kind = self.known_shots(label), KINDS[label]
-                listed = self._listed(label, count, iterate, known, warnings) if iterate >= 0 else None
-                flag = f"shot_{kind}" if shot_normal != shot_abnormal else "shot"
-                names[kind], source = listed or (
-                    self._drawn(label, count, draw, known, flag),
+                known = self.known_shots(label)
+                names, source = self._listed(label, count, iterate, known) or (
+                    self._drawn(label, count, draw, known),
                     f"sampled with seed {seed} from the sorted names of valid/ (no list for {count} shots is used)",
                 )
+                groups[label] = [known[name] for name in names]
                 sources.append(source)
-                chosen[kind] = [known[name] for name in names[kind]]
                 if label:
-                    self._check_masks(list({sample.path: sample for sample in chosen[kind]}.values()))
-        for text in dict.fromkeys(warnings):
-            warn(text)
-        return Shots(chosen["abnormal"], chosen["normal"], ", ".join(dict.fromkeys(sources)), names)
+                    self._check_masks(list(dict.fromkeys(groups[label])))
+        return Shots(groups[1], groups[0], ", ".join(dict.fromkeys(sources)))
 
     def known_shots(self, label: int) -> dict[str, Sample]:
-        """The images of a class in valid by what lists call them, `#INDEX` behind it for a slice."""
-        return {
-            file.listed + sample.name.removeprefix(file.name): sample
-            for file in self.image_files("valid", label)
-            for sample in self.images_in(file)
-        }
+        """The images of a class in valid by what lists call them."""
+        images = (image for file in self.image_files("valid", label) for image in self.images_in(file))
+        return {image.listed: image for image in images}
 
-    def _drawn(self, label: int, count: int, draw: random.Random, known: Mapping[str, Sample], flag: str) -> list[str]:
+    def _drawn(self, label: int, count: int, draw: random.Random, known: Mapping[str, Sample]) -> list[str]:
         """The names of `count` images, drawn from those that may be shots."""
         usable = {sample for file in self.image_files("valid", label) for sample in self.samples_in(file)}
         patients = {
@@ -364,33 +353,37 @@ class MedicalDataset:
             masked = " with a mask" * (len(patients) < len(known))
             why = "".join(f"; {line}" for line in self.left_out_lines())
             fault = f"valid holds only {len(patients)} {KINDS[label]} images{masked} in {self.root}"
-            raise InputError(f"--{flag} {count}: {fault}{why}")
+            raise InputError(f"--shot {count} or --shot_{KINDS[label]} {count}: {fault}{why}")
         return draw_shots(draw, patients, count)
 
     def _listed(
-        self, label: int, count: int, iterate: int, known: Mapping[str, Sample], warnings: list[str]
+        self, label: int, count: int, iterate: int, known: Mapping[str, Sample]
     ) -> tuple[list[str], str] | None:
         """The names on the list for `count` shots and that list's name; None where there is none for these images.
 
         Shots in the list of the images come first.
         """
+        if iterate < 0:
+            return None
         if names := [name for name, sample in known.items() if sample.shot]:
-            warnings += check_shot_names(names, known, count, str(self.listing), self.root)
+            for text in check_shot_names(names, known, count, str(self.listing), self.root):
+                warn_once(text)
             return names, self.listing.name if self.listing else ""
         path = next((path for path in self.shot_lists() if path.name == f"my{count}-shot.txt"), None)
         if path is None:
             return None
         lines, remarks = parse_shot_list(path)
-        names = pick_lines(lines, remarks, path, iterate)[0 if label else 1]
+        names = pick_names(lines, remarks, path, LETTERS[label], iterate)
         source = "/".join(path.parts[-3:])  # checkpoints keep it: the data set's folder, not what leads there
         if SEEDS in path.parents:
             source = path.relative_to(FOLDER.parent).as_posix()
             if not set(names) & set(known):  # other images under the same name, as with the phantom
                 if self.obj in BENCHMARKS and not self.is_made_up:
                     fault = f"none of its {KINDS[label]} images is in valid, so the shots are not the published ones"
-                    warnings.append(f"{source}: {fault}: is the copy whole?")
+                    warn_once(f"{source}: {fault}: is the copy whole?")
                 return None
-        warnings += remarks + check_shot_names(names, known, count, source, self.root)
+        for text in remarks + check_shot_names(names, known, count, source, self.root):
+            warn_once(text)
         return names, source
 
     def shot_lists(self) -> list[Path]:
@@ -405,4 +398,9 @@ class Shots:
     abnormal: list[Sample]  # may be empty: normal-only support
     normal: list[Sample]
     source: str  # the list file, or how they were sampled
-    names: dict[str, list[str]]  # as a list would give them: what is printed, logged and stored in the checkpoint
+
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """As a list would give them: what is printed, logged and stored in the checkpoint."""
+        groups = {"abnormal": self.abnormal, "normal": self.normal}
+        return {kind: [sample.listed for sample in group] for kind, group in groups.items()}

@@ -116,6 +116,6 @@ def patients_note(dataset: MedicalDataset, examples: bool = True) -> str:
         return f"warning: patients: {fault}, so one may be in both splits unnoticed; {advice}"
     without = sum(file.patient is None for file in files)
     unknown = f" ({without} images without)" if without else ""
-    source = "PatientIDs" if any(file.from_header for file in files) else "names"
+    source = "PatientIDs" if any(file.patient == file.slice.patient_id for file in files) else "names"
     such = f": {preview(patients)}" if examples else ""
     return f"patients: {len(patients)} recognised in {len(files)} {source}{unknown}{such}"

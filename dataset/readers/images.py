@@ -69,8 +69,6 @@ class Sample(Frame):
     folder: str = field(default="", compare=False)  # the class's, relative to the data set's: the file lies below
     listed: str = field(default="", compare=False)  # what few-shot lists call the file
     shot: bool = field(default=False, compare=False)  # the data set's own list says so
-    series: str = field(default="", compare=False)  # the DICOM header's SeriesInstanceUID
-    from_header: bool = field(default=False, compare=False)  # the patient is the DICOM header's
 
     def content_hash(self) -> str:
         """What `load_image_with_hash` gives for the file as it is now: a changed file is another image."""

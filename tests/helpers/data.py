@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dataset.fewshot import parse_shot_list, pick_lines
+from dataset.fewshot import parse_shot_list, pick_names
 from dataset.readers.images import Sample
 from engine.files.config import Settings
 
@@ -64,4 +64,5 @@ def unpacked(path: Path) -> Iterator[bytes]:
 
 def read_shot_list(path: Path, iterate: int) -> tuple[list[str], list[str]]:
     """The abnormal and the normal names in the lines `a-<iterate>:` and `n-<iterate>:` of a list of shots."""
-    return pick_lines(*parse_shot_list(path), path, iterate)
+    lines, warnings = parse_shot_list(path)
+    return pick_names(lines, warnings, path, "a", iterate), pick_names(lines, warnings, path, "n", iterate)

@@ -43,7 +43,7 @@ class World:
 
     def __init__(self, folder, mode, autocast=None, **changes):
         self.settings, self.samples = small_settings(img_size=28, **changes), draw_samples(folder)
-        shots = TrainingSet.build(Shots([self.samples[1]], [self.samples[0]], "drawn", {}), self.settings, 5)
+        shots = TrainingSet.build(Shots([self.samples[1]], [self.samples[0]], "drawn"), self.settings, 5)
         weights = find_weights("ViT-tiny-14-56", "random", None, 1)
         self.store = TokenStore(
             TowerSpec.of(self.settings, weights, autocast, CUDA), store_options(folder, cache="gpu")

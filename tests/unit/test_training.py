@@ -31,7 +31,7 @@ def clip():
 @pytest.fixture
 def shots(tmp_path):
     samples = draw_samples(tmp_path)
-    return Shots([samples[1], samples[3]], [samples[0]], "drawn", {})
+    return Shots([samples[1], samples[3]], [samples[0]], "drawn")
 
 
 def batch(count=4):

@@ -1,4 +1,4 @@
-"""Score one's own images with a MadCLIP checkpoint. Research use, not a medical device.
+"""Score your own images with a MadCLIP checkpoint. Research use, not a medical device.
 
     python predict.py --ckpt ckpt/Brain.pth scan.png more_scans/ --out predictions --report page
     python predict.py --ckpt ckpt/Liver.pth series/ --window 40 400 --group_by series --out predictions

@@ -75,7 +75,7 @@ def add_reading_flags(group: Any) -> None:  # noqa: ANN401 - a parser or a group
          help=f"how to count abnormal images with an empty mask; out: not at all ({otherwise} out)")  # fmt: skip
     flag("--window", nargs="+", metavar="W",
          help=f"CENTER WIDTH, auto or full: grey range beyond 8 bits ({otherwise} the file's)")  # fmt: skip
-    flag("--plane", choices=PLANES, help=f"in which NIfTI volumes are cut ({otherwise} axial)")
+    flag("--plane", choices=PLANES, help=f"slicing plane of NIfTI volumes ({otherwise} axial)")
 
 
 def described() -> tuple[str, ...]:

@@ -231,7 +231,7 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_model_flags(parser: argparse.ArgumentParser, from_checkpoint: bool) -> None:
     """The flags that shape a checkpoint; test.py takes them only to contradict them."""
-    note = "checked against the checkpoint, which decides" if from_checkpoint else None
+    note = "as in the checkpoint; anything else is an error" if from_checkpoint else None
     group = parser.add_argument_group("model", note)
     for name, spec in MODEL_FLAGS.items():
         group.add_argument(f"--{name}", **{**spec, **({"default": None} if from_checkpoint else {})})

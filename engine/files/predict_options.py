@@ -34,7 +34,7 @@ def predict_options(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def predict_parser() -> Parser:
     """The command line of predict.py."""
-    description = "Score one's own images with a MadCLIP checkpoint. Research use, not a medical device."
+    description = "Score your own images with a MadCLIP checkpoint. Research use, not a medical device."
     parser = Parser(prog="predict.py", description=description, formatter_class=Formatter)
     add = parser.add_argument
     add("images", nargs="*", type=nonempty_path, metavar="IMAGE_OR_FOLDER",
@@ -48,12 +48,16 @@ def predict_parser() -> Parser:
     add("--window", nargs="+", metavar=("C W|auto|full", ""),
         help="CENTER WIDTH, auto (robust percentiles of a scan) or full: grey range beyond 8 bits "
         "(default: as in training, else the file's)")  # fmt: skip
-    add("--plane", choices=PLANES, help="in which NIfTI volumes are cut (default: as in training, else axial)")
+    add("--plane", choices=PLANES, help="slicing plane of NIfTI volumes (default: as in training, else axial)")
     group = parser.add_argument_group("decisions")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--threshold", type=positive_float, help="abnormal is score >= threshold (default: the checkpoint's)")
+    add(
+        "--threshold",
+        type=positive_float,
+        help="images that score at least this are abnormal (default: the checkpoint's)",
+    )
     add("--calibrate", type=nonempty_path, metavar="FOLDER",
-        help="set it on labelled images, in any layout of docs/data.md")  # fmt: skip
+        help="set the threshold on labelled images, in any layout of docs/data.md")  # fmt: skip
     group.add_argument("--threshold_at", type=threshold_rule, metavar="RULE",
                        help="with --calibrate: f1 (default), fpr=RATE or tpr=RATE")  # fmt: skip
     group.add_argument("--save_ckpt", type=nonempty_path, metavar="FILE",

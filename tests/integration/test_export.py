@@ -62,7 +62,7 @@ def test_the_example_of_the_docs_gives_the_scores_of_predict_without_torch(comma
         row = next(row for name, row in expected.items() if path.endswith(name))
         assert float(score) == pytest.approx(float(row["score"]), abs=1e-4)
         assert (decision == "abnormal") == (row["abnormal"] == "True")
-    assert (tmp_path / "heat.png").is_file()
+    assert (tmp_path / "heat-0.png").is_file()
 
 
 def test_what_the_file_says_of_itself(command, ckpt, tmp_path):

@@ -5,9 +5,9 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ PIXEL_FILE = "preprocessor_config.json"  # beside Hugging Face's config.json: me
 VOCABULARY, PROMPT_LENGTH = 49408, 77  # of CLIP's tokenizer and of the prompts
 MAX_SIZE, MAX_LAYERS = 2**17, 256  # of the numbers in a config: a hostile one must not ask for all memory
 HUB = "hf-hub:"
-OF_CONFIGS = (*EXPECTED, TypeError, AttributeError)  # what values of another kind provoke
+OF_CONFIGS = (*EXPECTED, TypeError, AttributeError, ZeroDivisionError)  # what values of another kind provoke
 
 # The sizes of a tower as this project and open_clip call them, then as Hugging Face does, with the default of its
 # CLIPConfig, whose files leave out what equals that.
@@ -115,13 +115,12 @@ class ModelConfig:
             tower = values[f"{part}_cfg"]
             flat |= {_field(part, size): tower[size] for size in sizes if size in tower}
             if not tower.get("heads"):
-                flat[_field(part, "heads")] = size_in(tower, "width", where) // tower.get("head_width", 64)
+                flat[_field(part, "heads")] = tower["width"] // tower.get("head_width", 64)
             for key, value in tower.items():
                 known = key in {*sizes, "head_width", *HARMLESS} or value in IGNORED.get(key, ())
                 if value and not known:
                     raise InputError(f"{where}: {one_line(key)} {one_line(value)} is not supported here")
         flat |= {name: tuple(flat[name]) for name in ("pixel_mean", "pixel_std") if name in flat}
-        flat |= {f.name: size_in(flat, f.name, where) for f in fields(cls) if f.type == "int"}
         flat["tower"] = ImageTower(**values.get("tower", {}))
         config = cls(**{f.name: flat[f.name] for f in fields(cls) if f.name in flat})
         _check_sizes(config, where)
@@ -149,6 +148,10 @@ class ModelConfig:
             raise InputError(f"--img_size {img_size} is smaller than a patch of {tower} ({self.patch_size} pixels)")
         return img_size // self.patch_size
 
+    def files(self) -> dict[str, str]:
+        """The weights that are known: pretrain -> the file under CLIP/ckpt in which `CLIP.download` leaves them."""
+        return {pretrain: f"{self.name}-{pretrain}" for pretrain in self.hub} | self.weights
+
     def default_features(self) -> list[int]:
         """The layers at the four quarters of the depth: 6 12 18 24 of 24 as published, 3 6 9 12 of 12."""
         return [self.layers * quarter // 4 for quarter in (1, 2, 3, 4)]
@@ -159,20 +162,27 @@ def list_models() -> list[str]:
     return sorted(path.stem for path in CONFIG_FOLDER.glob("*.json"))
 
 
+def find(name: str, files: Sequence[str], flag: str) -> tuple[Path, str] | None:
+    """What a flag names in a folder, on the hub or by itself, and what that is called; None for another name.
+
+    Of a folder and of `hf-hub:owner/name` it is the first of `files`.
+    """
+    path = Path(name)
+    if name.startswith(HUB):
+        return fetch(name.removeprefix(HUB), files), name
+    if path.is_dir():
+        return file_in(path, files, f"{flag} {name}: the folder"), path.resolve().name
+    return (path, path.stem) if path.is_file() else None
+
+
 def _find(name: str) -> tuple[Path, str]:
     """The config file that --model_name means, and what the model is called."""
-    path = Path(name)
     if name in list_models():
         return CONFIG_FOLDER / f"{name}.json", name
-    if name.startswith(HUB):
-        path = fetch(name.removeprefix(HUB), CONFIG_FILES)
-        with contextlib.suppress(InputError):  # fetched now, its pixels are there offline as well
-            fetch(name.removeprefix(HUB), (PIXEL_FILE,))
-        return path, name
-    if path.is_dir():
-        return file_in(path, CONFIG_FILES, f"--model_name {name}: the folder"), path.resolve().name
-    if path.suffix == ".json" and path.exists():
-        return path, path.stem if path.name not in CONFIG_FILES else path.parent.resolve().name
+    if found := find(name, CONFIG_FILES, "--model_name"):
+        with suppress(InputError):  # fetched now, its pixels are there offline as well
+            find(name, (PIXEL_FILE,), "")
+        return found
     raise InputError(
         f"--model_name {name}: unknown; there are {', '.join(list_models())}; or give a JSON file like those "
         "of CLIP/model_configs, a folder with config.json and weights, or hf-hub:owner/name"
@@ -206,15 +216,6 @@ def _pixels(values: Mapping[str, Any], mean: str, std: str) -> dict[str, Any]:
     return {own: values[theirs] for own, theirs in (("pixel_mean", mean), ("pixel_std", std)) if values.get(theirs)}
 
 
-def size_in(values: Mapping[str, Any], name: str, where: object) -> int:
-    """An entry that is a size; `InputError` for another value."""
-    value, highest = values.get(name), MAX_LAYERS if "layers" in name else MAX_SIZE
-    if type(value) is not int or not 1 <= value <= highest:
-        wrong = f"{name} is {one_line(repr(value))}, not an integer from 1 to {highest}"
-        raise InputError(f"{where}: {wrong}; both towers must be CLIP's own transformers")
-    return value
-
-
 def _from_hugging_face(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """A CLIPModel's config.json in open_clip's words."""
     if (kind := values.get("model_type", "clip")) != "clip":
@@ -222,13 +223,13 @@ def _from_hugging_face(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"embed_dim": values.get("projection_dim", 512)}
     activations = set()
     for part, sizes in TOWERS.items():
-        tower = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, **dict(sizes.values())}
+        tower: dict[str, Any] = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, **dict(sizes.values())}
         for suffix in ("config", "config_dict"):
             tower |= values.get(f"{part}_{suffix}") or {}
         if tower["layer_norm_eps"] != 1e-5 or tower["hidden_act"] not in ("gelu", "quick_gelu"):
             words = " and ".join(f"{name} {one_line(tower[name])}" for name in ("hidden_act", "layer_norm_eps"))
             raise InputError(f"{path}: {words}: not supported here")
-        ratio = size_in(tower, "intermediate_size", path) / size_in(tower, "hidden_size", path)
+        ratio = tower["intermediate_size"] / tower["hidden_size"]
         result[f"{part}_cfg"] = {size: tower[theirs] for size, (theirs, _) in sizes.items()} | {"mlp_ratio": ratio}
         activations.add(tower["hidden_act"])
     if len(activations) > 1:
@@ -237,6 +238,11 @@ def _from_hugging_face(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _check_sizes(config: ModelConfig, where: str) -> None:
+    for name in (f.name for f in fields(config) if f.type == "int"):
+        value, highest = getattr(config, name), MAX_LAYERS if "layers" in name else MAX_SIZE
+        if type(value) is not int or not 1 <= value <= highest:
+            wrong = f"{name} is {one_line(repr(value))}, not an integer from 1 to {highest}"
+            raise InputError(f"{where}: {wrong}; both towers must be CLIP's own transformers")
     if config.width % config.heads or config.text_width % config.text_heads:
         raise InputError(f"{where}: a width is not a multiple of its heads")
     if not len(config.pixel_mean) == len(config.pixel_std) == 3 or min(config.pixel_std) <= 0:
@@ -251,15 +257,15 @@ def _check_sizes(config: ModelConfig, where: str) -> None:
 # --- the hub ---
 
 
-def fetch(repository: str, names: Sequence[str], local: bool = False) -> Path:
+def fetch(repository: str, names: Sequence[str]) -> Path:
     """The first of the files `names` that the hub's `repository` (`owner/name`, `owner/name@revision`) has.
 
     Through huggingface_hub, whose cache, resuming, mirror and offline settings apply. What the cache holds is taken
-    from there without asking the hub, so that a later run needs no network; with `local` the hub is never asked.
+    from there without asking the hub, so that a later run needs no network.
     `Unreachable` for no network and not in the cache, `InputError` for no such repository, none of the files, a file
     whose SHA-256 is wrong, no huggingface_hub.
     """
-    what, offline = f"{HUB}{repository}", "not asked" if local else ""
+    what, unreachable = f"{HUB}{repository}", ""
     try:
         from huggingface_hub import errors, hf_hub_download, logging, try_to_load_from_cache  # noqa: PLC0415 - optional
     except ImportError as error:
@@ -267,25 +273,21 @@ def fetch(repository: str, names: Sequence[str], local: bool = False) -> Path:
     logging.set_verbosity_error()  # type: ignore[no-untyped-call] # else each of its attempts is told
     owner_name, _, revision = repository.partition("@")
     for name in names:
-        with blame(what, "check the name, or log in with `hf auth login`"):
+        where: dict[str, Any] = {"repo_id": owner_name, "filename": name, "revision": revision or None}
+        found: Any = None
+        with blame(what, "check the name, or log in with `hf auth login`"), suppress(errors.EntryNotFoundError):
             try:
-                found = try_to_load_from_cache(owner_name, name, revision=revision or None)
-                if found is None:  # not known there; what is no text says that the repository has no such file
-                    found = hf_hub_download(owner_name, name, revision=revision or None, local_files_only=bool(offline))
+                found = try_to_load_from_cache(**where) or hf_hub_download(**where, local_files_only=bool(unreachable))
             except errors.LocalEntryNotFoundError as error:  # also what an unreachable hub gives
-                offline = offline or one_line(error.__cause__ or error)
-                continue
-            except errors.EntryNotFoundError:
-                continue
-        if isinstance(found, str):
-            path = Path(found)
-            expected = path.resolve().name  # the cache names a large file after its SHA-256, which the hub gave
-            if re.fullmatch("[0-9a-f]{64}", expected) and sha256_file(path) != expected:
-                raise InputError(f"{path}: wrong SHA-256, so damaged: delete {path.resolve()} and run this again")
-            return path
-    if offline:
+                unreachable = unreachable or one_line(error.__cause__ or error)
+        if isinstance(found, str):  # else the cache knows that the repository has no such file
+            expected = Path(found).resolve().name  # a large file's SHA-256, which the hub gave
+            if re.fullmatch("[0-9a-f]{64}", expected) and sha256_file(found) != expected:
+                raise InputError(f"{found}: wrong SHA-256, so damaged: delete {Path(found).resolve()}, run this again")
+            return Path(found)
+    if unreachable:
         raise Unreachable(
-            f"{what}: not in the cache of huggingface_hub, and the hub cannot be reached ({offline}): check the "
+            f"{what}: not in the cache of huggingface_hub, and the hub cannot be reached ({unreachable}): check the "
             "network (HF_ENDPOINT names a mirror), or fetch the folder elsewhere and give it instead of the name"
         )
     raise InputError(f"{what}: holds none of {', '.join(names)}")

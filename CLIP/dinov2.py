@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from utils import InputError, blame, read_json
 
-from .config import CKPT_FOLDER, HUB, OF_CONFIGS, ImageTower, ModelConfig, fetch, file_in
+from .config import CKPT_FOLDER, HUB, OF_CONFIGS, ImageTower, ModelConfig, find
 
 FILES = ("config.json", "model.safetensors")
 
@@ -29,7 +29,7 @@ def with_tower(config: ModelConfig, name: str | None) -> tuple[ModelConfig, Path
     """The model with DINOv2 in place of its image tower, and its weights; `InputError` for other weights."""
     if name is None:
         return config, None
-    label, path = find_tower(name)
+    path, label = find_tower(name)
     what = f"--image_tower {path}: no DINOv2 in the form of Hugging Face's Dinov2Model, or damaged"
     with blame(what, errors=(*OF_CONFIGS, SafetensorError)), safe_open(path, framework="np") as file:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - no mapping
@@ -50,21 +50,17 @@ def with_tower(config: ModelConfig, name: str | None) -> tuple[ModelConfig, Path
     return replace(config, tower=tower, mlp_ratio=4.0, **sizes, **pixels), path
 
 
-def find_tower(name: str) -> tuple[str, Path]:
-    """What --image_tower means: what the tower is called, and its weights.
+def find_tower(name: str) -> tuple[Path, str]:
+    """The weights that --image_tower means, and what the tower is called.
 
     `name` is one that `python -m CLIP.download` fetched, a folder, a safetensors file or `hf-hub:owner/name`.
     """
-    path = Path(name)
     if name.startswith(HUB):
-        _, path = (fetch(name.removeprefix(HUB), (file,)) for file in FILES)  # the hub's cache has both in one folder
-        return name, path
-    if path.is_dir():
-        return path.resolve().name, file_in(path, FILES[1:], f"--image_tower {name}: the folder")
-    stored = path if path.is_file() else CKPT_FOLDER / f"{name}.safetensors"
-    if not stored.is_file():
-        raise InputError(
-            f"--image_tower {name}: not found; `python -m CLIP.download dinov2-small` (or base, large, giant) fetches "
-            "one; or give a folder, a safetensors file, or hf-hub:owner/name"
-        )
-    return stored.stem, stored
+        find(name, FILES, "")  # the config: the hub's cache has both in one folder
+    stored = str(CKPT_FOLDER / f"{name}.safetensors")
+    if found := find(name, FILES[1:], "--image_tower") or find(stored, (), ""):
+        return found
+    raise InputError(
+        f"--image_tower {name}: not found; `python -m CLIP.download dinov2-small` (or base, large, giant) fetches "
+        "one; or give a folder, a safetensors file, or hf-hub:owner/name"
+    )

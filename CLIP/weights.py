@@ -6,7 +6,6 @@ become OpenAI's. Nothing in a file is executed.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import pickle
@@ -134,26 +133,19 @@ def _locate(
     """The weight file, and its name for files that others read."""
     name = config.name if isinstance(model_name, ModelConfig) else model_name
     if weights is None and name.startswith(HUB):
-        repository = name.removeprefix(HUB)
-        path = fetch(repository, WEIGHT_FILES)
-        return path, f"{repository}/{path.name}"
+        path = fetch(name.removeprefix(HUB), WEIGHT_FILES)
+        return path, f"{name.removeprefix(HUB)}/{path.name}"
     own = not isinstance(model_name, ModelConfig) and name not in list_models()  # a JSON file or folder of the user's
     if weights is not None or (own and Path(name).is_dir()):
         path = Path(name if weights is None else weights)
         path = _in_folder(path, config) if path.is_dir() else path
-        return path, path.name
-    if pretrained not in config.weights and pretrained not in config.hub:
-        known = [*{**config.weights, **config.hub}, "random"]
+    elif pretrained in (known := config.files()):
+        path = (Path(name).parent if own else CKPT_FOLDER) / known[pretrained]
+    else:
         raise InputError(
             f"--pretrain {pretrained}: no such weights are known for {config.name}; "
-            f"choose --pretrain {' or '.join(known)}, or give a file with --weights FILE"
+            f"choose --pretrain {' or '.join([*known, 'random'])}, or give a file with --weights FILE"
         )
-    folder = Path(name).parent if own else CKPT_FOLDER
-    path = folder / config.weights.get(pretrained, f"{config.name}-{pretrained}")
-    if not path.exists() and pretrained in config.hub:  # as CLIP.download leaves it where OpenAI cannot be reached
-        with contextlib.suppress(InputError):
-            stored = fetch(config.hub[pretrained], WEIGHT_FILES, local=True)
-            return stored, f"{config.hub[pretrained]}/{stored.name}"
     return path, path.name
 
 

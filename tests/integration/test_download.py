@@ -120,7 +120,8 @@ def test_a_password_in_an_address_is_not_told(server: HubServer, url: str, out: 
 
 def test_a_full_disk_is_one_line_and_keeps_what_fits(server: HubServer, url: str, out: Path) -> None:
     """A limit on the size of files stands for the disk."""
-    words = " ".join(map(str, [sys.executable, "-m", "CLIP.download", "ViT-L-14-336", "--url", url, "--out", out]))
+    program = "import sys, utils; utils.run_cli(lambda: utils.download(sys.argv[1], utils.Path(sys.argv[2])))"
+    words = f"'{sys.executable}' -c '{program}' {url} '{out}'"
     result = subprocess.run(
         ["bash", "-c", f"ulimit -f 256; exec {words}"], cwd=ROOT, env=os.environ | {"no_proxy": "127.0.0.1"},
         capture_output=True, text=True, timeout=120, check=False,

@@ -33,6 +33,20 @@ def main():
     print(found.source, found.sha256, float(clip.text.text_projection.double().sum()), clip.quick_gelu)
 run_cli(main)
 """
+# OpenAI's address cannot be reached; prints what a run then finds.
+FALL_BACK = """
+import pathlib, sys
+from CLIP import download, weights
+from utils import Unreachable, run_cli
+def unreachable(*_):
+    raise Unreachable("cannot reach the address")
+def main():
+    download.download = unreachable
+    download.CKPT_FOLDER = weights.CKPT_FOLDER = pathlib.Path(sys.argv[1])
+    download.main(["ViT-L-14-336"])
+    print(weights.find_weights("ViT-L-14-336", "openai").sha256)
+run_cli(main)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +104,11 @@ def test_what_the_hub_refuses_is_refused(server: HubServer, run: Run) -> None:
     refused(run(LOAD, "hf-hub:me/tiny", HF_HUB_OFFLINE="1"), "not in the cache")
     server.gated = ("me/tiny",)
     refused(run(LOAD, "hf-hub:me/tiny"), "hf-hub:me/tiny", "GatedRepo")
+
+
+def test_the_hub_stands_in_for_an_address_that_cannot_be_reached(run: Run, folders, tmp_path: Path) -> None:
+    result = run(FALL_BACK, tmp_path)
+    fine(result)
+    assert "from the hub instead" in result.stderr
+    assert result.stdout.split()[-1] == create_model(str(folders["me/tiny"]), "openai", 42).info.sha256
+    assert (tmp_path / "ViT-L-14-336px.pt").is_file()

@@ -31,8 +31,7 @@ from .layout import KINDS, SPLITS, add_reading_flags, object_given, object_name
 from .lists import write_list
 from .medical_few import SOUGHT, MedicalDataset, data_folder
 from .pairing import list_pictures
-from .patients import compile_rule
-from .readers.images import Sample, file_kind, parse_window, picture_notes, read
+from .readers.images import Sample, file_kind, picture_notes, read
 from .readers.masks import ABNORMAL_ABOVE, mask_notes, read_mask
 
 Findings = defaultdict[str, list[str]]  # of `ERRORS` and `WARNINGS`: what was found, in words
@@ -45,7 +44,7 @@ ERRORS = {
     "layout": "the layout",
     "unusable": "images or masks that cannot be used",
     "no mask": f"abnormal images without a mask ({SOUGHT})",
-    "ambiguous": "names that make masks ambiguous",
+    "unclear": "abnormal images whose masks fit others as well, or are several of one name",
     "mask size": "masks of another size than their image",
     "mask range": "masks with no pixel above --mask_above, though not empty: they count as empty",
     "leak": "the same picture in valid and in test",
@@ -96,9 +95,7 @@ def examine(dataset: MedicalDataset, workers: int, findings: Findings) -> dict[t
         for split, label in product(SPLITS, (0, 1)):
             files = dataset.image_files(split, label, (split, label) != ("valid", 1))
             if label and dataset.pixel_metrics:
-                without, ambiguous = dataset.mask_problems(files)
-                missing += without
-                findings["ambiguous"] += ambiguous
+                missing += [str(file.path) for file in files if not file.masks]
             results, pause = prefetch(partial(look_into, dataset), files, workers), bar_seconds()
             bar = tqdm(results, f"{split} {KINDS[label]}", len(files), unit="file", mininterval=pause, delay=pause)
             seen[split, label] = list(chain.from_iterable(bar))
@@ -107,6 +104,7 @@ def examine(dataset: MedicalDataset, workers: int, findings: Findings) -> dict[t
         return seen
     finally:
         compare(seen, findings)
+    findings["unclear"] += dataset.unclear
     valid, test = ({file.patient for file in dataset.files if file.split == split} for split in SPLITS)
     findings["patient"] += sorted(filter(None, valid & test))
     for folder in sorted({file.path.parent for file in dataset.files}):
@@ -265,9 +263,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Check a data set and print what was found; returns the exit code."""
     options = parse(arguments)
     root = Path(options.list).parent if options.list else data_folder(options.obj, options.data_path, options.data_root)
-    if options.patient is not None:
-        compile_rule(options.patient, "--patient")
-    parse_window(options.window)
     findings: Findings = defaultdict(list)
     known: tuple[str, ...] = ()
     remarks: list[str] = []
@@ -275,6 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         dataset = MedicalDataset.from_options(options)
     except InputError as error:
+        if str(error).startswith("--"):  # a flag is wrong, not the data set
+            raise
         findings["layout"].append(str(error))
         print(printable(f"{options.obj}: {root}"))
         with suppress(InputError):  # a pipe, say, which is the error then

@@ -30,8 +30,8 @@ def read_folders(root: Path, layout: Layout) -> list[Sample]:
     """The image files in the folders of classes, as `complete` gives them.
 
     Raises:
-        InputError: no known layout, a mask fits no image, a patient's rule is none, a few-shot list cannot be read; an
-            image is a link to nothing, a pipe or a device, which nobody may leave out without a word.
+        InputError: no known layout, a mask fits no image, a patient's rule is none, a few-shot list cannot
+            be read; an image is a link to nothing, a pipe or a device, which nobody may leave out without a word.
     """
     places = find_places(root)
     images, masks = list_pictures(root)
@@ -47,12 +47,10 @@ def read_folders(root: Path, layout: Layout) -> list[Sample]:
             files.append(Sample(path, label, (), name, kind=kind, split=split, folder=home))
     files = pair(root, files, masks)
     used = {mask for file in files for mask in file.masks}
-    if lost := [path for path in masks if path not in used and not places.keys().isdisjoint(path.parents)
+    if lost := [str(path) for path in masks if path not in used and not places.keys().isdisjoint(path.parents)
                 and not in_mask_folder(path.relative_to(root).as_posix())]:  # fmt: skip
-        raise InputError(
-            f"{preview([str(path) for path in lost])}: named like masks, but no image has that name "
-            f"({len(lost)} files); rename them, or write a list (docs/data.md)"
-        )
+        raise InputError(f"{preview(lost)}: named like masks, but no image has that name ({len(lost)} files); "
+                         f"rename them, or write a list (docs/data.md)")  # fmt: skip
     return complete(files, root, layout)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,38 +115,33 @@ def object_given(options: Any) -> str | None:  # noqa: ANN401 - the flags
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The checked content of a JSON file; `InputError` that names the file and the key."""
+    """The checked content of a JSON file, with tuples for lists; `InputError` that names the file and the key."""
     config = read_json(path)
     tests: dict[str, Callable[[Any], Any]] = {
         "prompt_name": lambda value: isinstance(value, str) and value.strip() and len(value) <= 200,
         "pixel_metrics": lambda value: isinstance(value, bool),
         "valid_share": lambda value: isinstance(value, int | float) and 0 < value < 1,
-        "normal": lambda value: all(isinstance(word, str) and word for word in _several(value)),
-        "patient": lambda value: isinstance(value, str) and compile_rule(value, f"{path}: patient"),
+        "normal": lambda words: all(isinstance(word, str) and word for word in words),
+        "patient": lambda value: isinstance(value, str) and compile_rule(value, "patient"),
         "mask_above": lambda value: type(value) is int and 0 <= value <= 254,
-        "mask_labels": lambda value: all(type(label) is int and 0 <= label <= 65535 for label in _several(value)),
+        "mask_labels": lambda labels: all(type(label) is int and 0 <= label <= 65535 for label in labels),
         "unmarked": lambda value: value in UNMARKED,
-        "window": _is_window,
+        "window": lambda words: parse_window([str(word) for word in words]),
         "plane": lambda value: value in PLANES,
     }
     if unknown := sorted(config.keys() - tests.keys()) if isinstance(config, dict) else ["not an object"]:
         advice = "a list of images says where they lie" if {*SPLITS, "masks"} & set(unknown) else "see docs/data.md"
         raise InputError(f"{path}: unknown {unknown[0]!r:.80}; it may hold {', '.join(tests)}; {advice}")
+    result = {}
     for key, value in config.items():
-        if not tests[key](value):
-            raise InputError(f"{path}: {key} cannot be {value!r:.80}; docs/data.md says what it may be")
-    for key in {"mask_labels", "normal"} & config.keys():
-        config[key] = tuple(_several(config[key]))
-    if isinstance(config.get("window"), list):
-        config["window"] = tuple(map(float, config["window"]))
-    return dict(config)
-
-
-def _several(value: Any) -> list[Any]:  # noqa: ANN401 - whatever JSON holds
-    return value if isinstance(value, list) else [value]
-
-
-def _is_window(value: object) -> bool:
-    with suppress(InputError):
-        return parse_window([str(part) for part in _several(value)]) is not None
-    return False
+        result[key] = value
+        if key in ("normal", "mask_labels", "window"):
+            result[key] = tuple(value) if isinstance(value, list) else (value,)
+        try:
+            if not tests[key](result[key]):
+                raise InputError(f"{key} cannot be {value!r:.80}; docs/data.md says what it may be")
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+    if "window" in result:
+        result["window"] = tests["window"](result["window"])
+    return result

@@ -24,18 +24,13 @@ from .pairing import list_pictures
 from .readers.images import Sample, file_kind
 
 COLUMNS = ("image", "label", "kind", "mask", "patient", "split", "slice", "shot")
-NAMES = ("images.csv", "images.tsv", "images.jsonl")
+NAMES = ("images.csv", "images.tsv", "images.jsonl")  # in a data set's folder
 CHOICES: dict[str, dict[str, Any]] = {
     "label": {"0": 0, "normal": 0, "good": 0, "1": 1, "abnormal": 1, "ungood": 1},
     "split": {"": "", "valid": "valid", "val": "valid", "train": "valid", "test": "test"},
     "shot": {"": False, "0": False, "false": False, "1": True, "true": True},
 }
 Row = dict[str, str]  # column, in lower case -> cell, both without blanks around them
-
-
-def find_list(root: Path) -> Path | None:
-    """The list in a data set's folder, if there is one."""
-    return next((root / name for name in NAMES if (root / name).is_file()), None)
 
 
 def read_list(path: Path, layout: Layout) -> list[Sample]:

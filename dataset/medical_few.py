@@ -19,7 +19,7 @@ from utils import InputError, prefetch, preview
 from .fewshot import LETTERS, SEEDS, check_shot_names, draw_shots, list_paths, parse_shot_list, pick_names
 from .folders import find_places, read_folders
 from .layout import BENCHMARKS, FOLDER, KINDS, MADE_UP, PUBLISHED_COUNTS, Layout, object_name
-from .lists import find_list, read_list
+from .lists import NAMES, read_list
 from .pairing import MASK_FOLDERS
 from .readers.grey import NoImageError, ReadOptions, warn_once
 from .readers.images import EXTENSIONS, Sample, file_kind, frames, is_deep, parse_window, read, stem
@@ -47,9 +47,7 @@ def equal_images(
 
     `content_hash` lets a caller that has the hashes already (a token store) save the reading.
     """
-    by_hash: dict[str, Sample] = {}
-    for sample in samples_a:
-        by_hash.setdefault(content_hash(sample), sample)
+    by_hash = {content_hash(sample): sample for sample in reversed(list(samples_a))}  # the first one wins
     pairs = ((by_hash.get(content_hash(sample)), sample) for sample in samples_b)
     return [(first, second) for first, second in pairs if first]
 
@@ -95,7 +93,7 @@ class MedicalDataset:
         `Layout`, stands for what that file says; see docs/data.md.
         """
         root = listing.parent if listing else data_folder(obj, data_path, data_root)
-        listing = listing or find_list(root)
+        listing = listing or next((root / name for name in NAMES if (root / name).is_file()), None)
         layout = replace(Layout.load(obj, root), **{name: value for name, value in given.items() if value is not None})
         return cls(obj, root, layout, read_list(listing, layout) if listing else read_folders(root, layout), listing)
 
@@ -112,11 +110,10 @@ class MedicalDataset:
     @property
     def reading(self) -> dict[str, Any]:
         """How pictures beyond 8 bits are read, in plain values: what a checkpoint keeps."""
-        window, plane = self.layout.window, self.layout.plane
-        kinds = {file_kind(file.path) for file in self.files}
-        formats = sorted(kind for kind in kinds if kind)
-        shown = {"window": list(window) if isinstance(window, tuple) else window, "plane": plane, "formats": formats}
-        return {**shown, "deep": True} if self.options.deep else shown
+        window, formats = self.layout.window, sorted({str(file_kind(file.path)) for file in self.files})
+        shown = list(window) if isinstance(window, tuple) else window
+        deep = {"deep": True} if self.options.deep else {}
+        return {"window": shown, "plane": self.layout.plane, "formats": formats, **deep}
 
     @cached_property
     def pixel_metrics(self) -> bool:
@@ -169,13 +166,13 @@ class MedicalDataset:
         """
         result = [file for file in self.files if (file.split, file.label) == (split, label)]
         if required and not result:
-            places, kind = {} if self.listing else find_places(self.root), KINDS[label]
+            places = {} if self.listing else find_places(self.root)
             folders = [str(folder) for folder, place in places.items() if place in ((split, label), ("", label))]
-            where = self.listing or ", ".join(folders)
+            why = f"no images ({', '.join(EXTENSIONS)}) for {split}, {KINDS[label]}"
             if divided := sum(file.label == label and file.divided for file in self.files):
-                fault = f"{where}: divided by a hash of {HASHED}, none of the {divided} {kind} images is {split}"
-                raise InputError(f"{fault}; give the splits folders of their own, or write a list (docs/data.md)")
-            raise InputError(f"{where}: no images ({', '.join(EXTENSIONS)}) for {split}, {kind}")
+                why = (f"divided by a hash of {HASHED}, none of the {divided} {KINDS[label]} images is {split}; "
+                       f"give the splits folders of their own, or write a list (docs/data.md)")  # fmt: skip
+            raise InputError(f"{self.listing or ', '.join(folders)}: {why}")
         return result
 
     # --- samples ---
@@ -189,11 +186,14 @@ class MedicalDataset:
         Raises:
             InputError: a class without images, or with pixel metrics a test image without a mask of its own.
         """
+        if self.unclear:
+            raise InputError(f"{preview(self.unclear)}: their masks fit several images, or are several of one name; "
+                             f"give each image a name of its own, and its mask the same")  # fmt: skip
         result: list[Sample] = []
         for label in (0, 1):
             files = self.image_files(split, label, (split, label) != ("valid", 1))
-            if label:
-                self._check_masks(files, may_lack_mask=split == "valid")
+            if label and split == "test":
+                self._check_masks(files)
             workers = 1 if any(file.slice.series_uid for file in files) else READERS  # of copies the first one stays
             found = [sample for inside in prefetch(self.samples_in, files, workers) for sample in inside]
             if split == "test" and not found:
@@ -203,40 +203,31 @@ class MedicalDataset:
             result += found
         return sorted(result, key=lambda sample: sample.label)  # slices without a mark may have become normal
 
-    def mask_problems(self, files: Sequence[Sample]) -> tuple[list[str], list[str]]:
-        """The images that have no mask, and those whose mask is ambiguous, in words."""
-        ambiguous = [
-            f"{file.path} ({len(file.masks)} masks fit {images} images of that name)"
-            for file in ([] if self.listing else files)  # a list means what it says
-            if (images := max((self._images_of[mask] for mask in file.masks), default=0)) > 1
-            or len({stem(mask) for mask in file.masks}) < len(file.masks)
-        ]
-        return [str(file.path) for file in files if not file.masks], ambiguous
-
     @cached_property
-    def _images_of(self) -> Counter[Path]:
-        """How many abnormal images each mask has."""
-        return Counter(mask for file in self.files if file.label for mask in file.masks)
+    def unclear(self) -> list[str]:
+        """The abnormal images whose masks fit others as well, or are several of one name; a list means what it says."""
+        abnormal = [file for file in self.files if file.label and self.pixel_metrics and not self.listing]
+        images_of = Counter(mask for file in abnormal for mask in file.masks)
+        return [
+            str(file.path) for file in abnormal
+            if any(images_of[mask] > 1 for mask in file.masks) or len(set(map(stem, file.masks))) < len(file.masks)
+        ]  # fmt: skip
 
-    def _check_masks(self, files: Sequence[Sample], may_lack_mask: bool = False) -> None:
-        """`InputError` where an abnormal image has no mask of its own."""
-        if not self.pixel_metrics:
-            return
-        missing, ambiguous = self.mask_problems(files)
-        if missing and not may_lack_mask:
+    def _check_masks(self, files: Sequence[Sample]) -> None:
+        """`InputError` where an abnormal image has no mask, although the data set has masks."""
+        if self.pixel_metrics and (missing := [str(file.path) for file in files if not file.masks]):
             homes = sorted({str(mask.parent) for file in self.files for mask in file.masks})
             raise InputError(
                 f"{preview(missing)}: no mask ({len(missing)} of {len(files)} abnormal images); {SOUGHT}; "
                 f"others lie in {preview(homes)}; `python -m dataset.check` names them all; add them, or set "
                 f'"pixel_metrics": false in dataset/{self.obj}.json'
             )
-        if ambiguous:
-            raise InputError(f"{preview(ambiguous)}: give each image a name of its own, and its mask the same")
 
     def images_in(self, file: Sample) -> list[Sample]:
         """The images in a file: one, or of a DICOM series and a NIfTI volume one for each frame and slice.
 
-        DICOM objects without a picture give none. `InputError` for a mask with another number of slices than its image.
+        DICOM objects without a picture give none. `InputError` for a file that cannot be read, or a slice that a list
+        names and that it does not have.
         """
         masks = file.masks if file.label and self.pixel_metrics else ()
         sample = replace(file, masks=masks, index=None, options=self.options, published=self.is_benchmark)
@@ -252,9 +243,6 @@ class MedicalDataset:
                     replace(sample, index=index, name=f"{file.name}#{index}", listed=f"{file.listed}#{index}")
                     for index in range(len(inside))
                 ]
-        for mask in masks:
-            if file_kind(mask) != "pillow" and (count := len(frames(mask, self.options))) != len(images):
-                raise InputError(f"{mask}: {count} slices, but {file.path} has {len(images)}: no mask of it")
         if file.index is not None and not 0 <= file.index < len(images):
             raise InputError(f"{self.listing}: slice {file.index} of {file.path}, which has {len(images)}")
         return images if file.index is None else images[file.index : file.index + 1]

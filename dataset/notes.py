@@ -19,9 +19,9 @@ from .readers.masks import read_mask
 
 def describe(dataset: MedicalDataset, names: bool = True) -> list[str]:
     """All lines; without `names` none names a file, a folder that is not used, or a patient."""
-    listing = f"images by {dataset.listing}" if dataset.listing else None
     lines = [
-        listing, benchmark_note(dataset), split_note(dataset), kinds_note(dataset), masks_note(dataset),
+        f"images by {dataset.listing}" if dataset.listing else None,
+        benchmark_note(dataset), split_note(dataset), kinds_note(dataset), masks_note(dataset),
         normal_note(dataset, names), *dataset.left_out_lines(names), *(unused_notes(dataset) if names else []),
         patients_note(dataset, names),
     ]  # fmt: skip

@@ -61,11 +61,6 @@ def in_mask_folder(place: str) -> bool:
     return any(map(is_mask_folder, place.split("/")[:-1]))
 
 
-def is_named_mask(path: Path) -> bool:
-    """Whether a file's own name says that it is a mask."""
-    return MASK_NAME.fullmatch(one_form(stem(path))) is not None
-
-
 def list_pictures(root: Path) -> tuple[list[Path], list[Path]]:
     """The images and the masks in a folder and below it, sorted.
 
@@ -77,7 +72,7 @@ def list_pictures(root: Path) -> tuple[list[Path], list[Path]]:
         if path.is_dir():
             check_file(path)
         if not is_clutter(place):
-            (masks if in_mask_folder(place) or is_named_mask(path) else images).append(path)
+            (masks if in_mask_folder(place) or MASK_NAME.fullmatch(one_form(stem(path))) else images).append(path)
     return sorted(images), sorted(masks)
 
 
@@ -99,7 +94,7 @@ def find_masks(root: Path, images: Sequence[Path], masks: Iterable[Path]) -> lis
 def named_masks(paths: Sequence[Path]) -> tuple[set[Path], set[Path]]:
     """The files that their names call masks, of an image that lies beside them and of none; prediction goes by this."""
     names = {(path.parent, one_form(stem(path))) for path in paths}
-    named = {path for path in paths if is_named_mask(path)}
+    named = {path for path in paths if MASK_NAME.fullmatch(one_form(stem(path)))}
     beside = {path for path in named if (path.parent, base(stem(path))) in names}
     return beside, named - beside
 

@@ -36,16 +36,10 @@ from dataset.readers.images import picture_notes
 from engine.calibration import describe_threshold
 from engine.files.checkpoint import read as read_file
 from engine.predictor import Prediction, Predictor, build, read_checkpoint
-from engine.report.predictions import Results, summary
-from engine.scans import Entry, InputList, list_entries
+from engine.report.predictions import GROUP_NOTE, NOTE, Results, summary
+from engine.scans import Entry, list_entries
 from utils import InputError, bar_seconds, prefetch, printable, probe_writable, show_traceback, warn
 
-NOTE = "research use, not a medical device"
-WEAK = "weak localisation from the detection heads, not measured"
-GROUP_NOTE = (
-    "a group is abnormal if its largest score is; the threshold was calibrated for single images, so that the more "
-    "images a group has, the more often one exceeds it by chance"
-)
 SIDE = 1024  # pixels of an overlay's longer side, at most
 NAMES = {"dicom": "DICOM", "nifti": "NIfTI", "pillow": "picture"}
 
@@ -67,10 +61,10 @@ def main(options: argparse.Namespace) -> int:
         raise faults[0] if faults else InputError(f"{options.images[0]}: no image in it")
     model = build(checkpoint, options)
     model.reading = reading
-    results = Results(options, model, listing.entries) if options.images else None
+    results = Results(options, model, listing) if options.images else None
     if options.calibrate:
         calibrate(model, options)
-    return predict(model, results, listing, options) if results else 0
+    return predict(results) if results else 0
 
 
 def calibrate(model: Predictor, options: argparse.Namespace) -> None:
@@ -89,8 +83,9 @@ def calibrate(model: Predictor, options: argparse.Namespace) -> None:
         print(f"{options.save_ckpt}: the checkpoint with these thresholds")
 
 
-def predict(model: Predictor, results: Results, listing: InputList, options: argparse.Namespace) -> int:
+def predict(results: Results) -> int:
     """Images -> rows, pictures, page; the exit code."""
+    options, model, listing = results.options, results.model, results.listing
     for line in describe(model):
         print(line)
     for line in reading_notes(model, listing.entries):
@@ -125,7 +120,7 @@ def predict(model: Predictor, results: Results, listing: InputList, options: arg
                     skip(outcome)
             results.add(images)
     rate = len(todo) / (time.perf_counter() - start)
-    rows = results.close(describe_run(model, listing, options))
+    rows = results.close()
     if options.group_by:
         print(f"groups: {options.out}/groups.csv; {GROUP_NOTE}")
     counts = f"{len(rows)} images" if model.threshold is None else summary(rows)
@@ -156,18 +151,6 @@ def reading_notes(model: Predictor, entries: Sequence[Entry]) -> Iterator[str]:
         given, trained = getattr(model.reading, name), getattr(settings.read_options, name)
         if given != trained:
             yield f"--{name} {given}, but training read images with {trained}: scores and threshold may not hold"
-
-
-def describe_run(model: Predictor, listing: InputList, options: argparse.Namespace) -> dict[str, Any]:
-    """What predictions.json says beside its rows."""
-    hidden = options.anonymous
-    return {
-        "note": NOTE, "group_note": GROUP_NOTE, "checkpoint": Path(options.ckpt).name if hidden else options.ckpt,
-        "settings": model.settings.to_dict(), "calibration": model.calibration, "heat_range": model.heat_range,
-        "heat": WEAK if model.weak else "segmentation heads", "window": model.reading.window,
-        "plane": model.reading.plane, "no_image": len(listing.no_image) if hidden else listing.no_image,
-        "not_read": len(listing.faults) if hidden else [str(fault) for fault in listing.faults.values()],
-    }  # fmt: skip
 
 
 def skip(fault: InputError) -> None:

@@ -21,7 +21,6 @@ from utils import EXPECTED, InputError, Parser, blame, preview, read_json, run_c
 from .metrics import CONFIDENCE_LEVEL, Z_95, placements
 from .study.tables import Statistic, Table
 
-CAPTION = "Runs on the same test images, in percent [95% interval]; differences are to {}."
 DISAGREEMENTS = 5  # images that are named
 SHORT = 60  # characters of a setting; of a longer one only that it differs is said
 BESIDE = ("seed", "select", "shots")  # what shapes a run beside its settings
@@ -83,15 +82,15 @@ def figures(first: Result, result: Result) -> Iterator[tuple[str, Value | None]]
 
 def compare(results: Sequence[Result]) -> Table:
     """The table, with what else differs as its notes; `InputError` where the test images are not the same."""
-    first = results[0]
-    for other in results[1:]:
-        names = f"{first['name']} and {other['name']}"
-        if apart := sorted(set(first["files"]) ^ set(other["files"])):
-            raise InputError(f"{names} were not tested on the same images: {preview(apart)}")
-        if (differ := first["labels"] != other["labels"]).any():
-            raise InputError(f"{names} do not agree on what is abnormal: {first['files'][differ.argmax()]}")
+    first, *others = results
+    for other in others:
+        images = (set(zip(result["files"], result["labels"], strict=True)) for result in (first, other))
+        if apart := sorted({name for name, _ in set.symmetric_difference(*images)}):
+            names = f"{first['name']} and {other['name']}"
+            raise InputError(f"{names} were not tested on the same images with the same labels: {preview(apart)}")
     columns = [f"{place}: {result['name']}" for place, result in enumerate(results, 1)]
-    table = Table("compare", CAPTION.format(columns[0]), [], "run", list(notes(results, columns)))
+    caption = f"Runs on the same test images, in percent [95% interval]; differences are to {columns[0]}."
+    table = Table("compare", caption, [], "run", list(notes(results, columns)))
     for column, result in zip(columns, results, strict=True):
         for name, value in figures(first, result):
             if value:

@@ -18,16 +18,14 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from dataset.pairing import list_pictures
 from dataset.readers.images import to_tensor
-from loss import patch_difference
 from utils import InputError, Parser, atomic_path, blame, run_cli
 
 from .files.config import MAX_IMG_SIZE, MODEL_FLAGS, SELECTS, Settings, add_model_flags, nonempty_path
 from .metrics import METRICS
-from .predictor import Predictor, load, score_images
+from .predictor import Predictor, load
 
 OPSET = 18
 LARGEST = 1536 * 2**20  # bytes of weights in one file: of more PyTorch makes a second file
@@ -35,28 +33,6 @@ BAR = 1e-4  # by which score and map of float32 may differ from PyTorch's
 LICENCE = "weights: that of their publishers (OpenAI's CLIP: MIT; DINOv2: Apache-2.0); data trained on: see there"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 SHARED = ("shots", "metrics", "select", "written", "madclip")  # of the checkpoint's metadata
-
-
-class Portable(nn.Module):
-    """Pixels (B, 3, S, S) float32 in [0, 1] -> scores (B,) and heat maps (B, S, S), float32 in [0, K].
-
-    `dtype` is that of tower and adapters; scores are summed up in float32.
-    """
-
-    def __init__(self, model: Predictor, dtype: torch.dtype) -> None:
-        super().__init__()
-        assert model.clip.visual is not None
-        self.visual = copy.deepcopy(model.clip.visual).to(dtype)  # the model stays as it is
-        self.adapters = copy.deepcopy(model.detector.adapters).to(dtype)
-        self.settings, self.head, self.dtype = model.settings, model.detector.scoring_head, dtype
-        self.register_buffer("text", model.detector.prompts().detach().to(dtype))  # (D, 2)
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """As `Predictor.predict_tensors`."""
-        tokens = self.visual.forward_intermediates(pixels.to(self.dtype), sorted(self.settings.features_list))
-        first = 0 if self.adapters.reads_class_token else 1
-        (scores,) = self.adapters([layer[:, first:] for layer in tokens], self.text, (self.head,))
-        return score_images(patch_difference(scores.float()), self.settings)
 
 
 def export(model: Predictor, out: str | Path, precision: str = "fp32") -> None:
@@ -69,13 +45,13 @@ def export(model: Predictor, out: str | Path, precision: str = "fp32") -> None:
         raise InputError("MViTFC as published looks across the images of a batch: its scores are no image's own")
     with blame("python -m engine.export", "pip install onnx onnxscript onnxruntime", errors=(ImportError,)):
         import onnxscript  # noqa: F401, PLC0415 - optional; it brings onnx
-    portable, side = Portable(model, DTYPES[precision]), model.settings.img_size
-    size = sum(tensor.nbytes for tensor in (*portable.parameters(), *portable.buffers()))
+    network, side = copy.deepcopy(model.network).to(DTYPES[precision]), model.settings.img_size
+    size = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
     if size > LARGEST:
         raise InputError(f"--out {out}: {size / 2**30:.1f} GiB, and an ONNX file holds 1.5; try --precision fp16")
     with torch.no_grad():
         program = torch.onnx.export(
-            portable, (torch.zeros(2, 3, side, side),), dynamo=True, opset_version=OPSET, external_data=False,
+            network, (torch.zeros(2, 3, side, side),), dynamo=True, opset_version=OPSET, external_data=False,
             input_names=["pixels"], output_names=["image_score", "anomaly_map"],
             dynamic_shapes={"pixels": {0: torch.export.Dim("batch", min=1)}}, verbose=False,
         )  # fmt: skip
@@ -93,14 +69,11 @@ def export(model: Predictor, out: str | Path, precision: str = "fp32") -> None:
         program.save(temporary, external_data=False)
 
 
-def check(model: Predictor, path: str | Path, folder: str | Path) -> float:
+def check(model: Predictor, path: Path, folder: str, precision: str) -> None:
     """Score the images in a folder with PyTorch and with ONNX Runtime on the CPU, and print how far they differ.
 
-    Returns:
-        The largest difference of a score or of a pixel of a map.
-
     Raises:
-        InputError: onnxruntime is missing, or no image can be read.
+        InputError: onnxruntime is missing, no image can be read, or float32 differs by more than BAR.
     """
     with blame("--check", "pip install onnxruntime", errors=(ImportError,)):
         import onnxruntime  # noqa: PLC0415 - optional
@@ -121,7 +94,8 @@ def check(model: Predictor, path: str | Path, folder: str | Path) -> float:
     scores, maps, decisions = zip(*rows, strict=True)
     print(f"check: {len(rows)} images, largest difference of a score {max(scores):.2g}, of a map {max(maps):.2g}; "
           f"{sum(decisions)} decisions differ")  # fmt: skip
-    return float(max(*scores, *maps))
+    if precision == "fp32" and max(*scores, *maps) > BAR:
+        raise InputError(f"--check {folder}: the file differs by more than {BAR:g} from PyTorch")
 
 
 def card(settings: Settings, metadata: Mapping[str, Any]) -> str:
@@ -135,7 +109,7 @@ def card(settings: Settings, metadata: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    """Command line: checkpoint -> file, card, comparison; `InputError` where float32 differs by more than the bar."""
+    """Command line: checkpoint -> file, card, comparison."""
     parser = Parser(prog="python -m engine.export", description="Write a checkpoint as an ONNX file.")
     add = parser.add_argument
     add("ckpt", type=nonempty_path, help="checkpoint of train.py, or one in the published format")
@@ -154,8 +128,8 @@ def main() -> None:
     with atomic_path(page) as temporary:
         temporary.write_text(card(model.settings, model.checkpoint.metadata), encoding="utf-8")
     print(f"{page}: the model card")
-    if options.check and check(model, out, options.check) > BAR and options.precision == "fp32":
-        raise InputError(f"--check {options.check}: the file differs by more than {BAR:g} from PyTorch")
+    if options.check:
+        check(model, out, options.check, options.precision)
 
 
 if __name__ == "__main__":

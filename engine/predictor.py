@@ -11,18 +11,18 @@ Research use, not a medical device.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
 from threading import Lock
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from CLIP.clip import create_model
 from CLIP.model import CLIP
@@ -30,7 +30,7 @@ from dataset.layout import SPLITS, config_path, read_config
 from dataset.medical_few import MedicalDataset
 from dataset.readers.grey import Frame, Picture, ReadOptions, to_rgb
 from dataset.readers.images import frames, load_image, pillow_to_rgb, read, to_tensor
-from loss import anomaly_map, image_score
+from loss import anomaly_map, image_score, patch_difference
 from utils import InputError, prefetch, warn
 
 from .calibration import calibrate
@@ -38,8 +38,9 @@ from .detector import Detector
 from .distributed import pick_autocast, pick_device
 from .evaluation import Evaluation, Masks
 from .files.checkpoint import Checkpoint, find_trained_weights
-from .files.config import MODEL_FLAGS, Settings, check_against
+from .files.config import MODEL_FLAGS, check_against
 
+Out = TypeVar("Out")
 ImageLike = str | Path | Frame | Image.Image | np.ndarray
 Size = tuple[int, int]  # width and height of an image as its file has it
 
@@ -70,11 +71,41 @@ class Prediction:
         return np.asarray(Image.fromarray(self.heat).resize(self.size, Image.Resampling.BILINEAR))
 
 
+class Network(nn.Module):
+    """Pixels (B, 3, S, S) in [0, 1] -> the scores of images (B,) and their heat maps (B, S, S), float32 in [0, K].
+
+    Tower and adapters may be of half precision; patch scores are summed up in float32.
+    """
+
+    text: Tensor  # (D, 2)
+
+    def __init__(self, clip: CLIP, detector: Detector) -> None:
+        super().__init__()
+        self.visual, self.adapters = clip.visual, detector.adapters
+        self.settings, self.head = detector.settings, detector.scoring_head
+        self.register_buffer("text", detector.prompts().detach())
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        """The patch scores (B, K, N), as in an `Evaluation`."""
+        assert self.visual is not None
+        tokens = self.visual.forward_intermediates(pixels.to(self.text.dtype), sorted(self.settings.features_list))
+        first = 0 if self.adapters.reads_class_token else 1
+        (scores,) = self.adapters([layer[:, first:].contiguous() for layer in tokens], self.text, (self.head,))
+        return patch_difference(scores.float())
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and heat maps."""
+        patches = self.patches(pixels)
+        maps = anomaly_map(patches, self.settings.img_size)
+        return maps.flatten(1).amax(1) if self.head == "seg" else image_score(patches, self.settings.dec_type), maps
+
+
 class Predictor:
     """A checkpoint ready for images; make it with `load`. Threads may share one: the network takes a batch at a time.
 
     Attributes:
         settings: what shaped the checkpoint.
+        network: pixels -> scores and heat maps.
         clip: the frozen towers.
         checkpoint: the file's content.
         reading: how it reads files with more than 8 bits or more than one slice: as training did.
@@ -91,7 +122,7 @@ class Predictor:
         self.reading, self.weak = self.settings.read_options, not self.settings.pixel_metrics
         self.layers = len(self.settings.features_list)
         self.clip, self._autocast, self._lock = clip, autocast, Lock()
-        self._text = detector.prompts().detach()
+        self.network = Network(clip, detector)
         self._set(checkpoint.metadata.get("threshold") or {})
 
     def _set(self, calibration: dict[str, Any]) -> None:
@@ -166,20 +197,18 @@ class Predictor:
 
     def predict_tensors(self, images: Tensor, sizes: Sequence[Size]) -> list[Prediction]:
         """Predict a batch (B, 3, S, S) in [0, 1] of images that have the given sizes in their files."""
-        scores, maps = score_images(self.patch_scores(images), self.settings)
+        scores, maps = self.compute(self.network, images)
         return [
             Prediction(score, None if self.threshold is None else score >= self.threshold, heat, size)
             for score, heat, size in zip(scores.double().tolist(), maps.cpu().numpy(), sizes, strict=True)
         ]
 
     @torch.no_grad()
-    def patch_scores(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) in [0, 1] -> patch scores (B, K, N) float32, as in an `Evaluation`, on the device."""
-        device, layers = self.clip.device, tuple(sorted(self.settings.features_list))
-        first = 0 if self.detector.adapters.reads_class_token else 1
+    def compute(self, function: Callable[[Tensor], Out], images: Tensor) -> Out:
+        """What the network, or its `patches`, gives for images (B, 3, S, S) in [0, 1], on the device."""
+        device = self.clip.device
         with self._lock, torch.autocast(device.type, dtype=self._autocast, enabled=self._autocast is not None):
-            tokens = self.clip.image_tokens(images.to(device), layers)
-            return self.detector.patch_scores([layer[:, first:].contiguous() for layer in tokens], self._text)
+            return function(images.to(device))
 
     def calibrate(self, dataset: MedicalDataset, rule: str, batch_size: int = 16, workers: int = 2) -> None:
         """Set the thresholds of images and pixels again, on all labelled images of a data set.
@@ -207,7 +236,7 @@ class Predictor:
                  f"thresholds from images that were trained on are optimistic")  # fmt: skip
         images, scores = prefetch(lambda sample: load_image(sample, size), samples, workers, ahead=batch_size), []
         while batch := list(islice(images, batch_size)):
-            scores.append(self.patch_scores(torch.stack(batch)).cpu())
+            scores.append(self.compute(self.network.patches, torch.stack(batch)).cpu())
         evaluation = Evaluation(samples, torch.cat(scores), self.detector.scoring_head, size, settings.dec_type)
         masks = Masks.of(samples, settings, workers)
         result = calibrate(evaluation, masks, rule, f"images of {dataset.obj}")
@@ -217,12 +246,6 @@ class Predictor:
             result["pixel_value"] = self.calibration["pixel_value"]
             result["from"] += " (that of pixels as before, as there are no masks)"
         self._set(result)
-
-
-def score_images(patches: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Patch scores (B, K, N) -> the scores of images (B,) and their heat maps (B, S, S), both in [0, K]."""
-    maps = anomaly_map(patches, settings.img_size)
-    return maps.flatten(1).amax(1) if settings.pixel_metrics else image_score(patches, settings.dec_type), maps
 
 
 def whole(parts: Iterable[tuple[Picture, Prediction] | InputError]) -> Prediction | InputError:

@@ -15,7 +15,7 @@ from typing import Any
 import contourpy
 import numpy as np
 from matplotlib import colormaps
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from scipy import ndimage
 
 from dataset.readers.images import Sample, read
@@ -34,18 +34,9 @@ def read_picture(sample: Sample, longest: int) -> Image.Image | None:
     An evaluation that was loaded with --scores may be looked at where its data set is not.
     """
     try:
-        return shrink(read(sample).image, longest, enlarge=True)
+        return ImageOps.contain(read(sample).image, (longest, longest), Image.Resampling.BICUBIC)
     except (InputError, OSError):
         return None
-
-
-def shrink(image: Image.Image, longest: int, enlarge: bool = False) -> Image.Image:
-    """The image with at most `longest` pixels on its longer side (exactly, with `enlarge`), in its aspect."""
-    scale = longest / max(image.size)
-    if scale >= 1 and not enlarge:
-        return image
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 @cache

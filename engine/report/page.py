@@ -3,8 +3,8 @@
 A page is a template of templates/, filled by jinja2. All extend base.html: style, threshold, a gallery whose heat maps
 and outlines can be switched off and whose pictures enlarge on a click, for screens (light, dark, phones) and paper.
 
-    card = make_card(name, score, picture, heat, heat_range)          for each image
-    write(folder, "predictions.html", cards, title=..., ...)          a page about them
+    card = {"name": ..., "score": ..., **layers(picture, heat, heat_range)}     for each image
+    write(folder, "predictions.html", cards, title=..., ...)                    a page about them
 
 `write_page` shows a test set by report.html.
 """
@@ -21,7 +21,7 @@ import jinja2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 from utils import atomic_path, prefetch
 
@@ -30,8 +30,10 @@ from ..evaluation import Evaluation, Masks
 from ..files.config import Settings, shareable
 from ..metrics import METRICS, Metrics
 from .figures import History, digits, plots, threshold_of
-from .images import OUTLINE, data_uri, fit_mask, heat_colours, heat_picture, outline, read_picture, shrink
+from .images import OUTLINE, data_uri, fit_mask, heat_colours, heat_picture, outline, read_picture
 
+# Of an image: name, score, label (0 normal, 1 abnormal, None: not known), group (the volume or series of which it is a
+# slice, shown as a strip in the order of the cards; or None), and its `layers`.
 Card = dict[str, Any]
 SIDE = 480  # pixels of a picture's longer side: shown at 240 and more, enlarged on a click
 HEAT = 60  # pixels a side of a heat map, which the browser enlarges
@@ -43,42 +45,28 @@ TEMPLATES = jinja2.Environment(
 )  # fmt: skip
 
 
-def make_card(
-    name: str,
-    score: float,
-    picture: Image.Image | None,
-    heat: np.ndarray,
-    heat_range: Sequence[float],
-    *,
-    label: int | None = None,
-    group: str | None = None,
-    mask: np.ndarray | None = None,
+def layers(
+    picture: Image.Image | None, heat: np.ndarray, heat_range: Sequence[float], mask: np.ndarray | None = None
 ) -> Card:
-    """What the gallery shows of an image, some 25 kB.
+    """What a card shows of an image, some 25 kB: picture, heat map and outline as data URIs, and the picture's size.
 
     Args:
-        name: of the image.
-        score: its score.
         picture: of any size; None where the file is not there.
-        heat: its heat map (S, S).
+        heat: (S, S).
         heat_range: of the colours, one for all cards of a page.
-        label: 0 normal, 1 abnormal; None: not known, a prediction.
-        group: the volume or series that it is a slice of: shown as a strip, in the order of the cards.
         mask: (S, S) bool.
     """
-    small = shrink(picture, SIDE) if picture else None
-    width, height = small.size if small else (SIDE, SIDE)
+    size, shown, edge = (SIDE, SIDE), None, None
+    if picture is not None:
+        small = ImageOps.contain(picture, size, Image.Resampling.BICUBIC) if max(picture.size) > SIDE else picture
+        size, shown = small.size, data_uri(small.convert("RGB"), "WEBP", quality=75)
     pooled = F.adaptive_avg_pool2d(torch.from_numpy(heat.astype(np.float32))[None], HEAT)[0].numpy()
-    edge = None
     if mask is not None and mask.any():
-        drawn = Image.fromarray(outline(fit_mask(mask, (width, height)), 2).astype(np.uint8))
+        drawn = Image.fromarray(outline(fit_mask(mask, size), 2).astype(np.uint8))
         drawn.putpalette([0, 0, 0, *OUTLINE])
         edge = data_uri(drawn, "PNG", transparency=0, bits=1)
-    shown = data_uri(small.convert("RGB"), "WEBP", quality=75) if small else None
-    return {
-        "name": name, "score": score, "label": label, "group": group, "picture": shown, "width": width,
-        "height": height, "heat": data_uri(heat_picture(pooled, heat_range), "PNG"), "outline": edge,
-    }  # fmt: skip
+    coloured = data_uri(heat_picture(pooled, heat_range), "PNG")
+    return {"picture": shown, "width": size[0], "height": size[1], "heat": coloured, "outline": edge}
 
 
 def write(
@@ -186,5 +174,5 @@ def _card(i: int, evaluation: Evaluation, masks: Masks | None, heat_range: Seque
     """Of image `i` of a test set."""
     sample, heat = evaluation.samples[i], evaluation.maps([i])[0].cpu().numpy()
     mask = None if masks is None else masks.get([i])[0].cpu().numpy()
-    picture, score = read_picture(sample, SIDE), float(evaluation.image_scores[i])
-    return make_card(sample.name, score, picture, heat, heat_range, label=sample.label, mask=mask)
+    card = {"name": sample.name, "score": float(evaluation.image_scores[i]), "label": sample.label, "group": None}
+    return card | layers(read_picture(sample, SIDE), heat, heat_range, mask)

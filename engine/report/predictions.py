@@ -19,12 +19,17 @@ from utils import InputError, atomic_path, blame, csv_cell, preview, probe_writa
 
 from ..heat_volumes import write_volume
 from ..predictor import Prediction, Predictor
-from ..scans import LOCK, MARK, PARTIAL, Entry
+from ..scans import LOCK, MARK, PARTIAL, Entry, InputList
 from .figures import threshold_words
 from .images import contours, overlay, raw
-from .page import MAX_CARDS, Card, make_card, write
+from .page import MAX_CARDS, Card, layers, write
 
 Row = dict[str, Any]
+NOTE = "research use, not a medical device"
+GROUP_NOTE = (
+    "a group is abnormal if its largest score is; the threshold was calibrated for single images, so that the more "
+    "images a group has, the more often one exceeds it by chance"
+)
 MACHINE = {"images", "device", "num_workers", "batch_size", "out"}  # flags that leave the rows as they are
 
 
@@ -37,14 +42,13 @@ class Results:
     Args:
         options: predict.py's.
         model: what predicts.
-        entries: what is to be predicted; `todo` is what no run before has done.
+        listing: what is to be predicted; `todo` is what no run before has done.
     """
 
-    def __init__(self, options: argparse.Namespace, model: Predictor, entries: Sequence[Entry]) -> None:
-        self.out, self.options, self.model = Path(options.out), options, model
-        self.entries = {entry.key: entry for entry in entries}
-        for name in ("predictions.csv", "predictions.json", PARTIAL):
-            probe_writable(self.out / name, "--out")
+    def __init__(self, options: argparse.Namespace, model: Predictor, listing: InputList) -> None:
+        self.out, self.options, self.model, self.listing = Path(options.out), options, model, listing
+        self.entries = {entry.key: entry for entry in listing.entries}
+        probe_writable(self.out / PARTIAL, "--out")
         self.lock = FileLock(self.out / LOCK)
         try:
             self.lock.acquire(timeout=0)
@@ -60,7 +64,7 @@ class Results:
         self.file.write(b"" if is_same else head)
         done = {key for key, *_ in self.lines()}
         broken = {entry.series for key, entry in self.entries.items() if key not in done}
-        self.todo = [entry for entry in entries if entry.series in broken]
+        self.todo = [entry for entry in listing.entries if entry.series in broken]
 
     def draw(self, entry: Entry, picture: Picture, prediction: Prediction) -> tuple[Row, Card | None]:
         """An image's row of the table, its pictures written, and its card of the page; called by threads."""
@@ -80,8 +84,8 @@ class Results:
             return row, None
         group = entry.title if entry.count > 1 else None
         name = f"{group}, slice {entry.number} of {entry.count}" if group else entry.title
-        heat_range = self.model.heat_range
-        return row, make_card(name, prediction.score, picture.image, prediction.heat, heat_range, group=group)
+        card = {"name": name, "score": prediction.score, "label": None, "group": group}
+        return row, card | layers(picture.image, prediction.heat, self.model.heat_range)
 
     def pictures(self, entry: Entry, picture: Image.Image, prediction: Prediction) -> Row:
         """Overlay, raw heat map and contours as files; the columns that name them."""
@@ -120,7 +124,7 @@ class Results:
             if line["key"] in self.entries:
                 yield line["key"], line["row"], line["card"]
 
-    def close(self, metadata: dict[str, Any]) -> list[tuple[Entry, Row]]:
+    def close(self) -> list[tuple[Entry, Row]]:
         """Put the finished tables in their places: never a CSV file of one run beside a JSON file of another.
 
         Returns:
@@ -129,16 +133,26 @@ class Results:
         Raises:
             InputError: there is none.
         """
-        found = {key: row for key, row, _ in self.lines()}
+        found, model, listing = {key: row for key, row, _ in self.lines()}, self.model, self.listing
         result = [(entry, found[key]) for key, entry in self.entries.items() if key in found]
-        rows = [row for _, row in result]
+        rows, hidden = [row for _, row in result], self.options.anonymous
+        faults, heads = list(map(str, listing.faults.values())), "segmentation heads"
+        content = {
+            "note": NOTE, "group_note": GROUP_NOTE,
+            "checkpoint": Path(self.options.ckpt).name if hidden else self.options.ckpt,
+            "settings": model.settings.to_dict(), "calibration": model.calibration, "heat_range": model.heat_range,
+            "heat": "weak localisation from the detection heads, not measured" if model.weak else heads,
+            "window": model.reading.window, "plane": model.reading.plane,
+            "no_image": len(listing.no_image) if hidden else listing.no_image,
+            "not_read": len(faults) if hidden else faults,
+        }  # fmt: skip
         if rows:
             if self.options.group_by:
-                groups = group_rows(result, self.options.group_by, self.model.threshold)
+                groups = group_rows(result, self.options.group_by, model.threshold)
                 write_csv(self.out / "groups.csv", groups)
-                metadata |= {"group_by": self.options.group_by, "groups": groups}
+                content |= {"group_by": self.options.group_by, "groups": groups}
             with atomic_path(self.out / "predictions.json", "--out") as path:
-                write_json(path, {**metadata, "predictions": rows}, "--out")
+                write_json(path, {**content, "predictions": rows}, "--out")
                 (self.out / "predictions.json").unlink(missing_ok=True)
                 write_csv(self.out / "predictions.csv", rows)
             if self.options.report:
@@ -153,7 +167,7 @@ class Results:
     def write_page(self, rows: Sequence[tuple[Entry, Row]]) -> Path:
         """Write --report's page: the images, highest scores first, volumes as strips of their slices in order."""
         options, model, scores = self.options, self.model, np.array([row["score"] for _, row in rows])
-        shown = {rows[i][0].key: i for i in sorted(np.argsort(-scores, kind="stable")[:MAX_CARDS].tolist())}
+        shown = [rows[i][0].key for i in sorted(np.argsort(-scores, kind="stable")[:MAX_CARDS].tolist())]
         cards = {key: card for key, _, card in self.lines() if card and key in shown}
         origin = threshold_words(model.calibration) if model.calibration else "The checkpoint has no threshold."
         if options.threshold is not None:
@@ -214,14 +228,13 @@ def group_rows(rows: Iterable[tuple[Entry, Row]], by: str, threshold: float | No
 
 def summary(rows: Sequence[tuple[Entry, Row]]) -> str:
     """How many patients, series and images are abnormal, of how many; patients and series where there are some."""
-    names: dict[str, dict[str, bool]] = {"patients": {}, "series": {}, "images": {}}  # of each, whether it is abnormal
-    for entry, row in rows:
-        of = {"images": entry.name}
-        if entry.count > 1:
-            of["series"] = entry.series
-        if entry.slice.patient_id:
-            of["patients"] = entry.groups["patient"]
-        for kind, name in of.items():
-            names[kind][name] = names[kind].get(name, False) or bool(row["abnormal"])
-    counts = (f"{sum(group.values())} of {len(group)} {kind}" for kind, group in names.items() if group)
+    names = {
+        "patients": [entry.slice.patient_id for entry, _ in rows],
+        "series": [entry.series if entry.count > 1 else "" for entry, _ in rows],
+        "images": [entry.name for entry, _ in rows],
+    }
+    counts = []
+    for kind, of in names.items():
+        abnormal = {name for name, (_, row) in zip(of, rows, strict=True) if row["abnormal"]}
+        counts += [f"{len(abnormal - {''})} of {len(set(of) - {''})} {kind}"] * any(of)
     return f"{', '.join(counts)} abnormal"

@@ -104,7 +104,7 @@ def test_prediction_waits_for_its_results_alone(tmp_path, autocast):
     with rehearsal() as mode:
         world = World(tmp_path, mode, autocast)
         model = Predictor(Checkpoint(world.settings, {}, {}), world.detector, world.clip, autocast)
-        assert model.patch_scores(torch.rand(3, 3, 28, 28)).device == CUDA
+        assert model.compute(model.network.patches, torch.rand(3, 3, 28, 28)).device == CUDA
         assert mode.waits == []
         prediction = model.predict(world.samples[0].path)
         assert prediction.heat.shape == (28, 28)

@@ -17,7 +17,7 @@ from PIL import Image
 from dataset.readers.images import Sample
 from engine.metrics import measure
 from engine.report import page
-from engine.report.page import make_card, write, write_page
+from engine.report.page import layers, write, write_page
 from tests.helpers.data import small_settings
 from tests.helpers.evaluations import METADATA, PICTURE, SIZE, make_evaluation, make_samples, make_world
 
@@ -49,7 +49,7 @@ def test_a_card_holds_picture_heat_map_and_outline():
     heat = np.linspace(0, 2, 28 * 28, dtype=np.float32).reshape(28, 28)
     mask = np.zeros((28, 28), bool)
     mask[:, :14] = True
-    card = make_card("a", 0.5, Image.new("RGB", (960, 480), (90, 90, 90)), heat, (0.5, 1.5), label=1, mask=mask)
+    card = layers(Image.new("RGB", (960, 480), (90, 90, 90)), heat, (0.5, 1.5), mask)
     size = (card["width"], card["height"])
     assert picture_of(card["picture"]).size == size == (page.SIDE, page.SIDE // 2)
     alpha = np.asarray(picture_of(card["heat"]).convert("RGBA"))[..., 3]
@@ -95,8 +95,9 @@ def test_nothing_from_a_network_and_no_path_of_this_machine(tmp_path):
 def test_predictions_share_the_page(tmp_path):
     heat = np.linspace(0, 2, SIZE * SIZE, dtype=np.float32).reshape(SIZE, SIZE)
     picture = Image.new("RGB", PICTURE, (90, 90, 90))
-    cards = [make_card(f"{i}.png", i / 10, picture, heat, (0, 2)) for i in range(3)]
-    cards += [make_card(f"s{i}", i / 10, picture, heat, (0, 2), group=EVIL) for i in range(2)]
+    of_image = {"label": None, "group": None, **layers(picture, heat, (0, 2))}
+    cards = [{**of_image, "name": f"{i}.png", "score": i / 10} for i in range(3)]
+    cards += [{**of_image, "name": f"s{i}", "score": i / 10, "group": EVIL} for i in range(2)]
     made = {"a": {"b": [1, 0.5], "none": None}, "model_config": {"width": 1}}
     values = {"title": EVIL, "counts": "0 of 5 images abnormal", "origin": "o", "weak": False, "made": made}
     path = write(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -34,40 +34,38 @@ from .pairing import list_pictures
 from .readers.images import Sample, file_kind, picture_notes, read
 from .readers.masks import ABNORMAL_ABOVE, mask_notes, read_mask
 
-Findings = defaultdict[str, list[str]]  # of `ERRORS` and `WARNINGS`: what was found, in words
+Findings = defaultdict[str, list[str]]  # of `TITLES`: what was found, in words
 
 SHOWN = 3  # examples of a finding
 NAMED = ("no mask", "valid mask")  # of these every one is shown: one cannot see what is not there
 
-# What is found, and what it is called. Errors first, in the order of the report.
-ERRORS = {
-    "layout": "the layout",
-    "unusable": "images or masks that cannot be used",
-    "no mask": f"abnormal images without a mask ({SOUGHT})",
-    "unclear": "abnormal images whose masks fit others as well, or are several of one name",
-    "mask size": "masks of another size than their image",
-    "mask range": "masks with no pixel above --mask_above, though not empty: they count as empty",
-    "leak": "the same picture in valid and in test",
-    "patient": "patients in valid and in test",
-    "two labels": "the same picture among the normal and the abnormal",
-    "bad list": "few-shot lists",
-}
-WARNINGS = {
-    "duplicate": "the same picture twice in a class",
-    "valid mask": "abnormal images of valid without a mask: no shots, and left out of the calibration",
-    "any size": "masks of another size than their image: resized, as the published loader does",
-    "empty": "abnormal images with an empty mask",
-    "full": "masks that cover more than 90% of their image",
-    "alpha": "masks that lie in the alpha channel",
-    "wide": "8-bit values in 16- or 32-bit files, read as 8 bits, as the published program reads them",
-    "dark": "16-bit images with small values: scaled, they are all but black",
-    "window": "grey levels without a window of their own",
-    "pixels": "slices resampled to square pixels, more than 3 times",
-    "constant": "pictures that are nearly constant",
-    "clipped": "pictures that are clipped",
-    "orientation": "images or masks with an orientation tag, which is ignored, whatever the format: do they fit?",
-    "ignored": "files that are no image by their extension, left out",
-    "list": "few-shot lists",
+# What is found, and what it is called, in the order of the report.
+TITLES = {
+    "layout": "error: the layout",
+    "unusable": "error: images or masks that cannot be used",
+    "no mask": f"error: abnormal images without a mask ({SOUGHT})",
+    "unclear": "error: abnormal images whose masks fit others as well, or are several of one name",
+    "mask size": "error: masks of another size than their image",
+    "mask range": "error: masks with no pixel above --mask_above, though not empty: they count as empty",
+    "leak": "error: the same picture in valid and in test",
+    "patient": "error: patients in valid and in test",
+    "two labels": "error: the same picture among the normal and the abnormal",
+    "bad list": "error: few-shot lists",
+    "duplicate": "warning: the same picture twice in a class",
+    "valid mask": "warning: abnormal images of valid without a mask: no shots, and left out of the calibration",
+    "any size": "warning: masks of another size than their image: resized, as the published loader does",
+    "empty": "warning: abnormal images with an empty mask",
+    "full": "warning: masks that cover more than 90% of their image",
+    "alpha": "warning: masks that lie in the alpha channel",
+    "wide": "warning: 8-bit values in 16- or 32-bit files, read as 8 bits, as the published program reads them",
+    "dark": "warning: 16-bit images with small values: scaled, they are all but black",
+    "window": "warning: grey levels without a window of their own",
+    "pixels": "warning: slices resampled to square pixels, more than 3 times",
+    "constant": "warning: pictures that are nearly constant",
+    "clipped": "warning: pictures that are clipped",
+    "orientation": "warning: images or masks with an orientation tag, which is ignored in any format: do they fit?",
+    "ignored": "warning: files that are no image by their extension, left out",
+    "list": "warning: few-shot lists",
 }
 TOLERATED = ("leak", "patient", "two labels")  # of the paper's own files, where they are listed, but no error
 
@@ -149,7 +147,7 @@ def look_at(sample: Sample, above: int, is_alone: bool) -> Seen:
             remarks["mask range"] = labels
         if mask.image.size not in (picture.image.size, picture.stored):
             remarks["any size" if sample.published else "mask size"] = (
-                f"{_size(mask.image.size)}, its image {_size(picture.image.size)}"
+                f"{_size([mask.image.size])}, its image {_size([picture.image.size])}"
             )
         findings |= {kind: f"{sample.masks[0]}: {text}" for kind, text in remarks.items()}
     return Seen(sample.name, findings, picture.mode, picture.image.size, digest, mask is not None)
@@ -205,40 +203,25 @@ def check_lists(dataset: MedicalDataset, findings: Findings) -> set[str]:
 # --- what is printed ---
 
 
-def lines_of(findings: Findings, known: Sequence[str]) -> Iterator[str]:
-    """A line for each kind of finding, those that are `known` as such, and one for each of its examples."""
-    titles = {kind: f"error: {title}" for kind, title in ERRORS.items() if kind not in known}
-    titles |= {kind: f"warning: {title}" for kind, title in WARNINGS.items()}
-    titles |= {kind: f"published: {ERRORS[kind]}" for kind in known}
-    for kind, title in titles.items():
-        if examples := findings[kind]:
-            shown = examples if kind in NAMED else examples[:SHOWN]
-            yield f"{title}: {len(examples)}"
-            yield from (f"    {example}" for example in shown)
-            if len(shown) < len(examples):
-                yield "    ..."
-
-
-def table(seen: dict[tuple[str, int], list[Seen]]) -> str:
-    """How many images and masks each class has, of which sizes and modes, as aligned columns."""
-    rows = [("split", "class", "images", "masks", "width x height", "modes")]
+def print_table(seen: dict[tuple[str, int], list[Seen]]) -> None:
+    """Print how many images and masks each class has, of which sizes and modes."""
+    rows: list[Sequence[object]] = [("split", "class", "images", "masks", "width x height", "modes")]
     for (split, label), every in seen.items():
         sizes = Counter(one.size for one in every if one.size)
         modes = Counter(one.mode for one in every if one.size)
         images = sizes.total() + sum("unusable" in one.findings for one in every)
         masks = sum(one.has_mask for one in every if one.size)
-        size = "".join(map(_size, sizes))
-        if len(sizes) > 1:
-            spans = (f"{min(sides)}-{max(sides)}" for sides in zip(*sizes, strict=True))
-            size = f"{' x '.join(spans)} ({len(sizes)} sizes)"
+        size = _size(sizes) + (f" ({len(sizes)} sizes)" if len(sizes) > 1 else "")
         mode = ", ".join(mode if count == images else f"{mode} {count}" for mode, count in modes.items())
-        rows.append((split, KINDS[label], f"{images}", f"{masks or '-'}", size, mode))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        rows.append((split, KINDS[label], images, masks or "-", size, mode))
+    for row in rows:
+        print("{:5}  {:8}  {:<6}  {:<5}  {:14}  {}".format(*row).rstrip())
 
 
-def _size(size: Iterable[int]) -> str:
-    return " x ".join(map(str, size))
+def _size(sizes: Iterable[tuple[int, int]]) -> str:
+    """Width and height, from the lowest to the highest."""
+    sides = (sorted({min(side), max(side)}) for side in zip(*sizes, strict=True))
+    return " x ".join("-".join(map(str, ends)) for ends in sides)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -252,8 +235,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="write what was recognised as a list to correct, such as images.csv")  # fmt: skip
     parser.add_argument("--num_workers", type=integer(1, 256), default=2, help="threads that decode (default: 2)")
     options = parser.parse_args(arguments)
-    if options.obj is None:
-        options.obj = object_given(options)
+    options.obj = options.obj or object_given(options)
     if options.obj is None:
         raise InputError("give --obj NAME, or --data_root DIR")
     return options
@@ -265,20 +247,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     root = Path(options.list).parent if options.list else data_folder(options.obj, options.data_path, options.data_root)
     findings: Findings = defaultdict(list)
     known: tuple[str, ...] = ()
-    remarks: list[str] = []
-    files: list[Sample] = []
+    lines, remarks, files = list[str](), list[str](), list[Sample]()
     try:
         dataset = MedicalDataset.from_options(options)
     except InputError as error:
         if str(error).startswith("--"):  # a flag is wrong, not the data set
             raise
         findings["layout"].append(str(error))
-        print(printable(f"{options.obj}: {root}"))
         with suppress(InputError):  # a pipe, say, which is the error then
             images, masks = list_pictures(root)  # for a list whose labels are to be filled in
             files = pair(root, [Sample(path, -1, (), path.name) for path in images], masks)
         counts = Counter(file.path.parent.relative_to(root).as_posix() for file in files)
-        print(*(printable(f"    {folder}: {count} pictures") for folder, count in sorted(counts.items())), sep="\n")
+        lines = [f"{options.obj}: {root}", *(f"    {name}: {count} pictures" for name, count in sorted(counts.items()))]
     else:
         files, known = dataset.files, TOLERATED if dataset.is_benchmark else ()
         seen = examine(dataset, options.num_workers, findings)
@@ -287,11 +267,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if dataset.pixel_metrics and dataset.layout.mask_above != ABNORMAL_ABOVE:
             metrics += f", a mask's grey above {dataset.layout.mask_above} is abnormal"
         print(printable(f'{options.obj}: {root}; prompts say "{dataset.layout.prompt_name}"; {metrics}'))
-        print(table(seen))
-    for line in (*lines_of(findings, known), *remarks):
+        print_table(seen)
+    totals = Counter(remark.partition(": ")[0] for remark in remarks)
+    for kind, title in TITLES.items():
+        if examples := findings[kind]:
+            level, _, words = title.partition(": ")
+            level = "published" if kind in known else level
+            totals[level] += len(examples)
+            shown = examples if kind in NAMED else examples[:SHOWN]
+            lines += [f"{level}: {words}: {len(examples)}", *(f"    {example}" for example in shown)]
+            lines += ["    ..."] * (len(shown) < len(examples))
+    for line in (*lines, *remarks):
         print(printable(line))
-    errors = sum(len(findings[kind]) for kind in ERRORS if kind not in known)
-    warnings = sum(len(findings[kind]) for kind in WARNINGS) + sum(note.startswith("warning: ") for note in remarks)
+    errors, warnings = totals["error"], totals["warning"]
     print(f"errors: {errors}, warnings: {warnings}" if errors or warnings else "fine")
     if options.write_list:
         print(printable(f"written: {write_list(options.write_list, root, files)}"))

@@ -92,19 +92,18 @@ def draw_shots(draw: random.Random, patients: Mapping[str, str | None], count: i
         patients: name -> patient, None where that is not known.
         count: at most as many as there are names.
     """
-    chosen: list[str] = []
 
-    def take(names: Sequence[str]) -> None:
+    def of_others(names: Sequence[str]) -> list[str]:
+        first: dict[str, str] = {}  # patient, or the name where that is not known -> name
         for name in names:
-            seen = {patients[other] for other in chosen} - {None}
-            if len(chosen) < count and patients[name] not in seen:
-                chosen.append(name)
+            first.setdefault(patients[name] or name, name)
+        return list(first.values())
 
     names = draw.sample(sorted(patients), count)
-    take(names)
+    chosen = of_others(names)
     if len(chosen) < count:
         rest = sorted(patients.keys() - chosen)
-        take(random.Random(" ".join(names)).sample(rest, len(rest)))  # so that the next class is drawn as ever
-        again = [name for name in names if name not in chosen]  # fewer patients than shots
-        chosen += again[: count - len(chosen)]
-    return chosen
+        more = random.Random(" ".join(names)).sample(rest, len(rest))  # so that the next class is drawn as ever
+        chosen = of_others([*chosen, *more])
+        chosen += [name for name in names if name not in chosen]  # fewer patients than shots
+    return chosen[:count]

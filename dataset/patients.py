@@ -22,7 +22,7 @@ import os
 import re
 from pathlib import PurePosixPath
 
-from utils import InputError
+from utils import blame
 
 SIDE = r"(?i:left|right|od|os|l|r)(?:[_-]\d{1,6})?"
 NUMBER = re.compile(rf"(?:(\d+)[_-]\d{{1,6}}|(?:CNV|DME|DRUSEN|NORMAL)-(\d+)-\d+|(?:[A-Za-z]+[_-])?(\d+)[_-]{SIDE})")
@@ -44,12 +44,8 @@ DATE = re.compile(r"(?:19|20)\d\d[_-]?(?:0[1-9]|1[0-2])[_-]?(?:0[1-9]|[12]\d|3[0
 
 def compile_rule(text: str, where: str) -> re.Pattern[str]:
     """The regular expression of a data set; `InputError` that begins with `where`."""
-    try:
-        if not 0 < len(text) <= 500:
-            raise ValueError("1 to 500 characters")
+    with blame(f"{where} {text!r:.80}: not a regular expression", errors=(re.error, RecursionError, OverflowError)):
         return re.compile(text)
-    except (re.error, ValueError, RecursionError, OverflowError) as error:
-        raise InputError(f"{where} {text!r:.80}: not a regular expression ({error})") from error
 
 
 def patient(name: str, rule: re.Pattern[str] | None = None, below: str | None = None) -> str | None:

@@ -27,8 +27,10 @@ def random_state(config: ModelConfig, seed: int, vision: bool = True) -> dict[st
 
     Each tensor has a generator of its own, seeded by `seed` and its name: `vision` does not change the text tower's.
     """
+    with torch.device("meta"):
+        shapes = CLIP(config, config.image_size, quick_gelu=False, vision=vision).state_dict()
     state = {}
-    for name, shape in _shapes(config, vision).items():
+    for name, shape in ((name.removeprefix("text."), value.shape) for name, value in shapes.items()):
         if ".ln_" in f".{name}" or name.endswith("bias"):
             state[name] = torch.full(shape, float(name.endswith("weight")))
             continue
@@ -47,13 +49,6 @@ def _random_std(name: str, config: ModelConfig) -> float:
         **({} if vision else {"positional_embedding": 0.01}),
     }  # fmt: skip
     return float(next((std for part, std in stds.items() if part in name), width**-0.5))
-
-
-def _shapes(config: ModelConfig, vision: bool) -> dict[str, torch.Size]:
-    """Of every weight at the weights' own image size, under OpenAI's names: the text tower is at the top level."""
-    with torch.device("meta"):
-        state = CLIP(config, config.image_size, quick_gelu=False, vision=vision).state_dict()
-    return {name.removeprefix("text."): value.shape for name, value in state.items()}
 
 
 def load_state(model: CLIP, state: dict[str, Tensor], source: str) -> None:

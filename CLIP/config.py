@@ -100,9 +100,17 @@ class ModelConfig:
 
         The JSON may be this project's, open_clip's or Hugging Face's; `InputError` for any other and for other names.
         """
-        path, label = _find(name)
-        with blame(path, "it is no config of a CLIP", OF_CONFIGS):
-            return cls.from_dict({**_read(path), "name": label}, str(path))
+        own = CONFIG_FOLDER / f"{name}.json"
+        found = (own, name) if name in list_models() else find(name, CONFIG_FILES, "--model_name")
+        if found is None:
+            raise InputError(
+                f"--model_name {name}: unknown; there are {', '.join(list_models())}; or give a JSON file like those "
+                "of CLIP/model_configs, a folder with config.json and weights, or hf-hub:owner/name"
+            )
+        with suppress(InputError):  # fetched now, its pixels are there offline as well
+            find(name, (PIXEL_FILE,), "")
+        with blame(found[0], "it is no config of a CLIP", OF_CONFIGS):
+            return cls.from_dict({**_read(found[0]), "name": found[1]}, str(found[0]))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "the model's config") -> ModelConfig:
@@ -173,20 +181,6 @@ def find(name: str, files: Sequence[str], flag: str) -> tuple[Path, str] | None:
     if path.is_dir():
         return file_in(path, files, f"{flag} {name}: the folder"), path.resolve().name
     return (path, path.stem) if path.is_file() else None
-
-
-def _find(name: str) -> tuple[Path, str]:
-    """The config file that --model_name means, and what the model is called."""
-    if name in list_models():
-        return CONFIG_FOLDER / f"{name}.json", name
-    if found := find(name, CONFIG_FILES, "--model_name"):
-        with suppress(InputError):  # fetched now, its pixels are there offline as well
-            find(name, (PIXEL_FILE,), "")
-        return found
-    raise InputError(
-        f"--model_name {name}: unknown; there are {', '.join(list_models())}; or give a JSON file like those "
-        "of CLIP/model_configs, a folder with config.json and weights, or hf-hub:owner/name"
-    )
 
 
 def file_in(folder: Path, names: Sequence[str], what: str) -> Path:

@@ -127,13 +127,6 @@ class MaskFile(NamedTuple):
 # --- files ---
 
 
-def read_bytes(path: Path) -> bytes:
-    """A file's content, read once."""
-    check_file(path)
-    with blame(path):
-        return path.read_bytes()
-
-
 def check_file(path: Path) -> None:
     """`InputError` unless `path` is a file that is there: a pipe may never end."""
     with blame(f"{path}: cannot be read"):

@@ -99,7 +99,8 @@ class Pictures:
 
     def read(self, frame: Frame) -> Picture:
         """An image: 8 bits as they are, wider ones by the options."""
-        data = grey.read_bytes(frame.path)
+        with blame(frame.path):
+            data = frame.path.read_bytes()
         picture, values, is_inverted = _decode(data, frame)
         image, notes = pillow_to_rgb(picture.image, frame, values, partial(_pages, data, frame.path), is_inverted)
         digest = _content_hash(hashlib.sha256(data).hexdigest(), frame)
@@ -111,7 +112,9 @@ class Pictures:
         if pages != count:
             raise InputError(f"{path}: {pages} pictures, but its image's file has {count}")
         frame = Frame(path, of.index if pages > 1 else None)
-        picture, values, _ = _decode(grey.read_bytes(path), frame)
+        with blame(path):
+            data = path.read_bytes()
+        picture, values, _ = _decode(data, frame)
         stored, notes = picture.image, Notes()
         if picture.orientation != 1:
             notes["orientation"] = f"orientation {picture.orientation}"
@@ -124,8 +127,11 @@ class Pictures:
             alpha = np.asarray(stored.convert("RGBA").getchannel("A"))
             if np.ptp(greys) == 0 < np.ptp(alpha):
                 return MaskFile(alpha, alpha, False, notes | {"alpha": "the mask lies in the alpha channel"})
-        levels = np.asarray(stored) if stored.mode == "P" else greys
-        return MaskFile(greys, levels, stored.mode == "P" and _is_coloured(stored), notes)
+        if stored.mode != "P":
+            return MaskFile(greys, greys, False, notes)
+        levels = np.asarray(stored)
+        colours = np.asarray(stored.getpalette() or []).reshape(-1, 3)[np.unique(levels)]
+        return MaskFile(greys, levels, bool((colours != colours[:, :1]).any()), notes)
 
 
 Reader = Pictures | type[Volume]
@@ -147,24 +153,11 @@ def read(source: Frame | str | Path) -> Picture:
         InputError: unreadable, cut short, too large, several pictures in a file where no index is given.
     """
     frame = source if isinstance(source, Frame) else Frame(Path(source))
-    reader = _reader(frame.path)
+    reader = reader_of(frame.path)
     count = 1 if frame.index is not None else len(reader.describe(frame.path, frame.options.plane))
     if count > 1:
         raise InputError(f"{frame.path}: holds {count} pictures; say which one is meant, or save it as its own file")
     return reader.read(frame)
-
-
-def read_mask_file(path: Path, of: Frame) -> MaskFile:
-    """A mask of an image; `InputError` where it cannot be read, or has other counts or another place in the patient."""
-    reader, count = _reader(path), 1
-    if of.index is not None:
-        count = len(_reader(of.path).describe(of.path, of.options.plane))
-    return reader.read_mask(path, of, count)
-
-
-def mask_sizes(frame: Frame) -> set[Size]:
-    """Width and height that a picture's mask may have: the picture's, before or after its pixels were made square."""
-    return _reader(frame.path).sizes(frame)
 
 
 def _content_hash(file_sha256: str, frame: Frame) -> str:
@@ -200,7 +193,7 @@ def frames(path: Path, options: ReadOptions = AS_STORED) -> list[Frame]:
         NoImageError: a DICOM object without a picture.
         InputError: the header cannot be read, or claims more than the file holds.
     """
-    says = _reader(path).describe(path, options.plane)
+    says = reader_of(path).describe(path, options.plane)
     return [Frame(path, i if len(says) > 1 else None, options, slice=slice_) for i, slice_ in enumerate(says)]
 
 
@@ -214,13 +207,13 @@ def is_deep(paths: Sequence[Path]) -> bool:
             with suppress(InputError):  # it is reported where it is read
                 with _opened(Frame(path)) as image:
                     is_wide = _is_wide(image)
-                values = _decode(grey.read_bytes(path), Frame(path))[1] if is_wide else None
+                values = _decode(path.read_bytes(), Frame(path))[1] if is_wide else None
                 if values is not None and values.max() > 255:
                     return True
     return False
 
 
-def _reader(path: Path) -> Reader:
+def reader_of(path: Path) -> Reader:
     """`InputError` unless `path` is a file in a format that is read."""
     grey.check_file(path)
     kind = file_kind(path)
@@ -375,12 +368,6 @@ def _own_window(values: Array, frame: Frame) -> tuple[Callable[[Array], Array], 
         kind = f"a {high.bit_length()}-bit picture in a 16-bit file"
         notes["dark"] = f"{kind} ({used}): all but black; give --window"
     return partial(grey.stretch, low=0, high=65535), notes
-
-
-def _is_coloured(image: Image.Image) -> bool:
-    """Whether a palette's colours that are used are no greys."""
-    palette = np.asarray(image.getpalette() or []).reshape(-1, 3)[np.unique(np.asarray(image))]
-    return bool((palette != palette[:, :1]).any())
 
 
 def pillow_to_rgb(

@@ -17,7 +17,7 @@ from PIL import Image, ImageChops
 from utils import InputError
 
 from .grey import Notes, warn_once
-from .images import Sample, mask_sizes, read_mask_file
+from .images import Sample, reader_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +67,8 @@ def read_mask(sample: Sample) -> Mask | None:
 
 
 def _read(path: Path, sample: Sample) -> Mask:
-    file, labels = read_mask_file(path, sample), sample.options.mask_labels
+    count = 1 if sample.index is None else len(reader_of(sample.path).describe(sample.path, sample.options.plane))
+    file, labels = reader_of(path).read_mask(path, sample, count), sample.options.mask_labels
     levels = file.grey if sample.published else file.levels
     by_label = bool(labels) or (file.is_labelled and not sample.published)
     grey = file.grey
@@ -112,7 +113,7 @@ def load_grey_mask(sample: Sample, size: int) -> Tensor:
     if found is None:
         return torch.zeros(1, size, size)
     mask = found.image
-    if mask.size not in (sizes := mask_sizes(sample)):
+    if mask.size not in (sizes := reader_of(sample.path).sizes(sample)):
         if not sample.published:
             raise InputError(f"{sample.masks[0]}: {mask.size} pixels, but its image has {' or '.join(map(str, sizes))}")
         words = "masks of another size than their images: resized, as the published loader does"

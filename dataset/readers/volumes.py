@@ -48,27 +48,15 @@ class Volume:
     spacing: list[Ends]  # of each, the millimetres of a row and of a column
     windows: Sequence[Callable[[Array], Array] | None]  # how the file wants each shown: values -> [0, 1]
     is_inverted = False  # low values are white
-
-    def __init__(self, path: Path, plane: str) -> None:
-        raise NotImplementedError
-
-    def values(self, index: int) -> Array:
-        """An image (H, W) in the file's units, or colours (H, W, 3); decoded now."""
-        raise NotImplementedError
-
-    def measure(self, values: Array) -> Range:
-        """The range of all of which an image's values are a part."""
-        raise NotImplementedError
-
-    def mask_values(self, of: Frame, count: int) -> tuple[Array, Ends]:
-        """The labels for an image, (H, W) or with colours, and their spacing."""
-        raise NotImplementedError
+    values: Callable[[int], Array]  # an image (H, W) in the file's units, or colours (H, W, 3); decoded when asked for
+    measure: Callable[[Array], Range]  # the range of all of which an image's values are a part
+    mask_values: Callable[[Frame, int], tuple[Array, Ends]]  # the labels for an image, (H, W) or colours; their spacing
 
     @classmethod
     def open(cls, path: Path, plane: str) -> Volume:
         """The file, which is kept for the next image of it."""
         with _lock, blame(path):
-            return _opened(cls, path, plane, path.stat().st_mtime_ns)  # type: ignore[arg-type] # a class has a hash
+            return _opened(cls, path, plane, path.stat().st_mtime_ns)  # type: ignore[arg-type] # of a subclass
 
     @classmethod
     def describe(cls, path: Path, plane: str) -> Sequence[Slice]:
@@ -113,7 +101,7 @@ class Volume:
 
 
 @lru_cache(maxsize=3)  # image and mask of one that is being read, and one whose pictures are being written
-def _opened(kind: type[Volume], path: Path, plane: str, _time: int) -> Volume:
+def _opened(kind: Callable[[Path, str], Volume], path: Path, plane: str, _time: int) -> Volume:
     return kind(path, plane)
 
 
@@ -148,16 +136,10 @@ class Nifti(Volume):
         self.axes = [Slice(position=place, plane=plane, edges=edges) for place in places]
         across, down = (float(zoom) for i, zoom in enumerate(image.header.get_zooms()[:3]) if i != axis)
         self.spacing, self.windows = [(down, across)] * len(places), [None] * len(places)
-        self.range = Range.measure([values], "the volume", path)
+        whole = Range.measure([values], "the volume", path)
+        self.measure = lambda _: whole
         self.slices, self.grid = slices_of(values, plane), nibabel.Nifti1Image(values, image.affine)
-
-    def values(self, index: int) -> Array:
-        """A view of the volume."""
-        return self.slices[index]
-
-    def measure(self, values: Array) -> Range:
-        """Of the whole volume."""
-        return self.range
+        self.values = self.slices.__getitem__
 
     def mask_values(self, of: Frame, count: int) -> tuple[Array, Ends]:
         """Where the headers say that the mask lies in the image."""
@@ -203,17 +185,17 @@ class Dicom(Volume):
     mode = "DICOM"
 
     def __init__(self, path: Path, plane: str) -> None:
-        data, own = grey.read_bytes(path), optional("pydicom.errors", path).BytesLengthException
+        own = optional("pydicom.errors", path).BytesLengthException
         with blame(f"{path}: not readable as DICOM, or cut short", errors=(*DAMAGE, own)):  # parsed when looked at
-            self.path, self.header = path, _parse(data, path)
+            self.path, self.header = path, _parse(path.read_bytes(), path)
             each = range(_count(self.header, path))
             self.axes = [_slice(self.header, i, len(each)) for i in each]
             self.spacing = [_spacing(self.header, i) for i in each]
             self.windows = [_window(self.header, i) for i in each]
             self.is_inverted = self.header.PhotometricInterpretation == "MONOCHROME1"
 
-    def stored(self, index: int) -> Array:
-        """A frame as it is stored, but for a palette's colours."""
+    def values(self, index: int, rescaled: bool = True) -> Array:
+        """Grey in the modality's units, float64, or as it is stored where it is not `rescaled`; or colours."""
         pixels, header = optional("pydicom.pixels", self.path), self.header
         with blame(f"{self.path}: not a readable image, or cut short", errors=DAMAGE):
             name = header.file_meta.TransferSyntaxUID.name
@@ -221,22 +203,16 @@ class Dicom(Volume):
                 values: Array = pixels.pixel_array(header, index=index)
             if header.PhotometricInterpretation == "PALETTE COLOR":
                 return np.asarray(grey.to_rgb(pixels.apply_color_lut(values, header)))
-            return values
-
-    def values(self, index: int) -> Array:
-        """Grey in the modality's units, float64, or colours as stored."""
-        values = self.stored(index)
-        if values.ndim == 3:
-            return values
-        group = frame_values(self.header, index, "PixelValueTransformationSequence")
-        with blame(f"{self.path}: not a readable image, or cut short", errors=DAMAGE):
-            return np.asarray(optional("pydicom.pixels", self.path).apply_modality_lut(values, group), np.float64)
+            if values.ndim == 3 or not rescaled:
+                return values
+            group = frame_values(header, index, "PixelValueTransformationSequence")
+            return np.asarray(pixels.apply_modality_lut(values, group), np.float64)
 
     def mask_values(self, of: Frame, count: int) -> tuple[Array, Ends]:
         """The frame of the same number."""
         if len(self.axes) != count:
             raise InputError(f"{self.path}: {len(self.axes)} frames, but its image has {count}")
-        return self.stored(of.index or 0), self.spacing[of.index or 0]
+        return self.values(of.index or 0, rescaled=False), self.spacing[of.index or 0]
 
     def measure(self, values: Array) -> Range:
         """Of all pictures of this file's series in its folder, or of the file's frames."""
@@ -307,12 +283,10 @@ def _window(header: Header, index: int) -> Callable[[Array], Array] | None:
 
 def numbers(group: Header, name: str) -> list[float]:
     """The numbers of an element; none where it is absent or empty, or where one is not finite."""
-    try:
-        value = group.get(name)
-        result = [float(part) for part in np.atleast_1d(np.asarray([] if value in (None, "") else value, dtype=object))]
-    except (TypeError, ValueError):
-        return []
-    return result if all(map(math.isfinite, result)) else []
+    with suppress(TypeError, ValueError):
+        result = [float(part) for part in np.atleast_1d(np.asarray(group.get(name), dtype=object))]
+        return result if all(map(math.isfinite, result)) else []
+    return []
 
 
 def frame_values(header: Header, index: int, sequence: str) -> Header:

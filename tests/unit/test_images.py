@@ -129,7 +129,7 @@ def test_orientation_is_ignored_in_every_format(tmp_path, name, orientation):
     picture = read(tmp_path / name)
     assert picture.orientation == orientation
     assert picture.image.size == (48, 32)
-    assert images.mask_sizes(Frame(tmp_path / name)) == {(48, 32)}
+    assert images.reader_of(tmp_path / name).sizes(Frame(tmp_path / name)) == {(48, 32)}
     assert np.abs(np.asarray(picture.image)[..., 0].astype(int) - GRADIENT).max() <= 2
     sample = Sample(tmp_path / name, 1, (tmp_path / name,), "x")
     assert (masks.read_mask(sample).image.size) == (48, 32)

@@ -26,11 +26,10 @@ from utils import InputError, Parser, bar_seconds, integer, prefetch, printable,
 
 from . import notes
 from .fewshot import LETTERS, SEEDS, check_shot_names, parse_shot_list
-from .folders import pair
 from .layout import KINDS, SPLITS, add_reading_flags, object_given, object_name
 from .lists import write_list
 from .medical_few import SOUGHT, MedicalDataset, data_folder
-from .pairing import list_pictures
+from .pairing import list_pictures, pair
 from .readers.images import Sample, file_kind, picture_notes, read
 from .readers.masks import ABNORMAL_ABOVE, mask_notes, read_mask
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from utils import InputError, preview
 
 from .fewshot import LETTERS, list_paths, parse_shot_list
 from .layout import Layout
-from .pairing import find_masks, in_mask_folder, is_clutter, is_mask_folder, list_pictures
+from .pairing import in_mask_folder, is_clutter, is_mask_folder, list_pictures, pair
 from .patients import compile_rule, falls_in_valid, patient, spelled_alike
 from .readers.grey import Slice, check_file
 from .readers.images import Sample, file_kind, frames
@@ -70,7 +70,7 @@ def find_places(root: Path) -> dict[Path, tuple[str, int]]:
     known = {"test", *SUPPORT_NAMES, *(name for names in CLASS_NAMES for name in names)}
     if result := _places(root):
         return result
-    below = [places for path in _folders(root) if path.name.lower() not in known and (places := _places(path))]
+    below = [places for name, path in _inside(root).items() if name not in known and (places := _places(path))]
     if len(below) != 1:
         raise InputError(f"{root}: {NO_LAYOUT}")
     return below[0]
@@ -78,51 +78,36 @@ def find_places(root: Path) -> dict[Path, tuple[str, int]]:
 
 def _places(root: Path) -> dict[Path, tuple[str, int]]:
     """`find_places` in this very folder; empty where they are not all found."""
-    test, own = _classes(_folder(root, "test")), _classes(root)
-    supports = [*(_classes(_folder(root, name)) for name in SUPPORT_NAMES), own]
+    inside, own = _inside(root), _classes(root)
+    test, *supports = [_classes(inside[name]) if name in inside else {} for name in ("test", *SUPPORT_NAMES)]
     for needed in ({0, 1}, {0}):
-        for support in supports if set(test.values()) == {0, 1} else []:
+        for support in (*supports, own) if set(test.values()) == {0, 1} else ():
             if set(support.values()) == needed:
                 measured = {path: ("test" if label in needed else "", label) for path, label in test.items()}
                 return {path: ("valid", label) for path, label in support.items()} | measured
     return {path: ("", label) for path, label in own.items()} if len(set(own.values())) == 2 else {}
 
 
-def _classes(folder: Path | None) -> dict[Path, int]:
+def _classes(folder: Path) -> dict[Path, int]:
     """The folders with each class's images -> its label, as far as there are such folders."""
-    inside = {path.name.lower(): path for path in _folders(folder)}
+    inside = _inside(folder)
     for normal, abnormal in CLASS_NAMES:
         found = {inside[name]: label for label, name in enumerate((normal, abnormal)) if name in inside}
         if found and abnormal not in inside and normal != "0":
             others = [path for name, path in inside.items() if name not in (normal, "test", *SUPPORT_NAMES)]
             found |= {path: 1 for path in others if list_pictures(path)[0]}
         if found:
-            return {_folder(path, "img") or path: label for path, label in found.items()}
+            return {_inside(path).get("img", path): label for path, label in found.items()}
     return {}
 
 
-def _folders(folder: Path | None) -> list[Path]:
-    """The folders in another one, sorted, without hidden ones and those of masks."""
-    inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder and folder.is_dir() else []
-    return [path for path in inside if not (path.name[0] == "." or is_clutter(path.name) or is_mask_folder(path.name))]
-
-
-def _folder(folder: Path, name: str) -> Path | None:
-    """The folder of that name in another one, whatever its letters' case."""
-    return next((path for path in _folders(folder) if path.name.lower() == name), None)
+def _inside(folder: Path) -> dict[str, Path]:
+    """The folders in another one by their names in lower case, sorted, without hidden ones and those of masks."""
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    return {path.name.lower(): path for path in folders if not is_clutter(path.name) and not is_mask_folder(path.name)}
 
 
 # --- what is known of the files, in folders and on lists ---
-
-
-def pair(root: Path, files: Sequence[Sample], masks: Sequence[Path]) -> list[Sample]:
-    """The files with their masks."""
-    result = []
-    for file, own in zip(files, find_masks(root, [file.path for file in files], masks), strict=True):
-        for mask in own:
-            check_file(mask)
-        result.append(replace(file, masks=tuple(own)))
-    return result
 
 
 def complete(files: Iterable[Sample], root: Path, layout: Layout) -> list[Sample]:
@@ -143,7 +128,7 @@ def _name_patients(files: Sequence[Sample], rule: str | None) -> list[Sample]:
     result = []
     for file in files:
         header = headers[file.path]
-        below = file.name.removeprefix(f"{PurePosixPath(file.folder).as_posix()}/")
+        below = file.name.removeprefix(f"{file.folder}/")
         who = file.patient or (tell and header.patient_id) or patient(file.name, pattern, below)
         result.append(replace(file, patient=who, slice=header))
     names = sorted({file.patient for file in result if file.patient}, reverse=True)

@@ -18,9 +18,9 @@ from typing import Any
 
 from utils import EXPECTED, InputError, atomic_path, blame, read_text
 
-from .folders import complete, pair
+from .folders import complete
 from .layout import KINDS, Layout
-from .pairing import list_pictures
+from .pairing import list_pictures, pair
 from .readers.images import Sample, file_kind
 
 COLUMNS = ("image", "label", "kind", "mask", "patient", "split", "slice", "shot")

@@ -19,10 +19,11 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from .readers.grey import check_file
-from .readers.images import list_files, stem
+from .readers.images import Sample, list_files, stem
 
 MASK_FOLDERS = (
     "anomaly_mask", "label", "labels", "mask", "masks", "seg", "segmentation", "segmentations", "gt", "ground_truth",
@@ -76,18 +77,18 @@ def list_pictures(root: Path) -> tuple[list[Path], list[Path]]:
     return sorted(images), sorted(masks)
 
 
-def find_masks(root: Path, images: Sequence[Path], masks: Iterable[Path]) -> list[list[Path]]:
-    """The masks of each image, sorted: several of one image lie in the same folder."""
+def pair(root: Path, files: Iterable[Sample], masks: Iterable[Path]) -> list[Sample]:
+    """The files with their masks, sorted: several of one image lie in the same folder."""
     known: defaultdict[str, list[tuple[list[str], Path]]] = defaultdict(list)
     for mask in sorted(masks):
         known[base(stem(mask))].append((_folders(root, mask), mask))
     result = []
-    for image in images:
-        above = _folders(root, image)
-        fitting = [(len(folders), mask) for folders, mask in known.get(base(stem(image)), [])
-                   if mask != image and _is_among(folders, above)]  # fmt: skip
+    for file in files:
+        above = _folders(root, file.path)
+        fitting = [(len(folders), mask) for folders, mask in known.get(base(stem(file.path)), [])
+                   if mask != file.path and _is_among(folders, above)]  # fmt: skip
         home = max(fitting, key=lambda pair: pair[0])[1].parent if fitting else None
-        result.append([mask for _, mask in fitting if mask.parent == home])
+        result.append(replace(file, masks=tuple(mask for _, mask in fitting if mask.parent == home)))
     return result
 
 

@@ -18,8 +18,9 @@ from PIL import Image
 
 from dataset import notes
 from dataset.medical_few import MedicalDataset
-from dataset.pairing import find_masks, named_masks
+from dataset.pairing import named_masks, pair
 from dataset.patients import patient, spelled_alike
+from dataset.readers.images import Sample
 from dataset.readers.masks import load_mask
 from utils import InputError
 
@@ -177,7 +178,7 @@ def test_busi_as_it_is_distributed(tmp_path):
 def test_words_for_masks(tmp_path, word, ending):
     image, mask, lost = (tmp_path / name for name in (f"X{ending}", f"X{word}{ending}", f"Y{word}_1{ending}"))
     assert named_masks([image, mask, lost]) == ({mask}, {lost})
-    assert find_masks(tmp_path, [image], [mask, lost]) == [[mask]]
+    assert pair(tmp_path, [Sample(image, 1, (), image.name)], [mask, lost])[0].masks == (mask,)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +196,8 @@ def test_words_for_masks(tmp_path, word, ending):
 )
 def test_one_rule_pairs_masks_with_images(tmp_path, image, masks, fitting):
     paths = [tmp_path / f"{mask}.png" for mask in masks]
-    assert find_masks(tmp_path, [tmp_path / f"{image}.dcm"], paths) == [[paths[i] for i in fitting]]
+    file = Sample(tmp_path / f"{image}.dcm", 1, (), image)
+    assert pair(tmp_path, [file], paths)[0].masks == tuple(paths[i] for i in fitting)
 
 
 def test_a_mask_that_fits_several_images_is_refused(tmp_path):

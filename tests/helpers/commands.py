@@ -1,6 +1,7 @@
 """Real commands, quickly: a process imports torch once and forks for each command, which then runs as `python` runs it.
 
-Exit code, stdout and stderr are those of a process of its own; what differs from a fresh start is the warm imports.
+Exit code, stdout and stderr are those of a process of its own. What differs from a fresh start: the warm imports, and that
+matplotlib saves a blank picture, as six figures take longer than a training; with `draw=True` it draws.
 A command can be stopped at an event inside of it, so that no test depends on how long something takes:
 
     command("train.py", ..., on=(Call("engine.files.run.RunFolder.save", 3), signal.SIGKILL))     a signal to itself
@@ -28,14 +29,17 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
+
+from matplotlib.figure import Figure
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 HALT = 0  # instead of a signal: wait until the test says `go`
 # What commands import, some of them in seconds. Not wandb: all processes forked after it share its temporary folder.
 WARM = (
     "train", "test", "predict", "reproduce", "dataset.check", "engine.checkpoint", "engine.report.page",
-    "sklearn.metrics", "sklearn.linear_model", "sklearn.pipeline", "matplotlib.figure", "matplotlib.style",
+    "sklearn.metrics", "sklearn.linear_model", "sklearn.pipeline", "matplotlib.style",
     "matplotlib.backends.backend_agg", "contourpy", "nibabel", "pydicom.pixels",
     "torch.utils.serialization.config",
 )  # fmt: skip
@@ -129,17 +133,19 @@ class Commands:
         file_bytes: int | None = None,
         env: Mapping[str, str] | None = None,
         cwd: Path = ROOT,
+        draw: bool = False,
         on: tuple[Event, int] | None = None,
     ) -> Running:
         """Start a command, by default from the project's folder.
 
-        `file_bytes` is the largest file that it may write; `on` an event and what follows: a signal, or HALT.
+        `file_bytes` is the largest file that it may write; `draw` whether figures are drawn; `on` an event and what
+        follows: a signal, or HALT.
         """
         command = words(script, *arguments)
         running = Running(self, command, tempfile.TemporaryDirectory())
         event = on and {"event": type(on[0]).__name__, "action": int(on[1]), **asdict(on[0])}
         request = {"command": command, "folder": str(running.path), "cwd": str(cwd), "file_bytes": file_bytes}
-        running.pid = int(self.ask({**request, "env": dict(env or {}), "on": event}))
+        running.pid = int(self.ask({**request, "env": dict(env or {}), "draw": draw, "on": event}))
         self.running.append(running)
         return running
 
@@ -159,7 +165,7 @@ def _serve() -> None:
     atexit.register(_end)  # before all that imports register, so that it runs after them
     for module in WARM:
         importlib.import_module(module)
-    importlib.import_module("PIL.Image").init()
+    Image.init()
     importlib.import_module("CLIP.tokenizer").Tokenizer.default()
     gc.collect()
     gc.freeze()  # else each child goes through all of these objects, and so copies their memory
@@ -181,6 +187,7 @@ def _become(
     cwd: str,
     file_bytes: int | None,
     env: Mapping[str, str],
+    draw: bool,
     on: dict[str, Any] | None,
 ) -> NoReturn:
     """Be the command, in the child; the interpreter ends as after any script, with what was registered for its end."""
@@ -193,6 +200,8 @@ def _become(
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     signal.alarm(HANG)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where pytest runs in the background
+    if not draw:
+        Figure.savefig = _save_blank
     if on:
         _install(**on, told=Path(folder))
     script = command[0]
@@ -206,6 +215,10 @@ def _become(
     except SystemExit as left:
         _codes.append(left.code)
         raise
+
+
+def _save_blank(_: Figure, file: BinaryIO, **__: object) -> None:
+    Image.new("L", (1, 1)).save(file, "PNG")
 
 
 _codes: list[object] = []  # with which a child ends

@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from safetensors.torch import save_file
 
@@ -121,6 +120,8 @@ def hugging_face_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 def open_clip_model(config: ModelConfig, state: dict[str, torch.Tensor], size: int, quick_gelu: bool) -> Any:
     """open_clip's model with these weights (OpenAI's names), its positional embedding resized to `size` pixels."""
+    import open_clip  # noqa: PLC0415 - takes seconds
+
     model = open_clip.model.CLIP(
         config.embed_dim,
         {

@@ -6,11 +6,10 @@ import importlib.util
 import json
 
 import torch
-import transformers
 
 from CLIP.config import ModelConfig
 from tests.conftest import tiny_state
-from tests.helpers.attacks import fine, refused
+from tests.helpers.results import fine, refused
 from tests.helpers.data import SMALL
 from tests.helpers.weights import save_hugging_face
 
@@ -34,15 +33,17 @@ def test_an_exported_checkpoint_is_tested_with_ones_own_tower(command, phantoms,
 
 
 def test_dinov2_is_trained_tested_and_predicts(command, phantoms, tmp_path):
+    import transformers  # noqa: PLC0415 - takes a second
+
     torch.manual_seed(0)
     config = transformers.Dinov2Config(
-        hidden_size=64, num_hidden_layers=4, num_attention_heads=2, image_size=56, patch_size=14
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
     )
     for name in ("dino", "other"):
         transformers.Dinov2Model(config).save_pretrained(tmp_path / name)
     tower = ["--image_tower", tmp_path / "dino"]
     shared = ["--obj", "Brain", "--data_path", phantoms, "--save_path", tmp_path, "--device", "cpu"]
-    run = ["--epoch", 1, "--shot", 2, "--out_json", tmp_path / "train.json"]
+    run = ["--epoch", 1, "--shot", 2, "--features_list", 1, 2, "--out_json", tmp_path / "train.json"]
     fine(command("train.py", *SMALL, *shared, *tower, *run))
     fine(command("test.py", *shared, *tower, "--cache", "off", "--out_json", tmp_path / "test.json"))
     trained, tested = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("train", "test"))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from dataset import phantom
 from dataset.layout import FOLDER
-from tests.helpers.attacks import fine
+from tests.helpers.results import fine
 from tests.helpers.commands import ROOT, Commands
 from tests.helpers.data import SMALL
 from tests.helpers.net import make_data

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.attacks import fine, refused
+from tests.helpers.results import fine, refused
 from tests.helpers.data import SMALL
 
 UNGOOD = "Brain_AD/valid/Ungood/img"

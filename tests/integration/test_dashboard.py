@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 import yaml
 from PIL import Image
-from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from engine.files.config import train_options
 from tests.helpers import wandb_runs
-from tests.helpers.attacks import fine
+from tests.helpers.results import fine
 from tests.helpers.commands import ROOT, Commands
 from tests.helpers.data import SMALL, unpacked
 
@@ -93,6 +92,11 @@ def test_a_run_goes_on_under_its_id_and_no_key_or_password_is_told(command, phan
 
 def test_sweep():
     """Both ends of each parameter give a command line that train.py takes."""
+    from wandb.sdk.launch.sweeps.utils import (  # noqa: PLC0415 - takes a second
+        create_sweep_command,
+        create_sweep_command_args,
+    )
+
     config = yaml.safe_load((ROOT / "sweep.yaml").read_text())
     parameters = config["parameters"]
     assert set(parameters) == {

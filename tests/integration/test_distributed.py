@@ -7,7 +7,7 @@ import json
 import pytest
 from torch.distributed import TCPStore
 
-from tests.helpers.attacks import fine
+from tests.helpers.results import fine
 from tests.helpers.commands import Commands
 from tests.helpers.data import SMALL
 

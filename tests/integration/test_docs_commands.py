@@ -38,7 +38,7 @@ def typed(text: str, folder: Path) -> list[str]:
         shutil.copytree(SAMPLE, folder / "my_knee")
     if "runs/NAME" in text:
         text = text.replace("runs/NAME", next(path for path in (folder / "runs").iterdir()).as_posix())
-    text = text.replace("--image_tower dinov2-small", "--img_size 112")
+    text = re.sub(r"--image_tower dinov2-small( --img_size \d+)?", "--img_size 56", text)
     more = " ".join(value for pattern, value in SHORTENED.items() if re.match(pattern, text))
     return shlex.split(f"{text} {more}".removeprefix("python ").removeprefix("-m "))
 

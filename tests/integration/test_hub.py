@@ -14,7 +14,7 @@ import pytest
 from CLIP.clip import create_model
 from CLIP.config import ModelConfig
 from tests.conftest import tiny_state
-from tests.helpers.attacks import fine, refused
+from tests.helpers.results import fine, refused
 from tests.helpers.commands import Commands
 from tests.helpers.hub_server import HubServer, hub_server
 from tests.helpers.weights import save_hugging_face

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.attacks import fine, refused
+from tests.helpers.results import fine, refused
 from tests.helpers.commands import ROOT
 from tests.helpers.data import SMALL
 from tests.integration.test_scripts import figures

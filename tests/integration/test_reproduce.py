@@ -15,7 +15,7 @@ import torch
 from CLIP.clip import create_model
 from dataset import phantom
 from engine.baselines import NAMES
-from tests.helpers.attacks import fine
+from tests.helpers.results import fine
 from tests.helpers.commands import Call
 from tests.helpers.data import SMALL
 

@@ -14,7 +14,7 @@ import torch
 
 from CLIP.config import ModelConfig
 from tests.conftest import tiny_state
-from tests.helpers.attacks import fine, refused
+from tests.helpers.results import fine, refused
 from tests.helpers.commands import Call
 from tests.helpers.data import SMALL, unpacked
 from tests.helpers.weights import save_hugging_face

@@ -8,7 +8,6 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import open_clip
 import pytest
 import torch
 
@@ -123,6 +122,8 @@ def test_a_json_file_and_weights(tmp_path, openai_model):
 
 @pytest.mark.parametrize("name", list_models())
 def test_named_models_come_back_from_their_dict(name):
+    import open_clip  # noqa: PLC0415 - takes seconds
+
     config = ModelConfig.load(name)
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     theirs = open_clip.get_model_config(name)

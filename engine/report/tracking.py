@@ -168,7 +168,7 @@ def _open(key: str, **options: Any) -> Any:  # noqa: ANN401 - wandb's options, a
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb's crash reports could carry more than expected
     import wandb  # noqa: PLC0415 - takes seconds, and is not needed when tracking is disabled
 
-    own = wandb.Settings(**OWN_SETTINGS)
+    own = wandb.Settings(**{k: value for k, value in OWN_SETTINGS.items() if f"WANDB_{k.upper()}" not in os.environ})
     with blame("W&B's settings", "correct WANDB_BASE_URL, or the variable that is named", (ValueError,)):
         setup = wandb.setup(wandb.Settings(silent=True))
     mode: Any = setup.settings.mode

@@ -1,7 +1,7 @@
 """Real commands, quickly: a process imports torch once and forks for each command, which then runs as `python` runs it.
 
-Exit code, stdout and stderr are those of a process of its own. What differs from a fresh start: the warm imports, and that
-matplotlib saves a blank picture, as six figures take longer than a training; with `draw=True` it draws.
+Exit code, stdout and stderr are those of a process of its own. What differs from a fresh start: the warm imports, and
+that matplotlib saves a blank picture, as six figures take longer than a training; with `draw=True` it draws.
 A command can be stopped at an event inside of it, so that no test depends on how long something takes:
 
     command("train.py", ..., on=(Call("engine.files.run.RunFolder.save", 3), signal.SIGKILL))     a signal to itself

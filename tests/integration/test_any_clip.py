@@ -9,8 +9,8 @@ import torch
 
 from CLIP.config import ModelConfig
 from tests.conftest import tiny_state
-from tests.helpers.results import fine, refused
 from tests.helpers.data import SMALL
+from tests.helpers.results import fine, refused
 from tests.helpers.weights import save_hugging_face
 
 

@@ -16,10 +16,10 @@ from PIL import Image
 
 from dataset import phantom
 from dataset.layout import FOLDER
-from tests.helpers.results import fine
 from tests.helpers.commands import ROOT, Commands
 from tests.helpers.data import SMALL
 from tests.helpers.net import make_data
+from tests.helpers.results import fine
 
 ONE_EPOCH = [*SMALL, "--epoch", 1]
 
@@ -85,7 +85,8 @@ def test_busi_as_it_is_distributed(call, tmp_path):
     """A folder for each class, and masks beside the images: not one of them is an image, and every one is found."""
     root = tmp_path / "BUSI"
     for split, kind in itertools.product(("valid", "test"), ("good", "Ungood")):
-        for index, image in enumerate(sorted((ROOT / "data/sample/BreastBUSI_AD" / split / kind / "img").iterdir())):
+        images = sorted((ROOT / "data/sample/BreastBUSI_AD" / split / kind / "img").iterdir())
+        for index, image in enumerate(images[:13]):
             stem = f"{'normal' if kind == 'good' else 'benign'} ({split[0]}{index})"
             folder = root / stem.split(maxsplit=1)[0]
             folder.mkdir(parents=True, exist_ok=True)
@@ -97,8 +98,8 @@ def test_busi_as_it_is_distributed(call, tmp_path):
     checked = call("dataset.check", "--data_root", root)
     trained = call("train.py", *ONE_EPOCH, "--data_root", root, "--save_path", tmp_path, "--shot", 2)
     for output in (checked, trained):
-        assert "masks: 52 beside the images" in output
-        assert "of their 104 images" in output
+        assert "masks: 25 beside the images" in output
+        assert "of their 50 images" in output
     assert len(last_lines(trained)) == 2
     call("dataset.check", "--data_root", root, "--write_list", "images.csv")
     again = call("train.py", *ONE_EPOCH, "--data_root", root, "--save_path", tmp_path, "--shot", 2)
@@ -151,15 +152,3 @@ def test_normal_shots_alone(bottle, call, tmp_path):
     assert totals[0] > totals[1] > totals[2] > 0
     assert torch.load(tmp_path / "bottle.pth", weights_only=True)["about"]["shots"]["abnormal"] == []
     assert last_lines(output) == last_lines(call("test.py", *paths))
-
-
-def test_unequal_shots_take_each_classs_own_list(brain, call, tmp_path):
-    output = call(
-        "train.py", *ONE_EPOCH, "--obj", "Brain", "--data_root", brain, "--save_path", tmp_path, "--shot_normal", 8,
-        "--shot_abnormal", 2,
-    )  # fmt: skip
-    shots = torch.load(tmp_path / "Brain.pth", weights_only=True)["about"]["shots"]
-    assert shots["normal"] == [f"valid_good_{i:05d}.png" for i in range(8)]
-    assert shots["abnormal"] == [f"valid_Ungood_{i:05d}.png" for i in range(2)]
-    assert "my2-shot.txt" in output
-    assert "my8-shot.txt" in output

@@ -7,9 +7,9 @@ import json
 import pytest
 from torch.distributed import TCPStore
 
-from tests.helpers.results import fine
 from tests.helpers.commands import Commands
 from tests.helpers.data import SMALL
+from tests.helpers.results import fine
 
 
 def one(command: Commands, script: str, *arguments: object) -> str:
@@ -32,7 +32,7 @@ def two(command: Commands, script: str, *arguments: object) -> str:
 CASES = {
     # 32 views in batches of 31: a second step with a single view.
     "ram": ["--obj", "Brain", "--cache", "ram", "--batch_size", 31],
-    "disk": ["--obj", "Brain", "--cache", "disk", "--batch_size", 3, "--visionA", "MViTFC"],
+    "disk": ["--obj", "Brain", "--cache", "disk", "--batch_size", 12, "--visionA", "MViTFC"],
     "corrected": ["--obj", "Brain", "--cache", "disk", "--fidelity", "corrected", "--select", "valid"],
 }
 
@@ -52,7 +52,7 @@ def test_two_processes_are_one(command, phantoms, tmp_path, case):
         runs.append(((tmp_path / "runs" / name / "metrics.jsonl").read_bytes(), {**result, "seconds": 0, "run": ""}))
         # The other one's checkpoint: a difference in training could else hide one of the pass and the scoring.
         ckpt = tmp_path / "one" / f"{result['obj']}.pth"
-        other = ["--ckpt", ckpt, "--cache_dir", tmp_path / name / "store of the test", "--batch_size", 3]
+        other = ["--ckpt", ckpt, "--cache_dir", tmp_path / name / "store of the test", "--batch_size", 4]
         out = tmp_path / f"{name}.json"
         start(command, "test.py", *CASES[case][:4], *paths, *other, "--device", "cpu", "--out_json", out)
         tested.append(json.loads(out.read_text()))

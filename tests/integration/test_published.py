@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.results import fine, refused
 from tests.helpers.commands import ROOT
 from tests.helpers.data import SMALL
+from tests.helpers.results import fine, refused
 from tests.integration.test_scripts import figures
 
 MOODS = ("learnable_all", "learnable_abnormal", "fix")

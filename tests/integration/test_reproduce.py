@@ -15,9 +15,9 @@ import torch
 from CLIP.clip import create_model
 from dataset import phantom
 from engine.baselines import NAMES
-from tests.helpers.results import fine
 from tests.helpers.commands import Call
 from tests.helpers.data import SMALL
+from tests.helpers.results import fine
 
 ROOT = Path(__file__).parents[2]
 

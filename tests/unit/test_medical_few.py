@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import layout, notes
+from dataset import layout, notes, phantom
 from dataset.layout import FOLDER
 from dataset.medical_few import MedicalDataset, equal_images
 from dataset.readers import images
@@ -70,6 +70,14 @@ def test_own_list_wins_and_iterate_picks_the_line(tmp_path):
     assert dataset.shots(2, 2, 1, 1).source == "Brain_AD/fewshot_seed/my2-shot.txt"
     with pytest.raises(InputError, match=r"--iterate 7.*it has 0, 1"):
         dataset.shots(2, 2, 7, 1)
+
+
+def test_a_class_takes_the_list_for_its_own_number_of_shots(tmp_path):
+    phantom.write(tmp_path, ["Brain"], valid=4, test=1, seed=0, size=32)
+    shots = MedicalDataset.open("Brain", tmp_path).shots(4, 2, 0, 0)
+    assert shots.names["normal"] == [f"valid_good_{i:05d}.png" for i in range(4)]
+    assert shots.names["abnormal"] == [f"valid_Ungood_{i:05d}.png" for i in range(2)]
+    assert "my2-shot.txt" in shots.source and "my4-shot.txt" in shots.source
 
 
 @pytest.mark.parametrize("iterate", [0, -1])

@@ -86,8 +86,12 @@ def calibrate(model: Predictor, options: argparse.Namespace) -> None:
 def predict(results: Results) -> int:
     """Images -> rows, pictures, page; the exit code."""
     options, model, listing = results.options, results.model, results.listing
-    for line in describe(model):
-        print(line)
+    if model.threshold is None:
+        print("decisions: none, as the checkpoint has no threshold; give one with --threshold or --calibrate")
+    if model.weak:
+        print(f"heat maps: weak localisation only, as the checkpoint was trained without masks ({model.settings.obj})")
+    if model.network.adapters.mixes_images:
+        print("scores: MViTFC as published looks across the images of a batch, so they depend on --batch_size")
     for line in reading_notes(model, listing.entries):
         warn(line)
     todo, start = results.todo, time.perf_counter()
@@ -128,16 +132,6 @@ def predict(results: Results) -> int:
     if listing.faults:
         say(f"{len(listing.faults)} files could not be read, see above")
     return 1 if listing.faults else 0
-
-
-def describe(model: Predictor) -> Iterator[str]:
-    """What is to be known of the results before one looks at them."""
-    if model.threshold is None:
-        yield "decisions: none, as the checkpoint has no threshold; give one with --threshold or --calibrate"
-    if model.weak:
-        yield f"heat maps: weak localisation only, as the checkpoint was trained without masks ({model.settings.obj})"
-    if model.detector.adapters.mixes_images:
-        yield "scores: MViTFC as published looks across the images of a batch, so they depend on --batch_size"
 
 
 def reading_notes(model: Predictor, entries: Sequence[Entry]) -> Iterator[str]:

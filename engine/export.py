@@ -41,7 +41,7 @@ def export(model: Predictor, out: str | Path, precision: str = "fp32") -> None:
     Raises:
         InputError: a package is missing, MViTFC as published, a file of more than 1.5 GiB, or it cannot be written.
     """
-    if model.detector.adapters.mixes_images:
+    if model.network.adapters.mixes_images:
         raise InputError("MViTFC as published looks across the images of a batch: its scores are no image's own")
     with blame("python -m engine.export", "pip install onnx onnxscript onnxruntime", errors=(ImportError,)):
         import onnxscript  # noqa: F401, PLC0415 - optional; it brings onnx

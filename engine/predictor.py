@@ -106,7 +106,6 @@ class Predictor:
     Attributes:
         settings: what shaped the checkpoint.
         network: pixels -> scores and heat maps.
-        clip: the frozen towers.
         checkpoint: the file's content.
         reading: how it reads files with more than 8 bits or more than one slice: as training did.
         weak: heat maps are a weak localisation: training had no masks, so they come from the detection heads.
@@ -118,11 +117,10 @@ class Predictor:
     """
 
     def __init__(self, checkpoint: Checkpoint, detector: Detector, clip: CLIP, autocast: torch.dtype | None) -> None:
-        self.checkpoint, self.settings, self.detector = checkpoint, checkpoint.settings, detector
+        self.checkpoint, self.settings, self.network = checkpoint, checkpoint.settings, Network(clip, detector)
         self.reading, self.weak = self.settings.read_options, not self.settings.pixel_metrics
         self.layers = len(self.settings.features_list)
-        self.clip, self._autocast, self._lock = clip, autocast, Lock()
-        self.network = Network(clip, detector)
+        self._device, self._autocast, self._lock = clip.device, autocast, Lock()
         self._set(checkpoint.metadata.get("threshold") or {})
 
     def _set(self, calibration: dict[str, Any]) -> None:
@@ -206,9 +204,8 @@ class Predictor:
     @torch.no_grad()
     def compute(self, function: Callable[[Tensor], Out], images: Tensor) -> Out:
         """What the network, or its `patches`, gives for images (B, 3, S, S) in [0, 1], on the device."""
-        device = self.clip.device
-        with self._lock, torch.autocast(device.type, dtype=self._autocast, enabled=self._autocast is not None):
-            return function(images.to(device))
+        with self._lock, torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast is not None):
+            return function(images.to(self._device))
 
     def calibrate(self, dataset: MedicalDataset, rule: str, batch_size: int = 16, workers: int = 2) -> None:
         """Set the thresholds of images and pixels again, on all labelled images of a data set.
@@ -237,7 +234,7 @@ class Predictor:
         images, scores = prefetch(lambda sample: load_image(sample, size), samples, workers, ahead=batch_size), []
         while batch := list(islice(images, batch_size)):
             scores.append(self.compute(self.network.patches, torch.stack(batch)).cpu())
-        evaluation = Evaluation(samples, torch.cat(scores), self.detector.scoring_head, size, settings.dec_type)
+        evaluation = Evaluation(samples, torch.cat(scores), self.network.head, size, settings.dec_type)
         masks = Masks.of(samples, settings, workers)
         result = calibrate(evaluation, masks, rule, f"images of {dataset.obj}")
         if result is None:

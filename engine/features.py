@@ -237,7 +237,7 @@ class TokenStore:
         missing = set(self.missing)
         common, own = ([rows for rows in chunks if missing & set(rows)] for chunks in (self._common, self._own))
         total = len(missing)
-        quiet = not distributed.is_main()
+        quiet = not (total and distributed.is_main())
         with tqdm(total=total, desc="tokens", unit="image", mininterval=bar_seconds(), disable=quiet) as bar:
             mine = self._pass(distributed.share(common), missing)
             for _ in range(0, len(common), distributed.world()):

@@ -8,7 +8,6 @@ paper's own data are read as published: by luminance, and resized where their si
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ from PIL import Image, ImageChops
 
 from utils import InputError
 
-from .grey import Notes, warn_once
+from .grey import Array, Notes, warn_once
 from .images import Sample, reader_of
 
 if TYPE_CHECKING:
@@ -34,8 +33,14 @@ class Mask(NamedTuple):
 
     image: Image.Image  # 8-bit grey at its own size; 0 and 255 where labels say what is abnormal
     notes: Notes  # `orientation`, `alpha`, `wide`, ...: what is to be said of the file
-    levels: Levels
+    values: tuple[Array, ...]  # of each file, its levels pixel by pixel
     by_label: bool  # labels say what is abnormal, not the grey
+
+    @property
+    def levels(self) -> Levels:
+        """How often each level occurs."""
+        counts = (np.unique(values, return_counts=True) for values in self.values)
+        return sum((Levels(dict(zip(*map(np.ndarray.tolist, pair), strict=True))) for pair in counts), Levels())
 
     def marks(self, above: int) -> bool:
         """Whether any pixel is abnormal."""
@@ -52,31 +57,24 @@ def read_mask(sample: Sample) -> Mask | None:
     Raises:
         InputError: a file cannot be read, or several masks of the image differ in size.
     """
-    if not sample.masks:
-        return None
-    mask = _read(sample.masks[0], sample)
-    for path in sample.masks[1:]:
-        other = _read(path, sample)
-        if other.image.size != mask.image.size:
-            raise InputError(f"{path}: {other.image.size} pixels, but {sample.masks[0]} has {mask.image.size}")
-        mask = Mask(
-            ImageChops.lighter(mask.image, other.image), {**mask.notes, **other.notes}, mask.levels + other.levels,
-            mask.by_label or other.by_label,
-        )  # fmt: skip
-    return mask
-
-
-def _read(path: Path, sample: Sample) -> Mask:
+    mask: Mask | None = None
+    labels = sample.options.mask_labels
     count = 1 if sample.index is None else len(reader_of(sample.path).describe(sample.path, sample.options.plane))
-    file, labels = reader_of(path).read_mask(path, sample, count), sample.options.mask_labels
-    levels = file.grey if sample.published else file.levels
-    by_label = bool(labels) or (file.is_labelled and not sample.published)
-    grey = file.grey
-    if by_label:
-        grey = (np.isin(levels, labels) if labels else levels != 0).astype(np.uint8) * 255
-    values, counts = np.unique(levels if by_label else grey, return_counts=True)
-    counted = Levels(dict(zip(values.tolist(), counts.tolist(), strict=True)))
-    return Mask(Image.fromarray(grey), file.notes, counted, by_label)
+    for path in sample.masks:
+        grey, levels, is_labelled, notes = reader_of(path).read_mask(path, sample, count)
+        by_label = bool(labels) or (is_labelled and not sample.published)
+        if sample.published or not by_label:
+            levels = grey
+        if by_label:
+            grey = (np.isin(levels, labels) if labels else levels != 0).astype(np.uint8) * 255
+        part = Mask(Image.fromarray(grey), notes, (levels,), by_label)
+        if mask is not None:
+            if part.image.size != mask.image.size:
+                raise InputError(f"{path}: {part.image.size} pixels, but {sample.masks[0]} has {mask.image.size}")
+            image = ImageChops.lighter(mask.image, part.image)
+            part = Mask(image, mask.notes | notes, mask.values + part.values, mask.by_label or by_label)
+        mask = part
+    return mask
 
 
 def levels_note(levels: Levels, by_label: bool, above: int, labels: tuple[int, ...]) -> str | None:

@@ -314,8 +314,9 @@ class MedicalDataset:
         for label, count in ((1, shot_abnormal), (0, shot_normal)):
             if count:
                 known = self.known_shots(label)
+                flag = "--shot" if shot_normal == shot_abnormal else f"--shot_{KINDS[label]}"
                 names, source = self._listed(label, count, iterate, known) or (
-                    self._drawn(label, count, draw, known),
+                    self._drawn(label, count, draw, known, flag),
                     f"sampled with seed {seed} from the sorted names of valid/ (no list for {count} shots is used)",
                 )
                 groups[label] = [known[name] for name in names]
@@ -329,7 +330,7 @@ class MedicalDataset:
         images = (image for file in self.image_files("valid", label) for image in self.images_in(file))
         return {image.listed: image for image in images}
 
-    def _drawn(self, label: int, count: int, draw: random.Random, known: Mapping[str, Sample]) -> list[str]:
+    def _drawn(self, label: int, count: int, draw: random.Random, known: Mapping[str, Sample], flag: str) -> list[str]:
         """The names of `count` images, drawn from those that may be shots."""
         usable = {sample for file in self.image_files("valid", label) for sample in self.samples_in(file)}
         patients = {
@@ -341,7 +342,7 @@ class MedicalDataset:
             masked = " with a mask" * (len(patients) < len(known))
             why = "".join(f"; {line}" for line in self.left_out_lines())
             fault = f"valid holds only {len(patients)} {KINDS[label]} images{masked} in {self.root}"
-            raise InputError(f"--shot {count} or --shot_{KINDS[label]} {count}: {fault}{why}")
+            raise InputError(f"{flag} {count}: {fault}{why}")
         return draw_shots(draw, patients, count)
 
     def _listed(

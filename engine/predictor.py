@@ -272,12 +272,11 @@ def open_picture(image: ImageLike | InputError, reading: ReadOptions) -> Picture
     """A picture as 8-bit RGB with square pixels; `InputError` where it is none."""
     if isinstance(image, Frame):
         return read(image)
+    if isinstance(image, np.ndarray):
+        image = to_rgb(image)
     if isinstance(image, Image.Image):
         rgb, notes = pillow_to_rgb(image, Frame(Path("image"), options=reading))
         return Picture(rgb.copy(), "", image.mode, image.size, notes=notes)
-    if isinstance(image, np.ndarray):
-        rgb = to_rgb(image)
-        return Picture(rgb, "", "array", rgb.size)
     raise image if isinstance(image, InputError) else InputError(f"{type(image).__name__}: no path, picture or array")
 
 

@@ -1,7 +1,5 @@
 """Fixtures: the golden arrays and the tiny model that they were measured on."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from functools import cache

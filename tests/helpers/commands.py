@@ -9,8 +9,6 @@ A command can be stopped at an event inside of it, so that no test depends on ho
     running.halted(); ...; running.go(); result = running.wait()
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import functools
@@ -81,7 +79,7 @@ def words(script: str, *arguments: object) -> list[str]:
 class Running:
     """A command that was started."""
 
-    def __init__(self, commands: Commands, command: list[str], folder: tempfile.TemporaryDirectory[str]) -> None:
+    def __init__(self, commands: "Commands", command: list[str], folder: tempfile.TemporaryDirectory[str]) -> None:
         self._commands, self._command, self._folder = commands, command, folder
         self.path = Path(folder.name)  # of out, err, and the files by which halt and go are told
         self.pid = 0

@@ -1,7 +1,5 @@
 """Small models and options for unit tests of the engine."""
 
-from __future__ import annotations
-
 import zipfile
 import zlib
 from argparse import Namespace

@@ -1,7 +1,5 @@
 """The commands that README.md and the pages of docs/ show."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Evaluations that nobody measured: small pictures on disk and patch scores that give the image scores asked for."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A server of files: ranges, and as much of the Hugging Face hub's protocol as huggingface_hub's downloads need."""
 
-from __future__ import annotations
-
 import hashlib
 import threading
 from collections.abc import Iterator

@@ -7,8 +7,6 @@ The data are made once, by the first recording, in FOLDER/../data. Numbers depen
 compared on one machine and are not kept in the repository.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import json

@@ -6,8 +6,6 @@ Every place where the host would wait for the device is counted; where it waits 
 none is, what is asked; and where it waits for a number of elements, half of what there could be.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What a command has left: its exit code and one line, or its output; the files that it wrote."""
 
-from __future__ import annotations
-
 import csv
 import json
 import subprocess

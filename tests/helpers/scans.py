@@ -1,7 +1,5 @@
 """Scans for tests: the MNI template that nilearn ships, as NIfTI and as a DICOM series made of it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a W&B run on disk holds, as `wandb leet inspect` prints it: nothing here knows wandb's file format."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

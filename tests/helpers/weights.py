@@ -1,7 +1,5 @@
 """CLIP weight files for tests: any state in OpenAI's, open_clip's and Hugging Face's form."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Fixtures: real commands, made-up data sets, and a trained run on each of two, made once for all workers of pytest."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """A tower of one's own, and another image tower, DINOv2, through the real commands."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 

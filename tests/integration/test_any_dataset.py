@@ -1,7 +1,5 @@
 """A data set of one's own through the real commands: layouts, JSON files, prompts, unequal shots."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

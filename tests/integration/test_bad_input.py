@@ -1,7 +1,5 @@
 """Bad input through the real commands: exit code 2, one line that names the file or flag, nothing written is lost."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable

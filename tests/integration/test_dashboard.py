@@ -1,7 +1,5 @@
 """What W&B shows of a real offline run, read back by wandb's own command; and the sweep's command lines, started."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

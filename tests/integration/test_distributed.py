@@ -1,7 +1,5 @@
 """Two gloo processes on the CPU against one: the same numbers to every digit."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

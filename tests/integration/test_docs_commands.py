@@ -1,7 +1,5 @@
 """The commands of README.md and docs/ as they stand there, in their order, in one empty folder."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

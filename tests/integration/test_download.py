@@ -1,7 +1,5 @@
 """`utils.download` and `python -m CLIP.download` against a server in a thread that misbehaves on request."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import random

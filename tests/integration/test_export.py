@@ -1,7 +1,5 @@
 """python -m engine.export: the same numbers from the ONNX file, through the command and without PyTorch."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """The real train.py and test.py, with their defaults, against what the published programs gave on the same files."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

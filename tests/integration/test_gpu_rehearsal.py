@@ -4,8 +4,6 @@ What needs values is outside: the towers and prompts are made on the CPU and mov
 fits of baselines and the ends of passes the test says for what they wait.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from functools import cache

@@ -3,8 +3,6 @@
 huggingface_hub reads its environment when it is imported, which the process that forks for each command has not done.
 """
 
-from __future__ import annotations
-
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """predict.py and the Python API on real files: phantom PNGs, pydicom's DICOM files, the MNI template of nilearn."""
 
-from __future__ import annotations
-
 import csv
 import os
 import re

@@ -1,7 +1,5 @@
 """The published checkpoint format, through the real commands: written by export, read by test.py."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass
 from pathlib import Path

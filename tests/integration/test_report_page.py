@@ -4,8 +4,6 @@ The address holds the view (#filter=fp&sort=score&threshold=1), so headless Chro
 see it.
 """
 
-from __future__ import annotations
-
 import html
 import re
 import shutil

@@ -1,7 +1,5 @@
 """reproduce.py and test.py on another data set, as a user starts them, on the phantom and the small model."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re

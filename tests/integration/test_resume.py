@@ -1,7 +1,5 @@
 """Run folders: a run that is killed, stopped or out of disk goes on as if nothing had happened."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """train.py and test.py as a user starts them, on the phantom and the small model."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The notebook docs/tour.ipynb: it runs from its own folder, and its size stays small."""
 
-from __future__ import annotations
-
 import nbformat
 from nbclient import NotebookClient
 

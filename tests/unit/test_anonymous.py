@@ -1,7 +1,5 @@
 """--anonymous: running numbers, the same for the same files, from which no name can be found."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from argparse import Namespace

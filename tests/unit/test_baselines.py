@@ -1,7 +1,5 @@
 """Baselines on made-up tokens, where the right answer is known."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """engine/calibration.py: thresholds by each rule, for images and pixels, against brute force."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import numpy as np

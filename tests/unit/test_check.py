@@ -1,7 +1,5 @@
 """python -m dataset.check as a user starts it, on data sets with one fault each."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 from pathlib import Path

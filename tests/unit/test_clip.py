@@ -1,7 +1,5 @@
 """The factory: configs, weights, activations, and open_clip as a second oracle."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

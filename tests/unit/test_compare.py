@@ -1,7 +1,5 @@
 """engine/compare.py: differences of runs on the same images against plain computation, and what cannot be compared."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Flags and settings: the choices are those of the code, stored options are read like a command line."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """DINOv2 as the image tower: transformers as the oracle, the wheel, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Sequence

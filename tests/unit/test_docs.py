@@ -1,7 +1,5 @@
 """README and docs: small, linked, in step with the code; each command is run by a test or says what it needs."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -1,7 +1,5 @@
 """The paper's data sets from an archive: a server that breaks off, MVFA's archives, what is refused."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import tarfile

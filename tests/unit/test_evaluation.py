@@ -1,7 +1,5 @@
 """Patch scores, what follows from them, and masks as packed bits."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from dataclasses import replace
 

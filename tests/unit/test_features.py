@@ -1,7 +1,5 @@
 """The token store: what names its files, what it notices, where it keeps tokens, and how often the tower runs."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Figures of an evaluation and of a run: which curves they hold, which threshold they mark, files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 FUZZ_EXAMPLES=5000 pytest tests/unit/test_fuzz.py looks longer, at other examples each time.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import os

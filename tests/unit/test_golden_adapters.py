@@ -1,7 +1,5 @@
 """Adapters and scores against figures measured on the published implementation."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The 16 views and the image transforms against figures measured on the published implementation."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

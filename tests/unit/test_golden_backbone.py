@@ -1,7 +1,5 @@
 """The frozen towers against figures measured on the published implementation."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

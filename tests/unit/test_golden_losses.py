@@ -1,7 +1,5 @@
 """Losses, gradients and one Adam step against figures measured on the published implementation."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

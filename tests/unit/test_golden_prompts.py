@@ -1,7 +1,5 @@
 """Prompts and text features against figures measured on the published implementation."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The house of the project: which folder may import which, and how long files and functions may be."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The one reader of pictures: files that are written here, the real DICOM files that pydicom ships, NIfTI volumes."""
 
-from __future__ import annotations
-
 import struct
 import zlib
 from pathlib import Path

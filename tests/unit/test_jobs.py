@@ -1,7 +1,5 @@
 """Jobs: how many at once, on which GPU, and how one that broke is told; submitit's executor is replaced by a fake."""
 
-from __future__ import annotations
-
 import sys
 from types import SimpleNamespace
 

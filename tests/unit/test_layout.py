@@ -1,7 +1,5 @@
 """Other people's folders: which are the classes, which files are masks and whose, what is left out, what is said."""
 
-from __future__ import annotations
-
 import json
 import unicodedata
 import zlib

@@ -1,7 +1,5 @@
 """A list of images instead of folders, also as Excel writes it; written from folders, and wrong in many ways."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

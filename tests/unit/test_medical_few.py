@@ -1,7 +1,5 @@
 """The MVFA layout, few-shot lists, and images of every kind."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

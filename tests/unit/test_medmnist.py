@@ -1,7 +1,5 @@
 """The MedMNIST converter, on archives of MedMNIST's form that are made here."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """engine/metrics.py against scikit-learn, MVTec's AUPRO and the figures of the published evaluation."""
 
-from __future__ import annotations
-
 import json
 import tracemalloc
 from collections.abc import Callable

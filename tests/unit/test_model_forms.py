@@ -1,7 +1,5 @@
 """Any CLIP: OpenAI's, open_clip's and Hugging Face's files are one model; other families are refused."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

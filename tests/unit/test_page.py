@@ -1,7 +1,5 @@
 """The pages: which cards, counts and figures they hold, what is escaped. Browsers: tests/integration."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -1,7 +1,5 @@
 """The made-up data set: its layout, its masks, that it repeats, and that it destroys nothing."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Pictures: colours, overlays, outlines and contours, in the aspect of the image's file."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from PIL import Image

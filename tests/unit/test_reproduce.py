@@ -1,7 +1,5 @@
 """The grid: which cells a table has, what is refused, what it costs, and what its tables say."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

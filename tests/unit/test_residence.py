@@ -1,7 +1,5 @@
 """After the first epoch nothing is decoded, no file of the data set is opened."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

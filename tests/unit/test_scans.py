@@ -1,7 +1,5 @@
 """What a scan's file says of a slice, and heat maps in the scan's own space, down to the voxel."""
 
-from __future__ import annotations
-
 import gzip
 from dataclasses import replace
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Kept patch scores: all that was kept comes back, labels and patients from the file, and other flags are refused."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Tables: figures over seeds, the three formats, and what is on record of others."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

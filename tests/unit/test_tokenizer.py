@@ -1,8 +1,6 @@
 """The byte-pair encoder against the stored ids and against open_clip's on many scripts."""
 
 # ruff: noqa: RUF001 (look-alike characters are what is tested)
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

@@ -1,7 +1,5 @@
 """W&B: what is logged, what a failure does, and where a key is read. Real runs: tests/integration/test_dashboard.py."""
 
-from __future__ import annotations
-
 import json
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """The training set, a step, the state that --resume puts back, and what each seed draws."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """Atomic files, hashes, messages and exit codes, values of files, threads."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Weight files: every format comes back as the same tensors, and everything else as one clear line."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import random

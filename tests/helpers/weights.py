@@ -1,12 +1,10 @@
-"""CLIP weight files for tests: any state in OpenAI's, open_clip's and Hugging Face's form."""
+"""CLIP weight files for tests, in OpenAI's, open_clip's and Hugging Face's form, and the oracles' own models."""
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from CLIP.config import ModelConfig
 from CLIP.weights import HALF, NOT_WEIGHTS
@@ -52,86 +50,34 @@ class _Tree(torch.nn.Module):
         return image
 
 
-def save_hugging_face(
-    state: dict[str, torch.Tensor], config: ModelConfig, folder: Path, weights: str = "model.safetensors"
-) -> None:
-    """Write a folder as transformers' CLIPModel.save_pretrained does: config.json and weights under its names."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(hugging_face_config(config)))
-    named = hugging_face_names({key: value.float() for key, value in state.items() if key not in NOT_WEIGHTS})
-    named |= {f"{tower}_model.embeddings.position_ids": torch.arange(77)[None] for tower in ("text", "vision")}
-    if weights.endswith(".safetensors"):
-        save_file({key: value.contiguous() for key, value in named.items()}, folder / weights, {"format": "pt"})
-    else:
-        torch.save(named, folder / weights)
+def save_hugging_face(config: ModelConfig, folder: Path) -> Any:
+    """A CLIPModel of transformers, all of whose numbers are random and exact in float16, and the folder it writes."""
+    import transformers  # noqa: PLC0415 - takes seconds
 
+    def tower(width: int, layers: int, heads: int) -> dict[str, Any]:
+        sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+        return {**sizes, "intermediate_size": 4 * width, "hidden_act": "quick_gelu" if config.quick_gelu else "gelu"}
 
-def hugging_face_config(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a CLIPModel of this size."""
-    activation = "quick_gelu" if config.quick_gelu else "gelu"
-    text = {
-        "model_type": "clip_text_model", "hidden_size": config.text_width, "intermediate_size": 4 * config.text_width,
-        "num_hidden_layers": config.text_layers, "num_attention_heads": config.text_heads, "hidden_act": activation,
-    }  # fmt: skip
-    vision = {
-        "model_type": "clip_vision_model", "hidden_size": config.width, "intermediate_size": 4 * config.width,
-        "num_hidden_layers": config.layers, "num_attention_heads": config.heads, "hidden_act": activation,
-        "image_size": config.image_size, "patch_size": config.patch_size,
-    }  # fmt: skip
-    return {
-        "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config.embed_dim,
-        "text_config": text, "vision_config": vision, "torch_dtype": "float32",
-    }  # fmt: skip
-
-
-def hugging_face_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict under OpenAI's names, renamed one by one: written apart from the reader that it tests."""
-    result: dict[str, torch.Tensor] = {}
-    for key, value in state.items():
-        tower, name = ("vision", key.removeprefix("visual.")) if key.startswith("visual.") else ("text", key)
-        if key == "logit_scale":
-            result[key] = value
-        elif name in ("proj", "text_projection"):
-            result["visual_projection.weight" if tower == "vision" else "text_projection.weight"] = value.T
-        elif name.startswith("transformer.resblocks."):
-            _, _, number, rest = name.split(".", 3)
-            stem, kind = f"{tower}_model.encoder.layers.{number}", rest.rpartition(".")[2]
-            if rest.startswith("attn.in_proj"):
-                for letter, part in zip("qkv", value.chunk(3), strict=True):
-                    result[f"{stem}.self_attn.{letter}_proj.{kind.removeprefix('in_proj_')}"] = part
-                continue
-            module = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj",
-                      "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}[rest.rpartition(".")[0]]  # fmt: skip
-            result[f"{stem}.{module}.{kind}"] = value
-        else:
-            module = {
-                "conv1.weight": "embeddings.patch_embedding.weight", "class_embedding": "embeddings.class_embedding",
-                "positional_embedding": "embeddings.position_embedding.weight",
-                "token_embedding.weight": "embeddings.token_embedding.weight",
-                "ln_pre.weight": "pre_layrnorm.weight", "ln_pre.bias": "pre_layrnorm.bias",
-                "ln_post.weight": "post_layernorm.weight", "ln_post.bias": "post_layernorm.bias",
-                "ln_final.weight": "final_layer_norm.weight", "ln_final.bias": "final_layer_norm.bias",
-            }[name]  # fmt: skip
-            result[f"{tower}_model.{module}"] = value
-    return result
+    text = tower(config.text_width, config.text_layers, config.text_heads)
+    vision = tower(config.width, config.layers, config.heads)
+    vision |= {"image_size": config.image_size, "patch_size": config.patch_size}
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=config.embed_dim)
+    )
+    for parameter in model.parameters():
+        parameter.data = (parameter.data + 0.02 * torch.randn_like(parameter)).half().float()
+    model.save_pretrained(folder)
+    return model.eval()
 
 
 def open_clip_model(config: ModelConfig, state: dict[str, torch.Tensor], size: int, quick_gelu: bool) -> Any:
     """open_clip's model with these weights (OpenAI's names), its positional embedding resized to `size` pixels."""
     import open_clip  # noqa: PLC0415 - takes seconds
 
-    model = open_clip.model.CLIP(
-        config.embed_dim,
-        {
-            "image_size": size, "patch_size": config.patch_size, "width": config.width, "layers": config.layers,
-            "head_width": config.width // config.heads, "mlp_ratio": config.mlp_ratio,
-        },
-        {
-            "context_length": config.context_length, "vocab_size": config.vocab_size, "width": config.text_width,
-            "heads": config.text_heads, "layers": config.text_layers, "mlp_ratio": config.text_mlp_ratio,
-        },
-        quick_gelu=quick_gelu,
-    )  # fmt: skip
+    sizes = open_clip_config(config)["model_cfg"]
+    vision, text = {**sizes["vision_cfg"], "image_size": size}, sizes["text_cfg"]
+    model = open_clip.model.CLIP(config.embed_dim, vision, text, quick_gelu=quick_gelu)
     state = {key: value for key, value in state.items() if key not in NOT_WEIGHTS}
     open_clip.model.resize_pos_embed(state, model)
     model.load_state_dict(state)

@@ -5,8 +5,8 @@ import json
 
 import torch
 
+from CLIP.clip import create_model
 from CLIP.config import ModelConfig
-from tests.conftest import tiny_state
 from tests.helpers.data import SMALL
 from tests.helpers.results import fine, refused
 from tests.helpers.weights import save_hugging_face
@@ -17,8 +17,8 @@ def test_an_exported_checkpoint_is_tested_with_ones_own_tower(command, phantoms,
     tiny, found = ModelConfig.load("ViT-tiny-14-56"), []
     values = {key: value for key, value in tiny.to_dict().items() if key not in ("name", "hub", "urls")}
     (tmp_path / "Own.json").write_text(json.dumps({**values, "weights": {"openai": "own.pt"}}))
-    torch.save(tiny_state(), tmp_path / "own.pt")
-    save_hugging_face(tiny_state(), tiny, tmp_path / "hf")
+    save_hugging_face(tiny, tmp_path / "hf")
+    torch.save(create_model(str(tmp_path / "hf"), "openai", 56).state_dict(), tmp_path / "own.pt")
     shared = ["--obj", "Brain", "--data_path", phantoms, "--device", "cpu", "--img_size", 42, "--cache", "off"]
     own = ["--model_name", tmp_path / "Own.json"]
     fine(command("train.py", *shared, *own, "--save_path", tmp_path, "--epoch", 1, "--shot", 2))

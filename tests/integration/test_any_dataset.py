@@ -1,8 +1,6 @@
 """A data set of one's own through the real commands: layouts, JSON files, prompts, unequal shots."""
 
-import itertools
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -10,11 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from dataset import phantom
-from dataset.layout import FOLDER
-from tests.helpers.commands import ROOT, Commands
+from tests.helpers.commands import Commands
 from tests.helpers.data import SMALL
 from tests.helpers.net import make_data
 from tests.helpers.results import fine
@@ -79,32 +75,6 @@ def test_mvtecs_layout(bottle, call, tmp_path):
     assert all(name.startswith(("test/crack/", "test/hole/")) for name in stored["about"]["shots"]["abnormal"])
 
 
-def test_busi_as_it_is_distributed(call, tmp_path):
-    """A folder for each class, and masks beside the images: not one of them is an image, and every one is found."""
-    root = tmp_path / "BUSI"
-    for split, kind in itertools.product(("valid", "test"), ("good", "Ungood")):
-        images = sorted((ROOT / "data/sample/BreastBUSI_AD" / split / kind / "img").iterdir())
-        for index, image in enumerate(images[:13]):
-            stem = f"{'normal' if kind == 'good' else 'benign'} ({split[0]}{index})"
-            folder = root / stem.split(maxsplit=1)[0]
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copy(image, folder / f"{stem}.png")
-            if kind == "good":
-                Image.new("L", (240, 240)).save(folder / f"{stem}_mask.png")
-            else:
-                shutil.copy(image.parents[1] / "anomaly_mask" / image.name, folder / f"{stem}_mask.png")
-    checked = call("dataset.check", "--data_root", root)
-    trained = call("train.py", *ONE_EPOCH, "--data_root", root, "--save_path", tmp_path, "--shot", 2)
-    for output in (checked, trained):
-        assert "masks: 25 beside the images" in output
-        assert "of their 50 images" in output
-    assert len(last_lines(trained)) == 2
-    call("dataset.check", "--data_root", root, "--write_list", "images.csv")
-    again = call("train.py", *ONE_EPOCH, "--data_root", root, "--save_path", tmp_path, "--shot", 2)
-    assert "images.csv" in again
-    assert last_lines(again) == last_lines(trained)
-
-
 @pytest.mark.parametrize("kind", ["dicom", "nifti"])
 def test_series_and_volumes_are_trained_slice_by_slice(call, once, tmp_path, kind):
     root = once("scans", lambda folder: make_data(folder / "data")) / "data" / kind
@@ -113,19 +83,6 @@ def test_series_and_volumes_are_trained_slice_by_slice(call, once, tmp_path, kin
     trained = call("train.py", *ONE_EPOCH, *paths, *scans, "--shot", 2)
     assert len(last_lines(trained)) == 1
     assert last_lines(trained) == last_lines(call("test.py", *paths))  # which reads them as the training did
-
-
-def test_a_file_names_prompts_and_whether_masks_are_used(brain, call, tmp_path):
-    """As a user would: the file is put into dataset/."""
-    name = f"zz_{os.getpid()}"
-    path = FOLDER / f"{name}.json"
-    try:
-        path.write_text(json.dumps({"prompt_name": "knee joint", "pixel_metrics": False}))
-        paths = ["--obj", name, "--data_root", brain, "--save_path", tmp_path, "--shot", 2]
-        assert len(last_lines(call("train.py", *ONE_EPOCH, *paths))) == 1
-    finally:
-        path.unlink()
-    assert torch.load(tmp_path / f"{name}.pth", weights_only=True)["settings"]["prompt_name"] == "knee joint"
 
 
 def test_prompts_of_ones_own_are_in_the_checkpoint(brain, call, tmp_path):

@@ -11,7 +11,6 @@ import pytest
 
 from CLIP.clip import create_model
 from CLIP.config import ModelConfig
-from tests.conftest import tiny_state
 from tests.helpers.commands import Commands
 from tests.helpers.hub_server import HubServer, hub_server
 from tests.helpers.results import fine, refused
@@ -51,7 +50,7 @@ run_cli(main)
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Repositories in Hugging Face's form, one of another family."""
     folder = tmp_path_factory.mktemp("repositories")
-    save_hugging_face(tiny_state(), TINY, folder / "hf")
+    save_hugging_face(TINY, folder / "hf")
     (folder / "bert").mkdir()
     (folder / "bert" / "config.json").write_text('{"model_type": "bert"}')
     return {

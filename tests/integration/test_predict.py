@@ -232,22 +232,6 @@ def test_a_volume_of_thick_slices(command, ckpts, scans, tmp_path):
         np.testing.assert_allclose(slice_, np.asarray(expected), atol=3e-4)
 
 
-def test_a_series_and_its_heat_series(command, ckpts, scans, tmp_path):
-    predicted(command, ckpts / "Mine.pth", tmp_path / "a", scans / "series", "--window", "full")
-    predicted(command, ckpts / "Mine.pth", tmp_path / "b", scans / "mni.nii.gz", "--window", "full")
-    table = rows(tmp_path / "a")
-    assert [int(row["InstanceNumber"]) for row in table] == list(range(1, len(table) + 1))
-    scores = [[float(row["score"]) for row in rows(tmp_path / out)] for out in "ab"]
-    np.testing.assert_allclose(*scores, atol=1e-3)  # the same volume, whatever the format
-    np.testing.assert_allclose(*[[float(row["slice_position"]) for row in rows(tmp_path / out)] for out in "ab"])
-    volume = nibabel.as_closest_canonical(nibabel.load(tmp_path / "b" / rows(tmp_path / "b")[0]["heat_volume"]))
-    for place, row in enumerate(table):
-        heat, source = dcmread(tmp_path / "a" / row["heat_volume"]), dcmread(row["file"])
-        assert heat.ImagePositionPatient == source.ImagePositionPatient
-        values = heat.pixel_array * float(heat.RescaleSlope) / 1000
-        np.testing.assert_allclose(values, volume.get_fdata()[::-1, ::-1, place].T, atol=2e-3)
-
-
 def test_gaps_and_localizers_of_a_series_are_said(command, ckpts, scans, tmp_path):
     shutil.copytree(scans / "series", tmp_path / "series")
     headers = {int(dcmread(path).InstanceNumber): path for path in (tmp_path / "series").iterdir()}

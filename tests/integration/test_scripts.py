@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from CLIP.config import ModelConfig
-from tests.conftest import tiny_state
 from tests.helpers.commands import Call
 from tests.helpers.data import SMALL, unpacked
 from tests.helpers.results import fine, refused
@@ -167,7 +166,7 @@ def test_kept_scores_give_every_number_again(command, trained, tmp_path):
 
 def test_what_is_shared_names_no_folder_and_no_host(command, phantoms, tmp_path):
     """The checkpoint, the page, the results and the kept scores; of the run's folder config.json alone may."""
-    save_hugging_face(tiny_state(), ModelConfig.load("ViT-tiny-14-56"), tmp_path / "tower")
+    save_hugging_face(ModelConfig.load("ViT-tiny-14-56"), tmp_path / "tower")
     shared = ["--obj", "Brain", "--data_path", phantoms, "--save_path", tmp_path / "ckpt", "--device", "cpu"]
     shared += ["--model_name", tmp_path / "tower", "--cache", "disk", "--cache_dir", tmp_path / "store"]
     run = ["--shot", 1, "--epoch", 1, "--run_dir", tmp_path / "runs", "--exp_name", "one"]

@@ -158,15 +158,3 @@ def test_slices_that_are_left_out_are_no_leaks(tmp_path, check):
     assert code == 0, output
     assert "the same picture" not in output
     assert "36 slices that show nothing: left out" in output
-
-
-def test_the_images_of_a_list_are_looked_at(tmp_path, check):
-    for kind in ("normal", "abnormal"):
-        (tmp_path / kind).mkdir()
-        for index in range(12):
-            gray(noise(40, 40) // (index + 1 + 12 * (kind == "normal")), tmp_path / kind / f"{index}.png")
-    assert check("--data_root", tmp_path, "--write_list", "images.csv")[0] == 0
-    (tmp_path / "normal/3.png").write_bytes(b"nothing")
-    code, output = check("--data_root", tmp_path)
-    assert code == 1
-    assert "images or masks that cannot be used: 1" in output

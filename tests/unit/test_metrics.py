@@ -107,19 +107,6 @@ def test_pixel_metrics_are_exact(shape: str) -> None:
     assert f1 == pytest.approx(2 * (called & labels).sum() / (called.sum() + labels.sum()), abs=1e-12)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_coarse_grid_keeps_the_bound(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At 256 points the errors are large enough to see: the AUROC's bound, and AP far below a cell's share."""
-    monkeypatch.setattr(metrics, "GRID", 256)
-    scores, labels = draw(shape, 100_000, 0.1)
-    counts = count(scores, labels)
-    assert 1 <= len(counts.grid) <= 256
-    auroc, ap, f1 = exact(scores, labels)
-    assert counts.auroc() == pytest.approx(auroc, abs=1 / 512)
-    assert counts.average_precision() == pytest.approx(ap, abs=6e-4)
-    assert f1 - 2e-3 < counts.f1_max()[0] <= f1 + 1e-12
-
-
 pixel_sets = st.lists(
     st.tuples(st.sampled_from([0.0, -0.0, 1e-30, 0.1, 0.10000001, 0.5, 3.9999998, 4.0]), st.booleans()), max_size=30
 )

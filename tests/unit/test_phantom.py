@@ -4,44 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from dataset.medical_few import MedicalDataset
 from dataset.phantom import KINDS, draw, write
-from dataset.writer import FOLDERS
 from utils import InputError
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize("obj", KINDS)
-def test_layout_counts_and_masks(obj: str, tmp_path: Path):
-    write(tmp_path, [obj], valid=2, test=3, seed=0, size=48)
-    folder = tmp_path / f"{obj}_AD"
-    expected = {"PHANTOM.txt", "fewshot_seed/my1-shot.txt", "fewshot_seed/my2-shot.txt"}
-    for split, count in (("valid", 2), ("test", 3)):
-        for label in FOLDERS:
-            names = [f"{split}_{label}_{i:05d}.png" for i in range(count)]
-            expected |= {f"{split}/{label}/img/{name}" for name in names}
-            if KINDS[obj].has_masks and label == "Ungood":
-                expected |= {f"{split}/{label}/anomaly_mask/{name}" for name in names}
-    assert set(files(folder)) == expected
-    for path in folder.glob("*/*/img/*.png"):
-        with Image.open(path) as image:
-            assert image.size == (48, 48)
-            assert image.mode == ("RGB" if obj == "Histopathology" else "L")
-    for path in folder.glob("*/*/anomaly_mask/*.png"):
-        with Image.open(path) as mask:
-            assert (mask.mode, mask.size) == ("L", (48, 48))
-            assert set(np.unique(np.asarray(mask))) == {0, 255}
-    dataset = MedicalDataset.open(obj, tmp_path)
-    assert [sample.label for sample in dataset.samples("test")] == [0, 0, 0, 1, 1, 1]
-    shots = dataset.shots(2, 2, 0, 0)
-    assert shots.source.endswith("my2-shot.txt")
-    assert [sample.path.name for sample in shots.abnormal] == ["valid_Ungood_00000.png", "valid_Ungood_00001.png"]
-    assert not dataset.is_benchmark
 
 
 @pytest.mark.parametrize("obj", KINDS)

@@ -3,6 +3,7 @@
 import os
 import pickle
 import random
+import struct
 import warnings
 import zipfile
 from pathlib import Path
@@ -119,10 +120,15 @@ def test_a_flipped_bit_in_a_torchscript_archive_is_noticed(tmp_path: Path, state
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_what_is_no_file_of_weights(tmp_path: Path) -> None:
+def test_what_is_no_file_of_weights(tmp_path: Path, small: State) -> None:
     path, rng = tmp_path / "file", random.Random(3)
-    for content in (b"<!DOCTYPE html><html>log in first</html>", rng.randbytes(500)):
+    page, deep, endless = b"<!DOCTYPE html><html>log in first</html>", b"\x80\x02" + b"(l" * 10**6 + b".", 2**60
+    for content in (page, deep, struct.pack("<Q", endless) + b'{"a":1}', rng.randbytes(500)):
         path.write_bytes(content)
+        refused(path)
+    for save in (torch.save, save_file):
+        save(small, path)
+        path.write_bytes(path.read_bytes()[:-5000])
         refused(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "hello")

@@ -20,7 +20,6 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
-from dataset.anonymous import Numbers
 from dataset.medical_few import MedicalDataset
 from engine import distributed
 from engine.calibration import describe_threshold, threshold_metrics
@@ -97,8 +96,6 @@ def compute_scores(options: argparse.Namespace) -> Scored:
     patients, unknown = shot_patients(trained, metadata, dataset)
     samples = dataset.samples("test")
     if options.anonymous:
-        numbers = Numbers(dataset)
-        samples, patients = numbers.samples(samples), None if patients is None else numbers.patients(patients)
         metadata = {name: value for name, value in metadata.items() if name not in ("shots", "shot_patients")}
     device = pick_device(options.device)
     weights = find_trained_weights(checkpoint, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -161,3 +162,22 @@ def _divide(files: Sequence[Sample], root: Path, share: float) -> list[Sample]:
         return file.split or ("valid" if is_valid else "test")
 
     return [replace(file, split=split(file)) for file in files]
+
+
+def number(files: Iterable[Sample]) -> tuple[list[Sample], dict[str, str]]:
+    """The files under running numbers instead of names and patients, and patient -> number: for --anonymous.
+
+    They are numbered in order, so that no number tells a name, and the same files give the same numbers, in training,
+    in a test, and after --resume.
+    """
+    files = list(files)
+    names = sorted({file.patient for file in files if file.patient})
+    patients = {name: f"patient-{number:05}" for number, name in enumerate(names, start=1)}
+    counts: Counter[str] = Counter()
+    result = []
+    for file in files:
+        counts[file.split] += 1
+        name, patient_id = f"{file.split}-{counts[file.split]:05}{file.path.suffix.lower()}", file.slice.patient_id
+        info = replace(file.slice, patient_id=patients.get(patient_id, ""))
+        result.append(replace(file, name=name, patient=patients.get(file.patient or ""), slice=info))
+    return result, patients

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from utils import InputError, prefetch, preview
 
 from .fewshot import LETTERS, SEEDS, check_shot_names, draw_shots, list_paths, parse_shot_list, pick_names
-from .folders import find_places, read_folders
+from .folders import find_places, number, read_folders
 from .layout import BENCHMARKS, FOLDER, KINDS, MADE_UP, PUBLISHED_COUNTS, Layout, object_name
 from .lists import NAMES, read_list
 from .pairing import MASK_FOLDERS
@@ -72,6 +72,7 @@ class MedicalDataset:
     layout: Layout
     files: list[Sample]  # normal ones first
     listing: Path | None = None  # the list that they come from
+    numbers: dict[str, str] | None = None  # patient -> number, with --anonymous: files bear numbers for names, too
     left_out: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # why -> names of no samples
     levels: dict[str, tuple[Levels, bool]] = field(default_factory=dict)  # sample -> its mask's, and if they are labels
     _samples: dict[Sample, list[Sample]] = field(default_factory=dict)  # file -> what `samples_in` gives
@@ -84,6 +85,7 @@ class MedicalDataset:
         data_path: str | Path,
         data_root: str | Path | None = None,
         listing: Path | None = None,
+        anonymous: bool = False,
         **given: Any,  # noqa: ANN401 - fields
     ) -> MedicalDataset:
         """Find `data_root`, or <data_path>/<obj>_AD; `InputError` where it or a part of it is missing.
@@ -95,15 +97,18 @@ class MedicalDataset:
         root = listing.parent if listing else data_folder(obj, data_path, data_root)
         listing = listing or next((root / name for name in NAMES if (root / name).is_file()), None)
         layout = replace(Layout.load(obj, root), **{name: value for name, value in given.items() if value is not None})
-        return cls(obj, root, layout, read_list(listing, layout) if listing else read_folders(root, layout), listing)
+        files, numbers = read_list(listing, layout) if listing else read_folders(root, layout), None
+        if anonymous:
+            files, numbers = number(files)
+        return cls(obj, root, layout, files, listing, numbers)
 
     @classmethod
     def from_options(cls, options: argparse.Namespace) -> MedicalDataset:
-        """`open` with the flags of a command line: obj, data_path, data_root, and those of `add_reading_flags`."""
+        """`open` with the flags of a command line, of which some commands have no --anonymous."""
         return cls.open(
             options.obj, options.data_path, options.data_root, options.list and Path(options.list),
-            patient=options.patient, unmarked=options.unmarked, mask_above=options.mask_above,
-            mask_labels=tuple(options.mask_labels or ()) or None,
+            getattr(options, "anonymous", False), patient=options.patient, unmarked=options.unmarked,
+            mask_above=options.mask_above, mask_labels=tuple(options.mask_labels or ()) or None,
             window=parse_window(options.window or ()), plane=options.plane,
         )  # fmt: skip
 
@@ -281,15 +286,14 @@ class MedicalDataset:
             return None
         return sample
 
-    def left_out_lines(self, examples: bool = True) -> list[str]:
+    def left_out_lines(self) -> list[str]:
         """Why something is no sample, and the levels of masks if not just 0 and 255: of what was read so far.
 
         The masks of the paper's data are not looked at.
         """
         words = {UNMARKED_MASK: f"{self.layout.unmarked or 'out'} by --unmarked"}
         lines = [
-            f"{len(names)} {why}: {words.get(why, 'left out')}"
-            + (f", such as {preview(sorted(names), 1)}" if examples else "")
+            f"{len(names)} {why}: {words.get(why, 'left out')}, such as {preview(sorted(names), 1)}"
             for why, names in sorted(self.left_out.items())
         ]
         total = sum((levels for levels, _ in self.levels.values()), Levels())
@@ -320,6 +324,8 @@ class MedicalDataset:
                     f"sampled with seed {seed} from the sorted names of valid/ (no list for {count} shots is used)",
                 )
                 groups[label] = [known[name] for name in names]
+                if self.numbers is not None:
+                    groups[label] = [replace(sample, listed=sample.name) for sample in groups[label]]
                 sources.append(source)
                 if label:
                     self._check_masks(list(dict.fromkeys(groups[label])))

@@ -17,13 +17,13 @@ from .readers.images import Sample
 from .readers.masks import read_mask
 
 
-def describe(dataset: MedicalDataset, names: bool = True) -> list[str]:
-    """All lines; without `names` none names a file, a folder that is not used, or a patient."""
+def describe(dataset: MedicalDataset) -> list[str]:
+    """All lines; with --anonymous none names a file, a folder that is not used, or a patient."""
     lines = [
         f"images by {dataset.listing}" if dataset.listing else None,
         benchmark_note(dataset), split_note(dataset), kinds_note(dataset), masks_note(dataset),
-        normal_note(dataset, names), *dataset.left_out_lines(names), *(unused_notes(dataset) if names else []),
-        patients_note(dataset, names),
+        normal_note(dataset), *dataset.left_out_lines(), *(unused_notes(dataset) if dataset.numbers is None else []),
+        patients_note(dataset),
     ]  # fmt: skip
     return [line for line in lines if line]
 
@@ -78,7 +78,7 @@ def _place(file: Sample) -> str:
     return f"in folders called {named[-1]}" if named else "in other folders"  # a patient's name, perhaps
 
 
-def normal_note(dataset: MedicalDataset, examples: bool = True) -> str | None:
+def normal_note(dataset: MedicalDataset) -> str | None:
     """Normal images whose mask marks something; the paper's are not looked at."""
     masked = [file for file in dataset.files if not file.label and file.masks and not dataset.is_benchmark]
     names = [
@@ -87,8 +87,7 @@ def normal_note(dataset: MedicalDataset, examples: bool = True) -> str | None:
         for sample in dataset.samples_in(file)
         if (mask := read_mask(replace(sample, masks=file.masks))) and mask.marks(dataset.layout.mask_above)
     ]
-    such = f": {preview(names)}" if examples else ""
-    return f"warning: {len(names)} normal images have a mask that marks something{such}" if names else None
+    return f"warning: {len(names)} normal images have a mask that marks something: {preview(names)}" if names else None
 
 
 def unused_notes(dataset: MedicalDataset) -> list[str]:
@@ -103,19 +102,17 @@ def unused_notes(dataset: MedicalDataset) -> list[str]:
     return lines
 
 
-def patients_note(dataset: MedicalDataset, examples: bool = True) -> str:
+def patients_note(dataset: MedicalDataset) -> str:
     """How many patients were recognised, with examples; a warning where none was."""
     if dataset.is_made_up:
         return "patients: none, as the images are made up"
     files = dataset.files
     patients = sorted({file.patient for file in files if file.patient})
     if not patients:
-        such = f" (such as {files[0].name})" if examples else ""
-        fault = f"none recognised in the names{such}"
+        fault = f"none recognised in the names (such as {files[0].name})"
         advice = f"say how to find them with --patient REGEX, or `patient` in {dataset.obj}.json"
         return f"warning: patients: {fault}, so one may be in both splits unnoticed; {advice}"
     without = sum(file.patient is None for file in files)
     unknown = f" ({without} images without)" if without else ""
     source = "PatientIDs" if any(file.patient == file.slice.patient_id for file in files) else "names"
-    such = f": {preview(patients)}" if examples else ""
-    return f"patients: {len(patients)} recognised in {len(files)} {source}{unknown}{such}"
+    return f"patients: {len(patients)} recognised in {len(files)} {source}{unknown}: {preview(patients)}"

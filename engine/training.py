@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from dataset import notes
-from dataset.anonymous import Numbers
 from dataset.fewshot import quoted
 from dataset.medical_few import MedicalDataset, Shots, equal_images
 from dataset.readers.images import Sample
@@ -313,7 +312,6 @@ class Splits:
     calibration: list[Sample]  # some of what is left, for the decision threshold
     unused: list[Sample]  # all that is left of valid/ after the shots
     select: str  # the rule by which the epoch is chosen
-    numbered: bool  # with --anonymous samples and their patients bear numbers instead of names
 
     @classmethod
     def open(cls, options: argparse.Namespace) -> Splits:
@@ -327,9 +325,6 @@ class Splits:
         used = {(sample.path, sample.index) for sample in (*shots.abnormal, *shots.normal)}
         unused = [sample for sample in dataset.samples("valid") if (sample.path, sample.index) not in used]
         test = dataset.samples("test")
-        if options.anonymous:
-            numbers = Numbers(dataset)
-            shots, unused, test = numbers.shots(shots), numbers.samples(unused), numbers.samples(test)
         scored = [sample for sample in unused if sample.masks or not (sample.label and dataset.pixel_metrics)]
         abnormal = sum(sample.label for sample in scored)
         counts = (len(scored) - abnormal, abnormal)
@@ -345,7 +340,7 @@ class Splits:
                 f"the threshold is set without them"
             )
         valid = scored if select == "valid" else []
-        return cls(dataset, shots, test, valid, calibration_samples(scored), unused, select, options.anonymous)
+        return cls(dataset, shots, test, valid, calibration_samples(scored), unused, select)
 
     def own_batches(self, settings: Settings, device: torch.device) -> list[Sequence[Sample]]:
         """What this process scores of all lists, in the batches of `evaluate`."""
@@ -372,7 +367,7 @@ class Splits:
         print(f"{self.dataset.obj}: {len(self.test)} test images ({abnormal} abnormal); shots {printable(source)}")
         for kind, names in self.shots.names.items():
             print(f"  {kind} shots: {printable(quoted(names)) or 'none'}")
-        for note in notes.describe(self.dataset, names=not self.numbered):
+        for note in notes.describe(self.dataset):
             print(printable(note))
 
     def print_warnings(self, masks: Tensor | None, store: TokenStore) -> None:

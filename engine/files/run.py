@@ -241,7 +241,8 @@ def shot_patients(
         return None, "patients are named by another rule than in the training (--patient, or the JSON description)"
     if patients is None:
         return None, "trained with --anonymous, which keeps no patient"
-    return set(patients), ""
+    numbers = dataset.numbers
+    return set(patients if numbers is None else (numbers[name] for name in patients if name in numbers)), ""
 
 
 def read_as_trained(options: argparse.Namespace, settings: Settings, metadata: Mapping[str, Any]) -> None:
@@ -293,7 +294,7 @@ def describe_test(
     options: argparse.Namespace, dataset: MedicalDataset, settings: Settings, metadata: Mapping[str, Any], images: int
 ) -> str:
     """What was tested on what, in a few lines."""
-    lines = [f"{options.obj}: {images} test images", *notes.describe(dataset, names=not options.anonymous)]
+    lines = [f"{options.obj}: {images} test images", *notes.describe(dataset)]
     if settings.pixel_metrics and not dataset.pixel_metrics:
         lines.append(f"{dataset.obj} has no masks: no pixel metrics; images score as trained, by their highest pixel")
     elif dataset.pixel_metrics and not settings.pixel_metrics:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataset.anonymous import Numbers
 from dataset.medical_few import MedicalDataset
 from dataset.readers.images import Sample, parse_window
 from utils import EXPECTED, InputError, atomic_path, blame, preview
@@ -115,9 +114,7 @@ class Scored:
         options.obj, options.anonymous = self.source.obj, self.source.anonymous
         try:
             dataset = MedicalDataset.from_options(options)
-            samples = dataset.samples("test")
-            samples = Numbers(dataset).samples(samples) if options.anonymous else samples
-            by_name = {sample.name: sample for sample in samples}
+            by_name = {sample.name: sample for sample in dataset.samples("test")}
             if missing := [name for name in self.evaluation.names if name not in by_name]:
                 raise InputError(f"{len(missing)} of the kept scores' images are not there: {preview(missing)}")
         except InputError as error:

@@ -5,7 +5,6 @@ import re
 from argparse import Namespace
 
 from dataset import phantom
-from dataset.anonymous import Numbers
 from dataset.medical_few import MedicalDataset
 from engine.files.config import train_options
 from engine.files.run import shot_patients
@@ -28,15 +27,18 @@ def write(folder) -> MedicalDataset:
 def test_numbers_tell_no_name_and_stay_the_same(tmp_path):
     dataset = write(tmp_path)
     samples = dataset.samples("test")
-    shown = Numbers(dataset).samples(samples)
+    hidden = MedicalDataset.open("Brain", tmp_path, anonymous=True)
+    shown = hidden.samples("test")
     assert [sample.name for sample in shown[:2]] == ["test-00001.png", "test-00002.png"]
     assert len({sample.name for sample in shown}) == len(shown)
-    assert Numbers(dataset).samples(samples[3:5]) == shown[3:5]
+    assert MedicalDataset.open("Brain", tmp_path, anonymous=True).samples("test") == shown
+    assert [sample.path for sample in samples] == [sample.path for sample in shown]
     for one, other in itertools.pairwise(shown):  # equal patients stay equal
         same = samples[shown.index(one)].patient == samples[shown.index(other)].patient
         assert (one.patient == other.patient) == same
     assert not any("patient1" in str(sample.patient).replace("patient-", "") for sample in shown)
-    assert Numbers(dataset).patients({"patient11", "nobody"}) == {shown[0].patient}
+    assert hidden.numbers["patient11"] == shown[0].patient
+    assert all("slice" not in name for names in hidden.shots(2, 2, -1, 0).names.values() for name in names)
 
 
 def options_of(folder, *flags):
@@ -51,7 +53,9 @@ def test_a_negative_seed_draws_other_shots(tmp_path):
 
 def known(metadata, obj="Brain", patient=None):
     """`patient` is the rule of the data set: of the flag, or of its JSON description."""
-    return shot_patients(small_settings(), metadata, Namespace(obj=obj, layout=Namespace(patient=patient)))
+    return shot_patients(
+        small_settings(), metadata, Namespace(obj=obj, layout=Namespace(patient=patient), numbers=None)
+    )
 
 
 def test_unknown_shots_are_not_nobodys():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from utils import InputError, prefetch
 
 from . import distributed
 from .detector import Detector
-from .features import Item, TokenStore, chunk_size, filled
+from .features import TokenStore, chunk_size, filled
 from .files.config import Settings
 
 MAP_BATCH = 32  # maps at a time where only their largest pixel is kept
@@ -140,7 +139,7 @@ class Masks:
 
 @torch.no_grad()
 def evaluate(
-    detector: Detector, store: TokenStore, items: Sequence[Sample] | Sequence[Item], text_features: Tensor | None = None
+    detector: Detector, store: TokenStore, items: Sequence[Sample], text_features: Tensor | None = None
 ) -> Evaluation:
     """Score images with the detector as it is now.
 
@@ -150,7 +149,7 @@ def evaluate(
     Args:
         detector: adapters and prompts; its settings name the head and the images that are scored together.
         store: holds the tokens of the images, as far as they are this process's share.
-        items: samples, or views of them.
+        items: images, or views of them.
         text_features: (D, 2), where the caller has them already.
 
     Raises:
@@ -160,7 +159,7 @@ def evaluate(
     text = detector.prompts() if text_features is None else text_features  # float32, as published
     batches = scoring_batches(items, settings, tower.device)
 
-    def score(batch: Sequence[Any]) -> Tensor:
+    def score(batch: Sequence[Sample]) -> Tensor:
         tokens = store.get(store.rows(batch))
         if not detector.adapters.mixes_images:  # else a filled-up batch would be another result
             tokens = [filled(layer, store.chunk) for layer in tokens]
@@ -172,15 +171,14 @@ def evaluate(
         shares = distributed.all_gather([scores.cpu() for scores in mine])
         mine = [shares[i % distributed.world()][i // distributed.world()].to(text.device) for i in range(len(batches))]
     scores = torch.cat(mine)
-    samples = [item if isinstance(item, Sample) else item.sample for item in items]
     finite = scores.isfinite().flatten(1).all(dim=1)
     if not bool(finite.all()):
-        first = samples[int(finite.to(torch.uint8).argmin())].name
+        first = items[int(finite.to(torch.uint8).argmin())].name
         raise InputError(f"the score of {first} is not finite: diverged (lower --learning_rate), or a damaged image")
-    return Evaluation(samples, scores, detector.scoring_head, settings.img_size, settings.dec_type)
+    return Evaluation(items, scores, detector.scoring_head, settings.img_size, settings.dec_type)
 
 
-def scoring_batches(items: Sequence[Any], settings: Settings, device: torch.device) -> list[Sequence[Any]]:
+def scoring_batches(items: Sequence[Sample], settings: Settings, device: torch.device) -> list[Sequence[Sample]]:
     """The images in batches that are scored together: chunks of one size, but where images attend to each other."""
     mixes = mixes_images(settings.visionA, settings.fidelity == "corrected")
     size = settings.eval_batch if mixes else chunk_size(device)

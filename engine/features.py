@@ -16,7 +16,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
@@ -52,6 +52,11 @@ def chunk_size(device: torch.device) -> int:
     return CUDA_CHUNK if device.type == "cuda" else CPU_CHUNK
 
 
+def plain_view(item: Sample) -> Sample:
+    """The image itself, of which an item may be another view."""
+    return replace(item, view=0, jitter=None)
+
+
 def filled(x: Tensor, size: int) -> Tensor:
     """The tensor (B, ...) with its last row repeated until there are `size` rows.
 
@@ -59,21 +64,6 @@ def filled(x: Tensor, size: int) -> Tensor:
     the same shape, no number depends on what else is computed in the same call (DESIGN: rules of the arithmetic).
     """
     return torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])]) if len(x) < size else x
-
-
-@dataclass(frozen=True)
-class Item:
-    """One image as the tower sees it: a file, and one of its 16 views."""
-
-    sample: Sample
-    view: int = 0
-    jitter: tuple[float, float] | None = None  # the draws of the colour-jitter view
-
-    def key(self, content: str) -> str:
-        """What stands for the pixels, in hexadecimal: the content's hash, the view and, where it matters, its draws."""
-        draws = self.jitter if self.view == JITTER_VIEW else None
-        text = f"{content} {self.view} {draws}"
-        return hashlib.sha256(text.encode()).hexdigest()[:40]
 
 
 @dataclass(frozen=True)
@@ -134,7 +124,7 @@ class TowerSpec:
 
 
 class TokenStore:
-    """Items -> tokens. Call `plan`, then `fill` with the towers (without an image tower where nothing is missing).
+    """Samples -> tokens. Call `plan`, then `fill` with the towers (without an image tower where nothing is missing).
 
     Args:
         tower: makes the tokens.
@@ -150,9 +140,9 @@ class TokenStore:
         self.chunk = chunk_size(tower.device)
         description = json.dumps(tower.description(self.dtype), sort_keys=True)
         self.folder = Path(options.cache_dir) / hashlib.sha256(description.encode()).hexdigest()[:16]
-        self.items: list[Item] = []
+        self.items: list[Sample] = []  # images, and views of shots
         self.missing: list[int] = []  # rows that `fill` has to compute
-        self._rows: dict[Item, int] = {}
+        self._rows: dict[Sample, int] = {}
         self._hashes: dict[Sample, str] = {}
         # The 16 views of a shot pass after each other: it is decoded once for all of them.
         self._decode = lru_cache(maxsize=DECODED)(partial(load_image_with_hash, size=tower.img_size))
@@ -174,22 +164,23 @@ class TokenStore:
 
     def content_hash(self, sample: Sample) -> str:
         """What stands for an image's bytes: of those that were decoded, or else, reading the file, of the file now."""
-        if sample not in self._hashes:
-            self._hashes[sample] = sample.content_hash()
-        return self._hashes[sample]
+        plain = plain_view(sample)
+        if plain not in self._hashes:
+            self._hashes[plain] = plain.content_hash()
+        return self._hashes[plain]
 
-    def plan(self, common: Sequence[Item], own: Iterable[Sequence[Sample]] = ()) -> None:
+    def plan(self, common: Sequence[Sample], own: Iterable[Sequence[Sample]] = ()) -> None:
         """Decide where the tokens are kept, print it, and read what files hold already.
 
         Args:
-            common: items that every process needs.
-            own: batches of samples whose plain view this process alone needs: its share of evaluations.
+            common: images and views that every process needs.
+            own: batches of those that this process alone needs: its share of evaluations.
 
         Raises:
             InputError: a file that cannot be read, a folder that cannot be used.
         """
         self._common = self._add(common)
-        self._own = [rows for batch in own for rows in self._add([Item(sample) for sample in batch])]
+        self._own = [rows for batch in own for rows in self._add(batch)]
         self.missing = list(range(len(self.items)))
         total = len(self.items) * self.image_bytes
         self.cache = choose_cache(self.cache, total, self.folder, self.tower.device)
@@ -251,10 +242,9 @@ class TokenStore:
         self._decode.cache_clear()
         clip.visual = None
 
-    def rows(self, items: Sequence[Item] | Sequence[Sample]) -> Tensor:
-        """Where planned items (or the plain view of samples) stand: (B,) int64, for `get`."""
-        wanted = [item if isinstance(item, Item) else Item(item) for item in items]
-        return torch.tensor([self._rows[item] for item in wanted], dtype=torch.long, device=self._index_device)
+    def rows(self, items: Sequence[Sample]) -> Tensor:
+        """Where planned images and views stand: (B,) int64, for `get`."""
+        return torch.tensor([self._rows[item] for item in items], dtype=torch.long, device=self._index_device)
 
     def get(self, rows: Tensor) -> list[Tensor]:
         """Tokens of B items: K tensors (B, T, C) in ascending order of layer, on the tower's device.
@@ -302,7 +292,7 @@ class TokenStore:
         shape = (len(self.items), *self.tower.shape)
         return torch.empty(shape, dtype=self.dtype, device=self._index_device, pin_memory=pinned)
 
-    def _add(self, items: Sequence[Item]) -> list[list[int]]:
+    def _add(self, items: Sequence[Sample]) -> list[list[int]]:
         """Give new items a row; their rows, in chunks of those that pass the tower together."""
         new = [item for item in dict.fromkeys(items) if item not in self._rows]
         rows = list(range(len(self.items), len(self.items) + len(new)))
@@ -335,7 +325,7 @@ class TokenStore:
             if not bool(tokens.isfinite().all()):
                 bad = rows[int(tokens.flatten(1).isfinite().all(dim=1).to(torch.uint8).argmin())]
                 raise InputError(
-                    f"{self.items[bad].sample.path}: its tokens are not finite in {self.dtype}".replace("torch.", "")
+                    f"{self.items[bad].path}: its tokens are not finite in {self.dtype}".replace("torch.", "")
                     + ("; use --cache_dtype float32" if self.dtype != torch.float32 else ", a damaged tower?")
                 )
             yield rows, tokens if self.cache == "gpu" else tokens.cpu()
@@ -345,9 +335,9 @@ class TokenStore:
         images = []
         for row in rows:
             item = self.items[row]
-            content, image = self._decode(item.sample)
-            if self._hashes.setdefault(item.sample, content) != content:
-                raise InputError(f"{item.sample.path}: changed while it was read; start again")
+            content, image = self._decode(plain_view(item))
+            if self._hashes.setdefault(plain_view(item), content) != content:
+                raise InputError(f"{item.path}: changed while it was read; start again")
             images.append(augment_view(image[None], item.view, item.jitter)[0])
         return torch.stack(images)
 
@@ -361,8 +351,10 @@ class TokenStore:
                     self._write(self._path(row, layer), values)
 
     def _path(self, row: int, layer: int) -> Path:
-        kind = "" if self.tower.class_token else "-patches"
-        key = self.items[row].key(self.content_hash(self.items[row].sample))
+        kind, item = "" if self.tower.class_token else "-patches", self.items[row]
+        draws = item.jitter if item.view == JITTER_VIEW else None
+        words = f"{self.content_hash(item)} {item.view} {draws}"  # what stands for the pixels
+        key = hashlib.sha256(words.encode()).hexdigest()[:40]
         return self.folder / f"layer{layer}{kind}" / key[:2] / f"{key}.tokens"
 
     def _write(self, path: Path, values: Tensor) -> None:
@@ -396,7 +388,7 @@ class TokenStore:
             for layer, target in zip(self.tower.layers, tokens, strict=True):
                 if not self._read_file(row, layer, target[i]):
                     raise InputError(
-                        f"{self.folder}: tokens of {self.items[row].sample.name} are gone or damaged, though they were "
+                        f"{self.folder}: tokens of {self.items[row].name} are gone or damaged, though they were "
                         f"there at the start (removed by another command?); start again"
                     )
         return tokens

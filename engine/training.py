@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from . import distributed
 from .calibration import CHOSEN_SOURCE, VALID_SOURCE, VIEWS_SOURCE, calibrate, calibration_samples
 from .detector import Detector, make_optimizers, seeded
 from .evaluation import Masks, evaluate, own_batches
-from .features import Item, TokenStore
+from .features import TokenStore
 from .files.config import Settings
 from .metrics import Metrics
 
@@ -36,7 +36,7 @@ from .metrics import Metrics
 class TrainingSet:
     """16 views of every shot, abnormal first; `rows` say where their tokens stand in the store."""
 
-    items: list[Item]
+    items: list[Sample]
     labels: Tensor  # (M,) float32, 1 = abnormal
     masks: Tensor | None  # (M, S, S) bool, None on image-only data sets
     rows: Tensor | None = None  # (M,) int64, once the store has planned the items
@@ -53,11 +53,11 @@ class TrainingSet:
             seed: of the colour jitter's draws, one pair for the abnormal shots and one for the normal ones.
         """
         jitter = torch.rand(2, 2, generator=seeded(seed, "jitter")).tolist()
-        items: list[Item] = []
+        items: list[Sample] = []
         labels, masks = [], []
         for samples, label, draws in zip((shots.abnormal, shots.normal), (1, 0), jitter, strict=True):
             jitters = [(draws[0], draws[1]) if view == JITTER_VIEW else None for view in range(VIEWS)]
-            items += [Item(sample, view, jitters[view]) for view in range(VIEWS) for sample in samples]
+            items += [replace(s, view=view, jitter=jitters[view]) for view in range(VIEWS) for s in samples]
             labels += [float(label)] * VIEWS * len(samples)
             if settings.pixel_metrics and samples:
                 masks.append(view_masks(samples, settings))

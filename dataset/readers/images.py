@@ -69,6 +69,8 @@ class Sample(Frame):
     folder: str = field(default="", compare=False)  # the class's, relative to the data set's: the file lies below
     listed: str = field(default="", compare=False)  # what few-shot lists call the file
     shot: bool = field(default=False, compare=False)  # the data set's own list says so
+    view: int = field(default=0, kw_only=True)  # of the 16 of a shot, see dataset/views.py; 0 is the image itself
+    jitter: tuple[float, float] | None = field(default=None, kw_only=True)  # the draws of the colour-jitter view
 
     def content_hash(self) -> str:
         """What `load_image_with_hash` gives for the file as it is now: a changed file is another image."""

@@ -1,5 +1,7 @@
 """The token store: what names its files, what it notices, where it keeps tokens, and how often the tower runs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from CLIP.weights import find_weights
 from dataset.readers.images import load_image
 from dataset.views import JITTER_VIEW, VIEWS, augment_view
 from engine import features
-from engine.features import Item, TokenStore, TowerSpec, choose_cache, free_memory
+from engine.features import TokenStore, TowerSpec, choose_cache, free_memory
 from tests.helpers.data import draw_samples, small_settings, store_options
 from utils import InputError
 
@@ -41,7 +43,8 @@ def samples(tmp_path):
 
 
 def views(samples):
-    return [Item(s, view, (0.2, 0.7) if view == JITTER_VIEW else None) for view in range(VIEWS) for s in samples]
+    draws = {JITTER_VIEW: (0.2, 0.7)}
+    return [replace(s, view=view, jitter=draws.get(view)) for view in range(VIEWS) for s in samples]
 
 
 @pytest.mark.parametrize("cache", ["ram", "disk", "off"])
@@ -51,8 +54,7 @@ def test_tokens_are_those_of_the_tower(samples, tmp_path, cache):
     clip = load(tower)
     for items in (views(samples[:2])[5:9], samples[1:4]):
         tokens = store.get(store.rows(items))
-        drawn = [i if isinstance(i, Item) else Item(i) for i in items]
-        images = torch.cat([augment_view(load_image(i.sample, 42)[None], i.view, i.jitter) for i in drawn])
+        images = torch.cat([augment_view(load_image(i, 42)[None], i.view, i.jitter) for i in items])
         expected = [layer[:, 1:] for layer in clip.image_tokens(images, (2, 4))]
         assert [t.dtype for t in tokens] == [torch.float32] * 2
         torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=0)

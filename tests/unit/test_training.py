@@ -67,7 +67,7 @@ def parameters(state):
 def test_views_come_abnormal_first_and_view_by_view(shots):
     training = TrainingSet.build(shots, small_settings(), 5)
     assert len(training) == VIEWS * 3 and training.labels.tolist() == [1.0] * 32 + [0.0] * 16
-    assert [(item.sample.name, item.view) for item in training.items[:3]] == [("1.png", 0), ("3.png", 0), ("1.png", 1)]
+    assert [(item.name, item.view) for item in training.items[:3]] == [("1.png", 0), ("3.png", 0), ("1.png", 1)]
     assert torch.equal(training.masks[0], load_mask(shots.abnormal[0], 42)) and not training.masks[32:].any()
     assert [item.jitter is not None for item in training.items[:32:2]] == [view == 13 for view in range(VIEWS)]
 

@@ -196,7 +196,7 @@ def file_in(folder: Path, names: Sequence[str], what: str) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     """The values of a JSON file, in open_clip's words."""
-    values: dict[str, Any] = read_json(path)
+    values: dict[str, Any] = read_json(path, "it is no config of a CLIP")
     if "model_cfg" in values:  # open_clip_config.json
         return {**values["model_cfg"], **_pixels(values.get("preprocess_cfg") or {}, "mean", "std")}
     if "vision_cfg" in values or not ("model_type" in values or "text_config" in values):

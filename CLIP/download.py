@@ -17,7 +17,7 @@ from pathlib import Path
 
 from safetensors.numpy import save
 
-from utils import InputError, Parser, Unreachable, atomic_path, download, one_line, redact, run_cli
+from utils import InputError, Parser, Unreachable, atomic_path, download, one_line, run_cli
 
 from .config import CKPT_FOLDER, HUB, ModelConfig, fetch, list_models
 from .onnx import WHEEL, read_wheel
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if url:
         (sha256,) = re.findall(r"[0-9a-f]{64}(?=/)|[0-9a-f]{8}(?=\.pt$)", url)  # its first 8 digits do
         try:
-            words = f"fetched from {redact(url)}" if download(url, target, sha256) else "already there"
+            words = f"fetched from {url}" if download(url, target, sha256) else "already there"
         except Unreachable as error:
             if pretrain not in config.hub:
                 raise

@@ -206,7 +206,10 @@ class Dicom(Volume):
             if values.ndim == 3 or not rescaled:
                 return values
             group = frame_values(header, index, "PixelValueTransformationSequence")
-            return np.asarray(pixels.apply_modality_lut(values, group), np.float64)
+            if group.get("ModalityLUTSequence"):
+                return np.asarray(pixels.apply_modality_lut(values, group), np.float64)
+            slope, intercept = numbers(group, "RescaleSlope") or [1.0], numbers(group, "RescaleIntercept") or [0.0]
+            return values.astype(np.float64) * slope[0] + intercept[0]
 
     def mask_values(self, of: Frame, count: int) -> tuple[Array, Ends]:
         """The frame of the same number."""

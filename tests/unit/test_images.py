@@ -284,6 +284,16 @@ def dicom(path: Path, values: np.ndarray, **elements: object) -> Path:
     return path
 
 
+def test_elements_that_are_there_but_empty_count_as_absent(tmp_path):
+    values = GRADIENT.astype(np.uint16) * 3
+    names = ("WindowCenter", "WindowWidth", "RescaleSlope", "RescaleIntercept")
+    empty, absent = (
+        pixels(dicom(tmp_path / f"{value!r}.dcm", values, SeriesInstanceUID=None, **dict.fromkeys(names, value)))
+        for value in ("", None)
+    )
+    assert np.array_equal(empty, absent)
+
+
 @pytest.mark.parametrize("count", [2_147_483_647, 0])
 def test_a_number_of_frames_that_the_file_cannot_hold(tmp_path, count):
     path = dicom(tmp_path / "a.dcm", GRADIENT, NumberOfFrames=count)

@@ -8,8 +8,6 @@ Errors stop a training or make its numbers false: exit code 1. Warnings are for 
 the paper's own six data sets are known for. A bad argument is code 2. What is kept of an image is a hash of its pixels.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 from collections import Counter, defaultdict

@@ -6,8 +6,6 @@
 Each becomes <out>/<name>_AD. Address and sum are anomalib 2.6's; the address could not be reached in development.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 import tarfile

@@ -1,7 +1,5 @@
 """Few-shot lists and sampling: which labelled images training sees."""
 
-from __future__ import annotations
-
 import random
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """The image files of a data set, and what is known of each before it is opened: class, split, masks, patient."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress

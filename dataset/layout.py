@@ -3,8 +3,6 @@
 The file is <NAME>.json in the data set's own folder, or else in dataset/. docs/data.md explains its keys.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,13 +49,6 @@ class Layout:
     unmarked: str | None = None  # what an abnormal image is whose mask marks nothing, of `UNMARKED`; None: see `check`
     window: tuple[float, float] | str | None = None
     plane: str = "axial"
-
-    @classmethod
-    def load(cls, name: str, root: Path) -> Layout:
-        """What the JSON file of the data set in `root` says; `InputError` for faults."""
-        path = config_path(name, root)
-        given = read_config(path) if path.is_file() else {}
-        return cls(**{"prompt_name": re.sub(r"[_-]+", " ", name).strip() or name, **given})
 
 
 def add_reading_flags(group: Any) -> None:  # noqa: ANN401 - a parser or a group, which is private in argparse
@@ -112,6 +103,13 @@ def object_given(options: Any) -> str | None:  # noqa: ANN401 - the flags
 
 
 # --- the JSON file ---
+
+
+def load_layout(name: str, root: Path) -> Layout:
+    """What the JSON file of the data set in `root` says; `InputError` for faults."""
+    path = config_path(name, root)
+    given = read_config(path) if path.is_file() else {}
+    return Layout(**{"prompt_name": re.sub(r"[_-]+", " ", name).strip() or name, **given})
 
 
 def read_config(path: Path) -> dict[str, Any]:

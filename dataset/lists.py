@@ -6,8 +6,6 @@ Paths are relative to the list. What is not given follows the rules of folders: 
 images. Tables may look as Excel writes them: semicolons, a byte-order mark, empty lines, backslashes in paths.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import re
@@ -42,15 +40,14 @@ def read_list(path: Path, layout: Layout) -> list[Sample]:
     """
     files: list[Sample] = []
     lines: dict[tuple[Path, int | None], int] = {}
-    has_masks = False
-    for number, row in _rows(path):
+    rows = list(_rows(path))
+    for number, row in rows:
         with blame(where := f"{path}, line {number}"):
             file = _file(path.parent, row, layout, where)
         if (first := lines.setdefault((file.path, file.index), number)) != number:
             raise InputError(f"{where}: {row['image']} stands in line {first} already")
         files.append(file)
-        has_masks |= "mask" in row
-    if not has_masks:
+    if not any("mask" in row for _, row in rows):
         files = pair(path.parent, files, list_pictures(path.parent)[1])
     return complete(files, path.parent, layout)
 

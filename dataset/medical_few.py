@@ -5,6 +5,7 @@ The six published data sets lie as <data_path>/<obj>_AD/{valid,test}/{good,Ungoo
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import random
 from collections import Counter, defaultdict
@@ -12,21 +13,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from utils import InputError, prefetch, preview
 
 from .fewshot import LETTERS, SEEDS, check_shot_names, draw_shots, list_paths, parse_shot_list, pick_names
 from .folders import find_places, number, read_folders
-from .layout import BENCHMARKS, FOLDER, KINDS, MADE_UP, PUBLISHED_COUNTS, Layout, object_name
+from .layout import BENCHMARKS, FOLDER, KINDS, MADE_UP, PUBLISHED_COUNTS, Layout, load_layout, object_name
 from .lists import NAMES, read_list
 from .pairing import MASK_FOLDERS
 from .readers.grey import NoImageError, ReadOptions, warn_once
 from .readers.images import EXTENSIONS, Sample, file_kind, frames, is_deep, parse_window, read, stem
 from .readers.masks import Levels, levels_note, read_mask
-
-if TYPE_CHECKING:
-    import argparse
 
 HASHED = "the patient, or of the name where none is recognised"
 READERS = 4  # threads that read masks
@@ -96,7 +94,7 @@ class MedicalDataset:
         """
         root = listing.parent if listing else data_folder(obj, data_path, data_root)
         listing = listing or next((root / name for name in NAMES if (root / name).is_file()), None)
-        layout = replace(Layout.load(obj, root), **{name: value for name, value in given.items() if value is not None})
+        layout = replace(load_layout(obj, root), **{name: value for name, value in given.items() if value is not None})
         files, numbers = read_list(listing, layout) if listing else read_folders(root, layout), None
         if anonymous:
             files, numbers = number(files)

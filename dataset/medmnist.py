@@ -8,8 +8,6 @@ masks, so image metrics alone are measured, and no patient numbers: MedMNIST's o
 is known. Afterwards: `python train.py --obj breastmnist --data_path data --shot 16`.
 """
 
-from __future__ import annotations
-
 import csv
 import random
 from itertools import product

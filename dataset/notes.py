@@ -3,8 +3,6 @@
 A line that begins with `warning: ` is for a look. Lines on samples tell of those that were asked for so far.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import replace
 

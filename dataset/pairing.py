@@ -13,8 +13,6 @@ Of several such folders the nearest counts: the one that shares most folders wit
 the same in folders' names, and so are the two ways in which Unicode writes an accent.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import defaultdict

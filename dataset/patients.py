@@ -15,8 +15,6 @@ A data set's own rule is a regular expression (`patient` in its JSON file, `--pa
 Another word and two numbers, as in tile_12_40.png, are a place as often as a patient: they are none.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

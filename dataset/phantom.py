@@ -8,8 +8,6 @@ results on them show that the code works, not that a method does. A lesion chang
 abnormal image equals its healthy twin everywhere else.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path

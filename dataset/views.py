@@ -1,7 +1,5 @@
 """The published augmentation: 16 views of every few-shot image, and of its mask."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Write a data set as PNG files in the layout that everything reads: <split>/{good,Ungood}/{img,anomaly_mask}/NAME."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator, Sequence

@@ -21,7 +21,6 @@ if __name__ == "__main__":  # reads the flags before it imports torch; jobs look
     run_script("reproduce", parse)
 
 import contextlib
-import json
 import shlex
 import shutil
 import sys
@@ -40,6 +39,7 @@ from tqdm import tqdm
 import test
 import train
 from CLIP.dinov2 import load_config
+from dataset.lists import write_list
 from engine import baselines
 from engine.files.checkpoint import Checkpoint
 from engine.files.config import SELECTS, shared_options, test_options, train_options
@@ -164,15 +164,14 @@ def write_union(grid: Grid, cell: Cell) -> None:
     root.mkdir(parents=True)
     for dataset in datasets:
         (root / dataset.obj).symlink_to(dataset.root.absolute())
-    rows = []
+    listed = []
     for dataset, split, sample in chosen:
-        files = (sample.path, *(sample.masks if target.pixel_metrics else ()))
-        image, *masks = (f"{dataset.obj}/{path.relative_to(dataset.root).as_posix()}" for path in files)
-        rows.append({
-            "image": image, "label": sample.label, "mask": "|".join(masks), "split": split, "slice": sample.index,
-            "shot": int(split == "valid"), "patient": sample.patient and f"{dataset.obj} {sample.patient}",
-        })  # fmt: skip
-    (root / "images.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        files = sample.path, *(sample.masks if target.pixel_metrics else ())
+        path, *masks = (root / dataset.obj / file.relative_to(dataset.root) for file in files)
+        patient = sample.patient and f"{dataset.obj} {sample.patient}"
+        moved = replace(sample, path=path, masks=tuple(masks), patient=patient, split=split, shot=split == "valid")
+        listed.append(moved)
+    write_list(root / "images.jsonl", root, listed)
     # What a mask that marks nothing means was judged above, by each data set for itself.
     judged = {"prompt_name": target.layout.prompt_name, "pixel_metrics": target.pixel_metrics, "unmarked": "abnormal"}
     given = {name: value for name, value in readings[0].items() if value not in (None, ())}

@@ -59,6 +59,8 @@ def main(options: argparse.Namespace) -> int:
         skip(fault)
     if nothing:
         raise faults[0] if faults else InputError(f"{options.images[0]}: no image in it")
+    if options.images:
+        probe_writable(Path(options.out) / "predictions.csv", "--out")
     model = build(checkpoint, options)
     model.reading = reading
     results = Results(options, model, listing) if options.images else None
@@ -130,7 +132,8 @@ def predict(results: Results) -> int:
     counts = f"{len(rows)} images" if model.threshold is None else summary(rows)
     print(f"{counts}; {rate:.1f} images a second; {options.out}/predictions.csv and .json ({NOTE})")
     if listing.faults:
-        say(f"{len(listing.faults)} files could not be read, see above")
+        count = len(listing.faults)
+        say(f"{count} file{'s' * (count > 1)} could not be read, see above")
     return 1 if listing.faults else 0
 
 

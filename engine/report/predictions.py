@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from dataset.readers.grey import Picture
-from utils import InputError, atomic_path, blame, csv_cell, preview, probe_writable, sha256_file, write_json
+from utils import InputError, atomic_path, blame, csv_cell, preview, sha256_file, write_json
 
 from ..heat_volumes import write_volume
 from ..predictor import Prediction, Predictor
@@ -48,7 +48,6 @@ class Results:
     def __init__(self, options: argparse.Namespace, model: Predictor, listing: InputList) -> None:
         self.out, self.options, self.model, self.listing = Path(options.out), options, model, listing
         self.entries = {entry.key: entry for entry in listing.entries}
-        probe_writable(self.out / PARTIAL, "--out")
         self.lock = FileLock(self.out / LOCK)
         try:
             self.lock.acquire(timeout=0)

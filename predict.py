@@ -12,7 +12,7 @@ command. Exit codes: 0 all was read, 1 some could not be read, 2 nothing was don
 
 from __future__ import annotations
 
-from engine.files.predict_options import predict_options as parse
+from engine.files.config import predict_options as parse
 from utils import run_script
 
 if __name__ == "__main__":  # reads the flags before it imports torch: --help and a mistyped flag take no time

@@ -85,12 +85,9 @@ def examine(dataset: MedicalDataset, workers: int, findings: Findings) -> dict[t
     Where a class is missing, what comes after it is not looked at.
     """
     seen: dict[tuple[str, int], list[Seen]] = {}
-    missing: list[str] = []
     try:
         for split, label in product(SPLITS, (0, 1)):
             files = dataset.image_files(split, label, (split, label) != ("valid", 1))
-            if label and dataset.pixel_metrics:
-                missing += [str(file.path) for file in files if not file.masks]
             results, pause = prefetch(partial(look_into, dataset), files, workers), bar_seconds()
             bar = tqdm(results, f"{split} {KINDS[label]}", len(files), unit="file", mininterval=pause, delay=pause)
             seen[split, label] = list(chain.from_iterable(bar))
@@ -106,9 +103,10 @@ def examine(dataset: MedicalDataset, workers: int, findings: Findings) -> dict[t
         others = [path for path in sorted(folder.glob("[!.]*")) if path.is_file() and file_kind(path) is None]
         findings["ignored"] += map(str, others)
     shots = check_lists(dataset, findings)
-    may_lack = {str(file.path) for file in dataset.image_files("valid", 1, required=False)} - shots
-    for path in missing:
-        findings["valid mask" if path in may_lack else "no mask"].append(path)
+    for file in dataset.files if dataset.pixel_metrics else ():
+        if file.label and not file.masks:
+            may_lack = file.split == "valid" and file.path not in shots
+            findings["valid mask" if may_lack else "no mask"].append(str(file.path))
     return seen
 
 
@@ -168,12 +166,12 @@ def compare(seen: dict[tuple[str, int], list[Seen]], findings: Findings) -> None
                     findings["duplicate"].append(pair_of)
 
 
-def check_lists(dataset: MedicalDataset, findings: Findings) -> set[str]:
+def check_lists(dataset: MedicalDataset, findings: Findings) -> set[Path]:
     """Look at every line of every few-shot list that a training could use; returns the paths of the images on them."""
-    known: dict[str, dict[str, str]] = {}  # of `LETTERS` -> name -> path
+    known: dict[str, dict[str, Sample]] = {}  # of `LETTERS` -> name -> image
     for label, letter in enumerate(LETTERS):
         with suppress(InputError):  # it is among the errors already
-            known[letter] = {name: str(sample.path) for name, sample in dataset.known_shots(label).items()}
+            known[letter] = dataset.known_shots(label)
     shots = set()
     used = {path.name: path for path in reversed(dataset.shot_lists())}  # the first of a name wins
     for path in sorted(used.values()):
@@ -192,7 +190,7 @@ def check_lists(dataset: MedicalDataset, findings: Findings) -> set[str]:
                     warnings += check_shot_names(names, known[letter], count, where, dataset.root)
                 except InputError as error:
                     findings["bad list"].append(str(error))
-                shots |= {known[letter][name] for name in names if name in known[letter]}
+                shots |= {known[letter][name].path for name in names if name in known[letter]}
         findings["list"] += warnings
     return shots
 

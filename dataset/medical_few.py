@@ -29,11 +29,6 @@ from .readers.masks import Levels, levels_note, read_mask
 HASHED = "the patient, or of the name where none is recognised"
 READERS = 4  # threads that read masks
 SOUGHT = f"masks are sought beside the image and in folders called {', '.join(MASK_FOLDERS)}"
-# Why something is no sample.
-UNMARKED_MASK = "abnormal images whose mask marks nothing"
-EMPTY_SLICE = "slices that show nothing"
-NO_IMAGE = "DICOM objects without a picture"
-COPY = "copies of another slice of their series"
 
 
 def equal_images(
@@ -239,7 +234,7 @@ class MedicalDataset:
             try:
                 inside = frames(file.path, self.options)
             except NoImageError:
-                self.left_out[NO_IMAGE].add(file.name)
+                self.left_out["DICOM objects without a picture: left out"].add(file.name)
                 return []
             if len(inside) > 1:
                 images = [
@@ -266,7 +261,8 @@ class MedicalDataset:
         if (self.layout.unmarked or not self.is_benchmark) and (mask := read_mask(sample)):
             self.levels[sample.name] = mask.levels, mask.by_label
             if not mask.marks(self.layout.mask_above) and unmarked != "abnormal":
-                self.left_out[UNMARKED_MASK].add(sample.name)
+                why = f"abnormal images whose mask marks nothing: {unmarked} by --unmarked"
+                self.left_out[why].add(sample.name)
                 if unmarked == "out":
                     return None
                 sample = replace(sample, label=0, masks=())
@@ -275,12 +271,12 @@ class MedicalDataset:
             return sample
         picture = read(sample)
         if picture.is_blank and not sample.masks:
-            self.left_out[EMPTY_SLICE].add(sample.name)
+            self.left_out["slices that show nothing: left out"].add(sample.name)
             return None
         series = sample.slice.series_uid
         key = series, sample.index, hashlib.sha256(picture.image.tobytes()).digest()
         if series and self._series.setdefault(key, sample.name) != sample.name:
-            self.left_out[COPY].add(sample.name)
+            self.left_out["copies of another slice of their series: left out"].add(sample.name)
             return None
         return sample
 
@@ -289,11 +285,8 @@ class MedicalDataset:
 
         The masks of the paper's data are not looked at.
         """
-        words = {UNMARKED_MASK: f"{self.layout.unmarked or 'out'} by --unmarked"}
-        lines = [
-            f"{len(names)} {why}: {words.get(why, 'left out')}, such as {preview(sorted(names), 1)}"
-            for why, names in sorted(self.left_out.items())
-        ]
+        left_out = sorted(self.left_out.items())
+        lines = [f"{len(names)} {why}, such as {preview(sorted(names), 1)}" for why, names in left_out]
         total = sum((levels for levels, _ in self.levels.values()), Levels())
         by_label = any(by_label for _, by_label in self.levels.values())
         note = levels_note(total, by_label, self.layout.mask_above, self.options.mask_labels) if total else None
@@ -358,23 +351,22 @@ class MedicalDataset:
         """
         if iterate < 0:
             return None
+        remarks: list[str] = []
         if names := [name for name, sample in known.items() if sample.shot]:
-            for text in check_shot_names(names, known, count, str(self.listing), self.root):
-                warn_once(text)
-            return names, self.listing.name if self.listing else ""
-        path = next((path for path in self.shot_lists() if path.name == f"my{count}-shot.txt"), None)
-        if path is None:
+            source = str(self.listing and self.listing.name)
+        elif path := next((path for path in self.shot_lists() if path.name == f"my{count}-shot.txt"), None):
+            lines, remarks = parse_shot_list(path)
+            names = pick_names(lines, remarks, path, LETTERS[label], iterate)
+            source = "/".join(path.parts[-3:])  # checkpoints keep it: the data set's folder, not what leads there
+            if SEEDS in path.parents:
+                source = f"{FOLDER.name}/{source}"
+                if not set(names) & set(known):  # other images under the same name, as with the phantom
+                    if self.obj in BENCHMARKS and not self.is_made_up:
+                        why = f"none of its {KINDS[label]} images is in valid, so the shots are not the published ones"
+                        warn_once(f"{source}: {why}: is the copy whole?")
+                    return None
+        else:
             return None
-        lines, remarks = parse_shot_list(path)
-        names = pick_names(lines, remarks, path, LETTERS[label], iterate)
-        source = "/".join(path.parts[-3:])  # checkpoints keep it: the data set's folder, not what leads there
-        if SEEDS in path.parents:
-            source = path.relative_to(FOLDER.parent).as_posix()
-            if not set(names) & set(known):  # other images under the same name, as with the phantom
-                if self.obj in BENCHMARKS and not self.is_made_up:
-                    fault = f"none of its {KINDS[label]} images is in valid, so the shots are not the published ones"
-                    warn_once(f"{source}: {fault}: is the copy whole?")
-                return None
         for text in remarks + check_shot_names(names, known, count, source, self.root):
             warn_once(text)
         return names, source

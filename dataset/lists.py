@@ -72,11 +72,9 @@ def _rows(path: Path) -> Iterator[tuple[int, Row]]:
                                      f"with a comma")  # fmt: skip
                 row = dict(zip_longest(heads, cells[: len(heads)], fillvalue=""))
                 heads = heads or cells
+        row = {name.strip().lower(): str("" if cell is None else cell).strip() for name, cell in row.items()}
         if row:
-            yield (
-                number,
-                {name.strip().lower(): str("" if cell is None else cell).strip() for name, cell in row.items()},
-            )
+            yield number, row
 
 
 def _file(root: Path, row: Row, layout: Layout, where: str) -> Sample:

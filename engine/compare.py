@@ -18,7 +18,7 @@ from scipy.stats import binomtest, rankdata
 
 from utils import EXPECTED, InputError, Parser, blame, preview, read_json, run_cli
 
-from .metrics import CONFIDENCE_LEVEL, Z_95, placements
+from .metrics import CONFIDENCE_LEVEL, Z_95, interval_of, placements
 from .study.tables import Statistic, Table
 
 DISAGREEMENTS = 5  # images that are named
@@ -56,8 +56,7 @@ def pauc_difference(one: Result, other: Result) -> Value | None:
     before, after = (np.array(result.get("pauc_draws") or ()) for result in (one, other))
     if not len(before) or len(before) != len(after) or one["order"] != other["order"]:
         return None
-    tail = (1 - CONFIDENCE_LEVEL) / 2
-    return other["pauc"] - one["pauc"], np.quantile(after - before, [tail, 1 - tail]).tolist()
+    return other["pauc"] - one["pauc"], interval_of(after - before)
 
 
 def rate(hits: np.ndarray) -> Value:
@@ -86,15 +85,13 @@ def compare(results: Sequence[Result]) -> Table:
     for other in others:
         images = (set(zip(result["files"], result["labels"], strict=True)) for result in (first, other))
         if apart := sorted({name for name, _ in set.symmetric_difference(*images)}):
-            names = f"{first['name']} and {other['name']}"
-            raise InputError(f"{names} were not tested on the same images with the same labels: {preview(apart)}")
+            raise InputError(f"{first['name']} and {other['name']}: other test images or labels: {preview(apart)}")
     columns = [f"{place}: {result['name']}" for place, result in enumerate(results, 1)]
     caption = f"Runs on the same test images, in percent [95% interval]; differences are to {columns[0]}."
     table = Table("compare", caption, [], "run", list(notes(results, columns)))
     for column, result in zip(columns, results, strict=True):
         for name, value in figures(first, result):
-            if value:
-                table.add(name, [], column, Statistic.over([value[0]], [value[1]] if value[1] else [], 1))
+            table.add(name, [], column, value and Statistic.over([value[0]], [value[1]] if value[1] else [], 1))
     return table
 
 

@@ -164,7 +164,7 @@ def measure(
         if full:
             values["aupro"] = counts.aupro()
             draws, dice = per_image_metrics(*pixels, counts, pixel_threshold)
-            values |= {"pauc_ci95": _interval(draws), **dice}
+            values |= {"pauc_ci95": interval_of(draws), **dice}
             curves |= {"roc": counts.roc(), "pr": counts.pr()}
     values = {key: values[key] for key in METRICS if key in values}
     if without is not None:
@@ -637,5 +637,6 @@ def _draw(normal: np.ndarray, abnormal: np.ndarray, draws: int, seed: int) -> np
     return result
 
 
-def _interval(values: np.ndarray) -> list[float]:
+def interval_of(values: np.ndarray) -> list[float]:
+    """The central 95% of the values of a bootstrap, [low, high]."""
     return [float(value) for value in np.quantile(values, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])]

@@ -25,9 +25,9 @@ def fine(result: subprocess.CompletedProcess[str]) -> str:
     return result.stdout
 
 
-def rows(out: Path) -> list[dict[str, str]]:
-    """The table of a prediction, predictions.csv in `out`."""
-    with (out / "predictions.csv").open(newline="") as file:
+def rows(path: Path) -> list[dict[str, str]]:
+    """A table; of a folder, that of its predictions."""
+    with (path / "predictions.csv" if path.is_dir() else path).open(newline="") as file:
         return list(csv.DictReader(file))
 
 

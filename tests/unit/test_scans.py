@@ -106,7 +106,7 @@ def test_dicom_slices_follow_their_position_and_say_their_sides(tmp_path):
     assert {(entry.number, entry.count) for entry in entries} == {(i, 5) for i in range(1, 6)}
 
 
-def test_a_gap_is_seen_among_three_slices_and_said_of_their_folder(tmp_path):
+def test_gaps_among_three_slices_and_localizers_are_said_of_their_folder(tmp_path):
     paths = dicom_series(tmp_path / "series", volume(tmp_path / "v.nii.gz"))
     for kept, gaps in ((paths[:3], 0), ([*paths[:2], paths[4]], 1)):
         notes = listed(*kept).remarks
@@ -114,6 +114,11 @@ def test_a_gap_is_seen_among_three_slices_and_said_of_their_folder(tmp_path):
     assert notes[0].startswith("series ")
     assert "12 mm" in notes[0]
     assert "4 mm" in notes[0]
+    overview = dcmread(paths[4])
+    overview.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+    overview.save_as(paths[4])
+    (note,) = listed(*paths).remarks
+    assert "1 of 5 images" in note and "localizer" in note
 
 
 def test_one_depth_holds_for_all_inputs(tmp_path):

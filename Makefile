@@ -64,7 +64,7 @@ test: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto --dist worksteal
-	MKL_CBWR=COMPATIBLE $(BIN)/python -m pytest -n auto --dist worksteal -m equality
+	MKL_CBWR=COMPATIBLE $(BIN)/python -m pytest -n auto --dist worksteal -m equality $$(grep -rl mark.equality --include=*.py tests)
 
 bench: $(VENV)/dev
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit; done

@@ -5,8 +5,8 @@ that matplotlib saves a blank picture, as six figures take longer than a trainin
 A command can be stopped at an event inside of it, so that no test depends on how long something takes:
 
     command("train.py", ..., on=(Call("engine.files.run.RunFolder.save", 3), signal.SIGKILL))     a signal to itself
-    running = command.start("train.py", ..., on=(Call("train.evaluate"), HALT))             it waits for `go`
-    running.halted(); ...; running.go(); result = running.wait()
+    running = command.start("train.py", ..., on=(Call("train.evaluate"), signal.SIGSTOP))         it waits for `go`
+    running.stopped(); ...; running.go(); result = running.wait()
 """
 
 import atexit
@@ -33,7 +33,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-HALT = 0  # instead of a signal: wait until the test says `go`
 # What commands import, some of them in seconds. Not wandb: all processes forked after it share its temporary folder.
 WARM = (
     "train", "test", "predict", "reproduce", "dataset.check", "engine.checkpoint", "engine.report.page",
@@ -81,22 +80,19 @@ class Running:
 
     def __init__(self, commands: "Commands", command: list[str], folder: tempfile.TemporaryDirectory[str]) -> None:
         self._commands, self._command, self._folder = commands, command, folder
-        self.path = Path(folder.name)  # of out, err, and the files by which halt and go are told
+        self.path = Path(folder.name)  # of out and err
         self.pid = 0
 
-    def halted(self) -> None:
+    def stopped(self) -> None:
         """Return when the command has come to its event; fail where it ended before."""
-        while not (self.path / "halted").exists():
-            if self._ended():
+        while (state := Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]) != "T":
+            if state == "Z":
                 raise AssertionError(f"the command ended before its event:\n{self.wait().stderr}")
             time.sleep(0.02)
 
-    def _ended(self) -> bool:
-        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-
     def go(self) -> None:
-        """Let a halted command go on."""
-        (self.path / "go").touch()
+        """Let a stopped command go on."""
+        os.kill(self.pid, signal.SIGCONT)
 
     def wait(self) -> subprocess.CompletedProcess[str]:
         """What the command has printed and its exit code, once it has ended."""
@@ -136,8 +132,8 @@ class Commands:
     ) -> Running:
         """Start a command, by default from the project's folder.
 
-        `file_bytes` is the largest file that it may write; `draw` whether figures are drawn; `on` an event and what
-        follows: a signal, or HALT.
+        `file_bytes` is the largest file that it may write; `draw` whether figures are drawn; `on` an event and the
+        signal that follows.
         """
         command = words(script, *arguments)
         running = Running(self, command, tempfile.TemporaryDirectory())
@@ -152,7 +148,7 @@ class Commands:
         return self.start(script, *arguments, **how).wait()
 
     def close(self) -> None:
-        """End the process that forks, and what a failed test has left halted."""
+        """End the process that forks, and what a failed test has left stopped."""
         for running in list(self.running):
             os.kill(running.pid, signal.SIGKILL)
             running.wait()
@@ -201,7 +197,7 @@ def _become(
     if not draw:
         Figure.savefig = _save_blank
     if on:
-        _install(**on, told=Path(folder))
+        _install(**on)
     script = command[0]
     sys.argv = command
     try:
@@ -231,21 +227,15 @@ def _end() -> None:
             os._exit(_codes[0])
 
 
-def _install(event: str, action: int, number: int, told: Path, name: str = "", folder: str = "") -> None:
-    """Do `action` when the event comes for the n-th time."""
+def _install(event: str, action: int, number: int, name: str = "", folder: str = "") -> None:
+    """Send this process the signal `action` when the event comes for the n-th time."""
     seen = 0
 
     def happen() -> None:
         nonlocal seen
         seen += 1
-        if seen != number:
-            return
-        if action != HALT:
+        if seen == number:
             os.kill(os.getpid(), action)
-            return
-        (told / "halted").touch()
-        while not (told / "go").exists():
-            time.sleep(0.02)
 
     if event == "Change":
         sys.addaudithook(functools.partial(_watch, folder, happen))

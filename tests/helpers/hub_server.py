@@ -16,7 +16,6 @@ class HubServer(ThreadingHTTPServer):
     daemon_threads = True
     drops = 0  # this many file bodies stop half way
     gated: tuple[str, ...] = ()
-    wrong_bytes = False  # bodies of the right length with other content
     statuses: tuple[int, ...] = ()  # given before the real answer
     page = False  # answers with a log-in page
 
@@ -61,7 +60,7 @@ class _Handler(BaseHTTPRequestHandler):
         start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted else 0
         if start >= len(content):
             return self._send(416)
-        body = bytes(len(content) - start) if server.wrong_bytes else content[start:]
+        body = content[start:]
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "Accept-Ranges": "bytes"}
         if wanted:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"

@@ -1,4 +1,4 @@
-"""The commands of README.md and docs/ as they stand there, in their order, in one empty folder."""
+"""The commands of README.md and docs/ as they stand there, in their order, in one empty folder; and the notebook."""
 
 import os
 import re
@@ -8,14 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import nibabel
 import numpy as np
 import pytest
+from nbclient import NotebookClient
 
 from tests.helpers.docs import ROOT, DocCommand, doc_commands
 
 SAMPLE = ROOT / "data" / "sample" / "BreastBUSI_AD"
-PREDICT_PAGE = ROOT / "docs" / "predict.md"
+PREDICT_PAGE, NOTEBOOK = ROOT / "docs" / "predict.md", ROOT / "docs" / "tour.ipynb"
 # A training of one epoch is the same command as one of sixty; the run that goes on is extended by one.
 SHORTENED = {
     r"python train\.py (?!--resume)": "--epoch 1",
@@ -88,3 +90,20 @@ def test_commands_as_they_stand(command, tmp_path):
     assert [line.split()[0] for line in printed[3:13]] == [str(number) for number in range(10)]
     assert printed[13] == printed[14]
     assert "damaged.png" in printed[16]
+
+
+def test_the_tour_runs(monkeypatch):
+    """From its own folder; and its size stays small."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert sum(len(cell.source.splitlines()) for cell in code) <= 120
+    assert NOTEBOOK.stat().st_size < 1_500_000
+    before = [[output.output_type for output in cell.outputs] for cell in code]
+    assert all(before[1:]), "a cell without its output"  # the first only prepares
+    for cell in code:
+        cell.source = cell.source.replace("--epoch 12", "--epoch 3")
+        cell.outputs = []
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    for cell, kinds in zip(code, before, strict=True):
+        assert {output.output_type for output in cell.outputs} >= set(kinds)

@@ -19,7 +19,7 @@ from dataset.medical_few import MedicalDataset
 from engine import InputError, load
 from engine.evaluation import Masks
 from engine.files.checkpoint import Checkpoint
-from tests.helpers.commands import HALT, Call
+from tests.helpers.commands import Call
 from tests.helpers.data import small_settings
 from tests.helpers.results import fine, read_json, refused, rows
 from tests.helpers.scans import dicom_series, mni
@@ -343,8 +343,8 @@ def test_lines_of_files_that_changed_are_dropped(command, ckpts, image, tmp_path
 
 def test_two_at_a_time_do_not_write_to_one_folder(command, ckpts, image, trained, tmp_path):
     flags = ["--ckpt", ckpts / "Brain.pth", "--device", "cpu", "--out", tmp_path]
-    first = command.start("predict.py", *flags, trained.data / GOOD, on=(Call("predict.predict"), HALT))
-    first.halted()
+    first = command.start("predict.py", *flags, trained.data / GOOD, on=(Call("predict.predict"), signal.SIGSTOP))
+    first.stopped()
     refused(command("predict.py", *flags, image), f"--out {tmp_path}", "another predict.py")
     first.go()
     fine(first.wait())

@@ -1,7 +1,6 @@
 """The published checkpoint format, through the real commands: written by export, read by test.py."""
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,22 +14,15 @@ from tests.integration.test_scripts import figures
 MOODS = ("learnable_all", "learnable_abnormal", "fix")
 
 
-@dataclass(frozen=True)
-class Published:
-    """A checkpoint of ours in `folder`, the same in the published format beside it, and what was printed."""
+def read(phantoms: Path, ckpt: Path) -> list[object]:
+    """What test.py needs for a file in the published format, but for the layers."""
+    paths = ["--obj", "Brain", "--data_path", phantoms, "--device", "cpu", "--ckpt", ckpt]
+    return [*paths, "--pretrain", "random", "--img_size", 42]
 
-    mood: str
-    folder: Path
-    data: Path
 
-    @property
-    def figures(self) -> list[str]:
-        return figures((self.folder / "out").read_text())
-
-    def test_flags(self, ckpt: Path) -> list[object]:
-        """What test.py needs for a file in the published format, but for the layers."""
-        paths = ["--obj", "Brain", "--data_path", self.data, "--device", "cpu", "--ckpt", ckpt]
-        return [*paths, "--pretrain", "random", "--img_size", 42]
+def printed(folder: Path) -> list[str]:
+    """The figures of the training."""
+    return figures((folder / "out").read_text())
 
 
 def make(command, phantoms, folder: Path, *flags: object) -> None:
@@ -43,40 +35,41 @@ def make(command, phantoms, folder: Path, *flags: object) -> None:
 
 
 @pytest.fixture(params=MOODS)
-def published(request, command, once, phantoms) -> Published:
-    mood = request.param
-    flags = ["--features_list", 2, 4, "--text_mood", mood]
-    return Published(mood, once(f"published-{mood}", lambda folder: make(command, phantoms, folder, *flags)), phantoms)
+def published(request, command, once, phantoms) -> Path:
+    """The folder of a checkpoint of ours, the same in the published format beside it, and what was printed."""
+    flags = ["--features_list", 2, 4, "--text_mood", request.param]
+    return once(f"published-{request.param}", lambda folder: make(command, phantoms, folder, *flags))
 
 
-def test_published_names_and_the_same_figures(command, published, golden_json):
-    stored = torch.load(published.folder / "published.pth", weights_only=True)
+def test_published_names_and_the_same_figures(command, phantoms, published, golden_json):
+    mood = published.name.removeprefix("published-")
+    stored = torch.load(published / "published.pth", weights_only=True)
     shapes = golden_json("e2e")["checkpoint_keys_and_shapes"]
     parts = {"normal_det_adapters", "abnormal_det_adapters"}
     makers = {"learnable_all": {"prompt_maker_normal", "prompt_maker_abnormal"},
               "learnable_abnormal": {"prompt_maker_abnormal"}, "fix": {"text_features_fix"}}  # fmt: skip
-    parts |= makers[published.mood]
+    parts |= makers[mood]
     assert set(stored) == parts
     for part in parts - {"text_features_fix"}:
         assert {key: list(tensor.shape) for key, tensor in stored[part].items()} == shapes[part]
-    if published.mood == "fix":
+    if mood == "fix":
         assert stored["text_features_fix"].shape == (96, 2)
 
-    flags = published.test_flags(published.folder / "published.pth")
+    flags = read(phantoms, published / "published.pth")
     # The file does not say how many shots it was trained on, so --shot is accepted; whose they are is not known.
     output = fine(command("test.py", *flags, "--features_list", 2, 4, "--shot", 16))
-    assert f"inferred: ViT-tiny-14-56, MFCFC, 2 layers, {published.mood}" in output
-    assert figures(output) == published.figures
+    assert f"inferred: ViT-tiny-14-56, MFCFC, 2 layers, {mood}" in output
+    assert figures(output) == printed(published)
     assert "differ" not in output
     assert "without the shots' patients: not known" in output
     assert "2 layers: name them with --features_list" in refused(command("test.py", *flags))
 
 
 @pytest.mark.parametrize("published", ["fix"], indirect=True)
-def test_a_tower_of_ones_own_is_named(command, published, tmp_path):
+def test_a_tower_of_ones_own_is_named(command, phantoms, published, tmp_path):
     """A JSON file beside the project, whose sizes CLIP/model_configs has as well."""
     model = Path(shutil.copy(ROOT / "CLIP/model_configs/ViT-tiny-14-56.json", tmp_path / "mine.json"))
-    flags = [*published.test_flags(published.folder / "published.pth"), "--features_list", 2, 4]
+    flags = [*read(phantoms, published / "published.pth"), "--features_list", 2, 4]
     output = fine(command("test.py", *flags, "--model_name", model))
     assert "inferred: mine, MFCFC" in output
     wrong = refused(command("test.py", *flags, "--model_name", "ViT-B-16"))
@@ -86,14 +79,14 @@ def test_a_tower_of_ones_own_is_named(command, published, tmp_path):
 @pytest.mark.parametrize("published", ["fix"], indirect=True)
 def test_show_and_what_export_says(command, published, tmp_path):
     path = tmp_path / "Brain.pth"
-    shutil.copy(published.folder / "Brain.pth", path)
+    shutil.copy(published / "Brain.pth", path)
     output = fine(command("engine.checkpoint", "show", path))
     for words in ('"text_mood": "fix"', "valid_Ungood_00000.png", "normal_det_adapters: 6 tensors"):
         assert words in output
     before = path.read_bytes()
     refused(command("engine.checkpoint", "export", path, path), "checkpoint itself")
     assert path.read_bytes() == before
-    said = (published.folder / "export").read_text()
+    said = (published / "export").read_text()
     assert "batch_size" not in said  # MFCFC's numbers do not depend on it
     for flag in ("--model_name ViT-tiny-14-56 --pretrain random --img_size 42 --features_list 2 4", "--text_mood"):
         assert flag in said
@@ -107,7 +100,6 @@ def test_export_of_mvitfc_names_the_batch_size_of_its_numbers(command, phantoms,
     """Attention runs across the images of a batch, and the published test program scores single batches."""
     make(command, phantoms, tmp_path, "--visionA", "MViTFC", "--text_mood", "fix")
     assert "--batch_size 8" in (tmp_path / "export").read_text()
-    published = Published("fix", tmp_path, phantoms)
-    flags = published.test_flags(tmp_path / "published.pth")
-    assert figures(fine(command("test.py", *flags, "--batch_size", 8))) == published.figures
-    assert figures(fine(command("test.py", *flags, "--batch_size", 3))) != published.figures
+    flags = read(phantoms, tmp_path / "published.pth")
+    assert figures(fine(command("test.py", *flags, "--batch_size", 8))) == printed(tmp_path)
+    assert figures(fine(command("test.py", *flags, "--batch_size", 3))) != printed(tmp_path)

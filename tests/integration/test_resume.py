@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers.commands import HALT, Call, Change, Commands
+from tests.helpers.commands import Call, Change, Commands
 from tests.helpers.data import SMALL
 from tests.helpers.results import fine, refused
 
@@ -137,8 +137,8 @@ def test_stopped_by_a_signal(command, phantoms, tmp_path, undisturbed, when):
 def test_a_run_has_one_writer(command, phantoms, tmp_path, undisturbed):
     """While it lives, --resume is refused and changes nothing."""
     run, third_epoch = tmp_path / "runs" / "one", Call("engine.files.run.RunFolder.save", 3)
-    running = command.start("train.py", *flags(tmp_path, phantoms), on=(third_epoch, HALT), cwd=tmp_path)
-    running.halted()
+    running = command.start("train.py", *flags(tmp_path, phantoms), on=(third_epoch, signal.SIGSTOP), cwd=tmp_path)
+    running.stopped()
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     refused(command("train.py", "--resume", run, cwd=tmp_path), f"process {running.pid} on {socket.gethostname()}")
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before

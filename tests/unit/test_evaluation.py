@@ -1,15 +1,16 @@
 """Patch scores, what follows from them, and masks as packed bits."""
 
-from argparse import Namespace
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
+from CLIP.clip import create_model
+from CLIP.weights import find_weights
 from dataset.readers.masks import load_mask
+from engine.detector import Detector
 from engine.evaluation import Evaluation, Masks, evaluate
-from tests.helpers.data import draw_samples, small_settings
+from engine.features import TokenStore, TowerSpec
+from tests.helpers.data import draw_samples, small_settings, store_options
 from utils import InputError
 
 SIZE = 42
@@ -43,62 +44,41 @@ def test_masks_are_those_of_the_reader(samples):
     torch.testing.assert_close(Masks.pack(expected).get(slice(None)), expected, atol=0, rtol=0)
 
 
-def draw_more(samples):
-    """Four other images of the same files."""
-    return [replace(sample, index=1) for sample in samples[:4]]
+@pytest.fixture
+def scored(tmp_path, monkeypatch):
+    """A store with the tokens of ten images, the sizes of the batches that are scored, and a detector of a kind."""
+    samples, sizes = draw_samples(tmp_path, count=10), []
+    weights = find_weights("ViT-tiny-14-56", "random", seed=1)
+    clip = create_model(weights, img_size=SIZE)
+    store = TokenStore(TowerSpec.of(small_settings(), weights, None, torch.device("cpu")), store_options(tmp_path))
+    store.plan([], [samples])
+    store.fill(clip)
+    whole = Detector.patch_scores
+    monkeypatch.setattr(Detector, "patch_scores", lambda *given: sizes.append(len(given[1][0])) or whole(*given))
+    return samples, store, sizes, lambda kind: Detector(clip, small_settings(eval_batch=4, visionA=kind))
 
 
-class FakeStore:
-    """Serves the index of an image as its token; counts what is asked for."""
-
-    def __init__(self, samples):
-        self.samples, self.asked = list(samples), []
-        self.chunk = 8
-        self.tower = type("Tower", (), {"device": torch.device("cpu"), "autocast": None})
-
-    def rows(self, items):
-        return torch.tensor([self.samples.index(item) for item in items])
-
-    def get(self, rows):
-        self.asked.append(rows.tolist())
-        return [rows.float()[:, None, None]] * 2
-
-    def with_room(self, action):
-        return action()
-
-
-class FakeDetector:
-    """Returns the tokens as scores, NaN for one of them."""
-
-    scoring_head = "seg"
-
-    def __init__(self, bad=None, kind="MFCFC"):
-        self.bad, self.shapes = bad, []
-        self.settings = small_settings(eval_batch=4, visionA=kind)
-        self.adapters = Namespace(mixes_images=kind == "MViTFC")
-
-    def prompts(self):
-        return torch.zeros(3, 2)
-
-    def patch_scores(self, tokens, text):
-        self.shapes.append(len(tokens[0]))
-        scores = torch.stack(tokens, dim=1)[..., 0].expand(-1, -1, 9).clone()
-        scores[scores == self.bad] = torch.nan
-        return scores
-
-
-@pytest.mark.parametrize(("kind", "shapes"), [("MFCFC", [8, 8]), ("MViTFC", [4, 4, 2])])
-def test_images_are_scored_in_their_order_and_in_batches_of_one_size(samples, kind, shapes):
+@pytest.mark.parametrize(("kind", "batches"), [("MFCFC", [8, 8]), ("MViTFC", [4, 4, 2])])
+def test_images_are_scored_in_their_order_and_in_batches_of_one_size(scored, kind, batches):
     """The last one is filled up, but where images attend to each other: the checkpoint's batches, as published."""
-    samples = samples + draw_more(samples)
-    store, detector = FakeStore(samples), FakeDetector(kind=kind)
-    evaluation = evaluate(detector, store, samples)
-    assert [row for rows in store.asked for row in rows] == list(range(10))
-    assert detector.shapes == shapes
-    assert evaluation.patch_scores[:, 0, 0].tolist() == list(range(10))
+    samples, store, sizes, make = scored
+    evaluation = evaluate(make(kind), store, samples)
+    assert sizes == batches
+    assert evaluation.patch_scores.shape == (10, 2, 9)
     assert evaluation.labels.tolist() == [0, 1] * 5
+    turned = evaluate(make("MFCFC"), store, samples[::-1]).patch_scores.flip(0)
+    assert kind == "MViTFC" or torch.equal(turned, evaluation.patch_scores)
 
 
-def test_a_score_that_is_not_finite_names_the_image(samples):
+def test_a_score_that_is_not_finite_names_the_image(scored, monkeypatch):
+    samples, store, _, make = scored
+    tokens = store.get
+
+    def damaged(rows):
+        return [
+            layer.masked_fill((rows == store.rows(samples[3:4]))[:, None, None], torch.nan) for layer in tokens(rows)
+        ]
+
+    monkeypatch.setattr(store, "get", damaged)
     with pytest.raises(InputError, match=r"the score of 3\.png is not finite"):
-        evaluate(FakeDetector(bad=3.0), FakeStore(samples), samples)
+        evaluate(make("MFCFC"), store, samples)

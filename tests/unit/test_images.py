@@ -111,9 +111,6 @@ def save_nifti(path: Path, values: np.ndarray, affine: np.ndarray | None = None)
     return path
 
 
-# --- what is hashed is what was decoded ---
-
-
 # --- formats ---
 
 

@@ -181,18 +181,6 @@ def test_aupro_of_small_images_with_ties(pixels: list[tuple[int, bool]]) -> None
         assert counts.aupro(limit) == pytest.approx(mvtec_aupro(maps, masks, limit), abs=1e-12)
 
 
-def test_regions_are_8_connected_and_end_at_the_image() -> None:
-    masks = np.zeros((2, 4, 4), dtype=bool)
-    masks[0, 0, 0] = masks[0, 1, 1] = True  # diagonal: one region
-    masks[1, 1, 1] = True  # the same place in the next image: another one
-    counts = count_pixels(*sources(masks.astype(np.float32), masks), 2, 2, regions=True)
-    assert counts.regions == 2
-    assert counts.overlap.sum() == pytest.approx(2)
-    assert counts.aupro() == pytest.approx(1)
-    with pytest.raises(ValueError, match="without regions"):
-        count_pixels(*sources(masks.astype(np.float32), masks), 2, 2).aupro()
-
-
 # --- images and bootstrap ---
 
 

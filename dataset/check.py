@@ -173,8 +173,7 @@ def check_lists(dataset: MedicalDataset, findings: Findings) -> set[Path]:
         with suppress(InputError):  # it is among the errors already
             known[letter] = dataset.known_shots(label)
     shots = set()
-    used = {path.name: path for path in reversed(dataset.shot_lists())}  # the first of a name wins
-    for path in sorted(used.values()):
+    for path in sorted(dataset.shot_lists().values()):
         try:
             lines, warnings = parse_shot_list(path)
         except InputError as error:

@@ -354,7 +354,7 @@ class MedicalDataset:
         remarks: list[str] = []
         if names := [name for name, sample in known.items() if sample.shot]:
             source = str(self.listing and self.listing.name)
-        elif path := next((path for path in self.shot_lists() if path.name == f"my{count}-shot.txt"), None):
+        elif path := self.shot_lists().get(f"my{count}-shot.txt"):
             lines, remarks = parse_shot_list(path)
             names = pick_names(lines, remarks, path, LETTERS[label], iterate)
             source = "/".join(path.parts[-3:])  # checkpoints keep it: the data set's folder, not what leads there
@@ -371,9 +371,10 @@ class MedicalDataset:
             warn_once(text)
         return names, source
 
-    def shot_lists(self) -> list[Path]:
-        """The few-shot lists, the data set's own first: they win over the project's of the same name."""
-        return [*list_paths(self.root / "fewshot_seed"), *list_paths(SEEDS / self.obj)]
+    def shot_lists(self) -> dict[str, Path]:
+        """The few-shot lists by their names; the data set's own win over the project's."""
+        paths = [*list_paths(SEEDS / self.obj), *list_paths(self.root / "fewshot_seed")]
+        return {path.name: path for path in paths}
 
 
 @dataclass(frozen=True)

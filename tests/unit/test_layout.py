@@ -107,7 +107,7 @@ def test_bmads_trees_under_the_papers_names(tmp_path, tree):
         assert [sample.path.name for sample in samples] == ["0.png", "1.png", "2.png"] * 2
         assert [sample.label for sample in samples] == [0] * 3 + [1] * 3
         assert [sample.masks[0].name for sample in samples[3:]] == ["0.png", "1.png", "2.png"]
-    assert any("fewshot_seed/Brain" in str(path) for path in dataset.shot_lists())
+    assert any("fewshot_seed/Brain" in str(path) for path in dataset.shot_lists().values())
 
 
 @pytest.mark.parametrize("top", ["", "bottle/"])

@@ -97,8 +97,7 @@ def write(out: str | Path, obj: Sequence[str], valid: int, test: int, seed: int,
         with blame(f"--out {folder}", errors=(OSError,)):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / MADE_UP).write_text(f"{NOTICE}\n", encoding="utf-8")  # first, so that it can be repeated
-            old = [f"{split}/{label}/*/{split}_{label}_*.png" for split, label in product(SPLITS, FOLDERS)]
-            for path in [path for pattern in (*old, "fewshot_seed/my*-shot.txt") for path in folder.glob(pattern)]:
+            for path in [*folder.glob("*/*/*/*_*_[0-9]*.png"), *folder.glob("fewshot_seed/my*-shot.txt")]:
                 path.unlink()
             writer = Writer(folder)
             for split, (number, label) in product(SPLITS, enumerate(FOLDERS)):

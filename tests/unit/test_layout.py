@@ -306,6 +306,14 @@ def test_slices_that_mark_or_show_nothing(scans, labels, abnormal):
     assert f"{6 - len(abnormal)} abnormal images whose mask marks nothing: out" in lines
 
 
+def test_a_mask_of_more_slices_is_laid_onto_its_volume(scans):
+    for path in scans.glob("*/*/b_seg.nii.gz"):
+        values = np.zeros((20, 24, 12), np.int16)
+        values[4:9, 4:9, 4:8] = 1
+        nibabel.save(nibabel.Nifti1Image(values, np.diag([1, 1, 0.5, 1])), path)
+    assert [sample.index for sample in opened(scans).samples("test") if sample.label] == [2, 3]
+
+
 def test_unmarked_images_follow_one_rule(tmp_path, scans):
     for split in ("valid", "test"):
         draw(tmp_path / "flat", *(f"{split}/{kind}/img/{i}.png" for kind in ("good", "Ungood") for i in "12"))

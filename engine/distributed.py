@@ -84,11 +84,6 @@ def all_gather(value: T) -> list[T]:
     return values
 
 
-def barrier() -> None:
-    """Wait until all processes are here."""
-    all_gather(None)
-
-
 def align(module: nn.Module) -> None:
     """Give every process rank 0's parameters. On a CPU they are the same bits already, as every step runs whole."""
     if world() > 1 and next(module.parameters()).is_cuda:

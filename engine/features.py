@@ -205,7 +205,7 @@ class TokenStore:
             f"{places.get(self.cache, 'computed on every use')}; {len(self.items) - len(self.missing)} computed before",
             flush=True,
         )
-        distributed.barrier()
+        distributed.all_gather(None)  # no process writes files before all have read what is there
 
     def load_clip(self) -> CLIP:
         """The frozen towers, after `plan`; without the image tower where all tokens are there."""

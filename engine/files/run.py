@@ -100,7 +100,7 @@ class RunFolder:
             try:
                 self._lock.acquire(timeout=0)
             except Timeout:
-                config = self.read_config()
+                config = read_json(self.config)
                 writer = f"process {config['pid']} on {config['host']}"
                 raise InputError(f"--resume {self.path}: {writer} is still at this run; stop it first") from None
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: Slurm sends it before it takes a machine
@@ -113,10 +113,6 @@ class RunFolder:
             raise
         finally:
             self._lock.release(force=True)
-
-    def read_config(self) -> dict[str, Any]:
-        """What `write_config` wrote."""
-        return dict(read_json(self.config))
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write config.json."""
@@ -213,7 +209,7 @@ def open_run(
 
 def _continue(run: RunFolder, config: dict[str, Any]) -> None:
     """Compare the config of a run that goes on with the stored one, and take over what the run keeps for life."""
-    stored = run.read_config()
+    stored = read_json(run.config)
     for name in ("settings", "shots"):
         then, now = stored[name], config[name]
         for key in now:

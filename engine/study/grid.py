@@ -119,7 +119,7 @@ class Grid:
         """`InputError` where the tower lacks a layer, or the cell's folder holds a run with other flags."""
         run, asked = self.run(cell), vars(self.parse(cell))
         layers_of(Namespace(**asked))
-        stored = run.read_config()["options"] if run.config.is_file() else {}
+        stored = read_json(run.config)["options"] if run.config.is_file() else {}
         for name, value in asked.items():
             chosen = name == "select" and value is None  # by the run itself
             if name in stored and name not in MACHINE_FLAGS and stored[name] != value and not chosen:

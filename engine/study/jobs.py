@@ -36,12 +36,6 @@ class Resumable(Generic[Task]):
         return submitit.helpers.DelayedSubmission(self, task)
 
 
-def visible_gpus() -> list[str]:
-    """The GPUs of this machine, as CUDA_VISIBLE_DEVICES calls them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [name for name in named.split(",") if name] if named else list(map(str, range(torch.cuda.device_count())))
-
-
 def run_jobs(
     function: Callable[[Task], str | None], tasks: Sequence[Task], executor: str, folder: Path, limit: int,
     parameters: Sequence[str] = (),
@@ -63,7 +57,8 @@ def run_jobs(
     with blame(f"--executor {executor} {flags}".strip(), errors=(RuntimeError, TypeError, ValueError, *refused)):
         pool = submitit.AutoExecutor(folder, cluster=executor)
         pool.update_parameters(**{"timeout_min": TIMEOUT, **values})
-    gpus = visible_gpus() if executor == "local" else []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = [name for name in named.split(",") if name] if executor == "local" else []
     waiting, running = list(tasks), dict[Task, tuple[Any, str | None]]()
     try:
         while waiting or running:

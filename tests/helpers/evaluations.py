@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -52,3 +53,17 @@ def make_world(
     samples = make_samples(folder, labels, masks)
     evaluation = make_evaluation(samples, scores, "seg" if masks else "det")
     return evaluation, Masks.of(samples, small_settings(img_size=SIZE)) if masks else None
+
+
+def noisy_evaluation(labels: Sequence[int] = (0, 1) * 5, head: str = "seg") -> tuple[Evaluation, Masks]:
+    """Random patches; those of the lower half are higher in abnormal images, whose masks hold the lower half."""
+    abnormal = torch.tensor(labels) == 1
+    scores = torch.randn(len(labels), 3, 16, generator=torch.Generator().manual_seed(0))
+    scores[abnormal, :, 8:] += 1.0
+    samples = [
+        SimpleNamespace(name=f"{i}.png", label=label, patient=f"p{i // 2}" if i < 8 else None, mask=None, kind="")
+        for i, label in enumerate(labels)
+    ]
+    mask = np.arange(400) >= 200
+    rows = torch.where(abnormal, 0, -1)
+    return Evaluation(samples, scores, head, 20, "mean"), Masks(rows, torch.from_numpy(np.packbits(mask)[None]), 20)

@@ -7,8 +7,8 @@ import torch
 
 from CLIP.clip import create_model
 from CLIP.config import ModelConfig
+from tests.helpers.commands import fine, refused
 from tests.helpers.data import SMALL
-from tests.helpers.results import fine, refused
 from tests.helpers.weights import save_hugging_face
 
 

@@ -10,25 +10,19 @@ import pytest
 import torch
 
 from dataset import phantom
-from tests.helpers.commands import Commands
+from tests.helpers.commands import Commands, fine
 from tests.helpers.data import SMALL
 from tests.helpers.net import make_data
-from tests.helpers.results import fine
 
 ONE_EPOCH = [*SMALL, "--epoch", 1]
 
 
 @pytest.fixture(scope="module")
-def brain(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("phantom")
-    phantom.write(path, ["Brain"], valid=16, test=4, seed=0, size=48)
-    return path / "Brain_AD"
-
-
-@pytest.fixture(scope="module")
-def bottle(brain, tmp_path_factory) -> Path:
+def bottle(tmp_path_factory) -> Path:
     """MVTec's layout: train/good, test/good, test/<defect>, ground_truth/<defect>/*_mask.png."""
-    root = tmp_path_factory.mktemp("mvtec") / "bottle"
+    folder = tmp_path_factory.mktemp("mvtec")
+    phantom.write(folder, ["Brain"], valid=16, test=4, seed=0, size=48)
+    brain, root = folder / "Brain_AD", folder / "bottle"
     shutil.copytree(brain / "valid/good/img", root / "train/good")
     shutil.copytree(brain / "test/good/img", root / "test/good")
     for index, image in enumerate(sorted((brain / "valid/Ungood/img").iterdir())):
@@ -85,25 +79,18 @@ def test_series_and_volumes_are_trained_slice_by_slice(call, once, tmp_path, kin
     assert last_lines(trained) == last_lines(call("test.py", *paths))  # which reads them as the training did
 
 
-def test_prompts_of_ones_own_are_in_the_checkpoint(brain, call, tmp_path):
+def test_normal_shots_alone_and_prompts_of_ones_own(bottle, call, tmp_path):
+    """The prompts are in the checkpoint."""
     states = {"normal": ["healthy {}", "{} of a volunteer"], "abnormal": ["{} with oedema", "ill {}", "{} with drusen"]}
     (tmp_path / "prompts.json").write_text(json.dumps(states))
-    paths = ["--obj", "Brain", "--data_root", brain, "--save_path", tmp_path]
-    command = [*ONE_EPOCH, *paths, "--shot", 2]
-    plain = call("train.py", *command)
-    own = call("train.py", *command, "--prompts", tmp_path / "prompts.json", "--prompt_name", "retinal OCT")
-    assert re.findall(r"cos\(text\) \S+", plain) != re.findall(r"cos\(text\) \S+", own)
-    (tmp_path / "prompts.json").unlink()
-    assert last_lines(call("test.py", *paths)) == last_lines(own)
-    settings = torch.load(tmp_path / "Brain.pth", weights_only=True)["settings"]
-    assert (settings["states"], settings["prompt_name"]) == (states, "retinal OCT")
-
-
-def test_normal_shots_alone(bottle, call, tmp_path):
     paths = ["--obj", "bottle", "--data_root", bottle, "--save_path", tmp_path]
-    few = [*ONE_EPOCH, *paths, "--shot", 4, "--shot_abnormal", 0, "--epoch", 3, "--loss_type", "softmax"]
-    output = call("train.py", *few)
+    few = ["--shot", 4, "--shot_abnormal", 0, "--epoch", 3, "--loss_type", "softmax"]
+    own = ["--prompts", tmp_path / "prompts.json", "--prompt_name", "glass"]
+    output = call("train.py", *SMALL, *paths, *few, *own)
     totals = [float(value) for value in re.findall(r"total (\S+)", output)]
     assert totals[0] > totals[1] > totals[2] > 0
-    assert torch.load(tmp_path / "bottle.pth", weights_only=True)["about"]["shots"]["abnormal"] == []
+    (tmp_path / "prompts.json").unlink()
     assert last_lines(output) == last_lines(call("test.py", *paths))
+    stored = torch.load(tmp_path / "bottle.pth", weights_only=True)
+    assert (stored["settings"]["states"], stored["settings"]["prompt_name"]) == (states, "glass")
+    assert stored["about"]["shots"]["abnormal"] == []

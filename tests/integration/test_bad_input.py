@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.commands import fine, refused
 from tests.helpers.data import SMALL
-from tests.helpers.results import fine, refused
 
 UNGOOD = "Brain_AD/valid/Ungood/img"
 FIRST = "valid_Ungood_00000.png"

@@ -14,9 +14,8 @@ from PIL import Image
 
 from engine.files.config import train_options
 from tests.helpers import wandb_runs
-from tests.helpers.commands import ROOT, Commands
+from tests.helpers.commands import ROOT, Commands, fine
 from tests.helpers.data import SMALL, unpacked
-from tests.helpers.results import fine
 
 PUBLISHED = {"epoch", "sim_texts", "loss", "AUC", "pAUC", "AUC+pAUC", "AUCbest", "pAUCbest", "AUC+pAUCbest"}
 EPOCHS = 5

@@ -5,9 +5,8 @@ import json
 import pytest
 from torch.distributed import TCPStore
 
-from tests.helpers.commands import Commands
+from tests.helpers.commands import Commands, fine
 from tests.helpers.data import SMALL
-from tests.helpers.results import fine
 
 
 def one(command: Commands, script: str, *arguments: object) -> str:

@@ -14,9 +14,8 @@ from engine.detector import Detector
 from engine.export import export
 from engine.files.checkpoint import Checkpoint
 from engine.predictor import Predictor
-from tests.helpers.commands import ROOT
+from tests.helpers.commands import ROOT, fine, rows
 from tests.helpers.data import small_settings
-from tests.helpers.results import fine, rows
 from utils import InputError
 
 pytestmark = pytest.mark.skipif(not (find_spec("onnxscript") and find_spec("onnxruntime")), reason="optional packages")

@@ -11,9 +11,8 @@ import pytest
 
 from CLIP.clip import create_model
 from CLIP.config import ModelConfig
-from tests.helpers.commands import Commands
+from tests.helpers.commands import Commands, fine, refused
 from tests.helpers.hub_server import HubServer, hub_server
-from tests.helpers.results import fine, refused
 from tests.helpers.weights import save_hugging_face
 
 TINY = ModelConfig.load("ViT-tiny-14-56")

@@ -19,9 +19,8 @@ from dataset.medical_few import MedicalDataset
 from engine import InputError, load
 from engine.evaluation import Masks
 from engine.files.checkpoint import Checkpoint
-from tests.helpers.commands import Call
+from tests.helpers.commands import Call, fine, read_json, refused, rows
 from tests.helpers.data import small_settings
-from tests.helpers.results import fine, read_json, refused, rows
 from tests.helpers.scans import dicom_series, mni
 
 GOOD, UNGOOD = "Brain_AD/test/good/img", "Brain_AD/test/Ungood/img"

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.commands import ROOT
+from tests.helpers.commands import ROOT, fine, refused
 from tests.helpers.data import SMALL
-from tests.helpers.results import fine, refused
 from tests.integration.test_scripts import figures
 
 MOODS = ("learnable_all", "learnable_abnormal", "fix")

@@ -12,9 +12,8 @@ import torch
 from CLIP.clip import create_model
 from dataset import phantom
 from engine.baselines import NAMES
-from tests.helpers.commands import Call
+from tests.helpers.commands import Call, fine, read_json, rows
 from tests.helpers.data import SMALL
-from tests.helpers.results import fine, read_json, rows
 
 ROOT = Path(__file__).parents[2]
 

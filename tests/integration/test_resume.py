@@ -14,9 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers.commands import Call, Change, Commands
+from tests.helpers.commands import Call, Change, Commands, fine, refused
 from tests.helpers.data import SMALL
-from tests.helpers.results import fine, refused
 
 EPOCHS = 5
 EVAL_EVERY = 2  # so of this seed the fourth epoch is the best, by far, and best.pth the only copy of it at the end

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from CLIP.config import ModelConfig
-from tests.helpers.commands import Call
+from tests.helpers.commands import Call, fine, refused
 from tests.helpers.data import SMALL, unpacked
-from tests.helpers.results import fine, refused
 from tests.helpers.weights import save_hugging_face
 
 # Every choice in one of three trainings; every combination's loss: tests/unit/test_golden_losses.py.

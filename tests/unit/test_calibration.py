@@ -19,8 +19,9 @@ from engine.calibration import (
     select_threshold,
     threshold_metrics,
 )
-from engine.evaluation import Evaluation, Masks
+from engine.evaluation import Masks
 from engine.metrics import count_pixels
+from tests.helpers.evaluations import noisy_evaluation
 
 
 @settings(max_examples=100, deadline=None)
@@ -74,21 +75,9 @@ def test_samples_are_spread_evenly_and_of_both_classes() -> None:
 # --- evaluations ---
 
 
-def make_evaluation(head: str = "seg", labels: tuple[int, ...] = (0, 1, 0, 1, 1, 0)) -> tuple[Evaluation, Masks]:
-    generator = torch.Generator().manual_seed(1)
-    scores = torch.randn(len(labels), 2, 9, generator=generator)
-    abnormal = torch.tensor(labels) == 1
-    scores[abnormal, :, 6:] += 1.5
-    mask = np.zeros((12, 12), dtype=bool)
-    mask[8:] = True
-    rows = torch.where(abnormal, 0, -1)
-    samples = [sample(f"{i}", label) for i, label in enumerate(labels)]
-    return Evaluation(samples, scores, head, 12, "mean"), Masks(rows, torch.from_numpy(np.packbits(mask)[None]), 12)
-
-
 @pytest.mark.parametrize("text", ["f1", "fpr=0.1", "tpr=0.8"])
 def test_calibrate(text: str) -> None:
-    evaluation, masks = make_evaluation()
+    evaluation, masks = noisy_evaluation()
     name, _, rate = text.partition("=")
     result = calibrate(evaluation, masks, text, "images that are made up")
     maps, truth = evaluation.maps(slice(None)), masks.get(slice(None))
@@ -98,7 +87,7 @@ def test_calibrate(text: str) -> None:
         "value": value, "rule": words, "from": "images that are made up",
         "figures": threshold_metrics(evaluation.labels, evaluation.image_scores, value),
         "heat_range": pytest.approx(np.quantile(maps.numpy().astype(float), [0.02, 0.9995]), abs=1e-6),
-        "pixel_value": count_pixels(lambda p: maps[p], lambda p: truth[p], 6, 6).threshold(text),
+        "pixel_value": count_pixels(lambda p: maps[p], lambda p: truth[p], 10, 6).threshold(text),
     }  # fmt: skip
     assert {type(result[name]) for name in ("value", "pixel_value")} == {float}
     called = maps.numpy() >= result["pixel_value"]  # float32 against a Python float, as predict.py compares
@@ -108,28 +97,28 @@ def test_calibrate(text: str) -> None:
     elif name == "tpr":
         assert 0.8 <= tpr < 0.82
     line = describe_threshold(result)
-    assert line.startswith(f"threshold:  {value:.4f} for {words} on 3 normal and 3 abnormal images that are made up; ")
+    assert line.startswith(f"threshold:  {value:.4f} for {words} on 5 normal and 5 abnormal images that are made up; ")
 
 
 def test_calibrate_without_masks() -> None:
-    evaluation, masks = make_evaluation("det")
+    evaluation, masks = noisy_evaluation(head="det")
     for given_masks in (None, masks):  # the maps of detection heads set no threshold
         result = calibrate(evaluation, given_masks, "f1", "here")
         assert set(result) == {"value", "rule", "from", "figures", "heat_range"}
-    evaluation, masks = make_evaluation()
-    empty = Masks(torch.full((6,), -1), masks.bits, 12)
+    evaluation, masks = noisy_evaluation()
+    empty = Masks(torch.full((10,), -1), masks.bits, 20)
     assert "pixel_value" not in calibrate(evaluation, empty, "f1", "here")
 
 
 def test_calibrate_with_one_class() -> None:
-    normal, masks = make_evaluation(labels=(0, 0, 0))
+    normal, masks = noisy_evaluation(labels=(0, 0, 0))
     assert calibrate(normal, masks, "f1", "here") is None
     assert calibrate(normal, masks, "tpr=0.9", "here") is None
     result = calibrate(normal, masks, "fpr=0.4", "here")
     assert result["figures"]["fpr"] == pytest.approx(1 / 3)
     assert "pixel_value" not in result
     assert "sensitivity" not in describe_threshold(result)
-    abnormal, masks = make_evaluation(labels=(1, 1, 1))
+    abnormal, masks = noisy_evaluation(labels=(1, 1, 1))
     assert calibrate(abnormal, masks, "fpr=0.1", "here") is None
     assert calibrate(abnormal, masks, "tpr=0.6", "here")["figures"]["tpr"] == pytest.approx(2 / 3)
     assert describe_threshold(None).startswith("threshold:  none, ")

@@ -16,7 +16,6 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from engine import metrics
-from engine.evaluation import Evaluation, Masks
 from engine.metrics import (
     METRICS,
     Metrics,
@@ -30,6 +29,7 @@ from engine.metrics import (
     per_image_metrics,
     placements,
 )
+from tests.helpers.evaluations import noisy_evaluation
 from utils import InputError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -264,25 +264,8 @@ def test_pixel_bootstrap_agrees_with_a_loop_over_sklearn(shape: str) -> None:
 # --- evaluations ---
 
 
-def make_evaluation(head: str = "seg", images: int = 10) -> tuple[Evaluation, Masks]:
-    """Hand-made: patches of the lower half are higher in abnormal images, whose masks hold the lower half."""
-    generator = torch.Generator().manual_seed(0)
-    samples = [
-        SimpleNamespace(name=f"{i}.png", label=i % 2, patient=f"p{i // 2}" if i < 8 else None, mask=None, kind="")
-        for i in range(images)
-    ]
-    scores = torch.randn(images, 3, 16, generator=generator)
-    scores[1::2, :, 8:] += 1.0
-    rows = torch.full((images,), -1)
-    rows[1::2] = 0
-    mask = np.zeros((20, 20), dtype=bool)
-    mask[10:] = True
-    bits = torch.from_numpy(np.packbits(mask.ravel())[None])
-    return Evaluation(samples, scores, head, 20, "mean"), Masks(rows, bits, 20)
-
-
 def test_measure() -> None:
-    evaluation, masks = make_evaluation()
+    evaluation, masks = noisy_evaluation()
     everything, labels = slice(0, 10), evaluation.labels
     maps, truth = evaluation.maps(everything).numpy().ravel(), masks.get(everything).numpy().ravel()
     auroc, ap, f1 = exact(maps, truth)
@@ -302,7 +285,7 @@ def test_measure() -> None:
 
 
 def test_measure_in_full() -> None:
-    evaluation, masks = make_evaluation()
+    evaluation, masks = noisy_evaluation()
     result = measure(evaluation, masks, full=True, pixel_threshold=1.5)
     assert list(result.values) == list(METRICS)
     assert all(isinstance(value, float) or list(map(type, value)) == [float] * 2 for value in result.values.values())
@@ -317,7 +300,7 @@ def test_measure_in_full() -> None:
 
 @pytest.mark.parametrize("full", [False, True])
 def test_detection_heads_maps_are_not_measured(full: bool) -> None:
-    evaluation, masks = make_evaluation("det")
+    evaluation, masks = noisy_evaluation(head="det")
     for result in (measure(evaluation, masks, full, pixel_threshold=1.0), measure(evaluation, None, full)):
         assert not {name for name in result.values if "p" in name.split("_")[0] and name not in ("ap",)}
         assert result.pauc is None
@@ -327,7 +310,7 @@ def test_detection_heads_maps_are_not_measured(full: bool) -> None:
 
 
 def test_without_the_shots_patients() -> None:
-    evaluation, masks = make_evaluation()
+    evaluation, masks = noisy_evaluation()
     result = measure_without(evaluation, masks, {"p0", "p2", "p9"})
     keep = [2, 3, 6, 7, 8, 9]  # an image without a known patient stays
     rest = measure(evaluation.select(keep), masks.select(keep))
@@ -343,7 +326,7 @@ def test_without_the_shots_patients() -> None:
     assert "  abnormal images without the shots' patients: 4" in table and "_" not in table
     assert "pixel" not in Metrics({"auc": 0.5} | measure_without(evaluation, None, set())).table()
     assert measure_without(evaluation, None, set())["auc_without_shot_patients"] == measure(evaluation).auc
-    assert measure_without(make_evaluation("det")[0], masks, set())["pauc_without_shot_patients"] is None
+    assert measure_without(noisy_evaluation(head="det")[0], masks, set())["pauc_without_shot_patients"] is None
     for i, sample in enumerate(evaluation.samples):
         sample.patient = "shot" if i % 2 else "kept"
     assert (

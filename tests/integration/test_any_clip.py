@@ -5,29 +5,8 @@ import json
 
 import torch
 
-from CLIP.clip import create_model
-from CLIP.config import ModelConfig
 from tests.helpers.commands import fine, refused
 from tests.helpers.data import SMALL
-from tests.helpers.weights import save_hugging_face
-
-
-def test_an_exported_checkpoint_is_tested_with_ones_own_tower(command, phantoms, tmp_path):
-    """The published format names no model: a JSON file with weights beside it and a folder do."""
-    tiny, found = ModelConfig.load("ViT-tiny-14-56"), []
-    values = {key: value for key, value in tiny.to_dict().items() if key not in ("name", "hub", "urls")}
-    (tmp_path / "Own.json").write_text(json.dumps({**values, "weights": {"openai": "own.pt"}}))
-    save_hugging_face(tiny, tmp_path / "hf")
-    torch.save(create_model(str(tmp_path / "hf"), "openai", 56).state_dict(), tmp_path / "own.pt")
-    shared = ["--obj", "Brain", "--data_path", phantoms, "--device", "cpu", "--img_size", 42, "--cache", "off"]
-    own = ["--model_name", tmp_path / "Own.json"]
-    fine(command("train.py", *shared, *own, "--save_path", tmp_path, "--epoch", 1, "--shot", 2))
-    ckpt, out, result = tmp_path / "Brain.pth", tmp_path / "out.pth", tmp_path / "result.json"
-    fine(command("engine.checkpoint", "export", ckpt, out, "--weights", tmp_path / "own.pt"))
-    for path, model in ((ckpt, tmp_path / "Own.json"), (out, tmp_path / "Own.json"), (out, tmp_path / "hf")):
-        fine(command("test.py", *shared, "--ckpt", path, "--model_name", model, "--out_json", result))
-        found.append(json.loads(result.read_text())["auc"])
-    assert found[0] == found[1] == found[2]
 
 
 def test_dinov2_is_trained_tested_and_predicts(command, phantoms, tmp_path):

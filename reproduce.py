@@ -12,8 +12,6 @@ unless --cache says otherwise, for all cells together: the frozen tower sees an 
 --fidelity, and the colour-jittered view of a shot wherever a cell draws it anew).
 """
 
-from __future__ import annotations
-
 from engine.study.options import parse
 from utils import run_script
 

@@ -8,8 +8,6 @@
 Flags -> checkpoint -> patch scores -> numbers. Everything that shaped the checkpoint is read from it.
 """
 
-from __future__ import annotations
-
 from engine.files.config import test_options as parse
 from utils import run_script
 

@@ -9,8 +9,6 @@
 Flags -> data -> towers -> tokens -> detector -> epochs -> result. The frozen tower runs once for each image.
 """
 
-from __future__ import annotations
-
 from engine.files.config import train_options as parse
 from utils import run_script
 

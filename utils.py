@@ -3,8 +3,6 @@
 Nothing here imports torch before it is needed, so that `--help` and a mistyped flag are answered at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import ctypes

@@ -1,7 +1,5 @@
 """One factory: `create_model(name, pretrained, img_size)` gives a frozen CLIP ready to use."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

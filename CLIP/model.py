@@ -3,8 +3,6 @@
 Radford et al. 2021, section 2.4; MadCLIP section 2 reads the image tower's tokens after four of its layers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """DINOv2 ViT-S/14 from the ONNX file in a wheel of PyPI, for machines that reach no hub; without the package onnx."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile

@@ -3,8 +3,6 @@
 Parameter names are OpenAI's, so that a weight file loads without a table of names.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from typing import cast
 

@@ -4,8 +4,6 @@ OpenAI's TorchScript archive, a state dict of torch.save, safetensors; OpenAI's,
 become OpenAI's. Nothing in a file is executed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import pickle

@@ -1,7 +1,5 @@
 """Learnable prompt contexts (CoOp, Zhou et al. 2022, section 3.2), in three positions around a state phrase."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -3,8 +3,6 @@
 MadCLIP section 2: each class has prompts of its own, whose mean embedding is the class's text feature.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

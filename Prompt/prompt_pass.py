@@ -1,7 +1,5 @@
 """The text tower for learnable prompts, computing only what a training step changes."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

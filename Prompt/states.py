@@ -1,7 +1,5 @@
 """What the prompts say: state phrases, templates, and the sentences that they make. Nothing here imports torch."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

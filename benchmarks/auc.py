@@ -5,8 +5,6 @@
 Seconds are those spent in the contender, not in making the pixels; ours asks for them twice.
 """
 
-from __future__ import annotations
-
 import time
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What the benchmarks share: the machine in words, peak memory, rates, counted operations, a table, results as JSON."""
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import platform

@@ -8,8 +8,6 @@ the matrix-product rate or its bytes over the copy rate, the larger of the two, 
 Without a GPU the same counts give PREDICTIONS for an RTX 4090 and an H100 from their data sheets' rates.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -6,8 +6,6 @@
 Each part runs in a process of its own, so that one that fails, hangs or leaves the card broken stops no other.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import multiprocessing

@@ -3,8 +3,6 @@
 python -m benchmarks.startup
 """
 
-from __future__ import annotations
-
 import resource
 import subprocess
 import sys

@@ -4,8 +4,6 @@ python -m benchmarks.train                   ViT-L-14-336, 1 shot, 24 test image
 python -m benchmarks.train --epochs 60       all 60
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Lines of code and words of docs beside their limits: python -m docs.count."""
 
-from __future__ import annotations
-
 import subprocess
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 python -m docs.demo FOLDER FLAGS_OF_TRAIN      FOLDER/test.json is what test.py has written
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path

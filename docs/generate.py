@@ -1,7 +1,5 @@
 """Write docs/flags.md from the parsers of the scripts: python -m docs.generate."""
 
-from __future__ import annotations
-
 import argparse
 import runpy
 import sys

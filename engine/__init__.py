@@ -1,7 +1,5 @@
 """What the scripts share; `from engine import load` opens a checkpoint for prediction (see engine.predictor)."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 from utils import InputError

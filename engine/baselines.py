@@ -4,8 +4,6 @@ Each baseline gives scores (B, K or 1, N) of tokens, K tensors (B, N, C); they s
 that one `Evaluation` measures them all. An image-level method gives every patch of an image the same score.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any

@@ -4,8 +4,6 @@ They are what is left of valid/ beside the shots where that holds both classes, 
 which the adapters have seen: a threshold from these is optimistic, and what was used is said. Not in the paper.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

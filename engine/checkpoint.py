@@ -4,8 +4,6 @@ python -m engine.checkpoint show CKPT [--card]        settings, shots, metrics, 
 python -m engine.checkpoint export CKPT OUT           the published format, with CLIP's text encoder in it
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

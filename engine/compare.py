@@ -7,8 +7,6 @@ Every other run is compared with the first: differences of the image AUC with De
 AUC with that of a bootstrap over the same draws of images.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The trainable model on top of the frozen towers: tokens -> patch scores, for training, evaluation and prediction."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from typing import Any

@@ -6,8 +6,6 @@ number of processes gives the numbers of one. What is exchanged are tokens and p
 gloo, and once an epoch, on CUDA, rank 0's parameters. One process, rank 0, prints and writes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -7,8 +7,6 @@ Image tower, adapters and text features, as constants, are in the file: pixels -
 onnxscript; --check needs onnxruntime. Research use, not a medical device.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Mapping

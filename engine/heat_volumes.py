@@ -1,7 +1,5 @@
 """Heat maps in the scan's own space: of a NIfTI volume as NIfTI, of a DICOM series as a DICOM series."""
 
-from __future__ import annotations
-
 import gzip
 from collections.abc import Iterator, Sequence
 from pathlib import Path

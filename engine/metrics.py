@@ -10,8 +10,6 @@ what lies strictly between two of them counts as evenly mixed. That moves the AU
 whatever the scores are, and in practice by some 1e-9; AP, F1-max and AUPRO in practice by less than 1e-6.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import cast

@@ -1,7 +1,5 @@
 """The images that are to be predicted: which files, what belongs together in what order, and by what names."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import math

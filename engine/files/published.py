@@ -5,8 +5,6 @@ A plain dict (goldens' README, items 25 and 50): `normal_det_adapters`, `abnorma
 `text_features_fix` (D, 2). It carries no settings.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections.abc import Mapping

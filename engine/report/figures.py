@@ -3,8 +3,6 @@
 The same numbers give the same bytes.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math

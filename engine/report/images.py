@@ -4,8 +4,6 @@ Pictures are Pillow images, RGB, with the aspect of their file. Heat maps (S, S)
 square, and are stretched back over it.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Sequence

@@ -9,8 +9,6 @@ and outlines can be switched off and whose pictures enlarge on a click, for scre
 `write_page` shows a test set by report.html.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter

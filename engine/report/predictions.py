@@ -1,7 +1,5 @@
 """What prediction writes: an image's pictures, the heat maps of volumes, the tables, the page."""
 
-from __future__ import annotations
-
 import argparse
 import csv
 import json

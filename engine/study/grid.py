@@ -1,7 +1,5 @@
 """A table as a grid of cells, each one run of train.py: their flags, their files, their figures, and what they cost."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Jobs through submitit: processes on this machine, or Slurm."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """The tables that reproduce.py makes, and its command line. Imports no torch, so that `--help` is instant."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass

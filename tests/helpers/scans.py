@@ -18,11 +18,15 @@ def mni(path: Path, zooms: tuple[float, float, float] = (4.0, 4.0, 4.0), axes: s
     image = resample_img(
         template, target_affine=np.diag(zooms), interpolation="linear", force_resample=True, copy_header=True
     )
+    return save_turned(path, nibabel.Nifti1Image((image.get_fdata() * 1000).astype(np.int16), image.affine), axes)
+
+
+def save_turned(path: Path, image: Any, axes: str) -> Any:
+    """Write a nibabel image stored with these axes; the image."""
     turn = orientations.ornt_transform(
         orientations.io_orientation(image.affine), orientations.axcodes2ornt(tuple(axes))
     )
     image = image.as_reoriented(turn)
-    image = nibabel.Nifti1Image((image.get_fdata() * 1000).astype(np.int16), image.affine)
     image.set_qform(image.affine, 1)
     image.to_filename(path)
     return image

@@ -1,4 +1,4 @@
-"""A tower of one's own, and another image tower, DINOv2, through the real commands."""
+"""Another image tower, DINOv2, through the real commands."""
 
 import importlib.util
 import json

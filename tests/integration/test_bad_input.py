@@ -163,9 +163,6 @@ def test_results_replace_files_of_their_own_kind_alone(command, folder, checkpoi
     assert (folder / "pipe").is_fifo()
     assert (folder / "null").is_symlink()
     assert (kept.read_bytes(), image.read_bytes()) == (checkpoint.read_bytes(), before)
-    outputs = ["--save_scores", folder / "scores.npz", "--out_json", folder / "out.json"]
-    for _ in range(2):
-        fine(command("test.py", *flags(folder, "test.py"), *outputs))
 
 
 def test_a_password_in_an_address_is_never_told(command, folder):

@@ -361,12 +361,6 @@ def test_a_fault_of_the_program_keeps_its_traceback(tmp_path, monkeypatch):
             read(path)
 
 
-@pytest.mark.parametrize("name", ["rtdose.dcm", "rtplan.dcm"])
-def test_objects_without_a_picture_are_told_apart(name):
-    with pytest.raises(NoImageError, match=name):
-        frames(next(DICOM.rglob(name)))
-
-
 # --- files that are none ---
 
 

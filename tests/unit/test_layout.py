@@ -9,8 +9,6 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
-import pydicom
-import pydicom.data
 import pytest
 from PIL import Image
 
@@ -20,6 +18,7 @@ from dataset.pairing import named_masks, pair
 from dataset.patients import patient, spelled_alike
 from dataset.readers.images import Sample
 from dataset.readers.masks import load_mask
+from tests.unit.test_images import dicom
 from utils import InputError
 
 
@@ -335,14 +334,12 @@ def test_without_masks_labels_are_per_slice_and_that_is_said(scans):
 
 def series(root: Path, kind: str, patients: int, slices: int) -> None:
     """A flat export: single-frame DICOM files whose names say nothing."""
-    template, rng = pydicom.dcmread(pydicom.data.get_testdata_file("CT_small.dcm")), np.random.default_rng(len(kind))
+    rng = np.random.default_rng(len(kind))
     (root / kind).mkdir(parents=True)
     for number in range(patients * slices):
-        template.Rows, template.Columns = 20, 24
-        template.PixelData = rng.integers(0, 900, (20, 24)).astype(np.int16).tobytes()
-        template.PatientID = f"{kind}-{number % patients}"
-        template.SeriesInstanceUID = f"1.2.{len(kind)}.{number % patients}"
-        template.save_as(root / kind / f"{number:04d}.dcm")
+        values, patient = rng.integers(0, 900, (20, 24)).astype(np.int16), number % patients
+        names = {"PatientID": f"{kind}-{patient}", "SeriesInstanceUID": f"1.2.{len(kind)}.{patient}"}
+        dicom(root / kind / f"{number:04d}.dcm", values, **names)
 
 
 def test_the_patients_of_dicom_headers_are_divided(tmp_path):

@@ -3,7 +3,6 @@
 import json
 import tracemalloc
 from collections.abc import Callable
-from pathlib import Path
 from statistics import NormalDist
 from types import SimpleNamespace
 
@@ -32,7 +31,6 @@ from engine.metrics import (
 from tests.helpers.evaluations import noisy_evaluation
 from utils import InputError
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 LAYERS = 4
 
 
@@ -76,14 +74,8 @@ def exact(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float, float]:
     return roc_auc_score(labels, scores), average_precision_score(labels, scores), f1
 
 
-@pytest.fixture(scope="module")
-def golden() -> tuple[dict[str, np.ndarray], dict]:
-    with np.load(GOLDEN / "metrics.npz") as file:
-        return dict(file), json.loads((GOLDEN / "metrics.json").read_text())
-
-
-def test_golden(golden: tuple[dict[str, np.ndarray], dict]) -> None:
-    arrays, figures = golden
+def test_golden(golden, golden_json) -> None:
+    arrays, figures = golden("metrics"), golden_json("metrics")
     maps, masks = arrays["layer_maps"].sum(1), arrays["masks"].astype(bool)
     auroc = count_pixels(*sources(maps, masks), 8, 3).auroc()
     assert auroc == pytest.approx(figures["segmentation"]["pixel_auc"], abs=1e-9)

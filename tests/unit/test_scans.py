@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import nibabel
 import numpy as np
 import pytest
-from nibabel import orientations
 from PIL import Image, PngImagePlugin
 from pydicom import dcmread
 
@@ -17,7 +16,7 @@ from dataset.readers.masks import read_mask
 from engine.heat_volumes import write_volume
 from engine.predictor import Prediction
 from engine.scans import MARK, is_own_result, list_entries, picture_name
-from tests.helpers.scans import dicom_series
+from tests.helpers.scans import dicom_series, save_turned
 from utils import InputError
 
 SIDES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}
@@ -39,11 +38,7 @@ def volume(path, axes="RAS", shape=(6, 8, 5), zooms=(2.0, 3.0, 4.0)):
     """A volume whose header says how its axes lie, stored with other axes."""
     affine = np.diag([*zooms, 1.0])
     affine[:3, 3] = (-5, -7, -9)
-    image = nibabel.Nifti1Image(np.arange(np.prod(shape), dtype=np.int16).reshape(shape), affine)
-    turn = orientations.ornt_transform(orientations.io_orientation(affine), orientations.axcodes2ornt(tuple(axes)))
-    image = image.as_reoriented(turn)
-    image.set_qform(image.affine, 1)
-    image.to_filename(path)
+    save_turned(path, nibabel.Nifti1Image(np.arange(np.prod(shape), dtype=np.int16).reshape(shape), affine), axes)
     return nibabel.load(path)
 
 

@@ -10,7 +10,7 @@ is known. Afterwards: `python train.py --obj breastmnist --data_path data --shot
 
 import csv
 import random
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -48,8 +48,7 @@ def convert(archive: Path, name: str, folder: Path, most_valid: int, seed: int) 
     """
     source, rng, writer = SOURCES[name], random.Random(seed), Writer(folder)
     with blame(f"--npz {archive}", errors=(*EXPECTED, BadZipFile)), np.load(archive) as arrays:
-        images = {part: arrays[f"{part}_images"] for part in ("train", "val", "test")}
-        labels = {part: arrays[f"{part}_labels"] for part in images}
+        labels = {part: arrays[f"{part}_labels"] for part in ("train", "val", "test")}
         for part, values in labels.items():  # -> (M,) bool, True is abnormal
             if values.ndim != 2 or (values.shape[1] == 1) != bool(source["normal"]):
                 raise InputError(f"{archive}: {part}_labels are {values.shape}: not those of {name}")
@@ -58,8 +57,10 @@ def convert(archive: Path, name: str, folder: Path, most_valid: int, seed: int) 
             rows = [(part, row) for part in PARTS[split] for row in np.flatnonzero(labels[part] == label).tolist()]
             if split == "valid" and 0 < most_valid < len(rows):
                 rows = sorted(rng.sample(rows, most_valid))
-            for part, row in rows:
-                writer.add(split, label, f"{part}{row:06d}", Image.fromarray(images[part][row]))
+            for part, chosen in groupby(rows, key=lambda row: row[0]):  # one part in memory at a time: some take 13 GB
+                images = arrays[f"{part}_images"]
+                for _, row in chosen:
+                    writer.add(split, label, f"{part}{row:06d}", Image.fromarray(images[row]))
     valid = [writer.names["valid", label] for label in (0, 1)]
     writer.write_lists(*(rng.sample(names, len(names)) for names in valid))
     write_json(folder / f"{name}.json", {"prompt_name": source["prompt_name"], "pixel_metrics": False})

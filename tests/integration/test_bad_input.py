@@ -10,6 +10,7 @@ import torch
 
 from tests.helpers.commands import fine, refused
 from tests.helpers.data import SMALL
+from tests.unit.test_weights import Payload
 
 UNGOOD = "Brain_AD/valid/Ungood/img"
 FIRST = "valid_Ungood_00000.png"
@@ -95,16 +96,6 @@ def test_data(command, folder, checkpoint, what):
     refused(result, *words)
     assert "epoch 1" not in result.stdout
     assert (folder / "ckpt" / "Brain.pth").read_bytes() == checkpoint.read_bytes()
-
-
-class Payload:
-    """Makes a file when unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple:
-        return open, (str(self.marker), "w")
 
 
 def test_checkpoints(command, folder, checkpoint):

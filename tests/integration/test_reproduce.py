@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +11,8 @@ import torch
 from CLIP.clip import create_model
 from dataset import phantom
 from engine.baselines import NAMES
-from tests.helpers.commands import Call, fine, read_json, rows
+from tests.helpers.commands import ROOT, Call, fine, read_json, rows
 from tests.helpers.data import SMALL
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from tests.helpers.data import SMALL
 K, N, C = 2, 9, 16  # a 3 x 3 grid
 
 
-def make(images: int, seed: int, masks: bool = True) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+def make(images: int, seed: int) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """Tokens of images whose every other is abnormal, in its first three patches: these point another way."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(images) % 2 == 1

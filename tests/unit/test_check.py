@@ -15,8 +15,6 @@ from dataset.medical_few import MedicalDataset
 from tests.unit.test_layout import volume
 from utils import InputError, run_cli
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
 def fine(tmp_path_factory) -> Path:

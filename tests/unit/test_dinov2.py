@@ -29,7 +29,6 @@ KINDS = {
     "registers": {"num_register_tokens": 3},
 }
 WIDTH = 64
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -27,26 +27,12 @@ def world(tmp_path, monkeypatch):
     return evaluation, masks, measure(evaluation, masks, full=True)
 
 
-def curves(world, metadata, history=()) -> dict[str, list[str]]:
-    """The entries of each figure's legend."""
-    evaluation, _, metrics = world
-    shown = {name: plot.figure().axes[0] for name, plot in plots(evaluation, metrics, metadata, history).items()}
-    return {name: axes.get_legend_handles_labels()[1] for name, axes in shown.items()}
-
-
-def test_figures_of_an_evaluation(world):
-    shown = curves(world, METADATA)
-    assert list(shown) == ["histogram", "roc", "pr"]
-    assert len(shown["histogram"]) == 3  # two classes and the threshold
-    assert (len(shown["roc"]), len(shown["pr"])) == (2, 2)
-    evaluation, _, metrics = world
-    histogram = plots(evaluation, metrics, METADATA)["histogram"].figure().axes[0]
-    assert 0.4 in [line.get_xdata()[0] for line in histogram.lines]
-
-
 def test_the_threshold_is_the_checkpoints_where_it_has_one(world):
-    _, _, metrics = world
+    evaluation, _, metrics = world
     assert threshold_of(metrics, METADATA)[0] == 0.4
+    histogram = plots(evaluation, metrics, METADATA)["histogram"].figure().axes[0]
+    assert len(histogram.get_legend_handles_labels()[1]) == 3  # two classes and the threshold
+    assert 0.4 in [line.get_xdata()[0] for line in histogram.lines]
     assert threshold_of(metrics, {"threshold": None})[0] == pytest.approx(0.6)
     one_class = {**METADATA["threshold"], "figures": {"tpr": None, "fpr": 0.1, "n_normal": 9, "n_abnormal": 0}}
     assert threshold_of(metrics, {"threshold": one_class})[1].endswith("10% of the normal ones were false alarms.")

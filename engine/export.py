@@ -43,7 +43,7 @@ def export(model: Predictor, out: str | Path, precision: str = "fp32") -> None:
         raise InputError("MViTFC as published looks across the images of a batch: its scores are no image's own")
     with blame("python -m engine.export", "pip install onnx onnxscript onnxruntime", errors=(ImportError,)):
         import onnxscript  # noqa: F401, PLC0415 - optional; it brings onnx
-    network, side = copy.deepcopy(model.network).to(DTYPES[precision]), model.settings.img_size
+    network, side = copy.deepcopy(model.network).to(DTYPES[precision]).eval(), model.settings.img_size
     size = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
     if size > LARGEST:
         raise InputError(f"--out {out}: {size / 2**30:.1f} GiB, and an ONNX file holds 1.5; try --precision fp16")

@@ -24,7 +24,7 @@ from engine.calibration import describe_threshold, threshold_metrics
 from engine.detector import Detector
 from engine.distributed import pick_autocast, pick_device
 from engine.evaluation import Masks, evaluate, own_batches
-from engine.features import TokenStore, TowerSpec
+from engine.features import TokenStore
 from engine.files.checkpoint import Checkpoint, default_checkpoint, find_trained_weights
 from engine.files.config import check_against
 from engine.files.published import facts_of
@@ -97,7 +97,7 @@ def compute_scores(options: argparse.Namespace) -> Scored:
         metadata = {name: value for name, value in metadata.items() if name not in ("shots", "shot_patients")}
     device = pick_device(options.device)
     weights = find_trained_weights(checkpoint, options)
-    store = TokenStore(TowerSpec.of(settings, weights, pick_autocast(options.precision, device), device), options)
+    store = TokenStore(settings, weights, pick_autocast(options.precision, device), device, options)
     store.plan((), own_batches(samples, settings, device))
     clip = store.load_clip()
     detector = Detector(clip, settings).to(device)

@@ -30,7 +30,7 @@ from engine.calibration import describe_threshold
 from engine.detector import Detector
 from engine.distributed import pick_autocast, pick_device
 from engine.evaluation import Evaluation, Masks, evaluate
-from engine.features import TokenStore, TowerSpec
+from engine.features import TokenStore
 from engine.files.checkpoint import Checkpoint, copy, print_weights_info
 from engine.files.config import SELECTS, Settings, new_settings
 from engine.files.run import RunFolder, check_outputs, open_run, published_lines, result_json
@@ -101,11 +101,11 @@ def build(options: argparse.Namespace) -> Setup:
     settings = new_settings(options, splits.dataset, weights)
     training = TrainingSet.build(splits.shots, settings, options.seed)
     masks = {name: Masks.of(getattr(splits, name), settings, options.num_workers, device) for name in ("test", "valid")}
-    store = TokenStore(TowerSpec.of(settings, weights, pick_autocast(options.precision, device), device), options)
+    store = TokenStore(settings, weights, pick_autocast(options.precision, device), device, options)
     store.plan(training.items, splits.own_batches(settings, device))
     clip = store.load_clip()
     detector = Detector(clip, settings, options.seed).to(device)
-    state = TrainingState.start(detector, store.tower.autocast, options.learning_rate, options.seed, splits.select)
+    state = TrainingState.start(detector, store.autocast, options.learning_rate, options.seed, splits.select)
     run, config, metadata = open_run(options, splits, settings, device)
     training = training.to(store)
     return Setup(options, settings, splits, training, masks, store, clip, detector, state, run, config, metadata)

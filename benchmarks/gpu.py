@@ -32,7 +32,7 @@ from benchmarks.common import learner, machine, print_table, write_json
 from benchmarks.epoch import Epoch, time_epoch
 from CLIP.weights import find_weights
 from engine.distributed import pick_autocast
-from engine.features import TokenStore, TowerSpec
+from engine.features import TokenStore
 from loss import anomaly_map
 from utils import Parser, one_line, run_cli
 
@@ -157,8 +157,8 @@ def full_card(options: argparse.Namespace, folder: Path) -> Figures:
     _, labels, masks = batch(options, device)
     kept = argparse.Namespace(cache="gpu", cache_dir=str(folder), cache_dtype="float32", num_workers=1)
     settings = learner(options, device, None)[1].detector.settings
-    store = TokenStore(TowerSpec.of(settings, weights, None, device), kept)
-    tokens = torch.randn(16, *store.tower.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    store = TokenStore(settings, weights, None, device, kept)
+    tokens = torch.randn(16, *store.shape, generator=torch.Generator().manual_seed(0)).to(device)
 
     def step(room: int | None = None) -> tuple[Tensor, int]:
         """The losses, and the bytes that the step takes; `room` is what the card has beside everything before it."""

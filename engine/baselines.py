@@ -23,7 +23,7 @@ from utils import set_seed
 from .detector import seeded
 from .distributed import pick_autocast, pick_device
 from .evaluation import Evaluation, Masks
-from .features import TokenStore, TowerSpec
+from .features import TokenStore
 from .files.config import new_settings
 from .metrics import measure
 from .training import Splits, TrainingSet
@@ -183,21 +183,20 @@ def measure_baselines(options: argparse.Namespace, names: Sequence[str] = NAMES)
     weights = find_weights(options.model_name, options.pretrain, options.weights, options.seed, options.image_tower)
     settings = new_settings(options, splits.dataset, weights)
     shots = TrainingSet.build(splits.shots, settings, options.seed)
-    tower = TowerSpec.of(settings, weights, pick_autocast(options.precision, device), device)
-    store = TokenStore(tower, options)
+    store = TokenStore(settings, weights, pick_autocast(options.precision, device), device, options)
     store.plan(shots.items, [splits.test])
     clip = create_model(weights, img_size=settings.img_size, fidelity=settings.fidelity, device=device)
     assert clip.visual is not None
     norm, projection = clip.visual.ln_post, clip.visual.proj  # `fill` frees the tower
     text = PromptChooser(clip, settings.prompt_name, "fix", states=settings.states)()
     store.fill(clip)
-    patches = tower.tokens - 1  # without the class token
+    patches = store.shape[1] - store.class_token
     read = map(store.get, store.rows(shots.items).split(BATCH))
     tokens = [torch.cat(layers)[:, -patches:].float() for layers in zip(*read, strict=True)]
     pooled = None if shots.masks is None else pool_masks(shots.masks, patches).to(device)
     training = Training(tokens, shots.labels.bool().to(device), pooled, seeded(options.seed, "baselines"))
     masks = Masks.of(splits.test, settings, options.num_workers, device)
-    aligned = projection is not None and max(tower.layers) == weights.config.layers  # DINOv2 knows no text
+    aligned = projection is not None and max(store.layers) == weights.config.layers  # DINOv2 knows no text
     project = (lambda x: norm(x) @ projection) if aligned else None
 
     results = {}

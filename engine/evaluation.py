@@ -155,9 +155,9 @@ def evaluate(
     Raises:
         InputError: a score that is NaN or infinite, naming the image.
     """
-    settings, tower = detector.settings, store.tower
+    settings = detector.settings
     text = detector.prompts() if text_features is None else text_features  # float32, as published
-    batches = scoring_batches(items, settings, tower.device)
+    batches = scoring_batches(items, settings, store.device)
 
     def score(batch: Sequence[Sample]) -> Tensor:
         tokens = store.get(store.rows(batch))
@@ -165,7 +165,7 @@ def evaluate(
             tokens = [filled(layer, store.chunk) for layer in tokens]
         return detector.patch_scores(tokens, text)[: len(batch)]
 
-    with torch.autocast(tower.device.type, dtype=tower.autocast, enabled=tower.autocast is not None):
+    with torch.autocast(store.device.type, dtype=store.autocast, enabled=store.autocast is not None):
         mine = [store.with_room(partial(score, batch)) for batch in distributed.share(batches)]
     if distributed.world() > 1:
         shares = distributed.all_gather([scores.cpu() for scores in mine])

@@ -16,7 +16,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
@@ -66,96 +66,76 @@ def filled(x: Tensor, size: int) -> Tensor:
     return torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])]) if len(x) < size else x
 
 
-@dataclass(frozen=True)
-class TowerSpec:
-    """Which tower makes the tokens, and how: all that shapes them beside the image, known before a weight is read.
-
-    Attributes:
-        weights: of `find_weights`.
-        img_size: pixels a side.
-        fidelity: `released` or `corrected`.
-        layers: counted from 1, ascending.
-        class_token: whether adapters read it; else T = N tokens an image are kept, without it.
-        autocast: dtype of mixed precision, or None for float32.
-        device: where the tower runs and the tokens are used.
-    """
-
-    weights: Weights
-    img_size: int
-    fidelity: str
-    layers: tuple[int, ...]
-    class_token: bool
-    autocast: torch.dtype | None
-    device: torch.device
-
-    @classmethod
-    def of(cls, settings: Settings, weights: Weights, autocast: torch.dtype | None, device: torch.device) -> TowerSpec:
-        """The tower that a checkpoint's settings ask for."""
-        return cls(
-            weights, settings.img_size, settings.fidelity, tuple(sorted(settings.features_list)),
-            reads_class_token(settings.visionA, settings.fidelity == "corrected"), autocast, device,
-        )  # fmt: skip
-
-    @property
-    def tokens(self) -> int:
-        """L, tokens an image with the class token."""
-        return int(self.weights.config.grid(self.img_size) ** 2 + 1)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """K, T, C of one image."""
-        return len(self.layers), self.tokens - (not self.class_token), self.weights.config.width
-
-    def description(self, dtype: torch.dtype) -> dict[str, object]:
-        """What names a folder of files. The layers are folders in it, so runs that read others share the rest."""
-        config, pretrain = self.weights.config, self.weights.pretrain
-        return {
-            "model": config.name,
-            "architecture": config.architecture(),
-            "weights_sha256": self.weights.sha256,
-            "fidelity": self.fidelity,  # weights rounded to half or not, pixels normalised or not
-            "quick_gelu": uses_quick_gelu(config, pretrain, self.img_size, self.fidelity),
-            "img_size": self.img_size,
-            "precision": str(self.autocast or torch.float32),
-            "dtype": str(dtype),
-            "device": self.device.type,
-            "reader": READER,
-        }
-
-
 class TokenStore:
     """Samples -> tokens. Call `plan`, then `fill` with the towers (without an image tower where nothing is missing).
 
     Args:
-        tower: makes the tokens.
+        settings: of a checkpoint; `img_size`, `fidelity`, `features_list` and `visionA` are read.
+        weights: of `find_weights`.
+        autocast: dtype of mixed precision, or None for float32.
+        device: where the tower runs and the tokens are used.
         options: of the command line: `cache` (auto, gpu, ram, disk or off; `plan` decides what auto means, and prints
             it), `cache_dir`, `cache_dtype` (auto: the precision in which tokens are computed), `num_workers`
             (threads that decode images beside the pass).
+
+    Attributes:
+        layers: whose tokens are kept, counted from 1, ascending.
+        class_token: whether adapters read it; else the patches' tokens alone are kept.
+        shape: K, T, C of one image.
+        folder: of the files.
+        items: images, and views of shots.
+        missing: rows that `fill` has to compute.
     """
 
-    def __init__(self, tower: TowerSpec, options: argparse.Namespace) -> None:
-        self.tower, self.cache, self.workers = tower, options.cache, options.num_workers
+    def __init__(
+        self, settings: Settings, weights: Weights, autocast: torch.dtype | None, device: torch.device,
+        options: argparse.Namespace,
+    ) -> None:  # fmt: skip
+        self.settings, self.weights, self.autocast, self.device = settings, weights, autocast, device
+        self.cache, self.workers, self.chunk = options.cache, options.num_workers, chunk_size(device)
         named = None if options.cache_dtype == "auto" else getattr(torch, options.cache_dtype)
-        self.dtype: torch.dtype = named or tower.autocast or torch.float32
-        self.chunk = chunk_size(tower.device)
-        description = json.dumps(tower.description(self.dtype), sort_keys=True)
+        self.dtype: torch.dtype = named or autocast or torch.float32
+        self.layers = tuple(sorted(settings.features_list))
+        self.class_token = reads_class_token(settings.visionA, settings.fidelity == "corrected")
+        tokens = int(weights.config.grid(settings.img_size) ** 2) + self.class_token
+        self.shape = len(self.layers), tokens, weights.config.width
+        description = json.dumps(self._description(), sort_keys=True)
         self.folder = Path(options.cache_dir) / hashlib.sha256(description.encode()).hexdigest()[:16]
-        self.items: list[Sample] = []  # images, and views of shots
-        self.missing: list[int] = []  # rows that `fill` has to compute
+        self.items: list[Sample] = []
+        self.missing: list[int] = []
         self._rows: dict[Sample, int] = {}
         self._hashes: dict[Sample, str] = {}
         # The 16 views of a shot pass after each other: it is decoded once for all of them.
-        self._decode = lru_cache(maxsize=DECODED)(partial(load_image_with_hash, size=tower.img_size))
+        self._decode = lru_cache(maxsize=DECODED)(partial(load_image_with_hash, size=settings.img_size))
         # Rows in the chunks in which they pass the tower: those that every process needs, and this one's own.
         self._common: list[list[int]] = []
         self._own: list[list[int]] = []
         self._resident: Tensor | None = None  # (items, K, T, C), on the GPU or in memory
         self._clip: CLIP | None = None
 
+    def _description(self) -> dict[str, object]:
+        """What names the folder of files: all that shapes tokens beside the image and the layer.
+
+        The layers are folders in it, so runs that read others share the rest.
+        """
+        config, size, fidelity = self.weights.config, self.settings.img_size, self.settings.fidelity
+        return {
+            "model": config.name,
+            "architecture": config.architecture(),
+            "weights_sha256": self.weights.sha256,
+            "fidelity": fidelity,  # weights rounded to half or not, pixels normalised or not
+            "quick_gelu": uses_quick_gelu(config, self.weights.pretrain, size, fidelity),
+            "img_size": size,
+            "precision": str(self.autocast or torch.float32),
+            "dtype": str(self.dtype),
+            "device": self.device.type,
+            "reader": READER,
+        }
+
     @property
     def image_bytes(self) -> int:
         """Bytes that one image takes."""
-        return int(np.prod(self.tower.shape)) * self.dtype.itemsize
+        return int(np.prod(self.shape)) * self.dtype.itemsize
 
     @property
     def writes_files(self) -> bool:
@@ -183,12 +163,12 @@ class TokenStore:
         self._own = [rows for batch in own for rows in self._add(batch)]
         self.missing = list(range(len(self.items)))
         total = len(self.items) * self.image_bytes
-        self.cache = choose_cache(self.cache, total, self.folder, self.tower.device)
+        self.cache = choose_cache(self.cache, total, self.folder, self.device)
         if self.cache == "gpu":
             try:
                 self._resident = self._allocate()
             except torch.cuda.OutOfMemoryError:
-                print(f"tokens: no room for {readable_size(total)} on {self.tower.device}, so in memory", flush=True)
+                print(f"tokens: no room for {readable_size(total)} on {self.device}, so in memory", flush=True)
                 self.cache = "ram"
         if self.cache == "ram":
             self._resident = self._allocate()
@@ -199,7 +179,7 @@ class TokenStore:
         if has_files:
             loaded = prefetch(self._load, range(len(self.items)), self.workers)
             self.missing = [row for row, there in enumerate(loaded) if not there]
-        places = {"gpu": f"kept on {self.tower.device}", "ram": "kept in memory", "disk": f"kept in {self.folder}"}
+        places = {"gpu": f"kept on {self.device}", "ram": "kept in memory", "disk": f"kept in {self.folder}"}
         print(
             f"tokens: {len(self.items)} images x {readable_size(self.image_bytes)} = {readable_size(total)}, "
             f"{places.get(self.cache, 'computed on every use')}; {len(self.items) - len(self.missing)} computed before",
@@ -209,9 +189,10 @@ class TokenStore:
 
     def load_clip(self) -> CLIP:
         """The frozen towers, after `plan`; without the image tower where all tokens are there."""
-        tower = self.tower
-        size, vision = tower.img_size, bool(self.missing) or self.cache == "off"
-        return create_model(tower.weights, img_size=size, fidelity=tower.fidelity, device=tower.device, vision=vision)
+        settings, vision = self.settings, bool(self.missing) or self.cache == "off"
+        return create_model(
+            self.weights, img_size=settings.img_size, fidelity=settings.fidelity, device=self.device, vision=vision
+        )
 
     def fill(self, clip: CLIP) -> None:
         """Pass through the tower what is missing, then free it; `off` keeps it and computes on every use instead.
@@ -255,11 +236,18 @@ class TokenStore:
             layers = self._tokens(self._images(rows.tolist())).unbind(1)
         elif self._resident is not None:
             rows = rows.to(self._index_device)  # not there any more after `leave_gpu`
-            layers = tuple(self._resident[rows, k] for k in range(len(self.tower.layers)))
+            layers = tuple(self._resident[rows, k] for k in range(len(self.layers)))
         else:
-            layers = self._read(rows.tolist())
-        layers = tuple(layer.to(self.tower.device, non_blocking=True) for layer in layers)
-        return [(x if x.dtype == self.tower.autocast else x.float()).contiguous() for x in layers]
+            tokens = torch.empty(len(rows), *self.shape, dtype=self.dtype)
+            for row, target in zip(rows.tolist(), tokens, strict=True):
+                if not self._read(row, target):
+                    raise InputError(
+                        f"{self.folder}: tokens of {self.items[row].name} are gone or damaged, though they were "
+                        f"there at the start (removed by another command?); start again"
+                    )
+            layers = tokens.unbind(1)
+        layers = tuple(layer.to(self.device, non_blocking=True) for layer in layers)
+        return [(x if x.dtype == self.autocast else x.float()).contiguous() for x in layers]
 
     def with_room(self, action: Callable[[], Out]) -> Out:
         """What `action` gives; where the GPU has no room for it beside the tokens, they leave, and it is called again.
@@ -278,18 +266,18 @@ class TokenStore:
             return
         print("tokens: moved from the GPU to memory, as it has no room for the work beside them", flush=True)
         self._resident, self.cache = self._resident.cpu(), "ram"
-        if self.tower.device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
             self._resident = self._resident.pin_memory()
 
     @property
     def _index_device(self) -> torch.device:
-        return self.tower.device if self.cache == "gpu" else torch.device("cpu")
+        return self.device if self.cache == "gpu" else torch.device("cpu")
 
     def _allocate(self) -> Tensor:
         """Room for all items, on the GPU or in memory (pinned where a GPU reads it)."""
-        pinned = self.cache == "ram" and self.tower.device.type == "cuda"
-        shape = (len(self.items), *self.tower.shape)
+        pinned = self.cache == "ram" and self.device.type == "cuda"
+        shape = (len(self.items), *self.shape)
         return torch.empty(shape, dtype=self.dtype, device=self._index_device, pin_memory=pinned)
 
     def _add(self, items: Sequence[Sample]) -> list[list[int]]:
@@ -307,14 +295,13 @@ class TokenStore:
 
     def _chunk_tokens(self, images: Tensor) -> Tensor:
         """One pass of the tower: (chunk, 3, S, S) -> (chunk, K, T, C)."""
-        tower = self.tower
-        if tower.device.type == "cuda":
+        if self.device.type == "cuda":
             images = images.pin_memory()
-        images = images.to(tower.device, non_blocking=True)
+        images = images.to(self.device, non_blocking=True)
         assert self._clip is not None  # `fill` keeps it
-        with torch.autocast(tower.device.type, dtype=tower.autocast, enabled=tower.autocast is not None):
-            tokens = self._clip.image_tokens(images, tower.layers)
-        return torch.stack(tokens, dim=1)[:, :, 0 if tower.class_token else 1 :]
+        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            tokens = self._clip.image_tokens(images, self.layers)
+        return torch.stack(tokens, dim=1)[:, :, 0 if self.class_token else 1 :]
 
     def _pass(self, chunks: Sequence[list[int]], missing: set[int]) -> Iterator[tuple[list[int], Tensor]]:
         """The missing rows of each chunk, and their tokens (B, K, T, C) in the store's dtype."""
@@ -347,51 +334,38 @@ class TokenStore:
             self._resident[torch.tensor(rows, device=self._index_device)] = tokens.to(self._index_device)
         if self.writes_files:
             for row, image in zip(rows, tokens.cpu(), strict=True):
-                for layer, values in zip(self.tower.layers, image, strict=True):
-                    self._write(self._path(row, layer), values)
+                for layer, values in zip(self.layers, image, strict=True):
+                    data = values.contiguous().view(torch.uint8).numpy().tobytes()
+                    with atomic_path(self._path(row, layer), "--cache_dir") as temporary:
+                        temporary.write_bytes(data + zlib.crc32(data).to_bytes(CRC_BYTES, "little"))
 
     def _path(self, row: int, layer: int) -> Path:
-        kind, item = "" if self.tower.class_token else "-patches", self.items[row]
+        kind, item = "" if self.class_token else "-patches", self.items[row]
         draws = item.jitter if item.view == JITTER_VIEW else None
         words = f"{self.content_hash(item)} {item.view} {draws}"  # what stands for the pixels
         key = hashlib.sha256(words.encode()).hexdigest()[:40]
         return self.folder / f"layer{layer}{kind}" / key[:2] / f"{key}.tokens"
 
-    def _write(self, path: Path, values: Tensor) -> None:
-        data = values.contiguous().view(torch.uint8).numpy().tobytes()
-        with atomic_path(path, "--cache_dir") as temporary:
-            temporary.write_bytes(data + zlib.crc32(data).to_bytes(CRC_BYTES, "little"))
-
-    def _read_file(self, row: int, layer: int, target: Tensor) -> bool:
-        """Read an item's file of a layer into `target` (T, C), on the CPU; False for no file, or a damaged one."""
-        memory = target.flatten().view(torch.uint8).numpy()
-        try:
-            with self._path(row, layer).open("rb") as file:
-                size, crc = file.readinto(memory.data), file.read(CRC_BYTES + 1)
-        except OSError:
-            return False
-        return size == len(memory) and crc == zlib.crc32(memory.data).to_bytes(CRC_BYTES, "little")
+    def _read(self, row: int, target: Tensor) -> bool:
+        """Read an item's files into (K, T, C) on the CPU; False where one is not there, or damaged."""
+        for layer, values in zip(self.layers, target, strict=True):
+            memory = values.flatten().view(torch.uint8).numpy()
+            try:
+                with self._path(row, layer).open("rb") as file:
+                    size, crc = file.readinto(memory.data), file.read(CRC_BYTES + 1)
+            except OSError:
+                return False
+            if size != len(memory) or crc != zlib.crc32(memory.data).to_bytes(CRC_BYTES, "little"):
+                return False
+        return True
 
     def _load(self, row: int) -> bool:
         """Whether files hold all layers of an item, undamaged; they are read into memory where tokens live there."""
-        tokens = torch.empty(self.tower.shape, dtype=self.dtype)
-        complete = all(self._read_file(row, layer, tokens[k]) for k, layer in enumerate(self.tower.layers))
+        tokens = torch.empty(self.shape, dtype=self.dtype)
+        complete = self._read(row, tokens)
         if complete and self._resident is not None:
             self._resident[row] = tokens.to(self._index_device)
         return complete
-
-    def _read(self, rows: list[int]) -> tuple[Tensor, ...]:
-        """K tensors (B, T, C) of items from their files."""
-        _, *shape = self.tower.shape
-        tokens = tuple(torch.empty(len(rows), *shape, dtype=self.dtype) for _ in self.tower.layers)
-        for i, row in enumerate(rows):
-            for layer, target in zip(self.tower.layers, tokens, strict=True):
-                if not self._read_file(row, layer, target[i]):
-                    raise InputError(
-                        f"{self.folder}: tokens of {self.items[row].name} are gone or damaged, though they were "
-                        f"there at the start (removed by another command?); start again"
-                    )
-        return tokens
 
 
 def free_memory(root: Path = Path("/")) -> int:
@@ -412,13 +386,6 @@ def free_memory(root: Path = Path("/")) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # not Linux
 
 
-def free_disk(folder: Path) -> int:
-    """Bytes free where `folder` is or would be."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
 def choose_cache(cache: str, need: int, folder: Path, device: torch.device) -> str:
     """What `auto` means: the GPU up to 60% of its free memory, else memory up to half of what is free, else files.
 
@@ -432,7 +399,8 @@ def choose_cache(cache: str, need: int, folder: Path, device: torch.device) -> s
         return "gpu"
     if need * distributed.world() <= free_memory() * RAM_SHARE:  # the processes of a machine share its memory
         return "ram"
-    return "disk" if need < free_disk(folder) else "off"
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return "disk" if need < shutil.disk_usage(there).free else "off"
 
 
 def readable_size(size: float) -> str:

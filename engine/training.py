@@ -68,7 +68,7 @@ class TrainingSet:
 
     def to(self, store: TokenStore) -> TrainingSet:
         """The same with labels and masks on the device, and its rows in the store."""
-        device = store.tower.device
+        device = store.device
         masks = None if self.masks is None else self.masks.to(device)
         return TrainingSet(self.items, self.labels.to(device), masks, store.rows(self.items))
 

@@ -18,7 +18,7 @@ from dataset.medical_few import Shots
 from engine import baselines
 from engine.detector import Detector, seeded
 from engine.evaluation import Masks, evaluate
-from engine.features import TokenStore, TowerSpec
+from engine.features import TokenStore
 from engine.files.checkpoint import Checkpoint
 from engine.predictor import Predictor
 from engine.training import TrainingSet, TrainingState, check_losses
@@ -43,9 +43,7 @@ class World:
         self.settings, self.samples = small_settings(img_size=28, **changes), draw_samples(folder)
         shots = TrainingSet.build(Shots([self.samples[1]], [self.samples[0]], "drawn"), self.settings, 5)
         weights = find_weights("ViT-tiny-14-56", "random", None, 1)
-        self.store = TokenStore(
-            TowerSpec.of(self.settings, weights, autocast, CUDA), store_options(folder, cache="gpu")
-        )
+        self.store = TokenStore(self.settings, weights, autocast, CUDA, store_options(folder, cache="gpu"))
         self.store.plan(shots.items, [self.samples])
         self.clip, self.detector = mode.moved(built(**changes))
         visual = self.clip.visual

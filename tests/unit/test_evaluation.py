@@ -13,7 +13,7 @@ from dataset.medical_few import MedicalDataset
 from dataset.readers.masks import load_mask
 from engine.detector import Detector
 from engine.evaluation import Evaluation, Masks, evaluate
-from engine.features import TokenStore, TowerSpec
+from engine.features import TokenStore
 from engine.files.config import test_options as options_of_test
 from engine.files.scores import Scored, Source
 from tests.helpers.data import draw_samples, small_settings, store_options
@@ -56,7 +56,7 @@ def scored(tmp_path, monkeypatch):
     samples, sizes = draw_samples(tmp_path, count=10), []
     weights = find_weights("ViT-tiny-14-56", "random", seed=1)
     clip = create_model(weights, img_size=SIZE)
-    store = TokenStore(TowerSpec.of(small_settings(), weights, None, torch.device("cpu")), store_options(tmp_path))
+    store = TokenStore(small_settings(), weights, None, torch.device("cpu"), store_options(tmp_path))
     store.plan([], [samples])
     store.fill(clip)
     whole = Detector.patch_scores

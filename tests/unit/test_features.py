@@ -1,5 +1,6 @@
 """The token store: what names its files, what it notices, where it keeps tokens, and how often the tower runs."""
 
+import argparse
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from CLIP.weights import find_weights
 from dataset.readers.images import load_image
 from dataset.views import JITTER_VIEW, VIEWS, augment_view
 from engine import features
-from engine.features import TokenStore, TowerSpec, choose_cache, free_memory
+from engine.features import TokenStore, choose_cache, free_memory
 from tests.helpers.data import draw_samples, small_settings, store_options
 from utils import InputError
 
@@ -20,16 +21,17 @@ CPU = torch.device("cpu")
 def make_tower(**changes):
     settings = small_settings(**{k: v for k, v in changes.items() if k not in ("autocast", "seed")})
     weights = find_weights(settings.model_name, settings.pretrain, None, changes.get("seed", 1))
-    return TowerSpec.of(settings, weights, changes.get("autocast"), CPU)
+    return settings, weights, changes.get("autocast"), CPU
 
 
 def load(tower):
-    return create_model(tower.weights, img_size=tower.img_size, fidelity=tower.fidelity)
+    settings, weights, *_ = tower
+    return create_model(weights, img_size=settings.img_size, fidelity=settings.fidelity)
 
 
 def filled(tower, items, folder, samples=(), **options):
     """A store with tokens, and how many images passed the tower."""
-    store = TokenStore(tower, store_options(folder, **options))
+    store = TokenStore(*tower, store_options(folder, **options))
     store.plan(items, [samples] if samples else ())
     passed = len(store.missing)
     store.fill(load(tower))
@@ -67,7 +69,7 @@ def test_tokens_do_not_depend_on_what_passes_with_them(samples, tmp_path):
     whole, _ = filled(tower, views(samples[:1]), tmp_path / "whole", samples, cache="disk")
     expected = whole.get(whole.rows(samples))
 
-    alone = TokenStore(tower, store_options(tmp_path / "alone", cache="ram"))
+    alone = TokenStore(*tower, store_options(tmp_path / "alone", cache="ram"))
     alone.plan([], [[sample] for sample in samples])
     alone.fill(load(tower))
     torch.testing.assert_close(alone.get(alone.rows(samples)), expected, atol=0, rtol=0)
@@ -88,7 +90,7 @@ def test_a_second_run_passes_nothing_and_reads_no_tower(samples, tmp_path):
     first, passed = filled(tower, views(samples[:1]), tmp_path, samples, cache="disk")
     assert passed == VIEWS + len(samples) - 1  # the plain view of the shot is one of its 16
     for cache in ("disk", "auto", "ram"):
-        store = TokenStore(tower, store_options(tmp_path, cache=cache))
+        store = TokenStore(*tower, store_options(tmp_path, cache=cache))
         store.plan(views(samples[:1]), [samples])
         assert not store.missing and store.load_clip().visual is None
         rows = store.rows(samples)
@@ -106,7 +108,7 @@ KEY_CHANGES = {
 
 @pytest.mark.parametrize("change", KEY_CHANGES.values(), ids=KEY_CHANGES)
 def test_what_shapes_tokens_is_in_the_folders_name(tmp_path, change):
-    folders = {TokenStore(tower, store_options(tmp_path)).folder for tower in (make_tower(), make_tower(**change))}
+    folders = {TokenStore(*tower, store_options(tmp_path)).folder for tower in (make_tower(), make_tower(**change))}
     assert len(folders) == 2
 
 
@@ -141,7 +143,7 @@ def test_a_file_that_changes_between_hash_and_decoding_is_refused(samples, tmp_p
     """Its tokens would lie under another picture's name for good."""
     tower = make_tower()
     filled(tower, [], tmp_path, samples[:1], cache="disk")  # there are files, so each image is hashed to find its own
-    store = TokenStore(tower, store_options(tmp_path, cache="disk"))
+    store = TokenStore(*tower, store_options(tmp_path, cache="disk"))
     store.plan([], [samples])
     samples[2].path.write_bytes(samples[3].path.read_bytes())
     with pytest.raises(InputError, match=r"2\.png: changed while it was read"):
@@ -152,7 +154,7 @@ def test_overflow_is_noticed_at_the_pass(samples, tmp_path):
     tower = make_tower()
     clip = load(tower)
     clip.visual.transformer.resblocks[0].mlp.c_proj.bias.data += 1e6
-    store = TokenStore(tower, store_options(tmp_path, cache_dtype="float16"))
+    store = TokenStore(*tower, store_options(tmp_path, cache_dtype="float16"))
     store.plan([], [samples])
     with pytest.raises(InputError, match=r"0\.png: its tokens are not finite in float16; use --cache_dtype float32"):
         store.fill(clip)
@@ -176,5 +178,5 @@ def test_free_memory_respects_control_groups(tmp_path):
 
 def test_auto_prefers_memory_then_files_then_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(features, "free_memory", lambda: 1000)
-    monkeypatch.setattr(features, "free_disk", lambda folder: 5000)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: argparse.Namespace(free=5000))
     assert [choose_cache("auto", need, tmp_path, CPU) for need in (500, 501, 5000)] == ["ram", "disk", "off"]

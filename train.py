@@ -105,7 +105,7 @@ def build(options: argparse.Namespace) -> Setup:
     store.plan(training.items, splits.own_batches(settings, device))
     clip = store.load_clip()
     detector = Detector(clip, settings, options.seed).to(device)
-    state = TrainingState.start(detector, store.autocast, options.learning_rate, options.seed, splits.select)
+    state = TrainingState(detector, store.autocast, options.learning_rate, options.seed, splits.select)
     run, config, metadata = open_run(options, splits, settings, device)
     training = training.to(store)
     return Setup(options, settings, splits, training, masks, store, clip, detector, state, run, config, metadata)

@@ -313,19 +313,11 @@ def _append(url: str, part: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path, flag: str = "") -> Iterator[Path]:
-    """Yield a temporary name beside `path`; rename it to `path` when the block succeeds, remove it when not.
+    """Yield a temporary name beside `path`; rename what the block leaves there to `path`, remove it where it fails.
 
     Raises:
         InputError: naming `flag` and `path`, which is a folder, a device or a pipe, or cannot be written.
     """
-    with temporary_path(path, flag) as temporary:
-        yield temporary
-        temporary.replace(path)
-
-
-@contextlib.contextmanager
-def temporary_path(path: str | Path, flag: str = "") -> Iterator[Path]:
-    """The temporary name alone, its folder made; errors are those of `atomic_path`."""
     path = Path(path)
     name = f"{flag} {path}".lstrip()
     try:
@@ -336,6 +328,8 @@ def temporary_path(path: str | Path, flag: str = "") -> Iterator[Path]:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             yield temporary
+            if temporary.exists():
+                temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
@@ -355,8 +349,9 @@ def probe_writable(
     """
     if path is None:
         return
-    with temporary_path(path, flag) as probe:
+    with atomic_path(path, flag) as probe:
         probe.touch()
+        probe.unlink()
     if read is not None and Path(path).is_file() and Path(path).stat().st_size:
         try:
             read(Path(path))

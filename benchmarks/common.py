@@ -90,7 +90,7 @@ def learner(
         tuple(clip.config.default_features()), "MFCFC", "learnable_all", "yes", "mean", "sigmoid", options.obj,
         options.obj in WITH_MASKS, "", 32,
     )  # fmt: skip
-    return clip, TrainingState.start(Detector(clip, settings).to(device), autocast, 0.001, 0)
+    return clip, TrainingState(Detector(clip, settings).to(device), autocast, 0.001, 0)
 
 
 def print_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:

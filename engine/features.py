@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import zlib
@@ -21,7 +22,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -132,16 +132,6 @@ class TokenStore:
             "reader": READER,
         }
 
-    @property
-    def image_bytes(self) -> int:
-        """Bytes that one image takes."""
-        return int(np.prod(self.shape)) * self.dtype.itemsize
-
-    @property
-    def writes_files(self) -> bool:
-        """Whether new tokens go into files: where asked for, and where this store has files already."""
-        return self.cache == "disk" or (self.cache != "off" and self.folder.is_dir())
-
     def content_hash(self, sample: Sample) -> str:
         """What stands for an image's bytes: of those that were decoded, or else, reading the file, of the file now."""
         plain = plain_view(sample)
@@ -162,7 +152,8 @@ class TokenStore:
         self._common = self._add(common)
         self._own = [rows for batch in own for rows in self._add(batch)]
         self.missing = list(range(len(self.items)))
-        total = len(self.items) * self.image_bytes
+        each = math.prod(self.shape) * self.dtype.itemsize
+        total = len(self.items) * each
         self.cache = choose_cache(self.cache, total, self.folder, self.device)
         if self.cache == "gpu":
             try:
@@ -181,7 +172,7 @@ class TokenStore:
             self.missing = [row for row, there in enumerate(loaded) if not there]
         places = {"gpu": f"kept on {self.device}", "ram": "kept in memory", "disk": f"kept in {self.folder}"}
         print(
-            f"tokens: {len(self.items)} images x {readable_size(self.image_bytes)} = {readable_size(total)}, "
+            f"tokens: {len(self.items)} images x {readable_size(each)} = {readable_size(total)}, "
             f"{places.get(self.cache, 'computed on every use')}; {len(self.items) - len(self.missing)} computed before",
             flush=True,
         )
@@ -332,7 +323,7 @@ class TokenStore:
         """Put tokens (B, K, T, C) where they are kept."""
         if self._resident is not None:
             self._resident[torch.tensor(rows, device=self._index_device)] = tokens.to(self._index_device)
-        if self.writes_files:
+        if self.folder.is_dir():  # `plan` made it, or an earlier run
             for row, image in zip(rows, tokens.cpu(), strict=True):
                 for layer, values in zip(self.layers, image, strict=True):
                     data = values.contiguous().view(torch.uint8).numpy().tobytes()

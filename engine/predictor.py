@@ -188,18 +188,16 @@ class Predictor:
         reader = prefetch(opened, pictures, workers, min(batch_size, 16))
         while batch := list(islice(reader, batch_size)):
             good = [item for _, item in batch if not isinstance(item, InputError)]
-            tensors, sizes = [tensor for _, tensor in good], [picture.stored for picture, _ in good]
-            predictions = iter(self.predict_tensors(torch.stack(tensors), sizes) if good else [])
+            if good:
+                scores, maps = self.compute(self.network, torch.stack([tensor for _, tensor in good]))
+                results = zip(scores.double().tolist(), maps.cpu().numpy(), strict=True)
             for place, item in batch:
-                yield place, item if isinstance(item, InputError) else (item[0], next(predictions))
-
-    def predict_tensors(self, images: Tensor, sizes: Sequence[Size]) -> list[Prediction]:
-        """Predict a batch (B, 3, S, S) in [0, 1] of images that have the given sizes in their files."""
-        scores, maps = self.compute(self.network, images)
-        return [
-            Prediction(score, None if self.threshold is None else score >= self.threshold, heat, size)
-            for score, heat, size in zip(scores.double().tolist(), maps.cpu().numpy(), sizes, strict=True)
-        ]
+                if isinstance(item, InputError):
+                    yield place, item
+                    continue
+                score, heat = next(results)
+                decision = None if self.threshold is None else score >= self.threshold
+                yield place, (item[0], Prediction(score, decision, heat, item[0].stored))
 
     @torch.no_grad()
     def compute(self, function: Callable[[Tensor], Out], images: Tensor) -> Out:

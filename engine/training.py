@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -96,29 +96,28 @@ def view_masks(samples: Sequence[Sample], settings: Settings) -> Tensor:
     return augment(binary)[:, 0] > 0.5
 
 
-@dataclass
 class TrainingState:
-    """All that changes while training: `last.pth` holds it, `--resume` puts it back."""
+    """All that changes while training: `last.pth` holds it, `--resume` puts it back.
 
-    detector: Detector
-    optimizers: list[torch.optim.Adam]
-    scaler: torch.amp.GradScaler | None
-    autocast: torch.dtype | None
-    shuffle: torch.Generator
-    select: str = "test"  # the metrics that choose: `test`, `valid`; `last` chooses nothing
-    history: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl, one an epoch
-    seconds: float = 0.0  # spent on the finished epochs
+    Args:
+        detector: before the first step.
+        autocast: dtype of mixed precision, or None for float32.
+        learning_rate: of `make_optimizers`.
+        seed: of the shuffling.
+        select: the metrics that choose: `test`, `valid`; `last` chooses nothing.
+    """
 
-    @classmethod
-    def start(
-        cls, detector: Detector, autocast: torch.dtype | None, learning_rate: float, seed: int, select: str = "test"
-    ) -> TrainingState:
-        """Before the first step."""
-        device = next(detector.adapters.parameters()).device.type
+    def __init__(
+        self, detector: Detector, autocast: torch.dtype | None, learning_rate: float, seed: int, select: str = "test"
+    ) -> None:
+        self.detector, self.autocast, self.select = detector, autocast, select
+        self.optimizers = make_optimizers(detector.adapters, detector.prompts, learning_rate)
         # bfloat16 has float32's range; float16 gradients need scaling, which the published code left out.
-        scaler = torch.amp.GradScaler(device) if autocast is torch.float16 else None
-        optimizers = make_optimizers(detector.adapters, detector.prompts, learning_rate)
-        return cls(detector, optimizers, scaler, autocast, seeded(seed, "shuffle"), select)
+        device = next(detector.adapters.parameters()).device.type
+        self.scaler = torch.amp.GradScaler(device) if autocast is torch.float16 else None
+        self.shuffle = seeded(seed, "shuffle")
+        self.history: list[dict[str, Any]] = []  # the lines of metrics.jsonl, one an epoch
+        self.seconds = 0.0  # spent on the finished epochs
 
     @property
     def epoch(self) -> int:

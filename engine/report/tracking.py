@@ -69,7 +69,8 @@ class Tracker:
         values = scalars(history[-1]) | {"time/epoch": seconds, "time/images_per_second": images / max(seconds, 1e-9)}
         for split, metrics in (("test", test), ("valid", valid)):
             values |= measured(split, metrics) if metrics is not None else {}
-        values |= best([record for record in history if record["best"]])
+        for record in history:
+            values |= published(record, "best") if record["best"] else {}  # the last one's stay
         # At once, so that it outlives a killed process.
         self._or_stop(lambda run: run.log(values, step=values["epoch"], commit=True))
 
@@ -97,7 +98,7 @@ class Tracker:
 
             if self._every:
                 run.log({"epoch": selected["epoch"] - 1, "report": wandb.Html(str(page), inject=False)})
-            run.summary.update({**scalars(selected), **measured("test", metrics), **best([selected])})
+            run.summary.update({**scalars(selected), **measured("test", metrics), **published(selected, "best")})
             if ckpt_path is not None:
                 metadata = {"epoch": selected["epoch"] - 1, "auc": metrics.auc, "pauc": metrics.pauc}
                 artifact = wandb.Artifact(f"{run.config['obj']}-{run.id}", "model", metadata=metadata)
@@ -194,17 +195,13 @@ def scalars(record: Record) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def published(record: Record) -> dict[str, float]:
+def published(record: Record, suffix: str = "") -> dict[str, float]:
     """AUCs of the test set under the published keys; on image-only data sets the published pAUC is the AUC again."""
     auc, pauc = record["auc"], record["pauc"]
     if auc is None:  # not evaluated
         return {}
-    return {"AUC+pAUC": auc + (pauc or 0.0), "AUC": auc, "pAUC": auc if pauc is None else pauc}
-
-
-def best(records: Sequence[Record]) -> dict[str, float]:
-    """The published ...best values: those of the last of the records that were the best so far."""
-    return {f"{key}best": value for record in records[-1:] for key, value in published(record).items()}
+    pixel = auc if pauc is None else pauc
+    return {f"AUC+pAUC{suffix}": auc + (pauc or 0.0), f"AUC{suffix}": auc, f"pAUC{suffix}": pixel}
 
 
 def measured(split: str, metrics: Metrics) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class World:
         visual = self.clip.visual
         self.store.fill(self.clip)
         self.clip.visual = visual  # which `fill` frees
-        self.shots, self.state = shots.to(self.store), TrainingState.start(self.detector, autocast, 0.001, 5)
+        self.shots, self.state = shots.to(self.store), TrainingState(self.detector, autocast, 0.001, 5)
         mode.waits.clear()
 
     def step(self, masks=True):

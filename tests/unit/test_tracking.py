@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 
 from engine.metrics import measure
-from engine.report.tracking import Tracker, best, read_key, scalars
+from engine.report.tracking import Tracker, read_key, scalars
 from tests.helpers.commands import ROOT
 from tests.helpers.evaluations import make_world
 
@@ -39,7 +39,6 @@ def test_after_a_failure_nothing_is_tracked_and_an_interrupt_or_a_fault_passes(c
 def test_image_only_sets_publish_their_auc_as_pauc():
     logged = scalars({**RECORDS[0], "pauc": None})
     assert logged["pAUC"] == logged["AUC"] == logged["AUC+pAUC"] == 0.6
-    assert best(RECORDS[:0]) == {}
 
 
 def test_without_pictures_there_is_no_page_and_a_checkpoint_is_warned_of(tmp_path, capsys):

@@ -38,7 +38,7 @@ def batch(count=4):
 
 
 def start(clip, seed=5, **changes):
-    return TrainingState.start(Detector(clip, small_settings(**changes), seed), None, 0.001, seed)
+    return TrainingState(Detector(clip, small_settings(**changes), seed), None, 0.001, seed)
 
 
 class Served:

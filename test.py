@@ -31,7 +31,7 @@ from engine.files.published import facts_of
 from engine.files.run import check_outputs, describe_test, published_lines, read_as_trained, result_json, shot_patients
 from engine.files.scores import Scored, Source
 from engine.metrics import measure
-from engine.report.figures import read_history, save_figures
+from engine.report.figures import plots, read_history, save_figures, sheet
 from engine.report.page import write_page
 from utils import set_seed, write_json
 
@@ -67,14 +67,14 @@ def test(options: argparse.Namespace) -> dict[str, Any]:
         print(describe_threshold(threshold))
         print(f"  on the test set: sensitivity {here['tpr']:.4f}, false positive rate {here['fpr']:.4f}")
     if distributed.is_main():
-        history = read_history(options.ckpt) if options.ckpt else []
+        figures = plots(evaluation, metrics, metadata, read_history(options.ckpt) if options.ckpt else [])
         if options.out_json:
             write_json(options.out_json, result, "--out_json")
         if options.figures:
-            save_figures(options.figures, options.obj, evaluation, masks, metrics, metadata, history)
+            save_figures(options.figures, options.obj, sheet(evaluation, masks), figures)
             print(f"pictures: {options.figures}")
         if options.report:
-            about = (settings, metadata, history, options.obj, scored.source.unknown)
+            about = (settings, metadata, figures, options.obj, scored.source.unknown)
             page = write_page(options.report, evaluation, masks, metrics, *about)
             print(f"report: {page}")
     print(published_lines(options.obj, metrics))

@@ -35,6 +35,7 @@ from engine.files.checkpoint import Checkpoint, copy, print_weights_info
 from engine.files.config import SELECTS, Settings, new_settings
 from engine.files.run import RunFolder, check_outputs, open_run, published_lines, result_json
 from engine.metrics import measure
+from engine.report.figures import plots
 from engine.report.page import write_page
 from engine.report.tracking import Tracker, start_tracker
 from engine.training import Splits, TrainingSet, TrainingState, calibrate_run, check_losses, epoch_line
@@ -186,7 +187,8 @@ def finish(setup: Setup, tracker: Tracker, evaluation: Evaluation | None) -> dic
     if distributed.is_main():
         write_json(run.result, result)
         metadata = {**setup.metadata, "metrics": {"epoch": state.selected_epoch}}
-        page = write_page(run.path, evaluation, masks, best, settings, metadata, state.history)
+        figures = plots(evaluation, best, metadata, state.history)
+        page = write_page(run.path, evaluation, masks, best, settings, metadata, figures)
         if options.out_json:
             write_json(options.out_json, result, "--out_json")
         tracker.log_result(state.history[state.selected_epoch - 1], best, page, run.best if options.log_model else None)

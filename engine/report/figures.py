@@ -45,7 +45,6 @@ RUN_FIGURES = {  # title, y label, and the curves: key in the history -> name
     "losses": ("Losses over the run", "loss", {"total": "total", "det": "detection", "seg": "segmentation"}),
     "similarity": ("Similarity of the two text features", "cosine", {"similarity": "normal and abnormal prompt"}),
 }  # fmt: skip
-History = Sequence[Mapping[str, Any]]
 
 
 def read_history(ckpt_path: str | Path) -> list[dict[str, Any]]:
@@ -92,7 +91,7 @@ class Plot:
 
 
 def plots(
-    evaluation: Evaluation, metrics: Metrics, metadata: Mapping[str, Any], history: History = ()
+    evaluation: Evaluation, metrics: Metrics, metadata: Mapping[str, Any], history: Sequence[Mapping[str, Any]] = ()
 ) -> dict[str, Plot]:
     """The figures but for the sheet.
 
@@ -137,23 +136,15 @@ def _stairs(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
     return np.stack([np.repeat(edges, 2), np.pad(np.repeat(shares, 2), 1)])
 
 
-def save_figures(
-    folder: str | Path,
-    obj: str,
-    evaluation: Evaluation,
-    masks: Masks | None,
-    metrics: Metrics,
-    metadata: Mapping[str, Any],
-    history: History = (),
-) -> None:
-    """Write a sheet of images as OBJ.png, and the figures of `plots` as OBJ-NAME.png.
+def save_figures(folder: str | Path, obj: str, picture: Image.Image, figures: Mapping[str, Plot]) -> None:
+    """Write the sheet of images as OBJ.png, and the figures of `plots` as OBJ-NAME.png.
 
     Raises:
         InputError: a file that cannot be written.
     """
     with atomic_path(Path(folder) / f"{obj}.png", "--figures") as temporary:
-        sheet(evaluation, masks).save(temporary, "PNG")
-    for name, plot in plots(evaluation, metrics, metadata, history).items():
+        picture.save(temporary, "PNG")
+    for name, plot in figures.items():
         with atomic_path(Path(folder) / f"{obj}-{name}.png", "--figures") as temporary:
             temporary.write_bytes(plot.png())
 

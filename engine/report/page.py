@@ -27,7 +27,7 @@ from .. import calibration
 from ..evaluation import Evaluation, Masks
 from ..files.config import Settings, shareable
 from ..metrics import METRICS, Metrics
-from .figures import History, digits, plots, threshold_of
+from .figures import Plot, digits, threshold_of
 from .images import OUTLINE, data_uri, fit_mask, heat_colours, heat_picture, outline, read_picture
 
 # Of an image: name, score, label (0 normal, 1 abnormal, None: not known), group (the volume or series of which it is a
@@ -128,7 +128,7 @@ def write_page(
     metrics: Metrics,
     settings: Settings,
     metadata: Mapping[str, Any],
-    history: History = (),
+    figures: Mapping[str, Plot],
     obj: str | None = None,
     unknown: str = "",
 ) -> Path:
@@ -141,7 +141,7 @@ def write_page(
         metrics: of `measure(..., full=True)`.
         settings: of the checkpoint.
         metadata: of the checkpoint, all of which is listed.
-        history: the run's epochs, see `read_history`.
+        figures: of `plots`.
         obj: the data set that was tested, where it is not the one trained on.
         unknown: why the patients of the shots are not known, where they are not.
 
@@ -163,7 +163,7 @@ def write_page(
         heat_range=heat_range, title=obj, origin=origin, weak=evaluation.head != "seg", settings=settings,
         metadata=metadata, values=metrics.values, metrics=METRICS, unknown=unknown,
         plots={name: {"title": plot.title, "picture": data_uri(plot.png(transparent=True), "PNG")}
-               for name, plot in plots(evaluation, metrics, metadata, history).items()},
+               for name, plot in figures.items()},
         made={**known, **metadata, "options": {name: v for name, v in options.items() if name not in known}},
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from engine.metrics import measure
+from engine.report.figures import plots
 from engine.report.page import write_page
 from tests.helpers.data import small_settings
 from tests.helpers.evaluations import METADATA, make_world
@@ -35,7 +36,9 @@ def world(tmp_path_factory) -> tuple[Path, list[dict]]:
     evaluation, masks = make_world(folder, labels, scores.tolist())
     evaluation.patch_scores = evaluation.patch_scores + torch.tensor([1, 0.3, 0, -2])  # maps that are not level
     evaluation.samples[3] = replace(evaluation.samples[3], name=EVIL)
-    page = write_page(folder, evaluation, masks, measure(evaluation, masks, full=True), small_settings(), METADATA)
+    metrics = measure(evaluation, masks, full=True)
+    figures = plots(evaluation, metrics, METADATA)
+    page = write_page(folder, evaluation, masks, metrics, small_settings(), METADATA, figures)
     return page, verdicts(evaluation.names, labels, evaluation.image_scores, 0.4)
 
 

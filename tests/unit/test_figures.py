@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from engine.metrics import measure
-from engine.report.figures import plots, read_history, save_figures, threshold_of
+from engine.report.figures import plots, read_history, save_figures, sheet, threshold_of
 from tests.helpers.evaluations import METADATA, make_world
 from utils import InputError
 
@@ -41,7 +41,8 @@ def test_the_threshold_is_the_checkpoints_where_it_has_one(world):
 def test_the_same_numbers_give_the_same_files(world):
     evaluation, masks, metrics = world
     for folder in ("one", "two"):
-        save_figures(folder, "Brain", evaluation, masks, metrics, METADATA, HISTORY)
+        figures = plots(evaluation, metrics, METADATA, HISTORY)
+        save_figures(folder, "Brain", sheet(evaluation, masks), figures)
     names = ("Brain", *(f"Brain-{name}" for name in ("histogram", "roc", "pr", "auc", "losses", "similarity")))
     assert {path.stem for path in Path("one").iterdir()} == set(names)
     for name in names:
@@ -50,7 +51,7 @@ def test_the_same_numbers_give_the_same_files(world):
         assert picture.size == (1080, 810)
     Path("file").touch()
     with pytest.raises(InputError, match=r"^--figures"):
-        save_figures("file/folder", "Brain", evaluation, masks, metrics, {})
+        save_figures("file/folder", "Brain", sheet(evaluation, masks), {})
 
 
 def test_the_history_lies_beside_the_checkpoint(tmp_path):

@@ -15,6 +15,7 @@ from PIL import Image
 from dataset.readers.images import Sample
 from engine.metrics import measure
 from engine.report import page
+from engine.report.figures import plots
 from engine.report.page import layers, write, write_page
 from tests.helpers.data import small_settings
 from tests.helpers.evaluations import METADATA, PICTURE, SIZE, make_evaluation, make_samples, make_world
@@ -36,7 +37,8 @@ def written(folder: Path, evaluation, masks, metadata=METADATA, metrics=None, **
     """The page's text."""
     settings = more.pop("settings", small_settings())
     metrics = metrics or measure(evaluation, masks, full=True)
-    return write_page(folder, evaluation, masks, metrics, settings, metadata, **more).read_text(encoding="utf-8")
+    figures = plots(evaluation, metrics, metadata)
+    return write_page(folder, evaluation, masks, metrics, settings, metadata, figures, **more).read_text("utf-8")
 
 
 def picture_of(uri: str) -> Image.Image:

@@ -133,8 +133,9 @@ def compute(grid: Grid, cell: Cell) -> None:
 def test_on(grid: Grid, cell: Cell, obj: str) -> None:
     """Test the selected and the last epoch on another data set, with those of the flags that a test knows."""
     run, last = grid.run(cell), grid.run(cell).path / "last-checkpoint.pth"
-    state = run.load()
-    if not last.is_file() and state is not None:
+    if not last.is_file():
+        state = run.load()
+        assert state is not None  # of a finished run
         selected, record = Checkpoint.load(run.best), state["history"][-1]
         metrics = {name: record[name] for name in ("epoch", *SHOWN)}
         metadata = {**selected.metadata, "select": "last", "metrics": metrics}
@@ -189,11 +190,7 @@ def make_table(grid: Grid, failed: dict[Cell, str]) -> Table:
     table = Table(options.table, caption(grid), labels, grid.kind.heading, notes, scope)
     masks = {obj: grid.has_masks(obj) for obj in options.obj}
     for shot in options.shots:
-        groups: dict[Cell, list[Cell]] = {}  # of cells that differ in their seeds
-        for cell in grid.cells:
-            if cell.shot == shot:
-                groups.setdefault(replace(cell, seed=0), []).append(cell)
-        for first, cells in groups.items():
+        for first, cells in ((first, cells) for first, cells in grid.groups.items() if first.shot == shot):
             for obj in (first.obj, *first.others):
                 metrics = SHOWN if masks[first.obj] and masks[obj] else ("auc",)
                 for metric, (words, key, suffix) in product(metrics, our_rows(grid, cells)):
@@ -268,10 +265,9 @@ def notes_on(grid: Grid, published: Sequence[Published], failed: dict[Cell, str]
     where = " of the data set trained on" if options.table == "cross" else ""
     for select in (select for select in SELECTS if f"selected on {select}" in words):
         yield f"Selected on {select}: {SELECTS[select]}{where} (--select {select})."
-    taken: dict[Cell, list[object]] = {}  # by cells that differ in their seeds
-    for cell in filter(grid.done, grid.cells):
-        taken.setdefault(replace(cell, seed=0), []).append(read_result(grid.file(cell, cell.obj)).get("shots"))
-    if several := [shots for shots in taken.values() if len(shots) > 1]:
+    done = [list(filter(grid.done, cells)) for cells in grid.groups.values()]
+    taken = [[read_result(grid.file(cell, cell.obj)).get("shots") for cell in cells] for cells in done]
+    if several := [shots for shots in taken if len(shots) > 1]:
         same = all(shots == group[0] for group in several for shots in group)
         yield "All seeds have the same shots." if same else "Each seed draws other shots."
     yield "Intervals: 95%, over the test images, the mean of the seeds' bounds."
@@ -280,7 +276,7 @@ def notes_on(grid: Grid, published: Sequence[Published], failed: dict[Cell, str]
     if options.table == "ablation":
         values = {**vars(base), "features_list": " ".join(map(str, layers_of(base)))}
         yield f"Default: {', '.join(f'{words} {values[flag]}' for flag, words in COMPONENTS.items())}."
-    yield f"{sum(map(grid.done, grid.cells))} of {len(grid.cells)} cells are done."
+    yield f"{sum(map(len, done))} of {len(grid.cells)} cells are done."
     for cell, reason in failed.items():
         yield f"Failed: {cell.name} ({reason})."
     known = [

@@ -29,7 +29,7 @@ from engine.files.checkpoint import Checkpoint, default_checkpoint, find_trained
 from engine.files.config import check_against
 from engine.files.published import facts_of
 from engine.files.run import check_outputs, describe_test, published_lines, read_as_trained, result_json, shot_patients
-from engine.files.scores import Scored, Source
+from engine.files.scores import READ, Scored, plain
 from engine.metrics import measure
 from engine.report.figures import plots, read_history, save_figures, sheet
 from engine.report.page import write_page
@@ -52,15 +52,15 @@ def test(options: argparse.Namespace) -> dict[str, Any]:
     if options.save_scores and distributed.is_main():
         scored.save(options.save_scores)
 
-    threshold, patients = metadata.get("threshold") or {}, scored.source.patients
+    threshold, patients, unknown = metadata.get("threshold") or {}, scored.source["patients"], scored.source["unknown"]
     without = None if patients is None else set(patients)
     metrics = measure(evaluation, masks, full=True, pixel_threshold=threshold.get("pixel_value"), without=without)
     result = {**result_json(settings, evaluation, metrics, metadata["select"]), "obj": options.obj}
-    result |= {"trained_on": settings.obj, "without_shot_patients": scored.source.unknown or "measured"}
-    print(scored.source.words)
+    result |= {"trained_on": settings.obj, "without_shot_patients": unknown or "measured"}
+    print(scored.source["words"])
     print(metrics.table())
     if patients is None:
-        print(f"  without the shots' patients: not known ({scored.source.unknown})")
+        print(f"  without the shots' patients: not known ({unknown})")
     if threshold:
         here = threshold_metrics(evaluation.labels, evaluation.image_scores, threshold["value"])
         result["decision"] = {**threshold, "on_test": here}
@@ -74,7 +74,7 @@ def test(options: argparse.Namespace) -> dict[str, Any]:
             save_figures(options.figures, options.obj, sheet(evaluation, masks), figures)
             print(f"pictures: {options.figures}")
         if options.report:
-            about = (settings, metadata, figures, options.obj, scored.source.unknown)
+            about = (settings, metadata, figures, options.obj, unknown)
             page = write_page(options.report, evaluation, masks, metrics, *about)
             print(f"report: {page}")
     print(published_lines(options.obj, metrics))
@@ -105,6 +105,10 @@ def compute_scores(options: argparse.Namespace) -> Scored:
     masks = Masks.of(samples, settings, options.num_workers, device) if dataset.pixel_metrics else None
     store.fill(clip)
     evaluation = evaluate(detector, store, samples)
-    words = describe_test(options, dataset, settings, metadata, len(samples))
-    source = Source.of(dataset, words, options.anonymous, patients, unknown)
+    source = {
+        "words": describe_test(options, dataset, settings, metadata, len(samples)),
+        "obj": dataset.obj, "anonymous": options.anonymous,
+        "read": {name: plain(getattr(dataset.layout, name)) for name in READ},
+        "patients": None if patients is None else sorted(patients), "unknown": unknown,
+    }  # fmt: skip
     return Scored(evaluation, masks, settings, metadata, source)

@@ -68,7 +68,8 @@ class Checkpoint:
         if options is None or facts is None or not looks_published(payload):
             fault = f"not a checkpoint of this project (no format {FORMAT!r} in it)"
             raise InputError(f"--ckpt {path}: {fault}; of a published one name the data set with --obj")
-        settings, line = infer_settings(payload, path, facts(), options)
+        with blame(f"--ckpt {path}: not a published checkpoint after all", errors=ODD):
+            settings, line = infer_settings(payload, path, facts(), options)
         print(f"{path}: {line}")
         return cls(settings, payload, {"select": "unknown (published checkpoint)"}, published=True)
 
@@ -118,7 +119,10 @@ def copy(source: str | Path, path: Path, metadata: Mapping[str, Any]) -> None:
     What another run or the published program wrote there is renamed first: it may be the only copy of what its owner
     has downloaded or trained.
     """
-    if path.is_file() and not _is_of(path, metadata):
+    stored: Mapping[str, Any] = {}
+    with suppress(InputError):  # no checkpoint at all, or none yet
+        stored = read(path).get(METADATA, {})
+    if path.is_file() and any(stored.get(name) != metadata[name] for name in ("run", "started")):
         stem = f"{path.stem}.before-{time.strftime('%Y%m%d-%H%M')}"
         names = (f"{stem}{f'-{n}' * (n > 1)}{path.suffix}" for n in itertools.count(1))
         kept = next(place for name in names if not (place := path.with_name(name)).exists())
@@ -126,13 +130,6 @@ def copy(source: str | Path, path: Path, metadata: Mapping[str, Any]) -> None:
         print(f"{path} is not of this run: renamed to {kept}", flush=True)
     with atomic_path(path) as temporary:
         shutil.copyfile(source, temporary)
-
-
-def _is_of(path: Path, metadata: Mapping[str, Any]) -> bool:
-    with suppress(InputError):
-        stored = read(path).get(METADATA, {})
-        return all(stored.get(name) == metadata[name] for name in ("run", "started"))
-    return False
 
 
 def versions() -> dict[str, str]:

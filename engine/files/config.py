@@ -150,9 +150,9 @@ class Settings:
     def read_options(self) -> ReadOptions:
         """How training read files with more than 8 bits or more than one slice; the defaults where it does not say."""
         reading = self.reading or {}
-        window, plane = reading.get("window"), reading.get("plane") or AS_STORED.plane
+        window = reading.get("window")
         window = tuple(window) if isinstance(window, list) else window
-        return ReadOptions(window, plane, deep=bool(reading.get("deep")))
+        return ReadOptions(window, reading.get("plane", AS_STORED.plane), deep="deep" in reading)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, for JSON and for checkpoints read with weights_only=True."""

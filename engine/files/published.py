@@ -17,7 +17,7 @@ from CLIP.adapter_shared import BRANCHES
 from CLIP.config import ModelConfig, list_models
 from CLIP.model import CLIP
 from dataset.medical_few import MedicalDataset
-from utils import EXPECTED, InputError, blame
+from utils import InputError
 
 from ..detector import Detector
 from .config import MODEL_FLAGS, VERSION, Settings, check_layers
@@ -50,19 +50,9 @@ def infer_settings(
         The settings, with an empty weights' hash, and a line that says what was inferred.
 
     Raises:
-        InputError: tensors of no known kind, or of a model that is neither configured nor named.
+        InputError: tensors of no known kind, or of a model that is neither configured nor named; other errors where
+            they are no tensors at all.
     """
-    with blame(f"--ckpt {path}: not a published checkpoint after all", errors=(*EXPECTED, AttributeError, TypeError)):
-        known = [f"{branch}_det_adapters" for branch in BRANCHES] + [f"prompt_maker_{branch}" for branch in BRANCHES]
-        for name, tensor in [item for part in known for item in parts.get(part, {}).items()]:
-            if not isinstance(name, str) or not isinstance(tensor, Tensor):
-                raise TypeError(f"{name!r:.80} is no tensor")
-        return _infer(parts, path, facts, flags)
-
-
-def _infer(
-    parts: dict[str, Any], path: object, facts: Mapping[str, Any], flags: argparse.Namespace
-) -> tuple[Settings, str]:
     adapters = parts["normal_det_adapters"]
     names = {name.split(".", 1)[1] for name in adapters}
     kinds = {"MViTFC": "transformer_encoder.linear1.weight", "MFCFC": "fc3.0.weight", "MCNNFC": "cnn.0.weight"}

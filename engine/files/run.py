@@ -42,14 +42,15 @@ from ..metrics import Metrics
 from ..training import Splits, TrainingState
 from . import checkpoint
 from .config import Settings, shareable, shots_label
-from .scores import Scored
+from .scores import Scored, plain
 
 PROJECT = Path(__file__).parents[2]
 STATE = "madclip-run-3"
+LABELLING = ("patient", "unmarked", "mask_above", "mask_labels")  # of a layout: what names and masks mean
 
 
 class RunFolder:
-    """One run's files. Make it with `create` or `open`. With several processes rank 0 writes them."""
+    """One run's files; `create` makes a new one. With several processes rank 0 writes them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -74,14 +75,6 @@ class RunFolder:
         if number > 1:
             print(f"{Path(run_dir) / name} is there already, so this run is {run.path}", file=sys.stderr)
         distributed.from_main(run.path)
-        return run
-
-    @classmethod
-    def open(cls, path: str | Path) -> RunFolder:
-        """The folder of an earlier run; `InputError` where `path` is none."""
-        run = cls(Path(path))
-        if not run.config.is_file():
-            raise InputError(f"--resume {path}: no run there (no config.json in it)")
         return run
 
     @contextmanager
@@ -134,7 +127,7 @@ class RunFolder:
         checkpoint.write({"format": STATE, "state": dict(state)}, self.last)
         hint = "last.pth beside it is intact"
         with blame(f"{self.metrics}: cannot be written", hint, (OSError,)), self.metrics.open("a") as file:
-            file.write(_line(history[-1]))
+            file.write(f"{json.dumps(history[-1])}\n")
 
     def load_into(self, state: TrainingState, epochs: int) -> None:
         """Put back what an interrupted run had reached, and make metrics.jsonl agree; nothing in a new run.
@@ -151,7 +144,7 @@ class RunFolder:
             raise InputError(f"--epoch {epochs}: {self.path} has finished {state.epoch} already")
         if distributed.is_main():
             with atomic_path(self.metrics) as temporary:
-                temporary.write_text("".join(map(_line, state.history)), encoding="utf-8")
+                temporary.write_text("".join(f"{json.dumps(record)}\n" for record in state.history), encoding="utf-8")
 
     def load(self) -> dict[str, Any] | None:
         """The state in last.pth, or None before the first epoch's end.
@@ -192,7 +185,7 @@ def open_run(
         default = f"{options.obj}-{shots_label(options)}-{options.fidelity}-{time.strftime('%Y%m%d-%H%M%S')}"
         run = RunFolder.create(options.run_dir, options.exp_name or default)
     else:
-        run = RunFolder.open(options.resume)
+        run = RunFolder(Path(options.resume))
         _continue(run, config)
     shared = ("shots", "shots_from", "started", *checkpoint.versions())
     metadata = {name: config[name] for name in shared} | {
@@ -201,8 +194,7 @@ def open_run(
         "run": run.path.name,
         "benchmark": splits.dataset.is_benchmark,  # the paper's own images
         "shot_patients": None if options.anonymous else sorted(splits.shot_patients()),
-        "data": {name: getattr(splits.dataset.layout, name) for name in ("patient", "unmarked", "mask_above")}
-        | {"mask_labels": list(splits.dataset.layout.mask_labels)},
+        "data": {name: plain(getattr(splits.dataset.layout, name)) for name in LABELLING},
     }
     return run, config, metadata
 
@@ -247,11 +239,9 @@ def read_as_trained(options: argparse.Namespace, settings: Settings, metadata: M
     Scans are read by the checkpoint's window and plane. What masks and names mean belongs to the data set: it follows
     the checkpoint where that was trained on this one.
     """
-    stored: dict[str, Any] = {}
-    if settings.reading is not None:
-        window = settings.read_options.window
-        words = [window] if isinstance(window, str) else list(map(str, window or ()))
-        stored = {"plane": settings.read_options.plane, "window": words or None}
+    reading = settings.reading or {}
+    window = reading.get("window")
+    stored = {"plane": reading.get("plane"), "window": [window] if isinstance(window, str) else window}
     if settings.obj == options.obj:
         stored |= {"mask_above": settings.mask_above, **metadata.get("data", {})}
     for name, value in stored.items():
@@ -317,10 +307,6 @@ def check_outputs(options: argparse.Namespace) -> None:
     for wanted, (flag, name) in files.items():
         if getattr(options, wanted, None) and not (wanted == "save_model" and hasattr(options, "ckpt")):
             probe_writable(Path(getattr(options, flag)) / name, f"--{flag}")
-
-
-def _line(values: Mapping[str, Any]) -> str:
-    return json.dumps(values) + "\n"
 
 
 def environment_info(device: torch.device) -> dict[str, Any]:

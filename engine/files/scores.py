@@ -6,7 +6,7 @@ import argparse
 import json
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,44 +25,25 @@ READ = ("patient", "mask_above", "mask_labels", "unmarked", "window", "plane")  
 
 
 @dataclass(frozen=True)
-class Source:
-    """Which images were tested, how they were read, and what was known of the shots.
-
-    `patients` are those of the shots as the samples call them; None: not known, and `unknown` says why.
-    """
-
-    words: str
-    obj: str
-    anonymous: bool
-    read: dict[str, Any]  # `READ` of the data set's layout
-    patients: list[str] | None
-    unknown: str = ""
-
-    @classmethod
-    def of(
-        cls, dataset: MedicalDataset, words: str, anonymous: bool, patients: set[str] | None, unknown: str
-    ) -> Source:
-        """Of a test on a data set."""
-        read = {name: _plain(getattr(dataset.layout, name)) for name in READ}
-        return cls(words, dataset.obj, anonymous, read, None if patients is None else sorted(patients), unknown)
-
-
-@dataclass(frozen=True)
 class Scored:
-    """An evaluation with what it came from."""
+    """An evaluation with what it came from.
+
+    `source`, of plain values: what was tested in `words`, its `obj`, whether it was `anonymous`, how it was `read`
+    (`READ` of the layout), the `patients` of the shots as the samples call them (None: `unknown` says why).
+    """
 
     evaluation: Evaluation
     masks: Masks | None
     settings: Settings
     metadata: dict[str, Any] = field(repr=False)  # of the checkpoint
-    source: Source
+    source: dict[str, Any]
 
     def save(self, path: str | Path) -> None:
         """Write all that `load` gives back, atomically."""
         evaluation, masks = self.evaluation, self.masks
         description = {
             "format": FORMAT, "head": evaluation.head, "img_size": evaluation.img_size, "dec_type": evaluation.dec_type,
-            "settings": self.settings.to_dict(), "metadata": self.metadata, "source": asdict(self.source),
+            "settings": self.settings.to_dict(), "metadata": self.metadata, "source": self.source,
         }  # fmt: skip
         arrays = {
             "patch_scores": evaluation.patch_scores.cpu().numpy(),
@@ -98,8 +79,8 @@ class Scored:
         if "mask_bits" in arrays:
             rows_of, bits = (torch.from_numpy(arrays[name]) for name in ("mask_rows", "mask_bits"))
             masks = Masks(rows_of, bits, evaluation.img_size)
-        settings, source = Settings.from_dict(description["settings"]), Source(**description["source"])
-        source = replace(source, words=f"{source.words}\nscores kept in {path}")
+        settings, source = Settings.from_dict(description["settings"]), description["source"]
+        source["words"] += f"\nscores kept in {path}"
         return cls(evaluation, masks, settings, description["metadata"], source)
 
     def with_pictures(self, options: argparse.Namespace) -> Scored:
@@ -111,7 +92,7 @@ class Scored:
             InputError: a flag asks for another test than the one that was kept.
         """
         self._check_against(options)
-        options.obj, options.anonymous = self.source.obj, self.source.anonymous
+        options.obj, options.anonymous = self.source["obj"], self.source["anonymous"]
         try:
             dataset = MedicalDataset.from_options(options)
             by_name = {sample.name: sample for sample in dataset.samples("test")}
@@ -130,13 +111,13 @@ class Scored:
             if getattr(options, name):
                 raise InputError(f"--{name} {getattr(options, name)}: nothing is computed with --scores; leave it out")
         read = {**{name: getattr(options, name) for name in READ}, "window": parse_window(options.window or ())}
-        own = {"obj": self.source.obj, "prompt_name": self.settings.prompt_name, "anonymous": self.source.anonymous}
+        own = {"prompt_name": self.settings.prompt_name, **{name: self.source[name] for name in ("obj", "anonymous")}}
         given = {**read, **{name: getattr(options, name) or None for name in own}}
-        for name, stored in {**self.source.read, **own}.items():
-            if given[name] is not None and _plain(given[name]) != stored:
+        for name, stored in {**self.source["read"], **own}.items():
+            if given[name] is not None and plain(given[name]) != stored:
                 raise contradiction(name, given[name], stored, "kept scores, which were made")
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401 - a setting
+def plain(value: Any) -> Any:  # noqa: ANN401 - a setting
     """A setting as JSON gives it back."""
     return list(value) if isinstance(value, tuple) else value

@@ -72,8 +72,10 @@ class Grid:
                 self.cells += [replace(cell, change=change) for change in ablations(self.base)]
             elif options.table == "baselines":
                 self.cells.append(replace(cell, baselines=True))
+        self.groups: dict[Cell, list[Cell]] = {}  # of cells that differ in their seeds
         for cell in self.cells:
             self.check(cell)
+            self.groups.setdefault(replace(cell, seed=0), []).append(cell)
 
     def sources(self, obj: str, others: tuple[str, ...]) -> tuple[str, ...]:
         """The data sets whose shots serve `obj`: for one with masks those with masks, else all."""

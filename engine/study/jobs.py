@@ -3,8 +3,9 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,19 +16,20 @@ POLL_SECONDS = 1.0
 Task = TypeVar("Task")
 
 
-class Resumable(Generic[Task]):
+@dataclass
+class Resumable:
     """A function that goes on from its own files: when its job is pre-empted, submitit requeues the same call."""
 
-    def __init__(self, function: Callable[[Task], str | None], gpu: str | None) -> None:
-        self.function, self.gpu = function, gpu  # the GPU that the job sees; None leaves that to the executor
+    function: Callable[[Any], str | None]
+    gpu: str | None  # that the job sees; None leaves that to the executor
 
-    def __call__(self, task: Task) -> str | None:
+    def __call__(self, task: object) -> str | None:
         """Call the function."""
         if self.gpu is not None:  # CUDA reads it when it is first used
             os.environ["CUDA_VISIBLE_DEVICES"] = self.gpu
         return self.function(task)
 
-    def checkpoint(self, task: Task) -> Any:  # noqa: ANN401 - submitit's
+    def checkpoint(self, task: object) -> Any:  # noqa: ANN401 - submitit's
         """What submitit asks for when the job is to be stopped."""
         import submitit  # noqa: PLC0415 - an optional package
 

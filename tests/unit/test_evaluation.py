@@ -15,7 +15,7 @@ from engine.detector import Detector
 from engine.evaluation import Evaluation, Masks, evaluate
 from engine.features import TokenStore
 from engine.files.config import test_options as options_of_test
-from engine.files.scores import Scored, Source
+from engine.files.scores import Scored
 from tests.helpers.data import draw_samples, small_settings, store_options
 from utils import InputError
 
@@ -98,8 +98,8 @@ def make_scored(samples, masks=None, **source) -> Scored:
     evaluation = Evaluation(samples, scores, "seg", SIZE, "mean")
     read = {"patient": None, "mask_above": 127, "mask_labels": [], "unmarked": None, "window": [40.0, 400.0]}
     values = {"words": "what", "obj": "Brain", "anonymous": False, "read": {**read, "plane": "axial"}}
-    values["patients"] = ["1"]
-    return Scored(evaluation, masks, small_settings(), {"select": "last"}, Source(**{**values, **source}))
+    values |= {"patients": ["1"], "unknown": ""}
+    return Scored(evaluation, masks, small_settings(), {"select": "last"}, {**values, **source})
 
 
 def test_labels_and_patients_are_those_of_the_file(tmp_path):

@@ -4,6 +4,7 @@ import argparse
 import runpy
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 from unittest import mock
@@ -18,27 +19,23 @@ parentheses.
 """
 
 
-class Captured(BaseException):
-    """Carries the parser of a command out of it, before it parses anything."""
-
-
 def parser_of(command: str) -> argparse.ArgumentParser:
     """The parser that a script (`train.py`) or module (`dataset.check`) uses: it is started up to the parsing."""
+    parsers: list[argparse.ArgumentParser] = []
 
     def capture(parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
-        raise Captured(parser)
+        parsers.append(parser)
+        raise SystemExit
 
     arguments = mock.patch.object(sys, "argv", [command])
-    with warnings.catch_warnings(), arguments, mock.patch.object(argparse.ArgumentParser, "parse_known_args", capture):
+    parsing = mock.patch.object(argparse.ArgumentParser, "parse_known_args", capture)
+    with warnings.catch_warnings(), arguments, parsing, suppress(SystemExit):
         warnings.simplefilter("ignore")  # runpy's, of modules that their package imports
-        try:
-            if command.endswith(".py"):
-                runpy.run_path(str(ROOT / command), run_name="__main__")
+        if command.endswith(".py"):
+            runpy.run_path(str(ROOT / command), run_name="__main__")
+        else:
             runpy.run_module(command, run_name="__main__", alter_sys=True)
-        except Captured as captured:
-            parser: argparse.ArgumentParser = captured.args[0]
-            return parser
-    raise RuntimeError(f"{command} parses no command line")
+    return parsers[0]
 
 
 def flags() -> str:

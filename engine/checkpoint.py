@@ -26,12 +26,10 @@ PUBLISHED_LAYERS = (6, 12, 18, 24)  # the default of --features_list in the publ
 
 def show(path: str) -> None:
     """Print what a checkpoint holds."""
-    payload = read(path)
-    for name, label in (("settings", "settings"), (METADATA, "metadata")):
-        if name in payload:
-            print(f"{label}: {json.dumps(payload[name], indent=2)}")
-    for name, part in payload.items():
-        if isinstance(part, dict) and name not in ("settings", METADATA):
+    for name, part in read(path).items():
+        if name in ("settings", METADATA):
+            print(f"{'metadata' if name == METADATA else name}: {json.dumps(part, indent=2)}")
+        elif isinstance(part, dict):
             tensors = [tensor for tensor in part.values() if isinstance(tensor, torch.Tensor)]
             print(f"{printable(name)}: {len(tensors)} tensors, {sum(tensor.numel() for tensor in tensors):,} numbers")
         elif isinstance(part, torch.Tensor):

@@ -39,7 +39,6 @@ class Checkpoint:
     settings: Settings
     parts: dict[str, Any]  # see `Detector.parts`
     metadata: dict[str, Any] = field(default_factory=dict)  # shots, metrics, how the epoch was selected, versions
-    published: bool = False  # read from a file in the published format
 
     def save(self, path: str | Path) -> None:
         """Write to a temporary name and rename; `InputError` where that is impossible."""
@@ -71,7 +70,7 @@ class Checkpoint:
         with blame(f"--ckpt {path}: not a published checkpoint after all", errors=ODD):
             settings, line = infer_settings(payload, path, facts(), options)
         print(f"{path}: {line}")
-        return cls(settings, payload, {"select": "unknown (published checkpoint)"}, published=True)
+        return cls(settings, payload, {"select": "unknown (published checkpoint)"})
 
     @property
     def seed(self) -> int:
@@ -161,7 +160,7 @@ def find_trained_weights(checkpoint: Checkpoint, options: argparse.Namespace) ->
         InputError: none, or others than it was trained on.
     """
     settings = checkpoint.settings
-    seed = checkpoint.seed if not checkpoint.published else options.seed
+    seed = checkpoint.seed if "options" in checkpoint.metadata else options.seed  # a published file names none
     known = ModelConfig.from_dict(settings.model_config) if settings.model_config else settings.model_name
     model = options.model_name or known  # a folder or a JSON file given anew says where its weights are
     tower = options.image_tower or settings.image_tower

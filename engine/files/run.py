@@ -18,7 +18,6 @@ import itertools
 import json
 import os
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -312,8 +311,9 @@ def check_outputs(options: argparse.Namespace) -> None:
 def environment_info(device: torch.device) -> dict[str, Any]:
     """Where and from what a run was started: command, git commit, host, process, device. Only config.json holds it."""
     describe = ["git", "-C", str(PROJECT), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
-    has_git = shutil.which("git") is not None
-    commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip() if has_git else ""
+    commit = ""
+    with suppress(OSError):  # no git on this machine
+        commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "command": shlex.join(["python", *sys.argv]),
         "git_commit": commit or None,  # with `+` where tracked files differ from it

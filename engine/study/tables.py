@@ -113,12 +113,11 @@ class Table:
         names = ("metric", "mean", "std", "ci95_low", "ci95_high", "seeds", "note")
         writer.writerow([*self.labels, self.heading, *names])
         for (metric, row, column), value in self.cells.items():
-            figure = value if isinstance(value, Statistic) else None
-            numbers = [figure.mean, figure.std, *(figure.interval or (None, None))] if figure else [None] * 4
-            cells = ["" if number is None else f"{number:.6f}" for number in numbers]
-            note = "" if isinstance(value, Statistic) else value
-            words = list(map(csv_cell, (*row, column, metric, note)))
-            writer.writerow([*words[:-1], *cells, figure.seeds if figure else "", words[-1]])
+            cells: list[object] = ["", "", "", "", "", csv_cell(value)]
+            if isinstance(value, Statistic):
+                numbers = value.mean, value.std, *(value.interval or (None, None))
+                cells = [*("" if number is None else f"{number:.6f}" for number in numbers), value.seeds, ""]
+            writer.writerow([*map(csv_cell, (*row, column, metric)), *cells])
         return file.getvalue()
 
     def write(self, folder: Path) -> None:

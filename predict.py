@@ -105,10 +105,7 @@ def predict(results: Results) -> int:
             return entry, outcome
         picture, prediction = outcome
         picture.notes.update(picture_notes(picture.image))
-        for kind in [kind for kind in picture.notes if kind not in remarks]:  # the tables have all
-            remarks.add(kind)
-            say(f"{entry.file}: {picture.notes[kind]}")
-        return entry, (prediction, *results.draw(entry, picture, prediction))
+        return entry, (picture.notes, prediction, *results.draw(entry, picture, prediction))
 
     with tqdm(total=len(todo), desc="predict", unit="image", mininterval=bar_seconds()) as bar:
         stream = model.stream(todo, options.batch_size, options.num_workers, SIDE)
@@ -118,7 +115,11 @@ def predict(results: Results) -> int:
             for entry, outcome in members:
                 bar.update()
                 if not isinstance(outcome, InputError):
-                    images.append((entry, *outcome))
+                    notes, *made = outcome
+                    for kind in [kind for kind in notes if kind not in remarks]:  # once; the tables have all
+                        remarks.add(kind)
+                        say(f"{entry.file}: {notes[kind]}")
+                    images.append((entry, *made))
                 elif entry.path not in listing.faults:  # a file of many frames is said once
                     listing.faults[entry.path] = outcome
                     skip(outcome)

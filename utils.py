@@ -119,9 +119,9 @@ def redact(text: str, secret: str = "") -> str:
 def one_line(words: object, secret: str = "") -> str:
     """A text, or an exception's type and message, in at most 200 characters of one line: it may quote a damaged file.
 
-    Passwords in addresses and `secret` are left out.
+    Passwords in addresses, `secret` and places in memory are left out.
     """
-    text = str(words)
+    text = re.sub(r" ?<[\w.]+ object at 0x[0-9a-f]+>", "", str(words))
     if isinstance(words, BaseException):
         text = f"{type(words).__name__}: {text}" if text else type(words).__name__
     shown = "".join(letter if letter.isprintable() else " " for letter in redact(text[:1000], secret))

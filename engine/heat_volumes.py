@@ -70,7 +70,11 @@ def write_nifti(path: Path, slices: Slices, heat_range: tuple[float, float]) -> 
     places = slices_of(turned, plane)  # views of `values`, not copies
     for entry, prediction in slices:
         places[entry.index or 0][...] = prediction.map
-    with atomic_path(path, "--out") as temporary, gzip.open(temporary, "wb", compresslevel=4) as file:
+    with (
+        atomic_path(path, "--out") as temporary,
+        temporary.open("wb") as target,
+        gzip.GzipFile("", "wb", 4, target, mtime=0) as file,  # the same heat, the same bytes
+    ):
         type(image)(values, image.affine, header).to_stream(file)
 
 

@@ -229,14 +229,15 @@ class TokenStore:
             rows = rows.to(self._index_device)  # not there any more after `leave_gpu`
             layers = tuple(self._resident[rows, k] for k in range(len(self.layers)))
         else:
-            tokens = torch.empty(len(rows), *self.shape, dtype=self.dtype)
-            for row, target in zip(rows.tolist(), tokens, strict=True):
+            n_layers, *shape = self.shape
+            tokens = torch.empty(n_layers, len(rows), *shape, dtype=self.dtype)  # layer by layer, as they are given
+            for row, target in zip(rows.tolist(), tokens.unbind(1), strict=True):
                 if not self._read(row, target):
                     raise InputError(
                         f"{self.folder}: tokens of {self.items[row].name} are gone or damaged, though they were "
                         f"there at the start (removed by another command?); start again"
                     )
-            layers = tokens.unbind(1)
+            layers = tokens.unbind()
         layers = tuple(layer.to(self.device, non_blocking=True) for layer in layers)
         return [(x if x.dtype == self.autocast else x.float()).contiguous() for x in layers]
 
@@ -313,8 +314,9 @@ class TokenStore:
         images = []
         for row in rows:
             item = self.items[row]
-            content, image = self._decode(plain_view(item))
-            if self._hashes.setdefault(plain_view(item), content) != content:
+            plain = plain_view(item)
+            content, image = self._decode(plain)
+            if self._hashes.setdefault(plain, content) != content:
                 raise InputError(f"{item.path}: changed while it was read; start again")
             images.append(augment_view(image[None], item.view, item.jitter)[0])
         return torch.stack(images)

@@ -55,9 +55,9 @@ class Results:
         head = f"{json.dumps([flags, sha256_file(options.ckpt)])}\n".encode()
         self.file = (self.out / PARTIAL).open("a+b")
         self.file.seek(0)
-        content = self.file.read()
-        is_same = content.startswith(head)
-        self.file.truncate(content.rindex(b"\n") + 1 if is_same else 0)  # the last line may be cut short
+        is_same = self.file.readline() == head
+        whole = sum(len(line) for line in self.file if line.endswith(b"\n"))  # the last one may be cut short
+        self.file.truncate(len(head) + whole if is_same else 0)
         self.file.write(b"" if is_same else head)
         done = {key for key, *_ in self.lines()}
         broken = {entry.series for key, entry in self.entries.items() if key not in done}
@@ -164,7 +164,8 @@ class Results:
     def write_page(self, rows: Sequence[tuple[Entry, Row]]) -> Path:
         """Write --report's page: the images, highest scores first, volumes as strips of their slices in order."""
         options, model, scores = self.options, self.model, np.array([row["score"] for _, row in rows])
-        shown = [rows[i][0].key for i in sorted(np.argsort(-scores, kind="stable")[:MAX_CARDS].tolist())]
+        highest = sorted(np.argsort(-scores, kind="stable")[:MAX_CARDS].tolist())
+        shown = dict.fromkeys(rows[i][0].key for i in highest)  # in order
         cards = {key: card for key, _, card in self.lines() if card and key in shown}
         origin = threshold_words(model.calibration) if model.calibration else "The checkpoint has no threshold."
         if options.threshold is not None:

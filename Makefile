@@ -1,4 +1,4 @@
-# make demo      trains and tests on real ultrasound images with a real image tower (150 s on two CPU cores)
+# make demo      trains and tests on real ultrasound images with a real image tower (3 minutes on two CPU cores)
 # make demo-offline   the same on made-up images with a random tower, which needs no weights
 # make test      ruff, mypy and pytest
 # make bench     the benchmarks of docs/speed.md (half an hour on two CPU cores)

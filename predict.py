@@ -32,7 +32,7 @@ from dataset.medical_few import MedicalDataset
 from dataset.readers.grey import Picture
 from dataset.readers.images import picture_notes
 from engine.calibration import describe_threshold
-from engine.files.checkpoint import read as read_file
+from engine.files.checkpoint import read_file
 from engine.predictor import Prediction, Predictor, build, read_checkpoint
 from engine.report.predictions import GROUP_NOTE, NOTE, Results, summary
 from engine.scans import Entry, list_entries

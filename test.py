@@ -74,8 +74,8 @@ def test(options: argparse.Namespace) -> dict[str, Any]:
             save_figures(options.figures, options.obj, sheet(evaluation, masks), figures)
             print(f"pictures: {options.figures}")
         if options.report:
-            about = (settings, metadata, figures, options.obj, unknown)
-            page = write_page(options.report, evaluation, masks, metrics, *about)
+            details = (settings, metadata, figures, options.obj, unknown)
+            page = write_page(options.report, evaluation, masks, metrics, *details)
             print(f"report: {page}")
     print(published_lines(options.obj, metrics))
     return result

@@ -101,16 +101,16 @@ class ModelConfig:
         The JSON may be this project's, open_clip's or Hugging Face's; `InputError` for any other and for other names.
         """
         own = CONFIG_FOLDER / f"{name}.json"
-        found = (own, name) if name in list_models() else find(name, CONFIG_FILES, "--model_name")
-        if found is None:
+        place = (own, name) if name in list_models() else find(name, CONFIG_FILES, "--model_name")
+        if place is None:
             raise InputError(
                 f"--model_name {name}: unknown; there are {', '.join(list_models())}; or give a JSON file like those "
                 "of CLIP/model_configs, a folder with config.json and weights, or hf-hub:owner/name"
             )
         with suppress(InputError):  # fetched now, its pixels are there offline as well
             find(name, (PIXEL_FILE,), "")
-        with blame(found[0], "it is no config of a CLIP", OF_CONFIGS):
-            return cls.from_dict({**_read(found[0]), "name": found[1]}, str(found[0]))
+        with blame(place[0], "it is no config of a CLIP", OF_CONFIGS):
+            return cls.from_dict({**_read(place[0]), "name": place[1]}, str(place[0]))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "the model's config") -> ModelConfig:
@@ -268,17 +268,17 @@ def fetch(repository: str, names: Sequence[str]) -> Path:
     owner_name, _, revision = repository.partition("@")
     for name in names:
         where: dict[str, Any] = {"repo_id": owner_name, "filename": name, "revision": revision or None}
-        found: Any = None
+        path: Any = None
         with blame(what, "check the name, or log in with `hf auth login`"), suppress(errors.EntryNotFoundError):
             try:
-                found = try_to_load_from_cache(**where) or hf_hub_download(**where, local_files_only=bool(unreachable))
+                path = try_to_load_from_cache(**where) or hf_hub_download(**where, local_files_only=bool(unreachable))
             except errors.LocalEntryNotFoundError as error:  # also what an unreachable hub gives
                 unreachable = unreachable or one_line(error.__cause__ or error)
-        if isinstance(found, str):  # else the cache knows that the repository has no such file
-            expected = Path(found).resolve().name  # a large file's SHA-256, which the hub gave
-            if re.fullmatch("[0-9a-f]{64}", expected) and sha256_file(found) != expected:
-                raise InputError(f"{found}: wrong SHA-256, so damaged: delete {Path(found).resolve()}, run this again")
-            return Path(found)
+        if isinstance(path, str):  # else the cache knows that the repository has no such file
+            expected = Path(path).resolve().name  # a large file's SHA-256, which the hub gave
+            if re.fullmatch("[0-9a-f]{64}", expected) and sha256_file(path) != expected:
+                raise InputError(f"{path}: wrong SHA-256, so damaged: delete {Path(path).resolve()}, run this again")
+            return Path(path)
     if unreachable:
         raise Unreachable(
             f"{what}: not in the cache of huggingface_hub, and the hub cannot be reached ({unreachable}): check the "

@@ -17,7 +17,7 @@ import torch
 CONTEXT_LENGTH = 77
 SOT, EOT = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
-VOCABULARY = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
+MERGES_FILE = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
 # The file lists more merges than CLIP was trained with: 512 byte symbols, these, and two special ids make 49408.
 MERGES = 48894
 # Special tokens, English endings, runs of letters, single digits, runs of anything else but blanks.
@@ -35,7 +35,7 @@ class Tokenizer:
     """
 
     def __init__(self) -> None:
-        lines = gzip.decompress(VOCABULARY.read_bytes()).decode("utf-8").split("\n")
+        lines = gzip.decompress(MERGES_FILE.read_bytes()).decode("utf-8").split("\n")
         merges = [tuple(line.split()) for line in lines[1 : MERGES + 1]]  # line 0 is a version
         # Each byte is a visible letter, in the order of the ids: first the bytes that are visible in Latin-1.
         visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

@@ -109,7 +109,7 @@ def find_weights(
             raise InputError(f"--pretrain random contradicts --weights {weights}: give one of them")
         words = f"random 2, seed {seed}, {config.name}, {config.architecture()}"
         sha256 = hashlib.sha256(words.encode()).hexdigest()
-        found = Weights(pretrained, f"random, seed {seed}", sha256, config, None, seed)
+        result = Weights(pretrained, f"random, seed {seed}", sha256, config, None, seed)
     else:
         path, source = _locate(model_name, config, pretrained, weights)
         hint = "name its file with --weights"
@@ -118,11 +118,11 @@ def find_weights(
         with blame(f"weights {path}", hint):
             if not path.is_file() and path.exists():  # reading a pipe or a device may never end
                 raise InputError(f"the weight file {path} is a folder or a device, not a file")
-            found = Weights(pretrained, source, sha256_file(path), config, path, seed)
+            result = Weights(pretrained, source, sha256_file(path), config, path, seed)
     if tower is None:
-        return found
-    both = hashlib.sha256(f"{found.sha256} {sha256_file(tower)}".encode()).hexdigest()
-    return replace(found, source=f"{found.source}; image tower {config.tower.name}", sha256=both, tower=tower)
+        return result
+    both = hashlib.sha256(f"{result.sha256} {sha256_file(tower)}".encode()).hexdigest()
+    return replace(result, source=f"{result.source}; image tower {config.tower.name}", sha256=both, tower=tower)
 
 
 def _locate(
@@ -273,7 +273,7 @@ def openai_names(loaders: Mapping[str, Loader], path: Path) -> dict[str, Loader]
         name, _, part = name.partition("/")
         if part != "-" and name not in NOT_WEIGHTS:
             parts.setdefault(name, {})[part] = load
-    return {name: partial(_joined, name, found) for name, found in parts.items()}
+    return {name: partial(_joined, name, pieces) for name, pieces in parts.items()}
 
 
 def _joined(name: str, parts: Mapping[str, Loader]) -> torch.Tensor:

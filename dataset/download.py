@@ -42,8 +42,8 @@ def files_of(obj: str, archive: Path, members: Mapping[str, tuple[int, Any]]) ->
     """
     is_named = any(re.search(rf"(?i)(^|/)({'|'.join(BENCHMARKS)})(_AD)?/", name) for name in members)
     inside = rf"(?i)(?:^|/){obj}(?:_AD)?/(.+)" if is_named else "(?i)(?:^|/)((?:train|valid|val|test)/.+)"
-    found = ((re.search(inside, name), member) for name, member in members.items() if not is_clutter(name))
-    result = {match[1]: member for match, member in found if match}
+    matches = ((re.search(inside, name), member) for name, member in members.items() if not is_clutter(name))
+    result = {match[1]: member for match, member in matches if match}
     if unsafe := [path for path in map(PurePosixPath, result) if path.is_absolute() or ".." in path.parts]:
         raise InputError(f"{archive}: {unsafe[0]} leads out of its folder")
     if not result:

@@ -91,12 +91,12 @@ def _classes(folder: Path) -> dict[Path, int]:
     """The folders with each class's images -> its label, as far as there are such folders."""
     inside = _inside(folder)
     for normal, abnormal in CLASS_NAMES:
-        found = {inside[name]: label for label, name in enumerate((normal, abnormal)) if name in inside}
-        if found and abnormal not in inside and normal != "0":
+        result = {inside[name]: label for label, name in enumerate((normal, abnormal)) if name in inside}
+        if result and abnormal not in inside and normal != "0":
             others = [path for name, path in inside.items() if name not in (normal, "test", *SUPPORT_NAMES)]
-            found |= {path: 1 for path in others if list_pictures(path)[0]}
-        if found:
-            return {_inside(path).get("img", path): label for path, label in found.items()}
+            result |= {path: 1 for path in others if list_pictures(path)[0]}
+        if result:
+            return {_inside(path).get("img", path): label for path, label in result.items()}
     return {}
 
 

@@ -193,12 +193,12 @@ class MedicalDataset:
             if label and split == "test":
                 self._check_masks(files)
             workers = 1 if any(file.slice.series_uid for file in files) else READERS  # of copies the first one stays
-            found = [sample for inside in prefetch(self.samples_in, files, workers) for sample in inside]
-            if split == "test" and not found:
+            images = [sample for inside in prefetch(self.samples_in, files, workers) for sample in inside]
+            if split == "test" and not images:
                 why = "; ".join(self.left_out_lines() or ["no slice"])
                 raise InputError(f"{self.root}: none of the {len(files)} {KINDS[label]} files of test gives an image: "
                                  f"{why}")  # fmt: skip
-            result += found
+            result += images
         return sorted(result, key=lambda sample: sample.label)  # slices without a mark may have become normal
 
     @cached_property

@@ -59,8 +59,8 @@ def masks_note(dataset: MedicalDataset) -> str | None:
     """Where the masks were found; or what the label of a slice means without."""
     abnormal = [file for file in dataset.files if file.label]
     if dataset.pixel_metrics:
-        found = Counter(_place(file) for file in abnormal if file.masks)
-        rules = ", ".join(f"{count} {place}" for place, count in sorted(found.items()))
+        places = Counter(_place(file) for file in abnormal if file.masks)
+        rules = ", ".join(f"{count} {place}" for place, count in sorted(places.items()))
         return f"masks: {rules}" if rules else None
     if any(len(dataset.images_in(file)) > 1 for file in abnormal):
         return "labels are per slice: without masks every slice of an abnormal series or volume counts as abnormal"

@@ -26,7 +26,7 @@ FAINT = 0.2  # the part of a pixel's colour that is lesion, below which none is 
 NOTICE = "synthetic: drawn by dataset/phantom.py, it says nothing about medicine"
 
 
-class Kind(NamedTuple):
+class Style(NamedTuple):
     """What the pictures of a data set are like; lengths in halves of a picture's side."""
 
     body: tuple[float, float]  # half axes of the ellipse, across and down
@@ -38,13 +38,13 @@ class Kind(NamedTuple):
     colour: tuple[float, float, float] | None = None
 
 
-KINDS = {
-    "Brain": Kind((0.7, 0.85), 16, (1, 2), (0.15, 0.34), 1, True),
-    "Liver": Kind((0.9, 0.7), 10, (1, 5), (0.08, 0.2), -1, True),
-    "Retina_RESC": Kind((2.0, 0.4), 60, (2, 6), (0.1, 0.2), -1, True),
-    "Retina_OCT2017": Kind((2.0, 0.4), 60, (2, 6), (0.1, 0.2), -1, False),
-    "Chest": Kind((0.9, 1.5), 12, (2, 6), (0.18, 0.4), 1, False),
-    "Histopathology": Kind((3.0, 3.0), 30, (1, 2), (0.25, 0.7), -1, False, (0.9, 0.6, 0.75)),
+STYLES = {
+    "Brain": Style((0.7, 0.85), 16, (1, 2), (0.15, 0.34), 1, True),
+    "Liver": Style((0.9, 0.7), 10, (1, 5), (0.08, 0.2), -1, True),
+    "Retina_RESC": Style((2.0, 0.4), 60, (2, 6), (0.1, 0.2), -1, True),
+    "Retina_OCT2017": Style((2.0, 0.4), 60, (2, 6), (0.1, 0.2), -1, False),
+    "Chest": Style((0.9, 1.5), 12, (2, 6), (0.18, 0.4), 1, False),
+    "Histopathology": Style((3.0, 3.0), 30, (1, 2), (0.25, 0.7), -1, False, (0.9, 0.6, 0.75)),
 }
 
 
@@ -61,26 +61,26 @@ def draw(obj: str, split: str, label: str, index: int, seed: int, size: int) -> 
     Returns the uint8 image, (size, size) or for Histopathology (size, size, 3), and the bool mask (size, size): the
     pixels that a lesion has changed, all False for label "good".
     """
-    key = seed, list(KINDS).index(obj), SPLITS.index(split), FOLDERS.index(label), index
-    kind, rng = KINDS[obj], np.random.default_rng([*key, 0])
-    center, axes = rng.uniform(-0.05, 0.05, 2), rng.uniform(0.92, 1.08, 2) * np.array(kind.body)
-    coarse = Image.fromarray(rng.standard_normal((kind.grain, kind.grain)).astype(np.float32))
+    key = seed, list(STYLES).index(obj), SPLITS.index(split), FOLDERS.index(label), index
+    style, rng = STYLES[obj], np.random.default_rng([*key, 0])
+    center, axes = rng.uniform(-0.05, 0.05, 2), rng.uniform(0.92, 1.08, 2) * np.array(style.body)
+    coarse = Image.fromarray(rng.standard_normal((style.grain, style.grain)).astype(np.float32))
     texture = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), np.float64)
     rim, room = spot(size, center, axes), spot(size, center, 0.8 * axes)  # lesions lie in the room
     image = 0.05 + 0.25 * rim + room * (0.2 + 0.05 * texture) + 0.02 * rng.standard_normal((size, size))
     mask = np.zeros((size, size), bool)
     if label == "Ungood":
         rng = np.random.default_rng([*key, 1])
-        ill = image + kind.tone * rng.uniform(*CONTRAST)
+        ill = image + style.tone * rng.uniform(*CONTRAST)
         rows, columns = np.nonzero(room >= 0.9)
-        for _ in range(rng.integers(*kind.lesions)):
-            pick, radius = rng.integers(len(rows)), rng.uniform(*kind.radius)
+        for _ in range(rng.integers(*style.lesions)):
+            pick, radius = rng.integers(len(rows)), rng.uniform(*style.radius)
             center = (np.array((columns[pick], rows[pick])) + 0.5) * 2 / size - 1
             cover = room * spot(size, center, radius * rng.uniform(0.8, 1.25, 2))
             marked = cover >= FAINT
             image, mask = image + np.where(marked, cover, 0) * (ill - image), mask | marked
-    if kind.colour:
-        image = image[..., None] + np.array(kind.colour) - 0.5
+    if style.colour:
+        image = image[..., None] + np.array(style.colour) - 0.5
     return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8), mask
 
 
@@ -103,7 +103,7 @@ def write(out: str | Path, obj: Sequence[str], valid: int, test: int, seed: int,
             for split, (number, label) in product(SPLITS, enumerate(FOLDERS)):
                 for index in range(valid if split == "valid" else test):
                     image, marked = draw(name, split, label, index, seed, size)
-                    mask = Image.fromarray(marked).convert("L") if marked.any() and KINDS[name].has_masks else None
+                    mask = Image.fromarray(marked).convert("L") if marked.any() and STYLES[name].has_masks else None
                     writer.add(split, number, f"{split}_{label}_{index:05d}", Image.fromarray(image), mask)
             writer.write_lists(*(writer.names["valid", label] for label in (0, 1)))
         print(f"{folder}: {writer.counts()}, {size} px")
@@ -113,7 +113,7 @@ def write(out: str | Path, obj: Sequence[str], valid: int, test: int, seed: int,
 def main() -> None:
     """Read the command line and write the data sets."""
     parser = Parser(prog="python -m dataset.phantom", description=f"Draw a data set ({NOTICE}).")
-    flag, count, names = parser.add_argument, integer(0, 99_999), list(KINDS)  # files have numbers of five digits
+    flag, count, names = parser.add_argument, integer(0, 99_999), list(STYLES)  # files have numbers of five digits
     flag("--out", default="data", help="folder that will hold <obj>_AD (default: data)")
     flag("--obj", nargs="+", default=names, choices=names, metavar="OBJ", help=f"of {', '.join(names)} (all)")
     flag("--valid", type=count, default=20, help="images a class in valid/ (20)")

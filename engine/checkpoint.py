@@ -17,16 +17,16 @@ from utils import InputError, Parser, printable, probe_writable, run_cli
 
 from .detector import Detector
 from .export import card
-from .files.checkpoint import METADATA, Checkpoint, check_weights, read, write
+from .files.checkpoint import METADATA, Checkpoint, check_weights, read_file, write_file
 from .files.config import MODEL_FLAGS, Settings
-from .files.published import export
+from .files.published import to_published
 
 PUBLISHED_LAYERS = (6, 12, 18, 24)  # the default of --features_list in the published program
 
 
 def show(path: str) -> None:
     """Print what a checkpoint holds."""
-    for name, part in read(path).items():
+    for name, part in read_file(path).items():
         if name in ("settings", METADATA):
             print(f"{'metadata' if name == METADATA else name}: {json.dumps(part, indent=2)}")
         elif isinstance(part, dict):
@@ -40,7 +40,7 @@ def export_file(path: str, out: str, weights_file: str | None) -> None:
     """Write a checkpoint of ours in the published format."""
     if Path(out).exists() and Path(out).samefile(path):
         raise InputError(f"{out}: is the checkpoint itself, whose settings the published format cannot hold")
-    probe_writable(out, "OUT", "checkpoint", read)
+    probe_writable(out, "OUT", "checkpoint", read_file)
     checkpoint = Checkpoint.load(path)
     settings = checkpoint.settings
     if settings.image_tower:
@@ -54,7 +54,7 @@ def export_file(path: str, out: str, weights_file: str | None) -> None:
     check_weights(checkpoint, clip.info, path)
     detector = Detector(clip, settings)
     checkpoint.restore(detector, clip, path)
-    write(export(detector, clip), out)
+    write_file(to_published(detector, clip), out)
     print(f"{out}: written in the published format")
     for line in export_notes(settings):
         print(f"{out}: {line}")

@@ -23,7 +23,7 @@ DISAGREEMENTS = 5  # images that are named
 SHORT = 60  # characters of a setting; of a longer one only that it differs is said
 BESIDE = ("seed", "select", "shots")  # what shapes a run beside its settings
 Result = dict[str, Any]  # of a run or a test, with what `read` adds
-Value = tuple[float, Sequence[float]]  # with its interval, both in [0, 1]
+Estimate = tuple[float, Sequence[float]]  # with its interval, both in [0, 1]
 
 
 def read(path: Path) -> Result:
@@ -41,7 +41,7 @@ def read(path: Path) -> Result:
     return {**result, "name": path.stem if path.is_file() else path.name}
 
 
-def auc_difference(labels: np.ndarray, one: np.ndarray, other: np.ndarray) -> Value:
+def auc_difference(labels: np.ndarray, one: np.ndarray, other: np.ndarray) -> Estimate:
     """AUROC of `other` less that of `one`, scores (M,) of the same images, and DeLong's (1988) interval for pairs."""
     parts = [after - before for before, after in zip(placements(labels, one), placements(labels, other), strict=True)]
     error = sum(float(part.var(ddof=1)) / len(part) for part in parts if len(part) > 1) ** 0.5
@@ -49,7 +49,7 @@ def auc_difference(labels: np.ndarray, one: np.ndarray, other: np.ndarray) -> Va
     return difference, (difference - Z_95 * error, difference + Z_95 * error)
 
 
-def pauc_difference(one: Result, other: Result) -> Value | None:
+def pauc_difference(one: Result, other: Result) -> Estimate | None:
     """The same of the pixel AUROC, from the draws of the bootstrap; None where one has none, or of other images."""
     before, after = (np.array(result.get("pauc_draws") or ()) for result in (one, other))
     if not len(before) or len(before) != len(after) or one["order"] != other["order"]:
@@ -57,12 +57,12 @@ def pauc_difference(one: Result, other: Result) -> Value | None:
     return other["pauc"] - one["pauc"], interval_of(after - before)
 
 
-def rate(hits: np.ndarray) -> Value:
+def rate(hits: np.ndarray) -> Estimate:
     """The share of hits (M,) and its 95% interval by Wilson's score, which does not degenerate at 0 and 1."""
     return float(hits.mean()), binomtest(int(hits.sum()), len(hits)).proportion_ci(CONFIDENCE_LEVEL, "wilson")
 
 
-def figures(first: Result, result: Result) -> Iterator[tuple[str, Value | None]]:
+def figures(first: Result, result: Result) -> Iterator[tuple[str, Estimate | None]]:
     """What is compared: names and values."""
     kinds = [name for name in result if name.startswith("auc_of_") and not name.endswith("_ci95")]
     for name in ("auc", "pauc", *kinds):

@@ -24,7 +24,7 @@ from utils import InputError, printable
 MARK = "MadCLIP heat map, research use"  # in the head of every picture that is written, so that none becomes an input
 PARTIAL = "predictions.partial.jsonl"  # the tables while they grow
 LOCK = ".predict.lock"
-TABLES = ("predictions.csv", "predictions.json", "groups.csv", PARTIAL, LOCK)
+OWN_FILES = ("predictions.csv", "predictions.json", "groups.csv", PARTIAL, LOCK)
 NAME_BYTES = 150  # of a picture's name, without what is added; a file system takes 255, and many a cloud fewer
 GAP = 1.5  # times the usual distance of two slices
 Member = tuple[Frame, str]  # an image, and the path of its file below its input
@@ -32,7 +32,7 @@ Member = tuple[Frame, str]  # an image, and the path of its file below its input
 
 def is_own_result(path: Path) -> bool:
     """Whether prediction has written a file: it is no input."""
-    if path.name in TABLES or path.name.endswith("_contours.json"):  # no pictures anyway
+    if path.name in OWN_FILES or path.name.endswith("_contours.json"):  # no pictures anyway
         return True
     if not path.name.endswith(("_overlay.png", "_raw.png", "_heat.nii.gz")) and not path.parent.name.endswith("_heat"):
         return False

@@ -107,16 +107,16 @@ def load_grey_mask(sample: Sample, size: int) -> Tensor:
     """
     import torch  # noqa: PLC0415 (half a second, which `--help` need not wait for)
 
-    found = read_mask(sample)
-    if found is None:
+    mask = read_mask(sample)
+    if mask is None:
         return torch.zeros(1, size, size)
-    mask = found.image
-    if mask.size not in (sizes := reader_of(sample.path).sizes(sample)):
+    image, path = mask.image, sample.masks[0]
+    if image.size not in (sizes := reader_of(sample.path).sizes(sample)):
         if not sample.published:
-            raise InputError(f"{sample.masks[0]}: {mask.size} pixels, but its image has {' or '.join(map(str, sizes))}")
+            raise InputError(f"{path}: {image.size} pixels, but its image has {' or '.join(map(str, sizes))}")
         words = "masks of another size than their images: resized, as the published loader does"
-        warn_once(f"{sample.masks[0].parent}: {words}")
-    return torch.from_numpy(np.array(mask.resize((size, size), Image.Resampling.NEAREST))).float()[None] / 255
+        warn_once(f"{path.parent}: {words}")
+    return torch.from_numpy(np.array(image.resize((size, size), Image.Resampling.NEAREST))).float()[None] / 255
 
 
 def mask_notes(mask: Mask, above: int = ABNORMAL_ABOVE) -> Notes:

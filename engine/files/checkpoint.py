@@ -42,7 +42,7 @@ class Checkpoint:
 
     def save(self, path: str | Path) -> None:
         """Write to a temporary name and rename; `InputError` where that is impossible."""
-        write({"format": FORMAT, "settings": self.settings.to_dict(), METADATA: self.metadata, **self.parts}, path)
+        write_file({"format": FORMAT, "settings": self.settings.to_dict(), METADATA: self.metadata, **self.parts}, path)
 
     @classmethod
     def load(
@@ -59,7 +59,7 @@ class Checkpoint:
         Raises:
             InputError: no such file, a damaged one, or another kind of file.
         """
-        payload = read(path)
+        payload = read_file(path)
         if payload.get("format") == FORMAT:
             with blame(f"--ckpt {path}: damaged"):
                 settings = Settings.from_dict(payload.pop("settings"))
@@ -92,7 +92,7 @@ class Checkpoint:
             print(f"{path}: its text side differs by up to {difference:.3g} from the CLIP weights, which are used")
 
 
-def read(path: str | Path, flag: str = "--ckpt") -> dict[str, Any]:
+def read_file(path: str | Path, flag: str = "--ckpt") -> dict[str, Any]:
     """The dict in a checkpoint file of either format; `InputError` names `flag` for other files."""
     path = Path(path)
     with blame(f"{flag} {path}", errors=(OSError,)):  # a name that is too long
@@ -105,7 +105,7 @@ def read(path: str | Path, flag: str = "--ckpt") -> dict[str, Any]:
     return payload
 
 
-def write(payload: Mapping[str, Any], path: str | Path) -> None:
+def write_file(payload: Mapping[str, Any], path: str | Path) -> None:
     """Write atomically; `InputError` where that is impossible."""
     hint = "is the disk full? An older file there is intact"
     with blame(f"{path}: cannot be written", hint, (RuntimeError,)), atomic_path(path) as temporary:
@@ -120,7 +120,7 @@ def copy(source: str | Path, path: Path, metadata: Mapping[str, Any]) -> None:
     """
     stored: Mapping[str, Any] = {}
     with suppress(InputError):  # no checkpoint at all, or none yet
-        stored = read(path).get(METADATA, {})
+        stored = read_file(path).get(METADATA, {})
     if path.is_file() and any(stored.get(name) != metadata[name] for name in ("run", "started")):
         stem = f"{path.stem}.before-{time.strftime('%Y%m%d-%H%M')}"
         names = (f"{stem}{f'-{n}' * (n > 1)}{path.suffix}" for n in itertools.count(1))

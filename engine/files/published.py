@@ -136,7 +136,7 @@ def frozen_difference(parts: dict[str, Any], detector: Detector, clip: CLIP) -> 
 
 
 @torch.no_grad()
-def export(detector: Detector, clip: CLIP) -> dict[str, Any]:
+def to_published(detector: Detector, clip: CLIP) -> dict[str, Any]:
     """The published dict of a detector, for the published test program."""
     parts = detector.parts()
     for branch in BRANCHES:

@@ -123,7 +123,7 @@ class RunFolder:
         """Write last.pth, then the newest line of metrics.jsonl."""
         if not distributed.is_main():
             return
-        checkpoint.write({"format": STATE, "state": dict(state)}, self.last)
+        checkpoint.write_file({"format": STATE, "state": dict(state)}, self.last)
         hint = "last.pth beside it is intact"
         with blame(f"{self.metrics}: cannot be written", hint, (OSError,)), self.metrics.open("a") as file:
             file.write(f"{json.dumps(history[-1])}\n")
@@ -155,7 +155,7 @@ class RunFolder:
             if self.metrics.is_file() and self.metrics.stat().st_size:
                 raise InputError(f"--resume {self.path}: last.pth is missing: put it back, or start a new run")
             return None
-        payload = checkpoint.read(self.last, "--resume")
+        payload = checkpoint.read_file(self.last, "--resume")
         if payload.get("format") != STATE:
             raise InputError(f"--resume {self.last}: a run of another version: start a new one")
         return dict(payload["state"])

@@ -102,8 +102,8 @@ class Scored:
             print(f"no pictures: {error}")
             return self
         kept = self.evaluation.samples
-        found = [replace(by_name[own.name], label=own.label, patient=own.patient) for own in kept]
-        return replace(self, evaluation=replace(self.evaluation, samples=found))
+        samples = [replace(by_name[own.name], label=own.label, patient=own.patient) for own in kept]
+        return replace(self, evaluation=replace(self.evaluation, samples=samples))
 
     def _check_against(self, options: argparse.Namespace) -> None:
         check_against(self.settings, self.metadata, options)

@@ -102,7 +102,7 @@ class Results:
         return {"regions": sum(region["area"] > 0 for region in regions), **files}
 
     def add(self, images: Sequence[tuple[Entry, Prediction, Row, Card | None]]) -> None:
-        """What was found in a volume, series or single file, all of it: its heat map in its own space, and its rows."""
+        """Keep a complete volume, series or single file: its heat map in its own space, and its rows."""
         if images and self.options.pictures and self.options.volumes:
             slices = [(entry, prediction) for entry, prediction, *_ in images]
             names = write_volume(self.out, slices, self.model, self.options.anonymous)
@@ -130,8 +130,8 @@ class Results:
         Raises:
             InputError: there is none.
         """
-        found, model, listing = {key: row for key, row, _ in self.lines()}, self.model, self.listing
-        result = [(entry, found[key]) for key, entry in self.entries.items() if key in found]
+        table, model, listing = {key: row for key, row, _ in self.lines()}, self.model, self.listing
+        result = [(entry, table[key]) for key, entry in self.entries.items() if key in table]
         rows, hidden = [row for _, row in result], self.options.anonymous
         faults, heads = list(map(str, listing.faults.values())), "segmentation heads"
         content = {

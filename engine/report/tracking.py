@@ -70,7 +70,7 @@ class Tracker:
         for split, metrics in (("test", test), ("valid", valid)):
             values |= measured(split, metrics) if metrics is not None else {}
         for record in history:
-            values |= published(record, "best") if record["best"] else {}  # the last one's stay
+            values |= auc_keys(record, "best") if record["best"] else {}  # the last one's stay
         # At once, so that it outlives a killed process.
         self._or_stop(lambda run: run.log(values, step=values["epoch"], commit=True))
 
@@ -98,7 +98,7 @@ class Tracker:
 
             if self._every:
                 run.log({"epoch": selected["epoch"] - 1, "report": wandb.Html(str(page), inject=False)})
-            run.summary.update({**scalars(selected), **measured("test", metrics), **published(selected, "best")})
+            run.summary.update({**scalars(selected), **measured("test", metrics), **auc_keys(selected, "best")})
             if ckpt_path is not None:
                 metadata = {"epoch": selected["epoch"] - 1, "auc": metrics.auc, "pauc": metrics.pauc}
                 artifact = wandb.Artifact(f"{run.config['obj']}-{run.id}", "model", metadata=metadata)
@@ -190,12 +190,12 @@ def scalars(record: Record) -> dict[str, Any]:
     """The published keys of an epoch, but for the ...best, and its losses."""
     similarity, total = record["similarity"], record["total"]
     return {
-        "epoch": record["epoch"] - 1, "sim_texts": similarity, "loss": total, **published(record),
+        "epoch": record["epoch"] - 1, "sim_texts": similarity, "loss": total, **auc_keys(record),
         "train/det": record["det"], "train/seg": record["seg"], "train/total": total, "train/sim_texts": similarity,
     }  # fmt: skip
 
 
-def published(record: Record, suffix: str = "") -> dict[str, float]:
+def auc_keys(record: Record, suffix: str = "") -> dict[str, float]:
     """AUCs of the test set under the published keys; on image-only data sets the published pAUC is the AUC again."""
     auc, pauc = record["auc"], record["pauc"]
     if auc is None:  # not evaluated

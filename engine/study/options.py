@@ -12,7 +12,7 @@ from ..files.config import Formatter, nonempty_path, positive
 
 
 @dataclass(frozen=True)
-class Kind:
+class TableKind:
     """What sets a table apart; which cells it has is in `Grid`."""
 
     title: str
@@ -24,14 +24,14 @@ class Kind:
 
 
 TABLES = {
-    "main": Kind("results on each data set", published=True),
-    "cross": Kind("trained on one data set, tested on another", ("trained on", "epoch"), "tested on", data_sets=2),
-    "leave_one_out": Kind(
+    "main": TableKind("results on each data set", published=True),
+    "cross": TableKind("trained on one data set, tested on another", ("trained on", "epoch"), "tested on", data_sets=2),
+    "leave_one_out": TableKind(
         "trained on the shots of all other data sets, tested on one", heading="tested on", data_sets=2
     ),
-    "ablation": Kind("one component changed at a time", ("component", "setting", "epoch")),
-    "shots": Kind("results over the number of shots", published=True, shots=(2, 4, 8, 16)),
-    "baselines": Kind("beside baselines on the same tokens, shots and test images", published=True),
+    "ablation": TableKind("one component changed at a time", ("component", "setting", "epoch")),
+    "shots": TableKind("results over the number of shots", published=True, shots=(2, 4, 8, 16)),
+    "baselines": TableKind("beside baselines on the same tokens, shots and test images", published=True),
 }
 # Flags of train.py that the grid sets itself; --select too where nothing is selected.
 OWN_FLAGS = (

@@ -87,8 +87,8 @@ class Table:
                     text = f"[{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else str(value)
                     texts.setdefault(name, {}).setdefault(row, {})[column] = text
         columns = dict.fromkeys(column for _, _, column in self.cells)
-        cells = ((name, row, found) for name, rows in texts.items() for row, found in rows.items())
-        body = [[name, *row, *(found.get(column, "") for column in columns)] for name, row, found in cells]
+        cells = ((name, row, own) for name, rows in texts.items() for row, own in rows.items())
+        body = [[name, *row, *(own.get(column, "") for column in columns)] for name, row, own in cells]
         return [["metric", *self.labels, *columns], *body]
 
     def markdown(self) -> str:

@@ -113,7 +113,7 @@ def test_kills(command, phantoms, tmp_path, undisturbed):
 MOMENTS = {
     "in the pass": (signal.SIGINT, Call("engine.features.TokenStore._keep", 2), 0),
     "in an evaluation": (signal.SIGINT, Call("train.evaluate", 2), 3),
-    "while files are written": (signal.SIGTERM, Call("engine.files.checkpoint.write", 4), 2),
+    "while files are written": (signal.SIGTERM, Call("engine.files.checkpoint.write_file", 4), 2),
     "at the end": (signal.SIGINT, Call("train.calibrate_run"), EPOCHS),
 }
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset.phantom import KINDS, draw, write
+from dataset.phantom import STYLES, draw, write
 from utils import InputError
 
 
@@ -13,11 +13,11 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("obj", KINDS)
+@pytest.mark.parametrize("obj", STYLES)
 @pytest.mark.parametrize("size", [32, 96])
 def test_a_lesion_changes_its_mask_and_nothing_else(obj: str, size: int, monkeypatch):
     pictures = [draw(obj, "test", "Ungood", index, 3, size) for index in range(12)]
-    monkeypatch.setitem(KINDS, obj, KINDS[obj]._replace(lesions=(0, 1)))
+    monkeypatch.setitem(STYLES, obj, STYLES[obj]._replace(lesions=(0, 1)))
     for index, (ill, mask) in enumerate(pictures):
         healthy, none = draw(obj, "test", "Ungood", index, 3, size)  # its twin without lesions
         assert not none.any()

@@ -307,7 +307,8 @@ class TokenStore:
                     f"{self.items[bad].path}: its tokens are not finite in {self.dtype}".replace("torch.", "")
                     + ("; use --cache_dtype float32" if self.dtype != torch.float32 else ", a damaged tower?")
                 )
-            yield rows, tokens if self.cache == "gpu" else tokens.cpu()
+            is_kept_here = self.cache == "gpu" and distributed.world() == 1  # processes exchange them in host memory
+            yield rows, tokens if is_kept_here else tokens.cpu()
 
     def _images(self, rows: Sequence[int]) -> Tensor:
         """The images of a batch (B, 3, S, S), decoded from the very bytes whose hash names them everywhere."""

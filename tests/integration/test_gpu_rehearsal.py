@@ -15,7 +15,7 @@ import torch
 from CLIP.clip import create_model
 from CLIP.weights import find_weights
 from dataset.medical_few import Shots
-from engine import baselines
+from engine import baselines, distributed
 from engine.detector import Detector, seeded
 from engine.evaluation import Masks, evaluate
 from engine.features import TokenStore
@@ -93,6 +93,16 @@ def test_neither_does_what_is_corrected(tmp_path):
         assert mode.waits == []
         evaluate(world.detector, world.store, world.samples)
         assert mode.waits == [VALUE]
+
+
+def test_processes_exchange_tokens_in_host_memory(tmp_path, monkeypatch):
+    """A GPU tensor that another process unpickles takes room on the GPU that it came from."""
+    sent = []
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "all_gather", lambda value: sent.append(value) or [value])
+    with rehearsal() as mode:
+        World(tmp_path, mode)
+    assert {tokens.device.type for _, tokens in filter(None, sent)} == {"cpu"}
 
 
 @PRECISIONS

@@ -8,6 +8,7 @@ import json
 from dataclasses import replace
 from functools import cache
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from CLIP.weights import find_weights
 from dataset.medical_few import Shots
 from engine import baselines, distributed
 from engine.detector import Detector, seeded
+from engine.distributed import pick_autocast
 from engine.evaluation import Masks, evaluate
 from engine.features import TokenStore
 from engine.files.checkpoint import Checkpoint
@@ -93,6 +95,16 @@ def test_neither_does_what_is_corrected(tmp_path):
         assert mode.waits == []
         evaluate(world.detector, world.store, world.samples)
         assert mode.waits == [VALUE]
+
+
+@pytest.mark.parametrize(("generation", "dtype"), [(7, torch.float16), (8, torch.bfloat16)])
+def test_bfloat16_where_the_gpu_computes_it(monkeypatch, generation, dtype):
+    """A T4 (7.5) takes bfloat16 tensors too, but emulates their products."""
+    properties = SimpleNamespace(major=generation)
+    for name, value in (("is_available", True), ("current_device", 0), ("get_device_properties", properties),
+                        ("_check_bf16_tensor_supported", True)):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    assert pick_autocast("auto", CUDA) is dtype
 
 
 def test_processes_exchange_tokens_in_host_memory(tmp_path, monkeypatch):

@@ -5,15 +5,15 @@
     python predict.py --ckpt ckpt/Brain.pth head.nii.gz --plane coronal --out predictions
     python predict.py --ckpt ckpt/Brain.pth --calibrate labelled --threshold_at tpr=0.95 --save_ckpt Brain-95.pth
 
-For each image: the score, the decision at the checkpoint's threshold, the heat map (overlay and raw) and its contours;
-of volumes and DICOM series the heat map in the scan's own space too. A run that was stopped goes on with the same
-command. Exit codes: 0 all was read, 1 some could not be read, 2 nothing was done. docs/predict.md describes the files.
+Writes for each image the score, the decision at the checkpoint's threshold, the heat map (overlay and raw) and its
+contours; for volumes and DICOM series also the heat map in the scan's own space. The same command continues a stopped
+run. Exit codes: 0 all images were read, 1 some could not be read, 2 nothing was done. Files: see docs/predict.md.
 """
 
 from engine.files.config import predict_options as parse
 from utils import run_script
 
-if __name__ == "__main__":  # reads the flags before it imports torch: --help and a mistyped flag take no time
+if __name__ == "__main__":  # flags are parsed before torch is imported: --help and errors in flags answer at once
     run_script("predict", parse)
 
 import argparse
@@ -38,12 +38,12 @@ from engine.report.predictions import GROUP_NOTE, NOTE, Results, summary
 from engine.scans import Entry, list_entries
 from utils import InputError, bar_seconds, prefetch, printable, probe_writable, show_traceback, warn
 
-SIDE = 1024  # pixels of an overlay's longer side, at most
+SIDE = 1024  # maximum length of an overlay's longer side, in pixels
 NAMES = {"dicom": "DICOM", "nifti": "NIfTI", "pillow": "picture"}
 
 
 def main(options: argparse.Namespace) -> int:
-    """Checkpoint -> images -> files; the exit code."""
+    """Run the command; returns the exit code."""
     if options.save_ckpt:
         probe_writable(options.save_ckpt, "--save_ckpt", "checkpoint", read_file)
     checkpoint = read_checkpoint(options)
@@ -68,11 +68,11 @@ def main(options: argparse.Namespace) -> int:
 
 
 def calibrate(model: Predictor, options: argparse.Namespace) -> None:
-    """Set the thresholds on labelled images, print and keep them."""
+    """Calibrate the thresholds on labelled images, print them and, with --save_ckpt, save them."""
     folder, reading = Path(options.calibrate), model.reading
     try:
         name = object_of(folder)
-    except InputError:  # its name cannot be a data set's, and none is needed
+    except InputError:  # the folder's name is not a valid data set name; any name will do here
         name = "calibration"
     dataset = MedicalDataset.open(name, folder.parent, folder, window=reading.window, plane=reading.plane)
     model.calibrate(dataset, options.threshold_at or "f1", options.batch_size, options.num_workers)
@@ -84,7 +84,7 @@ def calibrate(model: Predictor, options: argparse.Namespace) -> None:
 
 
 def predict(results: Results) -> int:
-    """Images -> rows, pictures, page; the exit code."""
+    """Predict the images and write the tables, pictures and page; returns the exit code."""
     options, model, listing = results.options, results.model, results.listing
     if model.threshold is None:
         print("decisions: none, as the checkpoint has no threshold; give one with --threshold or --calibrate")
@@ -116,11 +116,11 @@ def predict(results: Results) -> int:
                 bar.update()
                 if not isinstance(outcome, InputError):
                     notes, *made = outcome
-                    for kind in [kind for kind in notes if kind not in remarks]:  # once; the tables have all
+                    for kind in [kind for kind in notes if kind not in remarks]:  # once each; the tables have all
                         remarks.add(kind)
                         say(f"{entry.file}: {notes[kind]}")
                     images.append((entry, *made))
-                elif entry.path not in listing.faults:  # a file of many frames is said once
+                elif entry.path not in listing.faults:  # report a file of many frames only once
                     listing.faults[entry.path] = outcome
                     skip(outcome)
             results.add(images)
@@ -137,7 +137,7 @@ def predict(results: Results) -> int:
 
 
 def reading_notes(model: Predictor, entries: Sequence[Entry]) -> Iterator[str]:
-    """Where these images are read in another way than those of the training, in words."""
+    """Warnings, if these images are read differently from the training images."""
     settings, kinds = model.settings, {entry.kind for entry in entries}
     known = {"pillow"} if settings.obj in BENCHMARKS else set((settings.reading or {}).get("formats") or kinds)
     if not kinds <= known:
@@ -150,11 +150,11 @@ def reading_notes(model: Predictor, entries: Sequence[Entry]) -> Iterator[str]:
 
 
 def skip(fault: InputError) -> None:
-    """Say which file is left out, and why; with --debug also where in the program that was found."""
+    """Print which file is skipped, and why; with --debug, print the traceback too."""
     say(f"skipped: {fault}")
     show_traceback(fault)
 
 
 def say(text: str) -> None:
-    """A line on stderr, above the progress bar."""
+    """Print a line on stderr, above the progress bar."""
     tqdm.write(printable(text), file=sys.stderr)

@@ -6,16 +6,16 @@
     python reproduce.py --table baselines --obj MINE --data_path data --model_name tower.json --weights tower.pt
     python reproduce.py --table cross --executor slurm --jobs 8 --job_options slurm_partition=gpu gpus_per_node=1
 
-Other flags go to train.py, and to the tests on other data sets. A cell is one run, with a folder of its own under
-OUT/runs that all tables share; the same command again goes on where it was stopped or killed. Tokens are kept on disk
-unless --cache says otherwise, for all cells together: the frozen tower sees an image once (and again for another
---fidelity, and the colour-jittered view of a shot wherever a cell draws it anew).
+Other flags are passed to train.py, and to the tests on other data sets. Each cell is one run with its own folder under
+OUT/runs, which all tables share. Repeating the command continues a table that was stopped or killed. Tokens are kept on
+disk unless --cache says otherwise, and all cells share them: the frozen tower processes each image once (again for
+another --fidelity; and again for the colour-jittered view of a shot, if a cell draws other jitter).
 """
 
 from engine.study.options import parse
 from utils import run_script
 
-if __name__ == "__main__":  # reads the flags before it imports torch; jobs look for their functions under this name
+if __name__ == "__main__":  # parses flags before importing torch; jobs need the functions in a module `reproduce`
     run_script("reproduce", parse)
 
 import contextlib
@@ -47,14 +47,14 @@ from engine.study.jobs import run_jobs
 from engine.study.tables import Published, Statistic, Table, read_published
 from utils import InputError, bar_seconds, one_line, probe_writable, show_traceback, tune_allocator, write_json
 
-SHOWN = ("auc", "pauc")  # of METRICS, what tables show
-READING = ("mask_above", "mask_labels", "window", "plane")  # of a layout: how its files are read
-CLEAN = "_without_shot_patients"  # ends a result's keys
+SHOWN = ("auc", "pauc")  # the METRICS that tables show
+READING = ("mask_above", "mask_labels", "window", "plane")  # fields of a layout: how its files are read
+CLEAN = "_without_shot_patients"  # suffix of keys in a result
 
 
 def main(options: Namespace) -> None:
-    """Plan, compute, and write the table after every cell."""
-    read_published(options.compare)  # before hours are spent
+    """Plan the grid, compute the missing cells, and write the table after every cell."""
+    read_published(options.compare)  # reports errors before hours are spent on cells
     grid = Grid(options)
     waiting = [cell for cell in grid.cells if not grid.done(cell)]
     if options.dry_run:
@@ -64,7 +64,7 @@ def main(options: Namespace) -> None:
         print(f"cells:  {len(waiting)} of {len(grid.cells)} to do\n{grid.cost(waiting)}")
         return
     for obj in options.obj:
-        grid.dataset(obj)  # is there
+        grid.dataset(obj)  # raises an error if it is missing
     probe_writable(grid.out / f"{options.table}.md", "--out")
     ended: Iterator[tuple[Cell, str | None]] = ((cell, run_cell(grid, cell)) for cell in waiting)
     if options.executor != "here":
@@ -91,8 +91,8 @@ def main(options: Namespace) -> None:
 
 
 def run_cell(grid: Grid, cell: Cell) -> str | None:
-    """Compute a cell, its output in its log; returns what was wrong with it, whatever that is: the others go on."""
-    tune_allocator()  # of a job, which has a process of its own
+    """Compute a cell, with its output in its log. Returns any error as a message, so that the other cells go on."""
+    tune_allocator()  # for a job, which runs in its own process
     reason, path = None, grid.log(cell)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace") as log:
@@ -102,18 +102,18 @@ def run_cell(grid: Grid, cell: Cell) -> str | None:
         except InputError as error:
             show_traceback(error, log)
             reason = str(error)
-        except Exception as error:  # out of memory, a fault of the program: the log has its traceback
+        except Exception as error:  # such as out of memory, or a bug; the traceback is in the log
             traceback.print_exc(file=log)
             reason = one_line(error)
-    torch.cuda.empty_cache()  # outside of the handler, which holds the failed cell's tensors
+    torch.cuda.empty_cache()  # outside the handler, which keeps the failed cell's tensors alive
     return reason
 
 
 def compute(grid: Grid, cell: Cell) -> None:
-    """Train, or go on training, and test."""
+    """Measure the baselines, or train (or resume training) and test on the other data sets."""
     lock, run, options = grid.out / "locks" / cell.name, grid.run(cell), grid.parse(cell)
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock):  # another process that computes this cell is waited for
+    with FileLock(lock):  # waits for another process that computes this cell
         if cell.baselines:
             write_json(run.config, {"options": vars(options)})
             write_json(run.result, baselines.measure_baselines(options))
@@ -123,7 +123,7 @@ def compute(grid: Grid, cell: Cell) -> None:
                 write_union(grid, cell)
             if run.config.is_file():
                 options = train_options([*grid.arguments(cell), "--resume", str(run.path)])
-            else:  # killed before it had begun
+            else:  # new, or killed before it wrote config.json
                 shutil.rmtree(run.path, ignore_errors=True)
             train.train(options)
         for obj in (obj for obj in cell.others if not read_result(grid.file(cell, obj))):
@@ -131,16 +131,16 @@ def compute(grid: Grid, cell: Cell) -> None:
 
 
 def test_on(grid: Grid, cell: Cell, obj: str) -> None:
-    """Test the selected and the last epoch on another data set, with those of the flags that a test knows."""
+    """Test the selected and the last epoch on another data set, with the flags that training and test share."""
     run, last = grid.run(cell), grid.run(cell).path / "last-checkpoint.pth"
     if not last.is_file():
         state = run.load()
-        assert state is not None  # of a finished run
+        assert state is not None  # the run is finished
         selected, record = Checkpoint.load(run.best), state["history"][-1]
         metrics = {name: record[name] for name in ("epoch", *SHOWN)}
         metadata = {**selected.metadata, "select": "last", "metrics": metrics}
         if selected.metadata["metrics"]["epoch"] != record["epoch"]:
-            metadata |= {"threshold": None, "figures": None}  # those of the selected epoch
+            metadata |= {"threshold": None, "figures": None}  # they belong to the selected epoch
         replace(selected, parts=state["parts"], metadata=metadata).save(last)
     shared = shared_options(grid.parse(cell))
     results = [test.test(test_options(["--obj", obj, "--ckpt", str(ckpt)], shared)) for ckpt in (run.best, last)]
@@ -148,7 +148,7 @@ def test_on(grid: Grid, cell: Cell, obj: str) -> None:
 
 
 def write_union(grid: Grid, cell: Cell) -> None:
-    """A data set whose shots are those of other data sets, and whose test images are those of the cell's: a list."""
+    """Write a data set, as a list, with the shots of other data sets and the test images of the cell's own."""
     root = grid.out / "unions" / f"{cell.name}_AD"
     target, *sources = datasets = [grid.dataset(obj) for obj in (cell.obj, *cell.sources)]
     chosen = [(target, "test", sample) for sample in target.samples("test")]
@@ -171,7 +171,7 @@ def write_union(grid: Grid, cell: Cell) -> None:
         moved = replace(sample, path=path, masks=tuple(masks), patient=patient, split=split, shot=split == "valid")
         listed.append(moved)
     write_list(root / "images.jsonl", root, listed)
-    # What a mask that marks nothing means was judged above, by each data set for itself.
+    # Each data set has already decided, above, what an empty mask means; `abnormal` keeps the labels as they are.
     judged = {"prompt_name": target.layout.prompt_name, "pixel_metrics": target.pixel_metrics, "unmarked": "abnormal"}
     given = {name: value for name, value in readings[0].items() if value not in (None, ())}
     write_json(root / f"{cell.name}.json", {**judged, **given})
@@ -181,7 +181,7 @@ def write_union(grid: Grid, cell: Cell) -> None:
 
 
 def make_table(grid: Grid, failed: dict[Cell, str]) -> Table:
-    """The table as far as its cells are done."""
+    """The table, with the results of the cells that are done so far."""
     options = grid.options
     published = read_published(options.compare) if grid.kind.published else []
     labels = [*["shots"] * (len(options.shots) > 1), *grid.kind.labels]
@@ -204,7 +204,7 @@ def make_table(grid: Grid, failed: dict[Cell, str]) -> Table:
 
 
 def our_rows(grid: Grid, cells: Sequence[Cell]) -> list[tuple[dict[str, str], str, str]]:
-    """The rows of cells that differ in their seeds: labels by heading, the figures' key, what ends a metric's key."""
+    """Rows for cells that differ only in seed: (labels by heading, key of the figures, suffix of the metrics' keys)."""
     cell, rows = cells[0], []
     keys = {name: name for name in baselines.NAMES} if cell.baselines else grid.epochs(cell)
     component, setting = (COMPONENTS[cell.change[0]], cell.change[1]) if cell.change else ("default", "")
@@ -221,12 +221,12 @@ def our_rows(grid: Grid, cells: Sequence[Cell]) -> list[tuple[dict[str, str], st
 def mean_over_seeds(
     grid: Grid, cells: Sequence[Cell], obj: str, key: str, metric: str, failed: dict[Cell, str]
 ) -> Statistic | str | None:
-    """A figure of cells that differ in their seeds, or why there is none."""
+    """A metric over cells that differ only in seed, or the reason why there is none."""
     done = [values for cell in cells if (values := grid.figures(cell, obj, key)) is not None]
     if not done:
         return "failed" if any(cell in failed for cell in cells) else "to do"
     measured = [values for values in done if values.get(metric) is not None]
-    if not measured:  # the metric is none of this data set's, or of a class no image is left
+    if not measured:  # this data set lacks the metric, or a class has no image left
         if not metric.endswith(CLEAN):
             return None
         return "not measurable" if any(metric in values for values in done) else "patients not known"
@@ -236,7 +236,7 @@ def mean_over_seeds(
 
 
 def caption(grid: Grid) -> str:
-    """What the figures are: three lines of an article; no path of this machine."""
+    """The table's caption: three lines in an article, without any path of this machine."""
     options, base = grid.options, grid.base
     epochs = f"{base.epoch} epoch{'s' * (base.epoch > 1)}"
     shots = "" if len(options.shots) > 1 else f", {options.shots[0]} shot{'s' * (options.shots[0] > 1)}"
@@ -251,7 +251,7 @@ def caption(grid: Grid) -> str:
 
 
 def notes_on(grid: Grid, published: Sequence[Published], failed: dict[Cell, str]) -> Iterator[str]:
-    """What a reader has to know of the figures, the most important first."""
+    """Notes that readers of the table need, the most important first."""
     options, base, datasets = grid.options, grid.base, [grid.dataset(obj) for obj in grid.options.obj]
     if base.pretrain == "random":
         nothing = "Nothing is pre-trained: these results only show that the program runs."

@@ -5,13 +5,13 @@
     python test.py --obj Liver --ckpt ckpt/Brain.pth            trained on one data set, tested on another
     python test.py --obj Brain --scores FILE --report page      from patch scores kept with --save_scores, no network
 
-Flags -> checkpoint -> patch scores -> numbers. Everything that shaped the checkpoint is read from it.
+Flags -> checkpoint -> patch scores -> metrics. All settings are read from the checkpoint.
 """
 
 from engine.files.config import test_options as parse
 from utils import run_script
 
-if __name__ == "__main__":  # reads the flags before it imports torch: --help and a mistyped flag take no time
+if __name__ == "__main__":  # flags are parsed before torch is imported: --help and errors in flags answer at once
     run_script("test", parse)
 
 import argparse
@@ -37,13 +37,13 @@ from utils import set_seed, write_json
 
 
 def main(options: argparse.Namespace) -> None:
-    """What the command does."""
+    """Run the command."""
     distributed.start()
     test(options)
 
 
 def test(options: argparse.Namespace) -> dict[str, Any]:
-    """Flags -> patch scores, computed or kept -> numbers, which are printed, written where asked for, and returned."""
+    """Compute the patch scores, or load them (--scores), and measure them; prints, writes and returns the result."""
     set_seed(options.seed)
     scored = Scored.load(options.scores).with_pictures(options) if options.scores else None
     check_outputs(options)
@@ -82,7 +82,7 @@ def test(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def compute_scores(options: argparse.Namespace) -> Scored:
-    """Data, checkpoint, towers, tokens, patch scores; and in words what was scored."""
+    """Score the test images with the checkpoint; the result also says, in words, what was scored."""
     options.ckpt = options.ckpt or str(default_checkpoint(options.save_path, options.obj))
     checkpoint = Checkpoint.load(options.ckpt, options, lambda: facts_of(MedicalDataset.from_options(options)))
     trained, metadata = checkpoint.settings, checkpoint.metadata

@@ -6,13 +6,13 @@
     python train.py --resume runs/NAME                    go on with a run that was stopped or killed
     torchrun --nproc_per_node=4 train.py --obj Brain      four processes, a GPU each; the same numbers
 
-Flags -> data -> towers -> tokens -> detector -> epochs -> result. The frozen tower runs once for each image.
+Flags -> data -> towers -> tokens -> detector -> epochs -> result. The frozen tower processes each image once.
 """
 
 from engine.files.config import train_options as parse
 from utils import run_script
 
-if __name__ == "__main__":  # reads the flags before it imports torch: --help and a mistyped flag take no time
+if __name__ == "__main__":  # flags are parsed before torch is imported: --help and errors in flags answer at once
     run_script("train", parse)
 
 import argparse
@@ -45,52 +45,52 @@ from utils import set_seed, write_json
 
 @dataclass
 class Setup:
-    """What the flags stand for."""
+    """Everything that a run needs, built from the flags."""
 
     options: argparse.Namespace
     settings: Settings
     splits: Splits
     training: TrainingSet
-    masks: dict[str, Masks | None]  # of `test` and `valid`, decoded once
+    masks: dict[str, Masks | None]  # of the splits `test` and `valid`, decoded once
     store: TokenStore
     clip: CLIP  # the frozen towers
     detector: Detector
-    state: TrainingState  # all that changes
+    state: TrainingState  # everything that changes during training
     run: RunFolder
-    config: dict[str, Any]  # config.json
-    metadata: dict[str, Any]  # what a checkpoint says of itself: no path, no host
+    config: dict[str, Any]  # the content of config.json
+    metadata: dict[str, Any]  # stored in every checkpoint: no path, no host name
 
 
 def main(options: argparse.Namespace) -> None:
-    """What the command does."""
+    """Run the command."""
     distributed.start()
     train(options)
 
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
-    """Flags -> data -> towers -> tokens -> detector -> epochs -> result.json, which is returned.
+    """Train with the given options; returns the content of result.json.
 
     Raises:
-        InputError: whatever the user can put right.
+        InputError: any error that the user can correct.
         KeyboardInterrupt: on Ctrl-C or SIGTERM; the files of the last finished epoch are complete.
     """
     setup = build(options)
     run, state = setup.run, setup.state
     with run.writing():
         run.load_into(state, options.epoch)
-        if options.resume is None:  # else after the check of the images: a refused run stays as it is
+        if options.resume is None:  # a resumed run: only after `check_contents`, so that a refused one stays unchanged
             run.write_config(setup.config)
         setup.store.fill(setup.clip)
         setup.splits.print_warnings(setup.training.masks, setup.store)
         run.check_contents(setup.config, setup.splits.digest(setup.store))
-        if 0 < state.epoch == state.best_epoch:  # stopped between last.pth and best.pth, perhaps
+        if 0 < state.epoch == state.best_epoch:  # perhaps stopped between writing last.pth and best.pth
             save_best(setup)
         with start_tracker(options, setup.settings, run, setup.config) as tracker:
             return finish(setup, tracker, train_epochs(setup, tracker))
 
 
 def build(options: argparse.Namespace) -> Setup:
-    """Flags -> data -> towers -> detector; of the towers only what is needed is read."""
+    """Build data, towers and detector from the flags; the image tower is loaded only if tokens are missing."""
     set_seed(options.seed)
     check_outputs(options)
     splits = Splits.open(options)
@@ -113,7 +113,7 @@ def build(options: argparse.Namespace) -> Setup:
 
 
 def train_epochs(setup: Setup, tracker: Tracker) -> Evaluation | None:
-    """Train from the last finished epoch on; after each, --resume has all on disk. The last evaluation, if any."""
+    """Train the remaining epochs, saving the state after each one for --resume; returns the last evaluation, if any."""
     options, splits, state, store = setup.options, setup.splits, setup.state, setup.store
     text = evaluation = None
     for epoch in range(state.epoch + 1, options.epoch + 1):
@@ -123,12 +123,12 @@ def train_epochs(setup: Setup, tracker: Tracker) -> Evaluation | None:
         for rows, labels, view_masks in setup.training.batches(order, options.batch_size):
             losses.append(state.step(store, rows, labels, view_masks, text))  # (3,) on the device
             text = None
-        loss = check_losses(torch.stack(losses), epoch)  # (3,); before a diverged detector scores any image
+        loss = check_losses(torch.stack(losses), epoch)  # (3,); stops a diverged run before it scores any image
         distributed.align(setup.detector)
 
         last, due = epoch == options.epoch, epoch % options.eval_every == 0
-        # One pass through the text tower serves this evaluation (in float32) and the next step, which has the same
-        # contexts; under autocast that step makes its own.
+        # One pass through the text tower serves this evaluation (in float32) and the next step, whose contexts are the
+        # same. Under autocast, the next step computes its own text features.
         with torch.set_grad_enabled(not last and state.autocast is None):
             text = setup.detector.prompts()  # (D, 2)
         features, text = text.detach(), text if text.requires_grad else None
@@ -153,7 +153,7 @@ def train_epochs(setup: Setup, tracker: Tracker) -> Evaluation | None:
 
 
 def save_best(setup: Setup) -> None:
-    """Write the detector as the checkpoint of the selected epoch: in the run's folder and, by default, --save_path."""
+    """Save the detector as the checkpoint of the selected epoch, in the run's folder and, by default, --save_path."""
     record = setup.state.history[setup.state.selected_epoch - 1]
     metadata = {**setup.metadata, "metrics": {name: record[name] for name in ("epoch", "auc", "pauc")}}
     if distributed.is_main():

@@ -1,4 +1,4 @@
-"""What is on disk: the flags and settings, the run's folder, the checkpoint, and the published format of one.
+"""Files and flags: settings, the folder of a run, checkpoints, and the published checkpoint format.
 
-Nothing here trains or scores; what this program wrote itself is trusted.
+Nothing here trains or scores. Files that this program wrote itself are trusted.
 """

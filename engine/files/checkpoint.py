@@ -1,4 +1,4 @@
-"""Checkpoints: small files with what was trained and everything needed to use it."""
+"""Checkpoints: small files with the trained parts and everything needed to use them."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from .published import frozen_difference, infer_settings, looks_published
 
 Facts = Callable[[], Mapping[str, Any]]
 FORMAT = "madclip-1"
-METADATA = "about"  # its name in files, since the first version
-# What torch raises over tensors that are not as they should be.
+METADATA = "about"  # the key of the metadata in files, since the first version
+# The errors that torch raises if tensors do not have the expected type, shape or names.
 ODD = (*EXPECTED, RuntimeError, TypeError, AttributeError)
 
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint file holds, apart from the tensors' names, which are the published ones."""
+    """The content of a checkpoint file; the tensors have their published names."""
 
     settings: Settings
     parts: dict[str, Any]  # see `Detector.parts`
     metadata: dict[str, Any] = field(default_factory=dict)  # shots, metrics, how the epoch was selected, versions
 
     def save(self, path: str | Path) -> None:
-        """Write to a temporary name and rename; `InputError` where that is impossible."""
+        """Write the file atomically (temporary file, then rename); `InputError` if it cannot be written."""
         write_file({"format": FORMAT, "settings": self.settings.to_dict(), METADATA: self.metadata, **self.parts}, path)
 
     @classmethod
@@ -52,12 +52,12 @@ class Checkpoint:
 
         Args:
             path: the file.
-            options: for a published file, what no tensor tells (see `published.infer_settings`).
-            facts: gives for a published file those of the data set that it was trained on (see
-                `published.facts_of`); without it such a file is refused.
+            options: for a published file, the settings that its tensors do not reveal (see `published.infer_settings`).
+            facts: for a published file, returns the facts about its training data set (see `published.facts_of`);
+                without it, such a file is refused.
 
         Raises:
-            InputError: no such file, a damaged one, or another kind of file.
+            InputError: the file is missing, damaged, or of another kind.
         """
         payload = read_file(path)
         if payload.get("format") == FORMAT:
@@ -74,14 +74,14 @@ class Checkpoint:
 
     @property
     def seed(self) -> int:
-        """Of the run that made it: random weights are drawn from it."""
+        """Seed of the run that made the checkpoint; random weights are drawn from it."""
         return int(self.metadata.get("options", {}).get("seed", 0))
 
     def restore(self, detector: Detector, clip: CLIP, path: str | Path) -> None:
-        """Put the tensors into `detector`, and print where a published file's frozen tensors are not those of `clip`.
+        """Load the tensors into `detector`; prints a note if a published file's frozen tensors differ from `clip`.
 
         Raises:
-            InputError: tensors that do not fit, or are not finite.
+            InputError: tensors do not fit, or are not finite.
         """
         with blame(f"--ckpt {path}: its tensors do not fit its settings", errors=ODD):
             detector.load_parts(self.parts)
@@ -93,9 +93,9 @@ class Checkpoint:
 
 
 def read_file(path: str | Path, flag: str = "--ckpt") -> dict[str, Any]:
-    """The dict in a checkpoint file of either format; `InputError` names `flag` for other files."""
+    """The dict in a checkpoint file of either format; for any other file, an `InputError` that names `flag`."""
     path = Path(path)
-    with blame(f"{flag} {path}", errors=(OSError,)):  # a name that is too long
+    with blame(f"{flag} {path}", errors=(OSError,)):  # such as a name that is too long
         if not path.is_file():
             why = "a folder or a device, not a checkpoint" if path.exists() else "not found"
             raise InputError(f"{flag} {path}: {why}; train one with `python train.py --obj ...`")
@@ -106,20 +106,20 @@ def read_file(path: str | Path, flag: str = "--ckpt") -> dict[str, Any]:
 
 
 def write_file(payload: Mapping[str, Any], path: str | Path) -> None:
-    """Write atomically; `InputError` where that is impossible."""
+    """Write a checkpoint file atomically; `InputError` if it cannot be written."""
     hint = "is the disk full? An older file there is intact"
     with blame(f"{path}: cannot be written", hint, (RuntimeError,)), atomic_path(path) as temporary:
-        torch.save(dict(payload), temporary)  # a RuntimeError is how it reports a full disk
+        torch.save(dict(payload), temporary)  # raises a RuntimeError if the disk is full
 
 
 def copy(source: str | Path, path: Path, metadata: Mapping[str, Any]) -> None:
-    """Copy a run's checkpoint atomically; `metadata` are those of the run.
+    """Copy a run's checkpoint to `path` atomically; `metadata` is that of the run.
 
-    What another run or the published program wrote there is renamed first: it may be the only copy of what its owner
-    has downloaded or trained.
+    A file there that another run or the published program wrote is renamed first: it may be the owner's only copy of a
+    downloaded or trained checkpoint.
     """
     stored: Mapping[str, Any] = {}
-    with suppress(InputError):  # no checkpoint at all, or none yet
+    with suppress(InputError):  # there is no file, or it is no checkpoint
         stored = read_file(path).get(METADATA, {})
     if path.is_file() and any(stored.get(name) != metadata[name] for name in ("run", "started")):
         stem = f"{path.stem}.before-{time.strftime('%Y%m%d-%H%M')}"
@@ -132,7 +132,7 @@ def copy(source: str | Path, path: Path, metadata: Mapping[str, Any]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What made the file."""
+    """Versions of this project and its libraries, and the time of writing."""
     return {
         "madclip": VERSION,
         "python": platform.python_version(),
@@ -143,7 +143,7 @@ def versions() -> dict[str, str]:
 
 
 def check_weights(checkpoint: Checkpoint, weights: Weights, path: str | Path, allow_other: bool = False) -> None:
-    """Name both hashes where a checkpoint was trained on other CLIP weights: `InputError`, or a warning if allowed."""
+    """Raise an `InputError`, or print a warning if `allow_other`, if a checkpoint was trained on other CLIP weights."""
     trained_on = checkpoint.settings.weights_sha256
     if not trained_on or weights.sha256 == trained_on:
         return
@@ -154,15 +154,15 @@ def check_weights(checkpoint: Checkpoint, weights: Weights, path: str | Path, al
 
 
 def find_trained_weights(checkpoint: Checkpoint, options: argparse.Namespace) -> Weights:
-    """The CLIP weights that a checkpoint stands on, found under CLIP/ckpt or --weights; prints what they are.
+    """Find the CLIP weights that a checkpoint was trained on, in CLIP/ckpt or at --weights; prints which they are.
 
     Raises:
-        InputError: none, or others than it was trained on.
+        InputError: the weights are missing, or differ from those of the training.
     """
     settings = checkpoint.settings
-    seed = checkpoint.seed if "options" in checkpoint.metadata else options.seed  # a published file names none
+    seed = checkpoint.seed if "options" in checkpoint.metadata else options.seed  # a published file holds no seed
     known = ModelConfig.from_dict(settings.model_config) if settings.model_config else settings.model_name
-    model = options.model_name or known  # a folder or a JSON file given anew says where its weights are
+    model = options.model_name or known  # a folder or JSON file also tells where the weights are
     tower = options.image_tower or settings.image_tower
     weights = find_weights(model, settings.pretrain, options.weights, seed, tower)
     print_weights_info(weights)
@@ -171,7 +171,7 @@ def find_trained_weights(checkpoint: Checkpoint, options: argparse.Namespace) ->
 
 
 def print_weights_info(weights: Weights) -> None:
-    """Print where the weights come from, and a warning where nothing is pre-trained."""
+    """Print where the weights come from, and a warning if they are random."""
     print(f"weights: {weights.source}, SHA-256 {weights.sha256[:16]}...", flush=True)
     if weights.pretrain == "random" and weights.tower is not None:
         print("weights: the text tower is RANDOM, so that no text is aligned with the images")
@@ -180,7 +180,7 @@ def print_weights_info(weights: Weights) -> None:
 
 
 def default_checkpoint(save_path: str, obj: str) -> Path:
-    """<save_path>/<obj>.pth, or <obj>.tar.pth, as one of the released checkpoints is called."""
+    """<save_path>/<obj>.pth; if it is missing, <obj>.tar.pth, the name of one of the released checkpoints."""
     path = Path(save_path) / f"{obj}.pth"
     released = path.with_suffix(".tar.pth")
     return released if released.is_file() and not path.is_file() else path

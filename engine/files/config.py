@@ -1,8 +1,8 @@
-"""Every flag once, the settings that a checkpoint keeps, and what follows from both.
+"""All command-line flags, the settings that a checkpoint stores, and functions of both.
 
-Imports no torch, so that `--help` is instant.
+This module does not import torch, so that `--help` is instant.
 
-`options` (argparse's namespace) is a command line, `Settings` what shaped a checkpoint.
+`options` is a parsed command line (argparse's namespace); `Settings` is what shaped a checkpoint.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SELECTS = {
     "last": "last epoch",
 }
 MAX_IMG_SIZE = 4096
-MAX_TEXT = 200  # characters of an object's name: prompts have few words, and the tokenizer is slow on long ones
+MAX_TEXT = 200  # characters in an object's name: prompts have few words, and the tokenizer is slow on long texts
 
 
 # Argparse types.
@@ -55,7 +55,7 @@ def positive_float(text: str) -> float:
 
 
 def matching(pattern: str, fault: str) -> Callable[[str], str]:
-    """An argparse type: a text of which all fits a regular expression; `fault` says what one that does not is."""
+    """An argparse type: a text that matches a regular expression in full; `fault` is the message if it does not."""
 
     def parse(text: str) -> str:
         if not re.fullmatch(pattern, text, re.DOTALL):
@@ -66,8 +66,8 @@ def matching(pattern: str, fault: str) -> Callable[[str], str]:
 
 
 nonblank_text = matching(rf"(?=.*\S).{{1,{MAX_TEXT}}}", f"is blank, or longer than {MAX_TEXT} characters")
-nonempty_path = matching("[^\0]+", "is empty, or no path")  # an empty one would be the current folder
-run_name = matching(  # a folder's, in W&B too
+nonempty_path = matching("[^\0]+", "is empty, or no path")  # an empty path would mean the current folder
+run_name = matching(  # of its folder, and in W&B
     r"\w(?!.*\.\.)[\w .,=+@()-]{0,99}", "is not 1 to 100 letters, digits and _ - . , = + @ ( ) without '..'"
 )
 # See engine.metrics.choose_threshold.
@@ -77,7 +77,7 @@ threshold_rule = matching(
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Show defaults, but not where there is none or the help states it."""
+    """Show the default of each flag, unless it has none or its help text already states it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, False) or "(default" in (action.help or ""):
@@ -88,15 +88,15 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def flag(default: object, text: str, **options: object) -> dict[str, Any]:
-    """A published flag that shapes a checkpoint: its published default, help, and argparse's `choices`, `type`, ..."""
+    """A published flag that shapes a checkpoint: published default, help text, and argparse's `choices`, `type`, ..."""
     return {"default": default, "help": text, **options}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that shaped a checkpoint: stored in it, and obeyed by whoever reads it.
+    """Everything that shaped a checkpoint. Stored in the checkpoint and applied whenever it is used.
 
-    The fields that carry a `flag` are flags of train.py, and of test.py, which checks them against the checkpoint.
+    Fields with a `flag` are flags of train.py, and of test.py, which checks them against the checkpoint.
     """
 
     obj: str
@@ -124,14 +124,14 @@ class Settings:
         metadata=flag("mean", "how an image's patch scores are summarised", choices=("mean", "max", "both"))
     )
     loss_type: str = field(metadata=flag("sigmoid", "detection loss", choices=("sigmoid", "softmax")))
-    prompt_name: str  # what the prompts call the object
-    pixel_metrics: bool  # the data set has masks: images are scored by their segmentation maps
+    prompt_name: str  # name of the object in the prompts
+    pixel_metrics: bool  # whether the data set has masks; if so, images are scored by their segmentation maps
     weights_sha256: str
-    eval_batch: int  # images scored together: MViTFC in `released` fidelity depends on it
-    states: dict[str, list[str]] | None = None  # state phrases of --prompts; None: the published ones
-    mask_above: int = 127  # a mask's grey, of 255, above which a pixel is abnormal, in the data set trained on
-    reading: dict[str, Any] | None = None  # how pictures beyond 8 bits were read: window, plane; None: the defaults
-    model_config: dict[str, Any] | None = None  # the sizes of a tower that CLIP/model_configs does not name
+    eval_batch: int  # images scored together; affects the scores of MViTFC in `released` fidelity
+    states: dict[str, list[str]] | None = None  # state phrases from --prompts; None: the published ones
+    mask_above: int = 127  # mask grey level (0 to 255) above which a pixel is abnormal, in the training data
+    reading: dict[str, Any] | None = None  # how images beyond 8 bits were read: window, plane; None: the defaults
+    model_config: dict[str, Any] | None = None  # sizes of the model, which CLIP/model_configs may not hold
     version: str = ""  # of this project, when the checkpoint was made
     image_tower: str | None = field(default=None, metadata=flag(
         None, "DINOv2 as image tower: dinov2-small (or base ...), FOLDER, FILE, hf-hub:OWNER/NAME", type=nonblank_text,
@@ -139,35 +139,35 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Settings:
-        """The inverse of `to_dict`; unknown entries are ignored and late ones default, so any version reads any.
+        """The inverse of `to_dict`. Any version reads any: unknown entries are ignored, later fields have defaults.
 
-        `KeyError` for an entry that is missing.
+        Raises a `KeyError` if an entry without a default is missing.
         """
         known = {f.name: values[f.name] for f in fields(cls) if f.default is MISSING or f.name in values}
         return cls(**{**known, "features_list": tuple(known["features_list"])})
 
     @property
     def read_options(self) -> ReadOptions:
-        """How training read files with more than 8 bits or more than one slice; the defaults where it does not say."""
+        """How training read files with more than 8 bits or more than one slice; the defaults if that is not stored."""
         reading = self.reading or {}
         window = reading.get("window")
         window = tuple(window) if isinstance(window, list) else window
         return ReadOptions(window, reading.get("plane", AS_STORED.plane), deep="deep" in reading)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, for JSON and for checkpoints read with weights_only=True."""
+        """The settings as plain values, for JSON and for checkpoints read with weights_only=True."""
         return {**asdict(self), "features_list": list(self.features_list)}
 
 
 MODEL_FLAGS: dict[str, dict[str, Any]] = {f.name: dict(f.metadata) for f in fields(Settings) if f.metadata}
-# Published flags of the test program that mean nothing in a test: accepted, and said to have no effect.
+# Flags of the published test program that have no effect in a test: they are accepted, and a note is printed.
 NO_EFFECT_IN_TEST = ("exp_name", "epoch", "learning_rate", "save_model", "iterate")
-# What --resume may change: the length, the machine, and what is written where; nothing that shapes the numbers.
+# Flags that may change with --resume: length of the run, machine, and outputs; none that affects the numbers.
 RESUMABLE = {
     "resume", "epoch", "data_path", "data_root", "weights", "device", "num_workers", "cache", "cache_dir", "save_path",
     "save_model", "out_json", "run_dir", "exp_name", "log_images_every", "log_model",
 }  # fmt: skip
-# No shared file holds one.
+# Flags with paths of this machine, which are left out of all files that are shared.
 PATHS = ("data_path", "data_root", "list", "weights", "save_path", "out_json", "cache_dir", "run_dir", "resume")
 
 
@@ -176,7 +176,7 @@ def new_settings(options: argparse.Namespace, dataset: MedicalDataset, weights: 
     config = weights.config
     names = [name for name in MODEL_FLAGS if name not in ("features_list", "model_name", "image_tower")]
     return Settings(
-        model_name=config.name,  # not the flags, which may be paths of this machine
+        model_name=config.name,  # not the flag, which may be a path of this machine
         image_tower=config.tower.name or None,
         **{name: getattr(options, name) for name in names},
         obj=dataset.obj,
@@ -197,7 +197,7 @@ def new_settings(options: argparse.Namespace, dataset: MedicalDataset, weights: 
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of train.py and test.py: data, machine, kept tokens."""
+    """Add the flags of train.py and test.py for data, machine and token store."""
     group = parser.add_argument_group("data")
     add = group.add_argument
     add(
@@ -223,7 +223,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of every script that runs a network."""
+    """Add the flags of every script that runs a network."""
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--precision", default="auto", choices=PRECISIONS, help="auto: fp32 on a CPU, bf16 or fp16 on CUDA")
@@ -232,7 +232,7 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_flags(parser: argparse.ArgumentParser, from_checkpoint: bool) -> None:
-    """The flags that shape a checkpoint; test.py takes them only to contradict them."""
+    """Add the flags that shape a checkpoint; with `from_checkpoint` they have no defaults and are only checked."""
     note = "as in the checkpoint; anything else is an error" if from_checkpoint else None
     group = parser.add_argument_group("model", note)
     for name, spec in MODEL_FLAGS.items():
@@ -240,14 +240,14 @@ def add_model_flags(parser: argparse.ArgumentParser, from_checkpoint: bool) -> N
 
 
 def add_shot_flags(group: Any, default: int | None) -> None:  # noqa: ANN401 - argparse's group is private
-    """The number of labelled images."""
+    """Add the flags for the number of labelled images."""
     group.add_argument("--shot", type=positive, default=default, help="labelled images of each class")
     group.add_argument("--shot_normal", type=count, help="labelled normal images (default: --shot)")
     group.add_argument("--shot_abnormal", type=count, help="labelled abnormal images, 0 for none (default: --shot)")
 
 
 def train_parser() -> Parser:
-    """The command line of train.py: the published flags with the published defaults, and ours beside them."""
+    """The command line of train.py: the published flags with their published defaults, and our own flags."""
     description = "Train MadCLIP on a few labelled images."
     parser = Parser(prog="train.py", description=description, formatter_class=Formatter)
     add_data_flags(parser)
@@ -280,7 +280,7 @@ def train_parser() -> Parser:
 
 
 def test_parser() -> Parser:
-    """The command line of test.py: every flag of the published one, and ours."""
+    """The command line of test.py: every flag of the published test program, and our own flags."""
     description = "Test a MadCLIP checkpoint on a data set's test images."
     parser = Parser(prog="test.py", description=description, formatter_class=Formatter)
     add_data_flags(parser)
@@ -341,7 +341,7 @@ def predict_parser() -> Parser:
         help="replace file names, patients and UIDs with numbers in all results, but not in messages about "
         "unreadable files")  # fmt: skip
     add_machine_flags(parser)
-    add_model_flags(parser, from_checkpoint=True)  # for published files, which do not say
+    add_model_flags(parser, from_checkpoint=True)  # needed for published files, which do not store them
     return parser
 
 
@@ -349,16 +349,16 @@ def predict_parser() -> Parser:
 
 
 def train_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """train.py's command line; with --resume the stored options, and those given that may change.
+    """Parse train.py's command line; with --resume, the stored options are the defaults, and only some may change.
 
     Raises:
-        InputError: an option that contradicts the run to resume, or others.
+        InputError: an option contradicts the run to resume, or another option.
     """
     parser = train_parser()
     options = parser.parse_args(arguments)
     if options.resume is not None:
         stored = read_json(Path(options.resume) / "config.json", "--resume takes a run's folder")["options"]
-        stored = {name: value for name, value in stored.items() if hasattr(options, name)}  # those still known
+        stored = {name: value for name, value in stored.items() if hasattr(options, name)}  # without removed flags
         parser.set_defaults(**stored)
         options = parser.parse_args(arguments)
         for name, before in stored.items():
@@ -376,9 +376,9 @@ def train_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def test_options(
     arguments: Sequence[str] | None = None, defaults: Mapping[str, object] | None = None
 ) -> argparse.Namespace:
-    """test.py's command line; a line on stderr names the flags that have no effect.
+    """Parse test.py's command line; prints a line on stderr that names the flags without effect.
 
-    With --scores and no --obj, `obj` is None: the kept scores say what was tested.
+    With --scores and without --obj, `obj` is None: the file of scores names the data set.
     """
     parser = test_parser()
     parser.set_defaults(**(defaults or {}))
@@ -392,9 +392,9 @@ def test_options(
 
 
 def predict_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options; `InputError` for flags that do not belong together."""
+    """Parse predict.py's command line; `InputError` if flags contradict each other or a required one is missing."""
     options = predict_parser().parse_intermixed_args(arguments)
-    # --window takes one word or two, and what follows these are images.
+    # --window takes one word or two; any words after these are images.
     words = options.window or []
     taken = 1 if words[:1] in (["auto"], ["full"]) else 2
     options.images += map(nonempty_path, words[taken:])
@@ -411,7 +411,7 @@ def predict_options(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def shared_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Of train.py's options those by which a test on another data set reads, computes and keeps tokens alike."""
+    """The options of train.py that a test on another data set must share, to read, compute and keep tokens alike."""
     parser = argparse.ArgumentParser()
     add_data_flags(parser)
     own = {"obj", "data_root", "save_path", "out_json"}
@@ -419,8 +419,8 @@ def shared_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_against(settings: Settings, metadata: Mapping[str, Any], options: argparse.Namespace) -> None:
-    """`InputError` where a flag contradicts the checkpoint; a published one's metadata do not name its shots."""
-    for name in (name for name in MODEL_FLAGS if name != "image_tower"):  # whose weights are compared
+    """Raise an `InputError` if a flag contradicts the checkpoint; shots are checked only if the metadata names them."""
+    for name in (name for name in MODEL_FLAGS if name != "image_tower"):  # of which the weights are compared
         given, stored = getattr(options, name), getattr(settings, name)
         if name == "model_name" and given is not None:
             given = ModelConfig.load(given).name
@@ -433,23 +433,23 @@ def check_against(settings: Settings, metadata: Mapping[str, Any], options: argp
         given = getattr(options, f"shot_{kind}")
         name = "shot" if given is None else f"shot_{kind}"
         given = options.shot if given is None else given
-        stored = trained.get(f"shot_{kind}") or len(shots.get(kind, []))  # a list may name more than were asked for
+        stored = trained.get(f"shot_{kind}") or len(shots.get(kind, []))  # a list may name more shots than --shot
         if given is not None and given != stored:
             raise contradiction(name, given, f"{stored} {kind} shots")
 
 
 def contradiction(name: str, given: object, stored: object, what: str = "checkpoint, which was trained") -> InputError:
-    """What to say where a flag contradicts a checkpoint, or something else that was made."""
+    """The error if a flag contradicts a checkpoint, or another file as named by `what`."""
     given, stored = (" ".join(map(str, v)) if isinstance(v, list | tuple) else v for v in (given, stored))
     stored = "the default" if stored in (None, "") else stored
     return InputError(f"--{name} {given} contradicts the {what} with {stored}; leave it out")
 
 
 def check_layers(layers: Sequence[int] | None, config: ModelConfig) -> tuple[int, ...]:
-    """The layers to read: by default the quarters of the depth; adapter k reads the k-th layer of the list.
+    """The layers to read, by default the quarters of the depth; adapter k reads the k-th layer of the list.
 
     Raises:
-        InputError: a layer twice, or one that the tower does not have.
+        InputError: a layer is given twice, or the tower does not have it.
     """
     if layers is None:
         return tuple(config.default_features())
@@ -462,12 +462,12 @@ def check_layers(layers: Sequence[int] | None, config: ModelConfig) -> tuple[int
 
 
 def shots_label(options: argparse.Namespace) -> str:
-    """16shot, or 16n4a-shot where the classes differ."""
+    """The number of shots in words: 16shot, or 16n4a-shot if the classes differ."""
     normal, abnormal = options.shot_normal, options.shot_abnormal
     return f"{normal}shot" if normal == abnormal else f"{normal}n{abnormal}a-shot"
 
 
 def shareable(options: argparse.Namespace | dict[str, Any]) -> dict[str, Any]:
-    """The options without any path of this machine: what checkpoints, reports and W&B may hold."""
+    """The options without paths of this machine, for checkpoints, reports and W&B."""
     values = options if isinstance(options, dict) else vars(options)
     return {name: value for name, value in values.items() if name not in PATHS}

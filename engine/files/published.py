@@ -1,8 +1,8 @@
-"""The checkpoint format of the published code: read with its settings inferred, and written for its test program.
+"""The checkpoint format of the published code: reading it (settings are inferred), and writing it for its test program.
 
-A plain dict (goldens' README, items 25 and 50): `normal_det_adapters`, `abnormal_det_adapters`, and by text mode
-`prompt_maker_normal`, `prompt_maker_abnormal`, each with the contexts and the whole frozen text encoder, or
-`text_features_fix` (D, 2). It carries no settings.
+The file is a plain dict (goldens' README, items 25 and 50) with `normal_det_adapters` and `abnormal_det_adapters`.
+Depending on the text mode, it also has `prompt_maker_normal` and `prompt_maker_abnormal`, each with the contexts and
+the whole frozen text encoder, or `text_features_fix` (D, 2). It holds no settings.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from ..detector import Detector
 from .config import MODEL_FLAGS, VERSION, Settings, check_layers
 
 ENCODER_PREFIX = "text_encoder."
-# What no tensor tells, as the published test program has it by default.
+# Settings that the tensors do not reveal; the defaults are those of the published test program.
 ASSUMED = ("img_size", "contrast_mood", "dec_type", "loss_type", "fidelity")
 
 
 def facts_of(dataset: MedicalDataset) -> dict[str, Any]:
-    """What a published checkpoint does not say and the data set that it was trained on does."""
+    """Settings that a published checkpoint does not hold, taken from the data set that it was trained on."""
     layout = dataset.layout
     return {
         "obj": dataset.obj, "prompt_name": layout.prompt_name, "pixel_metrics": dataset.pixel_metrics,
@@ -44,14 +44,14 @@ def looks_published(payload: dict[str, Any]) -> bool:
 def infer_settings(
     parts: dict[str, Any], path: object, facts: Mapping[str, Any], flags: argparse.Namespace
 ) -> tuple[Settings, str]:
-    """Settings from names and shapes, the rest from `flags` or the published defaults.
+    """Infer the settings from the tensors' names and shapes; the rest comes from `flags` or the published defaults.
 
     Returns:
-        The settings, with an empty weights' hash, and a line that says what was inferred.
+        The settings, with an empty hash of the weights, and a line that says what was inferred.
 
     Raises:
-        InputError: tensors of no known kind, or of a model that is neither configured nor named; other errors where
-            they are no tensors at all.
+        InputError: the tensors are of no known kind, or the model is neither configured nor named. Other errors are
+            raised if the entries are not tensors.
     """
     adapters = parts["normal_det_adapters"]
     names = {name.split(".", 1)[1] for name in adapters}
@@ -93,9 +93,9 @@ def infer_settings(
 
 
 def _find_model(sizes: torch.Size, path: object, flags: argparse.Namespace) -> ModelConfig:
-    """The model of --model_name, else the first in CLIP/model_configs with these sizes, (embedding, width).
+    """The model of --model_name, or else the first in CLIP/model_configs with these sizes, (embedding, width).
 
-    ViT-L-14 has the sizes of ViT-L-14-336 too, the published default, which wins.
+    ViT-L-14 and ViT-L-14-336 have the same sizes; the latter, the published default, comes first.
     """
     default = MODEL_FLAGS["model_name"]["default"]
     names = [flags.model_name] if flags.model_name else [default, *list_models()]
@@ -107,7 +107,7 @@ def _find_model(sizes: torch.Size, path: object, flags: argparse.Namespace) -> M
 
 
 def encoder_tensors(clip: CLIP) -> dict[str, Tensor]:
-    """The frozen text encoder under the published names; the token embedding is not among them."""
+    """The frozen text encoder's tensors under their published names, without the token embedding."""
     state = clip.text.state_dict()
     return {
         f"{ENCODER_PREFIX}{name}": tensor for name, tensor in state.items() if not name.startswith("token_embedding")
@@ -116,10 +116,10 @@ def encoder_tensors(clip: CLIP) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def frozen_difference(parts: dict[str, Any], detector: Detector, clip: CLIP) -> float:
-    """The largest difference between the frozen tensors in a checkpoint and those that are used; 0 where it holds none.
+    """The largest difference between the frozen tensors in a checkpoint and those in use; 0 if it holds none.
 
-    They are the text encoder and, with fixed prompts, `text_features_fix`. Infinite where a tensor has another name or
-    shape, or holds NaN.
+    These are the text encoder and, with fixed prompts, `text_features_fix`. The difference is infinite if a tensor has
+    another name or shape, or holds NaN.
     """
     own = encoder_tensors(clip)
     learners = [parts.get(f"prompt_maker_{branch}", {}) for branch in BRANCHES]
@@ -137,7 +137,7 @@ def frozen_difference(parts: dict[str, Any], detector: Detector, clip: CLIP) -> 
 
 @torch.no_grad()
 def to_published(detector: Detector, clip: CLIP) -> dict[str, Any]:
-    """The published dict of a detector, for the published test program."""
+    """A detector as a dict in the published format, for the published test program."""
     parts = detector.parts()
     for branch in BRANCHES:
         if f"prompt_maker_{branch}" in parts:

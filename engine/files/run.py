@@ -1,14 +1,14 @@
-"""The folder of a training run, from which a killed run goes on as if nothing had happened.
+"""The folder of a training run. A run that was killed can be resumed from it as if nothing had happened.
 
 runs/<exp_name>/
     config.json      every setting, the command, versions, git commit, host and device, a digest of all images and masks
-    metrics.jsonl    a line an epoch, the same bytes for the same numbers (hence no times; those are in W&B)
-    last.pth         all that changes while training, after the last finished epoch
+    metrics.jsonl    a line per epoch; equal numbers give equal bytes (hence no times; those are in W&B)
+    last.pth         everything that changes during training, after the last finished epoch
     best.pth         the checkpoint of the selected epoch so far
-    result.json      the numbers of the selected and of the last epoch; the run is finished where it exists
+    result.json      the numbers of the selected and of the last epoch; the run is finished if this file exists
     lock             held by the one process that writes
 
-last.pth is the truth: it is written first, and what a killed process did not write after it is made from it again.
+last.pth is authoritative: it is written first, and what a killed process did not write after it is restored from it.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from .scores import Scored, plain
 
 PROJECT = Path(__file__).parents[2]
 STATE = "madclip-run-3"
-LABELLING = ("patient", "unmarked", "mask_above", "mask_labels")  # of a layout: what names and masks mean
+LABELLING = ("patient", "unmarked", "mask_above", "mask_labels")  # fields of a layout: what names and masks mean
 
 
 class RunFolder:
-    """One run's files; `create` makes a new one. With several processes rank 0 writes them."""
+    """The files of one run; `create` makes a new one. With several processes, only rank 0 writes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -59,7 +59,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, run_dir: str | Path, name: str) -> RunFolder:
-        """The folder `run_dir`/`name`, locked; -2, -3, ... is appended where a run of that name has left files."""
+        """Make and lock the folder `run_dir`/`name`; appends -2, -3, ... if a run of that name has left files."""
         if not distributed.is_main():
             return cls(distributed.from_main(Path()))
         for number in itertools.count(1):
@@ -78,12 +78,12 @@ class RunFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Be the one process that writes here, until the block ends or the process dies.
+        """Hold the lock on the folder until the block ends or the process dies.
 
-        An interrupt prints how to go on.
+        If the run is interrupted, prints the command that resumes it.
 
         Raises:
-            InputError: another process writes here; names its pid and host.
+            InputError: another process is writing here; the message names its pid and host.
         """
         if not distributed.is_main():
             yield
@@ -95,9 +95,9 @@ class RunFolder:
                 config = read_json(self.config)
                 writer = f"process {config['pid']} on {config['host']}"
                 raise InputError(f"--resume {self.path}: {writer} is still at this run; stop it first") from None
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: Slurm sends it before it takes a machine
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C; Slurm sends it before it stops a job
         try:
-            for path in self.path.glob(".*.tmp"):  # of a killed process: this one is alone here
+            for path in self.path.glob(".*.tmp"):  # left by a killed process; no other process writes here
                 path.unlink()
             yield
         except KeyboardInterrupt:
@@ -112,7 +112,7 @@ class RunFolder:
             write_json(self.config, config)
 
     def check_contents(self, config: dict[str, Any], digest: str) -> None:
-        """Keep the digest of all images and masks in config.json; `InputError` where the run began with others."""
+        """Store the digest of all images and masks in config.json; `InputError` if the run began with other ones."""
         if config.setdefault("contents", digest) != digest:
             raise InputError(
                 f"--resume {self.path}: the images and masks are not those that the run began with; start a new run"
@@ -129,10 +129,10 @@ class RunFolder:
             file.write(f"{json.dumps(history[-1])}\n")
 
     def load_into(self, state: TrainingState, epochs: int) -> None:
-        """Put back what an interrupted run had reached, and make metrics.jsonl agree; nothing in a new run.
+        """Restore the state of an interrupted run, and rewrite metrics.jsonl to match; does nothing in a new run.
 
         Raises:
-            InputError: what `load` refuses, or more than `epochs` finished epochs.
+            InputError: see `load`; or more than `epochs` epochs are finished.
         """
         stored = self.load()
         if stored is None:
@@ -146,10 +146,10 @@ class RunFolder:
                 temporary.write_text("".join(f"{json.dumps(record)}\n" for record in state.history), encoding="utf-8")
 
     def load(self) -> dict[str, Any] | None:
-        """The state in last.pth, or None before the first epoch's end.
+        """The state in last.pth, or None before the end of the first epoch.
 
         Raises:
-            InputError: a damaged file, or none though there are epochs, or a run of an older version.
+            InputError: the file is damaged, missing although epochs are finished, or of another version.
         """
         if not self.last.is_file():
             if self.metrics.is_file() and self.metrics.stat().st_size:
@@ -164,12 +164,12 @@ class RunFolder:
 def open_run(
     options: argparse.Namespace, splits: Splits, settings: Settings, device: torch.device
 ) -> tuple[RunFolder, dict[str, Any], dict[str, Any]]:
-    """The run's folder, its config.json (not written yet), and what its checkpoints say of themselves.
+    """Open the run's folder; returns it, the content of config.json (not yet written) and the checkpoints' metadata.
 
-    The metadata holds no path, no host and no command: a checkpoint is shared, a run folder is not.
+    The metadata holds no path, no host and no command: checkpoints are shared, run folders are not.
 
     Raises:
-        InputError: a run to resume had other settings or other shots.
+        InputError: the run to resume had other settings or other shots.
     """
     config: dict[str, Any] = {
         "options": {name: value for name, value in vars(options).items() if name != "resume"},
@@ -191,7 +191,7 @@ def open_run(
         "options": {**shareable(options), "model_name": settings.model_name, "image_tower": settings.image_tower},
         "select": options.select,
         "run": run.path.name,
-        "benchmark": splits.dataset.is_benchmark,  # the paper's own images
+        "benchmark": splits.dataset.is_benchmark,  # whether these are the paper's own images
         "shot_patients": None if options.anonymous else sorted(splits.shot_patients()),
         "data": {name: plain(getattr(splits.dataset.layout, name)) for name in LABELLING},
     }
@@ -199,7 +199,7 @@ def open_run(
 
 
 def _continue(run: RunFolder, config: dict[str, Any]) -> None:
-    """Compare the config of a run that goes on with the stored one, and take over what the run keeps for life."""
+    """Compare the config of a resumed run with the stored one, and copy the values that never change in a run."""
     stored = read_json(run.config)
     for name in ("settings", "shots"):
         then, now = stored[name], config[name]
@@ -218,7 +218,7 @@ def _continue(run: RunFolder, config: dict[str, Any]) -> None:
 def shot_patients(
     settings: Settings, metadata: Mapping[str, Any], dataset: MedicalDataset
 ) -> tuple[set[str] | None, str]:
-    """The patients of a checkpoint's shots as the data set names them, or None and why they are not known."""
+    """The patients of a checkpoint's shots, named as in the data set; or None, and why they are not known."""
     patients, rule = metadata.get("shot_patients"), metadata.get("data", {}).get("patient")
     if "shot_patients" not in metadata:
         return None, "the checkpoint does not name its shots"
@@ -233,10 +233,10 @@ def shot_patients(
 
 
 def read_as_trained(options: argparse.Namespace, settings: Settings, metadata: Mapping[str, Any]) -> None:
-    """Set what no flag says of how images are read to what the training of a checkpoint did.
+    """Fill in the reading options that no flag sets, with those of the checkpoint's training.
 
-    Scans are read by the checkpoint's window and plane. What masks and names mean belongs to the data set: it follows
-    the checkpoint where that was trained on this one.
+    Scans are read with the checkpoint's window and plane. The meaning of masks and names belongs to the data set: it is
+    taken from the checkpoint only if that was trained on this data set.
     """
     reading = settings.reading or {}
     window = reading.get("window")
@@ -249,7 +249,7 @@ def read_as_trained(options: argparse.Namespace, settings: Settings, metadata: M
 
 
 def result_json(settings: Settings, evaluation: Evaluation, metrics: Metrics, select: str) -> dict[str, Any]:
-    """What --out_json writes; `select` says how the epoch was chosen."""
+    """The content of --out_json; `select` says how the epoch was chosen."""
     abnormal = int(evaluation.labels.sum())
     kinds = ({"kind": sample.kind} if sample.kind else {} for sample in evaluation.samples)
     rows = zip(evaluation.names, evaluation.labels.tolist(), evaluation.image_scores.tolist(), kinds, strict=True)
@@ -269,7 +269,7 @@ def result_json(settings: Settings, evaluation: Evaluation, metrics: Metrics, se
 
 
 def published_lines(obj: str, metrics: Metrics) -> str:
-    """The lines with which the published scripts end; image-only data sets have no pixel AUC to print."""
+    """The final lines of output, as in the published scripts; image-only data sets have no pixel AUC."""
     if metrics.pauc is None:
         return f"{obj} AUC : {metrics.auc:.4f} from det"
     return f"{obj} pAUC : {metrics.pauc:.4f}\n{obj} AUC : {metrics.auc:.4f}"
@@ -278,7 +278,7 @@ def published_lines(obj: str, metrics: Metrics) -> str:
 def describe_test(
     options: argparse.Namespace, dataset: MedicalDataset, settings: Settings, metadata: Mapping[str, Any], images: int
 ) -> str:
-    """What was tested on what, in a few lines."""
+    """A few lines that say which checkpoint was tested on which images."""
     lines = [f"{options.obj}: {images} test images", *notes.describe(dataset)]
     if settings.pixel_metrics and not dataset.pixel_metrics:
         lines.append(f"{dataset.obj} has no masks: no pixel metrics; images score as trained, by their highest pixel")
@@ -298,7 +298,7 @@ def describe_test(
 
 
 def check_outputs(options: argparse.Namespace) -> None:
-    """Make sure that the results of train.py or test.py can be written, before hours are spent on them."""
+    """Check that the results of train.py or test.py can be written, before hours are spent on computing them."""
     probe_writable(options.out_json, "--out_json", "JSON", read_json)
     probe_writable(getattr(options, "save_scores", None), "--save_scores", "kept evaluation", Scored.load)
     files = {"save_model": ("save_path", f"{options.obj}.pth"), "figures": ("figures", f"{options.obj}.png"),
@@ -309,14 +309,14 @@ def check_outputs(options: argparse.Namespace) -> None:
 
 
 def environment_info(device: torch.device) -> dict[str, Any]:
-    """Where and from what a run was started: command, git commit, host, process, device. Only config.json holds it."""
+    """How and where a run was started: command, git commit, host, process, device. Only stored in config.json."""
     describe = ["git", "-C", str(PROJECT), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     commit = ""
     with suppress(OSError):  # no git on this machine
         commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "git_commit": commit or None,  # with `+` where tracked files differ from it
+        "git_commit": commit or None,  # with `+` if tracked files differ from it
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),

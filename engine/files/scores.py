@@ -1,4 +1,4 @@
-"""What test.py --save_scores keeps: patch scores and all that is to be known of them, but no picture and no path."""
+"""The file of test.py --save_scores: patch scores and all that is needed to measure them, but no image and no path."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ READ = ("patient", "mask_above", "mask_labels", "unmarked", "window", "plane")  
 
 @dataclass(frozen=True)
 class Scored:
-    """An evaluation with what it came from.
+    """An evaluation and where it came from.
 
-    `source`, of plain values: what was tested in `words`, its `obj`, whether it was `anonymous`, how it was `read`
-    (`READ` of the layout), the `patients` of the shots as the samples call them (None: `unknown` says why).
+    `source` holds plain values: a description (`words`), the data set (`obj`), whether it was `anonymous`, how images
+    were `read` (the layout's fields `READ`), and the shots' `patients`, named as in the samples (None: see `unknown`).
     """
 
     evaluation: Evaluation
@@ -39,7 +39,7 @@ class Scored:
     source: dict[str, Any]
 
     def save(self, path: str | Path) -> None:
-        """Write all that `load` gives back, atomically."""
+        """Write the file for `load`, atomically."""
         evaluation, masks = self.evaluation, self.masks
         description = {
             "format": FORMAT, "head": evaluation.head, "img_size": evaluation.img_size, "dec_type": evaluation.dec_type,
@@ -60,10 +60,10 @@ class Scored:
 
     @classmethod
     def load(cls, path: str | Path) -> Scored:
-        """What `save` wrote. The samples have no pictures: their paths are their names. Nothing in it can run code.
+        """Read a file of `save`; nothing in it can run code. The samples' paths are only their names.
 
         Raises:
-            InputError: another file, one of another version, or a damaged one.
+            InputError: the file is damaged, or of another kind or version.
         """
         errors = (*EXPECTED, zipfile.BadZipFile, zlib.error)
         with blame(f"--scores {path}: no file of this version's --save_scores", errors=errors):
@@ -84,12 +84,12 @@ class Scored:
         return cls(evaluation, masks, settings, description["metadata"], source)
 
     def with_pictures(self, options: argparse.Namespace) -> Scored:
-        """The same with the files of the data set's test images, found by name, where they are there.
+        """A copy whose samples have their image files, found by name in the data set's test images, if these exist.
 
-        Labels and patients stay what they are. `options.obj` and `options.anonymous` become those of the test.
+        Labels and patients stay as stored. Sets `options.obj` and `options.anonymous` to those of the stored test.
 
         Raises:
-            InputError: a flag asks for another test than the one that was kept.
+            InputError: a flag contradicts the stored test.
         """
         self._check_against(options)
         options.obj, options.anonymous = self.source["obj"], self.source["anonymous"]
@@ -119,5 +119,5 @@ class Scored:
 
 
 def plain(value: Any) -> Any:  # noqa: ANN401 - a setting
-    """A setting as JSON gives it back."""
+    """A setting as it would come back from JSON (a tuple becomes a list)."""
     return list(value) if isinstance(value, tuple) else value

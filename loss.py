@@ -1,4 +1,4 @@
-"""The losses of MadCLIP (paper, section 2.3), and the scores of images and pixels that share their arithmetic."""
+"""The losses of MadCLIP (paper, section 2.3), and the image and pixel scores, which use the same arithmetic."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TARGET_SMOOTHING = 1e-5  # of the one-hot target in the focal loss, and added to the probability, as published
+TARGET_SMOOTHING = 1e-5  # smooths the one-hot target of the focal loss; also added to the probability, as published
 DICE_SMOOTHING = 1.0
 FOCAL_GAMMA = 2
 
@@ -20,9 +20,9 @@ class LossParts(NamedTuple):
 
 
 def decide(values: Tensor, dec_type: str) -> Tensor:
-    """Summarise patches: values (B, N, ...) -> (B, ...) by their mean, their largest, or half of each.
+    """Reduce patch values (B, N, ...) -> (B, ...) by their mean, their maximum, or the average of both.
 
-    The gradient of the largest goes to one patch, as published; `amax` would share it among equal ones.
+    The gradient of the maximum goes to one patch, as published; `amax` would divide it among ties.
     """
     if dec_type == "mean":
         return values.mean(dim=1)
@@ -33,14 +33,14 @@ def decide(values: Tensor, dec_type: str) -> Tensor:
 def detection_loss(scores: Tensor, labels: Tensor, loss_type: str, dec_type: str) -> Tensor:
     """Image-level loss of one layer.
 
-    `sigmoid` is the paper's SigLIP-style loss: log sigmoid(z s) with z = +1 for the branch that the label names and -1
-    for the other. `softmax` is its ablation: the decided probabilities enter a binary cross entropy as logits.
+    `sigmoid` is the paper's SigLIP-style loss, -log sigmoid(z s), with z = +1 for the branch of the label and -1 for
+    the other. `softmax` is its ablation: the reduced probabilities are the logits of a binary cross entropy.
 
     Args:
         scores: (B, N, 2), [normal branch, abnormal branch].
         labels: (B,), 1 = abnormal.
         loss_type: `sigmoid` or `softmax`.
-        dec_type: `mean`, `max` or `both`, over the patches.
+        dec_type: `mean`, `max` or `both`: how patches are reduced, see `decide`.
     """
     labels = labels.to(scores.dtype)
     if loss_type == "sigmoid":
@@ -52,9 +52,9 @@ def detection_loss(scores: Tensor, labels: Tensor, loss_type: str, dec_type: str
 
 
 def patch_difference(scores: Tensor) -> Tensor:
-    """What an evaluation keeps of one head: scores (K, B, N, 2) -> abnormal minus normal branch, (B, K, N).
+    """Abnormal minus normal branch of one head, (K, B, N, 2) -> (B, K, N): all that an evaluation stores.
 
-    The softmax over the two branches, which every score and map is made of, is the sigmoid of this difference.
+    The softmax over the two branches, on which all scores and maps are based, is the sigmoid of this difference.
     """
     return (scores[..., 1] - scores[..., 0]).transpose(0, 1)
 
@@ -62,41 +62,41 @@ def patch_difference(scores: Tensor) -> Tensor:
 def image_score(difference: Tensor, dec_type: str) -> Tensor:
     """Anomaly score of images from the detection heads: `patch_difference` (B, K, N) -> (B,) in [0, K].
 
-    The probability of `abnormal` is decided over the patches (see `decide`) and summed over the layers.
+    The probability of `abnormal` is reduced over the patches (see `decide`) and summed over the layers.
     """
     return torch.stack([decide(layer, dec_type) for layer in difference.sigmoid().unbind(1)]).sum(dim=0)
 
 
 def upsample(difference: Tensor, size: int) -> Tensor:
-    """Patch grids to pixels, bilinearly with aligned corners, as published: (B, K, N) -> (B, K, size, size)."""
+    """Upsample patch grids to pixels, bilinear with aligned corners, as published: (B, K, N) -> (B, K, size, size)."""
     side = round(difference.shape[-1] ** 0.5)
     grid = difference.unflatten(-1, (side, side))
     return F.interpolate(grid, size=(size, size), mode="bilinear", align_corners=True)
 
 
 def pixel_probability(seg_scores: Tensor, size: int) -> Tensor:
-    """Probability of `abnormal` at each pixel from a layer's patch scores: (B, N, 2) -> (B, size, size) in [0, 1]."""
+    """Probability of `abnormal` per pixel from one layer's patch scores: (B, N, 2) -> (B, size, size) in [0, 1]."""
     return upsample(patch_difference(seg_scores[None]), size)[:, 0].sigmoid()
 
 
 def anomaly_map(difference: Tensor, size: int) -> Tensor:
     """Anomaly score of every pixel: `patch_difference` (B, K, N) -> (B, size, size) in [0, K], summed over the layers.
 
-    Softmax over the branches of two upsampled maps equals the sigmoid of one upsampled difference. The published
-    0.5 * (1 - p_normal) + 0.5 * p_abnormal equals p_abnormal, as the two add up to one.
+    The softmax over two upsampled branches equals the sigmoid of their upsampled difference. The published
+    0.5 * (1 - p_normal) + 0.5 * p_abnormal equals p_abnormal, as the two probabilities sum to one.
     """
     total = difference.new_zeros(difference.shape[0], size, size)
-    for layer in difference.split(1, dim=1):  # one at a time: a K-th of the memory, and twice as fast on a CPU
+    for layer in difference.split(1, dim=1):  # one at a time: 1/K of the memory, and twice as fast on a CPU
         total += upsample(layer, size)[:, 0].sigmoid_()
     return total
 
 
 def focal_loss(probability: Tensor, masks: Tensor) -> Tensor:
-    """Focal loss (Lin et al. 2017, gamma 2, no class weights) of two classes: mean over all pixels.
+    """Focal loss (Lin et al. 2017, gamma 2, no class weights) for two classes, averaged over all pixels.
 
     Args:
-        probability: of `abnormal`, any shape, in [0, 1].
-        masks: the same shape, 0 or 1.
+        probability: probability of `abnormal` in [0, 1], any shape.
+        masks: same shape, 0 or 1.
     """
     true_class = torch.where(masks > 0.5, probability, 1 - probability)
     smoothed = (1 - TARGET_SMOOTHING) * true_class + TARGET_SMOOTHING * (1 - true_class) + TARGET_SMOOTHING
@@ -104,7 +104,7 @@ def focal_loss(probability: Tensor, masks: Tensor) -> Tensor:
 
 
 def dice_loss(probability: Tensor, masks: Tensor) -> Tensor:
-    """1 - Dice coefficient of each image (smoothing 1), averaged: probability, masks (B, ...) -> scalar."""
+    """1 - Dice coefficient (smoothing 1), averaged over the images: probability, masks (B, ...) -> scalar."""
     probability, masks = probability.flatten(1), masks.flatten(1)
     overlap = (probability * masks).sum(dim=1)
     dice = (2 * overlap + DICE_SMOOTHING) / (probability.sum(dim=1) + masks.sum(dim=1) + DICE_SMOOTHING)
@@ -114,7 +114,7 @@ def dice_loss(probability: Tensor, masks: Tensor) -> Tensor:
 def training_loss(
     det_scores: Tensor, seg_scores: Tensor | None, labels: Tensor, masks: Tensor | None, loss_type: str, dec_type: str
 ) -> LossParts:
-    """The full training loss: detection plus, where there are masks, focal and dice, summed over the layers.
+    """The training loss, summed over the layers: detection, plus focal and Dice loss if there are masks.
 
     Args:
         det_scores: (K, B, N, 2).

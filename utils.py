@@ -1,6 +1,6 @@
-"""What everything shares: errors and exit codes, seeds, atomic files, hashes and downloads.
+"""Shared utilities: errors and exit codes, seeds, atomic file writes, hashes and downloads.
 
-Nothing here imports torch before it is needed, so that `--help` and a mistyped flag are answered at once.
+torch is imported only inside the functions that need it, so that `--help` and errors in flags appear at once.
 """
 
 import argparse
@@ -29,29 +29,29 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - a function
-    """The 16 views of dataset/views.py, under the names that they have in the published utils.py."""
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - returns a function
+    """Provide `augment` and `augment_view` of dataset/views.py here too, as in the published utils.py."""
     if name in ("augment", "augment_view"):
         return getattr(importlib.import_module("dataset.views"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class InputError(Exception):
-    """Something the user can put right: one line that names the file or flag and says what to do."""
+    """An error that the user can correct: one line that names the file or flag and says what to do."""
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
-    """Run a script's `main` and leave with its exit code.
+    """Run a script's `main` and exit with its exit code.
 
-    An `InputError` becomes one line on stderr and code 2, and so does a file that the system refuses (permissions, a
-    name that is too long), and too little memory; with --debug, or MADCLIP_DEBUG=1, their traceback comes first. A
-    reader of stdout that leaves, such as `head`, ends it quietly. Ctrl-C is code 130.
+    An `InputError`, an operating system error about a file (permissions, a name that is too long) or running out of
+    memory prints one line on stderr and exits with code 2. --debug or MADCLIP_DEBUG=1 prints the traceback first. If
+    the reader of stdout exits early, such as `head`, the program ends silently. Ctrl-C exits with code 130.
     """
-    if "--debug" in sys.argv:  # before any flag is read, as reading them may refuse one
+    if "--debug" in sys.argv:  # before the flags are parsed, as parsing may fail
         sys.argv.remove("--debug")
         os.environ["MADCLIP_DEBUG"] = "1"
     tune_allocator()
-    for stream in (sys.stdout, sys.stderr):  # names of files may hold what the terminal's encoding lacks
+    for stream in (sys.stdout, sys.stderr):  # file names may contain characters that the terminal cannot encode
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -60,7 +60,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     except InputError as error:
         code = _refuse(error)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python reports the error at exit
         code = 128 + signal.SIGPIPE
     except OSError as error:
         if error.filename is None:
@@ -77,7 +77,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
 
 
 def run_script(module: str, parse: Callable[[], argparse.Namespace]) -> NoReturn:
-    """Read a script's flags, then import its module, which is slow, and call its `main`."""
+    """Parse a script's flags, then import its module, which is slow, and call its `main`."""
 
     def main() -> int | None:
         options = parse()
@@ -94,32 +94,32 @@ def _refuse(message: object) -> int:
 
 
 def show_traceback(refusal: BaseException | None, file: TextIO | None = None) -> None:
-    """With --debug, or MADCLIP_DEBUG=1, print where in the program a refusal was raised; None: no exception was."""
+    """Print the traceback of an error if --debug or MADCLIP_DEBUG=1 is set; None prints nothing."""
     if refusal is not None and os.environ.get("MADCLIP_DEBUG"):
         traceback.print_exception(refusal, file=file)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Python's own error, CUDA's, or that of torch's allocator on a CPU: by their words, as torch is not imported."""
+    """Whether Python, CUDA or torch's CPU allocator ran out of memory, judged by the text: torch is not imported."""
     words = ("CUDA out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def warn(message: str) -> None:
-    """Print a warning on stderr, in one line."""
+    """Print a one-line warning on stderr."""
     print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def redact(text: str, secret: str = "") -> str:
-    """The text without user and password of its addresses, and without `secret`."""
-    text = re.sub(r"(?<=//)\S*@", "***@", text)  # to the last @: passwords may hold / and @
+    """Replace user names and passwords in URLs, and `secret`, by ***."""
+    text = re.sub(r"(?<=//)\S*@", "***@", text)  # up to the last @: passwords may contain / and @
     return text.replace(secret, "***") if secret else text
 
 
 def one_line(words: object, secret: str = "") -> str:
-    """A text, or an exception's type and message, in at most 200 characters of one line: it may quote a damaged file.
+    """Text, or an exception's type and message, as one line of at most 200 characters.
 
-    Passwords in addresses, `secret` and places in memory are left out.
+    Damaged files can make messages long. User names and passwords in URLs, `secret` and memory addresses are removed.
     """
     text = re.sub(r" ?<[\w.]+ object at 0x[0-9a-f]+>", "", str(words))
     if isinstance(words, BaseException):
@@ -128,21 +128,21 @@ def one_line(words: object, secret: str = "") -> str:
     return " ".join(shown.split())[:200]
 
 
-# What a parser raises over a damaged file from outside. A fault of the program, such as a TypeError, is not here.
+# What parsers raise for a damaged input file. Errors that indicate a bug in the program, such as TypeError, are absent.
 EXPECTED = (OSError, ValueError, EOFError, LookupError, OverflowError, RecursionError)
 
 
 @contextlib.contextmanager
 def blame(what: object, hint: str = "", errors: tuple[type[BaseException], ...] = EXPECTED) -> Iterator[None]:
-    """Turn an expected error over what comes from outside into one line: the boundary where faults are checked.
+    """Turn errors that external input (files, flags, URLs) is expected to cause into an `InputError`.
 
     Args:
-        what: the file or flag that is to blame; the line begins with it.
-        hint: what to do; the line ends with it.
-        errors: which errors are expected; any other one is a fault of the program, and keeps its traceback.
+        what: the file or flag at fault; the message begins with it.
+        hint: what the user can do; the message ends with it.
+        errors: the expected errors; any other error is a bug in the program and keeps its traceback.
 
     Raises:
-        InputError: in place of an expected error; one raised inside passes unchanged.
+        InputError: replaces an expected error; an `InputError` raised inside passes unchanged.
     """
     try:
         yield
@@ -153,36 +153,36 @@ def blame(what: object, hint: str = "", errors: tuple[type[BaseException], ...] 
         raise InputError(f"{what}: {reason}" + (f"; {hint}" if hint else "")) from error
 
 
-def read_json(path: str | Path, hint: str = "") -> Any:  # noqa: ANN401 - whatever JSON holds
-    """The contents of a JSON file from outside.
+def read_json(path: str | Path, hint: str = "") -> Any:  # noqa: ANN401 - any JSON value
+    """The contents of an external JSON file.
 
     Raises:
-        InputError: naming the file, where it cannot be read or holds no JSON.
+        InputError: the file, which the message names, cannot be read or is not JSON.
     """
     with blame(path, hint):
         return json.loads(read_text(path))
 
 
 def printable(text: str) -> str:
-    """The text with control characters written as escapes: names of files may hold what a terminal obeys."""
+    """The text with control characters escaped: file names may contain terminal control sequences."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def csv_cell(value: object) -> object:
-    """A cell that no spreadsheet computes: text that begins as a formula does gets a quote in front."""
+    """A table cell that no spreadsheet evaluates: text that begins like a formula is prefixed with a quote."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def preview(names: Sequence[str], limit: int = 3) -> str:
-    """The first few of many, for a message: `a, b, c, and 5 more`."""
+    """The first few names, for a message: `a, b, c, and 5 more`."""
     return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose errors are one line, without the usage: `--help` shows that."""
+    """Argument parser that prints errors as one line, without the usage, which `--help` shows."""
 
     def error(self, message: str) -> NoReturn:
-        """Leave with code 2."""
+        """Print the message and exit with code 2."""
         self.exit(_refuse(message))
 
 
@@ -197,24 +197,24 @@ def integer(lowest: int, highest: int | None = None) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{value} is not at most {highest}")
         return value
 
-    parse.__name__ = "int"  # what argparse calls it: invalid int value
+    parse.__name__ = "int"  # argparse prints it: "invalid int value"
     return parse
 
 
 def tune_allocator() -> None:
-    """Keep freed memory for the next step, in huge pages, where the system can (Linux with glibc).
+    """Keep freed memory for the next step, in huge pages, if the system supports it (Linux with glibc).
 
-    Every large tensor would else be mapped, zeroed page by page and given back: a tenth of the tower's time on a CPU.
+    Otherwise every large tensor is mapped, zeroed page by page and unmapped: a tenth of the tower's time on a CPU.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch looks when it first allocates
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it at its first allocation
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped by itself
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks; a number would be at most 2 GiB
+        mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets its own mapping
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks; a positive threshold is limited to 2 GiB
 
 
 def set_seed(seed: int) -> None:
-    """Seed torch (CPU and CUDA), numpy and random, and ask cuDNN for repeatable kernels."""
+    """Seed torch (CPU and CUDA), numpy and random, and make cuDNN use deterministic kernels."""
     import numpy as np  # noqa: PLC0415
     import torch  # noqa: PLC0415
 
@@ -226,9 +226,9 @@ def set_seed(seed: int) -> None:
 
 
 def sha256_file(path: str | Path) -> str:
-    """SHA-256 of a file in hexadecimal; a process reads a file again only where its size or a time has changed.
+    """SHA-256 of a file in hexadecimal, cached in the process until the file's size or timestamps change.
 
-    `OSError` where the file cannot be read.
+    Raises `OSError` if the file cannot be read.
     """
     path = Path(path).absolute()
     status = path.stat()
@@ -245,20 +245,20 @@ def _sha256(path: Path, *_state: int) -> str:
 
 
 class Unreachable(InputError):
-    """No answer from the other side: another source may have the file."""
+    """A server cannot be reached or does not serve the file; another source may have it."""
 
 
 def download(url: str, target: Path, sha256: str = "") -> bool:
-    """Fetch `url` to `target`, with a bar on a terminal, and return True; False where `target` is that file already.
+    """Download `url` to `target`, with a progress bar on a terminal; returns False if `target` is already that file.
 
-    What has arrived lies in `target`.part, from where the next attempt, or the next call, goes on; the final name
-    appears only once the SHA-256 (in hexadecimal, or its first digits; "" where none is known) is right.
+    Data goes to `target`.part, from which the next attempt, or the next call, resumes. The file gets its final name
+    only after its SHA-256 is verified: `sha256` is in hexadecimal, or its first digits, or "" if unknown.
 
     Raises:
-        Unreachable: no network, a server that refuses or sends a web page.
-        InputError: a wrong sum, another file under the name, a full disk, an address that is none.
+        Unreachable: no network, or a server that refuses the request or returns a web page.
+        InputError: a wrong SHA-256, a different file at `target`, a full disk or an invalid URL.
     """
-    import requests  # noqa: PLC0415 - for the few commands that download
+    import requests  # noqa: PLC0415 - only few commands download
 
     shown, part = redact(url), target.with_name(f"{target.name}.part")
     if target.exists():
@@ -276,7 +276,7 @@ def download(url: str, target: Path, sha256: str = "") -> bool:
                 except transient as error:
                     if pause is None:
                         cause: BaseException = error
-                        while cause.__context__ is not None:  # the text of requests is a list of wrappers
+                        while cause.__context__ is not None:  # requests wraps the actual error several times
                             cause = cause.__context__
                         raise Unreachable(f"cannot reach {shown} ({one_line(cause)}): run this again later") from error
                     time.sleep(pause)
@@ -288,7 +288,7 @@ def download(url: str, target: Path, sha256: str = "") -> bool:
 
 
 def _append(url: str, part: Path) -> None:
-    """Bring `part` to its end, or begin it anew where the server does not go on from there."""
+    """Download the rest of `part`, or all of it if the server cannot resume there."""
     import requests  # noqa: PLC0415
     from tqdm import tqdm  # noqa: PLC0415
 
@@ -296,7 +296,7 @@ def _append(url: str, part: Path) -> None:
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     with requests.get(url, headers=headers, stream=True, timeout=30) as answer:
         if answer.status_code == requests.codes.range_not_satisfiable and have:
-            return  # whole, or its sum will not be right
+            return  # complete; if not, the SHA-256 check fails
         if answer.status_code in (429, 500, 502, 503, 504):  # another attempt may help
             raise requests.ConnectionError(f"the server answers {answer.status_code} {answer.reason}")
         if not answer.ok or answer.headers.get("Content-Type", "").lower().startswith("text/html"):
@@ -313,18 +313,18 @@ def _append(url: str, part: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path, flag: str = "") -> Iterator[Path]:
-    """Yield a temporary name beside `path`; rename what the block leaves there to `path`, remove it where it fails.
+    """Yield a temporary path; the file written there is renamed to `path`, or removed if the block fails.
 
     Raises:
-        InputError: naming `flag` and `path`, which is a folder, a device or a pipe, or cannot be written.
+        InputError: `path` is a folder, a device or a pipe, or cannot be written; the message names `flag` and `path`.
     """
     path = Path(path)
     name = f"{flag} {path}".lstrip()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.is_file():  # the renaming would replace a device
+        if path.exists() and not path.is_file():  # renaming would replace a device
             raise InputError(f"{name}: a folder, a device or a pipe, where a file is to be written")
-        # Not tempfile: its files are private (mode 0600), and would stay so under the final name.
+        # Not tempfile: its files are private (mode 0600), and renaming keeps the mode.
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             yield temporary
@@ -342,10 +342,10 @@ def atomic_path(path: str | Path, flag: str = "") -> Iterator[Path]:
 def probe_writable(
     path: str | Path | None, flag: str, kind: str = "", read: Callable[[Path], object] | None = None
 ) -> None:
-    """Make sure that `atomic_path` can write a file there before hours are spent on what it will hold; None is fine.
+    """Check that `atomic_path` can write to `path`, before hours are spent on its content; None is accepted.
 
     Raises:
-        InputError: it cannot; or a file stands there that `read` refuses, so that it is no `kind` and would be lost.
+        InputError: `path` is not writable, or would overwrite a file that is not a `kind`: `read` cannot read it.
     """
     if path is None:
         return
@@ -359,14 +359,14 @@ def probe_writable(
             raise InputError(f"{flag} {path}: a file that is no {kind} is there; give another name") from error
 
 
-def write_json(path: str | Path, value: Any, flag: str = "") -> None:  # noqa: ANN401 - whatever JSON takes
+def write_json(path: str | Path, value: Any, flag: str = "") -> None:  # noqa: ANN401 - any JSON value
     """Write `value` as JSON through `atomic_path`."""
     with atomic_path(path, flag) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, without a byte-order mark; `OSError` also for a pipe or device, which may not end."""
+    """The text of a UTF-8 file without byte-order mark; raises `OSError` for pipes and devices too: they may block."""
     path = Path(path)
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "a folder, a pipe or a device, not a file", str(path))
@@ -374,7 +374,7 @@ def read_text(path: str | Path) -> str:
 
 
 def prefetch(function: Callable[[In], Out], inputs: Iterable[In], workers: int = 1, ahead: int = 2) -> Iterator[Out]:
-    """Yield `function(x)` in order, computed by threads a few inputs ahead: decoding runs beside the network."""
+    """Yield `function(x)` in order; threads compute a few inputs ahead, so that decoding overlaps with the network."""
     with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
         waiting: deque[Future[Out]] = deque()
         for item in inputs:
@@ -386,5 +386,5 @@ def prefetch(function: Callable[[In], Out], inputs: Iterable[In], workers: int =
 
 
 def bar_seconds() -> float:
-    """Seconds between two updates of a progress bar: one on a terminal, 30 in a file, which keeps every update."""
+    """Seconds between updates of a progress bar: 1 on a terminal, 30 in a log file, which keeps every update."""
     return 1.0 if sys.stderr.isatty() else 30.0

@@ -1,4 +1,4 @@
-"""Data sets: where they lie (folders, lists), samples and shots (medical_few, fewshot), readers of pictures (readers).
+"""Data sets: finding the files (folders, lists), samples and shots (medical_few, fewshot), reading images (readers).
 
-`python -m dataset.check` examines one before any training, `python -m dataset.phantom` draws one.
+`python -m dataset.check` examines a data set before any training, `python -m dataset.phantom` draws a synthetic one.
 """

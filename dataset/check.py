@@ -1,11 +1,11 @@
 """Examine a data set before any training.
 
     python -m dataset.check --obj Brain --data_path data
-    python -m dataset.check --data_root bottle                any folder
-    python -m dataset.check --data_root bottle --write_list images.csv      what was recognised, to be corrected by hand
+    python -m dataset.check --data_root bottle                a folder of your own
+    python -m dataset.check --data_root bottle --write_list images.csv      recognised layout, to correct by hand
 
-Errors stop a training or make its numbers false: exit code 1. Warnings are for a look and leave it 0, and so does what
-the paper's own six data sets are known for. A bad argument is code 2. What is kept of an image is a hash of its pixels.
+Errors would stop a training or falsify its results: exit code 1. Warnings leave it 0, and so do the known faults of the
+paper's six data sets (`TOLERATED`). A bad argument gives code 2. Of an image's pixels, only a hash is kept.
 """
 
 import argparse
@@ -31,12 +31,12 @@ from .pairing import list_pictures, pair
 from .readers.images import Sample, file_kind, picture_notes, read
 from .readers.masks import ABNORMAL_ABOVE, mask_notes, read_mask
 
-Findings = defaultdict[str, list[str]]  # of `TITLES`: what was found, in words
+Findings = defaultdict[str, list[str]]  # a kind of `TITLES` -> descriptions
 
 SHOWN = 3  # examples of a finding
-NAMED = ("no mask", "valid mask")  # of these every one is shown: one cannot see what is not there
+NAMED = ("no mask", "valid mask")  # findings that are shown in full: missing files cannot be seen
 
-# What is found, and what it is called, in the order of the report.
+# Kind of finding -> its title, in the order of the report.
 TITLES = {
     "layout": "error: the layout",
     "unusable": "error: images or masks that cannot be used",
@@ -64,25 +64,25 @@ TITLES = {
     "ignored": "warning: files that are no image by their extension, left out",
     "list": "warning: few-shot lists",
 }
-TOLERATED = ("leak", "patient", "two labels")  # of the paper's own files, where they are listed, but no error
+TOLERATED = ("leak", "patient", "two labels")  # reported for the paper's own data sets, but not as errors
 
 
 @dataclass
 class Seen:
-    """What one image and its mask showed."""
+    """What was found in one image and its mask."""
 
     name: str
-    findings: dict[str, str]  # kind -> words
+    findings: dict[str, str]  # kind -> description
     mode: str = ""
-    size: tuple[int, int] | None = None  # width, height; None where it could not be read, or is no sample
-    digest: bytes = b""  # of the pixels: a picture saved anew without loss is the same
+    size: tuple[int, int] | None = None  # width, height; None if the image is unreadable or no sample
+    digest: bytes = b""  # hash of the pixels, which a lossless copy shares
     has_mask: bool = False
 
 
 def examine(dataset: MedicalDataset, workers: int, findings: Findings) -> dict[tuple[str, int], list[Seen]]:
-    """Add what is found in every class of every split, and in the few-shot lists; returns the images of each.
+    """Add the findings in all classes, splits and few-shot lists to `findings`; returns the images of each class.
 
-    Where a class is missing, what comes after it is not looked at.
+    If a class is missing, the remaining checks are skipped.
     """
     seen: dict[tuple[str, int], list[Seen]] = {}
     try:
@@ -111,7 +111,7 @@ def examine(dataset: MedicalDataset, workers: int, findings: Findings) -> dict[t
 
 
 def look_into(dataset: MedicalDataset, file: Sample) -> list[Seen]:
-    """Decode every image in a file that is a sample, and its mask where it has one."""
+    """Decode every image in a file, and its mask if it has one."""
     try:
         images = dataset.images_in(file)
         used = {sample.index for sample in dataset.samples_in(file)}
@@ -119,13 +119,13 @@ def look_into(dataset: MedicalDataset, file: Sample) -> list[Seen]:
     except InputError as error:
         return [Seen(file.name, {"unusable": str(error)})]
     for sample, one in zip(images, seen, strict=True):
-        if sample.index not in used:  # it is no sample, but a wrong mask may be why
+        if sample.index not in used:  # no sample, perhaps because its mask is wrong
             one.size, one.findings = None, {kind: text for kind, text in one.findings.items() if kind == "mask range"}
     return seen
 
 
 def look_at(sample: Sample, above: int, is_alone: bool) -> Seen:
-    """Decode an image and its mask; `is_alone` is False for slices, of which some may be dark."""
+    """Decode an image and its mask; `is_alone` is False for slices, as some of them may be dark."""
     picture = read(sample)
     digest = hashlib.sha256(f"{picture.image.size}".encode() + picture.image.tobytes()).digest()
     remarks = dict(picture.notes)
@@ -149,7 +149,7 @@ def look_at(sample: Sample, above: int, is_alone: bool) -> Seen:
 
 
 def compare(seen: dict[tuple[str, int], list[Seen]], findings: Findings) -> None:
-    """Add what was found in each image, and the pictures that are the same."""
+    """Add the findings of each image, and identical pictures."""
     first: dict[bytes, tuple[str, int, str]] = {}  # digest -> split, label, name of the first such picture
     for (split, label), images in seen.items():
         for one in images:
@@ -167,10 +167,10 @@ def compare(seen: dict[tuple[str, int], list[Seen]], findings: Findings) -> None
 
 
 def check_lists(dataset: MedicalDataset, findings: Findings) -> set[Path]:
-    """Look at every line of every few-shot list that a training could use; returns the paths of the images on them."""
-    known: dict[str, dict[str, Sample]] = {}  # of `LETTERS` -> name -> image
+    """Check every line of every few-shot list that a training could use; returns the paths of the listed images."""
+    known: dict[str, dict[str, Sample]] = {}  # letter of `LETTERS` -> name -> image
     for label, letter in enumerate(LETTERS):
-        with suppress(InputError):  # it is among the errors already
+        with suppress(InputError):  # already reported as an error
             known[letter] = dataset.known_shots(label)
     shots = set()
     for path in sorted(dataset.shot_lists().values()):
@@ -180,7 +180,7 @@ def check_lists(dataset: MedicalDataset, findings: Findings) -> set[Path]:
             findings["bad list"].append(str(error))
             continue
         if SEEDS in path.parents and set(chain(*known.values())).isdisjoint(chain(*lines.values())):
-            continue  # other images under the same name: shots would be sampled
+            continue  # it belongs to other images of that name: shots are sampled instead
         count = int(path.name.removeprefix("my").removesuffix("-shot.txt"))
         for (letter, index), names in lines.items():
             if letter in known:
@@ -194,11 +194,11 @@ def check_lists(dataset: MedicalDataset, findings: Findings) -> set[Path]:
     return shots
 
 
-# --- what is printed ---
+# --- output ---
 
 
 def print_table(seen: dict[tuple[str, int], list[Seen]]) -> None:
-    """Print how many images and masks each class has, of which sizes and modes."""
+    """Print the number of images and masks in each class, with their sizes and modes."""
     rows: list[Sequence[object]] = [("split", "class", "images", "masks", "width x height", "modes")]
     for (split, label), every in seen.items():
         sizes = Counter(one.size for one in every if one.size)
@@ -213,13 +213,13 @@ def print_table(seen: dict[tuple[str, int], list[Seen]]) -> None:
 
 
 def _size(sizes: Iterable[tuple[int, int]]) -> str:
-    """Width and height, from the lowest to the highest."""
+    """Width and height in words, each as a range if sizes differ."""
     sides = (sorted({min(side), max(side)}) for side in zip(*sizes, strict=True))
     return " x ".join("-".join(map(str, ends)) for ends in sides)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Command line."""
+    """Parse the command line."""
     parser = Parser(prog="python -m dataset.check", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--obj", type=object_name, help="data set (default: the name of its folder)")
     parser.add_argument("--data_path", default="./data/", help="folder that holds <obj>_AD (default: ./data/)")
@@ -236,7 +236,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check a data set and print what was found; returns the exit code."""
+    """Check a data set and print the findings; returns the exit code."""
     options = parse(arguments)
     root = Path(options.list).parent if options.list else data_folder(options.obj, options.data_path, options.data_root)
     findings: Findings = defaultdict(list)
@@ -248,8 +248,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if str(error).startswith("--"):  # a flag is wrong, not the data set
             raise
         findings["layout"].append(str(error))
-        with suppress(InputError):  # a pipe, say, which is the error then
-            images, masks = list_pictures(root)  # for a list whose labels are to be filled in
+        with suppress(InputError):  # such as an image that is a pipe: already an error
+            images, masks = list_pictures(root)  # for --write_list, with labels to fill in
             files = pair(root, [Sample(path, -1, (), path.name) for path in images], masks)
         counts = Counter(file.path.parent.relative_to(root).as_posix() for file in files)
         lines = [f"{options.obj}: {root}", *(f"    {name}: {count} pictures" for name, count in sorted(counts.items()))]

@@ -1,9 +1,9 @@
 """Fetch the paper's data sets, unpack and check them.
 
-    python -m dataset.download Brain Liver --out data         from BMAD's archive of all six: resumes, checks its sum
-    python -m dataset.download all --archive bmad.zip         from an archive fetched otherwise, MVFA's .tar.gz too
+    python -m dataset.download Brain Liver --out data         from BMAD's archive of all six; resumes, checks SHA-256
+    python -m dataset.download all --archive bmad.zip         from a local archive, also MVFA's .tar.gz
 
-Each becomes <out>/<name>_AD. Address and sum are anomalib 2.6's; the address could not be reached in development.
+Each becomes <out>/<name>_AD. URL and SHA-256 are those in anomalib 2.6; the URL was unreachable during development.
 """
 
 import re
@@ -31,14 +31,14 @@ LICENCE = (
     "BMAD, CC BY-NC-SA 4.0: not for commercial use; docs/data.md names its sources. Cite Bao et al., CVPRW (2024)."
 )
 DAMAGE = (*EXPECTED, zipfile.BadZipFile, tarfile.TarError, zlib.error, RuntimeError, NotImplementedError)
-LARGEST_RATIO = 100  # unpacked to packed: pictures are compressed already, and what grows more is no data set
+LARGEST_RATIO = 100  # unpacked to packed size: pictures are compressed already, so a higher ratio is no data set
 
 
 def files_of(obj: str, archive: Path, members: Mapping[str, tuple[int, Any]]) -> dict[str, tuple[int, Any]]:
-    """A data set's files, by their paths below its folder, of an archive's -> bytes when unpacked, and entry in it.
+    """A data set's files in an archive: path below the data set's folder -> (unpacked bytes, entry of the archive).
 
-    Its folder is called as it is, with or without _AD; where none of the six is named, it is the one that holds the
-    splits. `InputError` for a path that leads out of the folder, where there is no such file, or more than pictures.
+    The folder has the data set's name, with or without _AD, or just holds the splits if no folder is named like one of
+    the six. Raises `InputError` if a path leads out of it, there are no files, or the unpacked size is too large.
     """
     is_named = any(re.search(rf"(?i)(^|/)({'|'.join(BENCHMARKS)})(_AD)?/", name) for name in members)
     inside = rf"(?i)(?:^|/){obj}(?:_AD)?/(.+)" if is_named else "(?i)(?:^|/)((?:train|valid|val|test)/.+)"
@@ -54,7 +54,7 @@ def files_of(obj: str, archive: Path, members: Mapping[str, tuple[int, Any]]) ->
 
 
 def unpack(archive: Path, obj: str, root: Path) -> None:
-    """Unpack a data set's files alone, of a .zip or .tar, into `root`, which appears when all of them are there."""
+    """Unpack only one data set's files from a .zip or .tar into `root`, which appears when all are unpacked."""
     is_zip = zipfile.is_zipfile(archive)
     opener: Any = zipfile.ZipFile if is_zip else tarfile.open
     with blame(archive, errors=DAMAGE), opener(archive) as packed, new_folder(root, "--out") as folder:
@@ -71,7 +71,7 @@ def unpack(archive: Path, obj: str, root: Path) -> None:
 
 
 def check_room(folder: Path, needed: int, what: str) -> None:
-    """Say how much room is needed and left; `InputError` where that is too little."""
+    """Print the required and the free disk space; raises `InputError` if there is too little."""
     free = shutil.disk_usage(folder).free
     print(f"{what}: {needed / 1e9:.2f} GB; {free / 1e9:.2f} GB are free in {folder}", flush=True)
     if needed > free:
@@ -79,7 +79,7 @@ def check_room(folder: Path, needed: int, what: str) -> None:
 
 
 def fetch(out: Path) -> Path:
-    """BMAD's archive in `out`, downloaded as far as it is not there."""
+    """The path of BMAD's archive in `out`, downloaded, or resumed, if it is missing or incomplete."""
     archive = out / URL.rpartition("/")[2]
     if not archive.exists():
         with blame(f"--out {out}, from {URL}", "docs/data.md names other ways", (OSError,)):
@@ -93,7 +93,7 @@ def fetch(out: Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code is the check's."""
+    """Run the command line; returns the exit code of `dataset.check`."""
     parser = Parser(prog="python -m dataset.download", description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
     add("obj", nargs="+", choices=[*BENCHMARKS, "all"], metavar="OBJ", help=f"{', '.join(BENCHMARKS)}; all")

@@ -1,4 +1,4 @@
-"""Few-shot lists and sampling: which labelled images training sees."""
+"""Few-shot lists and sampling: which labelled images are used for training."""
 
 import random
 import re
@@ -8,10 +8,10 @@ from pathlib import Path
 
 from utils import InputError, blame, preview, read_text
 
-LETTERS = "na"  # of the lines for label 0, normal, and 1, abnormal
+LETTERS = "na"  # of the lines for label 0 (normal) and label 1 (abnormal)
 Lines = dict[tuple[str, int], list[str]]  # (`a` or `n`, index) -> names
 SEEDS = Path(__file__).parent / "fewshot_seed"  # the project's lists: SEEDS / obj
-NAME = re.compile(r'"([^"]+)"|\'([^\']+)\'|(\S+)')  # with blanks in quotes, else without
+NAME = re.compile(r'"([^"]+)"|\'([^\']+)\'|(\S+)')  # quoted if it contains blanks
 
 
 def list_paths(folder: Path) -> list[Path]:
@@ -20,13 +20,13 @@ def list_paths(folder: Path) -> list[Path]:
 
 
 def parse_shot_list(path: Path) -> tuple[Lines, list[str]]:
-    """Lines `a-K: name name ...` and `n-K: name name ...` of a few-shot list, as the published program takes them.
+    """Parse the lines `a-K: name name ...` and `n-K: name name ...` of a few-shot list like the published program.
 
-    Names that hold blanks stand in quotes.
+    Names that contain blanks are quoted.
 
     Returns:
-        The names of each line, and warnings: lines of another form are left out, of two for the same K the first
-        counts, and a name that stands twice counts twice.
+        The names of each line, and warnings. Lines of another form are skipped; if two lines have the same letter and
+        K, the first is used; a repeated name counts each time.
 
     Raises:
         InputError: the file cannot be read.
@@ -52,12 +52,12 @@ def parse_shot_list(path: Path) -> tuple[Lines, list[str]]:
 
 
 def quoted(names: Sequence[str]) -> str:
-    """Names as a line of a list holds them."""
+    """The names as written on a line of a list, with quotes around those that contain blanks."""
     return " ".join(f'"{name}"' if re.search(r"\s", name) else name for name in names)
 
 
 def pick_names(lines: Lines, warnings: Sequence[str], path: Path, letter: str, iterate: int) -> list[str]:
-    """The names of a class for `iterate`; `InputError` where there are none."""
+    """The names of a class for `iterate`; raises `InputError` if there are none."""
     if not lines.get((letter, iterate)):
         known = ", ".join(sorted({str(index) for _, index in lines})) or "none"
         fault = f"--iterate {iterate}: {path} has no line `{letter}-{iterate}:` with names (it has {known})"
@@ -66,10 +66,10 @@ def pick_names(lines: Lines, warnings: Sequence[str], path: Path, letter: str, i
 
 
 def check_shot_names(names: Sequence[str], known: Collection[str], count: int, source: str, root: Path) -> list[str]:
-    """Warnings about the names on a list: more than `count`, which are all used, as the published program does.
+    """A warning if a list has more than `count` names; all are used, as in the published program.
 
     Raises:
-        InputError: a name that is no image of that class in valid, or too few of them.
+        InputError: a name is not an image of that class in valid, or there are fewer than `count` names.
     """
     for name in names:
         if name not in known:
@@ -83,16 +83,16 @@ def check_shot_names(names: Sequence[str], known: Collection[str], count: int, s
 
 
 def draw_shots(draw: random.Random, patients: Mapping[str, str | None], count: int) -> list[str]:
-    """`count` of the names, at random, each of another patient as far as there are so many.
+    """Draw `count` names at random, from different patients if there are enough of them.
 
     Args:
-        draw: the generator; where it gives several images of a patient, others are drawn by one of their own.
-        patients: name -> patient, None where that is not known.
-        count: at most as many as there are names.
+        draw: the generator; if it draws several images of a patient, a separate generator draws the replacements.
+        patients: name -> patient, None if unknown.
+        count: at most the number of names.
     """
 
     def of_others(names: Sequence[str]) -> list[str]:
-        first: dict[str, str] = {}  # patient, or the name where that is not known -> name
+        first: dict[str, str] = {}  # patient, or the name if unknown -> name
         for name in names:
             first.setdefault(patients[name] or name, name)
         return list(first.values())
@@ -101,7 +101,7 @@ def draw_shots(draw: random.Random, patients: Mapping[str, str | None], count: i
     chosen = of_others(names)
     if len(chosen) < count:
         rest = sorted(patients.keys() - chosen)
-        more = random.Random(" ".join(names)).sample(rest, len(rest))  # so that the next class is drawn as ever
+        more = random.Random(" ".join(names)).sample(rest, len(rest))  # not `draw`: the next class must not change
         chosen = of_others([*chosen, *more])
         chosen += [name for name in names if name not in chosen]  # fewer patients than shots
     return chosen[:count]

@@ -1,4 +1,4 @@
-"""The image files of a data set, and what is known of each before it is opened: class, split, masks, patient."""
+"""The image files of a data set, with what is known before pixels are read: class, split, masks and patient."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -20,17 +20,17 @@ NO_LAYOUT = (
     "those two alone, normal/ beside folders of defects, or MVTec's train/good and test/<defect>; or write a list: "
     "`python -m dataset.check --data_root FOLDER --write_list images.csv` begins one, and docs/data.md explains it"
 )
-# Each in the order of preference; upper and lower case are the same.
+# In order of preference; case is ignored.
 CLASS_NAMES = (("good", "ungood"), ("normal", "abnormal"), ("0", "1"))
 SUPPORT_NAMES = ("valid", "val", "train")
 
 
 def read_folders(root: Path, layout: Layout) -> list[Sample]:
-    """The image files in the folders of classes, as `complete` gives them.
+    """The image files in the class folders, completed by `complete`.
 
     Raises:
-        InputError: no known layout, a mask fits no image, a patient's rule is none, a few-shot list cannot
-            be read; an image is a link to nothing, a pipe or a device, which nobody may leave out without a word.
+        InputError: the layout is unknown, a mask matches no image, the patient rule is not a regular expression, a
+            few-shot list cannot be read, or an image is a broken link, a pipe or a device (not skipped silently).
     """
     places = find_places(root)
     images, masks = list_pictures(root)
@@ -53,18 +53,19 @@ def read_folders(root: Path, layout: Layout) -> list[Sample]:
     return complete(files, root, layout)
 
 
-# --- where the classes lie ---
+# --- folders of classes ---
 
 
 def find_places(root: Path) -> dict[Path, tuple[str, int]]:
-    """The folders with a class's images -> their split ("": both share them) and label; `InputError` where none fit.
+    """The folders that hold a class's images -> split ("" if both splits share the folder) and label.
 
-    Known are <valid|val|train>/ and test/ with a folder for each class; the two classes beside test/; normal images
-    alone beside test/, as in MVTec's train/good, test/good and test/<defect>; and the classes alone; all of it also in
-    a single folder below the root. Classes are called good and Ungood, normal and abnormal, or 0 and 1; beside good or
-    normal without its counterpart, every other folder of images is abnormal. They hold their images in img/, or else
-    directly or in folders below. Where there are no abnormal images beside the test's, or no splits, folders are shared
-    between the splits.
+    Raises `InputError` for an unknown layout. Known, in `root` or in exactly one folder below it, are
+    - <valid|val|train>/ and test/ with a folder for each class, or the two classes beside test/;
+    - the same with only normal images outside test/, as in MVTec (train/good, test/good and test/<defect>): both splits
+      share the abnormal images;
+    - the two classes alone: both splits share all images.
+    Classes are called good and Ungood, normal and abnormal, or 0 and 1. If good or normal has no counterpart, every
+    other folder with images is abnormal. Images are in a class's img/, or else in its folder or below.
     """
     known = {"test", *SUPPORT_NAMES, *(name for names in CLASS_NAMES for name in names)}
     if result := _places(root):
@@ -76,7 +77,7 @@ def find_places(root: Path) -> dict[Path, tuple[str, int]]:
 
 
 def _places(root: Path) -> dict[Path, tuple[str, int]]:
-    """`find_places` in this very folder; empty where they are not all found."""
+    """`find_places` for this folder only; empty if its layout is unknown."""
     inside, own = _inside(root), _classes(root)
     test, *supports = [_classes(inside[name]) if name in inside else {} for name in ("test", *SUPPORT_NAMES)]
     for needed in ({0, 1}, {0}):
@@ -88,7 +89,7 @@ def _places(root: Path) -> dict[Path, tuple[str, int]]:
 
 
 def _classes(folder: Path) -> dict[Path, int]:
-    """The folders with each class's images -> its label, as far as there are such folders."""
+    """The folders with the images of each class in `folder` -> label; empty if there are none."""
     inside = _inside(folder)
     for normal, abnormal in CLASS_NAMES:
         result = {inside[name]: label for label, name in enumerate((normal, abnormal)) if name in inside}
@@ -101,25 +102,25 @@ def _classes(folder: Path) -> dict[Path, int]:
 
 
 def _inside(folder: Path) -> dict[str, Path]:
-    """The folders in another one by their names in lower case, sorted, without hidden ones and those of masks."""
+    """The subfolders by lower-case name, sorted, without hidden folders, `CLUTTER` and mask folders."""
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
     return {path.name.lower(): path for path in folders if not is_clutter(path.name) and not is_mask_folder(path.name)}
 
 
-# --- what is known of the files, in folders and on lists ---
+# --- information about the files, from folders or lists ---
 
 
 def complete(files: Iterable[Sample], root: Path, layout: Layout) -> list[Sample]:
-    """The files, normal ones first, with patients, what few-shot lists call them, and splits where they have none."""
+    """The files, normal ones first, with their patients, their names in few-shot lists, and missing splits added."""
     files = _name_patients(sorted(files, key=lambda file: file.label), layout.patient)
     return _divide(files, root, layout.valid_share)
 
 
 def _name_patients(files: Sequence[Sample], rule: str | None) -> list[Sample]:
-    """Find each file's patient: by the rule, or else the DICOM header, or the name.
+    """Find each file's patient: from the list, or else by the rule, the DICOM header or the name.
 
-    One PatientID for all files is what some programs leave to hide names: then the names tell. Of several spellings of
-    one patient the first in order stands for all.
+    Some anonymisation programs write the same PatientID into all files; then the names are used. If a patient is
+    spelled in several ways, the first spelling in sorted order is used for all.
     """
     pattern = compile_rule(rule, "--patient") if rule else None
     headers = {file.path: _header(file.path) for file in files}
@@ -136,17 +137,17 @@ def _name_patients(files: Sequence[Sample], rule: str | None) -> list[Sample]:
 
 
 def _header(path: Path) -> Slice:
-    """What a DICOM file's header says; of others, and of one that is reported where it is read, nothing."""
+    """The metadata of a DICOM file; empty for other formats and for unreadable files, which are reported later."""
     with suppress(InputError):
         return frames(path)[0].slice if file_kind(path) == "dicom" else Slice()
     return Slice()
 
 
 def _divide(files: Sequence[Sample], root: Path, share: float) -> list[Sample]:
-    """Give files without a split one by a hash; but what a list of the data set's own names as a shot is valid.
+    """Assign files without a split by a hash, except listed shots and other images of their patients: they are valid.
 
-    So is whatever else is a listed image's patient's. All lists count, whichever --shot and --iterate, so that the test
-    set is the same for all. Lists call a file by its name, or its path where those of its class lie in several folders.
+    All lists of the data set count, whatever --shot and --iterate, so that the test set is always the same. Lists name
+    a file by its file name, or by its path if the files of its class outside test are in several folders.
     """
     homes = [{file.path.parent for file in files if file.label == label and file.split != "test"} for label in (0, 1)]
     files = [replace(f, listed=f.path.name if len(homes[f.label]) == 1 else f.name, divided=not f.split) for f in files]
@@ -163,10 +164,10 @@ def _divide(files: Sequence[Sample], root: Path, share: float) -> list[Sample]:
 
 
 def number(files: Iterable[Sample]) -> tuple[list[Sample], dict[str, str]]:
-    """The files under running numbers instead of names and patients, and patient -> number: for --anonymous.
+    """The files with numbers in place of names and patients, and patient -> number, for --anonymous.
 
-    They are numbered in order, so that no number tells a name, and the same files give the same numbers, in training,
-    in a test, and after --resume.
+    Numbers follow the order of the files. They reveal no name, and the same files get the same numbers in training, in
+    a test and after --resume.
     """
     files = list(files)
     names = sorted({file.patient for file in files if file.patient})

@@ -1,4 +1,4 @@
-"""A data set's name, and its JSON file, which says what no folder shows.
+"""A data set's name, and its JSON file, which holds settings that folders cannot express.
 
 The file is <NAME>.json in the data set's own folder, or else in dataset/. docs/data.md explains its keys.
 """
@@ -17,11 +17,11 @@ from .readers.images import parse_window
 from .readers.masks import ABNORMAL_ABOVE
 
 FOLDER = Path(__file__).parent
-PUBLISHED = FOLDER / "published_results.json"  # figures to compare with, the one JSON file that is no data set
+PUBLISHED = FOLDER / "published_results.json"  # results to compare with; the only JSON file here that is no data set
 SPLITS = ("valid", "test")
 KINDS = ("normal", "abnormal")  # label 0, label 1
 VALID_SHARE = 0.3
-# Images of the paper's data sets, (normal, abnormal) or all of them; where sources disagree, each.
+# Numbers of images in the paper's data sets, (normal, abnormal) or the total; if sources disagree, all variants.
 PUBLISHED_COUNTS: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
     "Brain": {"valid": ((39, 44),), "test": ((640, 3075),)},
     "Chest": {"valid": ((1490,),), "test": ((17194,),)},
@@ -31,28 +31,28 @@ PUBLISHED_COUNTS: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
     "Retina_RESC": {"valid": ((45, 70),), "test": ((1041, 764),)},
 }
 BENCHMARKS = tuple(PUBLISHED_COUNTS)
-MADE_UP = "PHANTOM.txt"  # marks what dataset.phantom has drawn
+MADE_UP = "PHANTOM.txt"  # marks a data set drawn by dataset.phantom
 UNMARKED = ("out", "normal", "abnormal")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a data set's JSON file says, each of it with a default."""
+    """The settings in a data set's JSON file, with their defaults."""
 
     prompt_name: str
-    pixel_metrics: bool | None = None  # whether masks are used; None: where there are any
+    pixel_metrics: bool | None = None  # whether masks are used; None: if there are any
     valid_share: float = VALID_SHARE
-    normal: tuple[str, ...] = ()  # a list's labels that mean normal, where any other word means abnormal
-    patient: str | None = None  # a regular expression; None: the known names
+    normal: tuple[str, ...] = ()  # labels in a list that mean normal; any other word then means abnormal
+    patient: str | None = None  # a regular expression; None: the rules of dataset/patients.py
     mask_above: int = ABNORMAL_ABOVE
-    mask_labels: tuple[int, ...] = ()  # what counts in a mask instead of the grey above `mask_above`
-    unmarked: str | None = None  # what an abnormal image is whose mask marks nothing, of `UNMARKED`; None: see `check`
+    mask_labels: tuple[int, ...] = ()  # abnormal levels of a mask, instead of grey levels above `mask_above`
+    unmarked: str | None = None  # how abnormal images with empty masks count; None: abnormal for a benchmark, else out
     window: tuple[float, float] | str | None = None
     plane: str = "axial"
 
 
-def add_reading_flags(group: Any) -> None:  # noqa: ANN401 - a parser or a group, which is private in argparse
-    """The flags that stand for what a data set's JSON file says."""
+def add_reading_flags(group: Any) -> None:  # noqa: ANN401 - a parser or a group, whose type is private in argparse
+    """Add the flags that override a data set's JSON file."""
     flag, otherwise = group.add_argument, "default: the data set's, else"
     flag("--list", metavar="FILE",
          help="images and labels in a .csv, .tsv or .jsonl (default: images.csv in the data's folder)")  # fmt: skip
@@ -74,20 +74,20 @@ def described() -> tuple[str, ...]:
 
 
 def config_path(name: str, root: Path | None = None) -> Path:
-    """<root>/<name>.json where it is there, else dataset/<name>.json, whether that is there or not."""
+    """<root>/<name>.json if it exists, else dataset/<name>.json, which may not exist."""
     own = root / f"{name}.json" if root else None
     return own if own and own.is_file() else FOLDER / f"{name}.json"
 
 
 def object_name(text: str) -> str:
-    """A data set's name as it may stand in file names; `InputError` for any other."""
+    """Return a data set's name if it can be used in file names; raises `InputError` otherwise."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", text):
         raise InputError(f"--obj {text!r}: use letters, digits, '_', '-' and '.', as the name goes into file names")
     return text
 
 
 def object_of(data_root: str | Path) -> str:
-    """The name by the folder: bottle for .../bottle, Brain for .../Brain_AD; `InputError` where it can be none."""
+    """The data set's name from its folder, bottle for .../bottle, Brain for .../Brain_AD; raises `InputError`."""
     try:
         return object_name(Path(data_root).absolute().name.removesuffix("_AD"))
     except InputError as error:
@@ -95,7 +95,7 @@ def object_of(data_root: str | Path) -> str:
 
 
 def object_given(options: Any) -> str | None:  # noqa: ANN401 - the flags
-    """The name that follows from --data_root or --list, where one of them is given."""
+    """The name that follows from --data_root or --list; None if neither is given."""
     folder = options.data_root or (options.list and Path(options.list).parent)
     return object_of(folder) if folder else None
 
@@ -104,14 +104,14 @@ def object_given(options: Any) -> str | None:  # noqa: ANN401 - the flags
 
 
 def load_layout(name: str, root: Path) -> Layout:
-    """What the JSON file of the data set in `root` says; `InputError` for faults."""
+    """The settings of the data set in `root`, from its JSON file if there is one; raises `InputError`."""
     path = config_path(name, root)
     given = read_config(path) if path.is_file() else {}
     return Layout(**{"prompt_name": re.sub(r"[_-]+", " ", name).strip() or name, **given})
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The checked content of a JSON file, with tuples for lists; `InputError` that names the file and the key."""
+    """The validated content of a JSON file, lists as tuples; raises `InputError`, which names the file and the key."""
     config = read_json(path)
     tests: dict[str, Callable[[Any], Any]] = {
         "prompt_name": lambda value: isinstance(value, str) and value.strip() and len(value) <= 200,

@@ -1,9 +1,9 @@
-"""A list instead of folders: a row for each image, in images.csv, .tsv or .jsonl.
+"""A list of images instead of class folders: one row per image, in images.csv, .tsv or .jsonl.
 
-Columns are image and label, and optionally kind (of abnormal, such as malignant), mask (several with | between),
-patient, split (valid or test; train counts as valid), slice (of a volume, counted from 0) and shot (1: this is one).
-Paths are relative to the list. What is not given follows the rules of folders: a division by patient, masks beside the
-images. Tables may look as Excel writes them: semicolons, a byte-order mark, empty lines, backslashes in paths.
+The columns are image and label, and optionally kind (of abnormality, such as malignant), mask (several separated by |),
+patient, split (valid or test; train counts as valid), slice (of a volume, counted from 0) and shot (1 marks a shot).
+Paths are relative to the list. Splits and masks that are not given follow the rules for folders: splits by patient,
+masks by name. Tables as written by Excel are accepted: semicolons, byte-order mark, empty lines, backslashes in paths.
 """
 
 import csv
@@ -28,15 +28,15 @@ CHOICES: dict[str, dict[str, Any]] = {
     "split": {"": "", "valid": "valid", "val": "valid", "train": "valid", "test": "test"},
     "shot": {"": False, "0": False, "false": False, "1": True, "true": True},
 }
-Row = dict[str, str]  # column, in lower case -> cell, both without blanks around them
+Row = dict[str, str]  # column in lower case -> cell, both stripped
 
 
 def read_list(path: Path, layout: Layout) -> list[Sample]:
-    """The images on a list, normal ones first, else in its order.
+    """The images on a list, normal ones first, otherwise in the order of the list.
 
     Raises:
-        InputError: naming the line: a file that is not there, a label or split that is unknown, an image that stands
-            twice, a path that leads out of the list's folder.
+        InputError: a file does not exist, a label or split is unknown, an image is listed twice, or a path leads out
+            of the list's folder; the message names the line.
     """
     files: list[Sample] = []
     lines: dict[tuple[Path, int | None], int] = {}
@@ -53,13 +53,13 @@ def read_list(path: Path, layout: Layout) -> list[Sample]:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """The rows that are not empty, with their lines' numbers; `InputError` where they are none."""
+    """The rows that are not empty, with their line numbers; raises `InputError` for a line that is not a row."""
     with blame(path, "save it as CSV in UTF-8"):
         lines = read_text(path).split("\n")
-    errors = (*EXPECTED, csv.Error, TypeError)  # a TypeError: it is no object
+    errors = (*EXPECTED, csv.Error, TypeError)  # TypeError: not a JSON object
     heads, delimiter = list[str](), ""
     for number, line in enumerate(lines, start=1):
-        if not line.strip(",;\t ") or line.startswith("sep="):  # sep=; tells Excel
+        if not line.strip(",;\t ") or line.startswith("sep="):  # `sep=;` is for Excel
             continue
         with blame(where := f"{path}, line {number}", "is a quotation mark not closed?", errors):
             if path.suffix.lower() == ".jsonl":
@@ -78,7 +78,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _file(root: Path, row: Row, layout: Layout, where: str) -> Sample:
-    """The image of a row; a `ValueError` is a slice that is no number."""
+    """The image of a row; raises `ValueError` if the slice is not a number."""
     if missing := [name for name in COLUMNS[:2] if name not in row]:
         raise InputError(f"{where}: no column {missing[0]}; a list has {', '.join(COLUMNS)}")
     paths = (row["image"], *filter(None, row.get("mask", "").split("|")))
@@ -102,7 +102,7 @@ def _file(root: Path, row: Row, layout: Layout, where: str) -> Sample:
 
 
 def _locate(root: Path, text: str, where: str) -> Path:
-    """The file that a cell names."""
+    """The path of the image file that a cell names."""
     place = PurePosixPath(text.replace("\\", "/"))
     if place.is_absolute() or ".." in place.parts or re.match("[A-Za-z]:", text):
         raise InputError(f"{where}: {text} leads out of the list's folder")
@@ -114,9 +114,9 @@ def _locate(root: Path, text: str, where: str) -> Path:
 
 
 def write_list(path: Path, root: Path, files: Iterable[Sample]) -> Path:
-    """Write a list of a data set's images, for the user to correct, and return where; `InputError` where it cannot be.
+    """Write a list of a data set's images for the user to correct, and return its path.
 
-    A name without a folder is a file in the data set's, from where it is read.
+    A name without a folder is placed in the data set's folder. Raises `InputError` if the list cannot be written.
     """
     path = root / path if path.parent == Path() else path
     if path.exists():
@@ -129,7 +129,7 @@ def write_list(path: Path, root: Path, files: Iterable[Sample]) -> Path:
         label = "" if file.label < 0 else KINDS[file.label]
         rows.append((image, label, file.kind, "|".join(masks), file.patient, file.split, file.index, int(file.shot)))
     is_json = path.suffix.lower() == ".jsonl"
-    encoding = "utf-8" if is_json else "utf-8-sig"  # by its mark Excel knows UTF-8
+    encoding = "utf-8" if is_json else "utf-8-sig"  # Excel recognises UTF-8 by the byte-order mark
     with atomic_path(path, "--write_list") as temporary, temporary.open("w", encoding=encoding, newline="") as out:
         if is_json:
             out.writelines(json.dumps(dict(zip(COLUMNS, row, strict=True)), ensure_ascii=False) + "\n" for row in rows)

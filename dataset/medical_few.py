@@ -1,6 +1,6 @@
-"""A data set on disk: its samples, its splits and its few shots. Where they lie is dataset/folders.py's matter.
+"""A data set on disk: its samples, splits and few-shot images. dataset/folders.py finds the files.
 
-The six published data sets lie as <data_path>/<obj>_AD/{valid,test}/{good,Ungood}/{img,anomaly_mask}/NAME
+The six published data sets have the layout <data_path>/<obj>_AD/{valid,test}/{good,Ungood}/{img,anomaly_mask}/NAME.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ def equal_images(
     samples_b: Iterable[Sample],
     content_hash: Callable[[Sample], str] = Sample.content_hash,
 ) -> list[tuple[Sample, Sample]]:
-    """Samples of the second list whose file equals one of the first, byte for byte, each with the first such one.
+    """Pairs of samples with equal content: each sample of `samples_b` with the first match in `samples_a`, if any.
 
-    `content_hash` lets a caller that has the hashes already (a token store) save the reading.
+    A caller that already has the hashes (a token store) passes `content_hash`, so that no file is read.
     """
-    by_hash = {content_hash(sample): sample for sample in reversed(list(samples_a))}  # the first one wins
+    by_hash = {content_hash(sample): sample for sample in reversed(list(samples_a))}  # the first match wins
     pairs = ((by_hash.get(content_hash(sample)), sample) for sample in samples_b)
     return [(first, second) for first, second in pairs if first]
 
 
 def data_folder(obj: str, data_path: str | Path, data_root: str | Path | None = None) -> Path:
-    """`data_root`, or <data_path>/<obj>_AD; `InputError` where it is no folder."""
+    """`data_root`, or <data_path>/<obj>_AD; raises `InputError` if it is not a folder."""
     root = Path(data_path) / f"{object_name(obj)}_AD" if data_root is None else Path(data_root)
     if not root.is_dir():
         flag = f"--obj {obj} --data_path {data_path}" if data_root is None else f"--data_root {data_root}"
@@ -58,18 +58,18 @@ def data_folder(obj: str, data_path: str | Path, data_root: str | Path | None = 
 
 @dataclass(eq=False)
 class MedicalDataset:
-    """A data set: its name, its folder and its files. What is read of these is kept."""
+    """A data set: its name, its folder and its files. What is read from the files is cached."""
 
     obj: str
     root: Path
     layout: Layout
     files: list[Sample]  # normal ones first
-    listing: Path | None = None  # the list that they come from
-    numbers: dict[str, str] | None = None  # patient -> number, with --anonymous: files bear numbers for names, too
-    left_out: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # why -> names of no samples
-    levels: dict[str, tuple[Levels, bool]] = field(default_factory=dict)  # sample -> its mask's, and if they are labels
-    _samples: dict[Sample, list[Sample]] = field(default_factory=dict)  # file -> what `samples_in` gives
-    _series: dict[Any, str] = field(default_factory=dict)  # series, frame and hash of pixels -> the first such sample
+    listing: Path | None = None  # the list file, if there is one
+    numbers: dict[str, str] | None = None  # patient -> number with --anonymous, when files have numbers for names too
+    left_out: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # reason -> names of images
+    levels: dict[str, tuple[Levels, bool]] = field(default_factory=dict)  # sample -> its mask's levels; are they labels
+    _samples: dict[Sample, list[Sample]] = field(default_factory=dict)  # file -> result of `samples_in`
+    _series: dict[Any, str] = field(default_factory=dict)  # (series, frame, hash of pixels) -> the first such sample
 
     @classmethod
     def open(
@@ -79,13 +79,13 @@ class MedicalDataset:
         data_root: str | Path | None = None,
         listing: Path | None = None,
         anonymous: bool = False,
-        **given: Any,  # noqa: ANN401 - fields
+        **given: Any,  # noqa: ANN401 - fields of `Layout`
     ) -> MedicalDataset:
-        """Find `data_root`, or <data_path>/<obj>_AD; `InputError` where it or a part of it is missing.
+        """Open `data_root`, or <data_path>/<obj>_AD; raises `InputError` if it or a part of it is missing.
 
-        A list of the images, given or called images.csv in the folder, stands for its layout (`dataset.lists`).
-        <obj>.json in the folder itself or in dataset/ may describe it. What is `given` and not None, of the fields of
-        `Layout`, stands for what that file says; see docs/data.md.
+        A list of the images, `listing` or images.csv in the folder, replaces the layout of folders (`dataset.lists`).
+        <obj>.json in the folder or in dataset/ may describe the data set. `given` holds fields of `Layout`; those that
+        are not None override that file. See docs/data.md.
         """
         root = listing.parent if listing else data_folder(obj, data_path, data_root)
         listing = listing or next((root / name for name in NAMES if (root / name).is_file()), None)
@@ -97,7 +97,7 @@ class MedicalDataset:
 
     @classmethod
     def from_options(cls, options: argparse.Namespace) -> MedicalDataset:
-        """`open` with the flags of a command line, of which some commands have no --anonymous."""
+        """`open` with the flags of a command line; --anonymous is optional, as some commands do not have it."""
         return cls.open(
             options.obj, options.data_path, options.data_root, options.list and Path(options.list),
             getattr(options, "anonymous", False), patient=options.patient, unmarked=options.unmarked,
@@ -107,7 +107,7 @@ class MedicalDataset:
 
     @property
     def reading(self) -> dict[str, Any]:
-        """How pictures beyond 8 bits are read, in plain values: what a checkpoint keeps."""
+        """How pictures with more than 8 bits are read, as plain values for the checkpoint."""
         window, formats = self.layout.window, sorted({str(file_kind(file.path)) for file in self.files})
         shown = list(window) if isinstance(window, tuple) else window
         deep = {"deep": True} if self.options.deep else {}
@@ -115,38 +115,38 @@ class MedicalDataset:
 
     @cached_property
     def pixel_metrics(self) -> bool:
-        """Whether the data set has masks that are used."""
+        """Whether masks are used: as the JSON file says, or else if any abnormal image has one."""
         has_masks = any(file.masks for file in self.files if file.label)
         return has_masks if self.layout.pixel_metrics is None else self.layout.pixel_metrics
 
     @cached_property
     def options(self) -> ReadOptions:
-        """How files with more than 8 bits or more than one slice are read, and what counts in masks."""
+        """How files with more than 8 bits or more than one slice are read, and which mask labels are abnormal."""
         layout, deep = self.layout, is_deep([file.path for file in self.files])
         return ReadOptions(layout.window, layout.plane, layout.mask_labels, deep)
 
-    # --- which of the paper's data sets it is ---
+    # --- comparison with the paper's data sets ---
 
     @cached_property
     def is_benchmark(self) -> bool:
-        """Whether this is one of the paper's six: what others measured on its very files is accepted as it is.
+        """Whether this is one of the paper's six data sets: it has the name and the published number of images.
 
-        Its name says so, and it has as many images as the published one.
+        Its faults are then accepted, as others measured their results on the same files.
         """
         return self.obj in BENCHMARKS and not self.is_made_up and not self.other_counts
 
     @property
     def is_made_up(self) -> bool:
-        """Whether dataset.phantom has drawn it."""
+        """Whether it was drawn by dataset.phantom."""
         return (self.root / MADE_UP).is_file()
 
     def count(self, split: str) -> tuple[int, ...]:
-        """How many normal and abnormal files there are."""
+        """The number of normal and of abnormal files in a split."""
         return tuple(len(self.image_files(split, label, required=False)) for label in (0, 1))
 
     @cached_property
     def other_counts(self) -> list[str]:
-        """Where the numbers of images are not the published ones, in words."""
+        """The splits whose numbers of images differ from the published ones, in words."""
         parts = []
         for split, accepted in PUBLISHED_COUNTS.get(self.obj, {}).items():
             images = self.count(split)
@@ -160,7 +160,7 @@ class MedicalDataset:
     def image_files(self, split: str, label: int, required: bool = True) -> list[Sample]:
         """The image files of a class in a split, folder by folder and sorted.
 
-        `InputError` where there are none although some are `required`.
+        Raises `InputError` if there are none, unless `required` is False.
         """
         result = [file for file in self.files if (file.split, file.label) == (split, label)]
         if required and not result:
@@ -178,11 +178,11 @@ class MedicalDataset:
     def samples(self, split: str) -> list[Sample]:
         """The images of `valid` or `test`, normal first, each class sorted by name; `valid` may lack abnormal ones.
 
-        In `valid` an abnormal image may lack a mask although the data set has masks: it may be no shot, and cannot be
-        calibrated on.
+        In `valid`, an abnormal image may lack a mask even if the data set has masks. It cannot be a shot, and is not
+        used for calibration.
 
         Raises:
-            InputError: a class without images, or with pixel metrics a test image without a mask of its own.
+            InputError: a class has no images or, with pixel metrics, an abnormal test image has no mask of its own.
         """
         if self.unclear:
             raise InputError(f"{preview(self.unclear)}: their masks fit several images, or are several of one name; "
@@ -192,18 +192,18 @@ class MedicalDataset:
             files = self.image_files(split, label, (split, label) != ("valid", 1))
             if label and split == "test":
                 self._check_masks(files)
-            workers = 1 if any(file.slice.series_uid for file in files) else READERS  # of copies the first one stays
+            workers = 1 if any(file.slice.series_uid for file in files) else READERS  # keeps the first copy
             images = [sample for inside in prefetch(self.samples_in, files, workers) for sample in inside]
             if split == "test" and not images:
                 why = "; ".join(self.left_out_lines() or ["no slice"])
                 raise InputError(f"{self.root}: none of the {len(files)} {KINDS[label]} files of test gives an image: "
                                  f"{why}")  # fmt: skip
             result += images
-        return sorted(result, key=lambda sample: sample.label)  # slices without a mark may have become normal
+        return sorted(result, key=lambda sample: sample.label)  # slices with empty masks may be normal now
 
     @cached_property
     def unclear(self) -> list[str]:
-        """The abnormal images whose masks fit others as well, or are several of one name; a list means what it says."""
+        """Abnormal images whose mask matches other images too, or whose masks share a name; none if there is a list."""
         abnormal = [file for file in self.files if file.label and self.pixel_metrics and not self.listing]
         images_of = Counter(mask for file in abnormal for mask in file.masks)
         return [
@@ -212,7 +212,7 @@ class MedicalDataset:
         ]  # fmt: skip
 
     def _check_masks(self, files: Sequence[Sample]) -> None:
-        """`InputError` where an abnormal image has no mask, although the data set has masks."""
+        """Raise `InputError` if an abnormal image has no mask although the data set has masks."""
         if self.pixel_metrics and (missing := [str(file.path) for file in files if not file.masks]):
             homes = sorted({str(mask.parent) for file in self.files for mask in file.masks})
             raise InputError(
@@ -222,10 +222,10 @@ class MedicalDataset:
             )
 
     def images_in(self, file: Sample) -> list[Sample]:
-        """The images in a file: one, or of a DICOM series and a NIfTI volume one for each frame and slice.
+        """The images in a file: one, or one for each frame of a DICOM file and each slice of a NIfTI volume.
 
-        DICOM objects without a picture give none. `InputError` for a file that cannot be read, or a slice that a list
-        names and that it does not have.
+        DICOM objects without a picture give none. Raises `InputError` if the file cannot be read, or does not have the
+        slice that a list names.
         """
         masks = file.masks if file.label and self.pixel_metrics else ()
         sample = replace(file, masks=masks, index=None, options=self.options, published=self.is_benchmark)
@@ -246,17 +246,17 @@ class MedicalDataset:
         return images if file.index is None else images[file.index : file.index + 1]
 
     def samples_in(self, file: Sample) -> list[Sample]:
-        """The images in a file that count.
+        """The images in a file that are used.
 
-        Slices that show nothing and copies within a series are left out, and so are abnormal images and slices whose
-        mask marks nothing, unless `unmarked` says otherwise. Errors are those of `images_in`.
+        Blank slices and copies within a series are left out, and so are abnormal images and slices whose mask marks
+        nothing, unless `unmarked` says otherwise. Raises the errors of `images_in`.
         """
         if file not in self._samples:
             self._samples[file] = [sample for sample in map(self._judged, self.images_in(file)) if sample]
         return self._samples[file]
 
     def _judged(self, sample: Sample) -> Sample | None:
-        """A sample by what its mask and, of DICOM and NIfTI, its picture shows; None where it is left out."""
+        """The sample, with label 0 if `unmarked` asks for it, or None if its mask or pixels exclude it."""
         unmarked, mask = self.layout.unmarked or ("abnormal" if self.is_benchmark else "out"), None
         if (self.layout.unmarked or not self.is_benchmark) and (mask := read_mask(sample)):
             self.levels[sample.name] = mask.levels, mask.by_label
@@ -281,9 +281,9 @@ class MedicalDataset:
         return sample
 
     def left_out_lines(self) -> list[str]:
-        """Why something is no sample, and the levels of masks if not just 0 and 255: of what was read so far.
+        """The reasons for left-out images, and mask levels other than 0 and 255, of the files read so far.
 
-        The masks of the paper's data are not looked at.
+        The masks of the paper's data sets are not inspected.
         """
         left_out = sorted(self.left_out.items())
         lines = [f"{len(names)} {why}, such as {preview(sorted(names), 1)}" for why, names in left_out]
@@ -295,15 +295,15 @@ class MedicalDataset:
     # --- shots ---
 
     def shots(self, shot_normal: int, shot_abnormal: int, iterate: int, seed: int) -> Shots:
-        """The few-shot images; a class's list is the one for its own number of shots. See `Shots`.
+        """The few-shot images; each class uses the list for its own number of shots.
 
-        Without a list they are drawn, each of another patient as far as patients are known and there are so many (not
-        on the paper's data); where the data set has masks, abnormal ones among those that have one.
+        Without a list they are drawn at random, from different patients if enough are known (not on the paper's data
+        sets). If the data set has masks, abnormal shots are drawn from the images with a mask.
 
         Raises:
-            InputError: a list that names other images or too few, fewer images than shots, a shot without a mask.
+            InputError: a list names other images or too few, there are too few images, or a shot has no mask.
         """
-        draw = random.Random(seed if seed >= 0 else str(seed))  # which takes -5 for 5
+        draw = random.Random(seed if seed >= 0 else str(seed))  # Random(-5) equals Random(5)
         groups: list[list[Sample]] = [[], []]
         sources: list[str] = []
         for label, count in ((1, shot_abnormal), (0, shot_normal)):
@@ -323,12 +323,12 @@ class MedicalDataset:
         return Shots(groups[1], groups[0], ", ".join(dict.fromkeys(sources)))
 
     def known_shots(self, label: int) -> dict[str, Sample]:
-        """The images of a class in valid by what lists call them."""
+        """The images of a class in valid, by their names in few-shot lists."""
         images = (image for file in self.image_files("valid", label) for image in self.images_in(file))
         return {image.listed: image for image in images}
 
     def _drawn(self, label: int, count: int, draw: random.Random, known: Mapping[str, Sample], flag: str) -> list[str]:
-        """The names of `count` images, drawn from those that may be shots."""
+        """The names of `count` images, drawn from those that can be shots."""
         usable = {sample for file in self.image_files("valid", label) for sample in self.samples_in(file)}
         patients = {
             name: None if self.is_benchmark else sample.patient
@@ -345,9 +345,9 @@ class MedicalDataset:
     def _listed(
         self, label: int, count: int, iterate: int, known: Mapping[str, Sample]
     ) -> tuple[list[str], str] | None:
-        """The names on the list for `count` shots and that list's name; None where there is none for these images.
+        """The names on the list for `count` shots, and the list's name; None if there is no list for these images.
 
-        Shots in the list of the images come first.
+        Shots that the list of images marks take precedence.
         """
         if iterate < 0:
             return None
@@ -357,10 +357,10 @@ class MedicalDataset:
         elif path := self.shot_lists().get(f"my{count}-shot.txt"):
             lines, remarks = parse_shot_list(path)
             names = pick_names(lines, remarks, path, LETTERS[label], iterate)
-            source = "/".join(path.parts[-3:])  # checkpoints keep it: the data set's folder, not what leads there
+            source = "/".join(path.parts[-3:])  # for checkpoints: no folders above the data set
             if SEEDS in path.parents:
                 source = f"{FOLDER.name}/{source}"
-                if not set(names) & set(known):  # other images under the same name, as with the phantom
+                if not set(names) & set(known):  # other images with this data set's name, such as a phantom's
                     if self.obj in BENCHMARKS and not self.is_made_up:
                         why = f"none of its {KINDS[label]} images is in valid, so the shots are not the published ones"
                         warn_once(f"{source}: {why}: is the copy whole?")
@@ -372,21 +372,21 @@ class MedicalDataset:
         return names, source
 
     def shot_lists(self) -> dict[str, Path]:
-        """The few-shot lists by their names; the data set's own win over the project's."""
+        """The few-shot lists by file name; the data set's own take precedence over the project's."""
         paths = [*list_paths(SEEDS / self.obj), *list_paths(self.root / "fewshot_seed")]
         return {path.name: path for path in paths}
 
 
 @dataclass(frozen=True)
 class Shots:
-    """The few labelled images that training sees."""
+    """The few labelled images that are used for training."""
 
-    abnormal: list[Sample]  # may be empty: normal-only support
+    abnormal: list[Sample]  # may be empty: training with normal images only
     normal: list[Sample]
     source: str  # the list file, or how they were sampled
 
     @property
     def names(self) -> dict[str, list[str]]:
-        """As a list would give them: what is printed, logged and stored in the checkpoint."""
+        """The names as in a few-shot list; they are printed, logged and stored in the checkpoint."""
         groups = {"abnormal": self.abnormal, "normal": self.normal}
         return {kind: [sample.listed for sample in group] for kind, group in groups.items()}

@@ -1,11 +1,11 @@
 """Write a MedMNIST v2 set in this project's layout: real images in one command.
 
     python -m dataset.medmnist breastmnist --size 224 --out data      downloaded by the package medmnist (optional)
-    python -m dataset.medmnist pneumoniamnist --npz FILE --out data   from a file that you have
+    python -m dataset.medmnist pneumoniamnist --npz FILE --out data   from a local file
 
-valid/ holds the images of train and val, test/ those of test; every class but the normal one is abnormal. There are no
-masks, so image metrics alone are measured, and no patient numbers: MedMNIST's own division is kept, and nothing more
-is known. Afterwards: `python train.py --obj breastmnist --data_path data --shot 16`.
+valid/ holds the images of train and val, test/ those of test; every class except the normal one is abnormal. There are
+no masks, so only image metrics are measured. There are no patient numbers either: MedMNIST's own splits are kept.
+Afterwards: `python train.py --obj breastmnist --data_path data --shot 16`.
 """
 
 import csv
@@ -25,8 +25,8 @@ from .writer import Writer, new_folder
 SIZES = (28, 64, 128, 224)
 PARTS = {"valid": ("train", "val"), "test": ("test",)}  # our split -> MedMNIST's
 LICENCE = "CC BY 4.0"  # of all of these, in medmnist 3.0.2
-# What MedMNIST's labels of a set mean here (`normal` is that of normal images; "": a row of 0 and 1 for each finding,
-# normal without any), what prompts call it, and whose images they are.
+# For each set: MedMNIST's label of normal images (`normal`; "": labels are rows of 0 and 1 for each finding, and normal
+# images have none), what prompts call it, and whom to cite.
 with (FOLDER / "medmnist.csv").open(encoding="utf-8", newline="") as _file:
     SOURCES = {row["name"]: row for row in csv.DictReader(_file)}
 LICENCE_TEXT = """{name} of MedMNIST v2. Licence: {licence}.
@@ -42,9 +42,9 @@ one is abnormal.
 
 
 def convert(archive: Path, name: str, folder: Path, most_valid: int, seed: int) -> Writer:
-    """Write images, shot lists, NAME.json and LICENSE.txt below `folder`, which is empty.
+    """Write images, shot lists, NAME.json and LICENSE.txt into the empty `folder`.
 
-    At most `most_valid` images of a class (0: all) are drawn for valid/. `InputError` for a damaged archive.
+    At most `most_valid` images per class (0: all) are drawn for valid/. Raises `InputError` for a damaged archive.
     """
     source, rng, writer = SOURCES[name], random.Random(seed), Writer(folder)
     with blame(f"--npz {archive}", errors=(*EXPECTED, BadZipFile)), np.load(archive) as arrays:
@@ -57,7 +57,7 @@ def convert(archive: Path, name: str, folder: Path, most_valid: int, seed: int) 
             rows = [(part, row) for part in PARTS[split] for row in np.flatnonzero(labels[part] == label).tolist()]
             if split == "valid" and 0 < most_valid < len(rows):
                 rows = sorted(rng.sample(rows, most_valid))
-            for part, chosen in groupby(rows, key=lambda row: row[0]):  # one part in memory at a time: some take 13 GB
+            for part, chosen in groupby(rows, key=lambda row: row[0]):  # one part in memory at a time: up to 13 GB
                 images = arrays[f"{part}_images"]
                 for _, row in chosen:
                     writer.add(split, label, f"{part}{row:06d}", Image.fromarray(images[row]))
@@ -69,7 +69,7 @@ def convert(archive: Path, name: str, folder: Path, most_valid: int, seed: int) 
 
 
 def download(name: str, size: int, folder: Path) -> Path:
-    """MedMNIST's file, which the package `medmnist` fetches and checks; `InputError` where that cannot be."""
+    """Download MedMNIST's file with the package `medmnist`, which verifies it; raises `InputError` if that fails."""
     try:
         import medmnist  # noqa: PLC0415 - an optional dependency
     except ImportError as error:
@@ -79,12 +79,12 @@ def download(name: str, size: int, folder: Path) -> Path:
     kind = getattr(medmnist, medmnist.INFO[name]["python_class"])
     errors = RuntimeError, TypeError, OSError
     with blame(f"{name}: medmnist could not download it", "give the .npz with --npz", errors):
-        kind(split="val", download=True, size=size, root=str(folder))  # the smallest split, as it is read as well
+        kind(split="val", download=True, size=size, root=str(folder))  # loads the split too: val is the smallest
     return folder / (f"{name}.npz" if size == SIZES[0] else f"{name}_{size}.npz")
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = Parser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("name", choices=SOURCES, help="a set that has a normal class")
     parser.add_argument("--size", type=int, choices=SIZES, default=224, help="pixels a side, of the download")

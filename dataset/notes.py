@@ -1,6 +1,6 @@
-"""What is said of a data set, a line each: what was recognised, what was left out, and what lies there and is not used.
+"""Notes for the user on a data set, one line each: what was recognised, left out, or present but not used.
 
-A line that begins with `warning: ` is for a look. Lines on samples tell of those that were asked for so far.
+A line that begins with `warning: ` needs attention. Notes on samples cover only the files read so far.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ from .readers.masks import read_mask
 
 
 def describe(dataset: MedicalDataset) -> list[str]:
-    """All lines; with --anonymous none names a file, a folder that is not used, or a patient."""
+    """All notes; with --anonymous none names a file, an unused folder or a patient."""
     lines = [
         f"images by {dataset.listing}" if dataset.listing else None,
         benchmark_note(dataset), split_note(dataset), kinds_note(dataset), masks_note(dataset),
@@ -27,7 +27,7 @@ def describe(dataset: MedicalDataset) -> list[str]:
 
 
 def benchmark_note(dataset: MedicalDataset) -> str | None:
-    """Where the name is one of the paper's six: whether the counts are, too."""
+    """Whether a data set with a name of the paper's six has their number of images, too; None for other names."""
     if dataset.obj not in BENCHMARKS or dataset.is_made_up:
         return None
     if dataset.is_benchmark:
@@ -38,7 +38,7 @@ def benchmark_note(dataset: MedicalDataset) -> str | None:
 
 
 def split_note(dataset: MedicalDataset) -> str | None:
-    """The folders that are divided between the splits."""
+    """The folders whose images are divided between the splits."""
     divided = [file for file in dataset.files if file.divided]
     if not divided:
         return None
@@ -49,14 +49,14 @@ def split_note(dataset: MedicalDataset) -> str | None:
 
 
 def kinds_note(dataset: MedicalDataset) -> str | None:
-    """The folders that count as abnormal, where there are several."""
+    """The folders that count as abnormal, if there are several."""
     measured = [file for file in dataset.files if file.label and (file.divided or file.split == "test")]
     folders = list(dict.fromkeys(file.folder for file in measured))
     return f"abnormal are {len(folders)} folders: {', '.join(folders)}" if folders[1:] and not dataset.listing else None
 
 
 def masks_note(dataset: MedicalDataset) -> str | None:
-    """Where the masks were found; or what the label of a slice means without."""
+    """Where the masks were found, or what labels mean for slices if there are no masks."""
     abnormal = [file for file in dataset.files if file.label]
     if dataset.pixel_metrics:
         places = Counter(_place(file) for file in abnormal if file.masks)
@@ -68,7 +68,7 @@ def masks_note(dataset: MedicalDataset) -> str | None:
 
 
 def _place(file: Sample) -> str:
-    """Where an image's masks lie, in words."""
+    """The location of an image's masks, in words."""
     home = file.masks[0].parent
     if home == file.path.parent:
         return "beside the images"
@@ -77,7 +77,7 @@ def _place(file: Sample) -> str:
 
 
 def normal_note(dataset: MedicalDataset) -> str | None:
-    """Normal images whose mask marks something; the paper's are not looked at."""
+    """Normal images whose mask marks something; the paper's data sets are not inspected."""
     masked = [file for file in dataset.files if not file.label and file.masks and not dataset.is_benchmark]
     names = [
         sample.name
@@ -101,7 +101,7 @@ def unused_notes(dataset: MedicalDataset) -> list[str]:
 
 
 def patients_note(dataset: MedicalDataset) -> str:
-    """How many patients were recognised, with examples; a warning where none was."""
+    """How many patients were recognised, with examples; a warning if there are none."""
     if dataset.is_made_up:
         return "patients: none, as the images are made up"
     files = dataset.files

@@ -1,16 +1,16 @@
 """Which files of a folder are masks, and which mask belongs to which image.
 
-A file is a mask if it lies in a folder of `MASK_FOLDERS`, or if such a word ends its name: `X_mask.png`, `X-mask.png`,
-`X_mask_1.png`, `X_seg.nii.gz`. One rule pairs them. The mask has the image's name, with or without such a word behind
-it, and its folders, those of `MASK_FOLDERS` left out, are among the image's in the same order:
+A file is a mask if it is in a folder of `MASK_FOLDERS`, or if its name ends with such a word: `X_mask.png`,
+`X-mask.png`, `X_mask_1.png`, `X_seg.nii.gz`. A mask belongs to an image if its name without such a word is the image's
+name, and if its folders, except those of `MASK_FOLDERS`, occur among the image's folders in the same order:
 
     benign/X_mask.png                        benign/X.png
     test/Ungood/anomaly_mask/X.png           test/Ungood/img/X.png
     ground_truth/crack/X_mask.png            test/crack/X.png
     abnormal/case09/mask/X.png               abnormal/case09/CT/X.dcm
 
-Of several such folders the nearest counts: the one that shares most folders with the image. Upper and lower case are
-the same in folders' names, and so are the two ways in which Unicode writes an accent.
+If masks in several folders match, those in the folder that shares most folders with the image are used. Case is ignored
+in folder names; in all names, the two Unicode forms of an accented letter are equal.
 """
 
 import re
@@ -30,40 +30,40 @@ MASK_NAME = re.compile(
     r"(.+?)[ _-]+(?:anomaly[ _-]?mask|masks?|seg|segmentation|labels?|gt|ground[ _-]?truth)(?:[ _-]?\d+)?",
     re.IGNORECASE,
 )
-# What NAS boxes and macOS put beside pictures; names that begin with a dot are left out as well.
+# Folders that NAS devices and macOS put beside pictures; names that begin with a dot are skipped as well.
 CLUTTER = ("@eadir", "__macosx", "#recycle")
 
 
 def one_form(name: str) -> str:
-    """A name with its accents in one form, as macOS writes them in another."""
+    """The name in Unicode's composed form (NFC); macOS stores accents in another form."""
     return unicodedata.normalize("NFC", name)
 
 
 def base(name: str) -> str:
-    """A mask's name, without extension, as its image's: `X` of X_mask_1; another name as it is."""
+    """The image name in a mask's name (without extension): `X` for X_mask_1; other names are returned as they are."""
     match = MASK_NAME.fullmatch(one_form(name))
     return match[1] if match else one_form(name)
 
 
 def is_clutter(place: str) -> bool:
-    """Whether a path leads through a folder of previews that a NAS or macOS keeps."""
+    """Whether a path leads through a folder of `CLUTTER`."""
     return not set(CLUTTER).isdisjoint(place.lower().split("/"))
 
 
 def is_mask_folder(name: str) -> bool:
-    """Whether a folder of that name holds masks: `Ground Truth` is as good as `ground_truth`."""
+    """Whether a folder of that name holds masks; `Ground Truth` counts as `ground_truth`."""
     return re.sub("[ -]", "_", name.lower()) in MASK_FOLDERS
 
 
 def in_mask_folder(place: str) -> bool:
-    """Whether a path, relative to where images are sought, leads through a folder of masks."""
+    """Whether a path, relative to the searched folder, leads through a folder of masks."""
     return any(map(is_mask_folder, place.split("/")[:-1]))
 
 
 def list_pictures(root: Path) -> tuple[list[Path], list[Path]]:
     """The images and the masks in a folder and below it, sorted.
 
-    `InputError` for a folder that cannot be read: leaving it out would change the numbers.
+    Raises `InputError` if a folder cannot be read: skipping it would change the results.
     """
     images: list[Path] = []
     masks: list[Path] = []
@@ -76,7 +76,7 @@ def list_pictures(root: Path) -> tuple[list[Path], list[Path]]:
 
 
 def pair(root: Path, files: Iterable[Sample], masks: Iterable[Path]) -> list[Sample]:
-    """The files with their masks, sorted: several of one image lie in the same folder."""
+    """The files with their masks, which are sorted; all masks of an image come from the same folder."""
     known: defaultdict[str, list[tuple[list[str], Path]]] = defaultdict(list)
     for mask in sorted(masks):
         known[base(stem(mask))].append((_folders(root, mask), mask))
@@ -91,7 +91,7 @@ def pair(root: Path, files: Iterable[Sample], masks: Iterable[Path]) -> list[Sam
 
 
 def named_masks(paths: Sequence[Path]) -> tuple[set[Path], set[Path]]:
-    """The files that their names call masks, of an image that lies beside them and of none; prediction goes by this."""
+    """Files named like masks, for prediction: those whose image is in the same folder, and those without an image."""
     names = {(path.parent, one_form(stem(path))) for path in paths}
     named = {path for path in paths if MASK_NAME.fullmatch(one_form(stem(path)))}
     beside = {path for path in named if (path.parent, base(stem(path))) in names}
@@ -99,12 +99,12 @@ def named_masks(paths: Sequence[Path]) -> tuple[set[Path], set[Path]]:
 
 
 def _folders(root: Path, path: Path) -> list[str]:
-    """The folders from `root` to a file, in one form, without those of masks."""
+    """The folders from `root` to a file, in lower case and NFC, without mask folders."""
     parts = PurePosixPath(one_form(path.relative_to(root).as_posix()).lower()).parts[:-1]
     return [part for part in parts if not is_mask_folder(part)]
 
 
 def _is_among(folders: Sequence[str], others: Iterable[str]) -> bool:
-    """Whether `others` holds all of `folders` in their order."""
+    """Whether `others` contains all of `folders` in the same order."""
     remaining = iter(others)
     return all(folder in remaining for folder in folders)

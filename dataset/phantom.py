@@ -2,10 +2,10 @@
 
     python -m dataset.phantom --out data --obj Brain Chest --valid 20 --test 30
 
-The pictures are textured ellipses with round spots for lesions. They differ in what the paper's six data sets differ in
-(grey or colour, the shape of the background, bright or dark lesions, masks or none) and say NOTHING about medicine:
-results on them show that the code works, not that a method does. A lesion changes pixels only inside its mask, so an
-abnormal image equals its healthy twin everywhere else.
+The pictures are textured ellipses with round spots as lesions. They vary like the paper's six data sets (grey or
+colour, the shape of the background, bright or dark lesions, masks or none) and say NOTHING about medicine: results on
+them show that the code works, not that a method works. A lesion changes pixels only inside its mask; everywhere else,
+an abnormal image equals its healthy twin.
 """
 
 from collections.abc import Sequence
@@ -21,17 +21,17 @@ from utils import InputError, Parser, blame, integer, run_cli
 from .layout import MADE_UP, SPLITS
 from .writer import FOLDERS, Writer
 
-CONTRAST = (0.3, 0.5)  # how far a lesion lies from the tissue around it, of the full grey range: the difficulty
-FAINT = 0.2  # the part of a pixel's colour that is lesion, below which none is painted; the mask is every pixel above
+CONTRAST = (0.3, 0.5)  # difference between lesion and surrounding tissue, in full grey ranges: sets the difficulty
+FAINT = 0.2  # minimum opacity of a lesion at a pixel; fainter pixels are not painted and not in the mask
 NOTICE = "synthetic: drawn by dataset/phantom.py, it says nothing about medicine"
 
 
 class Style(NamedTuple):
-    """What the pictures of a data set are like; lengths in halves of a picture's side."""
+    """The appearance of a data set's pictures; lengths are in halves of a picture's side."""
 
     body: tuple[float, float]  # half axes of the ellipse, across and down
     grain: int  # independent values of the texture along a side
-    lesions: tuple[int, int]  # of lesions in an abnormal image: at least, less than
+    lesions: tuple[int, int]  # number of lesions in an abnormal image: lower bound, upper bound (exclusive)
     radius: tuple[float, float]
     tone: int  # 1: lesions are brighter than the tissue; -1: darker
     has_masks: bool
@@ -49,24 +49,24 @@ STYLES = {
 
 
 def spot(size: int, center: np.ndarray, axes: np.ndarray) -> np.ndarray:
-    """Coverage (size, size) in [0, 1] of an ellipse with a soft border; a picture reaches from -1 to 1."""
+    """Coverage (size, size) in [0, 1] of an ellipse with a soft border; picture coordinates run from -1 to 1."""
     axis = (np.arange(size) + 0.5) * 2 / size - 1
     distance: np.ndarray = np.hypot((axis[None] - center[0]) / axes[0], (axis[:, None] - center[1]) / axes[1])
     return ((1.1 - distance) / 0.2).clip(0, 1)
 
 
 def draw(obj: str, split: str, label: str, index: int, seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """One picture, which depends on nothing but these arguments.
+    """Draw one picture, which depends only on the arguments.
 
-    Returns the uint8 image, (size, size) or for Histopathology (size, size, 3), and the bool mask (size, size): the
-    pixels that a lesion has changed, all False for label "good".
+    Returns the uint8 image, (size, size) or for Histopathology (size, size, 3), and the bool mask (size, size) of the
+    pixels that a lesion changed, all False for label "good".
     """
     key = seed, list(STYLES).index(obj), SPLITS.index(split), FOLDERS.index(label), index
     style, rng = STYLES[obj], np.random.default_rng([*key, 0])
     center, axes = rng.uniform(-0.05, 0.05, 2), rng.uniform(0.92, 1.08, 2) * np.array(style.body)
     coarse = Image.fromarray(rng.standard_normal((style.grain, style.grain)).astype(np.float32))
     texture = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), np.float64)
-    rim, room = spot(size, center, axes), spot(size, center, 0.8 * axes)  # lesions lie in the room
+    rim, room = spot(size, center, axes), spot(size, center, 0.8 * axes)  # `room`: where lesions may be
     image = 0.05 + 0.25 * rim + room * (0.2 + 0.05 * texture) + 0.02 * rng.standard_normal((size, size))
     mask = np.zeros((size, size), bool)
     if label == "Ungood":
@@ -85,10 +85,10 @@ def draw(obj: str, split: str, label: str, index: int, seed: int, size: int) -> 
 
 
 def write(out: str | Path, obj: Sequence[str], valid: int, test: int, seed: int, size: int) -> None:
-    """Write the data sets `obj` below `out`, with `valid` and `test` images a class; size in pixels.
+    """Write the data sets `obj` below `out`, with `valid` and `test` images per class; `size` is in pixels.
 
-    An earlier phantom's pictures, masks and shot lists are replaced. `InputError` for a folder that is there but is no
-    phantom (nothing has been written by then), or one that cannot be written.
+    Pictures, masks and shot lists of an earlier phantom are replaced. Raises `InputError` if a folder exists and is no
+    phantom (nothing is written in that case), or cannot be written.
     """
     folders = {name: Path(out) / f"{name}_AD" for name in obj}
     if foreign := [folder for folder in folders.values() if folder.exists() and not (folder / MADE_UP).is_file()]:
@@ -96,7 +96,7 @@ def write(out: str | Path, obj: Sequence[str], valid: int, test: int, seed: int,
     for name, folder in folders.items():
         with blame(f"--out {folder}", errors=(OSError,)):
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / MADE_UP).write_text(f"{NOTICE}\n", encoding="utf-8")  # first, so that it can be repeated
+            (folder / MADE_UP).write_text(f"{NOTICE}\n", encoding="utf-8")  # first: a rerun accepts the folder
             for path in [*folder.glob("*/*/*/*_*_[0-9]*.png"), *folder.glob("fewshot_seed/my*-shot.txt")]:
                 path.unlink()
             writer = Writer(folder)
@@ -111,7 +111,7 @@ def write(out: str | Path, obj: Sequence[str], valid: int, test: int, seed: int,
 
 
 def main() -> None:
-    """Read the command line and write the data sets."""
+    """Parse the command line and write the data sets."""
     parser = Parser(prog="python -m dataset.phantom", description=f"Draw a data set ({NOTICE}).")
     flag, count, names = parser.add_argument, integer(0, 99_999), list(STYLES)  # files have numbers of five digits
     flag("--out", default="data", help="folder that will hold <obj>_AD (default: data)")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 # In this order: the image itself, rotations, translations, zooms, colour jitter, two flips.
 ROTATIONS = (-math.pi / 8, -math.pi / 16, math.pi / 16, math.pi / 8)
-TRANSLATIONS = ((0.1, 0.1), (-0.1, 0.1), (-0.1, -0.1), (0.1, -0.1))  # in affine-grid units: half an image is 1
+TRANSLATIONS = ((0.1, 0.1), (-0.1, 0.1), (-0.1, -0.1), (0.1, -0.1))  # in affine-grid units: 1 is half an image
 ZOOMS = (1.1, 1.15, 1.2, 1.3)
 JITTER_VIEW = 13
 VIEWS = 16
@@ -18,10 +18,10 @@ def augment_view(images: Tensor, view: int, jitter: tuple[float, float] | None =
     """One of the 16 views of the published augmentation.
 
     Args:
-        images: (B, channels, S, S) in [0, 1]; masks go through the same views and become soft.
-        view: 0 identity, 1-4 rotations, 5-8 translations, 9-12 zooms, 13 colour jitter, 14 horizontal and 15
+        images: (B, channels, S, S) in [0, 1]; masks take the same views and get soft edges.
+        view: 0 identity, 1-4 rotations, 5-8 translations, 9-12 zooms, 13 colour jitter, 14 horizontal flip, 15
             vertical flip.
-        jitter: two draws in [0, 1) for brightness and contrast; None (for masks) leaves view 13 as it is.
+        jitter: two random numbers in [0, 1) for brightness and contrast; None (for masks) makes view 13 the identity.
 
     Returns:
         (B, channels, S, S) in [0, 1].
@@ -42,7 +42,7 @@ def augment_view(images: Tensor, view: int, jitter: tuple[float, float] | None =
 
 
 def augment(images: Tensor, jitter: tuple[float, float] | None = None) -> Tensor:
-    """All 16 views, view by view (every image of view 0, then of view 1, ...): (B, ...) -> (16 B, ...)."""
+    """All 16 views, view by view (all images in view 0, then in view 1, ...): (B, ...) -> (16 B, ...)."""
     return torch.cat([augment_view(images, view, jitter) for view in range(VIEWS)])
 
 
@@ -62,6 +62,6 @@ def _zoom(images: Tensor, factor: float) -> Tensor:
 
 def _jitter(images: Tensor, brightness: float, contrast: float) -> Tensor:
     bright = images * (0.8 + 0.4 * brightness)
-    # The published mean is over channels and rows, which leaves one mean a column.
+    # The published mean is over channels and rows, which gives one mean per column.
     mean = bright.mean(dim=(-3, -2), keepdim=True)
     return ((bright - mean) * (0.8 + 0.4 * contrast) + mean).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""Write a data set as PNG files in the layout that everything reads: <split>/{good,Ungood}/{img,anomaly_mask}/NAME."""
+"""Write a data set as PNG files in the standard layout, <split>/{good,Ungood}/{img,anomaly_mask}/NAME."""
 
 import os
 import shutil
@@ -19,10 +19,10 @@ SHOTS = (1, 2, 4, 8, 16)
 
 @contextmanager
 def new_folder(root: Path, flag: str) -> Iterator[Path]:
-    """A temporary folder that becomes `root` when the block succeeds, so that half a data set never has its name.
+    """A temporary folder that becomes `root` when the block succeeds, so that `root` is never incomplete.
 
     Raises:
-        InputError: naming `flag` and `root`, which is there already, or cannot be written.
+        InputError: `root` exists and is not empty, or cannot be written; the message names `flag` and `root`.
     """
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise InputError(f"{flag} {root}: it is there already and not empty; remove it or name another folder")
@@ -31,13 +31,13 @@ def new_folder(root: Path, flag: str) -> Iterator[Path]:
         with blame(f"{flag} {root}", errors=(OSError,)):
             temporary.mkdir(parents=True)
             yield temporary
-            temporary.replace(root)  # an empty folder is replaced, too
+            temporary.replace(root)  # also if `root` is an empty folder
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 class Writer:
-    """Writes images below `root`; `names` has the files of each (split, label) in their order."""
+    """Writes images below `root`; `names` lists the files of each (split, label) in the order written."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -46,7 +46,7 @@ class Writer:
             (root / split / FOLDERS[label] / "img").mkdir(parents=True, exist_ok=True)
 
     def add(self, split: str, label: int, name: str, image: Image.Image, mask: Image.Image | None = None) -> None:
-        """Write an image, called `name` without an ending, and its mask; `OSError` where that fails."""
+        """Write an image and its mask as `name`.png; raises `OSError` if that fails."""
         folder, file = self.root / split / FOLDERS[label], f"{name}.png"
         image.save(folder / "img" / file)
         if mask is not None:
@@ -55,7 +55,7 @@ class Writer:
         self.names[split, label].append(file)
 
     def write_lists(self, normal: Sequence[str], abnormal: Sequence[str]) -> None:
-        """Write few-shot lists of these images, each the beginning of the next, as far as there are some of both."""
+        """Write a few-shot list for each number in `SHOTS` that both classes reach; each list extends the last."""
         lists = self.root / "fewshot_seed"
         lists.mkdir(exist_ok=True)
         for shot in (shot for shot in SHOTS if shot <= min(len(normal), len(abnormal))):
@@ -63,7 +63,7 @@ class Writer:
             (lists / f"my{shot}-shot.txt").write_text(lines, encoding="utf-8")
 
     def counts(self) -> str:
-        """How many images there are, in words."""
+        """The numbers of images, in words."""
         return "; ".join(
             f"{split} {len(self.names[split, 0])} normal, {len(self.names[split, 1])} abnormal" for split in SPLITS
         )

@@ -1,4 +1,4 @@
-"""What the scripts share; `from engine import load` opens a checkpoint for prediction (see engine.predictor)."""
+"""Code shared by the scripts; `from engine import load` opens a checkpoint for prediction (see engine.predictor)."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ __all__ = ["InputError", "Prediction", "Predictor", "load"]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401
-    """Import what is asked for when it is asked for: `import engine` itself loads nothing."""
+    """Import names lazily, on first use, so that `import engine` alone is fast."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import predictor  # noqa: PLC0415

@@ -1,7 +1,7 @@
-"""What a reviewer asks to be beaten, from the same tokens, shots and test images as MadCLIP. Not in the paper.
+"""Baselines on the same tokens, shots and test images as MadCLIP. Not in the paper.
 
-Each baseline gives scores (B, K or 1, N) of tokens, K tensors (B, N, C); they stand in for MadCLIP's patch scores, so
-that one `Evaluation` measures them all. An image-level method gives every patch of an image the same score.
+Each baseline maps tokens, K tensors (B, N, C), to scores (B, K or 1, N). These replace MadCLIP's patch scores, so that
+one `Evaluation` measures them all. An image-level method gives every patch of an image the same score.
 """
 
 import argparse
@@ -29,21 +29,21 @@ from .metrics import measure
 from .training import Splits, TrainingSet
 
 BATCH = 32  # test images at a time
-MAX_BANK = 10_000  # patches in a memory bank; a larger one is thinned out, as PatchCore's
+MAX_BANK = 10_000  # patches in a memory bank; a larger bank is subsampled, as in PatchCore
 MAX_PATCHES = 20_000  # patches that the logistic regression is fitted to
-SKETCH = 128  # width of the random projection in which the bank is thinned out, as in PatchCore
+SKETCH = 128  # width of the random projection in which the bank is subsampled, as in PatchCore
 NAMES = ("zero-shot CLIP", "nearest normal patch", "class prototypes", "logistic regression")
 Scores = Callable[[list[Tensor]], Tensor]
 
 
 class Training:
-    """What the shots show: the same views that MadCLIP is trained on.
+    """The training data: the same views of the shots that MadCLIP is trained on.
 
     Args:
         tokens: K tensors (V, N, C).
         labels: (V,) bool, True = abnormal.
-        masks: (V, N) in [0, 1], the abnormal part of each patch; None without masks: every patch is as its image.
-        generator: of all that is drawn.
+        masks: (V, N) in [0, 1], the abnormal fraction of each patch; if None, each patch has the label of its image.
+        generator: for all random draws.
     """
 
     def __init__(self, tokens: list[Tensor], labels: Tensor, masks: Tensor | None, generator: torch.Generator) -> None:
@@ -53,16 +53,16 @@ class Training:
 
 
 def pool_masks(masks: Tensor, patches: int) -> Tensor:
-    """Pixels to patches: (V, S, S) bool -> (V, N), the abnormal part of each patch in [0, 1]."""
+    """Pixels to patches: (V, S, S) bool -> (V, N), the abnormal fraction of each patch in [0, 1]."""
     return F.adaptive_avg_pool2d(masks[:, None].float(), round(patches**0.5)).flatten(1)
 
 
 def zero_shot(project: Callable[[Tensor], Tensor], text_features: Tensor) -> Scores:
-    """CLIP with fixed prompts, nothing trained and no shot seen: the logit of `abnormal` of each patch, one layer.
+    """CLIP with fixed prompts, without training or shots: the logit of `abnormal` for each patch of the last layer.
 
     Args:
         project: the tower's final norm and projection, (B, N, C) of its last layer -> (B, N, D).
-        text_features: (D, 2), columns [normal, abnormal], each of norm 1: MadCLIP's fixed sentences.
+        text_features: (D, 2), columns [normal, abnormal], each of norm 1, from MadCLIP's fixed sentences.
     """
     direction = 100 * (text_features[:, 1] - text_features[:, 0])  # 100: CLIP's temperature
     return lambda layers: (F.normalize(project(layers[-1]), dim=-1) @ direction)[:, None]
@@ -71,7 +71,7 @@ def zero_shot(project: Callable[[Tensor], Tensor], text_features: Tensor) -> Sco
 def nearest_normal_patch(training: Training) -> Scores:
     """Distance to the nearest patch of the normal shots (PatchCore, Roth et al., CVPR 2022), in [0, 2] for each layer.
 
-    As there, a patch is the mean of 3 x 3, and a large bank is thinned out greedily; the distance is 1 - cosine.
+    As in PatchCore, a patch is a mean over 3 x 3, and a large bank is subsampled greedily. The distance is 1 - cosine.
     """
     normal = [neighbourhoods(layer[~training.labels]).flatten(0, 1) for layer in training.tokens]
     banks = [bank[coreset(bank, MAX_BANK, training.generator)] for bank in normal]
@@ -84,7 +84,7 @@ def nearest_normal_patch(training: Training) -> Scores:
 
 
 def neighbourhoods(tokens: Tensor) -> Tensor:
-    """The mean of each patch with its neighbours, at the border of those that there are: (B, N, C), of norm 1."""
+    """Patches averaged over their 3 x 3 neighbourhoods, cropped at the border: (B, N, C) -> (B, N, C), of norm 1."""
     side = round(tokens.shape[1] ** 0.5)
     grid = tokens.transpose(1, 2).reshape(len(tokens), -1, side, side)
     pooled = F.avg_pool2d(grid, 3, stride=1, padding=1, count_include_pad=False)
@@ -106,7 +106,7 @@ def coreset(bank: Tensor, size: int, generator: torch.Generator) -> Tensor:
 
 
 def prototypes(training: Training) -> Scores:
-    """One mean patch a class and layer: the cosine with the abnormal minus that with the normal, in [-2, 2].
+    """For each layer, the cosine with the mean abnormal patch minus that with the mean normal patch, in [-2, 2].
 
     Without abnormal shots the score is minus the cosine with the normal prototype.
     """
@@ -114,7 +114,7 @@ def prototypes(training: Training) -> Scores:
     for layer in training.tokens:
         patches = F.normalize(layer, dim=-1)
         chosen = training.normal_patches, training.abnormal_patches
-        normal, abnormal = (F.normalize(patches[of].sum(dim=0), dim=0) for of in chosen)  # 0 where there is no patch
+        normal, abnormal = (F.normalize(patches[of].sum(dim=0), dim=0) for of in chosen)  # 0 without patches
         directions.append(abnormal - normal)
     return lambda layers: torch.stack(
         [F.normalize(x, dim=-1) @ direction for x, direction in zip(layers, directions, strict=True)], dim=1
@@ -122,10 +122,10 @@ def prototypes(training: Training) -> Scores:
 
 
 def logistic_regression(training: Training) -> Scores:
-    """scikit-learn's logits, with its defaults: of patches where shots have masks, else of the mean token of images.
+    """Logits of scikit-learn's logistic regression, for patches if the shots have masks, else for images (mean token).
 
-    It reads all layers side by side, each of norm 1, standardised. Patches are drawn, of each class as many as of the
-    other, and not very many. `ValueError` where the shots are all of one class.
+    It has the default settings but `max_iter`, and reads all layers, concatenated, each of norm 1, then standardised.
+    Patches are sampled, equally many of each class, at most MAX_PATCHES. `ValueError` if all shots are of one class.
     """
 
     def features(layers: list[Tensor]) -> Tensor:
@@ -154,9 +154,9 @@ def fit(
     text_features: Tensor,
     names: Sequence[str] = NAMES,
 ) -> Iterator[tuple[str, Scores]]:
-    """The name of each baseline of `names`, and the function that scores tokens.
+    """Fit the baselines in `names`; yields the name of each, and the function that scores tokens.
 
-    `zero_shot` is left out without `project`, the logistic regression where the shots show one class only.
+    `zero_shot` is skipped without `project`, and the logistic regression if the shots show only one class.
     """
     if NAMES[0] in names and project is not None:
         yield NAMES[0], zero_shot(project, text_features)
@@ -170,10 +170,10 @@ def fit(
 
 @torch.no_grad()
 def measure_baselines(options: argparse.Namespace, names: Sequence[str] = NAMES) -> dict[str, Any]:
-    """train.py's options -> the metrics of the baselines on the data, shots and tokens that train.py would use.
+    """Measure the baselines on the data, shots and tokens that train.py would use with these options.
 
-    Images are scored as MadCLIP's are: by the highest pixel of the map where there are masks, else by their patches,
-    which --dec_type summarises; but the nearest normal patch, as PatchCore, by the farthest patch.
+    Images are scored as in MadCLIP: by the highest pixel of the map if there are masks, else by their patches, which
+    --dec_type summarises (the distance to the nearest normal patch by its maximum, as in PatchCore).
 
     Returns:
         {"obj": ..., "mask_above": ..., "shots": ..., "baselines": {name: metrics}}.
@@ -196,7 +196,7 @@ def measure_baselines(options: argparse.Namespace, names: Sequence[str] = NAMES)
     pooled = None if shots.masks is None else pool_masks(shots.masks, patches).to(device)
     training = Training(tokens, shots.labels.bool().to(device), pooled, seeded(options.seed, "baselines"))
     masks = Masks.of(splits.test, settings, options.num_workers, device)
-    aligned = projection is not None and max(store.layers) == weights.config.layers  # DINOv2 knows no text
+    aligned = projection is not None and max(store.layers) == weights.config.layers  # DINOv2 has no text
     project = (lambda x: norm(x) @ projection) if aligned else None
 
     results = {}

@@ -1,7 +1,7 @@
 """The decision threshold of a checkpoint, from labelled images that are not the test set.
 
-They are what is left of valid/ beside the shots where that holds both classes, else the shots' own augmented views,
-which the adapters have seen: a threshold from these is optimistic, and what was used is said. Not in the paper.
+These are the images of valid/ that are not shots, if they show both classes, or else augmented views of the shots. The
+latter were trained on, so their threshold is optimistic; the result names its source. Not in the paper.
 """
 
 import math
@@ -15,13 +15,13 @@ from dataset.readers.images import Sample
 from .evaluation import Evaluation, Masks
 from .metrics import choose_threshold, count_pixels, maps_at_a_time
 
-MAX_IMAGES = 100  # of a class: enough for a threshold, and each passes the tower once
-HEAT_QUANTILES = (0.02, 0.9995)  # of the pixels: the range of colours in pictures
-HEAT_PIXELS = 2**20  # at most, evenly spaced, for the quantiles
+MAX_IMAGES = 100  # per class: enough for a threshold, and each image costs one pass through the tower
+HEAT_QUANTILES = (0.02, 0.9995)  # quantiles of the pixels' scores: the ends of the colour scale in pictures
+HEAT_PIXELS = 2**20  # the quantiles are computed from at most this many pixels, evenly spaced
 VALID_SOURCE = "images of valid/ that are not shots"
 CHOSEN_SOURCE = f"{VALID_SOURCE}, which chose the epoch too: optimistic"
 VIEWS_SOURCE = "augmented views of the shots, which were trained on: optimistic"
-# The rules by which a threshold is chosen, in words, and the classes that each of them needs.
+# The rules for choosing a threshold: a description of each, and the classes that it needs.
 RULES = {
     "f1": ("the largest F1", {0, 1}),
     "fpr": ("a false positive rate of at most {}", {0}),  # with the largest sensitivity
@@ -30,7 +30,7 @@ RULES = {
 
 
 def calibration_samples(samples: Sequence[Sample]) -> list[Sample]:
-    """At most `MAX_IMAGES` images of each class, evenly spaced; none unless there are some of both."""
+    """At most `MAX_IMAGES` images of each class, evenly spaced; an empty list if a class is missing."""
     kept: list[Sample] = []
     for label in (0, 1):
         members = [sample for sample in samples if sample.label == label]
@@ -42,19 +42,19 @@ def calibration_samples(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def calibrate(evaluation: Evaluation, masks: Masks | None, rule: str, source: str) -> dict[str, Any] | None:
-    """A threshold for images, one for pixels, and the range of colours.
+    """Choose a threshold for images and one for pixels, and the range of the colour scale.
 
     Args:
-        evaluation: of the selected epoch, on what `calibration_samples` gave, or on the shots' augmented views, whose
-            samples are the shots' again and again.
+        evaluation: scores of the selected epoch, for images of `calibration_samples` or the shots' augmented views; in
+            the latter case each shot appears as several samples.
         masks: of the same images or views; None on image-only data sets.
         rule: `f1`, `fpr=RATE` or `tpr=RATE`, for images and pixels alike.
-        source: which images these are, one of the *_SOURCE.
+        source: which images these are, in words, such as one of *_SOURCE.
 
     Returns:
-        `value` (abnormal is score >= value), `pixel_value` where there are masks with pixels of the classes that the
-        rule needs, `heat_range`, `rule`, `from` and `figures` (see `threshold_metrics`), plain values for a checkpoint.
-        None where a class that the rule needs has no image.
+        Plain values for a checkpoint: `value` (abnormal is score >= value), `pixel_value` (only if there are masks, and
+        pixels of both classes), `heat_range`, `rule`, `from` (the source) and `figures` (see `threshold_metrics`). None
+        if the images lack a class that the rule needs.
     """
     labels, scores = evaluation.labels, evaluation.image_scores
     name, _, rate = rule.partition("=")
@@ -77,7 +77,7 @@ def calibrate(evaluation: Evaluation, masks: Masks | None, rule: str, source: st
 
 
 def describe_threshold(threshold: dict[str, Any] | None) -> str:
-    """What `calibrate` gave, in a line."""
+    """Describe the result of `calibrate` in one line."""
     if threshold is None:
         return (
             "threshold:  none, as a class that the rule needs has no image; --threshold_at fpr=0.05 needs normal "
@@ -96,7 +96,7 @@ def describe_threshold(threshold: dict[str, Any] | None) -> str:
 
 
 def select_threshold(labels: np.ndarray, scores: np.ndarray, rule: str) -> float:
-    """The threshold by the rule, half way down to the next score against rounding: labels, scores (M,)."""
+    """The threshold by the rule for labels, scores (M,); halfway to the next lower score, so that rounding is safe."""
     values, place = np.unique(-scores, return_inverse=True)  # candidates, highest first
     true, false = (np.bincount(place[labels == label], minlength=len(values)).cumsum() for label in (1, 0))
     best = choose_threshold(true, false, false[-1], rule)
@@ -106,7 +106,7 @@ def select_threshold(labels: np.ndarray, scores: np.ndarray, rule: str) -> float
 
 
 def threshold_metrics(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict[str, Any]:
-    """What score >= threshold does to labels, scores (M,).
+    """Metrics of the decision score >= threshold, for labels, scores (M,).
 
     Returns:
         `f1`, `tpr` (sensitivity) and `fpr` (false positive rate), None for a missing class; `n_normal`, `n_abnormal`.
@@ -124,10 +124,10 @@ def threshold_metrics(labels: np.ndarray, scores: np.ndarray, threshold: float) 
 
 
 def heat_range(evaluation: Evaluation) -> list[float]:
-    """The range of most pixels' scores, [low, high], from at most HEAT_PIXELS of them, evenly spaced."""
+    """The range [low, high] of most pixels' scores, from at most HEAT_PIXELS of them, evenly spaced."""
     side, images, batch = evaluation.img_size, len(evaluation.samples), maps_at_a_time(evaluation)
     step = -(-images * side * side // HEAT_PIXELS)
-    while math.gcd(step, side) > 1:  # else some columns would never be seen
+    while math.gcd(step, side) > 1:  # otherwise some columns would never be sampled
         step += 1
     chosen = []
     for start in range(0, images, batch):

@@ -25,7 +25,7 @@ PUBLISHED_LAYERS = (6, 12, 18, 24)  # the default of --features_list in the publ
 
 
 def show(path: str) -> None:
-    """Print what a checkpoint holds."""
+    """Print the content of a checkpoint."""
     for name, part in read_file(path).items():
         if name in ("settings", METADATA):
             print(f"{'metadata' if name == METADATA else name}: {json.dumps(part, indent=2)}")
@@ -37,7 +37,7 @@ def show(path: str) -> None:
 
 
 def export_file(path: str, out: str, weights_file: str | None) -> None:
-    """Write a checkpoint of ours in the published format."""
+    """Write a checkpoint of this project in the published format."""
     if Path(out).exists() and Path(out).samefile(path):
         raise InputError(f"{out}: is the checkpoint itself, whose settings the published format cannot hold")
     probe_writable(out, "OUT", "checkpoint", read_file)
@@ -61,7 +61,7 @@ def export_file(path: str, out: str, weights_file: str | None) -> None:
 
 
 def export_notes(settings: Settings) -> Iterator[str]:
-    """What the published test program has to be told of an exported checkpoint, and what it cannot be told."""
+    """Notes for the user: flags that the published test program needs, and settings that it cannot express."""
     flags = {name: getattr(settings, name) for name in MODEL_FLAGS if name != "fidelity"}
     defaults = {name: flag["default"] for name, flag in MODEL_FLAGS.items()} | {"features_list": PUBLISHED_LAYERS}
     if settings.visionA == "MViTFC":  # attends across the images of a batch
@@ -85,7 +85,7 @@ def export_notes(settings: Settings) -> Iterator[str]:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = Parser(prog="python -m engine.checkpoint", description="Look at or convert checkpoints.")
     actions = parser.add_subparsers(dest="action", required=True)
     shower = actions.add_parser("show", help="print what a checkpoint holds")

@@ -3,8 +3,8 @@
 python -m engine.compare RUN_A RUN_B [...]                 Markdown on stdout; a run's folder, or test.py's --out_json
 python -m engine.compare RUN_A RUN_B --out results         results/compare.md, .csv and .tex too
 
-Every other run is compared with the first: differences of the image AUC with DeLong's interval for pairs, of the pixel
-AUC with that of a bootstrap over the same draws of images.
+Every other run is compared with the first. Differences of the image AUC have DeLong's interval for paired curves, those
+of the pixel AUC a bootstrap interval over the same draws of images.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,17 +19,17 @@ from utils import EXPECTED, InputError, Parser, blame, preview, read_json, run_c
 from .metrics import CONFIDENCE_LEVEL, Z_95, interval_of, placements
 from .study.tables import Statistic, Table
 
-DISAGREEMENTS = 5  # images that are named
-SHORT = 60  # characters of a setting; of a longer one only that it differs is said
-BESIDE = ("seed", "select", "shots")  # what shapes a run beside its settings
-Result = dict[str, Any]  # of a run or a test, with what `read` adds
-Estimate = tuple[float, Sequence[float]]  # with its interval, both in [0, 1]
+DISAGREEMENTS = 5  # number of images to list
+SHORT = 60  # characters; if a setting's value is longer, the note only names the setting
+BESIDE = ("seed", "select", "shots")  # entries of a result that shaped the run, besides its settings
+Result = dict[str, Any]  # the result of a run or a test, with the entries that `read` adds
+Estimate = tuple[float, Sequence[float]]  # a value and its interval, as fractions
 
 
 def read(path: Path) -> Result:
-    """The result of a run's folder or a file of --out_json; `InputError` for anything else.
+    """Read the result in a run's folder or in a file of --out_json; `InputError` for anything else.
 
-    Added are `name` and `order` (the images as the file lists them), and sorted by name `files`, `labels` and `scores`.
+    Adds `name`, `order` (the images as the file lists them), and `files`, `labels` and `scores`, sorted by file name.
     """
     hint = "give a run's folder, or a file of test.py's --out_json"
     result: Result = read_json(path / "result.json" if path.is_dir() else path, hint)
@@ -42,7 +42,7 @@ def read(path: Path) -> Result:
 
 
 def auc_difference(labels: np.ndarray, one: np.ndarray, other: np.ndarray) -> Estimate:
-    """AUROC of `other` less that of `one`, scores (M,) of the same images, and DeLong's (1988) interval for pairs."""
+    """AUROC of `other` minus that of `one`, scores (M,) of the same images, with DeLong's (1988) paired interval."""
     parts = [after - before for before, after in zip(placements(labels, one), placements(labels, other), strict=True)]
     error = sum(float(part.var(ddof=1)) / len(part) for part in parts if len(part) > 1) ** 0.5
     difference = float(parts[0].mean())
@@ -50,7 +50,7 @@ def auc_difference(labels: np.ndarray, one: np.ndarray, other: np.ndarray) -> Es
 
 
 def pauc_difference(one: Result, other: Result) -> Estimate | None:
-    """The same of the pixel AUROC, from the draws of the bootstrap; None where one has none, or of other images."""
+    """Pixel AUROC of `other` minus that of `one`, with a bootstrap interval; None if draws are missing or unpaired."""
     before, after = (np.array(result.get("pauc_draws") or ()) for result in (one, other))
     if not len(before) or len(before) != len(after) or one["order"] != other["order"]:
         return None
@@ -58,12 +58,12 @@ def pauc_difference(one: Result, other: Result) -> Estimate | None:
 
 
 def rate(hits: np.ndarray) -> Estimate:
-    """The share of hits (M,) and its 95% interval by Wilson's score, which does not degenerate at 0 and 1."""
+    """The fraction of hits (M,) and its 95% Wilson score interval, which does not degenerate at 0 and 1."""
     return float(hits.mean()), binomtest(int(hits.sum()), len(hits)).proportion_ci(CONFIDENCE_LEVEL, "wilson")
 
 
 def figures(first: Result, result: Result) -> Iterator[tuple[str, Estimate | None]]:
-    """What is compared: names and values."""
+    """The rows of the comparison for one result: names and values."""
     kinds = [name for name in result if name.startswith("auc_of_") and not name.endswith("_ci95")]
     for name in ("auc", "pauc", *kinds):
         words = {"auc": "image AUC", "pauc": "pixel AUC"}.get(name, f"image AUC of {name[7:]}")
@@ -78,7 +78,7 @@ def figures(first: Result, result: Result) -> Iterator[tuple[str, Estimate | Non
 
 
 def compare(results: Sequence[Result]) -> Table:
-    """The table, with what else differs as its notes; `InputError` where the test images are not the same."""
+    """The table of the comparison, with further differences as notes; `InputError` if the test images differ."""
     first, *others = results
     for other in others:
         images = (set(zip(result["files"], result["labels"], strict=True)) for result in (first, other))
@@ -94,7 +94,7 @@ def compare(results: Sequence[Result]) -> Table:
 
 
 def notes(results: Sequence[Result], columns: Sequence[str]) -> Iterator[str]:
-    """Which settings differ, and on which images the runs disagree most, by the place that each gives them."""
+    """Notes on the settings that differ, and on the images that the runs rank most differently."""
     settings = [{**r["settings"], **{name: r[name] for name in BESIDE if name in r}} for r in results]
     differing = []
     for name in dict.fromkeys(name for own in settings for name in own):
@@ -112,7 +112,7 @@ def notes(results: Sequence[Result], columns: Sequence[str]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = Parser(prog="python -m engine.compare", description="Compare runs on the same test images.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or test.py's --out_json")
     parser.add_argument("--out", type=Path, help="folder for compare.md, .csv and .tex")

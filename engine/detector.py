@@ -16,7 +16,7 @@ from .files.config import Settings
 
 
 def seeded(seed: int, purpose: str) -> torch.Generator:
-    """A generator of its own for each thing that is drawn, so that one component changed changes nothing else."""
+    """A separate generator for each purpose, so that changing one component leaves all other draws as they are."""
     digest = hashlib.sha256(f"{seed} {purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -27,8 +27,8 @@ class Detector(nn.Module):
     Args:
         clip: the frozen towers; not registered, so they are neither trained nor saved.
         settings: kinds and sizes.
-        seed: of the initial adapters and contexts, which draw from a generator each: another kind of one of them
-            changes nothing in the other.
+        seed: for the initial adapters and contexts; each has its own generator, so that changing the kind of one leaves
+            the other as it is.
     """
 
     def __init__(self, clip: CLIP, settings: Settings, seed: int = 0) -> None:
@@ -47,23 +47,23 @@ class Detector(nn.Module):
             across_tokens=corrected,
             generator=seeded(seed, "adapters"),
         )
-        self.eval()  # as published, also while training
+        self.eval()  # as published, even during training
 
     def forward(self, tokens: Sequence[Tensor], text_features: Tensor, heads: Sequence[str] = HEADS) -> list[Tensor]:
-        """K token tensors (B, T, C) and text features (D, 2) -> one (K, B, N, 2) of scores a head."""
+        """K token tensors (B, T, C) and text features (D, 2) -> scores (K, B, N, 2) for each head."""
         scores: list[Tensor] = self.adapters(tokens, text_features, heads)
         return scores
 
     @property
     def scoring_head(self) -> str:
-        """The head whose patch scores are the result: `seg` with masks, `det` without."""
+        """The head whose patch scores are used: `seg` with masks, `det` without."""
         return "seg" if self.settings.pixel_metrics else "det"
 
     @torch.no_grad()
     def patch_scores(self, tokens: Sequence[Tensor], text_features: Tensor) -> Tensor:
-        """The result for B images: abnormal minus normal score of every layer and patch, (B, K, N) float32.
+        """Abnormal minus normal score of each layer and patch of B images: (B, K, N) float32.
 
-        Only the scoring head is computed. Image scores and anomaly maps are made of it (see loss.py).
+        Only the scoring head is computed. Image scores and anomaly maps are made from these (see loss.py).
         """
         (scores,) = self(tokens, text_features, (self.scoring_head,))
         return patch_difference(scores.float())

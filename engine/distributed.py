@@ -1,9 +1,9 @@
 """Several processes as one run, on torch.distributed: `torchrun --nproc_per_node=N train.py ...`.
 
-Without torchrun there is one process, and every function here returns its argument. The processes share out the tower's
-pass and the scoring of images; a training step, small as it is, runs whole in each of them from the same start, so any
-number of processes gives the numbers of one. What is exchanged are tokens and patch scores, as Python objects over
-gloo, and once an epoch, on CUDA, rank 0's parameters. One process, rank 0, prints and writes.
+Without torchrun there is one process, and nothing is exchanged. Otherwise the processes divide among themselves the
+tower's pass and the scoring of images. A training step is small, so each process runs all of it, from the same state;
+any number of processes thus gives the numbers of one. They exchange tokens and patch scores, as Python objects over
+gloo, and, on CUDA, rank 0's parameters once per epoch. Only rank 0 prints and writes.
 """
 
 import contextlib
@@ -22,16 +22,16 @@ from torch import nn
 from utils import InputError
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=30)  # for the slowest process; one that dies is noticed at once
+TIMEOUT = timedelta(minutes=30)  # to wait for the slowest process; one that dies is noticed at once
 
 
 def start() -> None:
-    """Join the processes that torchrun started; nothing where it did not. Ranks above 0 print nothing but errors."""
+    """Join the process group if torchrun started this process. Ranks above 0 print nothing but errors."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(own_gpu())
-    enough = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # NCCL wants a GPU each
+    enough = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # NCCL needs one each
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() and enough else "gloo", timeout=TIMEOUT)
     if not is_main():
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
@@ -48,7 +48,7 @@ def world() -> int:
 
 
 def own_gpu() -> int:
-    """The number of the GPU that this process uses: its own one, where there are as many as processes here."""
+    """The index of this process's GPU; processes share GPUs only if this machine has too few of them."""
     return int(os.environ.get("LOCAL_RANK", "0")) % max(torch.cuda.device_count(), 1)
 
 
@@ -58,7 +58,7 @@ def is_main() -> bool:
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """Every world-th item, from this process's rank on."""
+    """The items of this process: every world-th item, starting from its rank."""
     return items[rank() :: world()]
 
 
@@ -83,7 +83,7 @@ def all_gather(value: T) -> list[T]:
 
 
 def align(module: nn.Module) -> None:
-    """Give every process rank 0's parameters. On a CPU they are the same bits already, as every step runs whole."""
+    """Copy rank 0's parameters to every process. On a CPU nothing is done: they are identical to the bit already."""
     if world() > 1 and next(module.parameters()).is_cuda:
         with _peers(), torch.no_grad():
             for parameter in module.parameters():
@@ -92,7 +92,7 @@ def align(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _peers() -> Iterator[None]:
-    """Turn what torch says when another process has gone into one line."""
+    """Turn torch's error about another process that died into a one-line `InputError`."""
     try:
         yield
     except RuntimeError as error:
@@ -104,7 +104,7 @@ def _peers() -> Iterator[None]:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one; `InputError` for a device that is not there."""
+    """The device named by --device; `auto` is CUDA if available. `InputError` if the device does not exist."""
     if name == "auto":
         return torch.device("cuda", own_gpu()) if torch.cuda.is_available() else torch.device("cpu")
     if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", name, re.ASCII):

@@ -1,4 +1,4 @@
-"""Patch scores are the result: detector + tokens -> `Evaluation`; numbers, maps and pictures are functions of it."""
+"""Scoring: detector + tokens -> `Evaluation`, the patch scores; metrics, maps and pictures are computed from them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .detector import Detector
 from .features import TokenStore, chunk_size, filled
 from .files.config import Settings
 
-MAP_BATCH = 32  # maps at a time where only their largest pixel is kept
+MAP_BATCH = 32  # maps at a time, if only their highest pixel is kept
 Part = slice | Sequence[int]
 
 
@@ -31,7 +31,7 @@ class Evaluation:
 
     Attributes:
         samples: the images, in the order of the scores.
-        patch_scores: (M, K, N) float32, abnormal minus normal branch: cosines' differences, in [-4, 4].
+        patch_scores: (M, K, N) float32, abnormal minus normal branch, each a difference of cosines: in [-4, 4].
         head: `seg` (images are scored by the highest pixel of their map) or `det` (by their patches, see dec_type).
         img_size: S, pixels a side of the maps.
         dec_type: how the patches of the `det` head are summarised.
@@ -45,7 +45,7 @@ class Evaluation:
 
     @property
     def names(self) -> list[str]:
-        """What reports call the images."""
+        """The names of the images in reports."""
         return [sample.name for sample in self.samples]
 
     @cached_property
@@ -66,20 +66,20 @@ class Evaluation:
     def maps(self, part: Part) -> Tensor:
         """Anomaly maps (B, S, S) float32 in [0, K] of a slice or of a list of images, on the scores' device.
 
-        From detection heads they are a weak localisation, for the eye: no metric counts them.
+        Maps from detection heads are a weak localisation, for display only: no metric uses them.
         """
         index = part if isinstance(part, slice) else torch.as_tensor(part, device=self.patch_scores.device)
         return anomaly_map(self.patch_scores[index], self.img_size)
 
     def select(self, keep: Sequence[int]) -> Evaluation:
-        """The evaluation of some of the images."""
+        """The evaluation restricted to some of the images."""
         index = torch.as_tensor(keep, dtype=torch.long, device=self.patch_scores.device)
         samples = [self.samples[i] for i in keep]
         return Evaluation(samples, self.patch_scores[index], self.head, self.img_size, self.dec_type)
 
 
 class Masks:
-    """Masks of M images as packed bits, decoded once a run; images without a mask take no room.
+    """Masks of M images as packed bits, decoded once per run; images without a mask take no memory.
 
     Attributes:
         rows: (M,) int64, the row of `bits` that holds an image's mask, or -1.
@@ -97,10 +97,10 @@ class Masks:
     ) -> Masks | None:
         """Decode the masks of `samples`, resized to the settings' size by nearest neighbour.
 
-        None where the settings or the images have no masks: no pixel is measured.
+        Returns None if the settings or the images have no masks: there are no pixel metrics then.
 
         Raises:
-            InputError: a mask that cannot be read or does not fit its image.
+            InputError: a mask cannot be read, or does not fit its image.
         """
         size, above = settings.img_size, settings.mask_above
         has_mask = torch.tensor([bool(sample.masks) for sample in samples])
@@ -115,7 +115,7 @@ class Masks:
 
     @classmethod
     def pack(cls, masks: Tensor) -> Masks:
-        """Of masks (M, S, S) bool."""
+        """Pack masks (M, S, S) bool."""
         bits = np.packbits(masks.cpu().flatten(1).numpy(), axis=1)
         return cls(torch.arange(len(masks)), torch.from_numpy(bits), masks.shape[-1])
 
@@ -123,7 +123,7 @@ class Masks:
         return len(self.rows)
 
     def get(self, part: Part) -> Tensor:
-        """(B, S, S) bool, on the device of the bits; all False where an image has no mask."""
+        """Masks of some images, (B, S, S) bool, on the device of the bits; all False for an image without a mask."""
         rows = self.rows[part if isinstance(part, slice) else torch.as_tensor(part)]
         result = torch.zeros(len(rows), self.size, self.size, dtype=torch.bool, device=self.bits.device)
         held = (rows >= 0).nonzero()[:, 0].to(self.bits.device)
@@ -143,17 +143,17 @@ def evaluate(
 ) -> Evaluation:
     """Score images with the detector as it is now.
 
-    Several processes share the batches out and exchange patch scores: every process returns the whole, bit for bit what
-    one process computes.
+    Several processes divide the batches among themselves and exchange the patch scores. Each returns the whole result,
+    which is that of a single process to the bit.
 
     Args:
         detector: adapters and prompts; its settings name the head and the images that are scored together.
-        store: holds the tokens of the images, as far as they are this process's share.
+        store: holds the tokens of the images that this process scores.
         items: images, or views of them.
-        text_features: (D, 2), where the caller has them already.
+        text_features: (D, 2), if the caller has computed them already.
 
     Raises:
-        InputError: a score that is NaN or infinite, naming the image.
+        InputError: a score is NaN or infinite; the message names the image.
     """
     settings = detector.settings
     text = detector.prompts() if text_features is None else text_features  # float32, as published
@@ -161,7 +161,7 @@ def evaluate(
 
     def score(batch: Sequence[Sample]) -> Tensor:
         tokens = store.get(store.rows(batch))
-        if not detector.adapters.mixes_images:  # else a filled-up batch would be another result
+        if not detector.adapters.mixes_images:  # otherwise, filling up a batch would change its scores
             tokens = [filled(layer, store.chunk) for layer in tokens]
         return detector.patch_scores(tokens, text)[: len(batch)]
 
@@ -179,12 +179,12 @@ def evaluate(
 
 
 def scoring_batches(items: Sequence[Sample], settings: Settings, device: torch.device) -> list[Sequence[Sample]]:
-    """The images in batches that are scored together: chunks of one size, but where images attend to each other."""
+    """Batches that are scored together: chunks of the device's size, or `eval_batch` if images attend to each other."""
     mixes = mixes_images(settings.visionA, settings.fidelity == "corrected")
     size = settings.eval_batch if mixes else chunk_size(device)
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def own_batches(samples: Sequence[Sample], settings: Settings, device: torch.device) -> Sequence[Sequence[Sample]]:
-    """The batches that this process scores in `evaluate`; all of them where it is the only one."""
+    """The batches that this process scores in `evaluate`; all of them if it is the only process."""
     return distributed.share(scoring_batches(samples, settings, device))

@@ -3,8 +3,8 @@
     python -m engine.export ckpt/Brain.pth --out brain.onnx
     python -m engine.export ckpt/Brain.pth --out brain.onnx --check images --precision fp16
 
-Image tower, adapters and text features, as constants, are in the file: pixels -> score and heat map. Needs onnx and
-onnxscript; --check needs onnxruntime. Research use, not a medical device.
+The file holds the image tower, the adapters and, as constants, the text features: pixels -> score and heat map. Writing
+it needs onnx and onnxscript; --check needs onnxruntime. Research use, not a medical device.
 """
 
 import copy
@@ -26,23 +26,23 @@ from .metrics import METRICS
 from .predictor import Predictor, load
 
 OPSET = 18
-LARGEST = 1536 * 2**20  # bytes of weights in one file: of more PyTorch makes a second file
-BAR = 1e-4  # by which score and map of float32 may differ from PyTorch's
+LARGEST = 1536 * 2**20  # bytes of weights in one file; PyTorch puts more into a second file
+BAR = 1e-4  # largest accepted difference of float32 scores and maps from PyTorch's
 LICENCE = "weights: that of their publishers (OpenAI's CLIP: MIT; DINOv2: Apache-2.0); data trained on: see there"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-SHARED = ("shots", "metrics", "select", "written", "madclip")  # of the checkpoint's metadata
+SHARED = ("shots", "metrics", "select", "written", "madclip")  # entries of the checkpoint's metadata to export
 
 
 def export(model: Predictor, out: str | Path, precision: str = "fp32") -> None:
-    """Write the ONNX file of a model on the CPU; its metadata are texts: numbers, and settings and origin as JSON.
+    """Write a model on the CPU as an ONNX file; the metadata are strings: numbers, and settings and origin as JSON.
 
     Raises:
-        InputError: a package is missing, MViTFC as published, a file of more than 1.5 GiB, or it cannot be written.
+        InputError: a package is missing, MViTFC as published, the file exceeds 1.5 GiB, or it cannot be written.
     """
     if model.network.adapters.mixes_images:
         raise InputError("MViTFC as published looks across the images of a batch: its scores are no image's own")
     with blame("python -m engine.export", "pip install onnx onnxscript onnxruntime", errors=(ImportError,)):
-        import onnxscript  # noqa: F401, PLC0415 - optional; it brings onnx
+        import onnxscript  # noqa: F401, PLC0415 - optional; it installs onnx too
     network, side = copy.deepcopy(model.network).to(DTYPES[precision]).eval(), model.settings.img_size
     size = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
     if size > LARGEST:
@@ -68,7 +68,7 @@ def export(model: Predictor, out: str | Path, precision: str = "fp32") -> None:
 
 
 def check(model: Predictor, path: Path, folder: str, precision: str) -> None:
-    """Score the images in a folder with PyTorch and with ONNX Runtime on the CPU, and print how far they differ.
+    """Score the images in a folder with PyTorch and with ONNX Runtime on the CPU, and print the differences.
 
     Raises:
         InputError: onnxruntime is missing, no image can be read, or float32 differs by more than BAR.
@@ -97,9 +97,9 @@ def check(model: Predictor, path: Path, folder: str, precision: str) -> None:
 
 
 def card(settings: Settings, metadata: Mapping[str, Any]) -> str:
-    """The model card in Markdown: what it was trained on, what it reaches, and what nobody has tested.
+    """The model card in Markdown: training data, results, and what has not been tested.
 
-    card.md.jinja holds the text: `s` are the settings, `m` is the metadata.
+    The text is in card.md.jinja, where `s` is the settings and `m` the metadata.
     """
     template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
     page = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template)
@@ -107,7 +107,7 @@ def card(settings: Settings, metadata: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    """Command line: checkpoint -> file, card, comparison."""
+    """Run the command line: checkpoint -> file, card, comparison."""
     parser = Parser(prog="python -m engine.export", description="Write a checkpoint as an ONNX file.")
     add = parser.add_argument
     add("ckpt", type=nonempty_path, help="checkpoint of train.py, or one in the published format")

@@ -1,9 +1,9 @@
-"""The token store: every image passes the frozen tower once; its tokens are kept, on the GPU, in memory or in files.
+"""The token store: the frozen tower processes each image once; tokens are kept on the GPU, in memory or in files.
 
-In files, the tokens of an image and a layer are one: <cache_dir>/<what shaped them>/<layer>/<image>.tokens, raw numbers
-and their CRC-32. A file appears under its name whole or not at all, and its name says its content, so any number of
-processes may read and write at once, on a network file system too. Files are read straight into the batch and checked
-at every use, so what changes is noticed; mapping them into memory was not faster (docs/speed.md).
+There is one file per image and layer, <cache_dir>/<what shaped them>/<layer>/<image>.tokens, with raw numbers and their
+CRC-32. Files are written atomically and named after their content, so any number of processes may read and write at
+once, also on a network file system. They are read directly into the batch and checked at every use, so that changes are
+noticed; mapping them into memory was not faster (docs/speed.md).
 """
 
 from __future__ import annotations
@@ -38,53 +38,53 @@ from . import distributed
 from .files.config import Settings
 
 Out = TypeVar("Out")
-GPU_SHARE = 0.6  # of the GPU's free memory that tokens may take: steps and evaluation need the rest
+GPU_SHARE = 0.6  # fraction of the GPU's free memory for tokens: training steps and evaluation need the rest
 RAM_SHARE = 0.5
-# How many images pass the tower, and are scored, together: always exactly so many (see `filled`). A CPU is busy with 8
-# images; a GPU wants more at a time: 64 are 18,560 tokens at ViT-L-14, 240 px.
+# The number of images that pass through the tower, or are scored, together: always exactly that many (see `filled`).
+# 8 images keep a CPU busy; a GPU needs more: 64 images are 18,560 tokens for ViT-L-14 at 240 px.
 CPU_CHUNK, CUDA_CHUNK = 8, 64
 CRC_BYTES = 4
-DECODED = 32  # images that are held for their next view: 22 MB at 240 px
+DECODED = 32  # decoded images that are kept for their next view: 22 MB at 240 px
 
 
 def chunk_size(device: torch.device) -> int:
-    """How many images pass the tower, and are scored, together on a device."""
+    """The number of images that pass through the tower, or are scored, together on a device."""
     return CUDA_CHUNK if device.type == "cuda" else CPU_CHUNK
 
 
 def plain_view(item: Sample) -> Sample:
-    """The image itself, of which an item may be another view."""
+    """The image without augmentation, if the item is one of its views."""
     return replace(item, view=0, jitter=None)
 
 
 def filled(x: Tensor, size: int) -> Tensor:
-    """The tensor (B, ...) with its last row repeated until there are `size` rows.
+    """Pad a tensor (B, ...) to `size` rows by repeating its last row.
 
-    Matrix kernels are chosen by the number of rows, and so are the last bits of their products. Where every call has
-    the same shape, no number depends on what else is computed in the same call (DESIGN: rules of the arithmetic).
+    The number of rows decides which matrix kernel runs, and so the last bits of its products. If every call has the
+    same shape, no result depends on what else is computed in the same call (DESIGN: rules of the arithmetic).
     """
     return torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])]) if len(x) < size else x
 
 
 class TokenStore:
-    """Samples -> tokens. Call `plan`, then `fill` with the towers (without an image tower where nothing is missing).
+    """Tokens of samples. Call `plan`, then `fill` with the towers of `load_clip`; then `get` returns the tokens.
 
     Args:
-        settings: of a checkpoint; `img_size`, `fidelity`, `features_list` and `visionA` are read.
-        weights: of `find_weights`.
+        settings: of a checkpoint; `img_size`, `fidelity`, `features_list` and `visionA` are used.
+        weights: the result of `find_weights`.
         autocast: dtype of mixed precision, or None for float32.
         device: where the tower runs and the tokens are used.
-        options: of the command line: `cache` (auto, gpu, ram, disk or off; `plan` decides what auto means, and prints
+        options: command-line options: `cache` (auto, gpu, ram, disk or off; `plan` decides what auto means, and prints
             it), `cache_dir`, `cache_dtype` (auto: the precision in which tokens are computed), `num_workers`
-            (threads that decode images beside the pass).
+            (threads that decode images while the tower runs).
 
     Attributes:
-        layers: whose tokens are kept, counted from 1, ascending.
-        class_token: whether adapters read it; else the patches' tokens alone are kept.
-        shape: K, T, C of one image.
-        folder: of the files.
-        items: images, and views of shots.
-        missing: rows that `fill` has to compute.
+        layers: the layers whose tokens are kept, counted from 1, in ascending order.
+        class_token: whether adapters read the class token; if not, only the tokens of patches are kept.
+        shape: (K, T, C) of one image's tokens.
+        folder: the folder of the token files.
+        items: the planned images and views of shots; their index is their row.
+        missing: the rows that `fill` has to compute.
     """
 
     def __init__(
@@ -105,25 +105,25 @@ class TokenStore:
         self.missing: list[int] = []
         self._rows: dict[Sample, int] = {}
         self._hashes: dict[Sample, str] = {}
-        # The 16 views of a shot pass after each other: it is decoded once for all of them.
+        # Decoded images are kept for a while, so that a shot is decoded once for its 16 views.
         self._decode = lru_cache(maxsize=DECODED)(partial(load_image_with_hash, size=settings.img_size))
-        # Rows in the chunks in which they pass the tower: those that every process needs, and this one's own.
+        # Rows in chunks, which pass through the tower together: of all processes in common, and of this one alone.
         self._common: list[list[int]] = []
         self._own: list[list[int]] = []
         self._resident: Tensor | None = None  # (items, K, T, C), on the GPU or in memory
         self._clip: CLIP | None = None
 
     def _description(self) -> dict[str, object]:
-        """What names the folder of files: all that shapes tokens beside the image and the layer.
+        """The values that name the folder of files: everything that shapes tokens, except the image and the layer.
 
-        The layers are folders in it, so runs that read others share the rest.
+        Each layer is a subfolder, so runs that read different layers share the files of those in common.
         """
         config, size, fidelity = self.weights.config, self.settings.img_size, self.settings.fidelity
         return {
             "model": config.name,
             "architecture": config.architecture(),
             "weights_sha256": self.weights.sha256,
-            "fidelity": fidelity,  # weights rounded to half or not, pixels normalised or not
+            "fidelity": fidelity,  # whether weights are rounded to half, and pixels normalised
             "quick_gelu": uses_quick_gelu(config, self.weights.pretrain, size, fidelity),
             "img_size": size,
             "precision": str(self.autocast or torch.float32),
@@ -133,21 +133,21 @@ class TokenStore:
         }
 
     def content_hash(self, sample: Sample) -> str:
-        """What stands for an image's bytes: of those that were decoded, or else, reading the file, of the file now."""
+        """Hash of an image's bytes: of those that were decoded or, if none were yet, of the file as it is now."""
         plain = plain_view(sample)
         if plain not in self._hashes:
             self._hashes[plain] = plain.content_hash()
         return self._hashes[plain]
 
     def plan(self, common: Sequence[Sample], own: Iterable[Sequence[Sample]] = ()) -> None:
-        """Decide where the tokens are kept, print it, and read what files hold already.
+        """Decide where the tokens are kept, print that, and read the tokens that files already hold.
 
         Args:
             common: images and views that every process needs.
-            own: batches of those that this process alone needs: its share of evaluations.
+            own: batches of images that only this process needs: its share of the evaluations.
 
         Raises:
-            InputError: a file that cannot be read, a folder that cannot be used.
+            InputError: a file cannot be read, or the folder cannot be used.
         """
         self._common = self._add(common)
         self._own = [rows for batch in own for rows in self._add(batch)]
@@ -176,23 +176,23 @@ class TokenStore:
             f"{places.get(self.cache, 'computed on every use')}; {len(self.items) - len(self.missing)} computed before",
             flush=True,
         )
-        distributed.all_gather(None)  # no process writes files before all have read what is there
+        distributed.all_gather(None)  # wait until all have read the existing files, before any writes
 
     def load_clip(self) -> CLIP:
-        """The frozen towers, after `plan`; without the image tower where all tokens are there."""
+        """Load the frozen towers, after `plan`; without the image tower if no tokens are missing."""
         settings, vision = self.settings, bool(self.missing) or self.cache == "off"
         return create_model(
             self.weights, img_size=settings.img_size, fidelity=settings.fidelity, device=self.device, vision=vision
         )
 
     def fill(self, clip: CLIP) -> None:
-        """Pass through the tower what is missing, then free it; `off` keeps it and computes on every use instead.
+        """Compute the missing tokens, then free the tower; with `off`, the tower is kept and runs on every use instead.
 
-        Several processes share out the common items. A chunk passes whole, even where only one of its images is
-        missing: its tokens are the same bits after an interruption, and for any number of processes.
+        Several processes divide the common items among themselves. A chunk passes as a whole, even if only one of its
+        images is missing, so that tokens are the same bits after an interruption, and for any number of processes.
 
         Raises:
-            InputError: an image that cannot be read or has changed meanwhile, tokens beyond the dtype's range.
+            InputError: an image cannot be read or has changed meanwhile, or tokens exceed the dtype's range.
         """
         self._clip = clip
         if self.cache == "off":
@@ -215,22 +215,22 @@ class TokenStore:
         clip.visual = None
 
     def rows(self, items: Sequence[Sample]) -> Tensor:
-        """Where planned images and views stand: (B,) int64, for `get`."""
+        """The rows of planned images and views, for `get`: (B,) int64."""
         return torch.tensor([self._rows[item] for item in items], dtype=torch.long, device=self._index_device)
 
     def get(self, rows: Tensor) -> list[Tensor]:
         """Tokens of B items: K tensors (B, T, C) in ascending order of layer, on the tower's device.
 
-        Float32, or the autocast type where mixed precision would make that of them anyway.
+        They are float32, or of the autocast type if they are kept in it: mixed precision would cast them to it anyway.
         """
         if self.cache == "off":
             layers = self._tokens(self._images(rows.tolist())).unbind(1)
         elif self._resident is not None:
-            rows = rows.to(self._index_device)  # not there any more after `leave_gpu`
+            rows = rows.to(self._index_device)  # `leave_gpu` may have moved the tokens since
             layers = tuple(self._resident[rows, k] for k in range(len(self.layers)))
         else:
             n_layers, *shape = self.shape
-            tokens = torch.empty(n_layers, len(rows), *shape, dtype=self.dtype)  # layer by layer, as they are given
+            tokens = torch.empty(n_layers, len(rows), *shape, dtype=self.dtype)  # by layer, as returned
             for row, target in zip(rows.tolist(), tokens.unbind(1), strict=True):
                 if not self._read(row, target):
                     raise InputError(
@@ -242,18 +242,18 @@ class TokenStore:
         return [(x if x.dtype == self.autocast else x.float()).contiguous() for x in layers]
 
     def with_room(self, action: Callable[[], Out]) -> Out:
-        """What `action` gives; where the GPU has no room for it beside the tokens, they leave, and it is called again.
+        """Call `action` and return its result; if the GPU is out of memory, move the tokens to the host and try again.
 
         Raises:
-            torch.cuda.OutOfMemoryError: no room for it without them either.
+            torch.cuda.OutOfMemoryError: the GPU is out of memory without the tokens, too.
         """
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
             return action()
-        self.leave_gpu()  # outside of the handler, which holds the tensors of the call that failed
+        self.leave_gpu()  # outside the handler, which keeps the tensors of the failed call alive
         return action()
 
     def leave_gpu(self) -> None:
-        """Move tokens that are kept on the GPU to memory, and print that."""
+        """Move the tokens to memory and print a note, if they are kept on the GPU."""
         if self.cache != "gpu" or self._resident is None:
             return
         print("tokens: moved from the GPU to memory, as it has no room for the work beside them", flush=True)
@@ -267,13 +267,13 @@ class TokenStore:
         return self.device if self.cache == "gpu" else torch.device("cpu")
 
     def _allocate(self) -> Tensor:
-        """Room for all items, on the GPU or in memory (pinned where a GPU reads it)."""
+        """An empty tensor for all items, on the GPU or in memory (pinned if a GPU reads it)."""
         pinned = self.cache == "ram" and self.device.type == "cuda"
         shape = (len(self.items), *self.shape)
         return torch.empty(shape, dtype=self.dtype, device=self._index_device, pin_memory=pinned)
 
     def _add(self, items: Sequence[Sample]) -> list[list[int]]:
-        """Give new items a row; their rows, in chunks of those that pass the tower together."""
+        """Give each new item a row; returns these rows, in chunks that pass through the tower together."""
         new = [item for item in dict.fromkeys(items) if item not in self._rows]
         rows = list(range(len(self.items), len(self.items) + len(new)))
         self._rows |= dict(zip(new, rows, strict=True))
@@ -290,13 +290,13 @@ class TokenStore:
         if self.device.type == "cuda":
             images = images.pin_memory()
         images = images.to(self.device, non_blocking=True)
-        assert self._clip is not None  # `fill` keeps it
+        assert self._clip is not None  # `fill` sets it
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             tokens = self._clip.image_tokens(images, self.layers)
         return torch.stack(tokens, dim=1)[:, :, 0 if self.class_token else 1 :]
 
     def _pass(self, chunks: Sequence[list[int]], missing: set[int]) -> Iterator[tuple[list[int], Tensor]]:
-        """The missing rows of each chunk, and their tokens (B, K, T, C) in the store's dtype."""
+        """Yields the missing rows of each chunk, and their tokens (B, K, T, C) in the store's dtype."""
         for chunk, images in zip(chunks, prefetch(self._images, chunks, self.workers), strict=True):
             rows = [row for row in chunk if row in missing]
             tokens = self.with_room(partial(self._tokens, images)).to(self.dtype)
@@ -311,7 +311,7 @@ class TokenStore:
             yield rows, tokens if is_kept_here else tokens.cpu()
 
     def _images(self, rows: Sequence[int]) -> Tensor:
-        """The images of a batch (B, 3, S, S), decoded from the very bytes whose hash names them everywhere."""
+        """The images of a batch (B, 3, S, S); the hash that names each one is of the very bytes that were decoded."""
         images = []
         for row in rows:
             item = self.items[row]
@@ -323,10 +323,10 @@ class TokenStore:
         return torch.stack(images)
 
     def _keep(self, rows: list[int], tokens: Tensor) -> None:
-        """Put tokens (B, K, T, C) where they are kept."""
+        """Store the tokens (B, K, T, C) of some rows, on the GPU, in memory or in files."""
         if self._resident is not None:
             self._resident[torch.tensor(rows, device=self._index_device)] = tokens.to(self._index_device)
-        if self.folder.is_dir():  # `plan` made it, or an earlier run
+        if self.folder.is_dir():  # made by `plan`, or by an earlier run
             for row, image in zip(rows, tokens.cpu(), strict=True):
                 for layer, values in zip(self.layers, image, strict=True):
                     data = values.contiguous().view(torch.uint8).numpy().tobytes()
@@ -336,12 +336,12 @@ class TokenStore:
     def _path(self, row: int, layer: int) -> Path:
         kind, item = "" if self.class_token else "-patches", self.items[row]
         draws = item.jitter if item.view == JITTER_VIEW else None
-        words = f"{self.content_hash(item)} {item.view} {draws}"  # what stands for the pixels
+        words = f"{self.content_hash(item)} {item.view} {draws}"  # identifies the pixels
         key = hashlib.sha256(words.encode()).hexdigest()[:40]
         return self.folder / f"layer{layer}{kind}" / key[:2] / f"{key}.tokens"
 
     def _read(self, row: int, target: Tensor) -> bool:
-        """Read an item's files into (K, T, C) on the CPU; False where one is not there, or damaged."""
+        """Read an item's files into (K, T, C) on the CPU; returns False if one is missing or damaged."""
         for layer, values in zip(self.layers, target, strict=True):
             memory = values.flatten().view(torch.uint8).numpy()
             try:
@@ -354,7 +354,7 @@ class TokenStore:
         return True
 
     def _load(self, row: int) -> bool:
-        """Whether files hold all layers of an item, undamaged; they are read into memory where tokens live there."""
+        """Whether intact files hold all layers of an item; if the store is resident, they are loaded into it."""
         tokens = torch.empty(self.shape, dtype=self.dtype)
         complete = self._read(row, tokens)
         if complete and self._resident is not None:
@@ -363,15 +363,15 @@ class TokenStore:
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process may still use: the machine's, and its control groups' (version 2), such as Slurm's.
+    """Bytes that this process may still use: what the machine and the control groups (version 2, as of Slurm) allow.
 
-    `root` is where /proc and /sys are, for tests.
+    `root` is the folder of /proc and /sys, which tests replace.
     """
     with contextlib.suppress(OSError):
         lines = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
         rooms = [int(lines["MemAvailable"].split()[0]) * 1024]
         own = (root / "proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
-        for group in (Path(own), *Path(own).parents):  # a limit of any of them holds
+        for group in (Path(own), *Path(own).parents):  # the limit of each applies
             folder = root / "sys/fs/cgroup" / group
             with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
                 limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
@@ -381,9 +381,9 @@ def free_memory(root: Path = Path("/")) -> int:
 
 
 def choose_cache(cache: str, need: int, folder: Path, device: torch.device) -> str:
-    """What `auto` means: the GPU up to 60% of its free memory, else memory up to half of what is free, else files.
+    """Where tokens are kept: `auto` tries the GPU, memory and files, in this order. `InputError` for `gpu` without one.
 
-    `gpu` without one is refused.
+    The limits are 60% of the GPU's free memory, half of the free memory, and the free disk; without room, it is `off`.
     """
     if cache == "gpu" and device.type != "cuda":
         raise InputError("--cache gpu: no CUDA device is used; choose ram, disk or auto")
@@ -398,7 +398,7 @@ def choose_cache(cache: str, need: int, folder: Path, device: torch.device) -> s
 
 
 def readable_size(size: float) -> str:
-    """Bytes with a unit: 2.4 MB."""
+    """A number of bytes with a unit, such as 2.4 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"

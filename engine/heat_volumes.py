@@ -1,4 +1,4 @@
-"""Heat maps in the scan's own space: of a NIfTI volume as NIfTI, of a DICOM series as a DICOM series."""
+"""Heat maps in the scan's own space: NIfTI for a NIfTI volume, a DICOM series for a DICOM series."""
 
 import gzip
 from collections.abc import Iterator, Sequence
@@ -17,13 +17,13 @@ from .scans import MARK, Entry
 DERIVATION = "Anomaly heat map (MadCLIP), in thousandths of a score. Research use, not a medical device."
 Slices = Sequence[tuple[Entry, Prediction]]  # of a volume or series
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-# Copied from the source's header, so that viewers file the heat map beside it; the latter tell who the patient is.
+# Copied from the source's header, so that viewers list the heat map with the scan; IDENTIFYING names the patient.
 SPACE = ("SpecificCharacterSet", "StudyInstanceUID", "FrameOfReferenceUID", "PositionReferenceIndicator")
 IDENTIFYING = (
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
     "AccessionNumber", "ReferringPhysicianName",
 )  # fmt: skip
-PLACE = {  # of a frame: the group of a multi-frame file that holds it, and its elements
+PLACE = {  # position and size of a frame: the sequence that holds them in a multi-frame file, and its elements
     "PlanePositionSequence": ("ImagePositionPatient",),
     "PlaneOrientationSequence": ("ImageOrientationPatient",),
     "PixelMeasuresSequence": ("PixelSpacing", "SliceThickness"),
@@ -31,15 +31,15 @@ PLACE = {  # of a frame: the group of a multi-frame file that holds it, and its 
 
 
 def write_volume(out: Path, slices: Slices, model: Predictor, anonymous: bool) -> list[str | None]:
-    """Write the heat maps of a NIfTI volume or a DICOM series; for each slice the name of the file that holds its own.
+    """Write the heat maps of a NIfTI volume or a DICOM series; returns for each slice the file that holds its map.
 
-    Plain pictures and a single DICOM image have none.
+    For plain pictures and single DICOM images nothing is written, and the result is None.
 
     Args:
         out: the folder of the results.
-        slices: those that could be read.
-        model: what predicted them; viewers show its `heat_range` from black to white.
-        anonymous: leave out who the patient is; the UIDs of study and space are hashes of the true ones.
+        slices: the slices that could be read.
+        model: the model that predicted them; viewers show its `heat_range` from black to white.
+        anonymous: leave out the patient's identity, and replace the UIDs of study and frame of reference by hashes.
     """
     first = slices[0][0]
     name = f"{first.volume}_heat"
@@ -52,9 +52,9 @@ def write_volume(out: Path, slices: Slices, model: Predictor, anonymous: bool) -
 
 
 def write_nifti(path: Path, slices: Slices, heat_range: tuple[float, float]) -> None:
-    """A NIfTI file with the volume's shape, affine and zooms, which opens over the scan in viewers.
+    """Write a NIfTI file with the volume's shape, affine and zooms, which viewers can overlay on the scan.
 
-    Values are int16 with the header's slope; they lie in [0, K], K layers.
+    Values are stored as int16 with the header's slope; they lie in [0, K], K layers.
     """
     source, plane = slices[0][0].path, slices[0][0].options.plane
     nibabel, orientations = optional("nibabel", source), optional("nibabel.orientations", source)
@@ -64,7 +64,7 @@ def write_nifti(path: Path, slices: Slices, heat_range: tuple[float, float]) -> 
     header["descrip"] = f"{MARK}, {plane}"
     header["aux_file"] = header["db_name"] = ""  # they may name a patient, and so may extensions
     header.extensions.clear()
-    header.set_data_offset(0)  # right behind the header
+    header.set_data_offset(0)  # directly after the header
     header["cal_min"], header["cal_max"] = heat_range
     turned = orientations.apply_orientation(values, orientations.io_orientation(image.affine))
     places = slices_of(turned, plane)  # views of `values`, not copies
@@ -73,16 +73,16 @@ def write_nifti(path: Path, slices: Slices, heat_range: tuple[float, float]) -> 
     with (
         atomic_path(path, "--out") as temporary,
         temporary.open("wb") as target,
-        gzip.GzipFile("", "wb", 4, target, mtime=0) as file,  # the same heat, the same bytes
+        gzip.GzipFile("", "wb", 4, target, mtime=0) as file,  # equal heat gives equal bytes
     ):
         type(image)(values, image.affine, header).to_stream(file)
 
 
 def write_dicom(folder: Path, slices: Slices, model: Predictor, anonymous: bool) -> Iterator[str]:
-    """Secondary captures with new UIDs, in the same study and space; the names of their files.
+    """Write secondary captures with new UIDs, in the same study and frame of reference; yields their file names.
 
-    Values are unsigned 16 bits with a rescale slope. Rescaled they are thousandths of a score, in [0, 1000 layers], as
-    DICOM's linear windows are at least 1 wide.
+    Values are unsigned 16 bits with a rescale slope. Rescaled, they are thousandths of a score, in [0, 1000 layers],
+    because the width of a linear window in DICOM is at least 1.
     """
     pydicom = optional("pydicom", folder)
     series, (low, high) = pydicom.uid.generate_uid(), (1000 * end for end in model.heat_range)
@@ -100,19 +100,19 @@ def write_dicom(folder: Path, slices: Slices, model: Predictor, anonymous: bool)
         for name, value in values.items():
             setattr(result, name, value)
         pixels = (prediction.map / model.layers * 65535).round().clip(0, 65535).astype(np.uint16)
-        result.set_pixel_data(pixels, "MONOCHROME2", 16)  # with a SOPInstanceUID of its own
+        result.set_pixel_data(pixels, "MONOCHROME2", 16)  # also sets a new SOPInstanceUID
         with atomic_path(folder / f"{entry.number:05d}.dcm", "--out") as path:
             result.save_as(path, enforce_file_format=True)
         yield f"{entry.number:05d}.dcm"
 
 
 def copied_header(pydicom: Any, source: Any, index: int, anonymous: bool) -> Any:  # noqa: ANN401 - pydicom's
-    """A header with the patient, study and place of a frame of the source."""
+    """A header with the patient, study and position of one frame of the source."""
     result = pydicom.Dataset()
     for name in (*SPACE, *IDENTIFYING):
         if name in source and not (anonymous and name in IDENTIFYING):
             result[name] = source[name]
-        elif name in IDENTIFYING:  # these may be empty, but not missing
+        elif name in IDENTIFYING:  # DICOM wants these present, even if empty
             setattr(result, name, "")
     if anonymous:
         result.PatientIdentityRemoved = "YES"

@@ -1,8 +1,8 @@
-"""Prediction on one's own images: a checkpoint -> scores, decisions and heat maps.
+"""Prediction on your own images: checkpoint -> scores, decisions and heat maps.
 
     from engine import InputError, load
     model = load("ckpt/Brain.pth")                          # once
-    result = model.predict("scan.png")                      # as often as wanted, from any thread
+    result = model.predict("scan.png")                      # any number of times, from any thread
     print(result.score, result.decision, result.map.shape)
 
 Research use, not a medical device.
@@ -42,19 +42,19 @@ from .files.config import MODEL_FLAGS, check_against
 
 Out = TypeVar("Out")
 ImageLike = str | Path | Frame | Image.Image | np.ndarray
-Size = tuple[int, int]  # width and height of an image as its file has it
+Size = tuple[int, int]  # width and height of an image as stored in its file
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one image of W x H pixels, or of a file with D of them: a volume, frames, pages.
+    """The prediction for one image of W x H pixels, or for a file with D images ("volume": slices, frames or pages).
 
     Attributes:
-        score: in [0, K], K layers; higher is more abnormal; of a volume the highest of its slices.
-        decision: abnormal, as score >= threshold; None where there is no threshold.
-        heat: (S, S) float32 in [0, K], S = img_size; of a volume (D, S, S). See `Predictor.weak`.
-        size: W, H.
-        slices: of a volume the prediction of each slice, in the file's order, which is their number from 0.
+        score: in [0, K], K layers; higher is more abnormal. For a volume, the highest score of its slices.
+        decision: True (abnormal) if score >= threshold; None if there is no threshold.
+        heat: (S, S) float32 in [0, K], S = img_size; (D, S, S) for a volume. See `Predictor.weak`.
+        size: (W, H).
+        slices: for a volume, the prediction for each slice, in the order of the file, numbered from 0.
     """
 
     score: float
@@ -65,16 +65,16 @@ class Prediction:
 
     @property
     def map(self) -> np.ndarray:
-        """The heat stretched over the image: (H, W) float32 in [0, K]; of a volume (D, H, W)."""
+        """The heat resampled to the image's size: (H, W) float32 in [0, K]; (D, H, W) for a volume."""
         if self.slices:
             return np.stack([part.map for part in self.slices])
         return np.asarray(Image.fromarray(self.heat).resize(self.size, Image.Resampling.BILINEAR))
 
 
 class Network(nn.Module):
-    """Pixels (B, 3, S, S) in [0, 1] -> the scores of images (B,) and their heat maps (B, S, S), float32 in [0, K].
+    """Pixels (B, 3, S, S) in [0, 1] -> image scores (B,) and heat maps (B, S, S), float32 in [0, K].
 
-    Tower and adapters may be of half precision; patch scores are summed up in float32.
+    Tower and adapters may be in half precision; everything after the patch scores is in float32.
     """
 
     text: Tensor  # (D, 2)
@@ -94,26 +94,26 @@ class Network(nn.Module):
         return patch_difference(scores.float())
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores and heat maps."""
+        """Image scores and heat maps."""
         patches = self.patches(pixels)
         maps = anomaly_map(patches, self.settings.img_size)
         return maps.flatten(1).amax(1) if self.head == "seg" else image_score(patches, self.settings.dec_type), maps
 
 
 class Predictor:
-    """A checkpoint ready for images; make it with `load`. Threads may share one: the network takes a batch at a time.
+    """A checkpoint ready for prediction, made by `load`. Threads may share it: the network runs one batch at a time.
 
     Attributes:
-        settings: what shaped the checkpoint.
+        settings: the settings of the checkpoint.
         network: pixels -> scores and heat maps.
-        checkpoint: the file's content.
-        reading: how it reads files with more than 8 bits or more than one slice: as training did.
-        weak: heat maps are a weak localisation: training had no masks, so they come from the detection heads.
+        checkpoint: the content of the file.
+        reading: how files with more than 8 bits or more than one slice are read: as in training.
+        weak: whether heat maps are only a weak localisation: without masks in training, the detection heads make them.
         layers: K; scores and heat lie in [0, K].
-        calibration: where the thresholds come from, as checkpoints keep it; empty where there are none.
-        threshold: abnormal is score >= threshold; None where the checkpoint has none.
-        pixel_threshold: the same of a pixel of a heat map.
-        heat_range: (low, high), the heat that most pixels lie in: one colour scale for all pictures.
+        calibration: thresholds and their source, as stored in checkpoints; empty if there are none.
+        threshold: abnormal is score >= threshold; None if the checkpoint has none.
+        pixel_threshold: the same for the pixels of heat maps.
+        heat_range: (low, high), the range of most pixels' heat: the colour scale of all pictures.
     """
 
     def __init__(self, checkpoint: Checkpoint, detector: Detector, clip: CLIP, autocast: torch.dtype | None) -> None:
@@ -133,21 +133,21 @@ class Predictor:
     def predict(
         self, images: ImageLike | Iterable[ImageLike], batch_size: int = 16
     ) -> Prediction | list[Prediction | InputError]:
-        """Predict an image, or several.
+        """Predict one image, or several.
 
         Args:
-            images: paths (every format of `dataset.readers`; of a volume all slices along `reading.plane`), Pillow
-                images, arrays (H, W) or (H, W, 3) of uint8, uint16 or floats in [0, 1], frames of
-                `dataset.readers.frames`; one, or an iterable of them, an array (B, H, W, 3) too. A generator is read a
-                batch at a time.
-            batch_size: pictures through the network at a time.
+            images: one image, an iterable of images, or an array (B, H, W, 3). An image is a path (any format of
+                `dataset.readers`; for a volume, all slices along `reading.plane`), a Pillow image, an array (H, W) or
+                (H, W, 3) of uint8, uint16 or floats in [0, 1], or a frame of `dataset.readers.images.frames`. A
+                generator is read a batch at a time.
+            batch_size: images per pass through the network.
 
         Returns:
-            Of one image its prediction. Of several a list in their order, which in the place of an image that cannot
-            be read holds the `InputError` that says why: the others are predicted all the same.
+            For one image, its prediction. For several, a list in their order; if an image cannot be read, its place
+            holds the `InputError` that says why, and the others are predicted all the same.
 
         Raises:
-            InputError: the one image cannot be read.
+            InputError: a single image was given and cannot be read.
         """
         is_one = isinstance(images, ImageLike) and getattr(images, "ndim", 0) < 4
         stream = self.stream(cast("Iterable[ImageLike]", [images] if is_one else images), batch_size)
@@ -161,17 +161,17 @@ class Predictor:
     def stream(
         self, images: Iterable[ImageLike], batch_size: int = 16, workers: int = 2, side: int = 1
     ) -> Iterator[tuple[int, tuple[Picture, Prediction] | InputError]]:
-        """Predict images as they come; they are read beside the network.
+        """Predict a stream of images; threads read the next ones while the network runs.
 
         Args:
-            images: as `predict` takes several.
-            batch_size: pictures through the network at a time.
-            workers: threads that decode them.
-            side: pixels of the longer side, at most, to which a picture that is given back is reduced.
+            images: an iterable of images, as for `predict`.
+            batch_size: images per pass through the network.
+            workers: threads that decode images.
+            side: maximum length of the longer side of the yielded pictures, in pixels; larger ones are reduced.
 
         Yields:
-            For each picture, in order, the place of its image in `images`, and the picture with its prediction, or the
-            fault where it cannot be read.
+            For each picture, in order: the index of its image in `images`, and the picture with its prediction or, if
+            it cannot be read, the error.
         """
 
         def opened(numbered: tuple[int, ImageLike | InputError]) -> tuple[int, tuple[Picture, Tensor] | InputError]:
@@ -201,23 +201,23 @@ class Predictor:
 
     @torch.no_grad()
     def compute(self, function: Callable[[Tensor], Out], images: Tensor) -> Out:
-        """What the network, or its `patches`, gives for images (B, 3, S, S) in [0, 1], on the device."""
+        """Apply the network, or its `patches`, to images (B, 3, S, S) in [0, 1]; the result is on the device."""
         with self._lock, torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast is not None):
             return function(images.to(self._device))
 
     def calibrate(self, dataset: MedicalDataset, rule: str, batch_size: int = 16, workers: int = 2) -> None:
-        """Set the thresholds of images and pixels again, on all labelled images of a data set.
+        """Recalibrate the thresholds for images and pixels on all labelled images of a data set.
 
-        Without masks, or with a checkpoint that was trained without, that of pixels stays what it was.
+        Without masks, or if the checkpoint was trained without masks, the pixel threshold stays as it was.
 
         Args:
-            dataset: its images of both splits are used, but for abnormal ones whose mask is missing.
+            dataset: images of both splits are used, except abnormal ones whose mask is missing.
             rule: `f1`, `fpr=RATE` or `tpr=RATE`.
-            batch_size: images through the network at a time.
-            workers: threads that decode them.
+            batch_size: images per pass through the network.
+            workers: threads that decode images.
 
         Raises:
-            InputError: an image that cannot be read, or images that cannot tell: a class is missing.
+            InputError: an image cannot be read, or a class that the rule needs has no image.
         """
         settings = replace(self.settings, mask_above=dataset.layout.mask_above)
         pixels, size = settings.pixel_metrics and dataset.pixel_metrics, settings.img_size
@@ -244,7 +244,7 @@ class Predictor:
 
 
 def whole(parts: Iterable[tuple[Picture, Prediction] | InputError]) -> Prediction | InputError:
-    """The prediction of a file from those of the pictures in it, or its first fault."""
+    """The prediction for a file from those for its pictures; or the first error among them."""
     slices = []
     for part in parts:
         if isinstance(part, InputError):
@@ -257,7 +257,7 @@ def whole(parts: Iterable[tuple[Picture, Prediction] | InputError]) -> Predictio
 
 
 def parts_of(image: ImageLike, reading: ReadOptions) -> Sequence[ImageLike | InputError]:
-    """The pictures in a file, or the fault where it cannot be opened; anything else is one picture."""
+    """The pictures in a file, or the error if it cannot be opened; an image that is not a path is one picture."""
     if not isinstance(image, str | Path):
         return [image]
     try:
@@ -267,7 +267,7 @@ def parts_of(image: ImageLike, reading: ReadOptions) -> Sequence[ImageLike | Inp
 
 
 def open_picture(image: ImageLike | InputError, reading: ReadOptions) -> Picture:
-    """A picture as 8-bit RGB with square pixels; `InputError` where it is none."""
+    """A picture as 8-bit RGB with square pixels; `InputError` if it is not one."""
     if isinstance(image, Frame):
         return read(image)
     if isinstance(image, np.ndarray):
@@ -292,17 +292,17 @@ def load(
     """Open a checkpoint for prediction.
 
     Args:
-        ckpt: of this project, or in the published format.
+        ckpt: a checkpoint of this project, or one in the published format.
         device: auto, cpu, cuda or cuda:N.
         weights: file with CLIP weights instead of the one under CLIP/ckpt.
         precision: auto, fp32, bf16 or fp16.
-        threshold: instead of the checkpoint's.
-        allow_other_weights: only warn when these are not the CLIP weights that it was trained on.
+        threshold: image threshold, instead of the checkpoint's.
+        allow_other_weights: only print a warning if these are not the CLIP weights of the training.
         obj: for a published file, the data set that it was trained on (default: the file's name).
-        assumed: for a published file, what its tensors do not tell: img_size, features_list, pretrain, ...
+        assumed: for a published file, settings that its tensors do not reveal: img_size, features_list, pretrain, ...
 
     Raises:
-        InputError: a missing or damaged file, or one that does not fit.
+        InputError: a file is missing, damaged, or does not fit.
     """
     if unknown := sorted(assumed.keys() - MODEL_FLAGS.keys()):
         raise TypeError(f"load() got an unexpected argument {unknown[0]!r}")
@@ -315,7 +315,7 @@ def load(
 
 
 def read_checkpoint(options: argparse.Namespace) -> Checkpoint:
-    """The checkpoint of --ckpt, checked against the flags that shape one; no weights are read yet."""
+    """Read the checkpoint of --ckpt and check it against the model flags; no CLIP weights are read yet."""
     name, facts = options.obj or Path(options.ckpt).name.split(".")[0], None
     if config_path(name).is_file():
         config = {"prompt_name": name, "pixel_metrics": False, **read_config(config_path(name))}
@@ -326,7 +326,7 @@ def read_checkpoint(options: argparse.Namespace) -> Checkpoint:
 
 
 def build(checkpoint: Checkpoint, options: argparse.Namespace) -> Predictor:
-    """Towers and detector of a checkpoint; `options` as `load` has them."""
+    """Build the predictor of a checkpoint; `options` as in `load`."""
     settings, device = checkpoint.settings, pick_device(options.device)
     options = argparse.Namespace(**{"seed": 111, **vars(options)})
     weights = find_trained_weights(checkpoint, options)

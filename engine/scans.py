@@ -1,4 +1,4 @@
-"""The images that are to be predicted: which files, what belongs together in what order, and by what names."""
+"""The images to predict: which files, which slices form a series and in what order, and their names in results."""
 
 import gzip
 import hashlib
@@ -21,18 +21,18 @@ from dataset.readers.grey import Frame, MissingPackageError, NoImageError, ReadO
 from dataset.readers.images import file_kind, frames, is_deep, list_files, stem
 from utils import InputError, printable
 
-MARK = "MadCLIP heat map, research use"  # in the head of every picture that is written, so that none becomes an input
-PARTIAL = "predictions.partial.jsonl"  # the tables while they grow
+MARK = "MadCLIP heat map, research use"  # in the header of every picture written, so that it is never an input
+PARTIAL = "predictions.partial.jsonl"  # the rows so far, until the tables are written
 LOCK = ".predict.lock"
 OWN_FILES = ("predictions.csv", "predictions.json", "groups.csv", PARTIAL, LOCK)
-NAME_BYTES = 150  # of a picture's name, without what is added; a file system takes 255, and many a cloud fewer
-GAP = 1.5  # times the usual distance of two slices
+NAME_BYTES = 150  # of a picture's name without suffixes; file systems allow 255, some cloud services fewer
+GAP = 1.5  # slices are missing if a step is longer than this many usual ones
 Member = tuple[Frame, str]  # an image, and the path of its file below its input
 
 
 def is_own_result(path: Path) -> bool:
-    """Whether prediction has written a file: it is no input."""
-    if path.name in OWN_FILES or path.name.endswith("_contours.json"):  # no pictures anyway
+    """Whether prediction has written a file, so that it is not an input."""
+    if path.name in OWN_FILES or path.name.endswith("_contours.json"):  # never pictures
         return True
     if not path.name.endswith(("_overlay.png", "_raw.png", "_heat.nii.gz")) and not path.parent.name.endswith("_heat"):
         return False
@@ -45,25 +45,25 @@ def is_own_result(path: Path) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry(Frame):
-    """One image to predict, and what results call it; the texts of its `slice` are as results show them."""
+    """One image to predict, and its names in the results; its `slice` holds texts as the results show them."""
 
     file: str
-    name: str  # of its pictures: see `picture_name`
-    series: str  # tells the volume, series or single file that it belongs to from others
-    title: str  # what that is called
-    number: int  # of the image in that, counted from 1
-    count: int  # how many images that has
-    volume: str  # the name of its heat map in the scan's own space
-    groups: dict[str, str]  # what it is counted with, by --group_by
+    name: str  # base name of its pictures, see `picture_name`
+    series: str  # identifies the volume, series or single file that it belongs to
+    title: str  # displayed name of that volume, series or file
+    number: int  # of the image in it, counted from 1
+    count: int  # number of images in it
+    volume: str  # base name of its heat map in the scan's own space
+    groups: dict[str, str]  # the image's group for each choice of --group_by
 
     @property
     def kind(self) -> str:
-        """`pillow`, `dicom` or `nifti`."""
+        """The format: `pillow`, `dicom` or `nifti`."""
         return file_kind(self.path) or ""
 
     @cached_property
     def key(self) -> str:
-        """Tells this image of this content from others, for a run that goes on."""
+        """Identifies the image and its content, so that a resumed run knows whether it is done."""
         status = self.path.stat()
         words = f"{self.name} {self} {status.st_size} {status.st_mtime_ns}"
         return hashlib.sha256(os.fsencode(words)).hexdigest()[:16]
@@ -71,21 +71,21 @@ class Entry(Frame):
 
 @dataclass
 class InputList:
-    """Every image, and what is none."""
+    """All images to predict, and notes on the files that are not predicted."""
 
     entries: list[Entry] = field(default_factory=list)
-    faults: dict[Path, InputError] = field(default_factory=dict)  # of files that could not be read
-    no_image: list[str] = field(default_factory=list)  # sound, but without a picture
-    remarks: list[str] = field(default_factory=list)  # what is left out, and what is odd about a series
+    faults: dict[Path, InputError] = field(default_factory=dict)  # errors, by unreadable file
+    no_image: list[str] = field(default_factory=list)  # notes on valid files without a picture
+    remarks: list[str] = field(default_factory=list)  # notes on skipped files and unusual series
 
 
 def list_entries(inputs: Sequence[str], reading: ReadOptions, hidden: bool) -> InputList:
-    """Walk the inputs; the slices of a series follow each other in the order of their position.
+    """List the images in the inputs; the slices of a series follow each other, ordered by position.
 
     Args:
         inputs: files and folders.
-        reading: how they are read.
-        hidden: results show running numbers instead of names: no number tells a name.
+        reading: how files are read.
+        hidden: results show running numbers, which reveal nothing, instead of names.
     """
     result, series = InputList(), defaultdict[str, list[Member]](list)
     files = pick_files(inputs, result)
@@ -137,7 +137,7 @@ def list_entries(inputs: Sequence[str], reading: ReadOptions, hidden: bool) -> I
 
 
 def pick_files(inputs: Sequence[str], result: InputList) -> list[tuple[Path, str]]:
-    """The files to read, each with its path below its input; what else lies there is told in `result`."""
+    """The files to read, each with its path relative to its input; notes on skipped files are added to `result`."""
     files = [(path, place) for path, place in list_files(map(Path, inputs)) if not is_clutter(place)]
     masks, lost = named_masks([path for path, _ in files])
     lost -= set(map(Path, inputs))
@@ -156,7 +156,7 @@ def pick_files(inputs: Sequence[str], result: InputList) -> list[tuple[Path, str
 
 
 def in_order(members: list[Member]) -> list[Member]:
-    """The slices of a series: by position where all have one along the same normal, else by number."""
+    """The slices of a series, sorted by position if their normals are parallel, else by instance number."""
     normals = [frame.slice.normal for frame, _ in members]
     parallel = len({bool(n) for n in normals}) == 1 and all(np.dot(n, normals[0]) > 0.99 for n in normals if n)
 
@@ -169,9 +169,9 @@ def in_order(members: list[Member]) -> list[Member]:
 
 
 def picture_name(frame: Frame, place: str, used: set[str]) -> tuple[str, str]:
-    """A new name for what is drawn of a file, and of an image in it, made of its path below its input.
+    """New base names for the outputs of a file and of an image in it, made from its path relative to its input.
 
-    Every file system takes it; `used` holds the names that are taken.
+    They are valid on every file system. `used` holds the names that are taken; the new one is added.
     """
     place = Path(place).with_name(stem(Path(place))).as_posix() if place.endswith(".gz") else place
     clean = re.sub(r"[^\w./-]+", "_", place).replace("/", "__").strip(".")
@@ -184,7 +184,7 @@ def picture_name(frame: Frame, place: str, used: set[str]) -> tuple[str, str]:
 
 
 def series_notes(members: Sequence[Entry]) -> Iterator[str]:
-    """What is odd about a series: slices that are missing between others, images in another direction than the rest."""
+    """Notes on an unusual series: gaps between slices, or images in another direction than most."""
     usual = Counter(member.slice.plane for member in members).most_common(1)[0][0]
     if others := [member for member in members if member.slice.plane != usual or member.slice.localizer]:
         words = f"{len(others)} of {len(members)} images are localizers or cut in another direction"

@@ -61,9 +61,8 @@ def find_places(root: Path) -> dict[Path, tuple[str, int]]:
 
     Raises `InputError` for an unknown layout. Known, in `root` or in exactly one folder below it, are
     - <valid|val|train>/ and test/ with a folder for each class, or the two classes beside test/;
-    - the same with only normal images outside test/, as in MVTec (train/good, test/good and test/<defect>): both splits
-      share the abnormal images;
-    - the two classes alone: both splits share all images.
+    - only normal images outside test/, as in MVTec (train/good, test/good, test/<defect>): abnormal ones are shared;
+    - the two classes alone: all images are shared.
     Classes are called good and Ungood, normal and abnormal, or 0 and 1. If good or normal has no counterpart, every
     other folder with images is abnormal. Images are in a class's img/, or else in its folder or below.
     """

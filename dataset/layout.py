@@ -87,7 +87,7 @@ def object_name(text: str) -> str:
 
 
 def object_of(data_root: str | Path) -> str:
-    """The data set's name from its folder, bottle for .../bottle, Brain for .../Brain_AD; raises `InputError`."""
+    """The name from the folder: bottle for .../bottle, Brain for .../Brain_AD; raises `InputError` if it is invalid."""
     try:
         return object_name(Path(data_root).absolute().name.removesuffix("_AD"))
     except InputError as error:
@@ -104,7 +104,7 @@ def object_given(options: Any) -> str | None:  # noqa: ANN401 - the flags
 
 
 def load_layout(name: str, root: Path) -> Layout:
-    """The settings of the data set in `root`, from its JSON file if there is one; raises `InputError`."""
+    """The settings of the data set in `root`, from its JSON file if it has one; raises `InputError` if invalid."""
     path = config_path(name, root)
     given = read_config(path) if path.is_file() else {}
     return Layout(**{"prompt_name": re.sub(r"[_-]+", " ", name).strip() or name, **given})

@@ -1,4 +1,4 @@
-"""What all formats share: the options of reading, what a read image is, and how grey levels become 8 bits."""
+"""Shared by all formats: reading options, the types of what is read, and the conversion of grey levels to 8 bits."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from utils import EXPECTED, InputError, blame, warn
 Array = np.ndarray
 Ends = tuple[float, float]
 Size = tuple[int, int]  # width and height
-Notes = dict[str, str]  # a kind of remark -> what is to be said of this picture
+Notes = dict[str, str]  # kind of note -> note for the user on this picture
 Window = Ends | str | None  # see `ReadOptions`
-PLANES = ("sagittal", "coronal", "axial")  # which of the axes x, y, z is cut
+PLANES = ("sagittal", "coronal", "axial")  # across the axes x, y, z
 ROBUST = (0.5, 99.5)  # the percentiles of `--window auto`
 SAMPLED = 2**20  # values that percentiles are taken from
-MAX_SIDE = 16_384  # pixels of a slice after it was resampled
-# What Pillow, pydicom and nibabel raise over damaged files, beside what `utils.blame` expects.
+MAX_SIDE = 16_384  # pixels of a resampled slice
+# What Pillow, pydicom and nibabel raise for damaged files, including what `utils.blame` expects.
 DAMAGE = (*EXPECTED, AttributeError, RuntimeError, SyntaxError, TypeError, struct.error, zlib.error)
 
 
 class MissingPackageError(InputError):
-    """A format needs a package that is not installed: nothing that skipping a file would help."""
+    """A format needs a package that is not installed; skipping the file would not help."""
 
 
 class NoImageError(InputError):
-    """A DICOM object that is sound but holds no picture: a report, a plan, a dose, a waveform."""
+    """A valid DICOM object without a picture: a report, a plan, a dose, a waveform."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,17 @@ class ReadOptions:
     """How files with more than 8 bits or more than one slice become images.
 
     `window` is (centre, width): centre - width/2 is black, centre + width/2 white; `auto`: robust percentiles of the
-    whole volume, series or file; `full`: its lowest to its highest value; None: the window in the file where there
-    is one, else `full` (16-bit pictures: the range of 16 bits).
+    whole volume, series or file; `full`: its lowest to its highest value; None: the window in the file if there is
+    one, else `full` (16-bit pictures: the range of 16 bits).
     """
 
     window: Window = None
     plane: str = "axial"  # of NIfTI volumes
-    mask_labels: tuple[int, ...] = field(default=(), compare=False)  # of masks: what is abnormal; none: the default
-    deep: bool = False  # values up to 255 are not taken as 8 bits, as files beside this one hold more: see `is_deep`
+    mask_labels: tuple[int, ...] = field(default=(), compare=False)  # abnormal levels of masks; empty: the default
+    deep: bool = False  # do not read values up to 255 as 8 bits, as other files have higher ones: see `is_deep`
 
     def key(self) -> str:
-        """What tells pictures apart that these options make of the same bytes; empty for the defaults."""
+        """A text that tells apart pictures read from the same bytes with other options; empty for the defaults."""
         return "" if self == type(self)() else f"window {self.window} plane {self.plane}" + " deep" * self.deep
 
 
@@ -64,18 +64,18 @@ AS_STORED = ReadOptions()  # the defaults
 
 @dataclass(frozen=True)
 class Slice:
-    """What a file says of one of its images; pictures without a patient's coordinate system say nothing."""
+    """Metadata of one image in a file; empty for pictures without a patient coordinate system."""
 
     patient_id: str = ""
     study_uid: str = ""
     series_uid: str = ""
     instance_number: int | None = None
-    position: float | None = None  # in millimetres along the slices' normal (NIfTI: the axis that is cut)
+    position: float | None = None  # in millimetres along the slices' normal (NIfTI: along the sliced axis)
     plane: str = ""
     normal: tuple[float, ...] = ()  # of DICOM slices
     edges: str = ""  # the patient's sides at the left, right, top and bottom edge of the image, such as RLAP
     description: str = ""  # of the series
-    localizer: bool = False  # an overview on which other slices are planned
+    localizer: bool = False  # an overview image for planning other slices
 
     @property
     def orientation(self) -> str:
@@ -86,12 +86,12 @@ class Slice:
 
 @dataclass(frozen=True)
 class Frame:
-    """One image: a file, or a frame, page or slice of it (counted from 0; of a 4-D volume time by time)."""
+    """One image: a file, or a frame, page or slice of it (counted from 0; in 4-D volumes, time point by time point)."""
 
     path: Path
     index: int | None = None
     options: ReadOptions = AS_STORED
-    slice: Slice = field(default=Slice(), compare=False, kw_only=True)  # where `images.frames` has made this
+    slice: Slice = field(default=Slice(), compare=False, kw_only=True)  # set by `images.frames`
 
     def __str__(self) -> str:
         return str(self.path) if self.index is None else f"{self.path}, frame {self.index}"
@@ -99,28 +99,28 @@ class Frame:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image that was read, and what its file says of it."""
+    """An image that was read, with its metadata."""
 
-    image: Image.Image  # at its own size, with square pixels: RGB, 8 bits
-    sha256: str  # of the very bytes that were decoded, with index and options where they matter; of scans, of pixels
+    image: Image.Image  # 8-bit RGB at its own size, with square pixels
+    sha256: str  # of the decoded bytes (of scans: the pixels), with index and options if they are not the defaults
     mode: str  # Pillow's, as stored: L, RGB, I;16, ...; or DICOM, NIfTI
     stored: Size  # before the pixels were made square
     orientation: int = 1  # 1 is upright; ignored
-    notes: Notes = field(default_factory=dict)  # `wide`, `dark`, `window`, `pixels`, ... -> what is to be said
+    notes: Notes = field(default_factory=dict)  # `wide`, `dark`, `window`, `pixels`, ... -> note for the user
 
     @property
     def is_blank(self) -> bool:
-        """Whether there is nothing to see, as at the ends of a volume: all pixels are nearly one colour."""
+        """Whether all pixels have nearly the same colour, as at the ends of a volume."""
         extremes = np.asarray(self.image.getextrema())
         return bool((extremes[..., 1] - extremes[..., 0]).max() < 8)
 
 
 class MaskFile(NamedTuple):
-    """What a mask's file holds, each (H, W) at the mask's own size."""
+    """The content of a mask file; arrays are (H, W) at the mask's own size."""
 
     grey: Array  # uint8
-    levels: Array  # the values that labels are picked from: the grey, 16 bits as stored, a palette's indices, labels
-    is_labelled: bool  # every level but 0 is abnormal, whatever the grey
+    levels: Array  # what `mask_labels` refers to: grey levels, 16 bits as stored, palette indices or labels
+    is_labelled: bool  # every level except 0 is abnormal, whatever its grey
     notes: Notes
 
 
@@ -128,17 +128,17 @@ class MaskFile(NamedTuple):
 
 
 def check_file(path: Path) -> None:
-    """`InputError` unless `path` is a file that is there: a pipe may never end."""
+    """Raise `InputError` unless `path` is an existing regular file: reading a pipe may never end."""
     with blame(f"{path}: cannot be read"):
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            next(os.scandir(path), None)  # one that cannot be read is said to be that
+            next(os.scandir(path), None)  # an unreadable folder raises an error of its own
     if not stat.S_ISREG(mode):
         raise InputError(f"{path}: a folder, a pipe, a socket or a device, no image")
 
 
 def optional(name: str, path: object) -> Any:  # noqa: ANN401 - a module, which may not be installed
-    """A module of pydicom or nibabel; `MissingPackageError` that names `path`."""
+    """Import a module of pydicom or nibabel; raises `MissingPackageError`, which names `path`."""
     package = name.split(".", maxsplit=1)[0]
     try:
         import_module(package)
@@ -150,7 +150,7 @@ def optional(name: str, path: object) -> Any:  # noqa: ANN401 - a module, which 
 
 @cache
 def warn_once(text: str) -> None:
-    """A warning on stderr, once a process."""
+    """Print a warning on stderr, once per process."""
     warn(text)
 
 
@@ -158,7 +158,7 @@ def warn_once(text: str) -> None:
 
 
 def to_rgb(values: Array) -> Image.Image:
-    """An array as 8-bit RGB: (H, W), (H, W, 1) or (H, W, 3) of uint8, uint16, or float in [0, 1]; else `InputError`."""
+    """8-bit RGB from (H, W), (H, W, 1) or (H, W, 3), uint8, uint16 or float in [0, 1]; others raise `InputError`."""
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[..., 0]
     if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] != 3) or 0 in values.shape:
@@ -186,26 +186,26 @@ def apply_window(values: Array, center: float, width: float, function: str = "LI
 
 
 def stretch(values: Array, low: float, high: float) -> Array:
-    """Grey values -> [0, 1], `low` to `high`; 0 where a value is NaN or there is no range."""
+    """Map grey values from [`low`, `high`] to [0, 1], clipped; NaN becomes 0, and so does everything if low >= high."""
     if not high > low:
         return np.zeros(values.shape)
     return np.nan_to_num((values.astype(np.float64) - low) / (high - low)).clip(0, 1)
 
 
 class Range(NamedTuple):
-    """The finite grey values of a picture, series or volume: what becomes black and white."""
+    """The range of finite grey values in a picture, series or volume, to be shown from black to white."""
 
     whole: Ends
-    robust: Ends  # the percentiles `ROBUST`, or the whole range where these are equal
-    of: str  # what has these values, in words
+    robust: Ends  # the percentiles `ROBUST`, or the whole range if these are equal
+    of: str  # what was measured, in words
 
     @classmethod
     def measure(cls, parts: Sequence[Array], of: str, path: object) -> Range:
-        """Over arrays of any shape; `InputError` where none holds a finite number."""
+        """Measure arrays of any shape; raises `InputError` if none holds a finite number."""
         extremes: list[float] = []
         sample = []
         for part in parts:
-            flat = part.ravel(order="K")  # in the order of memory: no copy of a volume stored x first
+            flat = part.ravel(order="K")  # in memory order: no copy of a volume stored x first
             finite = flat[np.isfinite(flat)]
             extremes += [float(finite.min()), float(finite.max())] if finite.size else []
             sample.append(flat[:: max(flat.size * len(parts) // SAMPLED, 1)])
@@ -225,10 +225,10 @@ def show(
     measure: Callable[[], Range],
     is_inverted: bool = False,
 ) -> tuple[Image.Image, Notes]:
-    """Grey values, or colours of more than 8 bits, as 8-bit RGB, and what is to be said; uint8 as it is.
+    """Convert grey values, or colours of more than 8 bits, to 8-bit RGB, with notes; uint8 stays as it is.
 
-    `window` is that of `ReadOptions`; `own` is the file's, values -> [0, 1], if there is one; `measure` gives the range
-    of all that the values are a part of. `is_inverted`: low values are white.
+    `window` is that of `ReadOptions`; `own` is the file's window, values -> [0, 1], if it has one; `measure` returns
+    the range of the picture, series or volume to which the values belong. `is_inverted`: low values are white.
     """
     notes = Notes()
     if values.dtype == np.uint8:
@@ -246,12 +246,12 @@ def show(
 
 
 def is_stretched(spacing: Ends, ratio: float) -> bool:
-    """Whether a row and a column of pixels differ by more than `ratio`; never where a distance is no length."""
+    """Whether row and column spacing differ by more than the factor `ratio`; False if one is not a positive length."""
     return all(math.isfinite(step) and step > 0 for step in spacing) and max(spacing) > ratio * min(spacing)
 
 
 def square(image: Image.Image, spacing: Ends, how: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
-    """The image enlarged along its coarser axis to pixels as wide as high; `spacing` is that of a row and a column."""
+    """The image enlarged along its coarser axis until pixels are square; `spacing` is that of a row and a column."""
     if not is_stretched(spacing, 1.01):
         return image
     sides = zip(image.size, reversed(spacing), strict=True)

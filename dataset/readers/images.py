@@ -1,12 +1,12 @@
-"""Every format's reader by one protocol, and Pillow's: PNG, JPEG, BMP, TIFF, WebP, GIF, JPEG 2000.
+"""One interface to the readers of all formats, and Pillow's reader: PNG, JPEG, BMP, TIFF, WebP, GIF, JPEG 2000.
 
-Whatever the format, a picture becomes 8-bit RGB at its own size. Three rules hold for all formats:
+Every picture becomes 8-bit RGB at its own size. Three rules hold for all formats:
 
-    orientation   tags (EXIF, TIFF) are ignored, in image and mask alike, as the published program does for PNG and JPEG
-    grey levels   8 bits as they are; 16 bits divided by 257, where Pillow would saturate to white; but whole values up
-                  to 255 in a wider file are taken as 8 bits, as the published program takes them, unless other files
-                  of the data set hold more (`ReadOptions.deep`)
-    identity      what is hashed is what was decoded, the file's bytes or a scan's pixels: the file is read once
+    orientation   tags (EXIF, TIFF) are ignored in images and masks, as the published program does for PNG and JPEG
+    grey levels   8 bits are kept; 16 bits are divided by 257 (Pillow would saturate to white). Integers up to 255 in a
+                  wider file are read as 8 bits, as in the published program, unless other files of the data set have
+                  higher values (`ReadOptions.deep`)
+    identity      the hash is of what was decoded, the file's bytes or a scan's pixels: the file is read once
 """
 
 from __future__ import annotations
@@ -38,42 +38,42 @@ from .volumes import Dicom, Nifti, Volume
 if TYPE_CHECKING:
     from torch import Tensor
 
-READER = 3  # raised when the same file gives other pixels, so that tokens kept by an older reader are computed anew
-# What Pillow may try, whatever a file is called: not EPS, for which it would start Ghostscript. JPEG includes MPO.
+READER = 3  # version, increased when the same file gives different pixels, so that stored tokens are computed again
+# Formats that Pillow may try, whatever a file's name. Not EPS, which would start Ghostscript. JPEG includes MPO.
 PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000")
 MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"GIF8", b"\0\0\0\x0cjP  ")
-MAX_PIXELS = 89_478_485  # 9,459 x 9,459, where Pillow warns: several are decoded at a time
-DARK = 8192  # of 65535: the largest value, below which a 16-bit picture is all but black
+MAX_PIXELS = 89_478_485  # 9,459 x 9,459, above which Pillow warns; several pictures are decoded at a time
+DARK = 8192  # of 65535: a 16-bit picture with only lower values is almost black
 ORIENTATION, PHOTOMETRIC = 0x0112, 0x0106  # tags
-SIXTEEN = re.compile(r"\b(RGBA?|LA);16([BLN])")  # Pillow's names for 16-bit colours in a file, and their order of bytes
-LOW_BYTES = {"B": "L", "L": "B", "N": "B"}  # the order by which Pillow keeps the other byte
+SIXTEEN = re.compile(r"\b(RGBA?|LA);16([BLN])")  # Pillow's raw modes of 16-bit colours, with byte order
+LOW_BYTES = {"B": "L", "L": "B", "N": "B"}  # the byte order with which Pillow keeps the low byte instead of the high
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_opened` refuses such pictures
-for _package in ("PIL", "pydicom"):  # remarks on damaged tags, of which an error follows where it matters
+for _package in ("PIL", "pydicom"):  # about damaged tags; if these matter, an error follows
     warnings.filterwarnings("ignore", category=UserWarning, module=_package)
 
 
 @dataclass(frozen=True)
 class Sample(Frame):
-    """An image file of a data set, or one image of it: itself, or a frame or slice."""
+    """An image file of a data set, or one image in it: the file itself, or a frame or slice."""
 
-    label: int  # 1 = abnormal; -1: not known yet, in a list that is to be filled in
-    masks: tuple[Path, ...]  # of abnormal images, where the data set has masks; several are united
-    name: str  # the path below the data set's folder, `#INDEX` behind it: what reports and JSON files call it
-    patient: str | None = None  # as far as rule, header or name tells
+    label: int  # 1 = abnormal; -1 = not known yet, in a list to be filled in
+    masks: tuple[Path, ...]  # of an abnormal image, if the data set has masks; several are united
+    name: str  # in reports and JSON files: the path below the data set's folder, with `#INDEX` for a frame or slice
+    patient: str | None = None  # None if unknown
     index: int | None = field(default=None, kw_only=True)
     options: ReadOptions = field(default=AS_STORED, compare=False, kw_only=True)
-    published: bool = field(default=False, compare=False)  # of the paper's own data: masks are read as it read them
-    kind: str = field(default="", compare=False)  # of abnormal images, where list or folders name kinds: malignant
+    published: bool = field(default=False, compare=False)  # of the paper's own data: masks are read as published
+    kind: str = field(default="", compare=False)  # of abnormality, such as malignant, if the list or folders name it
     split: str = field(default="", compare=False)  # valid or test
-    divided: bool = field(default=False, compare=False)  # its folder serves both splits
-    folder: str = field(default="", compare=False)  # the class's, relative to the data set's: the file lies below
-    listed: str = field(default="", compare=False)  # what few-shot lists call the file
-    shot: bool = field(default=False, compare=False)  # the data set's own list says so
+    divided: bool = field(default=False, compare=False)  # both splits share its folder
+    folder: str = field(default="", compare=False)  # the class's folder, relative to the data set's
+    listed: str = field(default="", compare=False)  # name in few-shot lists
+    shot: bool = field(default=False, compare=False)  # the list of images marks it as a shot
     view: int = field(default=0, kw_only=True)  # of the 16 of a shot, see dataset/views.py; 0 is the image itself
-    jitter: tuple[float, float] | None = field(default=None, kw_only=True)  # the draws of the colour-jitter view
+    jitter: tuple[float, float] | None = field(default=None, kw_only=True)  # random numbers of the colour-jitter view
 
     def content_hash(self) -> str:
-        """What `load_image_with_hash` gives for the file as it is now: a changed file is another image."""
+        """The hash that `load_image_with_hash` returns, of the file as it is now."""
         if file_kind(self.path) != "pillow":
             return read(self).sha256
         with blame(self.path):
@@ -81,12 +81,12 @@ class Sample(Frame):
 
 
 class Pictures:
-    """The protocol of Pillow's formats; `Volume` has the same methods for scans."""
+    """The reader of Pillow's formats; `Volume` has the same methods for scans."""
 
     def describe(self, path: Path, _plane: str) -> Sequence[Slice]:
-        """What the file says of each of the images in it: nothing, but how many there are.
+        """An empty `Slice` for each image in the file, as these formats have no metadata that is used.
 
-        The previews that cameras add to a JPEG are none.
+        Previews that cameras embed in a JPEG do not count.
         """
         count = 1
         if path.suffix.lower() not in (".jpg", ".jpeg", ".jfif", ".bmp"):
@@ -95,12 +95,12 @@ class Pictures:
         return [Slice()] * count
 
     def sizes(self, frame: Frame) -> set[Size]:
-        """Width and height that an image's mask may have: the image's, from its header."""
+        """The sizes that an image's mask may have: only the image's, read from its header."""
         with _opened(frame) as image:
             return {image.size}
 
     def read(self, frame: Frame) -> Picture:
-        """An image: 8 bits as they are, wider ones by the options."""
+        """Read an image; 8-bit values stay as they are, wider ones are converted by the options."""
         with blame(frame.path):
             data = frame.path.read_bytes()
         picture, values, is_inverted = _decode(data, frame)
@@ -109,7 +109,7 @@ class Pictures:
         return replace(picture, image=image, notes=notes, sha256=digest)
 
     def read_mask(self, path: Path, of: Frame, count: int) -> MaskFile:
-        """A mask's greys: colours become their luminance, or the alpha channel where that alone holds a mask."""
+        """Read a mask's grey levels: the luminance of colours, or the alpha channel if only that varies."""
         pages = len(self.describe(path, ""))
         if pages != count:
             raise InputError(f"{path}: {pages} pictures, but its image's file has {count}")
@@ -152,7 +152,7 @@ def read(source: Frame | str | Path) -> Picture:
     Raises:
         MissingPackageError: DICOM without pydicom, NIfTI without nibabel.
         NoImageError: a DICOM object without a picture.
-        InputError: unreadable, cut short, too large, several pictures in a file where no index is given.
+        InputError: a file that is unreadable, cut short or too large, or has several pictures but no index is given.
     """
     frame = source if isinstance(source, Frame) else Frame(Path(source))
     reader = reader_of(frame.path)
@@ -163,32 +163,32 @@ def read(source: Frame | str | Path) -> Picture:
 
 
 def _content_hash(file_sha256: str, frame: Frame) -> str:
-    """The hash of a picture: its file's, and where index or options matter, of these as well."""
+    """The hash of a picture: that of its file, combined with index and options if these are not the defaults."""
     words = f"{'' if frame.index is None else frame.index} {frame.options.key()}".strip()
     return hashlib.sha256(f"{file_sha256} {words}".encode()).hexdigest() if words else file_sha256
 
 
 def load_image(source: Frame | str | Path, size: int) -> Tensor:
-    """A picture resized bicubically (antialiased): (3, size, size) float32 in [0, 1]; errors are those of `read`."""
+    """Read a picture, resized bicubically (antialiased): (3, size, size) float32 in [0, 1]; raises as `read` does."""
     return to_tensor(read(source).image, size)
 
 
 def load_image_with_hash(sample: Sample, size: int) -> tuple[str, Tensor]:
-    """`load_image`, after the SHA-256 of the very bytes that it was made from (hexadecimal)."""
+    """The SHA-256 (hexadecimal) of what was decoded, see `Picture`, and the result of `load_image`."""
     picture = read(sample)
     return picture.sha256, to_tensor(picture.image, size)
 
 
 def to_tensor(image: Image.Image, size: int) -> Tensor:
     """An RGB image resized as `load_image` does: (3, size, size) float32 in [0, 1]."""
-    import torch  # noqa: PLC0415 (half a second, which `--help` need not wait for)
+    import torch  # noqa: PLC0415 (takes half a second, which `--help` avoids)
 
     resized = image.resize((size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
 
 
 def frames(path: Path, options: ReadOptions = AS_STORED) -> list[Frame]:
-    """The images in a file: DICOM frames, TIFF pages, slices of a NIfTI volume; a file of one image has index None.
+    """The images in a file: DICOM frames, TIFF pages, slices of a NIfTI volume; the index of a single image is None.
 
     Raises:
         MissingPackageError: DICOM without pydicom, NIfTI without nibabel.
@@ -200,13 +200,13 @@ def frames(path: Path, options: ReadOptions = AS_STORED) -> list[Frame]:
 
 
 def is_deep(paths: Sequence[Path]) -> bool:
-    """Whether pictures hold more than 8 bits, so that a dark one among them is not taken as 8 bits.
+    """Whether any picture has values above 255, so that a dark one among them must not be read as 8 bits.
 
-    Of a long list some 64 headers are read; only where one of these promises more than 8 bits, are pixels.
+    Of a long list, about 64 evenly spaced headers are read, and pixels only if a header says more than 8 bits.
     """
     for path in paths[:: max(len(paths) // 64, 1)]:
         if path.suffix.lower() in (".png", ".tif", ".tiff", ".jp2"):
-            with suppress(InputError):  # it is reported where it is read
+            with suppress(InputError):  # reported when it is read as a sample
                 with _opened(Frame(path)) as image:
                     is_wide = _is_wide(image)
                 values = _decode(path.read_bytes(), Frame(path))[1] if is_wide else None
@@ -216,7 +216,7 @@ def is_deep(paths: Sequence[Path]) -> bool:
 
 
 def reader_of(path: Path) -> Reader:
-    """`InputError` unless `path` is a file in a format that is read."""
+    """The reader of a file; raises `InputError` unless `path` is a file in a supported format."""
     grey.check_file(path)
     kind = file_kind(path)
     if kind is None:
@@ -225,7 +225,7 @@ def reader_of(path: Path) -> Reader:
 
 
 def file_kind(path: Path) -> str | None:
-    """`pillow`, `nifti`, `dicom`, or None, by the name; without an ending that is known by the first bytes."""
+    """`pillow`, `nifti`, `dicom` or None, by the extension; if it is missing or unknown, by the first bytes."""
     for kind, endings in ENDINGS.items():
         if path.name.lower().endswith(endings):
             return kind
@@ -248,10 +248,10 @@ def stem(path: Path) -> str:
 
 
 def list_files(inputs: Iterable[Path]) -> Iterator[tuple[Path, str]]:
-    """Files to read, each with its path below the input that it came from.
+    """Yield the files to read, each with its path below the input that it came from.
 
-    Folders are walked in sorted order; hidden files and formats that are not read are left out. Other inputs are passed
-    on as they are, and so are folders that cannot be read, for `check_file` to refuse.
+    Folders are walked in sorted order; hidden files and unsupported formats are skipped. Inputs that are not folders,
+    and folders that cannot be read, are passed on as they are, for `check_file` to refuse.
     """
     for given in inputs:
         if not given.is_dir():
@@ -269,12 +269,12 @@ def list_files(inputs: Iterable[Path]) -> Iterator[tuple[Path, str]]:
 
 
 def _is_loop(folder: Path) -> bool:
-    """Whether a folder is a link to one above it."""
+    """Whether a folder is a link to a folder above it."""
     return folder.is_symlink() and folder.resolve() in (parent := folder.parent.resolve(), *parent.parents)
 
 
 def parse_window(words: Sequence[str]) -> Window:
-    """`--window` from its words: centre and width, `auto` or `full`; None for none; `InputError` for anything else."""
+    """Parse the words of `--window`: centre and width, `auto`, `full` or nothing (None); else raises `InputError`."""
     if not words:
         return None
     if len(words) == 1 and words[0] in ("auto", "full"):
@@ -291,9 +291,9 @@ def parse_window(words: Sequence[str]) -> Window:
 
 @contextmanager
 def _opened(frame: Frame, data: bytes | None = None) -> Iterator[ImageFile]:
-    """A picture, not decoded yet, from a file or its content; its size is that of what is stored.
+    """Open a picture without decoding it, from a file or from its content `data`; its size is the stored one.
 
-    `InputError` where it is none, damaged, or has too many pixels.
+    Raises `InputError` if it is not a picture, is damaged or has too many pixels.
     """
     grey.check_file(frame.path)
     try:
@@ -304,7 +304,7 @@ def _opened(frame: Frame, data: bytes | None = None) -> Iterator[ImageFile]:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             image.seek(frame.index or 0)
-            if isinstance(image, TiffImageFile):  # Pillow says the size after the turn that the orientation asks for
+            if isinstance(image, TiffImageFile):  # Pillow swaps the sides if the orientation is a quarter turn
                 image._size = image.tag_v2[256], image.tag_v2[257]
             yield image
     except Image.DecompressionBombError as error:
@@ -312,18 +312,18 @@ def _opened(frame: Frame, data: bytes | None = None) -> Iterator[ImageFile]:
 
 
 def _is_wide(image: ImageFile) -> bool:
-    """Whether a picture that is not loaded yet has more than 8 bits."""
+    """Whether a picture that is not loaded yet has more than 8 bits per channel."""
     return image.mode == "F" or image.mode.startswith("I") or bool(SIXTEEN.search(str(image.tile[:1])))
 
 
 def _decode(data: bytes, frame: Frame) -> tuple[Picture, Array | None, bool]:
-    """The picture in its own mode, its values where they are wider than 8 bits, and whether 0 is white."""
+    """The picture in its own mode, its values if they are wider than 8 bits (else None), and whether 0 is white."""
     with _opened(frame, data) as image:
         mode, is_wide, halved = image.mode, _is_wide(image), SIXTEEN.search(str(image.tile[:1]))
         is_inverted = isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC) == 0
         orientation = _load(image)
     values = np.asarray(image) if is_wide else None
-    if halved:  # of 16-bit colours Pillow has kept the high bytes alone
+    if halved:  # Pillow keeps only the high bytes of 16-bit colours: read the low bytes, too
         layout, order = halved.groups()
         with _opened(frame, data) as other:
             raw = f"{layout};16{LOW_BYTES[order]}"
@@ -337,9 +337,9 @@ def _decode(data: bytes, frame: Frame) -> tuple[Picture, Array | None, bool]:
 
 
 def _load(image: ImageFile) -> int:
-    """Decode a picture as it is stored; its orientation, by which Pillow would turn a TIFF."""
+    """Decode a picture as it is stored, and return its orientation, by which Pillow would rotate a TIFF."""
     if not isinstance(image, TiffImageFile):
-        image.load()  # in a PNG the orientation may follow the pixels
+        image.load()  # first, as a PNG may store the orientation after the pixels
     orientation = image.getexif().pop(ORIENTATION, 1)
     image.load()
     return int(orientation)
@@ -347,7 +347,7 @@ def _load(image: ImageFile) -> int:
 
 @lru_cache(maxsize=2)
 def _pages(data: bytes, path: Path) -> Range:
-    """The grey values of all pages of a file."""
+    """The range of grey values over all pages of a file."""
     with _opened(Frame(path), data) as image:
         count = getattr(image, "n_frames", 1)
     pages = [_decode(data, Frame(path, page))[1] for page in range(count)]
@@ -355,9 +355,9 @@ def _pages(data: bytes, path: Path) -> Range:
 
 
 def _own_window(values: Array, frame: Frame) -> tuple[Callable[[Array], Array], Notes]:
-    """How values wider than 8 bits are shown without a window: all of 8 or of 16 bits; and what is to be said."""
+    """The default window for values wider than 8 bits, the whole range of 8 or 16 bits, with notes."""
     low, high = values.min(), values.max()
-    is_float = values.dtype.kind == "f"  # in which [0, 1] may be meant, and the published program would see black
+    is_float = values.dtype.kind == "f"  # may mean [0, 1], which the published program would read as black
     is_whole = not is_float or bool(high > 1 and (values == values.round()).all())
     if low >= 0 and high <= 255 and is_whole and not frame.options.deep:
         words = f"8-bit values in a {8 * values.dtype.itemsize}-bit file (largest {high:g}): read as 8 bits"
@@ -379,7 +379,7 @@ def pillow_to_rgb(
     measure: Callable[[], Range] | None = None,
     is_inverted: bool = False,
 ) -> tuple[Image.Image, Notes]:
-    """A Pillow image as 8-bit RGB by a frame's options, and what is to be said; values wider than 8 bits count."""
+    """Convert a Pillow image to 8-bit RGB by a frame's options, with notes; `values` wider than 8 bits replace it."""
     if values is None and (image.mode == "F" or image.mode.startswith("I")):
         values = np.asarray(image)
     if values is None:
@@ -391,7 +391,7 @@ def pillow_to_rgb(
 
 
 def picture_notes(image: Image.Image) -> Notes:
-    """What is odd about an 8-bit picture: `constant` (nearly one grey), `clipped` (most of it white or black)."""
+    """Notes on an unusual 8-bit picture: `constant` (nearly one grey), `clipped` (mostly white or mostly black)."""
     counts = np.asarray(image.convert("L").histogram())
     total = counts.sum()
     low, high = np.searchsorted(counts.cumsum(), [0.01 * total, 0.99 * total])

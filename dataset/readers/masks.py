@@ -1,8 +1,8 @@
 """Masks: which pixels of an image are abnormal.
 
-A mask's levels are its greys; with a palette of colours the palette's indices; of a volume its labels. Of greys those
-above `mask_above` are abnormal, of labels all but 0, of either those that `ReadOptions.mask_labels` names, if any. The
-paper's own data are read as published: by luminance, and resized where their size differs.
+A mask's levels are its grey levels, the indices of a colour palette, or the labels of a volume. Abnormal are grey
+levels above `mask_above` and all labels except 0, or, if set, only the levels in `ReadOptions.mask_labels`. The paper's
+own data are read as published: by luminance, and resized if the sizes differ.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from .images import Sample, reader_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-Levels = Counter[float]  # a level -> how many pixels have it
+Levels = Counter[float]  # level -> number of pixels
 
 ABNORMAL_ABOVE = 127  # of 255, in a mask
-FULL_MASK = 0.9  # the part of an image above which a mask is said
-SHOWN = 8  # levels in a line
+FULL_MASK = 0.9  # fraction of the image above which a mask is reported
+SHOWN = 8  # levels in a note
 
 
 class Mask(NamedTuple):
-    """A mask as it was read, or several of one image united."""
+    """A mask as it was read, or the union of several masks of one image."""
 
-    image: Image.Image  # 8-bit grey at its own size; 0 and 255 where labels say what is abnormal
-    notes: Notes  # `orientation`, `alpha`, `wide`, ...: what is to be said of the file
-    values: tuple[Array, ...]  # of each file, its levels pixel by pixel
-    by_label: bool  # labels say what is abnormal, not the grey
+    image: Image.Image  # 8-bit grey at its own size; 0 and 255 if `by_label`
+    notes: Notes  # notes for the user on the file: `orientation`, `alpha`, `wide`, ...
+    values: tuple[Array, ...]  # for each file, the level of every pixel
+    by_label: bool  # labels decide what is abnormal, not grey levels
 
     @property
     def levels(self) -> Levels:
-        """How often each level occurs."""
+        """The number of pixels of each level."""
         counts = (np.unique(values, return_counts=True) for values in self.values)
         return sum((Levels(dict(zip(*map(np.ndarray.tolist, pair), strict=True))) for pair in counts), Levels())
 
@@ -48,11 +48,11 @@ class Mask(NamedTuple):
 
 
 def read_mask(sample: Sample) -> Mask | None:
-    """The mask of an image, None where it has none.
+    """The mask of an image, None if it has none.
 
-    Orientation is ignored as ever (note `orientation`). Colours become their luminance; where they are constant and the
-    alpha channel is not, the mask is the alpha channel (note `alpha`). Of a volume the slice of the same number. The
-    window is for images: it never changes a mask.
+    The orientation tag is ignored, as everywhere (note `orientation`). Colours become luminance; if that is constant
+    and the alpha channel is not, the mask is the alpha channel (note `alpha`). The slice of a volume is the one with
+    the image's number. `window` applies to images only, never to masks.
 
     Raises:
         InputError: a file cannot be read, or several masks of the image differ in size.
@@ -78,7 +78,7 @@ def read_mask(sample: Sample) -> Mask | None:
 
 
 def levels_note(levels: Levels, by_label: bool, above: int, labels: tuple[int, ...]) -> str | None:
-    """A line on the levels of some masks, their shares, and which count as abnormal; None for 0 and 255 alone."""
+    """A note on the levels of masks, their shares and which are abnormal; None for grey levels 0 and 255 only."""
     if not by_label and set(levels) <= {0, 255}:
         return None
     total = max(sum(levels.values()), 1)
@@ -94,18 +94,18 @@ def levels_note(levels: Levels, by_label: bool, above: int, labels: tuple[int, .
 def load_mask(sample: Sample, size: int, above: int = ABNORMAL_ABOVE) -> Tensor:
     """A mask resized by nearest neighbour: (size, size) bool, True where it is above `above` of 255.
 
-    All False where there is no mask. `InputError` where it cannot be read or is of another size than its image.
+    All False if there is no mask. Raises `InputError` if it cannot be read or its size differs from the image's.
     """
     return load_grey_mask(sample, size)[0] > (above + 0.5) / 255
 
 
 def load_grey_mask(sample: Sample, size: int) -> Tensor:
-    """A mask's greys resized by nearest neighbour: (1, size, size) float32 in [0, 1], zeros where there is no mask.
+    """A mask's grey levels resized by nearest neighbour: (1, size, size) float32 in [0, 1], zeros without a mask.
 
     The published training augments these and thresholds afterwards: above 0.5 for 127, in general (above + 0.5) / 255.
-    Another size than its image's is refused, or said once where `published`.
+    A size that differs from the image's raises `InputError`; if `published`, a warning is printed once instead.
     """
-    import torch  # noqa: PLC0415 (half a second, which `--help` need not wait for)
+    import torch  # noqa: PLC0415 (takes half a second, which `--help` avoids)
 
     mask = read_mask(sample)
     if mask is None:
@@ -120,7 +120,7 @@ def load_grey_mask(sample: Sample, size: int) -> Tensor:
 
 
 def mask_notes(mask: Mask, above: int = ABNORMAL_ABOVE) -> Notes:
-    """What is odd about a mask: `empty`, `labels` (marks something, but nothing above `above`), or `full`."""
+    """Notes on an unusual mask: `empty`, `labels` (not empty, but nothing is above `above`), or `full`."""
     counts = np.asarray(mask.image.histogram())
     greys = np.flatnonzero(counts)
     share = counts[above + 1 :].sum() / max(counts.sum(), 1)
@@ -134,12 +134,12 @@ def mask_notes(mask: Mask, above: int = ABNORMAL_ABOVE) -> Notes:
 
 
 def check_mask(sample: Sample, above: int = ABNORMAL_ABOVE) -> list[str]:
-    """Warnings about a shot's mask: constant, or nearly all of the image.
+    """Warnings about a shot's mask: it is empty, or covers nearly the whole image.
 
-    A test mask of labels counts as empty, as published, and `dataset.check` reports it.
+    A test mask with labels 0 and 1 counts as empty, as published; `dataset.check` reports it.
 
     Raises:
-        InputError: the mask marks something, but nothing as abnormal: labels 0 and 1 where 0 and 255 are meant.
+        InputError: the mask is not empty, but marks nothing as abnormal: it has labels 0 and 1 instead of 0 and 255.
     """
     mask = read_mask(sample)
     notes = {} if mask is None else mask_notes(mask, above)

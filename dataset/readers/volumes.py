@@ -1,6 +1,6 @@
-"""DICOM (needs pydicom) and NIfTI (needs nibabel): either file is opened as a `Volume`, from which images are taken.
+"""Readers for DICOM (needs pydicom) and NIfTI (needs nibabel): a file is opened as a `Volume`, which gives images.
 
-A NIfTI volume's axes are turned to x right, y anterior, z superior, whatever their order on disk.
+A NIfTI volume is reoriented to the axes x right, y anterior, z superior, whatever their order on disk.
 """
 
 from __future__ import annotations
@@ -25,47 +25,47 @@ from .grey import DAMAGE, PLANES, Array, Ends, Frame, MaskFile, NoImageError, Pi
 
 Header = Any  # pydicom's Dataset
 NO_PICTURE = ("RTDOSE", "RTSTRUCT", "RTPLAN", "RTRECORD", "SEG", "SR", "PR", "KO", "REG", "ECG", "HD", "DOC")
-ELEMENTS = ("Rows", "Columns", "BitsAllocated", "BitsStored", "PhotometricInterpretation")  # no image is without
-SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio")  # each: of rows, of columns
+ELEMENTS = ("Rows", "Columns", "BitsAllocated", "BitsStored", "PhotometricInterpretation")  # every image has these
+SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio")  # each: of a row, of a column
 DECODERS = "other decoders: pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
-SAMPLED_FRAMES = 64  # of a file, for its range
+SAMPLED_FRAMES = 64  # frames of a file from which its range is measured
 OPPOSITE = dict(zip("LRPASI", "RLAPIS", strict=True))  # the patient's sides
 EDGES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}
 MAX_VOXELS = 2**31
-SAME_PLACE = 0.1  # of a voxel, by which the corners of a mask and its volume may differ
-_lock = RLock()  # threads ask for images of the same file or series: it is read once
+SAME_PLACE = 0.1  # voxels by which the corners of a mask and its volume may differ
+_lock = RLock()  # lets threads that need the same file or series read it only once
 
 
 class Volume:
-    """An opened scan, and the protocol of its format.
+    """An opened scan; each format is a subclass.
 
     Opening raises `MissingPackageError`, `NoImageError` for a DICOM object without a picture, and `InputError` for a
     file that is damaged, cut short or claims more than it holds.
     """
 
     mode: str  # the format
-    axes: list[Slice]  # of each image, where in the patient it lies
-    spacing: list[Ends]  # of each, the millimetres of a row and of a column
-    windows: Sequence[Callable[[Array], Array] | None]  # how the file wants each shown: values -> [0, 1]
+    axes: list[Slice]  # for each image, its metadata
+    spacing: list[Ends]  # for each image, the millimetres of a row and of a column
+    windows: Sequence[Callable[[Array], Array] | None]  # for each image, the file's own window: values -> [0, 1]
     is_inverted = False  # low values are white
-    values: Callable[[int], Array]  # an image (H, W) in the file's units, or colours (H, W, 3); decoded when asked for
-    measure: Callable[[Array], Range]  # the range of all of which an image's values are a part
-    mask_values: Callable[[Frame, int], tuple[Array, Ends]]  # the labels for an image, (H, W) or colours; their spacing
+    values: Callable[[int], Array]  # an image (H, W) in the file's units, or colours (H, W, 3); decoded on demand
+    measure: Callable[[Array], Range]  # an image's values -> the range of its volume, series or file
+    mask_values: Callable[[Frame, int], tuple[Array, Ends]]  # labels of an image, (H, W) or colours, and their spacing
 
     @classmethod
     def open(cls, path: Path, plane: str) -> Volume:
-        """The file, which is kept for the next image of it."""
+        """Open a file, or return it from the cache, as several images are read from the same file."""
         with _lock, blame(path):
             return _opened(cls, path, plane, path.stat().st_mtime_ns)  # type: ignore[arg-type] # of a subclass
 
     @classmethod
     def describe(cls, path: Path, plane: str) -> Sequence[Slice]:
-        """What the file says of each of its images."""
+        """The metadata of each image in a file."""
         return cls.open(path, plane).axes
 
     @classmethod
     def read(cls, frame: Frame) -> Picture:
-        """An image: of DICOM by the header's first window or LUT, of NIfTI over the volume's range by default."""
+        """Read an image; the default window is the header's first window or LUT (DICOM), the volume's range (NIfTI)."""
         volume, index = cls.open(frame.path, frame.options.plane), frame.index or 0
         values, (down, across) = volume.values(index), volume.spacing[index]
         own, measure = volume.windows[index], partial(volume.measure, values)
@@ -79,15 +79,15 @@ class Volume:
 
     @classmethod
     def sizes(cls, frame: Frame) -> set[Size]:
-        """Width and height that an image's mask may have: before and after its pixels were made square."""
+        """The sizes that an image's mask may have: the image's before and after its pixels were made square."""
         picture = cls.read(frame)
         return {picture.image.size, picture.stored}
 
     @classmethod
     def read_mask(cls, path: Path, of: Frame, count: int) -> MaskFile:
-        """The mask of an image, of which its file holds `count`: never windowed, every label but 0 is abnormal.
+        """The mask of an image in a file of `count` images: never windowed, and every label except 0 is abnormal.
 
-        DICOM whose values reach from 128 to 255 holds greys instead.
+        A DICOM mask whose largest value is between 128 and 255 holds grey levels instead of labels.
         """
         volume = cls.open(path, of.options.plane)
         values, spacing = volume.mask_values(of, count)
@@ -100,7 +100,7 @@ class Volume:
         return MaskFile(greys, greys if is_grey else labels, not is_grey, {})
 
 
-@lru_cache(maxsize=3)  # image and mask of one that is being read, and one whose pictures are being written
+@lru_cache(maxsize=3)  # an image and its mask being read, and a scan whose pictures are being written
 def _opened(kind: Callable[[Path, str], Volume], path: Path, plane: str, _time: int) -> Volume:
     return kind(path, plane)
 
@@ -109,7 +109,7 @@ def _opened(kind: Callable[[Path, str], Volume], path: Path, plane: str, _time: 
 
 
 class Nifti(Volume):
-    """A NIfTI file, cut along a plane."""
+    """A NIfTI file, sliced along a plane."""
 
     mode = "NIfTI"
 
@@ -128,7 +128,7 @@ class Nifti(Volume):
                 raise InputError(f"{path}: {image.ndim} axes; split it into volumes of 3 or 4")
             values = image.get_fdata(dtype=np.float32, caching="unchanged")
         codes = int(stored.header["qform_code"]), int(stored.header["sform_code"])
-        edges = EDGES[plane] if max(codes) > 0 else ""  # else the axes' directions are a guess
+        edges = EDGES[plane] if max(codes) > 0 else ""  # else the axes' directions are unknown
         axis, center = PLANES.index(plane), np.append((np.array(values.shape[:3]) - 1) / 2, 1.0)
         center[axis] = 0
         first, step = float((image.affine @ center)[axis]), float(image.affine[axis, axis])
@@ -142,16 +142,16 @@ class Nifti(Volume):
         self.values = self.slices.__getitem__
 
     def mask_values(self, of: Frame, count: int) -> tuple[Array, Ends]:
-        """Where the headers say that the mask lies in the image."""
+        """The mask's slice on the image's grid, according to the positions in both headers."""
         image, index = cast(Nifti, self.open(of.path, of.options.plane)), of.index or 0
         return _onto(self, image)[index], image.spacing[index]
 
 
 def slices_of(values: Array, plane: str) -> list[Array]:
-    """The slices of (X, Y, Z) or (X, Y, Z, T) as radiologists look at them: views (rows, columns), not copies.
+    """The slices of (X, Y, Z) or (X, Y, Z, T) in radiological orientation: views (rows, columns), not copies.
 
     The patient's right is on the left, anterior or superior at the top; sagittal slices have anterior on the left.
-    Slices are counted over all time points.
+    Slices are numbered consecutively over all time points.
     """
     times = np.moveaxis(values, 3, 0) if values.ndim == 4 else values[None]
     return [cut[::-1, ::-1].T for time in times for cut in np.moveaxis(time, PLANES.index(plane), 0)]
@@ -159,7 +159,7 @@ def slices_of(values: Array, plane: str) -> list[Array]:
 
 @lru_cache(maxsize=3)
 def _onto(mask: Nifti, image: Nifti) -> Sequence[Array]:
-    """A mask's slices on its image's grid: as they are where shape and place agree, else resampled, which is said."""
+    """A mask's slices on its image's grid: unchanged if shape and position agree, else resampled with a warning."""
     there, here, path = mask.grid, image.grid, mask.path
     apart = np.abs(there.affine - here.affine) @ [*there.shape[:3], 1]
     if there.shape == here.shape and apart.max() < SAME_PLACE * min(there.header.get_zooms()[:3]):
@@ -186,7 +186,7 @@ class Dicom(Volume):
 
     def __init__(self, path: Path, plane: str) -> None:
         own = optional("pydicom.errors", path).BytesLengthException
-        with blame(f"{path}: not readable as DICOM, or cut short", errors=(*DAMAGE, own)):  # parsed when looked at
+        with blame(f"{path}: not readable as DICOM, or cut short", errors=(*DAMAGE, own)):  # parsed on access
             self.path, self.header = path, _parse(path.read_bytes(), path)
             each = range(_count(self.header, path))
             self.axes = [_slice(self.header, i, len(each)) for i in each]
@@ -195,7 +195,7 @@ class Dicom(Volume):
             self.is_inverted = self.header.PhotometricInterpretation == "MONOCHROME1"
 
     def values(self, index: int, rescaled: bool = True) -> Array:
-        """Grey in the modality's units, float64, or as it is stored where it is not `rescaled`; or colours."""
+        """Grey values in the modality's units (float64), or as stored if `rescaled` is False; or colours."""
         pixels, header = optional("pydicom.pixels", self.path), self.header
         with blame(f"{self.path}: not a readable image, or cut short", errors=DAMAGE):
             name = header.file_meta.TransferSyntaxUID.name
@@ -212,13 +212,13 @@ class Dicom(Volume):
             return values.astype(np.float64) * slope[0] + intercept[0]
 
     def mask_values(self, of: Frame, count: int) -> tuple[Array, Ends]:
-        """The frame of the same number."""
+        """The mask's frame with the image's number, as stored."""
         if len(self.axes) != count:
             raise InputError(f"{self.path}: {len(self.axes)} frames, but its image has {count}")
         return self.values(of.index or 0, rescaled=False), self.spacing[of.index or 0]
 
     def measure(self, values: Array) -> Range:
-        """Of all pictures of this file's series in its folder, or of the file's frames."""
+        """The range of the file's frames or, for a single frame, of all files of its series in its folder."""
         frames, uid = len(self.axes), self.axes[0].series_uid
         with _lock:
             files = [self.path] if frames > 1 or not uid else _series_in(self.path.parent).get(uid, [self.path])
@@ -238,7 +238,7 @@ def _parse(data: bytes, path: Path) -> Header:
         raise NoImageError(f"{path}: no image ({name or modality or 'a DICOM object'})")
     if absent:
         raise InputError(f"{path}: cut short or damaged: its header holds no {absent[0]}")
-    if header.file_meta.get("TransferSyntaxUID") is None:  # without a preamble: pydicom found how it is written
+    if header.file_meta.get("TransferSyntaxUID") is None:  # no file header: use the encoding that pydicom detected
         uid, (implicit, little) = optional("pydicom.uid", path), header.original_encoding
         explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
         header.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
@@ -246,7 +246,7 @@ def _parse(data: bytes, path: Path) -> Header:
 
 
 def _count(header: Header, path: Path) -> int:
-    """How many frames a file holds; `InputError` where it claims more than its bytes can hold."""
+    """The number of frames in a file; raises `InputError` if it claims more than its bytes can hold."""
     given, pixels = header.get("NumberOfFrames"), header.get("PixelData", b"")
     claimed = 1 if given in (None, "") else int(given)
     held = len(pixels) * 8 // max(int(header.Rows) * int(header.Columns) * int(header.BitsAllocated), 1)
@@ -265,7 +265,7 @@ def _spacing(header: Header, index: int) -> tuple[float, float]:
 
 
 def _window(header: Header, index: int) -> Callable[[Array], Array] | None:
-    """How the header wants a frame shown: its first window or table; up to 8 bits, and colours, their whole range."""
+    """A frame's default window: the header's first window or LUT; the whole range for colours and up to 8 bits."""
     display, bits = frame_values(header, index, "FrameVOILUTSequence"), int(header.BitsStored)
     center, width = numbers(display, "WindowCenter"), numbers(display, "WindowWidth")
     if int(header.get("SamplesPerPixel", 1)) > 1:
@@ -285,7 +285,7 @@ def _window(header: Header, index: int) -> Callable[[Array], Array] | None:
 
 
 def numbers(group: Header, name: str) -> list[float]:
-    """The numbers of an element; none where it is absent or empty, or where one is not finite."""
+    """The numbers of an element; an empty list if it is absent or empty, or if a number is not finite."""
     with suppress(TypeError, ValueError):
         result = [float(part) for part in np.atleast_1d(np.asarray(group.get(name), dtype=object))]
         return result if all(map(math.isfinite, result)) else []
@@ -293,7 +293,7 @@ def numbers(group: Header, name: str) -> list[float]:
 
 
 def frame_values(header: Header, index: int, sequence: str) -> Header:
-    """Where a frame's values stand: in enhanced files its own or the shared functional group, else the file itself."""
+    """The header of a frame's values: its own or the shared functional group in enhanced files, else the file's."""
     per_frame, shared = (header.get(f"{name}FunctionalGroupsSequence") or [] for name in ("PerFrame", "Shared"))
     groups = (*per_frame[index : index + 1], *shared)
     return next((group[sequence][0] for group in groups if group.get(sequence)), header)
@@ -301,7 +301,7 @@ def frame_values(header: Header, index: int, sequence: str) -> Header:
 
 @lru_cache(maxsize=64)
 def _series_in(folder: Path) -> dict[str, list[Path]]:
-    """The series in a folder: SeriesInstanceUID -> files, without those that cannot be read."""
+    """The series in a folder, SeriesInstanceUID -> files; unreadable files are skipped."""
     series: dict[str, list[Path]] = {}
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         with suppress(InputError), blame(path, errors=DAMAGE):
@@ -313,7 +313,7 @@ def _series_in(folder: Path) -> dict[str, list[Path]]:
 
 @lru_cache(maxsize=256)
 def _common_range(files: tuple[Path, ...], of: str) -> Range | None:
-    """The range of all pictures of some files: of several from thinned pixels, without those that are damaged."""
+    """The range of all pictures in the files; pixels of several files are subsampled, damaged files are skipped."""
     parts = []
     for path in files:
         with suppress(InputError):
@@ -328,7 +328,7 @@ def _common_range(files: tuple[Path, ...], of: str) -> Range | None:
 
 def _slice(header: Header, index: int, frames: int) -> Slice:
     holder = frame_values(header, index, "PlanePositionSequence")
-    is_frames_own = frames == 1 or holder is not header  # one position for many frames is not a frame's
+    is_frames_own = frames == 1 or holder is not header  # one position for all frames is no frame's own
     place = numbers(holder, "ImagePositionPatient") if is_frames_own else []
     directions = np.array(numbers(frame_values(header, index, "PlaneOrientationSequence"), "ImageOrientationPatient"))
     number = numbers(header, "InstanceNumber") if frames == 1 else [index + 1]
@@ -353,5 +353,5 @@ def _slice(header: Header, index: int, frames: int) -> Slice:
 def _side(direction: Array) -> str:
     """The patient's side to which a direction mostly points."""
     axis = int(np.abs(direction).argmax())
-    side = "LPS"[axis]  # where DICOM's coordinates grow
+    side = "LPS"[axis]  # the sides towards which DICOM's coordinates increase
     return side if direction[axis] > 0 else OPPOSITE[side]

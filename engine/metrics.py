@@ -1,13 +1,13 @@
-"""Numbers from an `Evaluation` and its masks: image metrics, exact pixel metrics, intervals.
+"""Metrics of an `Evaluation` and its masks: image metrics, exact pixel metrics, confidence intervals.
 
-Pixel metrics take two passes over the maps. Abnormal pixels are few: the first pass collects their scores and sorts
-them; these are the grid. The second pass sorts each batch of maps and counts how many pixels lie below and at each grid
-point. Between two neighbouring abnormal scores it does not matter how the normal ones lie, so these counts hold the
-whole ROC and precision-recall curves, exactly, ties included; memory does not grow with the normal pixels.
+Pixel metrics take two passes over the maps. Abnormal pixels are few: the first pass collects and sorts their scores,
+which form the grid. The second pass sorts each batch of maps and counts the pixels below and at each grid point. The
+order of normal pixels between two neighbouring grid points does not matter, so these counts give the whole ROC and
+precision-recall curves exactly, ties included. Memory does not grow with the number of normal pixels.
 
-With more than `GRID` abnormal pixels the grid is `GRID` evenly spaced order statistics of them, the ends included, and
-what lies strictly between two of them counts as evenly mixed. That moves the AUROC by less than 1 / (2 GRID) < 1e-6
-whatever the scores are, and in practice by some 1e-9; AP, F1-max and AUPRO in practice by less than 1e-6.
+With more than `GRID` abnormal pixels, the grid consists of `GRID` evenly spaced order statistics of their scores, both
+ends included, and pixels strictly between two grid points count as evenly mixed. This changes the AUROC by less than
+1 / (2 GRID) < 1e-6 for any scores, and by some 1e-9 in practice; AP, F1-max and AUPRO by less than 1e-6 in practice.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,12 +25,12 @@ from utils import InputError
 
 from .evaluation import Evaluation, Masks
 
-GRID = 2**19  # grid points at most: 20 MB of counts
-BATCH_PIXELS = 2**22  # of the maps that are made at a time: 72 images of 240 x 240
+GRID = 2**19  # maximum number of grid points: 20 MB of counts
+BATCH_PIXELS = 2**22  # pixels of the maps that are computed at a time: 72 images of 240 x 240
 CURVE_POINTS = 300  # finer than a figure can show
 AUPRO_LIMIT = 0.3  # false positive rate up to which MVTec's AUPRO integrates
-COARSE = 511  # most points of the bootstrap's grid: 1,023 bins, at, between and beside them
-BOOTSTRAP_DRAWS = 1000  # of a bootstrap
+COARSE = 511  # maximum number of points of the bootstrap's grid: 1,023 bins at, between and outside them
+BOOTSTRAP_DRAWS = 1000  # draws of a bootstrap
 CONFIDENCE_LEVEL = 0.95  # of all intervals
 Z_95 = 1.959964  # standard errors on either side at this level
 
@@ -38,7 +38,7 @@ Value = float | int | list[float] | None  # None: not measurable
 Source = Callable[[slice], Tensor]  # images of a slice -> (B, S, S)
 
 
-# What is measured, in this order: key -> (label for people, key below `test/` in W&B; "" is not logged there).
+# The metrics, in this order: key -> (label for readers, key below `test/` in W&B or "" if it is not logged).
 METRICS = {
     "auc": ("image AUROC", "AUC"),
     "pauc": ("pixel AUROC", "pAUC"),
@@ -53,7 +53,7 @@ METRICS = {
     "aupro": ("AUPRO up to 30% false positives", "AUPRO"),
     "dice": ("Dice at the calibrated pixel threshold", "Dice"),
 }
-# What `measure_without` and `patient_metrics` add, for people.
+# Labels for readers of the values that `measure_without` and `patient_metrics` add.
 MORE_LABELS = {
     "auc_without_shot_patients": "image AUROC without the shots' patients",
     "pauc_without_shot_patients": "pixel AUROC without the shots' patients",
@@ -68,14 +68,14 @@ MORE_LABELS = {
 
 @dataclass(frozen=True)
 class Metrics:
-    """What `measure` gives.
+    """The result of `measure`.
 
     Attributes:
         values: by the keys of METRICS, in their order; intervals are [low, high].
         curves: (2, points) each: `roc` (false, true positive rate) and `pr` (recall, precision) of the pixels,
             `image_roc` and `image_pr` of the images.
-        pauc_draws: the pixel AUROC in each draw of the bootstrap; with the same images and seed, draws of several
-            evaluations are the same images' (see engine.compare).
+        pauc_draws: the pixel AUROC in each draw of the bootstrap; for the same images and seed, all evaluations draw
+            the same images (see engine.compare).
     """
 
     values: dict[str, Value]
@@ -98,7 +98,7 @@ class Metrics:
         return self.auc + (self.pauc or 0.0)
 
     def table(self) -> str:
-        """AUC and pAUC as `line` has them, and a line for each other value but thresholds that the test set set."""
+        """AUC and pAUC as in `line`, and a line for each other value, except thresholds chosen on the test set."""
         labels = {name: label for name, (label, _) in METRICS.items()} | MORE_LABELS
         for kind in (name.removeprefix("n_of_") for name in self.values if name.startswith("n_of_")):
             words = f"image AUROC of {kind}"
@@ -121,7 +121,7 @@ class Metrics:
 
 
 def readable_value(value: Value) -> str:
-    """A value for people: 0.1234, an interval, a count; `not measurable` where there is none."""
+    """A value as text: 0.1234, an interval, a count, or `not measurable` for None."""
     if value is None:
         return "not measurable"
     if isinstance(value, list):
@@ -139,14 +139,14 @@ def measure(
     """Measure an evaluation.
 
     Args:
-        evaluation: M images.
-        masks: theirs; None on image-only data sets. The maps of detection heads are never measured.
-        full: also AUPRO, Dice, intervals over images, figures over patients, and curves.
+        evaluation: scores of M images.
+        masks: their masks; None on image-only data sets. The maps of detection heads are never measured.
+        full: also measure AUPRO, Dice, intervals over images, metrics over patients and by kind, and curves.
         pixel_threshold: for Dice: abnormal is score >= threshold.
-        without: patients of the shots, for the figures without them; None where they are unknown: then there are none.
+        without: patients of the shots, for the metrics without their images; None (unknown) skips these metrics.
 
     Raises:
-        InputError: one class only, of images or of pixels.
+        InputError: all images, or all pixels, are of one class.
     """
     labels, scores = evaluation.labels, evaluation.image_scores
     values: dict[str, Value] = {**image_metrics(labels, scores)}
@@ -172,16 +172,16 @@ def measure(
 
 
 def maps_at_a_time(evaluation: Evaluation) -> int:
-    """How many images' maps to hold, so that memory does not grow with their size."""
+    """The number of maps to compute at a time, so that memory does not grow with their size."""
     return max(1, BATCH_PIXELS // evaluation.img_size**2)
 
 
 def measure_without(evaluation: Evaluation, masks: Masks | None, patients: set[str]) -> dict[str, Value]:
-    """AUC and pAUC of the images that are not of the given patients, those of the shots: not in the paper.
+    """AUC and pAUC without the images of the given patients, those of the shots. Not in the paper.
 
     Returns:
-        `auc_without_shot_patients` and `pauc_without_shot_patients`, None where a class is empty (and pAUC without
-        masks); `n_normal_...` and `n_abnormal_...`, the images that are left. Images without a known patient stay.
+        `auc_without_shot_patients` and `pauc_without_shot_patients`, None if a class is empty (pAUC also without
+        masks); `n_normal_...` and `n_abnormal_...`, the images that remain. Images without a known patient remain.
     """
     if all(sample.patient is None for sample in evaluation.samples):
         return {}
@@ -215,7 +215,7 @@ def image_metrics(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
         scores: (M,), higher is more abnormal.
 
     Raises:
-        InputError: one class only.
+        InputError: all images are of one class.
     """
     _check_classes((labels == 0).sum(), (labels == 1).sum(), "image", "image AUC")
     precision, recall, thresholds = precision_recall_curve(labels, scores)
@@ -230,20 +230,20 @@ def image_metrics(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
 
 
 def image_curves(labels: np.ndarray, scores: np.ndarray, points: int = CURVE_POINTS) -> dict[str, np.ndarray]:
-    """`image_roc` and `image_pr` of labels, scores (M,), like the pixels' curves of `PixelCounts`: (2, points)."""
+    """`image_roc` and `image_pr` for labels, scores (M,): (2, points) each, like the curves of `PixelCounts`."""
     fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
     precision, recall, _ = (values[::-1] for values in precision_recall_curve(labels, scores))
     return {"image_roc": _thinned(fpr, tpr, points), "image_pr": _thinned(recall[1:], precision[1:], points)}
 
 
 def placements(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """DeLong's placement values of labels, scores (M,), whose mean is the AUROC; a tie counts half.
+    """DeLong's placement values for labels, scores (M,), whose mean is the AUROC; a tie counts half.
 
     Returns:
-        Of each abnormal image the share of normal ones below it, of each normal image that of abnormal ones above it.
+        For each abnormal image, the fraction of normal ones below it; for each normal one, of abnormal ones above it.
 
     Raises:
-        InputError: one class only.
+        InputError: all images are of one class.
     """
     _check_classes((labels == 0).sum(), (labels == 1).sum(), "image", "image AUC")
     normal, abnormal = np.sort(scores[labels == 0]), np.sort(scores[labels == 1])
@@ -255,16 +255,16 @@ def placements(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def auroc_interval(labels: np.ndarray, scores: np.ndarray) -> list[float]:
-    """95% interval of the image AUROC of labels, scores (M,), [low, high]; at an AUROC of 0 or 1 it keeps its width.
+    """95% interval [low, high] of the image AUROC for labels, scores (M,); at an AUROC of 0 or 1 it still has a width.
 
-    At each end the wider of two: DeLong's (1988) on the logit scale, which is undefined at 0 and 1 and too short near
-    them, and Newcombe's (2006, method 5), which is too short where the classes vary unequally. docs/method.md has the
+    Each end is the outer one of two intervals. DeLong's (1988), on the logit scale, is undefined at 0 and 1 and too
+    short near them; Newcombe's (2006, method 5) is too short if the classes vary unequally. See docs/method.md for the
     coverage.
     """
     below, above = placements(labels, scores)
     auc, pairs, images = float(below.mean()), len(below) * len(above), (len(below) + len(above)) / 2 - 1
 
-    def distance(value: float) -> float:  # to what Newcombe's interval takes for just plausible
+    def distance(value: float) -> float:  # 0 at the ends of Newcombe's interval
         spread = 1 + images * ((1 - value) / (2 - value) + value / (1 + value))
         return (auc - value) ** 2 - Z_95**2 * value * (1 - value) * spread / pairs
 
@@ -280,11 +280,11 @@ def auroc_interval(labels: np.ndarray, scores: np.ndarray) -> list[float]:
 
 
 def patient_metrics(evaluation: Evaluation) -> dict[str, Value]:
-    """AUROC over patients, each with the highest score of the images, and abnormal where one image is.
+    """AUROC over patients, each with the highest score of the images, and abnormal if one image is.
 
     Returns:
-        `auc_patients`, its interval `auc_patients_ci95`, `n_normal_patients` and `n_abnormal_patients`. Nothing where
-        an image has no known patient, no patient has two images, or there are not both classes of patients.
+        `auc_patients`, its interval `auc_patients_ci95`, `n_normal_patients` and `n_abnormal_patients`. Empty if an
+        image has no known patient, no patient has two images, or all patients are of one class.
     """
     patients = [sample.patient for sample in evaluation.samples]
     names, index = np.unique([patient or "" for patient in patients], return_inverse=True)
@@ -302,10 +302,10 @@ def patient_metrics(evaluation: Evaluation) -> dict[str, Value]:
 
 
 def kind_metrics(evaluation: Evaluation) -> dict[str, Value]:
-    """AUROC of each kind of abnormal image against all normal ones, where at least two kinds are named.
+    """AUROC of each kind of abnormal image against all normal ones, if at least two kinds are named.
 
     Returns:
-        `auc_of_KIND`, `auc_of_KIND_ci95` and `n_of_KIND` for each.
+        `auc_of_KIND`, `auc_of_KIND_ci95` and `n_of_KIND` for each kind.
     """
     kinds, result = np.array([sample.kind for sample in evaluation.samples]), dict[str, Value]()
     names = sorted(set(kinds.tolist()) - {""})
@@ -319,12 +319,12 @@ def kind_metrics(evaluation: Evaluation) -> dict[str, Value]:
 
 
 def choose_threshold(true: np.ndarray, false: np.ndarray, n_normal: float, rule: str) -> int:
-    """Which of T thresholds a rule takes, counted from the highest; -1: one above all scores.
+    """The index of the threshold that a rule chooses, of T in descending order; -1: a threshold above all scores.
 
     Args:
-        true: (T,), how many abnormal scores are at or above each threshold, in the last entry all of them.
-        false: (T,), how many normal ones.
-        n_normal: of all normal ones.
+        true: (T,), the number of abnormal scores at or above each threshold; the last entry counts all of them.
+        false: (T,), the same for normal scores.
+        n_normal: number of all normal scores.
         rule: `f1` (the largest), `fpr=RATE` (the largest sensitivity at a false positive rate of at most RATE) or
             `tpr=RATE` (the highest threshold with a sensitivity of at least RATE).
     """
@@ -341,15 +341,15 @@ def choose_threshold(true: np.ndarray, false: np.ndarray, n_normal: float, rule:
 
 @dataclass(frozen=True)
 class PixelCounts:
-    """Counted pixels of both classes, of which every pixel metric is a function; abnormal is score >= threshold.
+    """Pixel counts of both classes, from which every pixel metric is computed; abnormal is score >= threshold.
 
     Attributes:
         grid: (G,) float32, ascending: abnormal pixels' scores.
-        normal, abnormal: (2G + 1,) int64, pixels below grid[0], at it, between it and grid[1], at that, and so on to
-            those above grid[-1].
+        normal, abnormal: (2G + 1,) int64, the number of pixels below grid[0], at grid[0], between grid[0] and grid[1],
+            at grid[1], and so on to those above grid[-1].
         highest: the highest score of all pixels.
-        overlap: (2G + 1,) float64, the abnormal pixels again, each as 1 / |its region|; None where not asked for.
-        regions: how many there are.
+        overlap: (2G + 1,) float64, like `abnormal`, with each pixel as 1 / |its region|; None if counted without.
+        regions: the number of regions.
     """
 
     grid: np.ndarray
@@ -360,15 +360,15 @@ class PixelCounts:
     regions: int = 0
 
     def auroc(self) -> float:
-        """Area under the ROC curve, a tie counts half; InputError where a class is missing, as for all that follow."""
+        """Area under the ROC curve, a tie counts half; `InputError` if a class is missing, as in all methods below."""
         self._above("pixel AUC")
         return float(_auroc(self.normal, self.abnormal))
 
     def average_precision(self) -> float:
-        """Average precision by scikit-learn's step rule: the mean over the abnormal pixels of the precision at them.
+        """Average precision by scikit-learn's step rule: the mean over the abnormal pixels of the precision at each.
 
-        Those strictly between two points of a thinned grid have the precision of their middle one, with half of the
-        normal pixels there above it; ties have that of all of them.
+        Abnormal pixels strictly between two points of a thinned grid get the precision of their middle one, with half
+        of the normal pixels there above it; tied pixels get the precision with all of them included.
         """
         false, true = self._above("pixel average precision")
         normal, abnormal = self.normal[::-1].astype(np.float64), self.abnormal[::-1].astype(np.float64)
@@ -395,23 +395,23 @@ class PixelCounts:
         return _thinned(true / true[-1], true / (true + false), points)
 
     def aupro(self, limit: float = AUPRO_LIMIT) -> float:
-        """Area under the mean overlap of the regions against the false positive rate up to `limit`, over `limit`.
+        """Area under the regions' mean overlap over the false positive rate, from 0 to `limit`, divided by `limit`.
 
-        By MVTec's definition (Bergmann et al. 2021): every score is a threshold, trapezoids between them, cut off at
-        `limit` by interpolation. The mean of |region and score >= t| / |region| over R regions is a count of the
-        abnormal pixels, each as 1 / (R |its region|).
+        By MVTec's definition (Bergmann et al. 2021): every score is a threshold, with trapezoids between thresholds and
+        interpolation at `limit`. The mean of |region and score >= t| / |region| over R regions is a weighted count of
+        abnormal pixels: each counts 1 / (R |its region|).
         """
         if self.overlap is None:
             raise ValueError("counted without regions")
         false, _ = self._above("AUPRO")
         rate, overlap = false / false[-1], _cumulative(self.overlap) / self.regions
-        end = int(np.searchsorted(rate, limit))  # the first point at or beyond it
+        end = int(np.searchsorted(rate, limit))  # the first point at or beyond `limit`
         share = (limit - rate[end - 1]) / (rate[end] - rate[end - 1])
         last = overlap[end - 1] + share * (overlap[end] - overlap[end - 1])
         return float(np.trapezoid(np.append(overlap[:end], last), np.append(rate[:end], limit)) / limit)
 
     def threshold(self, rule: str) -> float:
-        """The threshold that a rule takes, see `choose_threshold`."""
+        """The threshold that a rule chooses, see `choose_threshold`."""
         false, true = self._above("a pixel threshold")
         best = choose_threshold(true[2::2], false[2::2], false[-1], rule)
         if best < 0:
@@ -419,27 +419,27 @@ class PixelCounts:
         return float(self.grid[::-1][best])
 
     def coarse_grid(self, points: int = COARSE) -> np.ndarray:
-        """At most `points` of the grid, which share out both classes evenly: ascending, float32."""
+        """At most `points` points of the grid that divide both classes evenly: ascending, float32."""
         false, true = (values[2::2] for values in self._above("pixel AUC"))
         places = _spread(false / false[-1] + true / true[-1], points)
         coarse: np.ndarray = self.grid[::-1][places][::-1].copy()
         return coarse
 
     def _above(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """Normal and abnormal pixels above the borders of the cells, from the top: (2G + 2,) float64, from 0 on."""
+        """Normal and abnormal pixels above each cell border, from the top down: (2G + 2,) float64, starting at 0."""
         _check_classes(int(self.normal.sum()), int(self.abnormal.sum()), "pixel", metric)
         return _cumulative(self.normal), _cumulative(self.abnormal)
 
 
 def count_pixels(maps: Source, masks: Source, images: int, batch: int, regions: bool = False) -> PixelCounts:
-    """Count all pixels of some images in the two passes.
+    """Count the pixels of all images in two passes.
 
     Args:
-        maps: gives the float32 anomaly maps (B, S, S) of a slice of the images, on any device; called twice.
-        masks: gives their masks (B, S, S), bool.
-        images: how many there are.
-        batch: how many at a time.
-        regions: also for AUPRO; regions are 8-connected, as in MVTec's evaluation.
+        maps: returns the float32 anomaly maps (B, S, S) of a slice of the images, on any device; called in each pass.
+        masks: returns their masks (B, S, S), bool.
+        images: number of images.
+        batch: number of images at a time.
+        regions: also count regions, for AUPRO; they are 8-connected, as in MVTec's evaluation.
     """
     scores = _sorted(_abnormal_scores(maps, masks, images, batch))
     grid = score_grid(scores)
@@ -460,9 +460,9 @@ def count_pixels(maps: Source, masks: Source, images: int, batch: int, regions: 
 
 
 def _abnormal_scores(maps: Source, masks: Source, images: int, batch: int) -> Tensor:
-    """The first pass: (A,) float32, unsorted. Maps of batches without an abnormal pixel are not asked for.
+    """The first pass: abnormal scores (A,) float32, unsorted. Batches without abnormal pixels are skipped.
 
-    The room for all is taken at once: pieces between the maps' would keep a heap from using freed room again.
+    Memory for all scores is allocated at once: small blocks between those of the maps would fragment the heap.
     """
     sizes = [_count(masks(part)) for part in _parts(images, batch)]
     scores, filled = torch.empty(0), 0
@@ -472,13 +472,13 @@ def _abnormal_scores(maps: Source, masks: Source, images: int, batch: int) -> Te
             scores = scores if filled else members.new_empty(sum(sizes))
             scores[filled : filled + size] = members
             filled += size
-    return scores if filled else maps(slice(0, 1)).flatten()[:0]  # empty, on their device
+    return scores if filled else maps(slice(0, 1)).flatten()[:0]  # empty, on the maps' device
 
 
 def _region_overlap(scores: Tensor, mask: Tensor, grid: Tensor) -> tuple[np.ndarray, int]:
     """`PixelCounts.overlap` and `.regions` of a batch: scores, mask (B, S, S), grid (G,)."""
     within = np.zeros((3, 3, 3), dtype=bool)
-    within[1] = True  # the 8 neighbours in an image, none in the next image
+    within[1] = True  # 8 neighbours in the same image, none in other images
     labels, count = ndimage.label(mask.cpu().numpy(), structure=within)
     inverse_sizes = 1 / np.bincount(labels.ravel())[labels[labels > 0]]
     members = _selected(scores, mask)
@@ -488,7 +488,7 @@ def _region_overlap(scores: Tensor, mask: Tensor, grid: Tensor) -> tuple[np.ndar
 
 
 def score_grid(scores: Tensor) -> Tensor:
-    """At most GRID distinct values of ascending scores, evenly spaced in order, both ends included: (A,) -> (G,)."""
+    """At most GRID distinct values of ascending scores, evenly spaced by rank, both ends included: (A,) -> (G,)."""
     if len(scores) > GRID:
         places = np.linspace(0, len(scores) - 1, GRID).round().astype(np.int64)
         scores = scores[torch.from_numpy(places).to(scores.device)]
@@ -506,13 +506,13 @@ def per_image_metrics(
     draws: int = BOOTSTRAP_DRAWS,
     seed: int = 0,
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """The pixel AUROC in draws of the images and, with a threshold, `dice`, in a third pass; not in the paper.
+    """A third pass: the pixel AUROC in bootstrap draws (draws,) and, with a threshold, `dice`. Not in the paper.
 
-    Images are drawn with replacement, since the pixels of an image are not independent: (draws,), whose percentiles are
-    `pauc_ci95`. Each image is counted on a coarse grid, in at most 1,023 bins, which go at
-    once into the sums of the draws: of an image remains how often each draw holds it.
+    Images are drawn with replacement, not pixels, since the pixels of an image are not independent. Percentiles of the
+    draws are `pauc_ci95`. Each image is counted in at most 1,023 bins of a coarse grid. The counts are added to the
+    draws at once, as often as each draw holds the image, and not kept.
 
-    `dice` is 2 |P and G| / (|P| + |G|) of P, score >= threshold, and G, the mask: computed for each image and averaged
+    `dice` is 2 |P and G| / (|P| + |G|), P: score >= threshold, G: the mask. It is computed for each image and averaged
     over those whose mask has an abnormal pixel. Normal images, and false positives on them, do not count.
     """
     grid = torch.from_numpy(counts.coarse_grid())
@@ -525,7 +525,7 @@ def per_image_metrics(
         mask = masks(part).flatten(1).to(scores.device)
         points = grid.to(scores.device).expand(len(scores), -1).contiguous()
         total = _cells(_torch_ranks(_sorted(scores), points), image_pixels)
-        ordered = _sorted(scores.where(mask, torch.inf))  # normal pixels beyond the grid
+        ordered = _sorted(scores.where(mask, torch.inf))  # puts normal pixels above the grid
         marked = _cells(_torch_ranks(ordered, points), sizes[part, None])
         drawn = weights[:, part].astype(np.float64)
         normal += drawn @ (total - marked)
@@ -545,7 +545,7 @@ def _parts(images: int, batch: int) -> Iterator[slice]:
 
 
 def _check_classes(normal: int, abnormal: int, what: str, metric: str) -> None:
-    """Raise an InputError that names the class of which there is none."""
+    """Raise an `InputError` that names the missing class, if one is missing."""
     total = int(normal + abnormal)
     for count, name in ((abnormal, "abnormal"), (normal, "normal")):
         if count == 0:
@@ -553,54 +553,54 @@ def _check_classes(normal: int, abnormal: int, what: str, metric: str) -> None:
 
 
 def _auroc(normal: np.ndarray, abnormal: np.ndarray) -> np.ndarray:
-    """AUROC from masses (..., bins) in ascending order of score; a tie counts half."""
+    """AUROC from counts (..., bins) in ascending order of score; a tie counts half."""
     below = np.cumsum(normal, -1, dtype=np.float64) - 0.5 * normal
     pairs = normal.sum(-1, dtype=np.float64) * abnormal.sum(-1, dtype=np.float64)
     return np.asarray((below * abnormal).sum(-1) / pairs)
 
 
 def _cumulative(cells: np.ndarray) -> np.ndarray:
-    """Sums of cells from the top down, from 0 on: (cells,) -> (cells + 1,) float64."""
+    """Cumulative sums of cells from the top down, starting at 0: (cells,) -> (cells + 1,) float64."""
     return np.append(0, cells[::-1].cumsum()).astype(np.float64)
 
 
 def _use_numpy(values: Tensor) -> bool:
-    """On a CPU: there numpy's sort is 18 times faster than torch's, its choice by a mask 15 times, its search twice."""
+    """Whether to use numpy: on a CPU it is faster than torch, in sorting 18 times, in masking 15, in searching twice."""
     return values.device.type == "cpu"
 
 
 def _count(mask: Tensor) -> int:
-    """How many are True."""
+    """The number of True entries."""
     return int(np.count_nonzero(mask.numpy()) if _use_numpy(mask) else mask.sum())
 
 
 def _sorted(scores: Tensor) -> Tensor:
-    """Sorted along the last axis."""
+    """Scores sorted along the last axis."""
     if _use_numpy(scores):
         return torch.from_numpy(np.sort(scores.numpy()))
     return scores.sort().values
 
 
 def _ranks(ordered: Tensor, grid: Tensor) -> Tensor:
-    """How many of the ascending `ordered` lie below each grid point, and how many below or at it: (2G,) int64."""
+    """How many of the ascending values lie below each grid point, and how many below or at it: (2G,) int64."""
     if not _use_numpy(ordered):
         return _torch_ranks(ordered, grid)
     values, points = ordered.numpy(), grid.numpy()
     below = np.searchsorted(values, points)
     upto = below.copy()
-    at = np.flatnonzero(values.take(below, mode="clip") == points)  # most grid points are no pixel of the batch
+    at = np.flatnonzero(values.take(below, mode="clip") == points)  # most grid points do not occur in the batch
     upto[at] = np.searchsorted(values, points[at], side="right")
     return torch.from_numpy(np.stack([below, upto], axis=1).ravel())
 
 
 def _torch_ranks(ordered: Tensor, grid: Tensor) -> Tensor:
-    """`_ranks`, of one row or of many: (..., pixels), (..., G) -> (..., 2G) int64."""
+    """`_ranks` by torch, for one row or many: (..., pixels), (..., G) -> (..., 2G) int64."""
     ranks = [torch.searchsorted(ordered, grid, right=right) for right in (False, True)]
     return torch.stack(ranks, dim=-1).flatten(-2)
 
 
 def _cells(ranks: Tensor, total: int | np.ndarray) -> np.ndarray:
-    """Counts of the cells, (..., 2G + 1), from ranks (..., 2G) and the number of all pixels."""
+    """Counts of the cells, (..., 2G + 1), from ranks (..., 2G) and the total number of pixels."""
     return np.diff(ranks.cpu().numpy(), prepend=0, append=total)
 
 
@@ -617,15 +617,15 @@ def _spread(position: np.ndarray, points: int) -> np.ndarray:
 
 
 def _thinned(x: np.ndarray, y: np.ndarray, points: int) -> np.ndarray:
-    """A curve (2, at most `points`), x ascending, with its points where it is long."""
+    """A curve (2, at most `points`), x ascending, thinned to points that are evenly spaced along its length."""
     length = x - x[0] + np.append(0.0, np.abs(np.diff(y)).cumsum())
     return np.stack([x, y])[:, _spread(length, points)]
 
 
 def _draw(normal: np.ndarray, abnormal: np.ndarray, draws: int, seed: int) -> np.ndarray:
-    """How often each draw holds each image, (draws, M) uint16: with replacement, and again until it holds both classes.
+    """How often each draw holds each image, (draws, M) uint16: with replacement, redrawn until both classes occur.
 
-    `normal` and `abnormal`, (M,) bool: whether an image has something of the class.
+    `normal` and `abnormal`, (M,) bool: whether an image has pixels of the class.
     """
     rng, images = np.random.default_rng(seed), len(normal)
     result = np.zeros((draws, images), dtype=np.uint16)
@@ -636,5 +636,5 @@ def _draw(normal: np.ndarray, abnormal: np.ndarray, draws: int, seed: int) -> np
 
 
 def interval_of(values: np.ndarray) -> list[float]:
-    """The central 95% of the values of a bootstrap, [low, high]."""
+    """The central 95% of bootstrap values, [low, high]."""
     return [float(value) for value in np.quantile(values, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])]

@@ -1,4 +1,4 @@
-"""What training needs beside its loop, which stands in train.py: the training set, one step, and all that changes."""
+"""The parts of training, whose loop is in train.py: data splits, training set, one step, and the changing state."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ from .metrics import Metrics
 
 @dataclass
 class TrainingSet:
-    """16 views of every shot, abnormal first; `rows` say where their tokens stand in the store."""
+    """16 views of every shot, abnormal ones first; `rows` are the rows of their tokens in the store."""
 
     items: list[Sample]
     labels: Tensor  # (M,) float32, 1 = abnormal
     masks: Tensor | None  # (M, S, S) bool, None on image-only data sets
-    rows: Tensor | None = None  # (M,) int64, once the store has planned the items
+    rows: Tensor | None = None  # (M,) int64, set once the store has planned the items
 
     @classmethod
     def build(cls, shots: Shots, settings: Settings, seed: int) -> TrainingSet:
-        """The views of the shots, on the CPU.
+        """Build the views of the shots, on the CPU.
 
-        The published program augments a shot's grey mask and thresholds afterwards; `corrected` thresholds first.
+        The published program augments a shot's grey mask and then thresholds it; `corrected` thresholds first.
 
         Args:
             shots: the labelled images.
-            settings: img_size, pixel_metrics, fidelity and mask_above are read.
-            seed: of the colour jitter's draws, one pair for the abnormal shots and one for the normal ones.
+            settings: img_size, pixel_metrics, fidelity and mask_above are used.
+            seed: for the colour jitter: one pair of draws for the abnormal shots and one for the normal ones.
         """
         jitter = torch.rand(2, 2, generator=seeded(seed, "jitter")).tolist()
         items: list[Sample] = []
@@ -67,15 +67,15 @@ class TrainingSet:
         return len(self.items)
 
     def to(self, store: TokenStore) -> TrainingSet:
-        """The same with labels and masks on the device, and its rows in the store."""
+        """A copy with labels and masks on the store's device, and with the rows of its items in the store."""
         device = store.device
         masks = None if self.masks is None else self.masks.to(device)
         return TrainingSet(self.items, self.labels.to(device), masks, store.rows(self.items))
 
     def batches(self, order: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Rows, labels and masks of each batch, in the given order: (B,), (B,), (B, S, S) or None.
+        """Yields rows, labels and masks of each batch, in the given order: (B,), (B,), (B, S, S) or None.
 
-        The order goes to the device once; each batch is gathered there.
+        The order is copied to the device once; each batch is gathered there.
         """
         assert self.rows is not None
         rows = self.rows[order.to(self.rows.device)].split(size)
@@ -91,20 +91,20 @@ def view_masks(samples: Sequence[Sample], settings: Settings) -> Tensor:
     size, above = settings.img_size, settings.mask_above
     if settings.fidelity == "released":
         grey = torch.stack([load_grey_mask(sample, size) for sample in samples])  # (B, 1, S, S) in [0, 1]
-        return augment(grey)[:, 0] > (above + 0.5) / 255  # exactly 0.5 where abnormal is above 127
+        return augment(grey)[:, 0] > (above + 0.5) / 255  # exactly 0.5 for the default of 127
     binary = torch.stack([load_mask(sample, size, above) for sample in samples])[:, None].float()
     return augment(binary)[:, 0] > 0.5
 
 
 class TrainingState:
-    """All that changes while training: `last.pth` holds it, `--resume` puts it back.
+    """Everything that changes during training: stored in `last.pth`, restored by `--resume`.
 
     Args:
-        detector: before the first step.
+        detector: the detector before the first step.
         autocast: dtype of mixed precision, or None for float32.
-        learning_rate: of `make_optimizers`.
-        seed: of the shuffling.
-        select: the metrics that choose: `test`, `valid`; `last` chooses nothing.
+        learning_rate: for `make_optimizers`.
+        seed: for the shuffling.
+        select: the metrics that choose the epoch: `test` or `valid`; with `last`, none is chosen.
     """
 
     def __init__(
@@ -116,12 +116,12 @@ class TrainingState:
         device = next(detector.adapters.parameters()).device.type
         self.scaler = torch.amp.GradScaler(device) if autocast is torch.float16 else None
         self.shuffle = seeded(seed, "shuffle")
-        self.history: list[dict[str, Any]] = []  # the lines of metrics.jsonl, one an epoch
+        self.history: list[dict[str, Any]] = []  # the lines of metrics.jsonl, one per epoch
         self.seconds = 0.0  # spent on the finished epochs
 
     @property
     def epoch(self) -> int:
-        """How many epochs are finished."""
+        """The number of finished epochs."""
         return len(self.history)
 
     def step(
@@ -129,19 +129,19 @@ class TrainingState:
     ) -> Tensor:
         """One step of Adam on a batch. It does not wait for the device.
 
-        Where a GPU has no room for the gradients beside the tokens, these leave it first (`TokenStore.with_room`).
+        If a GPU has no memory for the gradients beside the tokens, the tokens leave it first (`TokenStore.with_room`).
 
         Args:
-            store: has the tokens.
-            rows: (B,) int64, where they stand in it.
+            store: holds the tokens.
+            rows: (B,) int64, the rows of the batch in the store.
             labels: (B,) float32, 1 = abnormal.
             masks: (B, S, S) bool, or None on image-only data sets.
-            text: (D, 2) text features with their graph, where the caller has them for these very contexts.
+            text: (D, 2) text features with their graph, if the caller has computed them for the current contexts.
 
         Returns:
             (3,) float32 on the device: detection, segmentation and total loss.
         """
-        shared = [text]  # for the first attempt alone: one that fails may have used up the graph
+        shared = [text]  # for the first attempt only: if it fails, it may have freed the graph
         losses = store.with_room(
             lambda: self.backward(store.get(rows), labels, masks, shared.pop() if shared else None)
         )
@@ -155,7 +155,7 @@ class TrainingState:
         return losses
 
     def backward(self, tokens: Sequence[Tensor], labels: Tensor, masks: Tensor | None, text: Tensor | None) -> Tensor:
-        """The losses of `step`, and the gradients of all that learns: `tokens` are K tensors (B, T, C)."""
+        """Compute the losses of `step` and the gradients of all parameters; `tokens` are K tensors (B, T, C)."""
         settings, device = self.detector.settings, labels.device.type
         heads = ("det", "seg") if masks is not None else ("det",)
         with torch.autocast(device, dtype=self.autocast) if self.autocast else nullcontext():
@@ -172,12 +172,12 @@ class TrainingState:
 
     @property
     def best_epoch(self) -> int:
-        """The last epoch that was better than all before it, counted from 1; 0 before the first."""
+        """The last epoch that was better than all before it, counted from 1; 0 if there is none."""
         return max((record["epoch"] for record in self.history if record["best"]), default=0)
 
     @property
     def best_score(self) -> float:
-        """Its AUC + pAUC, as published; a new best must be strictly better, starting from 0."""
+        """AUC + pAUC of the best epoch, as published; a new best must be strictly better, starting from 0."""
         if not self.best_epoch:
             return 0.0
         record, prefix = self.history[self.best_epoch - 1], "valid_" if self.select == "valid" else ""
@@ -185,25 +185,25 @@ class TrainingState:
 
     @property
     def selected_epoch(self) -> int:
-        """The epoch that is reported, counted from 1: the last where none was better than another."""
+        """The epoch to report, counted from 1: the best one, or the last one if there is no best one."""
         return self.best_epoch or self.epoch
 
     def finish_epoch(
         self, loss: Tensor, similarity: float, test: Metrics | None, valid: Metrics | None, due: bool, seconds: float
     ) -> dict[str, Any]:
-        """Close an epoch: choose, and add its line to the history.
+        """Finish an epoch: decide whether it is the best so far, and add its line to the history.
 
         Args:
             loss: (3,), see `check_losses`.
             similarity: cosine of the two text features.
-            test: of the test set; None where it was not measured.
-            valid: of valid/, likewise.
-            due: --eval_every names the epoch; others, such as an uneven last one, are measured but never chosen, so
-                that a run which is extended chooses what a longer one would.
-            seconds: that it took.
+            test: metrics of the test set; None if it was not measured.
+            valid: metrics of valid/; None if it was not measured.
+            due: whether the epoch is a multiple of --eval_every. If not, it may be measured (as the last one), but is
+                never chosen, so that an extended run chooses the same epoch as one that was longer from the start.
+            seconds: duration of the epoch.
 
         Returns:
-            The line of metrics.jsonl: None for what was not measured. No times, so that equal numbers are equal bytes.
+            The line of metrics.jsonl, with None for what was not measured, and no times: equal numbers, equal bytes.
         """
         det, seg, total = loss.tolist()
         record: dict[str, Any] = {
@@ -218,9 +218,9 @@ class TrainingState:
         return record
 
     def warn_if_stuck(self, epochs: int) -> None:
-        """Print a warning after a quarter of the epochs, at least 5, if the detection loss is still where it starts.
+        """Print a warning after a quarter of the epochs, at least 5, if the detection loss is still at its start.
 
-        Scores of 0 give 2 ln 2 a layer (sigmoid loss, mean decision).
+        Scores of 0 give a loss of 2 ln 2 per layer (sigmoid loss, mean decision).
         """
         settings, det = self.detector.settings, self.history[-1]["det"]
         start = len(settings.features_list) * 2 * math.log(2)
@@ -235,7 +235,7 @@ class TrainingState:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values only."""
+        """The state, as tensors and plain values only."""
         return {
             "parts": self.detector.parts(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -259,10 +259,10 @@ class TrainingState:
 def check_losses(losses: Tensor, epoch: int) -> Tensor:
     """The mean of each loss over an epoch's steps: (steps, 3) -> (3,) float64 on the CPU.
 
-    Here an epoch's training waits for the device, once.
+    This is the only point at which an epoch's training waits for the device.
 
     Raises:
-        InputError: naming the epoch and its first step with a loss that is not finite.
+        InputError: a loss is not finite; the message names the epoch and the first such step.
     """
     values = losses.double().cpu()
     bad = (~values.isfinite().all(dim=1)).nonzero()
@@ -275,7 +275,7 @@ def check_losses(losses: Tensor, epoch: int) -> Tensor:
 
 
 def epoch_line(record: dict[str, Any], epochs: int, seconds: float) -> str:
-    """The epoch in one line."""
+    """One line that reports an epoch."""
     words = [f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}", f"det {record['det']:.4f}"]
     words += [f"seg {record['seg']:.4f}"] * bool(record["seg"]) + [f"total {record['total']:.4f}"]
     for name, key in (("AUC", "auc"), ("pAUC", "pauc"), ("valid AUC", "valid_auc"), ("valid pAUC", "valid_pauc")):
@@ -287,7 +287,7 @@ def epoch_line(record: dict[str, Any], epochs: int, seconds: float) -> str:
 def calibrate_run(
     detector: Detector, store: TokenStore, splits: Splits, training: TrainingSet, rule: str
 ) -> dict[str, Any] | None:
-    """The decision's threshold: set on images of valid/ that are not shots, or else on the shots' augmented views."""
+    """Calibrate the thresholds on images of valid/ that are not shots, or else on the shots' augmented views."""
     settings = detector.settings
     if splits.calibration:
         evaluation = evaluate(detector, store, splits.calibration)
@@ -302,22 +302,22 @@ def calibrate_run(
 
 @dataclass
 class Splits:
-    """What a run trains on, chooses by, and is measured on."""
+    """The images of a run: for training, for choosing the epoch, for calibration, and for the test."""
 
     dataset: MedicalDataset
     shots: Shots
     test: list[Sample]
-    valid: list[Sample]  # what is left of valid/ after the shots, with --select valid
-    calibration: list[Sample]  # some of what is left, for the decision threshold
-    unused: list[Sample]  # all that is left of valid/ after the shots
+    valid: list[Sample]  # images of valid/ that are not shots; empty without --select valid
+    calibration: list[Sample]  # some images of valid/ that are not shots, for the decision threshold
+    unused: list[Sample]  # all images of valid/ that are not shots
     select: str  # the rule by which the epoch is chosen
 
     @classmethod
     def open(cls, options: argparse.Namespace) -> Splits:
-        """Read the lists; no picture is opened.
+        """Read the lists of images; no image is opened.
 
         Raises:
-            InputError: a data set or a part of it is missing, too few images, --select valid without both classes.
+            InputError: a data set or a part of it is missing, has too few images, or lacks a class for --select valid.
         """
         dataset = MedicalDataset.from_options(options)
         shots = dataset.shots(options.shot_normal, options.shot_abnormal, options.iterate, options.seed)
@@ -342,12 +342,12 @@ class Splits:
         return cls(dataset, shots, test, valid, calibration_samples(scored), unused, select)
 
     def own_batches(self, settings: Settings, device: torch.device) -> list[Sequence[Sample]]:
-        """What this process scores of all lists, in the batches of `evaluate`."""
+        """The images of all lists that this process scores, in the batches of `evaluate`."""
         groups = (self.test, self.valid, self.calibration)
         return [batch for group in groups for batch in own_batches(group, settings, device)]
 
     def shot_patients(self) -> set[str]:
-        """The patients of the shots, as far as names tell."""
+        """The patients of the shots, if they are known."""
         return {s.patient for s in (*self.shots.abnormal, *self.shots.normal) if s.patient is not None}
 
     def digest(self, store: TokenStore) -> str:
@@ -360,7 +360,7 @@ class Splits:
         return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
     def describe(self) -> None:
-        """Print what is trained on and what is measured."""
+        """Print which images are used for training and for the test."""
         abnormal = sum(sample.label for sample in self.test)
         source = self.shots.source if self.shots.source.startswith("sampled") else f"from {self.shots.source}"
         print(f"{self.dataset.obj}: {len(self.test)} test images ({abnormal} abnormal); shots {printable(source)}")
@@ -370,7 +370,7 @@ class Splits:
             print(printable(note))
 
     def print_warnings(self, masks: Tensor | None, store: TokenStore) -> None:
-        """After the pass, print warnings for images in valid and in test, and for shots whose mask is empty."""
+        """After `fill`: print warnings about images that are in both valid/ and test/, and shots with empty masks."""
         if not distributed.is_main():
             return
         shots = (*self.shots.normal, *self.shots.abnormal)
@@ -381,7 +381,7 @@ class Splits:
                     f"{len(pairs)} test images equal {what}: {twin.name} is {sample.name}; "
                     f"`python -m dataset.check` shows them all"
                 )
-        if masks is not None:  # view by view, so the plain view of the abnormal shots comes first
+        if masks is not None:  # sorted by view: the first masks are of the abnormal shots without augmentation
             pairs_of = zip(self.shots.abnormal, masks, strict=False)
             if empty := [sample.name for sample, mask in pairs_of if not mask.any()]:
                 warn(

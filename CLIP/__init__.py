@@ -1,1 +1,1 @@
-"""The frozen backbone and what is attached to it: `clip.create_model`, the tokenizer, the adapters."""
+"""The frozen backbone (`clip.create_model`), its tokenizer, and the adapters."""

@@ -1,10 +1,10 @@
 """Adapters and the dual branch: tokens of the frozen tower -> detection and segmentation scores (MadCLIP section 2).
 
 An adapter maps every token (width C) to two vectors in the joint embedding (width D), for detection and segmentation.
-There are two branches (normal, abnormal) of one adapter a layer. A patch's score in a branch is the cosine of its
-vector with that branch's text feature, minus (`contrast`) the cosine with the other one.
+There are two branches (normal, abnormal), each with one adapter per layer. A patch's score in a branch is the cosine of
+its vector and that branch's text feature, minus the cosine with the other one if `contrast` is set.
 
-Parameter names and shapes are the published ones; one matrix product serves both branches of a layer.
+Parameter names and shapes are as published; both branches of a layer are computed in one matrix product.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Adapter(nn.Module):
 
     @staticmethod
     def trunks(adapters: Sequence[Adapter], tokens: Tensor) -> list[Tensor]:
-        """What the heads of each adapter read: tokens (B, T, C) -> one (B, T, C) an adapter."""
+        """The trunks' outputs, which the heads read: tokens (B, T, C) -> one (B, T, C) per adapter."""
         raise NotImplementedError
 
     def project(self, trunk: Tensor, heads: Sequence[str]) -> Tensor:
-        """The asked heads in one product: (B, T, C) -> (B, T, heads, D), not normalised."""
+        """Apply the given heads in one matrix product: (B, T, C) -> (B, T, heads, D), not normalised."""
         weight = torch.cat([self.get_parameter(f"{self.head_names[head]}.0.weight") for head in heads])
         vectors: Tensor = F.leaky_relu(F.linear(trunk, weight), inplace=True).unflatten(-1, (len(heads), -1))
         return vectors
@@ -86,8 +86,8 @@ class MCNNFC(Adapter):
 class MViTFC(Adapter):
     """One post-norm transformer encoder layer, then the heads.
 
-    As published (`across_tokens` False) attention runs across the images of a batch, at each token position by itself,
-    so an image's scores depend on its neighbours in the batch; `across_tokens` attends within an image.
+    As published (`across_tokens` False), attention runs across the images of a batch, separately at each token
+    position, so an image's scores depend on the rest of its batch; `across_tokens` attends within an image.
     """
 
     head_names = {"det": "fc", "seg": "fc1"}  # noqa: RUF012
@@ -102,7 +102,7 @@ class MViTFC(Adapter):
 
     @staticmethod
     def trunks(adapters: Sequence[Adapter], tokens: Tensor) -> list[Tensor]:
-        """See `Adapter.trunks`; here all tokens of the batch take part together."""
+        """See `Adapter.trunks`; here a token's output also depends on other tokens of the batch."""
         return [adapter.get_submodule("transformer_encoder")(tokens) for adapter in adapters]
 
 
@@ -110,19 +110,19 @@ ADAPTERS: dict[str, type[Adapter]] = {"MFCFC": MFCFC, "MCNNFC": MCNNFC, "MViTFC"
 
 
 def reads_class_token(kind: str, across_tokens: bool) -> bool:
-    """Whether adapters read the class token, which is dropped before the scores: only where tokens attend to others."""
+    """Whether adapters read the class token (dropped before the scores): if tokens attend to others of their image."""
     return kind == "MViTFC" and across_tokens
 
 
 def mixes_images(kind: str, across_tokens: bool) -> bool:
-    """Whether an image's scores depend on the others of its batch: MViTFC as published."""
+    """Whether an image's scores depend on the other images in its batch: MViTFC as published."""
     return kind == "MViTFC" and not across_tokens
 
 
 class Cosine(torch.autograd.Function):
-    """v.d / |v| for vectors (..., D), a step's largest tensors, and a direction (D,), which is not normalised here.
+    """v.d / |v| for vectors (..., D) and a direction (D,), which is not normalised here.
 
-    No normalised copy of the vectors, and two passes over them in the backward pass where autograd's own has five.
+    The vectors are a step's largest tensors: they are not copied, and backward reads them twice (autograd: five times).
     """
 
     @staticmethod
@@ -141,17 +141,17 @@ class Cosine(torch.autograd.Function):
         along_vectors = (-gradient * scores / norms**2).to(vectors.dtype)
         of_vectors = vectors * along_vectors[..., None]
         of_vectors.addcmul_(along_direction[..., None], direction.to(vectors.dtype))
-        learnt = ctx.needs_input_grad[1]  # not with fixed prompts
+        learnt = ctx.needs_input_grad[1]  # False for fixed prompts
         return of_vectors, along_direction.flatten() @ vectors.flatten(0, -2) if learnt else None
 
 
 class DualBranchAdapters(nn.Module):
-    """Two branches of adapters over K layers, and the scores that they give.
+    """Two branches of adapters for K layers, and their scores.
 
-    `kind` is a name of `ADAPTERS`; `width` is C, `embed_dim` D. Adapter k belongs to the k-th of `features_list`,
-    layers counted from 1. `contrast` subtracts the cosine with the other branch's text feature (MadCLIP section 2, dual
+    `kind` is a key of `ADAPTERS`; `width` is C, `embed_dim` D. Adapter k belongs to the k-th layer in `features_list`,
+    counted from 1. `contrast` subtracts the cosine with the other branch's text feature (MadCLIP section 2, dual
     objective); `across_tokens` lets MViTFC attend within an image (`corrected` fidelity). `generator` draws the initial
-    weights, on the CPU; None is torch's global one.
+    weights, on the CPU; None is torch's global generator.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class DualBranchAdapters(nn.Module):
         self.mixes_images = mixes_images(kind, across_tokens)
 
     def forward(self, tokens: Sequence[Tensor], text_features: Tensor, heads: Sequence[str] = HEADS) -> list[Tensor]:
-        """Scores of every patch, one (K, B, N, 2) for each of `heads`: [normal branch, abnormal branch].
+        """Scores of every patch, one (K, B, N, 2) per head: [normal branch, abnormal branch].
 
         They are cosines in [-1, 1], with `contrast` their differences in [-2, 2]. `tokens` are K tensors in ascending
         layer order, (B, N, C), or (B, L, C) with `reads_class_token`; `text_features` (D, 2) has the columns [normal,
@@ -196,5 +196,5 @@ class DualBranchAdapters(nn.Module):
             for adapter, trunk, direction in zip(pair, pair[0].trunks(pair, x), directions, strict=True):
                 vectors = adapter.project(trunk[:, 1:] if self.reads_class_token else trunk, heads)  # (B, N, heads, D)
                 scores.append(Cosine.apply(vectors, direction))  # (B, N, heads)
-            layers.append(torch.stack(scores, dim=-1).unbind(-2))  # (B, N, 2) a head
+            layers.append(torch.stack(scores, dim=-1).unbind(-2))  # (B, N, 2) per head
         return [torch.stack(scores) for scores in zip(*layers, strict=True)]

@@ -1,4 +1,4 @@
-"""One factory: `create_model(name, pretrained, img_size)` gives a frozen CLIP ready to use."""
+"""The factory of models: `create_model(name, pretrained, img_size)` returns a frozen CLIP, ready to use."""
 
 import hashlib
 from pathlib import Path
@@ -14,16 +14,16 @@ from .weights import Weights, find_weights, read_weights, round_to_half
 
 
 def uses_quick_gelu(config: ModelConfig, pretrained: str, img_size: int, fidelity: str) -> bool:
-    """Whether the towers run QuickGELU: the `activation` row of the fidelity table (docs/method.md)."""
+    """Whether the towers use QuickGELU: the `activation` row of the fidelity table (docs/method.md)."""
     if not config.quick_gelu or pretrained.startswith("laion"):  # LAION's models were trained with plain GELU
         return False
     return fidelity == "corrected" or img_size == (config.tower.own_image_size or config.image_size)
 
 
 def random_state(config: ModelConfig, seed: int, vision: bool = True) -> dict[str, Tensor]:
-    """Seeded random weights under OpenAI's names and scales (Radford et al. 2021, initialisation of the release).
+    """Seeded random weights with OpenAI's names and initial scales (Radford et al. 2021, as in the released code).
 
-    Each tensor has a generator of its own, seeded by `seed` and its name: `vision` does not change the text tower's.
+    Each tensor has its own generator, seeded by `seed` and its name: `vision` does not change the text tower.
     """
     with torch.device("meta"):
         shapes = CLIP(config, config.image_size, quick_gelu=False, vision=vision).state_dict()
@@ -50,9 +50,9 @@ def _random_std(name: str, config: ModelConfig) -> float:
 
 
 def load_state(model: CLIP, state: dict[str, Tensor], source: str) -> None:
-    """Put a state dict with OpenAI's names into `model`, resizing the positional embedding to its image size.
+    """Load a state dict with OpenAI's names into `model`, resizing the positional embedding to its image size.
 
-    `InputError` names `source` and the first tensors that are missing, of another shape or not finite.
+    Tensors that are missing, have another shape or are not finite raise `InputError`, which names `source`.
     """
     config, name = model.config, "visual.positional_embedding"
     own = {key: state[short].float() for key in model.state_dict() if (short := key.removeprefix("text.")) in state}
@@ -81,15 +81,15 @@ def create_model(
 ) -> CLIP:
     """Build a frozen CLIP.
 
-    `model_name`, `pretrained`, `weights` and `seed` are those of `find_weights`, whose result may stand for all four.
-    `img_size` is in pixels a side, None for the weights' own; `fidelity` is `released` or `corrected`, see the table in
-    docs/method.md; without `vision` the text tower alone is read and built. `InputError` for an unknown model, a
-    missing or unfitting weight file, an image smaller than a patch.
+    `model_name`, `pretrained`, `weights` and `seed` are those of `find_weights`; its result can be `model_name` instead
+    of all four. `img_size` is in pixels a side, None for the model's own; `fidelity` is `released` or `corrected`, see
+    the table in docs/method.md; if `vision` is False, only the text tower is read and built. Raises `InputError` for an
+    unknown model, a weight file that is missing or does not fit, or images smaller than a patch.
     """
     source = model_name if isinstance(model_name, Weights) else find_weights(model_name, pretrained, weights, seed)
     config, released = source.config, fidelity == "released"
     img_size = config.image_size if img_size is None else img_size
-    config.grid(img_size)  # raises where it is smaller than a patch
+    config.grid(img_size)  # raises if it is smaller than a patch
     quick_gelu = uses_quick_gelu(config, source.pretrain, img_size, fidelity)
     with torch.device("meta"):
         model = CLIP(config, img_size, quick_gelu, normalize_pixels=not released, vision=vision)

@@ -1,4 +1,4 @@
-"""What a CLIP model is: its sizes, activation and pixels, from a name, a JSON file, a folder or the Hugging Face hub.
+"""The config of a CLIP (sizes, activation, pixel mean and std) from a name, JSON file, folder or the Hugging Face hub.
 
 Nothing here imports torch.
 """
@@ -19,18 +19,18 @@ CKPT_FOLDER = Path(__file__).parent / "ckpt"
 PRETRAINS = ("openai", "laion400m", "laion2b", "random")
 FIDELITIES = ("released", "corrected")
 ADAPTER_KINDS = ("MFCFC", "MCNNFC", "MViTFC")
-# What OpenAI's CLIP was trained with (`corrected` fidelity); the published MadCLIP code leaves images in [0, 1].
+# OpenAI's CLIP was trained with these (`corrected` fidelity); the published MadCLIP code leaves images in [0, 1].
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 CONFIG_FILES = ("open_clip_config.json", "config.json")  # in a folder or on the hub
 PIXEL_FILE = "preprocessor_config.json"  # beside Hugging Face's config.json: mean and std
 VOCABULARY, PROMPT_LENGTH = 49408, 77  # of CLIP's tokenizer and of the prompts
-MAX_SIZE, MAX_LAYERS = 2**17, 256  # of the numbers in a config: a hostile one must not ask for all memory
+MAX_SIZE, MAX_LAYERS = 2**17, 256  # limits on the numbers in a config: a hostile one must not exhaust the memory
 HUB = "hf-hub:"
-OF_CONFIGS = (*EXPECTED, TypeError, AttributeError, ZeroDivisionError)  # what values of another kind provoke
+OF_CONFIGS = (*EXPECTED, TypeError, AttributeError, ZeroDivisionError)  # raised for values of a wrong type
 
-# The sizes of a tower as this project and open_clip call them, then as Hugging Face does, with the default of its
-# CLIPConfig, whose files leave out what equals that.
+# The sizes of a tower: the name in this project and open_clip -> Hugging Face's name, and the default of its
+# CLIPConfig, whose files omit values that equal the default.
 TOWERS = {
     "vision": {
         "image_size": ("image_size", 224), "patch_size": ("patch_size", 32), "width": ("hidden_size", 768),
@@ -43,7 +43,7 @@ TOWERS = {
         "mlp_ratio": ("intermediate_size", 2048),
     },
 }  # fmt: skip
-# Entries of open_clip's configs that change nothing here; any other must be absent or false.
+# Entries of open_clip's configs that have no effect here; all others must be absent or false, or as in `IGNORED`.
 HARMLESS = {"patch_dropout", "output_tokens", "name", "hub", "urls", "weights", "custom_text", "init_logit_scale"}
 IGNORED = {"pool_type": ("tok", "argmax"), "proj_type": ("linear",), "act_layer": ("gelu",)}
 
@@ -55,26 +55,26 @@ def _field(part: str, size: str) -> str:
 
 @dataclass(frozen=True)
 class ImageTower:
-    """What an image tower computes beside its sizes; the defaults are CLIP's, DINOv2's are in CLIP/dinov2.py."""
+    """The architecture of an image tower besides its sizes; the defaults are CLIP's, CLIP/dinov2.py sets DINOv2's."""
 
-    name: str = ""  # of a tower that is not the model's own
-    own_image_size: int = 0  # of the model's own, whose text tower stays as it is
+    name: str = ""  # of a tower that replaces the model's own; else empty
+    own_image_size: int = 0  # the image size of the model's own tower, if it is replaced
     patch_bias: bool = False
     layer_scale: bool = False
     pre_norm: bool = True  # a layer norm before the blocks
     norm_eps: float = 1e-5
     swiglu: bool = False  # in place of the MLP
-    registers: int = 0  # tokens that are no patches
-    antialias: bool = True  # where the positional embedding is resized
+    registers: int = 0  # number of register tokens
+    antialias: bool = True  # when the positional embedding is resized
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Every size of a CLIP model; `load` reads it, `to_dict` and `from_dict` keep it in a checkpoint."""
+    """The sizes of a CLIP model; `load` reads them, `to_dict` and `from_dict` store them in a checkpoint."""
 
     name: str
     embed_dim: int  # D
-    quick_gelu: bool  # the activation that the OpenAI-style weights of this model were trained with
+    quick_gelu: bool  # whether the OpenAI-style weights of this model were trained with QuickGELU
     image_size: int
     patch_size: int
     width: int  # C
@@ -87,7 +87,7 @@ class ModelConfig:
     text_heads: int
     weights: dict[str, str] = field(default_factory=dict)  # pretrain -> file name under CLIP/ckpt
     hub: dict[str, str] = field(default_factory=dict)  # pretrain -> owner/name on the Hugging Face hub
-    urls: dict[str, str] = field(default_factory=dict)  # pretrain -> address with the SHA-256 in it
+    urls: dict[str, str] = field(default_factory=dict)  # pretrain -> URL that contains the SHA-256
     mlp_ratio: float = 4.0
     text_mlp_ratio: float = 4.0
     pixel_mean: tuple[float, ...] = PIXEL_MEAN
@@ -98,7 +98,7 @@ class ModelConfig:
     def load(cls, name: str) -> ModelConfig:
         """Read a config by name (`list_models`), JSON file, folder or `hf-hub:owner/name`.
 
-        The JSON may be this project's, open_clip's or Hugging Face's; `InputError` for any other and for other names.
+        The JSON may be this project's, open_clip's or Hugging Face's; any other, or another name, raises `InputError`.
         """
         own = CONFIG_FOLDER / f"{name}.json"
         place = (own, name) if name in list_models() else find(name, CONFIG_FILES, "--model_name")
@@ -107,7 +107,7 @@ class ModelConfig:
                 f"--model_name {name}: unknown; there are {', '.join(list_models())}; or give a JSON file like those "
                 "of CLIP/model_configs, a folder with config.json and weights, or hf-hub:owner/name"
             )
-        with suppress(InputError):  # fetched now, its pixels are there offline as well
+        with suppress(InputError):  # fetch it now, so that it is in the cache when offline
             find(name, (PIXEL_FILE,), "")
         with blame(place[0], "it is no config of a CLIP", OF_CONFIGS):
             return cls.from_dict({**_read(place[0]), "name": place[1]}, str(place[0]))
@@ -116,7 +116,7 @@ class ModelConfig:
     def from_dict(cls, values: Mapping[str, Any], where: str = "the model's config") -> ModelConfig:
         """The inverse of `to_dict`, also for open_clip's JSON.
 
-        `InputError` names `where`, for sizes that are missing or make no sense, and for another family.
+        Invalid sizes or another family raise `InputError`, which names `where`; missing ones, KeyError or TypeError.
         """
         flat = {"quick_gelu": False, "context_length": PROMPT_LENGTH, "vocab_size": VOCABULARY, **values}
         for part, sizes in TOWERS.items():
@@ -145,35 +145,35 @@ class ModelConfig:
         }  # fmt: skip
 
     def architecture(self) -> dict[str, Any]:
-        """What shapes the tokens and text embeddings beside the weights: all but the name and where weights are."""
+        """The fields that affect tokens and text embeddings: all except names and the locations of weights."""
         values = asdict(replace(self, name="", weights={}, hub={}, urls={}, tower=replace(self.tower, name="")))
         return values if self.tower.name else {name: value for name, value in values.items() if name != "tower"}
 
     def grid(self, img_size: int) -> int:
-        """Patches along a side at `img_size` pixels; a rest smaller than a patch is dropped, as published."""
+        """The number of patches along a side of `img_size` pixels; a smaller remainder is dropped, as published."""
         if img_size < self.patch_size:
             tower = self.tower.name or self.name
             raise InputError(f"--img_size {img_size} is smaller than a patch of {tower} ({self.patch_size} pixels)")
         return img_size // self.patch_size
 
     def files(self) -> dict[str, str]:
-        """The weights that are known: pretrain -> the file under CLIP/ckpt in which `CLIP.download` leaves them."""
+        """The known weights: pretrain -> the name of the file under CLIP/ckpt that `CLIP.download` writes."""
         return {pretrain: f"{self.name}-{pretrain}" for pretrain in self.hub} | self.weights
 
     def default_features(self) -> list[int]:
-        """The layers at the four quarters of the depth: 6 12 18 24 of 24 as published, 3 6 9 12 of 12."""
+        """The layers at each quarter of the depth: 6, 12, 18, 24 of 24 layers as published; 3, 6, 9, 12 of 12."""
         return [self.layers * quarter // 4 for quarter in (1, 2, 3, 4)]
 
 
 def list_models() -> list[str]:
-    """Names under CLIP/model_configs."""
+    """The names of the models in CLIP/model_configs."""
     return sorted(path.stem for path in CONFIG_FOLDER.glob("*.json"))
 
 
 def find(name: str, files: Sequence[str], flag: str) -> tuple[Path, str] | None:
-    """What a flag names in a folder, on the hub or by itself, and what that is called; None for another name.
+    """The path of the file that `flag` means by `name`, and a name to show for it; None if there is no such file.
 
-    Of a folder and of `hf-hub:owner/name` it is the first of `files`.
+    `name` is a file, or a folder or `hf-hub:owner/name`, from which the first of `files` is taken.
     """
     path = Path(name)
     if name.startswith(HUB):
@@ -184,7 +184,7 @@ def find(name: str, files: Sequence[str], flag: str) -> tuple[Path, str] | None:
 
 
 def file_in(folder: Path, names: Sequence[str], what: str) -> Path:
-    """The first of the files that the folder holds; `InputError` that begins with `what` where it holds none."""
+    """The first of the files that the folder holds; raises `InputError`, which begins with `what`, if none."""
     for name in names:
         if (folder / name).is_file():
             return folder / name
@@ -195,7 +195,7 @@ def file_in(folder: Path, names: Sequence[str], what: str) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The values of a JSON file, in open_clip's words."""
+    """The values of a JSON file, converted to open_clip's form."""
     values: dict[str, Any] = read_json(path, "it is no config of a CLIP")
     if "model_cfg" in values:  # open_clip_config.json
         return {**values["model_cfg"], **_pixels(values.get("preprocess_cfg") or {}, "mean", "std")}
@@ -211,7 +211,7 @@ def _pixels(values: Mapping[str, Any], mean: str, std: str) -> dict[str, Any]:
 
 
 def _from_hugging_face(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """A CLIPModel's config.json in open_clip's words."""
+    """Convert a CLIPModel's config.json to open_clip's form."""
     if (kind := values.get("model_type", "clip")) != "clip":
         raise InputError(f"{path}: model_type {one_line(kind)} is not supported here, only clip")
     result: dict[str, Any] = {"embed_dim": values.get("projection_dim", 512)}
@@ -254,17 +254,17 @@ def _check_sizes(config: ModelConfig, where: str) -> None:
 def fetch(repository: str, names: Sequence[str]) -> Path:
     """The first of the files `names` that the hub's `repository` (`owner/name`, `owner/name@revision`) has.
 
-    Through huggingface_hub, whose cache, resuming, mirror and offline settings apply. What the cache holds is taken
-    from there without asking the hub, so that a later run needs no network.
-    `Unreachable` for no network and not in the cache, `InputError` for no such repository, none of the files, a file
-    whose SHA-256 is wrong, no huggingface_hub.
+    Uses huggingface_hub, with its cache, resuming, mirror and offline settings. Files in the cache are taken from there
+    without asking the hub, so that later runs need no network. Raises `Unreachable` if the file is not in the cache and
+    the hub cannot be reached, or if huggingface_hub is missing; `InputError` if the repository does not exist or has
+    none of the files, or if a file has the wrong SHA-256.
     """
     what, unreachable = f"{HUB}{repository}", ""
     try:
         from huggingface_hub import errors, hf_hub_download, logging, try_to_load_from_cache  # noqa: PLC0415 - optional
     except ImportError as error:
         raise Unreachable(f"{what}: needs a package: pip install huggingface_hub") from error
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call] # else each of its attempts is told
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call] # otherwise it logs every attempt
     owner_name, _, revision = repository.partition("@")
     for name in names:
         where: dict[str, Any] = {"repo_id": owner_name, "filename": name, "revision": revision or None}
@@ -272,10 +272,10 @@ def fetch(repository: str, names: Sequence[str]) -> Path:
         with blame(what, "check the name, or log in with `hf auth login`"), suppress(errors.EntryNotFoundError):
             try:
                 path = try_to_load_from_cache(**where) or hf_hub_download(**where, local_files_only=bool(unreachable))
-            except errors.LocalEntryNotFoundError as error:  # also what an unreachable hub gives
+            except errors.LocalEntryNotFoundError as error:  # also if the hub is unreachable
                 unreachable = unreachable or one_line(error.__cause__ or error)
         if isinstance(path, str):  # else the cache knows that the repository has no such file
-            expected = Path(path).resolve().name  # a large file's SHA-256, which the hub gave
+            expected = Path(path).resolve().name  # for large files, the SHA-256 given by the hub
             if re.fullmatch("[0-9a-f]{64}", expected) and sha256_file(path) != expected:
                 raise InputError(f"{path}: wrong SHA-256, so damaged: delete {Path(path).resolve()}, run this again")
             return Path(path)

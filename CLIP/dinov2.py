@@ -1,7 +1,7 @@
-"""DINOv2 as the image tower beside a CLIP's text tower (Oquab et al. 2023; with registers: Darcet et al. 2023).
+"""DINOv2 as image tower with a CLIP's text tower (Oquab et al. 2023; with registers: Darcet et al. 2023).
 
-Here its config and where its weights are; what it computes otherwise than CLIP's tower is named in `ImageTower` and
-done in CLIP/model.py. The weights are safetensors in the spelling of Hugging Face's Dinov2Model.
+This module reads its config and finds its weights. `ImageTower` lists its differences from CLIP's tower, and
+CLIP/model.py implements them. The weights are safetensors with the names of Hugging Face's Dinov2Model.
 """
 
 from dataclasses import replace
@@ -19,12 +19,12 @@ FILES = ("config.json", "model.safetensors")
 
 
 def load_config(model_name: str, image_tower: str | None = None) -> ModelConfig:
-    """The config of --model_name, with another image tower where --image_tower names one."""
+    """The config of --model_name, with another image tower if --image_tower names one."""
     return with_tower(ModelConfig.load(model_name), image_tower)[0]
 
 
 def with_tower(config: ModelConfig, name: str | None) -> tuple[ModelConfig, Path | None]:
-    """The model with DINOv2 in place of its image tower, and its weights; `InputError` for other weights."""
+    """The config with DINOv2 as its image tower, and DINOv2's weights; raises `InputError` for any other weights."""
     if name is None:
         return config, None
     path, label = find_tower(name)
@@ -35,7 +35,7 @@ def with_tower(config: ModelConfig, name: str | None) -> tuple[ModelConfig, Path
         patch = shapes["embeddings.patch_embeddings.projection.weight"][-1]
         image_size = isqrt(shapes["embeddings.position_embeddings"][1] - 1) * patch
         beside = path.with_name(FILES[0])
-        heads = read_json(beside)["num_attention_heads"] if beside.is_file() else width // 64  # as all published
+        heads = read_json(beside)["num_attention_heads"] if beside.is_file() else width // 64  # as all published have
     registers = shapes.get("embeddings.register_tokens", (1, 0))[1]
     tower = ImageTower(
         label, config.tower.own_image_size or config.image_size, patch_bias=True, layer_scale=True, pre_norm=False,
@@ -49,12 +49,12 @@ def with_tower(config: ModelConfig, name: str | None) -> tuple[ModelConfig, Path
 
 
 def find_tower(name: str) -> tuple[Path, str]:
-    """The weights that --image_tower means, and what the tower is called.
+    """The file of weights for --image_tower, and the name of the tower.
 
-    `name` is one that `python -m CLIP.download` fetched, a folder, a safetensors file or `hf-hub:owner/name`.
+    `name` is a tower that `python -m CLIP.download` fetched, a folder, a safetensors file or `hf-hub:owner/name`.
     """
     if name.startswith(HUB):
-        find(name, FILES, "")  # the config: the hub's cache has both in one folder
+        find(name, FILES, "")  # fetch the config, too: the hub's cache puts it beside the weights
     stored = str(CKPT_FOLDER / f"{name}.safetensors")
     if found := find(name, FILES[1:], "--image_tower") or find(stored, (), ""):
         return found

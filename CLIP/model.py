@@ -1,6 +1,6 @@
-"""CLIP's two towers, frozen: images -> tokens after chosen layers, token embeddings -> text embeddings.
+"""CLIP's two frozen towers: images -> tokens after chosen layers, token ids or embeddings -> text embeddings.
 
-Radford et al. 2021, section 2.4; MadCLIP section 2 reads the image tower's tokens after four of its layers.
+Radford et al. 2021, section 2.4; MadCLIP (section 2) uses the image tower's tokens after four of its layers.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from .weights import Weights
 
 
 def resize_positional_embedding(embedding: Tensor, grid: int, antialias: bool = True) -> Tensor:
-    """Resize the grid part of (1 + g * g, C) to (1 + grid * grid, C), bicubic; the class row stays."""
+    """Resize the grid part of (1 + g * g, C) to (1 + grid * grid, C), bicubic; the class row is kept."""
     class_row, rows = embedding[:1], embedding[1:]
     old = round(len(rows) ** 0.5)
     if old == grid:
@@ -26,12 +26,12 @@ def resize_positional_embedding(embedding: Tensor, grid: int, antialias: bool = 
 
 
 class VisionTower(nn.Module):
-    """The image tower at one image size: CLIP's, or DINOv2, which has no projection into the joint embedding."""
+    """The image tower for one image size: CLIP's, or DINOv2, which has no projection into the joint embedding."""
 
     def __init__(self, config: ModelConfig, img_size: int, quick_gelu: bool, normalize_pixels: bool) -> None:
         super().__init__()
         width, patch, tower = config.width, config.patch_size, config.tower
-        if tower.name:  # DINOv2 knows one activation and one kind of pixels
+        if tower.name:  # DINOv2 never uses QuickGELU and always normalises pixels
             quick_gelu, normalize_pixels = False, True
         self.normalize_pixels = normalize_pixels
         self.pixel_mean, self.pixel_std = list(config.pixel_mean), list(config.pixel_std)
@@ -58,9 +58,9 @@ class VisionTower(nn.Module):
         return tokens
 
     def forward_intermediates(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """Tokens after the given blocks, in one pass that stops at the deepest: the class token, then the patches.
+        """Tokens (the class token, then the patches) after the given blocks, in one pass that stops at the deepest.
 
-        Images (B, 3, S, S) in [0, 1], layers counted from 1, in any order -> a (B, L, C) for each, in that order.
+        Images (B, 3, S, S) in [0, 1], layers counted from 1 in any order -> one (B, L, C) per layer, in that order.
         """
         x, kept = self.embed(images), {}
         for number, block in enumerate(self.transformer.blocks[: max(layers)], start=1):
@@ -80,7 +80,7 @@ class VisionTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """The text tower, from token ids or from embeddings that hold learnable contexts."""
+    """The text tower; its input is token ids, or embeddings with learnable contexts."""
 
     def __init__(self, config: ModelConfig, quick_gelu: bool) -> None:
         super().__init__()
@@ -93,18 +93,18 @@ class TextTower(nn.Module):
         self.text_projection = nn.Parameter(torch.empty(width, config.embed_dim))
 
     def add_positions(self, embeddings: Tensor) -> Tensor:
-        """Token embeddings (B, T, W) with their positional embedding."""
+        """Token embeddings (B, T, W) plus their positional embedding."""
         return embeddings + self.positional_embedding[: embeddings.shape[1]]
 
     def pool(self, x: Tensor, eot: Tensor, causal: bool) -> Tensor:
-        """Input of the last block (B, T, W), end-of-text positions (B,) -> (B, D), through that position alone."""
+        """Last block and projection at the end of text only: block input (B, T, W), positions (B,) -> (B, D)."""
         pooled: Tensor = self.ln_final(self.transformer.blocks[-1].forward_at(x, eot, causal)) @ self.text_projection
         return pooled
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) -> text embeddings (B, D), not normalised; causal mask, pooled at the highest id.
 
-        No position after the last end of text of the batch is computed: nothing before can see it.
+        Positions after the last end of text in the batch are skipped: with the causal mask, they have no effect.
         """
         eot = ids.argmax(dim=-1)
         x = self.add_positions(self.token_embedding(ids[:, : int(eot.max()) + 1]))
@@ -114,11 +114,11 @@ class TextTower(nn.Module):
 
 
 class CLIP(nn.Module):
-    """A frozen CLIP at `img_size` pixels a side: no gradients in any weight, evaluation mode for good.
+    """A frozen CLIP for images of `img_size` pixels a side: no weight requires gradients; evaluation mode.
 
-    `quick_gelu` is the activation, see `clip.uses_quick_gelu`; `normalize_pixels` subtracts the config's mean and
-    divides by its std (`corrected` fidelity). Without `vision` there is no image tower (`visual` is None), for a run
-    that has all tokens already.
+    `quick_gelu` selects the activation, see `clip.uses_quick_gelu`; `normalize_pixels` subtracts the config's mean and
+    divides by its std (`corrected` fidelity). If `vision` is False, there is no image tower (`visual` is None), for
+    runs that already have all tokens.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class CLIP(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.logit_scale.device
 
     @torch.no_grad()
@@ -145,7 +145,7 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def image_tokens(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """`VisionTower.forward_intermediates` without a graph."""
+        """`VisionTower.forward_intermediates` without gradients."""
         return self._image_tower().forward_intermediates(images, layers)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""CLIP's byte-pair encoding: text to the ids that the text tower reads."""
+"""CLIP's byte-pair encoding: text -> token ids for the text tower."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ CONTEXT_LENGTH = 77
 SOT, EOT = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 MERGES_FILE = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
-# The file lists more merges than CLIP was trained with: 512 byte symbols, these, and two special ids make 49408.
+# CLIP was trained with only the first merges of the file: 512 byte symbols, these, and two special ids make 49408.
 MERGES = 48894
-# Special tokens, English endings, runs of letters, single digits, runs of anything else but blanks.
+# Special tokens, English endings, runs of letters, single digits, runs of any other characters except blanks.
 WORDS = regex.compile(
     rf"{regex.escape(SOT)}|{regex.escape(EOT)}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+",
     regex.IGNORECASE,
@@ -31,13 +31,13 @@ class Tokenizer:
     """Byte-pair encoder over CLIP's 49408 symbols; `Tokenizer.default()` is the shared one.
 
     The literal texts <|startoftext|> and <|endoftext|> become the special ids, as in OpenAI's code, so one of them
-    inside a prompt moves the position that the text tower pools (the first highest id).
+    inside a prompt moves the position that the text tower pools (the first occurrence of the highest id).
     """
 
     def __init__(self) -> None:
         lines = gzip.decompress(MERGES_FILE.read_bytes()).decode("utf-8").split("\n")
         merges = [tuple(line.split()) for line in lines[1 : MERGES + 1]]  # line 0 is a version
-        # Each byte is a visible letter, in the order of the ids: first the bytes that are visible in Latin-1.
+        # Each byte maps to a visible character, in the order of the ids: bytes that are visible in Latin-1 come first.
         visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         others = [byte for byte in range(256) if byte not in visible]
         self._letters = {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(others)}
@@ -52,7 +52,7 @@ class Tokenizer:
     @classmethod
     @cache
     def default(cls) -> Tokenizer:
-        """Return the shared tokenizer, read once, at the first call."""
+        """Return the shared tokenizer, which is created at the first call."""
         return cls()
 
     def encode(self, text: str) -> list[int]:
@@ -60,7 +60,7 @@ class Tokenizer:
         return [i for word in WORDS.findall(_clean(text)) for i in self._word_ids(word)]
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
-        """Ids of one word: join the pair of neighbours that ranks best, until no pair is in the table."""
+        """Ids of one word: the adjacent pair with the best rank is merged until no pair is in the table."""
         if word in (SOT, EOT):
             return (self._ids[word],)
         parts = [self._letters[byte] for byte in word.encode("utf-8")]
@@ -83,7 +83,7 @@ def tokenize(texts: str | Iterable[str], context_length: int = CONTEXT_LENGTH, t
     """Ids (B, context_length) int32 of one text or several: start, words, end, zeros.
 
     A text that needs more than `context_length` ids raises a RuntimeError, as in OpenAI's code; with `truncate` it is
-    cut and its last id becomes the end.
+    cut, and its last id is replaced by the end.
     """
     tokenizer, texts = Tokenizer.default(), [texts] if isinstance(texts, str) else list(texts)
     tokens = torch.zeros(len(texts), context_length, dtype=torch.int32)
@@ -99,6 +99,6 @@ def tokenize(texts: str | Iterable[str], context_length: int = CONTEXT_LENGTH, t
 
 
 def _clean(text: str) -> str:
-    """Mojibake repaired, HTML entities resolved (twice, as CLIP was trained), blanks collapsed, lower case."""
+    """Repair mojibake, resolve HTML entities (twice, as CLIP was trained), collapse blanks and lower the case."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()

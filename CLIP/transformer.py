@@ -1,6 +1,6 @@
 """The blocks of both towers: pre-norm residual attention (Radford et al. 2021, section 2.4), for a frozen network.
 
-Parameter names are OpenAI's, so that a weight file loads without a table of names.
+Parameter names are OpenAI's, so that weight files load without renaming.
 """
 
 from collections import OrderedDict
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .config import ImageTower
 
-# Prompts of 77 tokens without a mask: there plain products take two thirds of the fused CPU kernel's time.
+# Sequence lengths for plain products on a CPU: for 77 tokens without a mask, they take 2/3 of the fused kernel's time.
 PLAIN_LENGTHS = range(64, 128)
 
 
@@ -21,11 +21,11 @@ class QuickGELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply element-wise to a tensor of any shape."""
-        return F.silu(1.702 * x).mul_(1 / 1.702)  # silu(y) = y * sigmoid(y): less memory to cross than as written above
+        return F.silu(1.702 * x).mul_(1 / 1.702)  # silu(y) = y * sigmoid(y): less memory traffic than the formula above
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with q, k, v stacked in `in_proj`, through PyTorch's fused kernel where that pays."""
+    """Multi-head self-attention with q, k, v stacked in `in_proj`, through PyTorch's fused kernel if it is faster."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def attend(self, qkv: Tensor, causal: bool) -> Tensor:
-        """The heads' outputs, before `out_proj`: (B, L, 3C) -> (B, L, C); `causal`: no position sees a later one."""
+        """The heads' outputs, before `out_proj`: (B, L, 3C) -> (B, L, C); `causal`: none attends to a later one."""
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
         if not causal and qkv.device.type == "cpu" and qkv.shape[1] in PLAIN_LENGTHS:
             mixed: Tensor = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1) @ v
@@ -46,8 +46,8 @@ class Attention(nn.Module):
     def attend_at(self, x: Tensor, position: Tensor, causal: bool) -> Tensor:
         """`attend` at one position per sequence only (not in the paper): input x (B, L, C), position (B,) -> (B, C).
 
-        No key or value is formed. A head's scores are q.(Wk x + bk) = (Wk' q).x + q.bk, of which softmax ignores the
-        last term, and its output is sum p (Wv x + bv) = Wv (sum p x) + bv: one vector a head instead of L.
+        No keys or values are computed. A head's scores are q.(Wk x + bk) = (Wk' q).x + q.bk; the softmax ignores the
+        last term. Its output is sum p (Wv x + bv) = Wv (sum p x) + bv: Wv is applied to one vector instead of L.
         """
         rows = torch.arange(len(x), device=x.device)
         weight_q, weight_k, weight_v = self.in_proj_weight.chunk(3)
@@ -64,7 +64,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """silu of one half of the channels times the other half, in place of an activation (DINOv2 ViT-g)."""
+    """SiLU of the first half of the channels times the second half, in place of an activation (DINOv2 ViT-g)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., 2 H) -> (..., H)."""
@@ -73,13 +73,13 @@ class SwiGLU(nn.Module):
 
 
 class ResidualAttentionBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); DINOv2 scales the channels of what is added (`ls_1`, `ls_2`)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); DINOv2 scales the channels of both outputs (`ls_1`, `ls_2`)."""
 
     def __init__(self, width: int, heads: int, quick_gelu: bool, mlp_ratio: float, tower: ImageTower) -> None:
         super().__init__()
         hidden = round(width * mlp_ratio)
         if tower.swiglu:
-            hidden = (int(hidden * 2 / 3) + 7) // 8 * 8  # as many numbers with three matrices
+            hidden = (int(hidden * 2 / 3) + 7) // 8 * 8  # three matrices with as many weights as two
         self.ln_1 = nn.LayerNorm(width, tower.norm_eps)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width, tower.norm_eps)
@@ -104,7 +104,7 @@ class ResidualAttentionBlock(nn.Module):
         return self.finish(x, self.attn.attend(self.qkv(x), causal))
 
     def forward_at(self, x: Tensor, position: Tensor, causal: bool = False) -> Tensor:
-        """`forward(x, causal)[range(B), position]` at its cost alone: x (B, L, C), position (B,) -> (B, C)."""
+        """`forward(x, causal)[range(B), position]`, computed there only: x (B, L, C), position (B,) -> (B, C)."""
         rows = torch.arange(len(x), device=x.device)
         return self.finish(x[rows, position], self.attn.attend_at(self.ln_1(x), position, causal))
 

@@ -1,7 +1,7 @@
-"""CLIP's weights: which file a run reads (`find_weights`), and the one reader of every form (`read_weights`).
+"""CLIP's weights: finding the file for a run (`find_weights`), and reading it in any form (`read_weights`).
 
-OpenAI's TorchScript archive, a state dict of torch.save, safetensors; OpenAI's, open_clip's and Hugging Face's names
-become OpenAI's. Nothing in a file is executed.
+The forms are OpenAI's TorchScript archive, a state dict of torch.save, and safetensors. Open_clip's and Hugging Face's
+names are converted to OpenAI's. Nothing in a file is executed.
 """
 
 import hashlib
@@ -32,11 +32,11 @@ WEIGHT_FILES = (  # in a folder or on the hub
 Loader = Callable[[], torch.Tensor]  # reads one tensor of a file
 
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # three integers in OpenAI's files
-# A key that tells what a file holds: OpenAI's, Hugging Face's, DINOv2's.
+# Keys that identify the naming scheme of a file: OpenAI's, Hugging Face's, DINOv2's.
 ANCHORS = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight", "layernorm.weight")
-# What becomes OpenAI's spelling, replaced in this order: names of Hugging Face's CLIPModel and Dinov2Model, and of
-# open_clip's CustomTextCLIP. What follows a `/` is a part: q, k and v are stacked, `t` is transposed, `s` loses its
-# sides of 1, `-` is left out.
+# Replacements, in this order, that convert names of Hugging Face's CLIPModel and Dinov2Model, and of open_clip's
+# CustomTextCLIP, to OpenAI's. What follows a `/` says what to do with the tensor: q, k and v are stacked, `t` is
+# transposed, `s` is squeezed, `-` is skipped.
 NAMES = {
     r"^(embeddings|encoder|layernorm)\.": r"visual.\1.",
     r"^text\.|^text_model\.": "",
@@ -48,7 +48,7 @@ NAMES = {
     r"embeddings\.position_embedding\.weight": "positional_embedding",
     r"embeddings\.patch_embedding(s\.projection)?\.": "conv1.",
     r"embeddings\.": "",
-    r"pre_layrnorm\.": "ln_pre.",  # their spelling
+    r"pre_layrnorm\.": "ln_pre.",  # Hugging Face's spelling
     r"(post_)?layernorm\.": "ln_post.",
     r"final_layer_norm\.": "ln_final.",
     r"encoder\.layers?\.": "transformer.resblocks.",
@@ -62,7 +62,7 @@ NAMES = {
     r"^text_projection\.weight": "text_projection/t",
     r"^visual_projection\.weight": "visual.proj/t",
 }
-# What OpenAI's files hold in float16: convolution, attention, MLP and both projections; the rest is float32.
+# Tensors in float16 in OpenAI's files: convolution, attention, MLP and both projections; the rest is float32.
 HALF = re.compile(
     r"visual\.(conv1\.(weight|bias)|proj)|text_projection|(visual\.)?transformer\.resblocks\.\d+\.(attn|mlp)\..+"
 )
@@ -70,21 +70,21 @@ STORAGES = {
     "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64, "IntStorage": torch.int32, "LongStorage": torch.int64,
 }  # fmt: skip
-# What a damaged file provokes in the parsers of archives, pickles and safetensors.
+# Errors that a damaged file causes in the parsers of archives, pickles and safetensors.
 DAMAGE = (*EXPECTED, RuntimeError, zipfile.BadZipFile, SafetensorError, AttributeError, TypeError)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Where the weights come from, or the seed that makes random ones: goes into every checkpoint and token's key."""
+    """The origin of weights, or the seed of random ones; stored in checkpoints, and part of the keys of tokens."""
 
     pretrain: str  # openai | laion400m | laion2b | random
     source: str  # file name without its folder, `owner/name/file` from the hub, or the seed of random weights
-    sha256: str  # of the file; for random weights, of the words that make them
+    sha256: str  # of the file; for random weights, of a text that describes them
     config: ModelConfig
     path: Path | None  # None: random
     seed: int
-    tower: Path | None = None  # the file of an image tower that is not the model's own
+    tower: Path | None = None  # the file of an image tower that replaces the model's own
 
 
 def find_weights(
@@ -96,10 +96,10 @@ def find_weights(
 ) -> Weights:
     """Find a model's weight file and its SHA-256.
 
-    `model_name` is what `ModelConfig.load` takes (a folder or repository holds the weights too), or a checkpoint's
-    config; `pretrained`, one of `PRETRAINS`, says which file belongs to a name of model_configs/, and `weights` is a
-    file, or a folder that holds one, instead of that. `seed` is of random weights. `image_tower` is DINOv2 in place of
-    the model's image tower (`dinov2.find_tower`). `InputError` for an unknown model, for no such weights, and for a
+    `model_name` is what `ModelConfig.load` takes (a folder or repository holds the weights, too), or a checkpoint's
+    config. `pretrained`, one of `PRETRAINS`, selects the file for a name of model_configs/; `weights`, a file or a
+    folder that holds one, replaces that file. `seed` is for random weights. `image_tower` is a DINOv2 that replaces the
+    model's image tower (`dinov2.find_tower`). Raises `InputError` for an unknown model, for unknown weights, and for a
     file that is missing or cannot be read.
     """
     config = model_name if isinstance(model_name, ModelConfig) else ModelConfig.load(model_name)
@@ -128,7 +128,7 @@ def find_weights(
 def _locate(
     model_name: str | ModelConfig, config: ModelConfig, pretrained: str, weights: str | Path | None
 ) -> tuple[Path, str]:
-    """The weight file, and its name for files that others read."""
+    """The path of the weight file, and its name without local folders, for files that others read."""
     name = config.name if isinstance(model_name, ModelConfig) else model_name
     if weights is None and name.startswith(HUB):
         path = fetch(name.removeprefix(HUB), WEIGHT_FILES)
@@ -148,7 +148,7 @@ def _locate(
 
 
 def _in_folder(folder: Path, config: ModelConfig) -> Path:
-    """A folder's weight file; its config must agree, as heads and activation are in no tensor's shape."""
+    """A folder's weight file; its config must agree, as the shapes of tensors do not show heads and activation."""
     if any((folder / name).is_file() for name in CONFIG_FILES):
         theirs = ModelConfig.load(str(folder)).architecture()
         for name, value in config.architecture().items():
@@ -165,11 +165,11 @@ def _in_folder(folder: Path, config: ModelConfig) -> Path:
 
 
 def read_weights(path: str | Path, vision: bool = True) -> dict[str, torch.Tensor]:
-    """Weights of a CLIP model, or of DINOv2, on the CPU, under OpenAI's key names, in the precision of the file.
+    """Read the weights of a CLIP model, or of DINOv2, on the CPU, with OpenAI's names, in the precision of the file.
 
-    The content decides how the file is read, not its name: a TorchScript archive as OpenAI publishes it, a state dict
-    written by torch.save (also under 'state_dict') or safetensors. Without `vision` the image tower's bytes stay unread
-    (a pickle of torch before 1.6 apart). `InputError` for what holds no CLIP weights.
+    The file's content, not its name, shows its form: a TorchScript archive as OpenAI publishes it, a state dict written
+    by torch.save (also under 'state_dict') or safetensors. If `vision` is False, the image tower's bytes are not read
+    (except from a pickle of torch before 1.6). Raises `InputError` if the file holds no CLIP weights.
     """
     path = Path(path)
     with blame(f"{path} is damaged or no weight file", "fetch it again", DAMAGE), ExitStack() as files:
@@ -178,7 +178,7 @@ def read_weights(path: str | Path, vision: bool = True) -> dict[str, torch.Tenso
 
 
 def _tensors(path: Path, files: ExitStack) -> dict[str, Loader]:
-    """What reads each tensor of a file, by name; `files` keeps the file open."""
+    """A loader for each tensor in a file, by name; `files` keeps the file open."""
     with path.open("rb") as file:
         head = file.read(9)
     zipped = head.startswith(b"PK")
@@ -194,12 +194,12 @@ def _tensors(path: Path, files: ExitStack) -> dict[str, Loader]:
     return {key: value.detach for key, value in content.items() if isinstance(value, torch.Tensor)}
 
 
-def read_pickle(path: Path, what: str, mmap: bool = False) -> Any:  # noqa: ANN401 - whatever was saved
-    """What torch.save wrote, on the CPU; nothing in it can run code. `InputError` begins with `what`."""
+def read_pickle(path: Path, what: str, mmap: bool = False) -> Any:  # noqa: ANN401 - any saved object
+    """Load a file of torch.save on the CPU, without running code in it; raises `InputError`, which begins with `what`."""
     with blame(f"{what}: damaged, or no file of tensors", errors=DAMAGE):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        except pickle.UnpicklingError as error:  # its text is a page, and advises to run what the file says
+        except pickle.UnpicklingError as error:  # its text is long, and suggests running the file's code
             raise InputError(
                 f"{what}: no file of tensors, or it holds Python objects beside them, and reading these could run "
                 "code: fetch it again, or save only the weights with torch.save(model.state_dict(), FILE)"
@@ -207,7 +207,7 @@ def read_pickle(path: Path, what: str, mmap: bool = False) -> Any:  # noqa: ANN4
 
 
 class _Inert:
-    """Stands for every class and function that an archive names, so none of them is imported or called."""
+    """Replaces every class and function that an archive names, so that none of them is imported or called."""
 
     members: Mapping[str, Any] = {}
 
@@ -217,8 +217,8 @@ class _Inert:
         self.members = state
 
 
-class _TorchScriptUnpickler(pickle._Unpickler):  # the one in Python: the one in C fills 32 GiB for a hostile index
-    """Reads `data.pkl`, where a module is an object whose state maps names to tensors and modules."""
+class _TorchScriptUnpickler(pickle._Unpickler):  # in Python: the one in C fills 32 GiB for a hostile index
+    """Reads `data.pkl`, in which a module is an object whose state maps names to tensors and modules."""
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
         self.archive = archive
@@ -237,12 +237,12 @@ class _TorchScriptUnpickler(pickle._Unpickler):  # the one in Python: the one in
 
 
 def _stored(storage: Loader, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> Loader:
-    """Stands for `_rebuild_tensor_v2`: a tensor of an archive, whose storage is read when it is called."""
+    """Replaces `_rebuild_tensor_v2`: a loader that reads the tensor from the archive when it is called."""
     return lambda: storage().as_strided(size, stride, offset)
 
 
 def _walk(module: _Inert, seen: set[int], prefix: str = "") -> Iterator[tuple[str, Loader]]:
-    seen.add(id(module))  # a hostile tree of shared modules has more paths than time
+    seen.add(id(module))  # visit each module once: a hostile tree of shared modules has too many paths
     for name, member in module.members.items():
         if isinstance(member, FunctionType):
             yield prefix + name, member
@@ -254,11 +254,11 @@ def _walk(module: _Inert, seen: set[int], prefix: str = "") -> Iterator[tuple[st
 
 
 def openai_names(loaders: Mapping[str, Loader], path: Path) -> dict[str, Loader]:
-    """A CLIP's tensors under OpenAI's names; open_clip's and Hugging Face's become these, a common prefix is dropped.
+    """Convert a CLIP's open_clip or Hugging Face names to OpenAI's, and drop a common prefix.
 
-    `InputError` for no CLIP weights.
+    Raises `InputError` if there are no CLIP weights.
     """
-    # What stands before the anchor (`module.`, `model.`) stands before all names.
+    # The prefix of an anchor (`module.`, `model.`) is the prefix of all names.
     prefixes = [key.removesuffix(name) for key in loaders for name in ANCHORS if f".{key}".endswith(f".{name}")]
     if not prefixes:
         raise InputError(
@@ -289,5 +289,5 @@ def _joined(name: str, parts: Mapping[str, Loader]) -> torch.Tensor:
 
 
 def round_to_half(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`state` in float32, what OpenAI stores in float16 rounded to that first: the published code's loading step."""
+    """`state` in float32; what OpenAI stores in float16 is first rounded to it, as in the published code."""
     return {key: (value.half() if HALF.fullmatch(key) else value).float() for key, value in state.items()}

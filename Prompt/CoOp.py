@@ -8,22 +8,22 @@ from torch import Tensor, nn
 from CLIP.model import TextTower
 from CLIP.tokenizer import tokenize
 
-POSITIONS = ("end", "front", "middle")  # where the state phrase stands, in the order of the prompts
-CONTEXTS = 8  # context vectors a prompt
-BEFORE = {"end": CONTEXTS, "front": 0, "middle": CONTEXTS // 2}  # contexts that stand before the state phrase
+POSITIONS = ("end", "front", "middle")  # of the state phrase, in the order of the prompts
+CONTEXTS = 8  # context vectors per prompt
+BEFORE = {"end": CONTEXTS, "front": 0, "middle": CONTEXTS // 2}  # number of contexts before the state phrase
 INIT_STD = 0.02
 
 
 class PromptLearner(nn.Module):
     """The prompts of one class (`kind`): S `states` x `POSITIONS`, each with its own 8 context vectors.
 
-    A prompt is the token sequence of `X X X X X X X X STATE.` with the X embeddings learnable and moved: end: 8
-    contexts, state; front: state, 8 contexts; middle: 4 contexts, state, 4 contexts. The frozen text tower is read for
-    its token embeddings at construction only. `generator` (None: torch's global one) draws the contexts, on the CPU, so
-    that a seed means the same on every device.
+    A prompt is the token sequence of `X X X X X X X X STATE.` with learnable embeddings in place of X, reordered to 8
+    contexts, state (`end`); state, 8 contexts (`front`); or 4 contexts, state, 4 contexts (`middle`). The frozen text
+    tower's token embeddings are read at construction only. `generator` (None: torch's global one) draws the contexts on
+    the CPU, so that a seed gives the same contexts on every device.
     """
 
-    embedded: Tensor  # (3 S, 77, W) right but for the contexts
+    embedded: Tensor  # (3 S, 77, W); `forward` puts in the contexts
     eot: Tensor  # (3 S,)
     context_positions: Tensor  # (3 S, 8)
 
@@ -44,7 +44,7 @@ class PromptLearner(nn.Module):
         arranged = ids.repeat(len(POSITIONS), 1).gather(1, order).to(device)
         with torch.no_grad():
             self.register_buffer("embedded", text.token_embedding(arranged), persistent=False)
-        # The pooled position is the first highest id, as in CLIP.
+        # The pooled position is the first occurrence of the highest id, as in CLIP.
         self.register_buffer("eot", arranged.argmax(dim=-1), persistent=False)
         positions = is_context.nonzero()[:, 1].unflatten(0, (-1, CONTEXTS)).to(device)
         self.register_buffer("context_positions", positions, persistent=False)
@@ -57,6 +57,6 @@ class PromptLearner(nn.Module):
 
 
 def _layout(before: int, phrase: int, total: int) -> list[int]:
-    """The tokens of `X X X X X X X X STATE.` with the state moved behind the first `before` contexts."""
+    """The token order of `X X X X X X X X STATE.` with the state moved behind the first `before` contexts."""
     start, after = 1 + CONTEXTS, 1 + CONTEXTS + phrase
     return [*range(1 + before), *range(start, after), *range(1 + before, start), *range(after, total)]

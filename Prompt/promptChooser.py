@@ -1,6 +1,6 @@
 """Text features of the two classes: fixed sentences, learnable contexts, or one of each (--text_mood).
 
-MadCLIP section 2: each class has prompts of its own, whose mean embedding is the class's text feature.
+MadCLIP section 2: each class has its own prompts, whose mean embedding is the class's text feature.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,17 +17,17 @@ from .CoOp import CONTEXTS, PromptLearner
 from .prompt_pass import PromptPass
 from .states import STATES, TEMPLATES, fixed_sentences, state_phrases
 
-LEARNABLE = {"fix": (), "learnable_abnormal": ("abnormal",), "learnable_all": ("abnormal", "normal")}  # drawn so
+LEARNABLE = {"fix": (), "learnable_abnormal": ("abnormal",), "learnable_all": ("abnormal", "normal")}  # drawn in order
 
 
 def fixed_feature(clip: CLIP, kind: str, name: str, states: Mapping[str, Sequence[str]] = STATES) -> Tensor:
-    """The ensemble of the fixed sentences: (D,), of norm 1; each sentence is normalised before the mean."""
+    """The text feature of the fixed sentences: (D,), of norm 1; each sentence is normalised before the mean."""
     ids = tokenize(fixed_sentences(kind, name, states)).to(clip.device)
     return F.normalize(F.normalize(clip.encode_text(ids), dim=-1).mean(dim=0), dim=0)
 
 
 def check_length(name: str, states: Mapping[str, Sequence[str]]) -> None:
-    """`InputError` for the first sentence that does not fit into CLIP's 77 tokens, with templates or contexts."""
+    """Raise `InputError` for the first phrase that is too long for 77 tokens in a template or with contexts."""
     longest = max(TEMPLATES, key=len)
     phrases = [phrase for kind in states for phrase in state_phrases(kind, name, states)]
     try:
@@ -39,10 +39,10 @@ def check_length(name: str, states: Mapping[str, Sequence[str]]) -> None:
 class PromptChooser(nn.Module):
     """The text features (D, 2) of a data set, as columns [normal, abnormal].
 
-    `clip` gives the frozen text tower; it is not registered, so it is neither trained nor saved. `name` is what the
-    prompts call the object (`retinal OCT`), `text_mood` one of `TEXT_MOODS`, `states` are phrases instead of the
-    published ones, see `read_prompts`. `causal` passes learnable prompts under CLIP's causal mask (`corrected`
-    fidelity). `generator` draws the contexts. `InputError` for a name or phrase too long for CLIP's 77 tokens.
+    `clip` provides the frozen text tower; it is not a submodule, so it is neither trained nor saved. `name` is what the
+    prompts call the object (`retinal OCT`), `text_mood` is one of `TEXT_MOODS`, `states` are phrases that replace the
+    published ones, see `read_prompts`. `causal` applies CLIP's causal mask to learnable prompts (`corrected` fidelity).
+    `generator` draws the contexts. Raises `InputError` if a name or phrase is too long for CLIP's 77 tokens.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class PromptChooser(nn.Module):
         self._clip = [clip]  # in a list: hidden from nn.Module
         learners = [PromptLearner(clip.text, kind, state_phrases(kind, name, states), generator) for kind in learnable]
         self.prompt_learners = nn.ModuleDict(dict(zip(learnable, learners, strict=True)))
-        # The columns that do not learn, encoded once, here: in float32 whatever autocast a later step runs under.
+        # The fixed columns are encoded once, here, in float32, even if a later step runs under autocast.
         self.fixed = {kind: fixed_feature(clip, kind, name, states) for kind in STATES if kind not in learnable}
         if learners:
             parts = [(*learner(), learner.context_positions) for learner in learners]
@@ -68,15 +68,15 @@ class PromptChooser(nn.Module):
             self.encode = PromptPass(clip.text, embeddings, contexts, eot, causal)
 
     def prompt_embeddings(self) -> dict[str, Tensor]:
-        """Text embeddings of the single learnable prompts, kind -> (21, D), not normalised: one pass for both kinds."""
+        """Text embedding of each learnable prompt, kind -> (21, D), not normalised, in one pass for both kinds."""
         if not self.prompt_learners:
             return {}
-        parts = [learner()[0] for learner in self.prompt_learners.values()]  # (21, 77, W) a kind
+        parts = [learner()[0] for learner in self.prompt_learners.values()]  # (21, 77, W) per kind
         encoded = self.encode(torch.cat(parts))
         return dict(zip(self.prompt_learners, encoded.split([len(part) for part in parts]), strict=True))
 
     def forward(self) -> Tensor:
-        """(D, 2), each column of norm 1; differentiable in the contexts alone."""
+        """The text features (D, 2), each column of norm 1; differentiable with respect to the contexts only."""
         columns = dict(self.fixed)
         for kind, embeddings in self.prompt_embeddings().items():
             columns[kind] = F.normalize(embeddings.mean(dim=0), dim=0)

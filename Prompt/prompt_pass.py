@@ -1,4 +1,4 @@
-"""The text tower for learnable prompts, computing only what a training step changes."""
+"""The text tower for learnable prompts, which computes only what a training step changes."""
 
 import torch
 import torch.nn.functional as F
@@ -8,15 +8,15 @@ from CLIP.model import TextTower
 
 
 class PromptPass:
-    """The text tower for prompts that change at a few positions only; what these cannot reach is computed once, here.
+    """The text tower for prompts that change at a few positions only; what does not depend on these is computed once.
 
-    Exact, as the tower is frozen. Under the causal mask no position sees a later one: the rows before a prompt's first
-    changing position keep their queries, keys and values in every block, and the rows after its end of text are left
-    out. Without a mask the fixed rows keep theirs in the first block, and its output changes everywhere. Not in the
-    paper, whose code passes every position of every prompt.
+    This is exact, as the tower is frozen. With the causal mask, no position attends to a later one: rows before a
+    prompt's first changing position keep their queries, keys and values in every block, and rows after its end of text
+    are skipped. Without a mask, unchanged rows keep theirs in the first block only, as its output changes everywhere.
+    It is not in the paper, whose code computes every position of every prompt.
 
-    Of `embeddings` (B, T, W), without positional embedding, all but the positions `changing` (B, V) stay as given;
-    `eot` (B,) is the position of the end-of-text token. `causal` is CLIP's own mask; the published code has none here.
+    `embeddings` (B, T, W) are without positional embedding; only their positions `changing` (B, V) will change. `eot`
+    (B,) is the position of the end-of-text token. `causal` is CLIP's own mask; the published code has none here.
     """
 
     @torch.no_grad()
@@ -40,7 +40,7 @@ class PromptPass:
         for block in blocks:
             known.append(block.qkv(x))
             x = block.finish(x, block.attn.attend(known[-1], causal))
-        # One (B, length, 3W) a block but the last, whose input (B, length, W) it is.
+        # One (B, length, 3W) for each block except the last, then the input (B, length, W) of the last.
         self.known = [F.pad(part, (0, 0, 0, self.length - prefix)) for part in (*known, x)]
 
     def __call__(self, embeddings: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class PromptPass:
         x = self.text.add_positions(embeddings[:, : self.length])
         *blocks, _ = self.text.transformer.blocks
         if not self.causal:
-            for block, known in zip(blocks, self.known, strict=False):  # the first block alone
+            for block, known in zip(blocks, self.known, strict=False):  # the first block only
                 qkv = self._insert(known, block.qkv(x[self.rows]))
                 x = block.finish(x, block.attn.attend(qkv, self.causal))
             for block in blocks[1:]:
@@ -61,5 +61,5 @@ class PromptPass:
         return self.text.pool(self._insert(self.known[-1], x), self.eot, self.causal)
 
     def _insert(self, known: Tensor, rows: Tensor) -> Tensor:
-        """`known` (B, length, ...) with the R changing rows put in."""
+        """`known` (B, length, ...) with the R changing rows inserted."""
         return known.to(rows.dtype).index_put(self.rows, rows)

@@ -1,4 +1,4 @@
-"""What the prompts say: state phrases, templates, and the sentences that they make. Nothing here imports torch."""
+"""The texts of the prompts: state phrases, templates, and the sentences made of them. Nothing here imports torch."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from utils import EXPECTED, blame, read_text
 
 TEXT_MOODS = ("fix", "learnable_all", "learnable_abnormal")
 
-# {} is the object's name. ' disease {}' has its leading blank in the published list.
+# {} is the object's name. The leading blank of ' disease {}' is in the published list.
 STATES = {
     "normal": (
         "{}", "flawless {}", "perfect {}", "unblemished {}", "{} without flaw", "{} without defect",
@@ -18,15 +18,15 @@ STATES = {
         "damaged {}", "broken {}", "{} with flaw", "{} with defect", "{} with damage", " disease {}", "abnormal {}",
     ),
 }  # fmt: skip
-MAX_PHRASES = 100  # of a kind: in 35 templates each they pass the text tower, and learnable ones in every step
-MAX_CHARACTERS = 500  # characters of a phrase: far more than fit into 77 tokens, and soon read
+MAX_PHRASES = 100  # per kind: the text tower encodes each in 35 templates, or, if learnable, in every step
+MAX_CHARACTERS = 500  # per phrase: far more than fit into 77 tokens, and still fast to read
 TEMPLATES = tuple((Path(__file__).parent / "templates.txt").read_text().splitlines())
 
 
 def read_prompts(path: str) -> dict[str, list[str]]:
-    """State phrases from a JSON file {"normal": [...], "abnormal": [...]}, {} in each for the object's name.
+    """State phrases from a JSON file {"normal": [...], "abnormal": [...]}, with {} for the object's name in each.
 
-    `InputError` for an unreadable file, another form, or a phrase without exactly one {}.
+    Raises `InputError` for an unreadable file, another form, or a phrase without exactly one {}.
     """
     with blame(f"--prompts {path}", "docs/data.md shows the form", (*EXPECTED, AttributeError, TypeError)):
         states: dict[str, list[str]] = json.loads(read_text(path))

@@ -14,7 +14,7 @@ from utils import read_json, run_cli
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure the baselines and print."""
+    """Measure the baseline and print the summary."""
     folder, *flags = sys.argv[1:] if arguments is None else arguments
     ours, options = read_json(Path(folder) / "test.json", "`make demo` writes it"), train_options(flags)
     regression = measure_baselines(options, NAMES[3:])["baselines"][NAMES[3]]

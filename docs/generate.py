@@ -20,7 +20,7 @@ parentheses.
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
-    """The parser that a script (`train.py`) or module (`dataset.check`) uses: it is started up to the parsing."""
+    """The parser of a script (`train.py`) or module (`dataset.check`), which is run until it parses its arguments."""
     parsers: list[argparse.ArgumentParser] = []
 
     def capture(parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
@@ -30,7 +30,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     arguments = mock.patch.object(sys, "argv", [command])
     parsing = mock.patch.object(argparse.ArgumentParser, "parse_known_args", capture)
     with warnings.catch_warnings(), arguments, parsing, suppress(SystemExit):
-        warnings.simplefilter("ignore")  # runpy's, of modules that their package imports
+        warnings.simplefilter("ignore")  # of runpy, about modules that their package imports
         if command.endswith(".py"):
             runpy.run_path(str(ROOT / command), run_name="__main__")
         else:
@@ -39,7 +39,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 
 
 def flags() -> str:
-    """The text of flags.md: a section for each script, a line for each flag, which is explained once."""
+    """The text of flags.md: a section per script and a line per flag; repeated flags are explained only once."""
     lines, told = [FLAGS_HEAD], set[tuple[str, str]]()  # names and meanings
     for command in COMMANDS:
         parser, again = parser_of(command), dict[str, list[str]]()
@@ -59,7 +59,7 @@ def flags() -> str:
 
 
 def _meaning(action: argparse.Action, prog: str) -> str:
-    """Choices and help; empty where a flag has no help."""
+    """Choices and help text; empty if a flag has no help text."""
     meaning = (action.help or "") % {**vars(action), "prog": prog}
     if meaning and action.choices and not all(str(choice) in meaning for choice in action.choices):
         meaning = f"{', '.join(map(str, action.choices))}: {meaning}"

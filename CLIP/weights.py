@@ -195,7 +195,7 @@ def _tensors(path: Path, files: ExitStack) -> dict[str, Loader]:
 
 
 def read_pickle(path: Path, what: str, mmap: bool = False) -> Any:  # noqa: ANN401 - any saved object
-    """Load a file of torch.save on the CPU, without running code in it; raises `InputError`, which begins with `what`."""
+    """Load a file of torch.save on the CPU without running its code; raises `InputError`, which begins with `what`."""
     with blame(f"{what}: damaged, or no file of tensors", errors=DAMAGE):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)

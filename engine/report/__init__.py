@@ -1,1 +1,1 @@
-"""What a person sees of an evaluation: pictures, figures, the report page, W&B. Nothing in engine itself imports it."""
+"""Presentation of results: pictures, figures, report pages, W&B. The other modules of engine do not import it."""

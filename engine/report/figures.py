@@ -1,6 +1,6 @@
-"""Figures for papers and for the report page, as PNG: curves, histograms, the run, a sheet of images.
+"""Figures for papers and for the report page, as PNG: curves, histograms, the course of a run, a sheet of images.
 
-The same numbers give the same bytes.
+Equal numbers give equal bytes.
 """
 
 import io
@@ -26,7 +26,7 @@ from ..evaluation import Evaluation, Masks
 from ..metrics import Metrics
 from .images import alpha_blend, draw_outline, read_picture
 
-# As in base.html.
+# The colours of base.html.
 INK, MUTED, GRID, ACCENT = "#16191d", "#5c636b", "#cfd5da", "#0a5fb4"
 STYLE: dict[Any, Any] = {
     "font.size": 8.0, "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": MUTED, "xtick.color": MUTED,
@@ -37,8 +37,8 @@ STYLE: dict[Any, Any] = {
 SIZE = (3.75, 2.8125)  # inches
 DPI = 288
 BINS = 40
-TILE, GAP, HEAD = 240, 6, 44  # pixels of the sheet: a picture's longer side, between pictures, above them
-LETTERS = 25  # of a file's name that fit above a tile
+TILE, GAP, HEAD = 240, 6, 44  # pixels on the sheet: a picture's longer side, the gap between pictures, the space above
+LETTERS = 25  # letters of a file's name that fit above a picture
 RUN_FIGURES = {  # title, y label, and the curves: key in the history -> name
     "auc": ("AUROC over the run", "AUROC",
             {"auc": "image", "pauc": "pixel", "valid_auc": "image, valid", "valid_pauc": "pixel, valid"}),
@@ -48,7 +48,7 @@ RUN_FIGURES = {  # title, y label, and the curves: key in the history -> name
 
 
 def read_history(ckpt_path: str | Path) -> list[dict[str, Any]]:
-    """The epochs of the run in whose folder a checkpoint lies, from its metrics.jsonl; none where it lies elsewhere."""
+    """The epochs of a run, from the metrics.jsonl in the checkpoint's folder; empty if there is no such file."""
     path = Path(ckpt_path).with_name("metrics.jsonl")
     if not path.is_file():
         return []
@@ -58,13 +58,13 @@ def read_history(ckpt_path: str | Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure of one pair of axes, which is drawn when its file is asked for."""
+    """A figure with one pair of axes; it is drawn only when its file is requested."""
 
     title: str
     x: str  # label of the axis
     y: str
     curves: Sequence[tuple[np.ndarray, str]]  # (2, points), name
-    mark: tuple[float, str] | None = None  # a vertical line, and what it is
+    mark: tuple[float, str] | None = None  # a vertical line: its position and label
     filled: bool = False
 
     def figure(self) -> Figure:
@@ -83,7 +83,7 @@ class Plot:
         return figure
 
     def png(self, transparent: bool = False) -> bytes:
-        """The file."""
+        """The figure as the bytes of a PNG file."""
         buffer = io.BytesIO()
         with mpl.rc_context(STYLE):
             self.figure().savefig(buffer, format="png", dpi=DPI, transparent=transparent, metadata={"Software": None})
@@ -93,16 +93,16 @@ class Plot:
 def plots(
     evaluation: Evaluation, metrics: Metrics, metadata: Mapping[str, Any], history: Sequence[Mapping[str, Any]] = ()
 ) -> dict[str, Plot]:
-    """The figures but for the sheet.
+    """All figures except the sheet.
 
     Args:
         evaluation: the scores.
-        metrics: of `measure(..., full=True)`, whose curves are drawn.
-        metadata: of the checkpoint: its threshold and its epoch are marked.
+        metrics: the result of `measure(..., full=True)`; its curves are drawn.
+        metadata: of the checkpoint; its threshold and epoch are marked.
         history: the run's epochs, see `read_history`.
 
     Returns:
-        `histogram`, `roc`, `pr`, and of a history with two epochs or more what RUN_FIGURES names.
+        `histogram`, `roc`, `pr`, and those of RUN_FIGURES if the history has at least two epochs.
     """
     scores, labels, (threshold, _) = evaluation.image_scores, evaluation.labels, threshold_of(metrics, metadata)
     edges = np.histogram_bin_edges(np.append(scores, threshold), BINS)
@@ -131,7 +131,7 @@ def plots(
 
 
 def _stairs(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """(2, points): a histogram's outline, in percent of the values."""
+    """The outline of a histogram, in percent of the values: (2, points)."""
     shares = 100 * np.histogram(values, edges)[0] / max(len(values), 1)
     return np.stack([np.repeat(edges, 2), np.pad(np.repeat(shares, 2), 1)])
 
@@ -140,7 +140,7 @@ def save_figures(folder: str | Path, obj: str, picture: Image.Image, figures: Ma
     """Write the sheet of images as OBJ.png, and the figures of `plots` as OBJ-NAME.png.
 
     Raises:
-        InputError: a file that cannot be written.
+        InputError: a file cannot be written.
     """
     with atomic_path(Path(folder) / f"{obj}.png", "--figures") as temporary:
         picture.save(temporary, "PNG")
@@ -150,7 +150,7 @@ def save_figures(folder: str | Path, obj: str, picture: Image.Image, figures: Ma
 
 
 def threshold_of(metrics: Metrics, metadata: Mapping[str, Any]) -> tuple[float, str]:
-    """The score from which an image counts as abnormal, and where that comes from: the checkpoint, else the images."""
+    """The threshold for images and, in words, its source: the checkpoint or, if it has none, this test set."""
     if stored := metadata.get("threshold"):
         return stored["value"], threshold_words(stored)
     value = cast("float", metrics.values["f1_max_threshold_on_test"])
@@ -161,7 +161,7 @@ def threshold_of(metrics: Metrics, metadata: Mapping[str, Any]) -> tuple[float, 
 
 
 def threshold_words(threshold: Mapping[str, Any]) -> str:
-    """How a threshold of `calibrate` was chosen, and what it did there, in sentences."""
+    """Sentences that say how a threshold of `calibrate` was chosen, and the rates on those images."""
     figures = threshold["figures"]
     images = f"{figures['n_normal']} normal and {figures['n_abnormal']} abnormal {threshold['from']}"
     rates = [f"{figures[name]:.0%} of the {words}" for name, words in
@@ -172,13 +172,13 @@ def threshold_words(threshold: Mapping[str, Any]) -> str:
 
 
 def digits(scores: np.ndarray) -> int:
-    """Decimals that tell scores apart: early in training all of them lie near K/2."""
+    """The number of decimals needed to distinguish the scores: early in training they all lie near K/2."""
     spread = float(scores.max() - scores.min()) if len(scores) else 0.0
     return min(max(3, 3 - math.floor(math.log10(spread))), 9) if spread else 3
 
 
 def examples(evaluation: Evaluation, count: int) -> list[int]:
-    """A fixed handful of images: two thirds abnormal, evenly spaced over each class."""
+    """Indices of at most `count` images, always the same: two thirds abnormal, evenly spaced over each class."""
     chosen = []
     for label, room in ((1, count - count // 3), (0, count // 3)):
         members = np.flatnonzero(evaluation.labels == label)
@@ -191,7 +191,7 @@ def examples(evaluation: Evaluation, count: int) -> list[int]:
 
 
 def sheet(evaluation: Evaluation, masks: Masks | None, count: int = 9) -> Image.Image:
-    """A column an image: the image, the outline of its mask where the data set has masks, its heat map."""
+    """A picture with a column for each image: the image, the outline of its mask (if there are masks), its heat map."""
     shown = examples(evaluation, count)
     maps = evaluation.maps(shown).float().cpu().numpy()
     heat_range = (float(maps.min()), float(maps.max()))
@@ -205,7 +205,7 @@ def sheet(evaluation: Evaluation, masks: Masks | None, count: int = 9) -> Image.
             tiles.insert(1, draw_outline(picture, masks.get([i])[0].cpu().numpy()))
         left = GAP + column * (TILE + GAP)
         label = "abnormal" if evaluation.labels[i] else "normal"
-        name = unicodedata.normalize("NFC", Path(evaluation.names[i]).stem)  # composed: no font places accents
+        name = unicodedata.normalize("NFC", Path(evaluation.names[i]).stem)  # fonts misplace separate accents
         pen.text((left, GAP), f"{name[-LETTERS:]}\n{label}, {evaluation.image_scores[i]:.4f}", INK, font)
         for row, tile in enumerate(tiles):
             canvas.paste(tile, (left, HEAD + row * (TILE + GAP)))

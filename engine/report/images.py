@@ -1,7 +1,7 @@
-"""Every picture of a report: thumbnails, colours of heat maps, overlays, outlines and contours.
+"""Pictures in reports: thumbnails, heat maps in colour, overlays, outlines and contours.
 
-Pictures are Pillow images, RGB, with the aspect of their file. Heat maps (S, S) belong to the image squeezed to a
-square, and are stretched back over it.
+Pictures are RGB Pillow images with the aspect ratio of their file. Heat maps (S, S) are those of the image resized to a
+square; they are resized back to the image's shape.
 """
 
 import base64
@@ -19,17 +19,17 @@ from scipy import ndimage
 from dataset.readers.images import Sample, read
 from utils import InputError
 
-COLOUR_MAP = "inferno"  # bright is abnormal, also in grey and for every kind of colour vision
+COLOUR_MAP = "inferno"  # abnormal is bright, also in greyscale and for every kind of colour vision
 OUTLINE = (0, 229, 200)
-HEAT_OPACITY = 0.75  # of the highest heat
-CLEAR = 60  # of 255: how far below 0 the opacity of the lowest heat would be
+HEAT_OPACITY = 0.75  # opacity of the highest heat
+CLEAR = 60  # opacities (of 255) rise from -CLEAR and are cut off at 0, so that low heat is fully transparent
 Size = tuple[int, int]  # width and height
 
 
 def read_picture(sample: Sample, longest: int) -> Image.Image | None:
-    """A test image, its longer side `longest` pixels; None where its file is missing or cannot be read.
+    """A test image, resized so that its longer side has `longest` pixels; None if its file cannot be read.
 
-    An evaluation that was loaded with --scores may be looked at where its data set is not.
+    The file may be missing: an evaluation loaded with --scores can be viewed without its data set.
     """
     try:
         return ImageOps.contain(read(sample).image, (longest, longest), Image.Resampling.BICUBIC)
@@ -39,14 +39,14 @@ def read_picture(sample: Sample, longest: int) -> Image.Image | None:
 
 @cache
 def heat_colours() -> np.ndarray:
-    """(256, 4) uint8: red, green, blue and opacity of heat, from low to high: low leaves the anatomy clear."""
+    """Red, green, blue and opacity of heat from low to high, (256, 4) uint8; low heat leaves the anatomy visible."""
     rgba = np.array(colormaps[COLOUR_MAP](np.arange(256), bytes=True))
     rgba[:, 3] = np.linspace(-CLEAR, HEAT_OPACITY * 255, 256).clip(0).round()
     return rgba
 
 
 def heat_picture(heat: np.ndarray, heat_range: Sequence[float]) -> Image.Image:
-    """A heat map (S, S) in the colours of `heat_colours`, which it has as its palette, over `heat_range`."""
+    """A heat map (S, S) as a palette image, with `heat_colours` spread over `heat_range`."""
     low, high = heat_range
     steps = (heat.astype(np.float64) - low) / max(high - low, 1e-12) * 255
     picture = Image.fromarray(steps.round().clip(0, 255).astype(np.uint8))
@@ -62,12 +62,12 @@ def alpha_blend(image: Image.Image, heat: np.ndarray, heat_range: Sequence[float
 
 
 def outline(mask: np.ndarray, width: int = 1) -> np.ndarray:
-    """The pixels of a mask (H, W) bool that are within `width` of one outside it, or of the border."""
+    """The outline of a mask (H, W) bool: its pixels within `width` of a pixel outside it, or of the image's border."""
     return mask & ~ndimage.binary_erosion(mask, iterations=width) if mask.any() else mask
 
 
 def fit_mask(mask: np.ndarray, size: Size) -> np.ndarray:
-    """A mask (S, S) bool stretched over a picture of `size` (W, H): (H, W) bool."""
+    """A mask (S, S) bool resized to a picture of `size` (W, H): (H, W) bool."""
     return np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
 
 
@@ -81,7 +81,7 @@ def draw_outline(image: Image.Image, mask: np.ndarray, width: int = 1) -> Image.
 def overlay(
     image: Image.Image, heat: np.ndarray, heat_range: Sequence[float], regions: Sequence[dict[str, Any]], size: Size
 ) -> Image.Image:
-    """The image under its heat map (S, S) and the outlines of `contours`, which are in pixels of a file of `size`."""
+    """The image under its heat map (S, S) and the outlines of `contours`, given in pixels of an image of `size`."""
     picture = alpha_blend(image, heat, heat_range)
     draw, scale = ImageDraw.Draw(picture), np.divide(picture.size, size)
     for region in regions:
@@ -104,15 +104,15 @@ def contours(heat: np.ndarray, level: float, size: Size) -> list[dict[str, Any]]
         size: W, H of the image that the map belongs to.
 
     Returns:
-        For each closed polygon `points` [[x, y], ...] in the image's pixels, (0, 0) being the upper left corner of the
-        upper left pixel, its `area` in pixels, negative for a hole, and for a region the `peak` of its heat.
+        For each closed polygon: `points`, [[x, y], ...] in the image's pixels, where (0, 0) is the upper left corner of
+        the upper left pixel; `area` in pixels, negative for a hole; `peak`, a region's highest heat, None for a hole.
     """
-    # Padded twice: once so that a region reaches the image's border, once to close it there.
+    # Padded twice: with copies of the edge, so that regions reach the image's border, and to close them there.
     padded = np.pad(np.pad(heat.astype(np.float64), 1, "edge"), 1, constant_values=min(float(heat.min()), level) - 1e6)
     factors = np.divide(size, heat.shape[::-1])
     regions = []
     for line in contourpy.contour_generator(z=padded).lines(level):
-        inside = (np.asarray(line)[:-1] - 1.5).clip(0, heat.shape[::-1])  # two of padding, half a pixel to the corner
+        inside = (np.asarray(line)[:-1] - 1.5).clip(0, heat.shape[::-1])  # -2 for padding, +0.5 from centres to corners
         points = inside * factors
         x, y = points.T
         area = float((x * np.roll(y, -1) - np.roll(x, -1) * y).sum() / 2)
@@ -124,7 +124,7 @@ def contours(heat: np.ndarray, level: float, size: Size) -> list[dict[str, Any]]
 
 
 def data_uri(picture: Image.Image | bytes, kind: str, **options: Any) -> str:  # noqa: ANN401 - Pillow's options
-    """A picture, or its file, as the address of itself, for an <img>; without any metadata of the original."""
+    """A picture, or the bytes of its file, as a data URI for an <img>; without any metadata of the original."""
     if isinstance(picture, Image.Image):
         buffer = io.BytesIO()
         picture.save(buffer, kind, **options)

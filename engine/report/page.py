@@ -1,12 +1,12 @@
-"""The pages: one HTML file with numbers, figures and a gallery of the images, and nothing from a network.
+"""Report pages: one HTML file with metrics, figures and a gallery of the images; nothing is loaded from a network.
 
-A page is a template of templates/, filled by jinja2. All extend base.html: style, threshold, a gallery whose heat maps
-and outlines can be switched off and whose pictures enlarge on a click, for screens (light, dark, phones) and paper.
+A page is a jinja2 template of templates/. All templates extend base.html: style, threshold, and a gallery in which heat
+maps and outlines can be switched off and pictures enlarge on a click; for screens (light, dark, phones) and paper.
 
-    card = {"name": ..., "score": ..., **layers(picture, heat, heat_range)}     for each image
+    card = {"name": ..., "score": ..., **layers(picture, heat, heat_range)}     one for each image
     write(folder, "predictions.html", cards, title=..., ...)                    a page about them
 
-`write_page` shows a test set by report.html.
+`write_page` writes the page of a test set, with report.html.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,12 +30,12 @@ from ..metrics import METRICS, Metrics
 from .figures import Plot, digits, threshold_of
 from .images import OUTLINE, data_uri, fit_mask, heat_colours, heat_picture, outline, read_picture
 
-# Of an image: name, score, label (0 normal, 1 abnormal, None: not known), group (the volume or series of which it is a
-# slice, shown as a strip in the order of the cards; or None), and its `layers`.
+# An image on a page: name, score, label (0 normal, 1 abnormal, None unknown), `layers`, and group: the volume or series
+# of a slice, which is shown as a strip in the order of its cards, or None.
 Card = dict[str, Any]
 SIDE = 480  # pixels of a picture's longer side: shown at 240 and more, enlarged on a click
 HEAT = 60  # pixels a side of a heat map, which the browser enlarges
-MAX_CARDS = 1000  # images: some 25 MB
+MAX_CARDS = 1000  # maximum number of images on a page: some 25 MB
 WORKERS = 4  # threads that draw pictures
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True,
@@ -46,12 +46,12 @@ TEMPLATES = jinja2.Environment(
 def layers(
     picture: Image.Image | None, heat: np.ndarray, heat_range: Sequence[float], mask: np.ndarray | None = None
 ) -> Card:
-    """What a card shows of an image, some 25 kB: picture, heat map and outline as data URIs, and the picture's size.
+    """The pictures of a card, some 25 kB: picture, heat map and outline as data URIs, and the picture's size.
 
     Args:
-        picture: of any size; None where the file is not there.
+        picture: of any size; None if the file is missing.
         heat: (S, S).
-        heat_range: of the colours, one for all cards of a page.
+        heat_range: range of the colour scale, the same for all cards of a page.
         mask: (S, S) bool.
     """
     size, shown, edge = (SIDE, SIDE), None, None
@@ -80,21 +80,21 @@ def write(
     """Write index.html.
 
     Args:
-        folder: made if need be.
+        folder: created if needed.
         template: a file of templates/.
-        cards: in the order in which they are shown without JavaScript; cards of one group follow each other.
-        scores: of all images, shown or not: of the normal and of the abnormal ones, or one array where labels are not
-            known.
-        threshold: abnormal is score >= threshold; None: no decisions until one is set by hand.
-        heat_range: the colours' ends.
-        **values: what else base.html and the template use. base.html: `title`, `origin` (the threshold in words),
-            `weak` (the maps are from detection heads), `made` (a mapping, which may be nested, of how it was made).
+        cards: in the order shown without JavaScript; cards of one group follow each other.
+        scores: of all images, shown or not: one array of the normal and one of the abnormal images, or a single array
+            if labels are unknown.
+        threshold: abnormal is score >= threshold; if None, there are no decisions until the reader sets one.
+        heat_range: range of the colour scale.
+        **values: other variables of the template. base.html needs `title`, `origin` (of the threshold, in words),
+            `weak` (whether maps are from detection heads), `made` (how it was made: a mapping, which may be nested).
 
     Returns:
         The page's path.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the page cannot be written.
     """
     every = np.concatenate([*scores, [] if threshold is None else [threshold]])
     low, high = (float(every.min()), float(every.max())) if len(every) else (0.0, 1.0)
@@ -113,7 +113,7 @@ def write(
         place=lambda value: round((value - low) / (high - low or 1), 4),
     )  # fmt: skip
     page = Path(folder) / "index.html"
-    with atomic_path(page, "--report") as temporary:  # a file's name may hold bytes that are no UTF-8
+    with atomic_path(page, "--report") as temporary:  # file names may hold bytes that are not UTF-8
         temporary.write_text(html, encoding="utf-8", errors="backslashreplace")
     return page
 
@@ -135,21 +135,21 @@ def write_page(
     """Write index.html about a test set, the worst errors first.
 
     Args:
-        folder: made if need be.
-        evaluation: the scores; where a picture's file is missing the gallery has a placeholder.
-        masks: of its images, None without.
-        metrics: of `measure(..., full=True)`.
+        folder: created if needed.
+        evaluation: the scores; the gallery has placeholders for images whose file is missing.
+        masks: of its images; None if there are none.
+        metrics: the result of `measure(..., full=True)`.
         settings: of the checkpoint.
-        metadata: of the checkpoint, all of which is listed.
-        figures: of `plots`.
-        obj: the data set that was tested, where it is not the one trained on.
-        unknown: why the patients of the shots are not known, where they are not.
+        metadata: of the checkpoint; the page lists all of it.
+        figures: the result of `plots`.
+        obj: the data set that was tested, if it is not the one trained on.
+        unknown: why the patients of the shots are unknown; empty if they are known.
 
     Returns:
         The page's path.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the page cannot be written.
     """
     obj = obj or settings.obj
     scores, labels = evaluation.image_scores, evaluation.labels
@@ -169,7 +169,7 @@ def write_page(
 
 
 def _card(i: int, evaluation: Evaluation, masks: Masks | None, heat_range: Sequence[float]) -> Card:
-    """Of image `i` of a test set."""
+    """The card of image `i` of a test set."""
     sample, heat = evaluation.samples[i], evaluation.maps([i])[0].cpu().numpy()
     mask = None if masks is None else masks.get([i])[0].cpu().numpy()
     card = {"name": sample.name, "score": float(evaluation.image_scores[i]), "label": sample.label, "group": None}

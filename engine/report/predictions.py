@@ -1,4 +1,4 @@
-"""What prediction writes: an image's pictures, the heat maps of volumes, the tables, the page."""
+"""The output of prediction: the pictures of each image, the heat maps of volumes, the tables and the page."""
 
 import argparse
 import csv
@@ -28,19 +28,19 @@ GROUP_NOTE = (
     "a group is abnormal if its largest score is; the threshold was calibrated for single images, so that the more "
     "images a group has, the more often one exceeds it by chance"
 )
-MACHINE = {"images", "device", "num_workers", "batch_size", "out"}  # flags that leave the rows as they are
+MACHINE = {"images", "device", "num_workers", "batch_size", "out"}  # flags that do not affect the rows
 
 
 class Results:
-    """The files of a prediction; tables and page of an earlier run are replaced whole.
+    """The files of a prediction; tables and page of an earlier run are replaced as a whole.
 
-    While they grow, each volume, series or single file that is complete becomes lines of predictions.partial.jsonl,
-    from which the same command goes on after a kill. One process at a time writes to a folder.
+    Until all is done, each complete volume, series or single file is appended to predictions.partial.jsonl, from which
+    the same command continues if it was killed. Only one process at a time can write to a folder.
 
     Args:
-        options: predict.py's.
-        model: what predicts.
-        listing: what is to be predicted; `todo` is what no run before has done.
+        options: those of predict.py.
+        model: the predictor.
+        listing: the images to predict; the attribute `todo` holds those that no earlier run has done.
     """
 
     def __init__(self, options: argparse.Namespace, model: Predictor, listing: InputList) -> None:
@@ -56,7 +56,7 @@ class Results:
         self.file = (self.out / PARTIAL).open("a+b")
         self.file.seek(0)
         is_same = self.file.readline() == head
-        whole = sum(len(line) for line in self.file if line.endswith(b"\n"))  # the last one may be cut short
+        whole = sum(len(line) for line in self.file if line.endswith(b"\n"))  # the last line may be cut short
         self.file.truncate(len(head) + whole if is_same else 0)
         self.file.write(b"" if is_same else head)
         done = {key for key, *_ in self.lines()}
@@ -64,7 +64,7 @@ class Results:
         self.todo = [entry for entry in listing.entries if entry.series in broken]
 
     def draw(self, entry: Entry, picture: Picture, prediction: Prediction) -> tuple[Row, Card | None]:
-        """An image's row of the table, its pictures written, and its card of the page; called by threads."""
+        """Write an image's pictures; returns its row of the table and its card of the page. Called by threads."""
         (width, height), info = prediction.size, entry.slice
         row: Row = {
             "file": entry.file, "frame": entry.index, "score": prediction.score,
@@ -85,7 +85,7 @@ class Results:
         return row, card | layers(picture.image, prediction.heat, self.model.heat_range)
 
     def pictures(self, entry: Entry, picture: Image.Image, prediction: Prediction) -> Row:
-        """Overlay, raw heat map and contours as files; the columns that name them."""
+        """Write the files of overlay, raw heat map and contours; returns the columns that name them."""
         model, heat, size = self.model, prediction.heat, prediction.size
         regions = [] if model.pixel_threshold is None else contours(heat, model.pixel_threshold, size)
         drawn = overlay(picture, heat, model.heat_range, regions, size)
@@ -94,7 +94,7 @@ class Results:
         files = {kind: f"{entry.name}_{kind}.png" for kind in ("overlay", "raw")}
         for kind, image in (("overlay", label(drawn, entry.slice.edges, model.weak)), ("raw", raw(heat, model.layers))):
             with atomic_path(self.out / files[kind], "--out") as path:
-                image.save(path, "PNG", pnginfo=mark, compress_level=1)  # a third of the time, 10% more bytes
+                image.save(path, "PNG", pnginfo=mark, compress_level=1)  # a third of the default's time, 10% more bytes
         shape = {"pixel_threshold": model.pixel_threshold, "width": size[0], "height": size[1], "regions": regions}
         files["contours"] = f"{entry.name}_contours.json"
         with atomic_path(self.out / files["contours"], "--out") as path:
@@ -102,7 +102,7 @@ class Results:
         return {"regions": sum(region["area"] > 0 for region in regions), **files}
 
     def add(self, images: Sequence[tuple[Entry, Prediction, Row, Card | None]]) -> None:
-        """Keep a complete volume, series or single file: its heat map in its own space, and its rows."""
+        """Save a complete volume, series or single file: its heat map in its own space, and its rows."""
         if images and self.options.pictures and self.options.volumes:
             slices = [(entry, prediction) for entry, prediction, *_ in images]
             names = write_volume(self.out, slices, self.model, self.options.anonymous)
@@ -114,7 +114,7 @@ class Results:
             self.file.flush()
 
     def lines(self) -> Iterator[tuple[str, Row, Card | None]]:
-        """Key, row and card of each image; of one that was predicted twice, the later ones too."""
+        """Yields key, row and card of each image; an image that was predicted twice comes twice, the later one last."""
         self.file.seek(0)
         next(self.file)
         for line in map(json.loads, self.file):
@@ -122,13 +122,13 @@ class Results:
                 yield line["key"], line["row"], line["card"]
 
     def close(self) -> list[tuple[Entry, Row]]:
-        """Put the finished tables in their places: never a CSV file of one run beside a JSON file of another.
+        """Write the final tables; at no time does a CSV file lie beside a JSON file of another run.
 
         Returns:
             The rows, in the order of the entries.
 
         Raises:
-            InputError: there is none.
+            InputError: there are no rows.
         """
         table, model, listing = {key: row for key, row, _ in self.lines()}, self.model, self.listing
         result = [(entry, table[key]) for key, entry in self.entries.items() if key in table]
@@ -179,7 +179,7 @@ class Results:
 
 
 def label(picture: Image.Image, edges: str, weak: bool) -> Image.Image:
-    """Write the patient's sides at the picture's edges, and where it is so that the heat map is weak."""
+    """Write the patient's sides at the picture's edges and, if `weak`, that the localisation is weak."""
     width, height = picture.size
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(max(12, min(width, height) // 16))
@@ -194,7 +194,7 @@ def label(picture: Image.Image, edges: str, weak: bool) -> Image.Image:
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write a table, whose columns are those of its first row."""
+    """Write a table; its columns are those of the first row."""
     with (
         atomic_path(path, "--out") as new,
         new.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
@@ -205,7 +205,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def group_rows(rows: Iterable[tuple[Entry, Row]], by: str, threshold: float | None) -> list[Row]:
-    """A row for each group of --group_by, the highest first."""
+    """A row for each group of --group_by, the highest score first."""
     members = defaultdict(list)
     for entry, row in rows:
         members[entry.groups[by]].append(row)
@@ -225,7 +225,7 @@ def group_rows(rows: Iterable[tuple[Entry, Row]], by: str, threshold: float | No
 
 
 def summary(rows: Sequence[tuple[Entry, Row]]) -> str:
-    """How many patients, series and images are abnormal, of how many; patients and series where there are some."""
+    """How many of the patients, series and images are abnormal; patients and series only if there are some."""
     names = {
         "patients": [entry.slice.patient_id for entry, _ in rows],
         "series": [entry.series if entry.count > 1 else "" for entry, _ in rows],

@@ -1,16 +1,16 @@
-"""Weights & Biases: one run, that never asks and never stops a training.
+"""Weights & Biases: one run, which never prompts the user and never stops a training.
 
-Where it goes (wandb's own settings, such as WANDB_MODE, WANDB_BASE_URL, WANDB_ENTITY and WANDB_DIR, are honoured):
+Where data go (wandb's own settings, such as WANDB_MODE, WANDB_BASE_URL, WANDB_ENTITY and WANDB_DIR, are respected):
 
-    WANDB_MODE=disabled               nothing is written, and wandb is not even imported
-    WANDB_MODE=offline, or no key     files under the run folder, and one line that says how to upload them
-    a key                             online; offline after all when the server does not take the run in time
+    WANDB_MODE=disabled               nowhere: wandb is not even imported
+    WANDB_MODE=offline, or no key     to files in the run folder; one line is printed that says how to upload them
+    a key                             online; or offline, if the server does not accept the run in time
 
-The key is the one that wandb finds (WANDB_API_KEY, the netrc entry that `wandb login` writes), else that of key.json.
+The key is the one that wandb finds (WANDB_API_KEY, the netrc entry of `wandb login`), or else the one in key.json.
 
-What a run shows, over the epoch: the published keys (epoch, sim_texts, loss, AUC, pAUC, AUC+pAUC and their ...best),
-train/ (losses), test/ and valid/ (metrics), time/, `sheet` (test images with their heat maps) and, at the end,
-`report`, the page. The summary is the selected epoch's.
+Logged per epoch: the published keys (epoch, sim_texts, loss, AUC, pAUC, AUC+pAUC and their ...best), train/ (losses),
+test/ and valid/ (metrics), time/, and `sheet` (test images with their heat maps); at the end, `report` (the page). The
+summary is that of the selected epoch.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from .figures import sheet
 
 PROJECT = "MadCLIP"
 KEY_FILE = Path("key.json")
-KEY_SHAPE = re.compile(r"([\w-]+-)?[0-9a-f]{40}|wandb_v1_\w+")  # not the place holder
-# Of config.json: the rest names this machine and its folders.
+KEY_SHAPE = re.compile(r"([\w-]+-)?[0-9a-f]{40}|wandb_v1_\w+")  # does not match the placeholder
+# Entries of config.json that W&B shows; the others name this machine and its folders.
 SHOWN = ("shots", "shots_from", "started", "madclip", "python", "torch", "torchvision", "git_commit", "resumed")
-OWN_SETTINGS: dict[str, Any] = {  # bounded in time, and without what names this machine or could carry secrets
+OWN_SETTINGS: dict[str, Any] = {  # limit the waiting time, and send nothing that names this machine or may hold secrets
     "silent": True, "console": "off", "disable_code": True, "disable_git": True, "x_disable_meta": True,
     "init_timeout": 15.0, "finish_timeout": 60.0,
 }  # fmt: skip
@@ -48,7 +48,7 @@ Record = Mapping[str, Any]  # of an epoch, a line of metrics.jsonl; W&B counts e
 
 
 class Tracker:
-    """One W&B run, or nothing at all: every method may be called either way. Make it with `start_tracker`."""
+    """A W&B run; without one, every method does nothing. Made by `start_tracker`."""
 
     def __init__(self, run: Any = None, pictures_every: int = 0, secret: str = "") -> None:  # noqa: ANN401 - a wandb.Run
         self._run, self._every, self._secret = run, pictures_every, secret
@@ -60,22 +60,22 @@ class Tracker:
         """Log the newest epoch.
 
         Args:
-            history: of all epochs so far.
-            test: metrics of the test set, None where it was not evaluated.
-            valid: of valid/, likewise.
-            seconds: that the epoch took.
-            images: that passed through in it: views, and the images that were evaluated.
+            history: records of all epochs so far.
+            test: metrics of the test set; None if it was not evaluated.
+            valid: metrics of valid/; None if it was not evaluated.
+            seconds: duration of the epoch.
+            images: number of images processed in it: views of shots, and evaluated images.
         """
         values = scalars(history[-1]) | {"time/epoch": seconds, "time/images_per_second": images / max(seconds, 1e-9)}
         for split, metrics in (("test", test), ("valid", valid)):
             values |= measured(split, metrics) if metrics is not None else {}
         for record in history:
-            values |= auc_keys(record, "best") if record["best"] else {}  # the last one's stay
-        # At once, so that it outlives a killed process.
+            values |= auc_keys(record, "best") if record["best"] else {}  # those of the last best epoch stay
+        # Committed at once, so that it is not lost if the process is killed.
         self._or_stop(lambda run: run.log(values, step=values["epoch"], commit=True))
 
     def log_sheet(self, epoch: int, evaluation: Evaluation, masks: Masks | None, last: bool) -> None:
-        """Log some test images of an evaluated epoch, from 0, where they are due; before `log_epoch`."""
+        """Log some test images of an evaluated epoch (counted from 0), if they are due; call it before `log_epoch`."""
         if self._run is None or not self._every or not (last or epoch - self._pictured >= self._every):
             return
         import wandb  # noqa: PLC0415 - takes seconds
@@ -84,13 +84,13 @@ class Tracker:
         self._or_stop(lambda run: run.log({"sheet": wandb.Image(sheet(evaluation, masks))}, step=epoch))
 
     def log_result(self, selected: Record, metrics: Metrics, page: Path, ckpt_path: Path | None) -> None:
-        """Log the page, make the summary the selected epoch's, upload the checkpoint where asked for.
+        """Log the page, set the summary to the selected epoch, and upload the checkpoint if requested.
 
         Args:
             selected: the record of the selected epoch.
-            metrics: of `measure(..., full=True)`: AUPRO is not measured in every epoch.
-            page: the report.
-            ckpt_path: the checkpoint with --log_model, else None.
+            metrics: the result of `measure(..., full=True)`, as AUPRO is not measured in every epoch.
+            page: the report page.
+            ckpt_path: the checkpoint, with --log_model; else None.
         """
 
         def log(run: Any) -> None:  # noqa: ANN401 - a wandb.Run
@@ -116,7 +116,7 @@ class Tracker:
         self._or_stop(lambda run: run.finish(exit_code=0 if kind is None else 1))
 
     def _or_stop(self, action: Callable[[Any], object]) -> None:
-        """Call `action(run)`; after an error of W&B, a warning: nothing is tracked any more, and training goes on."""
+        """Call `action(run)`; after an error of W&B, print a warning and stop tracking. Training goes on."""
         if self._run is None:
             return
         import wandb  # noqa: PLC0415
@@ -126,18 +126,18 @@ class Tracker:
         except (wandb.Error, OSError) as error:
             self._run = None
             warn(f"W&B: not tracked from here on ({one_line(error, self._secret)})")
-            with contextlib.suppress(wandb.Error, OSError):  # else wandb tries again, and louder, when Python exits
+            with contextlib.suppress(wandb.Error, OSError):  # else wandb tries again, with more output, at exit
                 wandb.teardown()
 
 
 def start_tracker(options: argparse.Namespace, settings: Settings, run: RunFolder, config: dict[str, Any]) -> Tracker:
-    """The W&B run of a training, or its continuation; its id goes into config.json. It takes 30 s at most.
+    """Start or continue the W&B run of a training, and store its id in config.json. Takes at most 30 s.
 
     Args:
-        options: of train.py. With --log_images_every 0 no picture and no name of a file is given to W&B.
+        options: those of train.py. With --log_images_every 0, no pictures and no file names are sent to W&B.
         settings: of the checkpoint.
-        run: its folder.
-        config: config.json; what of it names no path and no host is shown in W&B.
+        run: the folder of the training run.
+        config: the content of config.json; entries without paths and host names are shown in W&B.
     """
     key = read_key(KEY_FILE)
     if not distributed.is_main() or os.environ.get("WANDB_MODE", "").lower() == "disabled":
@@ -165,8 +165,8 @@ def start_tracker(options: argparse.Namespace, settings: Settings, run: RunFolde
 
 
 def _open(key: str, **options: Any) -> Any:  # noqa: ANN401 - wandb's options, and a wandb.Run
-    """The run: online with wandb's own key or `key`, else offline."""
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb's crash reports could carry more than expected
+    """Open the run: online with wandb's own key or `key`, else offline."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb's crash reports may contain more than expected
     import wandb  # noqa: PLC0415 - takes seconds, and is not needed when tracking is disabled
 
     own = wandb.Settings(**{k: value for k, value in OWN_SETTINGS.items() if f"WANDB_{k.upper()}" not in os.environ})
@@ -187,7 +187,7 @@ def _open(key: str, **options: Any) -> Any:  # noqa: ANN401 - wandb's options, a
 
 
 def scalars(record: Record) -> dict[str, Any]:
-    """The published keys of an epoch, but for the ...best, and its losses."""
+    """The published keys of an epoch, except the ...best ones, and its losses."""
     similarity, total = record["similarity"], record["total"]
     return {
         "epoch": record["epoch"] - 1, "sim_texts": similarity, "loss": total, **auc_keys(record),
@@ -196,7 +196,7 @@ def scalars(record: Record) -> dict[str, Any]:
 
 
 def auc_keys(record: Record, suffix: str = "") -> dict[str, float]:
-    """AUCs of the test set under the published keys; on image-only data sets the published pAUC is the AUC again."""
+    """AUCs of the test set under the published keys; on image-only data sets, the published pAUC equals the AUC."""
     auc, pauc = record["auc"], record["pauc"]
     if auc is None:  # not evaluated
         return {}
@@ -205,7 +205,7 @@ def auc_keys(record: Record, suffix: str = "") -> dict[str, float]:
 
 
 def measured(split: str, metrics: Metrics) -> dict[str, Any]:
-    """The metrics that have a name in W&B, below `split`/."""
+    """The metrics that are logged in W&B, with keys below `split`/."""
     named = {METRICS[key][1]: value for key, value in metrics.values.items() if key in METRICS and METRICS[key][1]}
     return {f"{split}/{name}": value for name, value in named.items() if value is not None}
 
@@ -214,12 +214,12 @@ def measured(split: str, metrics: Metrics) -> dict[str, Any]:
 
 
 def read_key(path: Path) -> str:
-    """The key in key.json, {"api_key": "..."}; "" where there is none. A warning where git tracks it."""
+    """The key in key.json, {"api_key": "..."}; "" if there is none. Prints a warning if git tracks the file."""
     if not path.is_file():
         return ""
     try:
         key = str(read_json(path)["api_key"]).strip()
-    except (InputError, LookupError, TypeError):  # may quote it: not shown
+    except (InputError, LookupError, TypeError):  # not shown, as it may quote the key
         warn(f'W&B: {path} is not {{"api_key": "..."}}, so it is ignored')
         return ""
     if not KEY_SHAPE.fullmatch(key):

@@ -345,7 +345,7 @@ def probe_writable(
     """Check that `atomic_path` can write to `path`, before hours are spent on its content; None is accepted.
 
     Raises:
-        InputError: `path` is not writable, or would overwrite a file that is not a `kind`: `read` cannot read it.
+        InputError: `path` is not writable, or is a file that `read` refuses: it is not a `kind` and would be lost.
     """
     if path is None:
         return

@@ -148,8 +148,8 @@ class Cosine(torch.autograd.Function):
 class DualBranchAdapters(nn.Module):
     """Two branches of adapters for K layers, and their scores.
 
-    `kind` is a key of `ADAPTERS`; `width` is C, `embed_dim` D. Adapter k belongs to the k-th layer in `features_list`,
-    counted from 1. `contrast` subtracts the cosine with the other branch's text feature (MadCLIP section 2, dual
+    `kind` is a key of `ADAPTERS`; `width` is C, `embed_dim` D. `features_list` has the layers, counted from 1; adapter
+    k belongs to the k-th. `contrast` subtracts the cosine with the other branch's text feature (MadCLIP section 2, dual
     objective); `across_tokens` lets MViTFC attend within an image (`corrected` fidelity). `generator` draws the initial
     weights, on the CPU; None is torch's global generator.
     """

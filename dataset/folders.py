@@ -143,7 +143,7 @@ def _header(path: Path) -> Slice:
 
 
 def _divide(files: Sequence[Sample], root: Path, share: float) -> list[Sample]:
-    """Assign files without a split by a hash, except listed shots and other images of their patients: they are valid.
+    """Assign files without a split by a hash; listed shots and all images of their patients are in valid.
 
     All lists of the data set count, whatever --shot and --iterate, so that the test set is always the same. Lists name
     a file by its file name, or by its path if the files of its class outside test are in several folders.

@@ -65,9 +65,9 @@ class MedicalDataset:
     layout: Layout
     files: list[Sample]  # normal ones first
     listing: Path | None = None  # the list file, if there is one
-    numbers: dict[str, str] | None = None  # patient -> number with --anonymous, when files have numbers for names too
+    numbers: dict[str, str] | None = None  # patient -> number with --anonymous, which numbers the files, too
     left_out: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # reason -> names of images
-    levels: dict[str, tuple[Levels, bool]] = field(default_factory=dict)  # sample -> its mask's levels; are they labels
+    levels: dict[str, tuple[Levels, bool]] = field(default_factory=dict)  # sample -> mask levels; are they labels
     _samples: dict[Sample, list[Sample]] = field(default_factory=dict)  # file -> result of `samples_in`
     _series: dict[Any, str] = field(default_factory=dict)  # (series, frame, hash of pixels) -> the first such sample
 

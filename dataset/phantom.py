@@ -21,7 +21,7 @@ from utils import InputError, Parser, blame, integer, run_cli
 from .layout import MADE_UP, SPLITS
 from .writer import FOLDERS, Writer
 
-CONTRAST = (0.3, 0.5)  # difference between lesion and surrounding tissue, in full grey ranges: sets the difficulty
+CONTRAST = (0.3, 0.5)  # of lesion and tissue, as a fraction of the full grey range: sets the difficulty
 FAINT = 0.2  # minimum opacity of a lesion at a pixel; fainter pixels are not painted and not in the mask
 NOTICE = "synthetic: drawn by dataset/phantom.py, it says nothing about medicine"
 
@@ -113,7 +113,7 @@ def write(out: str | Path, obj: Sequence[str], valid: int, test: int, seed: int,
 def main() -> None:
     """Parse the command line and write the data sets."""
     parser = Parser(prog="python -m dataset.phantom", description=f"Draw a data set ({NOTICE}).")
-    flag, count, names = parser.add_argument, integer(0, 99_999), list(STYLES)  # files have numbers of five digits
+    flag, count, names = parser.add_argument, integer(0, 99_999), list(STYLES)  # file names have five digits
     flag("--out", default="data", help="folder that will hold <obj>_AD (default: data)")
     flag("--obj", nargs="+", default=names, choices=names, metavar="OBJ", help=f"of {', '.join(names)} (all)")
     flag("--valid", type=count, default=20, help="images a class in valid/ (20)")

@@ -251,7 +251,7 @@ def is_stretched(spacing: Ends, ratio: float) -> bool:
 
 
 def square(image: Image.Image, spacing: Ends, how: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
-    """The image enlarged along its coarser axis until pixels are square; `spacing` is that of a row and a column."""
+    """The image enlarged along its coarser axis until pixels are square; `spacing` is (row height, column width)."""
     if not is_stretched(spacing, 1.01):
         return image
     sides = zip(image.size, reversed(spacing), strict=True)

@@ -3,9 +3,9 @@
 Every picture becomes 8-bit RGB at its own size. Three rules hold for all formats:
 
     orientation   tags (EXIF, TIFF) are ignored in images and masks, as the published program does for PNG and JPEG
-    grey levels   8 bits are kept; 16 bits are divided by 257 (Pillow would saturate to white). Integers up to 255 in a
-                  wider file are read as 8 bits, as in the published program, unless other files of the data set have
-                  higher values (`ReadOptions.deep`)
+    grey levels   8 bits are kept; 16 bits are divided by 257 (Pillow would saturate to white). Whole values up to 255
+                  in wider files are read as 8 bits, as in the published program, unless other files of the data set
+                  have higher values (`ReadOptions.deep`)
     identity      the hash is of what was decoded, the file's bytes or a scan's pixels: the file is read once
 """
 

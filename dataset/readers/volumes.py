@@ -26,7 +26,7 @@ from .grey import DAMAGE, PLANES, Array, Ends, Frame, MaskFile, NoImageError, Pi
 Header = Any  # pydicom's Dataset
 NO_PICTURE = ("RTDOSE", "RTSTRUCT", "RTPLAN", "RTRECORD", "SEG", "SR", "PR", "KO", "REG", "ECG", "HD", "DOC")
 ELEMENTS = ("Rows", "Columns", "BitsAllocated", "BitsStored", "PhotometricInterpretation")  # every image has these
-SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio")  # each: of a row, of a column
+SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio")  # each: row height, column width
 DECODERS = "other decoders: pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
 SAMPLED_FRAMES = 64  # frames of a file from which its range is measured
 OPPOSITE = dict(zip("LRPASI", "RLAPIS", strict=True))  # the patient's sides
@@ -45,7 +45,7 @@ class Volume:
 
     mode: str  # the format
     axes: list[Slice]  # for each image, its metadata
-    spacing: list[Ends]  # for each image, the millimetres of a row and of a column
+    spacing: list[Ends]  # for each image, row height and column width in millimetres
     windows: Sequence[Callable[[Array], Array] | None]  # for each image, the file's own window: values -> [0, 1]
     is_inverted = False  # low values are white
     values: Callable[[int], Array]  # an image (H, W) in the file's units, or colours (H, W, 3); decoded on demand

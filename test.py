@@ -3,9 +3,9 @@
     python test.py --obj Liver                                  the checkpoint ckpt/Liver.pth on Liver's test set
     python test.py --obj Brain --ckpt FILE --out_json result.json --figures pictures
     python test.py --obj Liver --ckpt ckpt/Brain.pth            trained on one data set, tested on another
-    python test.py --obj Brain --scores FILE --report page      from patch scores kept with --save_scores, no network
+    python test.py --obj Brain --scores FILE --report page      from the patch scores of --save_scores, no network
 
-Flags -> checkpoint -> patch scores -> metrics. All settings are read from the checkpoint.
+Flags -> checkpoint -> patch scores -> metrics. The model's settings are read from the checkpoint.
 """
 
 from engine.files.config import test_options as parse

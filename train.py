@@ -3,7 +3,7 @@
     python train.py --obj Brain --shot 16                 the paper's setting, OpenAI weights under CLIP/ckpt
     python train.py --obj Chest --shot 4 --select last    report the last epoch, not the best on the test set
     python train.py --obj Brain --model_name ViT-tiny-14-56 --pretrain random --epoch 20      a dry run in a minute
-    python train.py --resume runs/NAME                    go on with a run that was stopped or killed
+    python train.py --resume runs/NAME                    continue a run that was stopped or killed
     torchrun --nproc_per_node=4 train.py --obj Brain      four processes, a GPU each; the same numbers
 
 Flags -> data -> towers -> tokens -> detector -> epochs -> result. The frozen tower processes each image once.

@@ -2,7 +2,7 @@
 
     python -m benchmarks.auc --pixels 1e6 1e7 5e7
 
-Seconds are those spent in the contender, not in making the pixels; ours asks for them twice.
+Times are of the contender alone, without generating the pixels (ours requests them twice).
 """
 
 import time
@@ -16,13 +16,13 @@ from engine.metrics import count_pixels
 from utils import Parser, run_cli
 
 SIDE = 240
-BATCH = 72  # maps: as engine.metrics takes of this size
+BATCH = 72  # maps at a time, as in engine.metrics for this size
 
 
 class Pixels:
-    """Score maps (B, 240, 240) float32 in [0, 4] and bool labels, 3% abnormal, made anew whenever they are asked for.
+    """Score maps (B, 240, 240) float32 in [0, 4] and bool labels, 3% abnormal, generated anew for each request.
 
-    `wide`: well-trained; `narrow`: as early in training, when all scores lie close to 2.
+    `wide`: scores as after training; `narrow`: as early in training, when all scores lie close to 2.
     """
 
     def __init__(self, pixels: int, spread: str) -> None:
@@ -32,7 +32,7 @@ class Pixels:
     def batch(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores and labels of the batch that begins with image `start`."""
         began = time.perf_counter()
-        # By numpy, in one thread: torch's other threads would go on waiting busily into the contender's time.
+        # By numpy, in one thread: torch's other threads would keep spinning while the contender is timed.
         generator = np.random.default_rng(start)
         shape = min(BATCH, self.images - start), SIDE, SIDE
         labels = generator.random(shape, dtype=np.float32) < 0.03

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine in words, peak memory, rates, counted operations, a table, results as JSON."""
+"""Shared by the benchmarks: machine description, peak memory, rates, operation counts, tables, results as JSON."""
 
 import argparse
 import datetime
@@ -44,7 +44,7 @@ def peak_memory() -> float:
 
 
 def best(function: Callable[[], object], repeats: int = 3) -> float:
-    """Seconds of the fastest of some runs, after one that warms up; it waits for a GPU."""
+    """Seconds of the fastest of several runs, after a warm-up run; waits for a GPU to finish."""
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -56,7 +56,7 @@ def best(function: Callable[[], object], repeats: int = 3) -> float:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
-    """Operations a second of a square matrix product, the best of several."""
+    """Operations per second of a square matrix product, the best of several runs."""
     size = 8192 if device.type == "cuda" else 3072
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
@@ -64,14 +64,14 @@ def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> flo
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes a second that a copy reads and writes."""
+    """Bytes per second that a copy reads and writes."""
     source = torch.empty(2**26, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / best(lambda: target.copy_(source), 8)
 
 
 def tower_operations(config: ModelConfig, img_size: int, layers: int) -> float:
-    """Of one image through `layers` blocks: products of weights, and attention."""
+    """Operations of one image in `layers` blocks of the tower: products with weights, and attention."""
     patches, width = config.grid(img_size) ** 2, config.width
     block = 12 * width**2 * (patches + 1) + 2 * width * (patches + 1) ** 2
     return 2.0 * (layers * block + patches * 3 * config.patch_size**2 * width)
@@ -80,9 +80,9 @@ def tower_operations(config: ModelConfig, img_size: int, layers: int) -> float:
 def learner(
     options: argparse.Namespace, device: torch.device, autocast: torch.dtype | None
 ) -> tuple[CLIP, TrainingState]:
-    """The towers with random weights, and a detector before its first step: the same every time.
+    """The towers with random weights, and a detector before its first step: the same on every call.
 
-    `options` has `model`, `img_size`, `fidelity` and `obj`, whose test images have masks where `WITH_MASKS` says so.
+    `options` has `model`, `img_size`, `fidelity` and `obj`; only the data sets in `WITH_MASKS` have masks.
     """
     clip = create_model(options.model, "random", options.img_size, fidelity=options.fidelity, device=device)
     settings = Settings(
@@ -94,7 +94,7 @@ def learner(
 
 
 def print_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
-    """Print `rows` as an aligned table; a column that a row lacks stays empty."""
+    """Print `rows` as an aligned table; columns missing in a row stay empty."""
     cells = [list(columns)] + [[_text(row.get(column, "")) for column in columns] for row in rows]
     widths = [max(len(row[k]) for row in cells) for k in range(len(columns))]
     cells.insert(1, ["-" * width for width in widths])

@@ -3,9 +3,9 @@
     python -m benchmarks.epoch --obj Brain --shot 16     512 views, 640 + 3,075 test images with masks, ViT-L-14-336
     python -m benchmarks.epoch --obj Chest --shot 16     17,194 test images, no masks
 
-Tokens are random; each part runs three times, and is scaled to the epoch. The floor of a part is its operations over
-the matrix-product rate or its bytes over the copy rate, the larger of the two, both rates measured in the same run.
-Without a GPU the same counts give PREDICTIONS for an RTX 4090 and an H100 from their data sheets' rates.
+Tokens are random; each part runs three times, and its best time is scaled to a whole epoch. The floor of a part is the
+larger of two times: operations over matrix-product rate, and bytes over copy rate. Both rates are measured in the same
+run; without a GPU, the rates in data sheets give PREDICTIONS for an RTX 4090 and an H100 as well.
 """
 
 import argparse
@@ -36,15 +36,15 @@ from engine.metrics import measure
 from utils import Parser, run_cli
 
 TEST = {"Brain": (640, 3075), "Chest": (1000, 16194)}  # normal and abnormal test images
-LESION = 0.02  # of an abnormal image's pixels, as in Brain
-TOWER = "the tower, all test images once"  # no part of an epoch
+LESION = 0.02  # fraction of an abnormal image's pixels, as in Brain
+TOWER = "the tower, all test images once"  # not part of an epoch
 # From the data sheets (H100: SXM): dense bfloat16 products with float32 sums, and bytes of memory, a second.
 PREDICTED = {"RTX 4090 s, PREDICTED": (165e12, 1.01e12), "H100 s, PREDICTED": (989e12, 3.35e12)}
 
 
 @dataclass
 class Part:
-    """A part of an epoch: how often it runs, what it does once, and the operations and bytes of that."""
+    """A part of an epoch: how often it runs, a function that runs it once, and the operations and bytes of one run."""
 
     name: str
     times: float
@@ -72,11 +72,11 @@ class Epoch:
 
     @property
     def images(self) -> int:
-        """Test images."""
+        """The number of test images."""
         return self.normal + self.abnormal
 
     def gather(self, count: int) -> list[Tensor]:
-        """Tokens of a batch, as `TokenStore.get` gathers them: K of (B, N, C)."""
+        """Tokens of a batch, as `TokenStore.get` gathers them: K tensors (B, N, C)."""
         rows = torch.randint(0, len(self.tokens), (count,), device=self.device)
         return [layer.contiguous() for layer in self.tokens[rows].unbind(1)]
 
@@ -86,7 +86,7 @@ class Epoch:
             return self.detector.patch_scores(self.gather(self.chunk), self.text)
 
     def text_operations(self) -> float:
-        """Of the prompts' pass, forward and the gradient of its input: the frozen weights have none."""
+        """Operations of the prompts' pass: forward, and the gradient of its input; the frozen weights need none."""
         encode = self.detector.prompts.encode
         positions = len(encode.rows[0]) if encode.causal else len(encode.eot) * encode.length
         width = encode.text.positional_embedding.shape[1]
@@ -107,13 +107,13 @@ class Epoch:
         return evaluation, Masks(rows, bits.to(self.device), self.size)
 
     def parts(self, batch: int = 16) -> list[Part]:
-        """The parts; those with two blanks before the name are in the one above."""
+        """The parts of an epoch; those with two blanks before the name are included in the part above."""
         masked, scored = self.settings.pixel_metrics, self.chunk
         labels = (torch.rand(batch, device=self.device) > 0.5).float()
         masks = torch.rand(batch, self.size, self.size, device=self.device) > 0.95 if masked else None
         evaluation, packed = self.evaluation()
         store = SimpleNamespace(get=self.gather, with_room=lambda action: action())
-        # Operations and bytes of an image: both branches' trunks, a head of both, one layer's map, all tokens.
+        # Operations and bytes per image: trunks of both branches, one head of both, the map of a layer, all tokens.
         trunks = 4.0 * self.width**2 * self.patches * self.layers
         head = 4.0 * self.width * self.embed_dim * self.patches * self.layers
         pixels, tokens = 4.0 * self.size**2, float(self.tokens[0].nbytes)
@@ -144,7 +144,7 @@ class Epoch:
 
 
 def time_epoch(epoch: Epoch) -> tuple[list[dict[str, object]], dict[str, float]]:
-    """The rows of the table, and what the bars are about: the tower's share, times the floor, what is not scoring."""
+    """Time all parts; returns the rows of the table, and figures such as rates, ratios to the floors, and memory."""
     device = epoch.device
     flops, copies = matmul_rate(device, epoch.autocast or torch.float32), copy_rate(device)
     rates = {"floor s": (flops, copies)} | ({} if device.type == "cuda" else PREDICTED)
@@ -172,7 +172,7 @@ def time_epoch(epoch: Epoch) -> tuple[list[dict[str, object]], dict[str, float]]
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = Parser(prog="python -m benchmarks.epoch", description=__doc__.split("\n\n")[0])
     parser.add_argument("--obj", default="Brain", choices=tuple(TEST))
     parser.add_argument("--shot", type=int, default=16)

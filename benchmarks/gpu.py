@@ -3,7 +3,7 @@
     python -m benchmarks.gpu                            at most 6 minutes on one card: a table and a JSON file
     python -m benchmarks.gpu --device cpu --small       a dry run of this script: the small model, on the CPU
 
-Each part runs in a process of its own, so that one that fails, hangs or leaves the card broken stops no other.
+Each part runs in its own process, so that the others go on if it fails, hangs or leaves the GPU in a broken state.
 """
 
 import argparse
@@ -37,14 +37,14 @@ from loss import anomaly_map
 from utils import Parser, one_line, run_cli
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 350  # for all parts
-# The largest differences that pass, as shares of the largest value: float32 from the CPU's, the others from float32.
+SECONDS = 350  # time limit for all parts together
+# Largest accepted differences, relative to the largest value: float32 from the CPU's, the others from float32.
 TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1}
 Figures = dict[str, Any]
 
 
 def require(condition: bool, reason: str) -> None:
-    """Fail the part."""
+    """Fail the part unless `condition` is true."""
     if not condition:
         raise SystemExit(reason)
 
@@ -84,11 +84,11 @@ def commands(options: argparse.Namespace, folder: Path) -> Figures:
 
 
 def two_processes(options: argparse.Namespace, folder: Path) -> Figures:
-    """Two processes on one card (by gloo, as NCCL cannot) against one."""
-    device = ["--device", "cpu"] if options.device == "cpu" else []  # else each process takes its GPU, here the one
+    """Compare two processes on one GPU (over gloo, as NCCL does not allow that) with a single process."""
+    device = ["--device", "cpu"] if options.device == "cpu" else []  # else both processes take the one GPU
     for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])):
         words = training(options, folder, *device, "--epoch", 1, "--cache", "ram", "--exp_name", name)
-        environment = {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}  # torchrun's
+        environment = {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}  # as torchrun sets it
         command = [sys.executable, *launcher, "train.py", *words]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         require(done.returncode == 0, f"{name}: {done.stderr.strip()[-300:]}")
@@ -101,7 +101,7 @@ def two_processes(options: argparse.Namespace, folder: Path) -> Figures:
 
 
 def batch(options: argparse.Namespace, device: torch.device, size: int = 16) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, labels and masks: every second image is abnormal, and brighter in its mask."""
+    """Images, labels and masks: every second image is abnormal, and brighter inside its mask."""
     images = torch.rand(size, 3, options.img_size, options.img_size, generator=torch.Generator().manual_seed(0))
     masks = torch.zeros(size, options.img_size, options.img_size, dtype=torch.bool)
     masks[1::2, : options.img_size // 3, : options.img_size // 3] = True
@@ -110,7 +110,7 @@ def batch(options: argparse.Namespace, device: torch.device, size: int = 16) -> 
 
 
 def outcome(options: argparse.Namespace, device: torch.device, precision: str) -> dict[str, Tensor]:
-    """Tokens, the losses of three steps on them, patch scores and image scores after these."""
+    """Tokens, the losses of three training steps on them, and the patch and image scores after these steps."""
     clip, state = learner(options, device, pick_autocast(precision, device))
     images, labels, masks = batch(options, device)
     autocast = {"device_type": device.type, "dtype": state.autocast, "enabled": state.autocast is not None}
@@ -127,7 +127,7 @@ def outcome(options: argparse.Namespace, device: torch.device, precision: str) -
 
 
 def numbers(options: argparse.Namespace, precision: str) -> Figures:
-    """A precision on the device, against float32: of the CPU, where it is float32 itself."""
+    """Compare a precision on the device with float32 on the device; float32 itself, with the CPU."""
     device = torch.device(options.device)
     reference = outcome(options, torch.device("cpu") if precision == "fp32" else device, "fp32")
     here = outcome(options, device, precision)
@@ -139,11 +139,11 @@ def numbers(options: argparse.Namespace, precision: str) -> Figures:
     return result
 
 
-# --- speed, and a card that is full ---
+# --- speed, and a full GPU ---
 
 
 def speed(options: argparse.Namespace, _folder: Path) -> Figures:
-    """Seconds at Brain's size beside their floors, and memory."""
+    """Time an epoch of Brain's size: seconds beside their floors, and memory."""
     options.shot = 16
     rows, figures = time_epoch(Epoch(options, torch.device(options.device)))
     late = options.device != "cpu" and figures["beside scoring s"] > 1
@@ -152,7 +152,7 @@ def speed(options: argparse.Namespace, _folder: Path) -> Figures:
 
 
 def full_card(options: argparse.Namespace, folder: Path) -> Figures:
-    """Tokens that leave no room for a step move to the host's memory, and the losses are the same bits."""
+    """Check that tokens that leave no memory for a step move to the host, and that the losses are equal to the bit."""
     device, weights = torch.device(options.device), find_weights(options.model, "random")
     _, labels, masks = batch(options, device)
     kept = argparse.Namespace(cache="gpu", cache_dir=str(folder), cache_dtype="float32", num_workers=1)
@@ -161,7 +161,7 @@ def full_card(options: argparse.Namespace, folder: Path) -> Figures:
     tokens = torch.randn(16, *store.shape, generator=torch.Generator().manual_seed(0)).to(device)
 
     def step(room: int | None = None) -> tuple[Tensor, int]:
-        """The losses, and the bytes that the step takes; `room` is what the card has beside everything before it."""
+        """Run a step; returns the losses and the bytes it takes. `room` limits the bytes beyond those in use."""
         state = learner(options, device, None)[1]
         if device.type == "cpu":
             return state.step(store, torch.arange(16), labels, masks, None), 0
@@ -176,7 +176,7 @@ def full_card(options: argparse.Namespace, folder: Path) -> Figures:
     expected, needed = step()
     store._resident = tokens.repeat(2 + 2 * needed // tokens.nbytes, 1, 1, 1)
     if device.type == "cpu":
-        store.leave_gpu()  # what a full card leads to
+        store.leave_gpu()  # what a full GPU leads to
     losses, _ = step(needed // 2)
     require(store.cache == "ram", "the tokens stayed on the card")
     require(torch.equal(expected, losses), f"losses differ by {float((expected - losses).abs().max()):.2g}")
@@ -193,7 +193,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], Figures]] = {
 
 
 def work(name: str, options: argparse.Namespace, answers: Connection) -> None:
-    """Do a part, in a process of its own; sends its figures, or why it has failed."""
+    """Run a part, in its own process; sends its figures, or the reason why it failed."""
     os.environ["WANDB_MODE"] = "disabled"
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -204,8 +204,8 @@ def work(name: str, options: argparse.Namespace, answers: Connection) -> None:
 
 
 def attempt(name: str, options: argparse.Namespace, seconds: float | None) -> dict[str, Any]:
-    """A row of the table."""
-    start, context = time.perf_counter(), multiprocessing.get_context("fork")  # this process never touches the card
+    """Run a part, for at most `seconds`; returns its row of the table."""
+    start, context = time.perf_counter(), multiprocessing.get_context("fork")  # this process never uses the GPU
     answers, sender = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(name, options, sender))
     process.start()
@@ -223,7 +223,7 @@ def attempt(name: str, options: argparse.Namespace, seconds: float | None) -> di
 
 
 def main() -> int:
-    """Command line; exit code 1 where a part has failed."""
+    """Run the command line; returns exit code 1 if a part failed."""
     parser = Parser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--small", action="store_true", help="the small model at 28 px")

@@ -22,7 +22,7 @@ def cpu_seconds(command: list[str]) -> float:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = Parser(prog="python -m benchmarks.startup", description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", default="benchmarks/results/startup.json")
     options = parser.parse_args()

@@ -21,7 +21,7 @@ EPOCHS = 60
 
 
 def measure(flags: list[str], epochs: int) -> dict[str, object]:
-    """A row of the table; an epoch is the median, as the first pays for memory that the later ones find ready."""
+    """Measure a row of the table; the median epoch counts, as the first one also allocates memory for later ones."""
     began = time.perf_counter()
     command = [sys.executable, "train.py", *flags, "--epoch", str(epochs)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -31,12 +31,12 @@ def measure(flags: list[str], epochs: int) -> dict[str, object]:
         raise SystemExit(f"failed: {' '.join(command)}")
     wall = time.perf_counter() - began
     epoch = median(float(text) for text in re.findall(r"^epoch .* ([\d.]+) s$", output, re.MULTILINE))
-    whole = wall + max(EPOCHS - epochs, 0) * epoch  # with start, the pass through the tower, and the result
+    whole = wall + max(EPOCHS - epochs, 0) * epoch  # includes start-up, the pass through the tower, and the result
     return {"epoch s": epoch, "60 epochs s": whole, "peak MiB": usage.ru_maxrss / 1024, "measured epochs": epochs}
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = Parser(prog="python -m benchmarks.train", description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="ViT-L-14-336")
     parser.add_argument("--fidelity", nargs="+", default=["released", "corrected"])

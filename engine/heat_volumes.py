@@ -33,7 +33,7 @@ PLACE = {  # position and size of a frame: the sequence that holds them in a mul
 def write_volume(out: Path, slices: Slices, model: Predictor, anonymous: bool) -> list[str | None]:
     """Write the heat maps of a NIfTI volume or a DICOM series; returns for each slice the file that holds its map.
 
-    For plain pictures and single DICOM images nothing is written, and the result is None.
+    For plain pictures and single DICOM images nothing is written, and the names are None.
 
     Args:
         out: the folder of the results.

@@ -537,7 +537,7 @@ def per_image_metrics(
     return _auroc(normal, abnormal), {"dice": float(torch.cat(dices).mean())} if dices else {}
 
 
-# --- pieces ---
+# --- helpers ---
 
 
 def _parts(images: int, batch: int) -> Iterator[slice]:

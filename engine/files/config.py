@@ -420,7 +420,7 @@ def shared_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def check_against(settings: Settings, metadata: Mapping[str, Any], options: argparse.Namespace) -> None:
     """Raise an `InputError` if a flag contradicts the checkpoint; shots are checked only if the metadata names them."""
-    for name in (name for name in MODEL_FLAGS if name != "image_tower"):  # of which the weights are compared
+    for name in (name for name in MODEL_FLAGS if name != "image_tower"):  # its weights are compared instead
         given, stored = getattr(options, name), getattr(settings, name)
         if name == "model_name" and given is not None:
             given = ModelConfig.load(given).name

@@ -80,7 +80,7 @@ def infer_settings(
         visionA=kind,
         text_mood=mood,
         weights_sha256="",
-        eval_batch=flags.batch_size,  # the published test program scores single batches
+        eval_batch=flags.batch_size,  # not doubled, as in the published test program
         model_config=config.to_dict(),
         version=VERSION,
         **assumed,

@@ -107,7 +107,7 @@ def contours(heat: np.ndarray, level: float, size: Size) -> list[dict[str, Any]]
         For each closed polygon: `points`, [[x, y], ...] in the image's pixels, where (0, 0) is the upper left corner of
         the upper left pixel; `area` in pixels, negative for a hole; `peak`, a region's highest heat, None for a hole.
     """
-    # Padded twice: with copies of the edge, so that regions reach the image's border, and to close them there.
+    # Padded twice: with copies of the edge, so that regions reach the border; with low values, to close them there.
     padded = np.pad(np.pad(heat.astype(np.float64), 1, "edge"), 1, constant_values=min(float(heat.min()), level) - 1e6)
     factors = np.divide(size, heat.shape[::-1])
     regions = []

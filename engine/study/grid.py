@@ -1,4 +1,4 @@
-"""A table as a grid of cells, each one run of train.py: their flags, their files, their figures, and what they cost."""
+"""A table as a grid of cells, each a run of train.py: their flags, files, results and cost."""
 
 from argparse import Namespace
 from collections.abc import Sequence
@@ -19,25 +19,25 @@ from ..files.config import MODEL_FLAGS, RESUMABLE, check_layers, train_options
 from ..files.run import RunFolder
 from .options import TABLES
 
-# The paper's components, in the table's words; each is changed alone.
+# The paper's components, flag -> name in the table; the ablation changes one at a time.
 COMPONENTS = {
     "text_mood": "text", "contrast_mood": "dual objective", "loss_type": "loss", "dec_type": "decision",
     "visionA": "adapters", "features_list": "layers", "fidelity": "fidelity",
 }  # fmt: skip
-# What may differ between a run on disk and the command that goes on with it.
+# Flags that may differ between a run on disk and the command that resumes it.
 MACHINE_FLAGS = RESUMABLE - {"epoch", "data_path", "data_root", "weights"}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training, and the tests of its checkpoint on other data sets; or the baselines on one set of shots."""
+    """One training run and the tests of its checkpoint on other data sets; or the baselines on one set of shots."""
 
     obj: str
     shot: int
     seed: int
-    change: tuple[str, ...] = ()  # a flag of train.py and its value, where the ablation sets one
-    others: tuple[str, ...] = ()  # the data sets that it is tested on beside its own
-    sources: tuple[str, ...] = ()  # the data sets whose shots it is trained on, where they are not its own
+    change: tuple[str, ...] = ()  # in an ablation: the changed flag of train.py, and its value
+    others: tuple[str, ...] = ()  # other data sets to test on
+    sources: tuple[str, ...] = ()  # data sets whose shots are used for training; empty: those of `obj`
     baselines: bool = False
 
     @property
@@ -49,9 +49,9 @@ class Cell:
 
 
 class Grid:
-    """A table's cells, in an order in which neighbours share the most, and what turns each into a run.
+    """The cells of a table, ordered so that neighbours share the most, and the run of each.
 
-    It takes what `parse` gives and needs no data. `InputError` where a flag fits no cell, or a run that is on disk.
+    It takes the options of `parse`, and no data. `InputError` if a flag fits no cell, or contradicts a run on disk.
     """
 
     def __init__(self, options: Namespace) -> None:
@@ -72,26 +72,26 @@ class Grid:
                 self.cells += [replace(cell, change=change) for change in ablations(self.base)]
             elif options.table == "baselines":
                 self.cells.append(replace(cell, baselines=True))
-        self.groups: dict[Cell, list[Cell]] = {}  # of cells that differ in their seeds
+        self.groups: dict[Cell, list[Cell]] = {}  # cells that differ only in seed
         for cell in self.cells:
             self.check(cell)
             self.groups.setdefault(replace(cell, seed=0), []).append(cell)
 
     def sources(self, obj: str, others: tuple[str, ...]) -> tuple[str, ...]:
-        """The data sets whose shots serve `obj`: for one with masks those with masks, else all."""
+        """The data sets whose shots are used for `obj`: only those with masks if `obj` has masks, else all."""
         chosen = tuple(filter(self.has_masks, others)) if self.has_masks(obj) else others
         if not chosen:
             raise InputError(f"--table leave_one_out: {obj} has masks, and none of the others: name more data sets")
         return chosen
 
     def dataset(self, obj: str) -> MedicalDataset:
-        """A data set, read as the flags say; `InputError` where it is not there."""
+        """A data set, read as the flags say; `InputError` if it is missing."""
         if obj not in self._datasets:
             self._datasets[obj] = MedicalDataset.from_options(Namespace(**{**vars(self.base), "obj": obj}))
         return self._datasets[obj]
 
     def has_masks(self, obj: str) -> bool:
-        """Whether a data set has masks; where it is not there, whether its JSON file says so."""
+        """Whether a data set has masks; if it is missing, whether its JSON file says so."""
         try:
             return self.dataset(obj).pixel_metrics
         except InputError:
@@ -100,7 +100,7 @@ class Grid:
     # --- a cell's flags ---
 
     def arguments(self, cell: Cell) -> list[str]:
-        """train.py's command line."""
+        """The arguments of train.py for a cell."""
         obj, shot, union = cell.obj, cell.shot, list[str]()
         if cell.sources:
             obj, shot = cell.name, cell.shot * len(cell.sources)
@@ -112,56 +112,56 @@ class Grid:
         ]  # fmt: skip
 
     def parse(self, cell: Cell) -> Namespace:
-        """train.py's options."""
+        """The options of train.py for a cell."""
         return train_options(self.arguments(cell))
 
     def check(self, cell: Cell) -> None:
-        """`InputError` where the tower lacks a layer, or the cell's folder holds a run with other flags."""
+        """Raise an `InputError` if the tower lacks a layer, or the cell's folder holds a run with other flags."""
         run, asked = self.run(cell), vars(self.parse(cell))
         layers_of(Namespace(**asked))
         stored = read_json(run.config)["options"] if run.config.is_file() else {}
         for name, value in asked.items():
-            chosen = name == "select" and value is None  # by the run itself
+            chosen = name == "select" and value is None  # the run chooses the rule
             if name in stored and name not in MACHINE_FLAGS and stored[name] != value and not chosen:
                 raise InputError(f"{run.path} was made with --{name} {stored[name]}, not {value}: choose another --out")
 
-    # --- its files, and what stands in them ---
+    # --- a cell's files and results ---
 
     def run(self, cell: Cell) -> RunFolder:
-        """The cell's folder, whether it is there or not."""
+        """The cell's folder, whether it exists or not."""
         return RunFolder(self.out / "runs" / cell.name)
 
     def log(self, cell: Cell) -> Path:
-        """What the cell printed."""
+        """The file with the cell's output."""
         return self.out / "logs" / f"{cell.name}.txt"
 
     def file(self, cell: Cell, obj: str) -> Path:
-        """Where the figures on a data set lie: of the selected epoch, and under `last` those of the last one."""
+        """The file with the results on a data set: of the selected epoch and, under `last`, of the last one."""
         run = self.run(cell)
         return run.result if obj == cell.obj else run.path / f"on-{obj}.json"
 
     def figures(self, cell: Cell, obj: str, key: str) -> dict[str, Any] | None:
-        """What was measured on a data set of the `selected` or `last` epoch, or of a baseline; None where not yet."""
+        """The metrics on a data set, of the `selected` or `last` epoch or of a baseline; None if not measured yet."""
         result = read_result(self.file(cell, obj))
         parts = {"selected": result, "last": result.get("last", {}), **result.get("baselines", {})}
         return parts.get(key, {}) if result else None
 
     def epochs(self, cell: Cell) -> dict[str, str]:
-        """The epochs that are reported, in words: the selected one, unless nothing is selected, and the last."""
+        """The reported epochs and their names: the selected one, unless nothing is selected, and the last one."""
         select = (
             "last" if cell.sources else self.base.select or ("test" if self.dataset(cell.obj).is_benchmark else "last")
         )
-        select = read_result(self.file(cell, cell.obj)).get("select", select)  # on one's own data the run may choose
+        select = read_result(self.file(cell, cell.obj)).get("select", select)  # on your own data, the run may choose
         return {**({} if select == "last" else {"selected": f"selected on {select}"}), "last": "last epoch"}
 
     def done(self, cell: Cell) -> bool:
-        """Whether nothing is left to do."""
+        """Whether all results of a cell exist."""
         return all(read_result(self.file(cell, obj)) for obj in (cell.obj, *cell.others))
 
-    # --- what cells cost ---
+    # --- the cost of cells ---
 
     def cost(self, cells: Sequence[Cell]) -> str:
-        """The images that pass through the tower for some cells, which share them, and the bytes of their tokens."""
+        """Lines that tell how many images pass through the tower for some cells, and how large their tokens are."""
         images, layers = dict[tuple[object, ...], int](), set[int]()
         for cell in cells:
             options = self.parse(cell)
@@ -177,7 +177,7 @@ class Grid:
         )
 
     def count_tests(self, obj: str) -> int:
-        """How many test images a data set has; of the paper's, where it is not there, as published."""
+        """The number of test images of a data set; if one of the paper's is missing, the published number."""
         try:
             return len(self.dataset(obj).samples("test"))
         except InputError:
@@ -187,11 +187,11 @@ class Grid:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """What a run or a test has written; empty where it has not, or where no figure stands in the file."""
+    """The result that a run or a test has written; empty if there is no file, or no metric in it."""
     return _read_result(path, path.stat().st_mtime_ns) if path.is_file() else {}
 
 
-@cache  # a table is written after every cell
+@cache  # since a table is written after every cell
 def _read_result(path: Path, _changed: int) -> dict[str, Any]:
     result = read_json(path, "delete it; the same command makes it again")
     if not isinstance(result, dict) or not result.keys() & {"auc", "baselines"}:
@@ -205,13 +205,13 @@ def layers_of(options: Namespace) -> tuple[int, ...]:
 
 
 def layer_choices(layers: tuple[int, ...]) -> list[str]:
-    """Parts of a list of layers: each alone, the halves, all but one."""
+    """Subsets of the layers: each one alone, each half, all but one."""
     half, all_but_one = len(layers) // 2, [layers[:k] + layers[k + 1 :] for k in range(len(layers))]
     parts = [*((layer,) for layer in layers), layers[:half], layers[half:], *all_but_one]
     return list(dict.fromkeys(" ".join(map(str, part)) for part in parts if 0 < len(part) < len(layers)))
 
 
 def ablations(base: Namespace) -> list[tuple[str, str]]:
-    """Every other choice of each component, one at a time."""
+    """Every other choice of each component, changed one at a time: (flag, choice)."""
     choices = {flag: MODEL_FLAGS[flag].get("choices") or layer_choices(layers_of(base)) for flag in COMPONENTS}
     return [(flag, choice) for flag in COMPONENTS for choice in choices[flag] if choice != getattr(base, flag)]

@@ -11,17 +11,17 @@ import torch
 
 from utils import blame
 
-TIMEOUT = 240  # minutes; a job that needs longer is requeued and goes on, as after a pre-emption
+TIMEOUT = 240  # minutes; a job that needs longer is requeued and continues, as after a pre-emption
 POLL_SECONDS = 1.0
 Task = TypeVar("Task")
 
 
 @dataclass
 class Resumable:
-    """A function that goes on from its own files: when its job is pre-empted, submitit requeues the same call."""
+    """A function that can resume from its own files: if its job is pre-empted, submitit requeues the same call."""
 
     function: Callable[[Any], str | None]
-    gpu: str | None  # that the job sees; None leaves that to the executor
+    gpu: str | None  # the GPU that the job sees; None leaves that to the executor
 
     def __call__(self, task: object) -> str | None:
         """Call the function."""
@@ -30,7 +30,7 @@ class Resumable:
         return self.function(task)
 
     def checkpoint(self, task: object) -> Any:  # noqa: ANN401 - submitit's
-        """What submitit asks for when the job is to be stopped."""
+        """The call to requeue; submitit asks for it when the job is about to be stopped."""
         import submitit  # noqa: PLC0415 - an optional package
 
         return submitit.helpers.DelayedSubmission(self, task)
@@ -42,12 +42,12 @@ def run_jobs(
 ) -> Iterator[tuple[Task, str | None]]:  # fmt: skip
     """Run `function` on each task, at most `limit` jobs at once; leaving the loop cancels the jobs that still run.
 
-    `function` goes on from its own files when it is called again, and returns None, or what went wrong. `executor` is
-    `local` or `slurm`; its files go to `folder`, its `parameters` are KEY=VALUE. Yields each task as its job ends, with
-    None or what went wrong.
+    If `function` is called again, it resumes from its own files; it returns None, or an error message. `executor` is
+    `local` or `slurm`; its files go to `folder`, its `parameters` are KEY=VALUE. Yields each task when its job ends,
+    with None or an error message.
 
     Raises:
-        InputError: submitit, Slurm or a parameter is not there.
+        InputError: submitit or Slurm is missing, or a parameter is unknown.
     """
     given = dict(text.partition("=")[::2] for text in parameters)
     values = {key: int(value) if value.isdigit() else value for key, value in given.items()}
@@ -70,7 +70,7 @@ def run_jobs(
                 if job.done():
                     del running[task]
                     error = job.exception()
-                    last_line = (str(error).strip() or type(error).__name__).splitlines()[-1]  # submitit tells much
+                    last_line = (str(error).strip() or type(error).__name__).splitlines()[-1]  # submitit's is long
                     yield task, f"{last_line} (job {job.job_id})" if error else job.result()
             time.sleep(POLL_SECONDS)
     finally:

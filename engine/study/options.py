@@ -1,4 +1,4 @@
-"""The tables that reproduce.py makes, and its command line. Imports no torch, so that `--help` is instant."""
+"""The tables that reproduce.py makes, and its command line. Does not import torch, so that `--help` is instant."""
 
 from argparse import Namespace
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from ..files.config import Formatter, nonempty_path, positive
 
 @dataclass(frozen=True)
 class TableKind:
-    """What sets a table apart; which cells it has is in `Grid`."""
+    """The properties of a table; its cells are in `Grid`."""
 
     title: str
-    labels: tuple[str, ...] = ("method",)  # headings of what stands before a row's results
-    heading: str = "data set"  # of the columns
+    labels: tuple[str, ...] = ("method",)  # headings of the columns before the results
+    heading: str = "data set"  # what the columns of results are
     published: bool = False  # published results stand beside ours
-    shots: tuple[int, ...] = (4,)  # where --shots is not given
-    data_sets: int = 1  # as many at least
+    shots: tuple[int, ...] = (4,)  # default of --shots
+    data_sets: int = 1  # minimum number of data sets
 
 
 TABLES = {
@@ -33,7 +33,7 @@ TABLES = {
     "shots": TableKind("results over the number of shots", published=True, shots=(2, 4, 8, 16)),
     "baselines": TableKind("beside baselines on the same tokens, shots and test images", published=True),
 }
-# Flags of train.py that the grid sets itself; --select too where nothing is selected.
+# Flags of train.py that the grid sets itself; in tables where nothing is selected, also --select.
 OWN_FLAGS = (
     "--obj", "--seed", "--shot", "--shot_normal", "--shot_abnormal", "--save_model", "--no-save_model", "--save_path",
     "--run_dir", "--exp_name", "--resume", "--out_json",
@@ -41,7 +41,7 @@ OWN_FLAGS = (
 
 
 def parse(arguments: Sequence[str] | None = None) -> Namespace:
-    """reproduce.py's command line; the flags that it does not know are train.py's, kept as `flags`."""
+    """Parse reproduce.py's command line; unknown flags are those of train.py and are stored as `flags`."""
     parser = Parser(
         prog="reproduce.py", description="The paper's tables: plan a grid of runs, do what is not done yet, write "
         "Markdown, CSV and LaTeX.", epilog="Every other flag goes to train.py.", formatter_class=Formatter,

@@ -1,4 +1,4 @@
-"""Tables of results: figures over seeds beside published ones, as Markdown, CSV and LaTeX for a two-column article."""
+"""Tables of results: our metrics over seeds and published ones, as Markdown, CSV and LaTeX for a two-column article."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Statistic:
 
     @classmethod
     def over(cls, values: Sequence[float], intervals: Sequence[Sequence[float]], planned: int) -> Statistic:
-        """From one value in [0, 1] and one interval a seed, or no intervals."""
+        """From one value in [0, 1] and one interval per seed, or from values without intervals."""
         low_high = [100 * mean(bound) for bound in zip(*intervals, strict=True)]
         std = 100 * stdev(values) if len(values) > 1 else None
         return cls(100 * mean(values), std, (low_high[0], low_high[1]) if low_high else None, len(values), planned)
@@ -52,15 +52,15 @@ class Statistic:
 
 @dataclass
 class Table:
-    """Figures or short texts (`to do`, `failed`) under a metric, a row's labels and a column's heading.
+    """A table whose cells are statistics or short texts (`to do`, `failed`), by metric, row labels and column heading.
 
     Args:
-        name: of files and of LaTeX's label.
+        name: of the files, and of the label in LaTeX.
         caption: at most three lines of an article, so about 300 characters.
-        labels: headings of the labels that a row has.
+        labels: headings of the row labels.
         heading: what the columns are.
         notes: sentences under the table, the most important first; LaTeX shows as many as fit into three lines.
-        scope: the flags that say what the table is about; written into the Markdown file, unseen.
+        scope: the flags that define the table's content; written into the Markdown file as a comment.
     """
 
     name: str
@@ -72,12 +72,12 @@ class Table:
     cells: dict[tuple[str, tuple[str, ...], str], Statistic | str] = field(default_factory=dict)
 
     def add(self, metric: str, row: Sequence[str], column: str, value: Statistic | str | None) -> None:
-        """Put a cell at the end of the table's order; None is no cell, and a row or column without any is not shown."""
+        """Append a cell; None is ignored, and a row or column without cells is not shown."""
         if value is not None:
             self.cells[metric, tuple(row), column] = value
 
     def rows(self) -> list[list[str]]:
-        """The heading, a row for each metric and label, and then those of the intervals; no empty row or column."""
+        """The heading, a row for each metric and label, then the rows of intervals; no empty rows or columns."""
         texts: dict[str, dict[tuple[str, ...], dict[str, str]]] = {}  # metric -> row -> column -> text
         for intervals in (False, True):
             for (metric, row, column), value in self.cells.items():
@@ -92,7 +92,7 @@ class Table:
         return [["metric", *self.labels, *columns], *body]
 
     def markdown(self) -> str:
-        """A pipe table."""
+        """The table in Markdown (a pipe table)."""
         heading, *body = self.rows()
         rule = ["---"] * (1 + len(self.labels)) + ["---:"] * (len(heading) - 1 - len(self.labels))
         escaped = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in (heading, rule, *body))
@@ -100,14 +100,14 @@ class Table:
         return "\n\n".join([self.caption, table, *self.notes, f"<!-- {self.scope} -->"]) + "\n"
 
     def latex(self) -> str:
-        """A `table*` environment, scaled down where it is wider or higher than a page: table.tex.jinja."""
+        """The table as a LaTeX `table*` (table.tex.jinja), scaled down if it is wider or higher than a page."""
         heading, *body = self.rows()
         notes = [note for i, note in enumerate(self.notes) if len(" ".join(self.notes[: i + 1])) <= NOTES_IN_LATEX]
         template = TEMPLATES.get_template("table.tex.jinja")
         return template.render(table=self, heading=heading, body=body, notes=notes, left=1 + len(self.labels))
 
     def csv(self) -> str:
-        """A line for each figure."""
+        """The table as CSV, with a line for each cell."""
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
         names = ("metric", "mean", "std", "ci95_low", "ci95_high", "seeds", "note")
@@ -121,7 +121,7 @@ class Table:
         return file.getvalue()
 
     def write(self, folder: Path) -> None:
-        """Write `name`.md, .csv and .tex; those of another scope are renamed first, and that is printed."""
+        """Write `name`.md, .csv and .tex; existing files of another scope are renamed first, and a note is printed."""
         texts = {".md": self.markdown(), ".csv": self.csv(), ".tex": self.latex()}
         page = folder / f"{self.name}.md"
         if page.is_file() and f"<!-- {self.scope} -->" not in page.read_text(encoding="utf-8"):
@@ -135,7 +135,7 @@ class Table:
 
 
 def latex(text: str) -> str:
-    """Text with LaTeX's own characters escaped, without a `--` that would become a dash, and with minus signs."""
+    """Text with LaTeX's special characters escaped, with minus signs, and without a `--` that would become a dash."""
     escaped = "".join(LATEX.get(character, character) for character in text)
     return re.sub(r"(?<![\w-])-(?=\d)", "$-$", re.sub("-(?=-)", "-{}", escaped))
 
@@ -145,7 +145,7 @@ TEMPLATES.filters["latex"] = latex
 
 @dataclass(frozen=True)
 class Published:
-    """One method's published results: an entry of dataset/published_results.json, or of a file of that form."""
+    """One method's published results: an entry of dataset/published_results.json, or of a file in that form."""
 
     method: str
     source: str
@@ -162,12 +162,12 @@ class Published:
             raise ValueError("results need their number of `shots`, from 1 on")
 
     def figure(self, obj: str, metric: str) -> Statistic | None:
-        """`auc` or `pauc` of a data set; None where the source has none for it."""
+        """`auc` or `pauc` on a data set; None if the source does not report it."""
         percent = (getattr(self, metric) or {}).get(obj)
         return None if percent is None else Statistic(percent)
 
     def note(self) -> str:
-        """Where the figures are from, and how they came about."""
+        """The source of the results, their number of shots, and how the epoch was selected."""
         shots = "" if self.shots is None else f", {self.shots} shots"
         return f"{self.method}: {self.source}{shots}, {self.selection or 'selection not stated'}"
 
@@ -176,7 +176,7 @@ def read_published(paths: Iterable[Path] = ()) -> list[Published]:
     """The entries of dataset/published_results.json and of other files: {"results": [an entry of `Published`, ...]}.
 
     Raises:
-        InputError: naming file and entry, for what cannot be read, or is not of that form.
+        InputError: a file or entry, named in the message, cannot be read or is not of that form.
     """
     entries, refused = [], (*EXPECTED, TypeError, AttributeError)
     for path in (PUBLISHED, *paths):

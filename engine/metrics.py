@@ -508,9 +508,9 @@ def per_image_metrics(
 ) -> tuple[np.ndarray, dict[str, float]]:
     """A third pass: the pixel AUROC in bootstrap draws (draws,) and, with a threshold, `dice`. Not in the paper.
 
-    Images are drawn with replacement, not pixels, since the pixels of an image are not independent. Percentiles of the
-    draws are `pauc_ci95`. Each image is counted in at most 1,023 bins of a coarse grid. The counts are added to the
-    draws at once, as often as each draw holds the image, and not kept.
+    Whole images are drawn, with replacement, since the pixels of an image are not independent. Percentiles of the draws
+    are `pauc_ci95`. Each image is counted in at most 1,023 bins of a coarse grid. The counts are added to the sums of
+    the draws at once, as often as each draw holds the image, and are not kept.
 
     `dice` is 2 |P and G| / (|P| + |G|), P: score >= threshold, G: the mask. It is computed for each image and averaged
     over those whose mask has an abnormal pixel. Normal images, and false positives on them, do not count.
@@ -565,7 +565,7 @@ def _cumulative(cells: np.ndarray) -> np.ndarray:
 
 
 def _use_numpy(values: Tensor) -> bool:
-    """Whether to use numpy: on a CPU it is faster than torch: sorting 18 times, masking 15, searching twice."""
+    """Whether to use numpy. On a CPU, it is faster than torch: sorting 18 times, masking 15, searching twice."""
     return values.device.type == "cpu"
 
 

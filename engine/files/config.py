@@ -94,7 +94,7 @@ def flag(default: object, text: str, **options: object) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that shaped a checkpoint. Stored in the checkpoint and applied whenever it is used.
+    """Everything that shaped a checkpoint; stored in it, and applied whenever it is used.
 
     Fields with a `flag` are flags of train.py, and of test.py, which checks them against the checkpoint.
     """

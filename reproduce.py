@@ -47,9 +47,9 @@ from engine.study.jobs import run_jobs
 from engine.study.tables import Published, Statistic, Table, read_published
 from utils import InputError, bar_seconds, one_line, probe_writable, show_traceback, tune_allocator, write_json
 
-SHOWN = ("auc", "pauc")  # the METRICS that tables show
-READING = ("mask_above", "mask_labels", "window", "plane")  # fields of a layout: how its files are read
-CLEAN = "_without_shot_patients"  # suffix of keys in a result
+TABLE_METRICS = ("auc", "pauc")  # the METRICS that tables show
+READING_KEYS = ("mask_above", "mask_labels", "window", "plane")  # fields of a layout: how its files are read
+CLEAN_SUFFIX = "_without_shot_patients"  # suffix of keys in a result
 
 
 def main(options: Namespace) -> None:
@@ -137,7 +137,7 @@ def test_on(grid: Grid, cell: Cell, obj: str) -> None:
         state = run.load()
         assert state is not None  # the run is finished
         selected, record = Checkpoint.load(run.best), state["history"][-1]
-        metrics = {name: record[name] for name in ("epoch", *SHOWN)}
+        metrics = {name: record[name] for name in ("epoch", *TABLE_METRICS)}
         metadata = {**selected.metadata, "select": "last", "metrics": metrics}
         if selected.metadata["metrics"]["epoch"] != record["epoch"]:
             metadata |= {"threshold": None, "figures": None}  # they belong to the selected epoch
@@ -155,9 +155,9 @@ def write_union(grid: Grid, cell: Cell) -> None:
     for source in sources:
         shots = source.shots(cell.shot, cell.shot, grid.base.iterate, cell.seed)
         chosen += [(source, "valid", sample) for sample in (*shots.normal, *shots.abnormal)]
-    readings = [{name: getattr(dataset.layout, name) for name in READING} for dataset in datasets]
+    readings = [{name: getattr(dataset.layout, name) for name in READING_KEYS} for dataset in datasets]
     if any(reading != readings[0] for reading in readings):
-        flags = ", ".join(f"--{name}" for name in READING)
+        flags = ", ".join(f"--{name}" for name in READING_KEYS)
         raise InputError(f"{', '.join(data.obj for data in datasets)} are read in different ways: give {flags} for all")
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
@@ -192,11 +192,11 @@ def make_table(grid: Grid, failed: dict[Cell, str]) -> Table:
     for shot in options.shots:
         for first, cells in ((first, cells) for first, cells in grid.groups.items() if first.shot == shot):
             for obj in (first.obj, *first.others):
-                metrics = SHOWN if masks[first.obj] and masks[obj] else ("auc",)
+                metrics = TABLE_METRICS if masks[first.obj] and masks[obj] else ("auc",)
                 for metric, (words, key, suffix) in product(metrics, our_rows(grid, cells)):
                     figure = mean_over_seeds(grid, cells, obj, key, f"{metric}{suffix}", failed)
                     table.add(METRICS[metric][0], [words[label] for label in labels], obj, figure)
-        for (i, entry), metric, obj in product(enumerate(published, 1), SHOWN, options.obj):
+        for (i, entry), metric, obj in product(enumerate(published, 1), TABLE_METRICS, options.obj):
             if entry.shots == shot:
                 words = {"shots": str(shot), "method": f"{entry.method} ({i})"}
                 table.add(METRICS[metric][0], [words[label] for label in labels], obj, entry.figure(obj, metric))
@@ -208,7 +208,7 @@ def our_rows(grid: Grid, cells: Sequence[Cell]) -> list[tuple[dict[str, str], st
     cell, rows = cells[0], []
     keys = {name: name for name in baselines.NAMES} if cell.baselines else grid.epochs(cell)
     component, setting = (COMPONENTS[cell.change[0]], cell.change[1]) if cell.change else ("default", "")
-    for (key, words), suffix in product(keys.items(), ("", CLEAN) if grid.options.clean else ("",)):
+    for (key, words), suffix in product(keys.items(), ("", CLEAN_SUFFIX) if grid.options.clean else ("",)):
         epoch = f"{words}, without the shots' patients" if suffix else words
         labels = {
             "shots": str(cell.shot), "method": epoch if cell.baselines else f"ours, {epoch}", "epoch": epoch,
@@ -227,7 +227,7 @@ def mean_over_seeds(
         return "failed" if any(cell in failed for cell in cells) else "to do"
     measured = [values for values in done if values.get(metric) is not None]
     if not measured:  # this data set lacks the metric, or a class has no image left
-        if not metric.endswith(CLEAN):
+        if not metric.endswith(CLEAN_SUFFIX):
             return None
         return "not measurable" if any(metric in values for values in done) else "patients not known"
     intervals = [values[f"{metric}_ci95"] for values in measured if values.get(f"{metric}_ci95")]
@@ -281,7 +281,7 @@ def notes_on(grid: Grid, published: Sequence[Published], failed: dict[Cell, str]
         yield f"Failed: {cell.name} ({reason})."
     known = [
         (i, entry) for i, entry in enumerate(published, 1)
-        if any(entry.figure(obj, metric) for obj, metric in product(options.obj, SHOWN))
+        if any(entry.figure(obj, metric) for obj, metric in product(options.obj, TABLE_METRICS))
     ]  # fmt: skip
     if shown := [f"({i}) {entry.note()}" for i, entry in known if entry.shots in options.shots]:
         yield f"Published results: {'; '.join(shown)}."

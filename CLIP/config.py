@@ -27,7 +27,7 @@ PIXEL_FILE = "preprocessor_config.json"  # beside Hugging Face's config.json: me
 VOCABULARY, PROMPT_LENGTH = 49408, 77  # of CLIP's tokenizer and of the prompts
 MAX_SIZE, MAX_LAYERS = 2**17, 256  # limits on the numbers in a config: a hostile one must not exhaust the memory
 HUB = "hf-hub:"
-OF_CONFIGS = (*EXPECTED, TypeError, AttributeError, ZeroDivisionError)  # raised for values of a wrong type
+CONFIG_ERRORS = (*EXPECTED, TypeError, AttributeError, ZeroDivisionError)  # raised for values of a wrong type
 
 # The sizes of a tower: the name in this project and open_clip -> Hugging Face's name, and the default of its
 # CLIPConfig, whose files omit values that equal the default.
@@ -109,7 +109,7 @@ class ModelConfig:
             )
         with suppress(InputError):  # fetch it now, so that it is in the cache when offline
             find(name, (PIXEL_FILE,), "")
-        with blame(place[0], "it is no config of a CLIP", OF_CONFIGS):
+        with blame(place[0], "it is no config of a CLIP", CONFIG_ERRORS):
             return cls.from_dict({**_read(place[0]), "name": place[1]}, str(place[0]))
 
     @classmethod

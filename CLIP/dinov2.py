@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from utils import InputError, blame, read_json
 
-from .config import CKPT_FOLDER, HUB, OF_CONFIGS, ImageTower, ModelConfig, find
+from .config import CKPT_FOLDER, CONFIG_ERRORS, HUB, ImageTower, ModelConfig, find
 
 FILES = ("config.json", "model.safetensors")
 
@@ -29,7 +29,7 @@ def with_tower(config: ModelConfig, name: str | None) -> tuple[ModelConfig, Path
         return config, None
     path, label = find_tower(name)
     what = f"--image_tower {path}: no DINOv2 in the form of Hugging Face's Dinov2Model, or damaged"
-    with blame(what, errors=(*OF_CONFIGS, SafetensorError)), safe_open(path, framework="np") as file:
+    with blame(what, errors=(*CONFIG_ERRORS, SafetensorError)), safe_open(path, framework="np") as file:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - no mapping
         (width,) = shapes["encoder.layer.0.layer_scale1.lambda1"]
         patch = shapes["embeddings.patch_embeddings.projection.weight"][-1]

@@ -228,7 +228,7 @@ class _TorchScriptUnpickler(pickle._Unpickler):  # in Python: the one in C fills
 
     def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401 (a class, a function or a dtype)
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _stored
+            return _rebuild_tensor
         return STORAGES.get(name, _Inert) if module == "torch" else _Inert
 
     def persistent_load(self, pid: tuple[str, torch.dtype, str, str, int]) -> Loader:
@@ -236,7 +236,7 @@ class _TorchScriptUnpickler(pickle._Unpickler):  # in Python: the one in C fills
         return lambda: torch.frombuffer(bytearray(self.archive.read(f"{self.folder}/{key}")), dtype=dtype)
 
 
-def _stored(storage: Loader, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> Loader:
+def _rebuild_tensor(storage: Loader, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> Loader:
     """Replaces `_rebuild_tensor_v2`: a loader that reads the tensor from the archive when it is called."""
     return lambda: storage().as_strided(size, stride, offset)
 
@@ -273,10 +273,10 @@ def openai_names(loaders: Mapping[str, Loader], path: Path) -> dict[str, Loader]
         name, _, part = name.partition("/")
         if part != "-" and name not in NOT_WEIGHTS:
             parts.setdefault(name, {})[part] = load
-    return {name: partial(_joined, name, pieces) for name, pieces in parts.items()}
+    return {name: partial(_join_parts, name, pieces) for name, pieces in parts.items()}
 
 
-def _joined(name: str, parts: Mapping[str, Loader]) -> torch.Tensor:
+def _join_parts(name: str, parts: Mapping[str, Loader]) -> torch.Tensor:
     if "" in parts:
         return parts[""]()
     if "t" in parts:

@@ -10,7 +10,7 @@ from CLIP.tokenizer import tokenize
 
 POSITIONS = ("end", "front", "middle")  # of the state phrase, in the order of the prompts
 CONTEXTS = 8  # context vectors per prompt
-BEFORE = {"end": CONTEXTS, "front": 0, "middle": CONTEXTS // 2}  # number of contexts before the state phrase
+CONTEXTS_BEFORE = {"end": CONTEXTS, "front": 0, "middle": CONTEXTS // 2}  # number of contexts before the state phrase
 INIT_STD = 0.02
 
 
@@ -38,7 +38,7 @@ class PromptLearner(nn.Module):
         ids = tokenize([f"{' '.join('X' * CONTEXTS)} {state}." for state in states])
         self.name_lengths = [int(row.argmax()) - 1 for row in tokenize(states)]  # without start and end
         order = torch.tensor(
-            [_layout(BEFORE[name], length, ids.shape[1]) for name in POSITIONS for length in self.name_lengths]
+            [_layout(CONTEXTS_BEFORE[name], length, ids.shape[1]) for name in POSITIONS for length in self.name_lengths]
         )
         is_context = (order >= 1) & (order <= CONTEXTS)
         arranged = ids.repeat(len(POSITIONS), 1).gather(1, order).to(device)

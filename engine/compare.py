@@ -20,8 +20,8 @@ from .metrics import CONFIDENCE_LEVEL, Z_95, interval_of, placements
 from .study.tables import Statistic, Table
 
 DISAGREEMENTS = 5  # number of images to list
-SHORT = 60  # characters; if a setting's value is longer, the note only names the setting
-BESIDE = ("seed", "select", "shots")  # entries of a result that shaped the run, besides its settings
+MAX_SETTING = 60  # characters; if a setting's value is longer, the note only names the setting
+RUN_SETTINGS = ("seed", "select", "shots")  # entries of a result that shaped the run, besides its settings
 Result = dict[str, Any]  # the result of a run or a test, with the entries that `read` adds
 Estimate = tuple[float, Sequence[float]]  # a value and its interval, as fractions
 
@@ -95,12 +95,12 @@ def compare(results: Sequence[Result]) -> Table:
 
 def notes(results: Sequence[Result], columns: Sequence[str]) -> Iterator[str]:
     """Notes on the settings that differ, and on the images that the runs rank most differently."""
-    settings = [{**r["settings"], **{name: r[name] for name in BESIDE if name in r}} for r in results]
+    settings = [{**r["settings"], **{name: r[name] for name in RUN_SETTINGS if name in r}} for r in results]
     differing = []
     for name in dict.fromkeys(name for own in settings for name in own):
         values = [str(own[name]) for own in settings if name in own]
         if len(set(values)) > 1:
-            differing.append(f"{name} {' / '.join(values)}" if max(map(len, values)) < SHORT else name)
+            differing.append(f"{name} {' / '.join(values)}" if max(map(len, values)) < MAX_SETTING else name)
     yield f"Settings that differ: {'; '.join(differing) or 'none'}."
     if any(r["order"] != results[0]["order"] for r in results) and all(r.get("pauc_draws") for r in results):
         yield "The results list the images in different orders: the bootstrap of pixel AUCs cannot be paired."

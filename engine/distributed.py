@@ -67,7 +67,7 @@ def from_main(value: T) -> T:
     if world() == 1:
         return value
     box = [value]
-    with _peers():
+    with _blame_peers():
         dist.broadcast_object_list(box)
     return box[0]
 
@@ -77,7 +77,7 @@ def all_gather(value: T) -> list[T]:
     if world() == 1:
         return [value]
     values: list[T] = [value] * world()
-    with _peers():
+    with _blame_peers():
         dist.all_gather_object(values, value)
     return values
 
@@ -85,13 +85,13 @@ def all_gather(value: T) -> list[T]:
 def align(module: nn.Module) -> None:
     """Copy rank 0's parameters to every process. On a CPU nothing is done: they are identical to the bit already."""
     if world() > 1 and next(module.parameters()).is_cuda:
-        with _peers(), torch.no_grad():
+        with _blame_peers(), torch.no_grad():
             for parameter in module.parameters():
                 dist.broadcast(parameter, 0)
 
 
 @contextlib.contextmanager
-def _peers() -> Iterator[None]:
+def _blame_peers() -> Iterator[None]:
     """Turn torch's error about another process that died into a one-line `InputError`."""
     try:
         yield

@@ -27,7 +27,7 @@ from .predictor import Predictor, load
 
 OPSET = 18
 LARGEST = 1536 * 2**20  # bytes of weights in one file; PyTorch puts more into a second file
-BAR = 1e-4  # largest accepted difference of float32 scores and maps from PyTorch's
+TOLERANCE = 1e-4  # largest accepted difference of float32 scores and maps from PyTorch's
 LICENCE = "weights: that of their publishers (OpenAI's CLIP: MIT; DINOv2: Apache-2.0); data trained on: see there"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 SHARED = ("shots", "metrics", "select", "written", "madclip")  # entries of the checkpoint's metadata to export
@@ -71,7 +71,7 @@ def check(model: Predictor, path: Path, folder: str, precision: str) -> None:
     """Score the images in a folder with PyTorch and with ONNX Runtime on the CPU, and print the differences.
 
     Raises:
-        InputError: onnxruntime is missing, no image can be read, or float32 differs by more than BAR.
+        InputError: onnxruntime is missing, no image can be read, or float32 differs by more than TOLERANCE.
     """
     with blame("--check", "pip install onnxruntime", errors=(ImportError,)):
         import onnxruntime  # noqa: PLC0415 - optional
@@ -92,8 +92,8 @@ def check(model: Predictor, path: Path, folder: str, precision: str) -> None:
     scores, maps, decisions = zip(*rows, strict=True)
     print(f"check: {len(rows)} images, largest difference of a score {max(scores):.2g}, of a map {max(maps):.2g}; "
           f"{sum(decisions)} decisions differ")  # fmt: skip
-    if precision == "fp32" and max(*scores, *maps) > BAR:
-        raise InputError(f"--check {folder}: the file differs by more than {BAR:g} from PyTorch")
+    if precision == "fp32" and max(*scores, *maps) > TOLERANCE:
+        raise InputError(f"--check {folder}: the file differs by more than {TOLERANCE:g} from PyTorch")
 
 
 def card(settings: Settings, metadata: Mapping[str, Any]) -> str:

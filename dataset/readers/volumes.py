@@ -144,7 +144,7 @@ class Nifti(Volume):
     def mask_values(self, of: Frame, count: int) -> tuple[Array, Ends]:
         """The mask's slice on the image's grid, according to the positions in both headers."""
         image, index = cast(Nifti, self.open(of.path, of.options.plane)), of.index or 0
-        return _onto(self, image)[index], image.spacing[index]
+        return _resampled_onto(self, image)[index], image.spacing[index]
 
 
 def slices_of(values: Array, plane: str) -> list[Array]:
@@ -158,7 +158,7 @@ def slices_of(values: Array, plane: str) -> list[Array]:
 
 
 @lru_cache(maxsize=3)
-def _onto(mask: Nifti, image: Nifti) -> Sequence[Array]:
+def _resampled_onto(mask: Nifti, image: Nifti) -> Sequence[Array]:
     """A mask's slices on its image's grid: unchanged if shape and position agree, else resampled with a warning."""
     there, here, path = mask.grid, image.grid, mask.path
     apart = np.abs(there.affine - here.affine) @ [*there.shape[:3], 1]

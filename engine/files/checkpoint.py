@@ -29,7 +29,7 @@ Facts = Callable[[], Mapping[str, Any]]
 FORMAT = "madclip-1"
 METADATA = "about"  # the key of the metadata in files, since the first version
 # The errors that torch raises if tensors do not have the expected type, shape or names.
-ODD = (*EXPECTED, RuntimeError, TypeError, AttributeError)
+BAD_TENSORS = (*EXPECTED, RuntimeError, TypeError, AttributeError)
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Checkpoint:
         if options is None or facts is None or not looks_published(payload):
             fault = f"not a checkpoint of this project (no format {FORMAT!r} in it)"
             raise InputError(f"--ckpt {path}: {fault}; of a published one name the data set with --obj")
-        with blame(f"--ckpt {path}: not a published checkpoint after all", errors=ODD):
+        with blame(f"--ckpt {path}: not a published checkpoint after all", errors=BAD_TENSORS):
             settings, line = infer_settings(payload, path, facts(), options)
         print(f"{path}: {line}")
         return cls(settings, payload, {"select": "unknown (published checkpoint)"})
@@ -83,7 +83,7 @@ class Checkpoint:
         Raises:
             InputError: tensors do not fit, or are not finite.
         """
-        with blame(f"--ckpt {path}: its tensors do not fit its settings", errors=ODD):
+        with blame(f"--ckpt {path}: its tensors do not fit its settings", errors=BAD_TENSORS):
             detector.load_parts(self.parts)
             difference = frozen_difference(self.parts, detector, clip)
         if not all(bool(tensor.isfinite().all()) for tensor in detector.parameters()):

@@ -137,7 +137,7 @@ class RunFolder:
         stored = self.load()
         if stored is None:
             return
-        with blame(f"--resume {self.last}: does not fit this run", errors=checkpoint.ODD):
+        with blame(f"--resume {self.last}: does not fit this run", errors=checkpoint.BAD_TENSORS):
             state.load_state_dict(stored)
         if state.epoch > epochs:
             raise InputError(f"--epoch {epochs}: {self.path} has finished {state.epoch} already")

@@ -51,7 +51,7 @@ class Tracker:
     """A W&B run; without one, every method does nothing. Made by `start_tracker`."""
 
     def __init__(self, run: Any = None, pictures_every: int = 0, secret: str = "") -> None:  # noqa: ANN401 - a wandb.Run
-        self._run, self._every, self._secret = run, pictures_every, secret
+        self._run, self._interval, self._secret = run, pictures_every, secret
         self._pictured = -1  # the last epoch with pictures
 
     def log_epoch(
@@ -72,16 +72,16 @@ class Tracker:
         for record in history:
             values |= auc_keys(record, "best") if record["best"] else {}  # those of the last best epoch stay
         # Committed at once, so that it is not lost if the process is killed.
-        self._or_stop(lambda run: run.log(values, step=values["epoch"], commit=True))
+        self._guarded(lambda run: run.log(values, step=values["epoch"], commit=True))
 
     def log_sheet(self, epoch: int, evaluation: Evaluation, masks: Masks | None, last: bool) -> None:
         """Log some test images of an evaluated epoch (counted from 0), if they are due; call it before `log_epoch`."""
-        if self._run is None or not self._every or not (last or epoch - self._pictured >= self._every):
+        if self._run is None or not self._interval or not (last or epoch - self._pictured >= self._interval):
             return
         import wandb  # noqa: PLC0415 - takes seconds
 
         self._pictured = epoch
-        self._or_stop(lambda run: run.log({"sheet": wandb.Image(sheet(evaluation, masks))}, step=epoch))
+        self._guarded(lambda run: run.log({"sheet": wandb.Image(sheet(evaluation, masks))}, step=epoch))
 
     def log_result(self, selected: Record, metrics: Metrics, page: Path, ckpt_path: Path | None) -> None:
         """Log the page, set the summary to the selected epoch, and upload the checkpoint if requested.
@@ -96,7 +96,7 @@ class Tracker:
         def log(run: Any) -> None:  # noqa: ANN401 - a wandb.Run
             import wandb  # noqa: PLC0415
 
-            if self._every:
+            if self._interval:
                 run.log({"epoch": selected["epoch"] - 1, "report": wandb.Html(str(page), inject=False)})
             run.summary.update({**scalars(selected), **measured("test", metrics), **auc_keys(selected, "best")})
             if ckpt_path is not None:
@@ -105,17 +105,17 @@ class Tracker:
                 artifact.add_file(str(ckpt_path))
                 run.log_artifact(artifact)
 
-        if ckpt_path is not None and not self._every:
+        if ckpt_path is not None and not self._interval:
             warn("--log_model uploads the checkpoint, which names its shots; --anonymous hides their names")
-        self._or_stop(log)
+        self._guarded(log)
 
     def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._or_stop(lambda run: run.finish(exit_code=0 if kind is None else 1))
+        self._guarded(lambda run: run.finish(exit_code=0 if kind is None else 1))
 
-    def _or_stop(self, action: Callable[[Any], object]) -> None:
+    def _guarded(self, action: Callable[[Any], object]) -> None:
         """Call `action(run)`; after an error of W&B, print a warning and stop tracking. Training goes on."""
         if self._run is None:
             return

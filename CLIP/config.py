@@ -23,7 +23,7 @@ ADAPTER_KINDS = ("MFCFC", "MCNNFC", "MViTFC")
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 CONFIG_FILES = ("open_clip_config.json", "config.json")  # in a folder or on the hub
-PIXEL_FILE = "preprocessor_config.json"  # beside Hugging Face's config.json: mean and std
+PIXEL_FILES = ("preprocessor_config.json", "processor_config.json")  # beside Hugging Face's config.json: mean and std
 VOCABULARY, PROMPT_LENGTH = 49408, 77  # of CLIP's tokenizer and of the prompts
 MAX_SIZE, MAX_LAYERS = 2**17, 256  # limits on the numbers in a config: a hostile one must not exhaust the memory
 HUB = "hf-hub:"
@@ -107,8 +107,9 @@ class ModelConfig:
                 f"--model_name {name}: unknown; there are {', '.join(list_models())}; or give a JSON file like those "
                 "of CLIP/model_configs, a folder with config.json and weights, or hf-hub:owner/name"
             )
-        with suppress(InputError):  # fetch it now, so that it is in the cache when offline
-            find(name, (PIXEL_FILE,), "")
+        for file in PIXEL_FILES:
+            with suppress(InputError):  # fetch them now, so that they are in the cache when offline
+                find(name, (file,), "")
         with blame(place[0], "it is no config of a CLIP", CONFIG_ERRORS):
             return cls.from_dict({**_read(place[0]), "name": place[1]}, str(place[0]))
 
@@ -201,8 +202,9 @@ def _read(path: Path) -> dict[str, Any]:
         return {**values["model_cfg"], **_pixels(values.get("preprocess_cfg") or {}, "mean", "std")}
     if "vision_cfg" in values or not ("model_type" in values or "text_config" in values):
         return values
-    preprocessor = path.with_name(PIXEL_FILE)
-    pixels = read_json(preprocessor) if preprocessor.is_file() else {}
+    pixels: dict[str, Any] = {}
+    for stored in map(read_json, filter(Path.is_file, map(path.with_name, PIXEL_FILES))):
+        pixels |= stored.get("image_processor", stored)  # nested by transformers 5
     return {**_from_hugging_face(values, path), **_pixels(pixels, "image_mean", "image_std")}
 
 

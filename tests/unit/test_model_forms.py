@@ -91,11 +91,12 @@ PIXELS = {"pixel_mean": (), "pixel_std": ()}
 
 
 @pytest.mark.parametrize("write", [write_open_clip, write_hugging_face])
-def test_pixels_are_normalised_as_the_model_was_trained(tmp_path, write):
-    name = write(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text(
-        json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]})
-    )
+@pytest.mark.parametrize("nested", [False, True])
+def test_pixels_are_normalised_as_the_model_was_trained(tmp_path, write, nested):
+    """Also where CLIPProcessor of transformers 5 has written them."""
+    name, pixels = write(tmp_path), {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]}
+    file, values = ("processor", {"image_processor": pixels}) if nested else ("preprocessor", pixels)
+    (tmp_path / f"{file}_config.json").write_text(json.dumps(values))
     clip = create_model(name, "openai", SIZE, fidelity="corrected")
     mean, std = (torch.tensor(values)[:, None, None] for values in ([0.5, 0.4, 0.3], [0.1, 0.2, 0.3]))
     plain = create_model(name, "openai", SIZE)

@@ -172,14 +172,14 @@ def finish(setup: Setup, tracker: Tracker, evaluation: Evaluation | None) -> dic
         Checkpoint.load(run.best).restore(setup.detector, setup.clip, run.best)
         evaluation = evaluate(setup.detector, setup.store, splits.test)
     threshold = calibrate_run(setup.detector, setup.store, splits, setup.training, options.threshold_at)
-    pixel_threshold = (threshold or {}).get("pixel_value")
-    best = measure(evaluation, masks, full=True, pixel_threshold=pixel_threshold, without=patients)
+    best = measure(evaluation, masks, True, (threshold or {}).get("pixel_value"), patients)
     last = last or best
     counts = {"n_normal": int((evaluation.labels == 0).sum()), "n_abnormal": int(evaluation.labels.sum())}
-    setup.metadata |= {"threshold": threshold, "figures": {**best.values, **counts}}
+    select = options.select if state.best_epoch else "last"  # also where --eval_every names no epoch
+    setup.metadata |= {"threshold": threshold, "figures": {**best.values, **counts}, "select": select}
     save_best(setup)
-    selected = f"epoch {state.selected_epoch} of {state.epoch}, {SELECTS[options.select]} (--select {options.select})"
-    result = result_json(settings, evaluation, best, options.select) | {
+    selected = f"epoch {state.selected_epoch} of {state.epoch}, {SELECTS[select]} (--select {options.select})"
+    result = result_json(settings, evaluation, best, select) | {
         "selected": selected, "selected_epoch": state.selected_epoch, "last": {"epoch": state.epoch, **last.values},
         "decision": threshold, "seed": options.seed, "shots": splits.shots.names, "seconds": state.seconds,
         "run": str(run.path),

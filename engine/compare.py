@@ -44,8 +44,10 @@ def read(path: Path) -> Result:
 def auc_difference(labels: np.ndarray, one: np.ndarray, other: np.ndarray) -> Estimate:
     """AUROC of `other` minus that of `one`, scores (M,) of the same images, with DeLong's (1988) paired interval."""
     parts = [after - before for before, after in zip(placements(labels, one), placements(labels, other), strict=True)]
-    error = sum(float(part.var(ddof=1)) / len(part) for part in parts if len(part) > 1) ** 0.5
     difference = float(parts[0].mean())
+    if min(map(len, parts)) == 1:  # of which no variance is known
+        return difference, ()
+    error = sum(float(part.var(ddof=1)) / len(part) for part in parts) ** 0.5
     return difference, (difference - Z_95 * error, difference + Z_95 * error)
 
 

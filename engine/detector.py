@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from CLIP.adapter_shared import BRANCHES, HEADS, DualBranchAdapters
+from CLIP.adapter_shared import BRANCHES, DualBranchAdapters
 from CLIP.model import CLIP
 from loss import patch_difference
 from Prompt.promptChooser import PromptChooser
@@ -49,11 +49,6 @@ class Detector(nn.Module):
         )
         self.eval()  # as published, even during training
 
-    def forward(self, tokens: Sequence[Tensor], text_features: Tensor, heads: Sequence[str] = HEADS) -> list[Tensor]:
-        """K token tensors (B, T, C) and text features (D, 2) -> scores (K, B, N, 2) for each head."""
-        scores: list[Tensor] = self.adapters(tokens, text_features, heads)
-        return scores
-
     @property
     def scoring_head(self) -> str:
         """The head whose patch scores are used: `seg` with masks, `det` without."""
@@ -65,7 +60,7 @@ class Detector(nn.Module):
 
         Only the scoring head is computed. Image scores and anomaly maps are made from these (see loss.py).
         """
-        (scores,) = self(tokens, text_features, (self.scoring_head,))
+        (scores,) = self.adapters(tokens, text_features, (self.scoring_head,))
         return patch_difference(scores.float())
 
     def parts(self) -> dict[str, Any]:

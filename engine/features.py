@@ -2,8 +2,7 @@
 
 There is one file per image and layer, <cache_dir>/<what shaped them>/<layer>/<image>.tokens, with raw numbers and their
 CRC-32. Files are written atomically and named after their content, so any number of processes may read and write at
-once, also on a network file system. They are read directly into the batch and checked at every use, so that changes are
-noticed; mapping them into memory was not faster (docs/speed.md).
+once, also on a network file system. They are read directly into the batch and checked at every use.
 """
 
 from __future__ import annotations
@@ -151,10 +150,9 @@ class TokenStore:
         """
         self._common = self._add(common)
         self._own = [rows for batch in own for rows in self._add(batch)]
-        self.missing = list(range(len(self.items)))
         each = math.prod(self.shape) * self.dtype.itemsize
         total = len(self.items) * each
-        self.cache = choose_cache(self.cache, total, self.folder, self.device)
+        self.cache = distributed.from_main(choose_cache(self.cache, total, self.folder, self.device))
         if self.cache == "gpu":
             try:
                 self._resident = self._allocate()
@@ -167,16 +165,18 @@ class TokenStore:
         if self.cache == "disk":
             with blame(f"--cache_dir {self.folder.parent}", "use --cache ram, or another folder", (OSError,)):
                 self.folder.mkdir(parents=True, exist_ok=True)
-        if has_files:
-            loaded = prefetch(self._load, range(len(self.items)), self.workers)
-            self.missing = [row for row, there in enumerate(loaded) if not there]
+        loaded = prefetch(self._load, range(len(self.items)), self.workers) if has_files else [False] * len(self.items)
+        missing = {row for row, there in enumerate(loaded) if not there}
+        # Another run may be writing these files: a common item that one process has not found is missing for all, and
+        # none of them writes before all have read.
+        shared = {row for rows in self._common for row in rows}
+        self.missing = sorted(missing.union(*distributed.all_gather(missing & shared)))
         places = {"gpu": f"kept on {self.device}", "ram": "kept in memory", "disk": f"kept in {self.folder}"}
         print(
             f"tokens: {len(self.items)} images x {readable_size(each)} = {readable_size(total)}, "
             f"{places.get(self.cache, 'computed on every use')}; {len(self.items) - len(self.missing)} computed before",
             flush=True,
         )
-        distributed.all_gather(None)  # wait until all have read the existing files, before any writes
 
     def load_clip(self) -> CLIP:
         """Load the frozen towers, after `plan`; without the image tower if no tokens are missing."""
@@ -326,7 +326,7 @@ class TokenStore:
         """Store the tokens (B, K, T, C) of some rows, on the GPU, in memory or in files."""
         if self._resident is not None:
             self._resident[torch.tensor(rows, device=self._index_device)] = tokens.to(self._index_device)
-        if self.folder.is_dir():  # made by `plan`, or by an earlier run
+        if self.cache == "disk":
             for row, image in zip(rows, tokens.cpu(), strict=True):
                 for layer, values in zip(self.layers, image, strict=True):
                     data = values.contiguous().view(torch.uint8).numpy().tobytes()

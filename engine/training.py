@@ -160,7 +160,7 @@ class TrainingState:
         heads = ("det", "seg") if masks is not None else ("det",)
         with torch.autocast(device, dtype=self.autocast) if self.autocast else nullcontext():
             features = self.detector.prompts() if text is None else text
-            det, *seg = self.detector(tokens, features, heads)
+            det, *seg = self.detector.adapters(tokens, features, heads)
         parts = training_loss(
             det.float(), seg[0].float() if seg else None, labels, None if masks is None else masks.float(),
             settings.loss_type, settings.dec_type,

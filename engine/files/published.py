@@ -68,9 +68,6 @@ def infer_settings(
     mood = {2: "learnable_all", 1: "learnable_abnormal", 0: "fix"}[len(learners)]
     if mood == "fix" and "text_features_fix" not in parts:
         raise InputError(f"--ckpt {path}: holds neither prompt makers nor text_features_fix")
-    shape = (config.embed_dim, 2)
-    if parts.get("text_features_fix", torch.empty(shape)).shape != shape:
-        raise InputError(f"--ckpt {path}: text_features_fix is not of shape {shape}")
     assumed: dict[str, Any] = {name: getattr(flags, name) or MODEL_FLAGS[name]["default"] for name in ASSUMED}
     settings = Settings(
         **facts,

@@ -107,7 +107,7 @@ class Scored:
 
     def _check_against(self, options: argparse.Namespace) -> None:
         check_against(self.settings, self.metadata, options)
-        for name in ("ckpt", "weights"):
+        for name in ("ckpt", "weights", "image_tower"):
             if getattr(options, name):
                 raise InputError(f"--{name} {getattr(options, name)}: nothing is computed with --scores; leave it out")
         read = {**{name: getattr(options, name) for name in READ}, "window": parse_window(options.window or ())}

@@ -194,6 +194,14 @@ def test_anonymous_runs_name_no_file(command, phantoms, tmp_path):
     assert len(json.loads((tmp_path / "b.json").read_text())["per_image"]) == 14
 
 
+def test_where_no_epoch_is_selected_the_result_says_last(command, phantoms, tmp_path):
+    flags = ["--obj", "Brain", "--data_path", phantoms, "--save_path", tmp_path / "ckpt", "--shot", 1, "--epoch", 1]
+    fine(command("train.py", *SMALL, *flags, "--eval_every", 2, "--out_json", tmp_path / "a.json"))
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert (result["select"], result["selected"]) == ("last", "epoch 1 of 1, last epoch (--select test)")
+    assert torch.load(tmp_path / "ckpt/Brain.pth", weights_only=True)["about"]["select"] == "last"
+
+
 def test_the_shots_patients_are_left_out_or_said_to_be_unknown(command, phantoms, tmp_path):
     """Whichever of train.py and test.py is anonymous; --patient and --mask_above of the training hold in the test."""
     data = Path(shutil.copytree(phantoms / "Brain_AD", tmp_path / "data/Brain_AD"))

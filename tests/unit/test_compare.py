@@ -38,6 +38,7 @@ def test_the_difference_of_two_aucs_is_that_of_scikit_learn_with_an_interval_for
     error = sum(part.var(ddof=1) / len(part) for part in parts) ** 0.5
     assert (low, high) == pytest.approx((difference - 1.96 * error, difference + 1.96 * error), abs=1e-5)
     assert auc_difference(labels, one, one) == (0.0, (0.0, 0.0))
+    assert auc_difference(np.array([0, 0, 1]), np.arange(3.0), np.array([0, 2, 1.0])) == (-0.5, ())  # a single image
 
 
 def test_rates_have_wilsons_interval() -> None:

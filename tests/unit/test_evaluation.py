@@ -117,7 +117,7 @@ def test_labels_and_patients_are_those_of_the_file(tmp_path):
 
 @pytest.mark.parametrize("flags", [
     ["--obj", "Liver"], ["--mask_above", "0"], ["--dec_type", "max"], ["--fidelity", "corrected"], ["--ckpt", "x.pth"],
-    ["--window", "auto"],
+    ["--window", "auto"], ["--image_tower", "dinov2-small"],
 ])  # fmt: skip
 def test_flags_that_ask_for_another_test_are_refused(tmp_path, flags):
     scored = make_scored(draw_samples(tmp_path))

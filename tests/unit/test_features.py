@@ -97,6 +97,24 @@ def test_a_second_run_passes_nothing_and_reads_no_tower(samples, tmp_path):
         torch.testing.assert_close(store.get(rows), first.get(first.rows(samples)), atol=0, rtol=0)
 
 
+def test_only_disk_writes_files(samples, tmp_path):
+    """A full disk or a folder of others stops no run that keeps its tokens in memory."""
+    store, _ = filled(make_tower(), [], tmp_path, samples, cache="disk")
+    path = next(store.folder.rglob("*.tokens"))
+    path.unlink()
+    assert filled(make_tower(), [], tmp_path, samples, cache="ram")[1] == 1
+    assert not path.exists()
+
+
+def test_what_one_process_has_not_found_is_missing_for_all(samples, tmp_path, monkeypatch):
+    """As where another run is writing: else the processes would divide other chunks among themselves."""
+    filled(make_tower(), samples, tmp_path, cache="disk")
+    monkeypatch.setattr("engine.distributed.all_gather", lambda value: [value, {2}])
+    store = TokenStore(*make_tower(), store_options(tmp_path, cache="disk"))
+    store.plan(samples)
+    assert store.missing == [2]
+
+
 KEY_CHANGES = {
     "weights": {"seed": 2},
     "fidelity": {"fidelity": "corrected"},

@@ -28,7 +28,8 @@ from .layout import KINDS, SPLITS, add_reading_flags, object_given, object_name
 from .lists import write_list
 from .medical_few import SOUGHT, MedicalDataset, data_folder
 from .pairing import list_pictures, pair
-from .readers.images import Sample, file_kind, picture_notes, read
+from .patients import compile_rule
+from .readers.images import Sample, file_kind, parse_window, picture_notes, read
 from .readers.masks import ABNORMAL_ABOVE, mask_notes, read_mask
 
 Findings = defaultdict[str, list[str]]  # a kind of `TITLES` -> descriptions
@@ -58,6 +59,7 @@ TITLES = {
     "dark": "warning: 16-bit images with small values: scaled, they are all but black",
     "window": "warning: grey levels without a window of their own",
     "pixels": "warning: slices resampled to square pixels, more than 3 times",
+    "binary": "warning: pictures of two grey levels: are they masks?",
     "constant": "warning: pictures that are nearly constant",
     "clipped": "warning: pictures that are clipped",
     "orientation": "warning: images or masks with an orientation tag, which is ignored in any format: do they fit?",
@@ -229,6 +231,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="write what was recognised as a list to correct, such as images.csv")  # fmt: skip
     parser.add_argument("--num_workers", type=integer(1, 256), default=2, help="threads that decode (default: 2)")
     options = parser.parse_args(arguments)
+    parse_window(options.window or ())  # a wrong flag is one whatever the folder holds
+    compile_rule(options.patient or "", "--patient")
+    if options.list and not Path(options.list).is_file():
+        raise InputError(f"--list {options.list}: no such file")
     options.obj = options.obj or object_given(options)
     if options.obj is None:
         raise InputError("give --obj NAME, or --data_root DIR")
@@ -245,8 +251,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         dataset = MedicalDataset.from_options(options)
     except InputError as error:
-        if str(error).startswith("--"):  # a flag is wrong, not the data set
-            raise
         findings["layout"].append(str(error))
         with suppress(InputError):  # such as an image that is a pipe: already an error
             images, masks = list_pictures(root)  # for --write_list, with labels to fill in

@@ -20,7 +20,6 @@ FOLDER = Path(__file__).parent
 PUBLISHED = FOLDER / "published_results.json"  # results to compare with; the only JSON file here that is no data set
 SPLITS = ("valid", "test")
 KINDS = ("normal", "abnormal")  # label 0, label 1
-VALID_SHARE = 0.3
 # Numbers of images in the paper's data sets, (normal, abnormal) or the total; if sources disagree, all variants.
 PUBLISHED_COUNTS: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
     "Brain": {"valid": ((39, 44),), "test": ((640, 3075),)},
@@ -41,7 +40,7 @@ class Layout:
 
     prompt_name: str
     pixel_metrics: bool | None = None  # whether masks are used; None: if there are any
-    valid_share: float = VALID_SHARE
+    valid_share: float = 0.3
     normal: tuple[str, ...] = ()  # labels in a list that mean normal; any other word then means abnormal
     patient: str | None = None  # a regular expression; None: the rules of dataset/patients.py
     mask_above: int = ABNORMAL_ABOVE

@@ -54,7 +54,7 @@ def read_list(path: Path, layout: Layout) -> list[Sample]:
 
 def _rows(path: Path) -> Iterator[tuple[int, Row]]:
     """The rows that are not empty, with their line numbers; raises `InputError` for a line that is not a row."""
-    with blame(path, "save it as CSV in UTF-8"):
+    with blame(path), blame(path, "save it as CSV in UTF-8", (UnicodeError,)):
         lines = read_text(path).split("\n")
     errors = (*EXPECTED, csv.Error, TypeError)  # TypeError: not a JSON object
     heads, delimiter = list[str](), ""

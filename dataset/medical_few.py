@@ -32,14 +32,9 @@ SOUGHT = f"masks are sought beside the image and in folders called {', '.join(MA
 
 
 def equal_images(
-    samples_a: Iterable[Sample],
-    samples_b: Iterable[Sample],
-    content_hash: Callable[[Sample], str] = Sample.content_hash,
+    samples_a: Iterable[Sample], samples_b: Iterable[Sample], content_hash: Callable[[Sample], str]
 ) -> list[tuple[Sample, Sample]]:
-    """Pairs of samples with equal content: each sample of `samples_b` with the first match in `samples_a`, if any.
-
-    A caller that already has the hashes (a token store) passes `content_hash`, so that no file is read.
-    """
+    """Pairs of samples with equal content: each sample of `samples_b` with the first match in `samples_a`, if any."""
     by_hash = {content_hash(sample): sample for sample in reversed(list(samples_a))}  # the first match wins
     pairs = ((by_hash.get(content_hash(sample)), sample) for sample in samples_b)
     return [(first, second) for first, second in pairs if first]
@@ -169,7 +164,7 @@ class MedicalDataset:
             why = f"no images ({', '.join(EXTENSIONS)}) for {split}, {KINDS[label]}"
             if divided := sum(file.label == label and file.divided for file in self.files):
                 why = (f"divided by a hash of {HASHED}, none of the {divided} {KINDS[label]} images is {split}; "
-                       f"give the splits folders of their own, or write a list (docs/data.md)")  # fmt: skip
+                       f"give the splits folders of their own, or name them in a list (docs/data.md)")  # fmt: skip
             raise InputError(f"{self.listing or ', '.join(folders)}: {why}")
         return result
 
@@ -230,7 +225,7 @@ class MedicalDataset:
         masks = file.masks if file.label and self.pixel_metrics else ()
         sample = replace(file, masks=masks, index=None, options=self.options, published=self.is_benchmark)
         images = [sample]
-        if file_kind(file.path) != "pillow":
+        if file_kind(file.path) != "pillow" or file.index is not None:
             try:
                 inside = frames(file.path, self.options)
             except NoImageError:

@@ -96,7 +96,7 @@ def unused_notes(dataset: MedicalDataset) -> list[str]:
     for words, paths in (("not used: pictures in", images), ("masks that fit no image, in name and folder, in", masks)):
         folders = Counter(path.parent.relative_to(dataset.root).as_posix() for path in paths if path not in used)
         if folders:
-            lines.append(f"warning: {words} {', '.join(f'{name} ({n})' for name, n in sorted(folders.items()))}")
+            lines.append(f"warning: {words} {preview([f'{name} ({n})' for name, n in sorted(folders.items())], 20)}")
     return lines
 
 

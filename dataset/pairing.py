@@ -18,6 +18,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path, PurePosixPath
 
 from .readers.grey import check_file
@@ -77,16 +78,17 @@ def list_pictures(root: Path) -> tuple[list[Path], list[Path]]:
 
 def pair(root: Path, files: Iterable[Sample], masks: Iterable[Path]) -> list[Sample]:
     """The files with their masks, which are sorted; all masks of an image come from the same folder."""
-    known: defaultdict[str, list[tuple[list[str], Path]]] = defaultdict(list)
+    known: defaultdict[tuple[str, tuple[str, ...]], list[Path]] = defaultdict(list)
     for mask in sorted(masks):
-        known[base(stem(mask))].append((_folders(root, mask), mask))
+        known[base(stem(mask)), _folders(root, mask)].append(mask)
     result = []
     for file in files:
-        above = _folders(root, file.path)
-        fitting = [(len(folders), mask) for folders, mask in known.get(base(stem(file.path)), [])
-                   if mask != file.path and _is_among(folders, above)]  # fmt: skip
-        home = max(fitting, key=lambda pair: pair[0])[1].parent if fitting else None
-        result.append(replace(file, masks=tuple(mask for _, mask in fitting if mask.parent == home)))
+        name, above = base(stem(file.path)), _folders(root, file.path)
+        for count in range(len(above), -1, -1):  # the folders that a mask may have, most of them first
+            places = set(combinations(above, count))
+            if fitting := sorted({mask for place in places for mask in known.get((name, place), ())} - {file.path}):
+                break
+        result.append(replace(file, masks=tuple(mask for mask in fitting if mask.parent == fitting[0].parent)))
     return result
 
 
@@ -98,13 +100,7 @@ def named_masks(paths: Sequence[Path]) -> tuple[set[Path], set[Path]]:
     return beside, named - beside
 
 
-def _folders(root: Path, path: Path) -> list[str]:
-    """The folders from `root` to a file, in lower case and NFC, without mask folders."""
+def _folders(root: Path, path: Path) -> tuple[str, ...]:
+    """The folders from `root` to a file, in one form, without those of masks."""
     parts = PurePosixPath(one_form(path.relative_to(root).as_posix()).lower()).parts[:-1]
-    return [part for part in parts if not is_mask_folder(part)]
-
-
-def _is_among(folders: Sequence[str], others: Iterable[str]) -> bool:
-    """Whether `others` contains all of `folders` in the same order."""
-    remaining = iter(others)
-    return all(folder in remaining for folder in folders)
+    return tuple(part for part in parts if not is_mask_folder(part))

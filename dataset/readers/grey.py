@@ -141,7 +141,6 @@ def optional(name: str, path: object) -> Any:  # noqa: ANN401 - a module, which 
     """Import a module of pydicom or nibabel; raises `MissingPackageError`, which names `path`."""
     package = name.split(".", maxsplit=1)[0]
     try:
-        import_module(package)
         return import_module(name)
     except ImportError as error:
         kind, advice = ("DICOM", "'pydicom>=3'") if package == "pydicom" else ("NIfTI", package)

@@ -391,8 +391,10 @@ def pillow_to_rgb(
 
 
 def picture_notes(image: Image.Image) -> Notes:
-    """Notes on an unusual 8-bit picture: `constant` (nearly one grey), `clipped` (mostly white or mostly black)."""
+    """Notes on an unusual 8-bit picture: `binary` (two greys), `constant` (nearly one), `clipped` (white or black)."""
     counts = np.asarray(image.convert("L").histogram())
+    if np.count_nonzero(counts) == 2:
+        return {"binary": f"holds the grey levels {' and '.join(map(str, np.flatnonzero(counts)))} alone"}
     total = counts.sum()
     low, high = np.searchsorted(counts.cumsum(), [0.01 * total, 0.99 * total])
     if high - low < 8:

@@ -143,6 +143,8 @@ class Nifti(Volume):
 
     def mask_values(self, of: Frame, count: int) -> tuple[Array, Ends]:
         """The mask's slice on the image's grid, according to the positions in both headers."""
+        if not of.path.name.lower().endswith((".nii", ".nii.gz")):
+            raise InputError(f"{self.path}: a NIfTI mask, but {of.path.name} is no NIfTI file; save both in one format")
         image, index = cast(Nifti, self.open(of.path, of.options.plane)), of.index or 0
         return _resampled_onto(self, image)[index], image.spacing[index]
 

@@ -115,6 +115,26 @@ def test_one_fault(brain, check, fault, code, words):
     assert len(lines) == (fault != "no picture") + (fault == "mask size"), output  # it is full, too
 
 
+@pytest.mark.parametrize("flag", ["--patient=(", "--window=x", "--list=no.csv"])
+def test_a_wrong_flag_is_told_from_a_wrong_folder(tmp_path, monkeypatch, check, flag):
+    """By what is wrong, not by how the message begins: a folder may be called --x."""
+    monkeypatch.chdir(tmp_path)
+    gray(noise(9, 9), (tmp_path / "--x").mkdir() or tmp_path / "--x/a.png")
+    assert check("--data_root=--x", "--obj", "x")[0] == 1
+    code, output = check("--data_root=--x", "--obj", "x", flag)
+    assert code == 2
+    assert output.startswith(f"error: {flag.partition('=')[0]}")
+
+
+def test_masks_among_the_images_are_said_to_be_some(tmp_path, check):
+    for kind in ("normal", "abnormal", "abnormal/lesion masks"):
+        (tmp_path / kind).mkdir()
+        for number in range(9):
+            values = np.random.default_rng(len(kind) + number).integers(0, 255, (20, 20), dtype=np.uint8)
+            gray(values // 128 * 255 if "masks" in kind else values, tmp_path / kind / f"{number}{kind[-1]}.png")
+    assert "are they masks?: 9\n" in check("--data_root", tmp_path, "--obj", "knee")[1]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

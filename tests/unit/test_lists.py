@@ -10,6 +10,7 @@ from PIL import Image
 
 from dataset import check, notes
 from dataset.medical_few import MedicalDataset
+from dataset.readers.images import read
 from tests.unit.test_layout import draw, opened, volume
 from utils import InputError, run_cli
 
@@ -105,6 +106,13 @@ def test_a_wrong_line_is_named(pictures, line, words):
     listed(pictures, text.replace(line, '"scans/a, b.png",0,test'))
 
 
+def test_a_page_of_a_file_is_a_slice(tmp_path):
+    pages = [Image.fromarray(np.full((20, 24), value, np.uint8)) for value in (10, 20, 30)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    dataset = listed(tmp_path, "image,label,slice,split\na.tif,0,2,test\na.tif,1,1,test\n")
+    assert [read(sample).image.getpixel((0, 0))[0] for sample in dataset.samples("test")] == [30, 20]
+
+
 def call_check(monkeypatch, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["check", *map(str, arguments)])
     with pytest.raises(SystemExit) as left:
@@ -188,6 +196,7 @@ def test_a_list_is_examined_as_folders_are(tmp_path, monkeypatch, capsys):
     assert [line.split()[2] for line in said.splitlines()[2:6]] == ["1", "1", "2", "2"]
 
 
+@pytest.mark.filterwarnings("error")  # a file that is not closed, too
 def test_the_program_of_the_docs_makes_a_list_of_coco(tmp_path, monkeypatch):
     draw(tmp_path, "scans/a.png", "scans/b.png", "scans/c.png", "scans/d.png")
     names = [f"scans/{name}.png" for name in "abcd"]

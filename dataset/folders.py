@@ -151,7 +151,7 @@ def _divide(files: Sequence[Sample], root: Path, share: float) -> list[Sample]:
     homes = [{file.path.parent for file in files if file.label == label and file.split != "test"} for label in (0, 1)]
     files = [replace(f, listed=f.path.name if len(homes[f.label]) == 1 else f.name, divided=not f.split) for f in files]
     lines = [line for path in list_paths(root / "fewshot_seed") for line in parse_shot_list(path)[0].items()]
-    named = {(letter, name.partition("#")[0]) for (letter, _), names in lines for name in names}
+    named = {(line[0], part) for line, names in lines for name in names for part in (name, name.rpartition("#")[0])}
     shots = {f for f in files if f.divided and (f.shot or (LETTERS[f.label], f.listed) in named)}
     patients = {file.patient for file in shots} - {None}
 

@@ -84,7 +84,7 @@ def _file(root: Path, row: Row, layout: Layout, where: str) -> Sample:
     paths = (row["image"], *filter(None, row.get("mask", "").split("|")))
     image, *masks = [_locate(root, text, where) for text in paths]
     word, labels = row["label"].removesuffix(".0"), CHOICES["label"] | dict.fromkeys(map(str.lower, layout.normal), 0)
-    kind = row.get("kind") or (word if word.lower() not in labels else "")
+    kind = row.get("kind") or (word if layout.normal else "")
     if layout.normal and word:
         labels.setdefault(word.lower(), 1)
     chosen = {}

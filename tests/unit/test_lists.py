@@ -106,6 +106,16 @@ def test_a_wrong_line_is_named(pictures, line, words):
     listed(pictures, text.replace(line, '"scans/a, b.png",0,test'))
 
 
+def test_every_word_beside_the_normal_ones_names_its_kind(tmp_path):
+    """Of the grades 0 to 4 of a retina 1 is one like the others."""
+    draw(tmp_path, *(f"{grade}.png" for grade in range(5)))
+    (tmp_path / "knee.json").write_text('{"normal": ["0"]}')
+    dataset = listed(tmp_path, "image,label,split\n" + "".join(f"{grade}.png,{grade},test\n" for grade in range(5)))
+    assert [(sample.label, sample.kind) for sample in dataset.samples("test")] == [
+        (0, ""), (1, "1"), (1, "2"), (1, "3"), (1, "4"),
+    ]  # fmt: skip
+
+
 def test_a_page_of_a_file_is_a_slice(tmp_path):
     pages = [Image.fromarray(np.full((20, 24), value, np.uint8)) for value in (10, 20, 30)]
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])

@@ -172,7 +172,7 @@ def test_names_with_blanks_stand_in_quotes_and_are_in_valid_by_being_listed(tmp_
     """Whatever --shot and --iterate, so that the test set stays; and so are all images of a listed image's patient."""
     for kind in ("normal", "abnormal"):
         for number in range(30):
-            picture(tmp_path / kind / f"{kind} ({number}).png", number)
+            picture(tmp_path / kind / f"{kind} (#{number}).png", number)
         for number in range(6):
             picture(tmp_path / kind / f"case_{number}_{kind}.png", 40 + number)
     before = {sample.name for sample in MedicalDataset.open("knee", "data", tmp_path).samples("test")}
@@ -181,12 +181,12 @@ def test_names_with_blanks_stand_in_quotes_and_are_in_valid_by_being_listed(tmp_
     lists = tmp_path / "fewshot_seed"
     lists.mkdir()
     one, two = (name.removeprefix("abnormal/") for name in listed)
-    (lists / "my2-shot.txt").write_text(f'a-0: "{one}" \'{two}\'\nn-0: "normal (1).png" "normal (2).png"\n')
+    (lists / "my2-shot.txt").write_text(f'a-0: "{one}" \'{two}\'\nn-0: "normal (#1).png" "normal (#2).png"\n')
     (lists / "my1-shot.txt").write_text(f"{patient[0]}-0: {patient.partition('/')[2]}\n")
     dataset = MedicalDataset.open("knee", "data", tmp_path)
     names = dataset.shots(2, 2, 0, 0).names
-    assert names == {"abnormal": [one, two], "normal": ["normal (1).png", "normal (2).png"]}
-    moved = {*listed, "normal/normal (1).png", "normal/normal (2).png"}
+    assert names == {"abnormal": [one, two], "normal": ["normal (#1).png", "normal (#2).png"]}
+    moved = {*listed, "normal/normal (#1).png", "normal/normal (#2).png"}
     moved |= {f"{kind}/case_{patient.split('_')[1]}_{kind}.png" for kind in ("normal", "abnormal")}
     assert {sample.name for sample in dataset.samples("test")} == before - moved
 

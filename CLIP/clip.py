@@ -61,8 +61,8 @@ def load_state(model: CLIP, state: dict[str, Tensor], source: str) -> None:
             raise InputError(f"{source}: {preview(wrong)}: NaN or infinite numbers: fetch it again")
         if name in own:
             if (rows := len(own[name])) != (positions := config.grid(config.image_size) ** 2 + 1):
-                of_ours = f"{config.name}, {config.image_size} pixels, has {positions}"
-                raise InputError(f"{source}: {rows} positions in the image tower, where {of_ours}")
+                of_ours = f"{config.name} at {config.image_size} pixels has {positions}"
+                raise InputError(f"{source}: {rows} positions in the image tower, but {of_ours}")
             own[name] = resize_positional_embedding(own[name], config.grid(model.img_size), config.tower.antialias)
         model.load_state_dict(own, assign=True)
     model.requires_grad_(False)

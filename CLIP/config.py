@@ -110,7 +110,7 @@ class ModelConfig:
         for file in PIXEL_FILES:
             with suppress(InputError):  # fetch them now, so that they are in the cache when offline
                 find(name, (file,), "")
-        with blame(place[0], "it is no config of a CLIP", CONFIG_ERRORS):
+        with blame(place[0], "it is not a CLIP config", CONFIG_ERRORS):
             return cls.from_dict({**_read(place[0]), "name": place[1]}, str(place[0]))
 
     @classmethod
@@ -197,7 +197,7 @@ def file_in(folder: Path, names: Sequence[str], what: str) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     """The values of a JSON file, converted to open_clip's form."""
-    values: dict[str, Any] = read_json(path, "it is no config of a CLIP")
+    values: dict[str, Any] = read_json(path, "it is not a CLIP config")
     if "model_cfg" in values:  # open_clip_config.json
         return {**values["model_cfg"], **_pixels(values.get("preprocess_cfg") or {}, "mean", "std")}
     if "vision_cfg" in values or not ("model_type" in values or "text_config" in values):
@@ -245,8 +245,8 @@ def _check_sizes(config: ModelConfig, where: str) -> None:
         raise InputError(f"{where}: mean and std of the pixels must be three numbers each, std above 0")
     if config.vocab_size < VOCABULARY or config.context_length < PROMPT_LENGTH:
         raise InputError(
-            f"{where}: a text tower of {config.vocab_size} words and {config.context_length} positions does not take "
-            f"CLIP's tokens ({VOCABULARY} words, {PROMPT_LENGTH} positions): another tokenizer's is not supported"
+            f"{where}: a text tower of {config.vocab_size} words and {config.context_length} positions does not fit "
+            f"CLIP's tokenizer ({VOCABULARY} words, {PROMPT_LENGTH} positions), and no other is supported"
         )
 
 

@@ -28,7 +28,7 @@ def with_tower(config: ModelConfig, name: str | None) -> tuple[ModelConfig, Path
     if name is None:
         return config, None
     path, label = find_tower(name)
-    what = f"--image_tower {path}: no DINOv2 in the form of Hugging Face's Dinov2Model, or damaged"
+    what = f"--image_tower {path}: damaged, or not a DINOv2 in the form of Hugging Face's Dinov2Model"
     with blame(what, errors=(*CONFIG_ERRORS, SafetensorError)), safe_open(path, framework="np") as file:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - no mapping
         (width,) = shapes["encoder.layer.0.layer_scale1.lambda1"]

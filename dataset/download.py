@@ -86,7 +86,7 @@ def fetch(out: Path) -> Path:
             out.mkdir(parents=True, exist_ok=True)
             size = int(requests.head(URL, allow_redirects=True, timeout=30).headers.get("Content-Length", 0))
         have = sum(part.stat().st_size for part in out.glob(f"{archive.name}.part"))
-        what = f"{archive.name}, which is unpacked beside itself, so all six need that twice"
+        what = f"{archive.name} (unpacking all six needs the same again)"
         check_room(out, max(size - have, 0), what)
     download(URL, archive, SHA256)
     return archive

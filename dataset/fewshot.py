@@ -76,9 +76,9 @@ def check_shot_names(names: Sequence[str], known: Collection[str], count: int, s
             reason = "has no such image" if set(names) & set(known) else "has none of the images on this list"
             raise InputError(f"{source}: names {name}, but that class of valid {reason} in {root}")
     if len(names) < count:
-        raise InputError(f"{source}: names {len(names)} images where {count} shots are meant: {preview(names)}")
+        raise InputError(f"{source}: names {len(names)} images for {count} shots: {preview(names)}")
     if len(names) > count:
-        return [f"{source}: names {len(names)} images where {count} shots are meant; all of them are used"]
+        return [f"{source}: names {len(names)} images for {count} shots; all of them are used"]
     return []
 
 

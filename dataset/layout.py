@@ -125,7 +125,7 @@ def read_config(path: Path) -> dict[str, Any]:
         "plane": lambda value: value in PLANES,
     }
     if unknown := sorted(config.keys() - tests.keys()) if isinstance(config, dict) else ["not an object"]:
-        advice = "a list of images says where they lie" if {*SPLITS, "masks"} & set(unknown) else "see docs/data.md"
+        advice = "they belong in a list of images" if {*SPLITS, "masks"} & set(unknown) else "see docs/data.md"
         raise InputError(f"{path}: unknown {unknown[0]!r:.80}; it may hold {', '.join(tests)}; {advice}")
     result = {}
     for key, value in config.items():

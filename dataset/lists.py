@@ -109,7 +109,7 @@ def _locate(root: Path, text: str, where: str) -> Path:
     if not (root / place).is_file():
         raise InputError(f"{where}: {text or 'an image without a name'}: no such file in {root}")
     if file_kind(root / place) is None:
-        raise InputError(f"{where}: {text} is no image by its extension")
+        raise InputError(f"{where}: {text} does not have the extension of an image")
     return root / place
 
 
@@ -121,7 +121,7 @@ def write_list(path: Path, root: Path, files: Iterable[Sample]) -> Path:
     path = root / path if path.parent == Path() else path
     if path.exists():
         raise InputError(f"--write_list {path}: is there already")
-    with blame(f"--write_list {path}", "write it into the data set's folder or above it: its paths lead down"):
+    with blame(f"--write_list {path}", "write it to the data set's folder or one above, so that no path needs '..'"):
         top = root.resolve().relative_to(path.resolve().parent)
     rows = []
     for file in files:

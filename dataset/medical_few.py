@@ -26,7 +26,7 @@ from .readers.grey import NoImageError, ReadOptions, warn_once
 from .readers.images import EXTENSIONS, Sample, file_kind, frames, is_deep, parse_window, read, stem
 from .readers.masks import Levels, levels_note, read_mask
 
-HASHED = "the patient, or of the name where none is recognised"
+HASHED = "the patient, or of the name if none is recognised"
 READERS = 4  # threads that read masks
 SOUGHT = f"masks are sought beside the image and in folders called {', '.join(MASK_FOLDERS)}"
 
@@ -180,7 +180,7 @@ class MedicalDataset:
             InputError: a class has no images or, with pixel metrics, an abnormal test image has no mask of its own.
         """
         if self.unclear:
-            raise InputError(f"{preview(self.unclear)}: their masks fit several images, or are several of one name; "
+            raise InputError(f"{preview(self.unclear)}: their masks match several images, or share one name; "
                              f"give each image a name of its own, and its mask the same")  # fmt: skip
         result: list[Sample] = []
         for label in (0, 1):
@@ -256,7 +256,7 @@ class MedicalDataset:
         if (self.layout.unmarked or not self.is_benchmark) and (mask := read_mask(sample)):
             self.levels[sample.name] = mask.levels, mask.by_label
             if not mask.marks(self.layout.mask_above) and unmarked != "abnormal":
-                why = f"abnormal images whose mask marks nothing: {unmarked} by --unmarked"
+                why = f"abnormal images whose mask marks nothing: --unmarked {unmarked}"
                 self.left_out[why].add(sample.name)
                 if unmarked == "out":
                     return None
@@ -358,7 +358,7 @@ class MedicalDataset:
                 if not set(names) & set(known):  # other images with this data set's name, such as a phantom's
                     if self.obj in BENCHMARKS and not self.is_made_up:
                         why = f"none of its {KINDS[label]} images is in valid, so the shots are not the published ones"
-                        warn_once(f"{source}: {why}: is the copy whole?")
+                        warn_once(f"{source}: {why}: is the copy complete?")
                     return None
         else:
             return None

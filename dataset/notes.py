@@ -33,7 +33,7 @@ def benchmark_note(dataset: MedicalDataset) -> str | None:
     if dataset.is_benchmark:
         counts = "; ".join(f"{split} {' + '.join(map(str, dataset.count(split)))}" for split in SPLITS)
         return f"counts as published: {counts} (normal + abnormal): this is the paper's {dataset.obj}"
-    counts = f"other than published: is the copy whole?: {'; '.join(dataset.other_counts)} (normal + abnormal)"
+    counts = f"not as published (is the copy complete?): {'; '.join(dataset.other_counts)} (normal + abnormal)"
     return f"warning: counts: {counts}; treated as data of your own, not as the paper's {dataset.obj}"
 
 
@@ -44,7 +44,7 @@ def split_note(dataset: MedicalDataset) -> str | None:
         return None
     names = preview(list(dict.fromkeys(file.folder for file in divided)))
     valid = sum(file.split == "valid" for file in divided)
-    counts = f"of their {len(divided)} images {valid} are valid, for shots, and {len(divided) - valid} test"
+    counts = f"{valid} of their {len(divided)} images are in valid, for shots, and {len(divided) - valid} in test"
     return f"{dataset.obj}: {names} serve both splits: {counts}, by a hash of {HASHED}"
 
 
@@ -52,7 +52,7 @@ def kinds_note(dataset: MedicalDataset) -> str | None:
     """The folders that count as abnormal, if there are several."""
     measured = [file for file in dataset.files if file.label and (file.divided or file.split == "test")]
     folders = list(dict.fromkeys(file.folder for file in measured))
-    return f"abnormal are {len(folders)} folders: {', '.join(folders)}" if folders[1:] and not dataset.listing else None
+    return f"{len(folders)} folders are abnormal: {', '.join(folders)}" if folders[1:] and not dataset.listing else None
 
 
 def masks_note(dataset: MedicalDataset) -> str | None:
@@ -93,7 +93,7 @@ def unused_notes(dataset: MedicalDataset) -> list[str]:
     images, masks = list_pictures(dataset.root)
     used = {path for file in dataset.files for path in (file.path, *file.masks)}
     lines = []
-    for words, paths in (("not used: pictures in", images), ("masks that fit no image, in name and folder, in", masks)):
+    for words, paths in (("not used: pictures in", images), ("masks that fit no image by name and folder, in", masks)):
         folders = Counter(path.parent.relative_to(dataset.root).as_posix() for path in paths if path not in used)
         if folders:
             lines.append(f"warning: {words} {preview([f'{name} ({n})' for name, n in sorted(folders.items())], 20)}")

@@ -363,12 +363,12 @@ def _own_window(values: Array, frame: Frame) -> tuple[Callable[[Array], Array], 
         words = f"8-bit values in a {8 * values.dtype.itemsize}-bit file (largest {high:g}): read as 8 bits"
         return partial(grey.stretch, low=0, high=255), {"wide": words}
     if is_float or not 0 <= low <= high <= 65535:
-        raise InputError(f"{frame.path}: 32 bits a pixel have no known range; save it with 8 or 16, or give --window")
+        raise InputError(f"{frame.path}: 32-bit pixels have no known range; save with 8 or 16 bits, or give --window")
     notes, high = {}, int(high)
     if high < DARK:
         used = f"range used: {max(100 * high / 65535, 1):.0f}%, the largest value is {high} of 65535"
         kind = f"a {high.bit_length()}-bit picture in a 16-bit file"
-        notes["dark"] = f"{kind} ({used}): all but black; give --window"
+        notes["dark"] = f"{kind} ({used}): almost black; give --window"
     return partial(grey.stretch, low=0, high=65535), notes
 
 

@@ -85,9 +85,9 @@ def levels_note(levels: Levels, by_label: bool, above: int, labels: tuple[int, .
     shown = [f"{level:g} ({count / total:.2%})" for level, count in levels.most_common(SHOWN)]
     more = f", and {len(levels) - SHOWN} more" if len(levels) > SHOWN else ""
     if labels:
-        rule = f"abnormal are {', '.join(map(str, labels))}, by mask_labels"
+        rule = f"abnormal: {', '.join(map(str, labels))}, by mask_labels"
     else:
-        rule = "abnormal is every label but 0" if by_label else f"abnormal is above {above}"
+        rule = "abnormal: every label but 0" if by_label else f"abnormal: levels above {above}"
     return f"masks have {len(levels)} levels: {', '.join(shown)}{more}; {rule} (--mask_labels picks others)"
 
 

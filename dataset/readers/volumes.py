@@ -121,7 +121,7 @@ class Nifti(Volume):
         with blame(f"{path}: not readable as NIfTI, or cut short", errors=(*DAMAGE, *own)):
             stored = nibabel.load(path, mmap=False)
             if not 0 < math.prod(stored.shape) < MAX_VOXELS or stored.get_data_dtype().kind not in "iuf":
-                fault = f"{stored.shape} of {stored.get_data_dtype()}, no volume of numbers that is read"
+                fault = f"shape {stored.shape} and type {stored.get_data_dtype()} are not supported"
                 raise InputError(f"{path}: {fault}")
             image = nibabel.as_closest_canonical(nibabel.squeeze_image(stored))
             if image.ndim not in (3, 4):
@@ -167,8 +167,8 @@ def _resampled_onto(mask: Nifti, image: Nifti) -> Sequence[Array]:
     if there.shape == here.shape and apart.max() < SAME_PLACE * min(there.header.get_zooms()[:3]):
         return mask.slices
     if max(here.ndim, there.ndim) > 3 or not (mask.axes[0].edges and image.axes[0].edges):
-        fault = f"its {there.shape} voxels lie elsewhere than the {here.shape} of its image"
-        raise InputError(f"{path}: {fault}, and the headers do not say how both lie in the patient")
+        fault = f"its {there.shape} voxels are not aligned with the {here.shape} of its image"
+        raise InputError(f"{path}: {fault}, and the headers do not say how to align them")
     moved = optional("nibabel.processing", path).resample_from_to(there, here, order=0)
     values = moved.get_fdata(dtype=np.float32)
     if there.get_fdata().any() and not values.any():

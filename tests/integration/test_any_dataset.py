@@ -60,7 +60,7 @@ def test_mvtecs_layout(bottle, call, tmp_path):
     # What serves as abnormal support is named, and never measured.
     note = next(line for line in trained.splitlines() if "both splits" in line)
     assert note in tested
-    valid, test = map(int, re.search(r"their 16 images (\d+) are valid, for shots, and (\d+) test", note).groups())
+    valid, test = map(int, re.search(r"(\d+) of their 16 .* in valid, for shots, and (\d+) in test", note).groups())
     stored = torch.load(tmp_path / "bottle.pth", weights_only=True)
     measured = [row["file"] for row in json.loads((tmp_path / "a.json").read_text())["per_image"]]
     assert sum("good" not in name for name in measured) == test == 16 - valid

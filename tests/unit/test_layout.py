@@ -127,7 +127,7 @@ def test_mvtecs_tree_and_what_is_no_defect(tmp_path, top):
     assert [path.name for path in first.masks] == ["0_mask.png", "0_mask_1.png"]
     one = replace(first, masks=first.masks[:1])
     assert load_mask(first, 24).sum() > load_mask(one, 24).sum()  # united
-    assert "abnormal are 2 folders" in said(tmp_path)
+    assert "2 folders are abnormal: " in said(tmp_path)
 
 
 def test_the_two_classes_beside_test_are_for_training(tmp_path):
@@ -226,7 +226,7 @@ def test_a_mask_that_fits_several_images_is_refused(tmp_path):
 def test_masks_that_fit_no_image_are_named(tmp_path):
     draw_classes(tmp_path, "{split}/{kind}/{i}.png")
     draw(tmp_path, "ground_truth/other/0.png", "ground_truth/other/1.png")
-    assert "warning: masks that fit no image, in name and folder, in ground_truth/other (2)" in said(tmp_path)
+    assert "warning: masks that fit no image by name and folder, in ground_truth/other (2)" in said(tmp_path)
 
 
 def test_a_mask_without_its_image_is_refused(tmp_path):
@@ -272,11 +272,11 @@ def levels(root: Path, *values: int, **options: object) -> None:
 
 def test_levels_of_masks_are_said_and_chosen(tmp_path):
     levels(tmp_path, 0, 0, 128, 255)
-    assert "3 levels: 0 (50.00%), 128 (25.00%), 255 (25.00%); abnormal is above 127" in said(tmp_path)
+    assert "3 levels: 0 (50.00%), 128 (25.00%), 255 (25.00%); abnormal: levels above 127" in said(tmp_path)
     assert load_mask(opened(tmp_path).samples("test")[1], 24).float().mean() == pytest.approx(0.5, abs=0.03)
     (tmp_path / "knee.json").write_text(json.dumps({"mask_labels": 128}))
     assert load_mask(opened(tmp_path).samples("test")[1], 24).float().mean() == pytest.approx(0.25, abs=0.03)
-    assert "abnormal are 255" in said(tmp_path, mask_labels=(255,))
+    assert "abnormal: 255, " in said(tmp_path, mask_labels=(255,))
     levels(tmp_path / "two", 0, 0, 255, 255)
     assert "levels" not in said(tmp_path / "two")
 
@@ -321,7 +321,7 @@ def test_slices_that_mark_or_show_nothing(scans, labels, abnormal):
     assert [(s.label, s.index) for s in samples] == [(0, i) for i in (1, 2, 3, 4)] + [(1, i) for i in abnormal]
     lines = "\n".join(notes.describe(dataset))
     assert "2 slices that show nothing" in lines
-    assert f"{6 - len(abnormal)} abnormal images whose mask marks nothing: out" in lines
+    assert f"{6 - len(abnormal)} abnormal images whose mask marks nothing: --unmarked out" in lines
 
 
 def test_a_mask_of_more_slices_is_laid_onto_its_volume(scans):

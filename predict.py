@@ -91,7 +91,7 @@ def predict(results: Results) -> int:
     if model.weak:
         print(f"heat maps: weak localisation only, as the checkpoint was trained without masks ({model.settings.obj})")
     if model.network.adapters.mixes_images:
-        print("scores: MViTFC as published looks across the images of a batch, so they depend on --batch_size")
+        print("scores: MViTFC as published attends across the images of a batch, so they depend on --batch_size")
     for line in reading_notes(model, listing.entries):
         warn(line)
     todo, start = results.todo, time.perf_counter()

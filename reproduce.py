@@ -1,4 +1,4 @@
-"""The paper's tables: plan a grid of runs, do what is not done yet, write Markdown, CSV and LaTeX.
+"""The paper's tables: plan a grid of runs, compute the missing cells, write Markdown, CSV and LaTeX.
 
     python reproduce.py --table main --dry_run                          cells, images and disk space; needs no data
     python reproduce.py --table main                                    six data sets, 4 shots, three seeds
@@ -258,7 +258,7 @@ def notes_on(grid: Grid, published: Sequence[Published], failed: dict[Cell, str]
         yield "The text tower is random: no text is aligned with the images." if base.image_tower else nothing
     made_up = [data.obj for data in datasets if data.is_made_up]
     others = [data.obj for data in datasets if published and data.other_counts and not data.is_made_up]
-    for what, objs in (("Made-up images", made_up), ("Other images than the published ones", others)):
+    for what, objs in (("Made-up images", made_up), ("Images other than the published ones", others)):
         if objs:
             yield f"{what} ({', '.join(objs)}): they cannot be compared with published results."
     words = {words for cell in grid.cells if not cell.baselines for words in grid.epochs(cell).values()}
@@ -270,7 +270,7 @@ def notes_on(grid: Grid, published: Sequence[Published], failed: dict[Cell, str]
     if several := [shots for shots in taken if len(shots) > 1]:
         same = all(shots == group[0] for group in several for shots in group)
         yield "All seeds have the same shots." if same else "Each seed draws other shots."
-    yield "Intervals: 95%, over the test images, the mean of the seeds' bounds."
+    yield "Intervals: 95%, over the test images; each bound is the mean over the seeds."
     if greys := [f"{data.layout.mask_above} ({data.obj})" for data in datasets if data.pixel_metrics]:
         yield f"Abnormal pixels: a mask's grey above {', '.join(greys)}."
     if options.table == "ablation":
@@ -286,4 +286,4 @@ def notes_on(grid: Grid, published: Sequence[Published], failed: dict[Cell, str]
     if shown := [f"({i}) {entry.note()}" for i, entry in known if entry.shots in options.shots]:
         yield f"Published results: {'; '.join(shown)}."
     if others := [f"{entry.method} ({entry.shots} shots)" for _, entry in known if entry.shots not in options.shots]:
-        yield f"Not shown, as of another number of shots: {', '.join(others)}."
+        yield f"Not shown, as they use another number of shots: {', '.join(others)}."

@@ -81,7 +81,7 @@ def export_notes(settings: Settings) -> Iterator[str]:
         f"the data set {settings.obj}": known is None,
     }
     for what in (what for what, applies in lost.items() if applies):
-        yield f"it gives other numbers there, as {what} cannot be expressed"
+        yield f"its results differ there, as the published format cannot express {what}"
 
 
 def main() -> None:

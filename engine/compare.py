@@ -85,7 +85,7 @@ def compare(results: Sequence[Result]) -> Table:
     for other in others:
         images = (set(zip(result["files"], result["labels"], strict=True)) for result in (first, other))
         if apart := sorted({name for name, _ in set.symmetric_difference(*images)}):
-            raise InputError(f"{first['name']} and {other['name']}: other test images or labels: {preview(apart)}")
+            raise InputError(f"{first['name']} and {other['name']}: different test images or labels: {preview(apart)}")
     columns = [f"{place}: {result['name']}" for place, result in enumerate(results, 1)]
     caption = f"Runs on the same test images, in percent [95% interval]; differences are to {columns[0]}."
     table = Table("compare", caption, [], "run", list(notes(results, columns)))
@@ -110,7 +110,7 @@ def notes(results: Sequence[Result], columns: Sequence[str]) -> Iterator[str]:
     for i in np.argsort(-np.ptp(ranks, axis=0), kind="stable")[:DISAGREEMENTS]:
         places = ", ".join(f"{rank:g} in {name}" for rank, name in zip(ranks[:, i], columns, strict=True))
         truth = ("normal", "abnormal")[results[0]["labels"][i]]
-        yield f"Disagreement: {results[0]['files'][i]} ({truth}) is number {places}, counted from the lowest score."
+        yield f"Disagreement: {results[0]['files'][i]} ({truth}) ranks {places}, counted from the lowest score."
 
 
 def main() -> None:

@@ -98,8 +98,8 @@ def _blame_peers() -> Iterator[None]:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:120]
         raise InputError(
-            f"rank {rank()}: another process of this run died or cannot be reached ({reason}); its own message comes "
-            f"before; to continue, give --resume with the run's folder"
+            f"rank {rank()}: another process of this run died or cannot be reached ({reason}); see its own message "
+            f"above; to continue, give --resume with the run's folder"
         ) from error
 
 

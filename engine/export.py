@@ -28,7 +28,7 @@ from .predictor import Predictor, load
 OPSET = 18
 LARGEST = 1536 * 2**20  # bytes of weights in one file; PyTorch puts more into a second file
 TOLERANCE = 1e-4  # largest accepted difference of float32 scores and maps from PyTorch's
-LICENCE = "weights: that of their publishers (OpenAI's CLIP: MIT; DINOv2: Apache-2.0); data trained on: see there"
+LICENCE = "weights: see their publishers (OpenAI's CLIP: MIT; DINOv2: Apache-2.0); training data: see its source"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 SHARED = ("shots", "metrics", "select", "written", "madclip")  # entries of the checkpoint's metadata to export
 
@@ -40,7 +40,7 @@ def export(model: Predictor, out: str | Path, precision: str = "fp32") -> None:
         InputError: a package is missing, MViTFC as published, the file exceeds 1.5 GiB, or it cannot be written.
     """
     if model.network.adapters.mixes_images:
-        raise InputError("MViTFC as published looks across the images of a batch: its scores are no image's own")
+        raise InputError("MViTFC as published attends across the images of a batch, so no image has a score of its own")
     with blame("python -m engine.export", "pip install onnx onnxscript onnxruntime", errors=(ImportError,)):
         import onnxscript  # noqa: F401, PLC0415 - optional; it installs onnx too
     network, side = copy.deepcopy(model.network).to(DTYPES[precision]).eval(), model.settings.img_size

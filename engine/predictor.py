@@ -239,7 +239,7 @@ class Predictor:
             raise InputError(f"--calibrate {dataset.root}: both normal and abnormal images are needed for {rule}")
         if "pixel_value" in self.calibration and "pixel_value" not in result:
             result["pixel_value"] = self.calibration["pixel_value"]
-            result["from"] += " (that of pixels as before, as there are no masks)"
+            result["from"] += " (pixel threshold unchanged, as there are no masks)"
         self._set(result)
 
 

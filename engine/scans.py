@@ -148,7 +148,7 @@ def pick_files(inputs: Sequence[str], result: InputList) -> list[tuple[Path, str
         elif path in masks or in_mask_folder(place):
             left_out["masks of images"] += 1
         elif path in lost:
-            result.no_image.append(f"{path}: named like a mask, but of no image here: left out")
+            result.no_image.append(f"{path}: named like a mask, but matches no image here: left out")
         else:
             kept.append((path, place))
     result.remarks += [f"{number} files are {words}, and left out" for words, number in left_out.items()]
@@ -193,5 +193,5 @@ def series_notes(members: Sequence[Entry]) -> Iterator[str]:
     steps = [after - before for before, after in pairwise(places) if after > before]
     usual_step = median_low(steps or [0.0])
     if gaps := [step for step in steps if step > GAP * usual_step]:
-        words = f"up to {max(gaps):.3g} mm from slice to slice, where {usual_step:.3g} mm are usual"
+        words = f"up to {max(gaps):.3g} mm between slices, where {usual_step:.3g} mm is usual"
         yield f"{members[0].title}: gaps ({len(gaps)} of {len(steps)} steps), {words}: are slices missing?"

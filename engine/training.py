@@ -230,8 +230,8 @@ class TrainingState:
             if settings.fidelity == "released":
                 reason = "the tower may need normalised pixels, which --fidelity corrected gives it"
             warn(
-                f"the detection loss ({det:.4f}) has not left its start (K 2 ln 2 = {start:.4f}) after {self.epoch} "
-                f"epochs: {reason} (docs/results.md)"
+                f"the detection loss ({det:.4f}) has not moved from its initial value (K 2 ln 2 = {start:.4f}) after "
+                f"{self.epoch} epochs: {reason} (docs/results.md)"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -374,7 +374,7 @@ class Splits:
         if not distributed.is_main():
             return
         shots = (*self.shots.normal, *self.shots.abnormal)
-        for samples, what in ((shots, "a shot, which flatters every number"), (self.unused, "another image of valid/")):
+        for samples, what in ((shots, "a shot, which inflates the results"), (self.unused, "another image of valid/")):
             if pairs := equal_images(samples, self.test, store.content_hash):
                 sample, twin = pairs[0]
                 warn(

@@ -66,7 +66,7 @@ class Checkpoint:
                 return cls(settings, payload, payload.pop(METADATA))
         if options is None or facts is None or not looks_published(payload):
             fault = f"not a checkpoint of this project (no format {FORMAT!r} in it)"
-            raise InputError(f"--ckpt {path}: {fault}; of a published one name the data set with --obj")
+            raise InputError(f"--ckpt {path}: {fault}; for a published one, name the data set with --obj")
         with blame(f"--ckpt {path}: not a published checkpoint after all", errors=BAD_TENSORS):
             settings, line = infer_settings(payload, path, facts(), options)
         print(f"{path}: {line}")
@@ -150,7 +150,7 @@ def check_weights(checkpoint: Checkpoint, weights: Weights, path: str | Path, al
     message = f"--ckpt {path} was trained on CLIP weights {trained_on}, but {weights.source} is {weights.sha256}"
     if not allow_other:
         raise InputError(f"{message}; give the right file with --weights or --image_tower")
-    warn(f"{message}; used all the same (--allow_other_weights)")
+    warn(f"{message}; used anyway (--allow_other_weights)")
 
 
 def find_trained_weights(checkpoint: Checkpoint, options: argparse.Namespace) -> Weights:

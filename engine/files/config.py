@@ -72,7 +72,7 @@ run_name = matching(  # of its folder, and in W&B
 )
 # See engine.metrics.choose_threshold.
 threshold_rule = matching(
-    r"f1|[ft]pr=(0|0?\.\d+)|tpr=1", "is neither f1 nor fpr=RATE or tpr=RATE, a RATE from 0 to below 1"
+    r"f1|[ft]pr=(0|0?\.\d+)|tpr=1", "is not f1, fpr=RATE or tpr=RATE with a RATE from 0 to below 1"
 )
 
 
@@ -114,7 +114,7 @@ class Settings:
     )
     features_list: tuple[int, ...] = field(metadata=flag(
         None,
-        "layers that adapters read, from 1 (default: quarters of the depth, 6 12 18 24 for ViT-L)",
+        "layers that adapters read, counted from 1 (default: quarters of the depth, 6 12 18 24 for ViT-L)",
         type=int, nargs="+",
     ))  # fmt: skip
     visionA: str = field(metadata=flag("MFCFC", "kind of adapter", choices=ADAPTER_KINDS))
@@ -334,7 +334,7 @@ def predict_parser() -> Parser:
     add("--out", type=nonempty_path, help="folder of the results")
     add("--pictures", action=switch, default=True, help="write heat maps and contours")
     add("--volumes", action=switch, default=True, help="with --pictures, also write heat maps of scans as volumes")
-    add("--group_by", choices=("series", "patient", "folder"), help="a row for each, in groups.csv")
+    add("--group_by", choices=("series", "patient", "folder"), help="one row per group, in groups.csv")
     add("--report", type=nonempty_path, metavar="FOLDER",
         help="a page (index.html) with every image, highest scores first")  # fmt: skip
     add("--anonymous", action="store_true",

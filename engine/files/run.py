@@ -94,7 +94,7 @@ class RunFolder:
             except Timeout:
                 config = read_json(self.config)
                 writer = f"process {config['pid']} on {config['host']}"
-                raise InputError(f"--resume {self.path}: {writer} is still at this run; stop it first") from None
+                raise InputError(f"--resume {self.path}: {writer} is still writing this run; stop it first") from None
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C; Slurm sends it before it stops a job
         try:
             for path in self.path.glob(".*.tmp"):  # left by a killed process; no other process writes here
@@ -208,8 +208,8 @@ def _continue(run: RunFolder, config: dict[str, Any]) -> None:
                 raise InputError(f"--resume {run.path}: {key} was {then.get(key)}, but is now {now[key]}")
     if stored["threads"] != config["threads"]:
         print(
-            f"--resume: {config['threads']} threads, {stored['threads']} so far: the numbers go on within rounding, "
-            f"not to the bit (OMP_NUM_THREADS={stored['threads']} keeps them)"
+            f"--resume: {config['threads']} threads, {stored['threads']} so far: from now on numbers agree within "
+            f"rounding, not to the bit (OMP_NUM_THREADS={stored['threads']} keeps them)"
         )
     config |= {name: stored[name] for name in ("wandb_id", "started", "contents") if name in stored}
     config["resumed"] = stored.get("resumed", 0) + 1
@@ -281,11 +281,11 @@ def describe_test(
     """A few lines that say which checkpoint was tested on which images."""
     lines = [f"{options.obj}: {images} test images", *notes.describe(dataset)]
     if settings.pixel_metrics and not dataset.pixel_metrics:
-        lines.append(f"{dataset.obj} has no masks: no pixel metrics; images score as trained, by their highest pixel")
+        lines.append(f"{dataset.obj} has no masks: no pixel metrics; scores as in training, from the highest pixel")
     elif dataset.pixel_metrics and not settings.pixel_metrics:
         lines.append(
             f"{settings.obj} has no masks, so the checkpoint's segmentation heads are untrained: no pixel metrics; "
-            f"images score as trained, by the detection heads"
+            f"scores as in training, from the detection heads"
         )
     if any(dataset.reading.get(name) != value for name, value in (settings.reading or {}).items()):
         lines.append(f"warning: training read pictures with {settings.reading}, this test with {dataset.reading}")

@@ -97,7 +97,7 @@ class Scored:
             dataset = MedicalDataset.from_options(options)
             by_name = {sample.name: sample for sample in dataset.samples("test")}
             if missing := [name for name in self.evaluation.names if name not in by_name]:
-                raise InputError(f"{len(missing)} of the kept scores' images are not there: {preview(missing)}")
+                raise InputError(f"{len(missing)} of the scored images are missing: {preview(missing)}")
         except InputError as error:
             print(f"no pictures: {error}")
             return self

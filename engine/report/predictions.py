@@ -25,8 +25,8 @@ from .page import MAX_CARDS, Card, layers, write
 Row = dict[str, Any]
 NOTE = "research use, not a medical device"
 GROUP_NOTE = (
-    "a group is abnormal if its largest score is; the threshold was calibrated for single images, so that the more "
-    "images a group has, the more often one exceeds it by chance"
+    "a group is abnormal if its largest score is; the threshold was calibrated for single images, so the more "
+    "images a group has, the more likely one of them exceeds it by chance"
 )
 MACHINE = {"images", "device", "num_workers", "batch_size", "out"}  # flags that do not affect the rows
 

@@ -58,7 +58,7 @@ class Grid:
         self.options, self.kind, self.out = options, TABLES[options.table], Path(options.out)
         self.base = self.parse(Cell(options.obj[0], options.shots[0], options.seeds[0]))
         if self.base.data_root and len(options.obj) > 1:
-            raise InputError(f"--data_root {self.base.data_root}: one folder for {len(options.obj)} data sets")
+            raise InputError(f"--data_root {self.base.data_root}: give one data set with --obj, not {len(options.obj)}")
         self._datasets: dict[str, MedicalDataset] = {}
         self.cells: list[Cell] = []
         for obj, seed, shot in product(options.obj, options.seeds, options.shots):

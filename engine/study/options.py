@@ -43,7 +43,7 @@ OWN_FLAGS = (
 def parse(arguments: Sequence[str] | None = None) -> Namespace:
     """Parse reproduce.py's command line; unknown flags are those of train.py and are stored as `flags`."""
     parser = Parser(
-        prog="reproduce.py", description="The paper's tables: plan a grid of runs, do what is not done yet, write "
+        prog="reproduce.py", description="The paper's tables: plan a grid of runs, compute the missing cells, write "
         "Markdown, CSV and LaTeX.", epilog="Every other flag goes to train.py.", formatter_class=Formatter,
         allow_abbrev=False,
     )  # fmt: skip
@@ -60,7 +60,7 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
     add("--executor", choices=("here", "local", "slurm"), default="here",
         help="here: in this process; local, slurm: jobs through submitit")  # fmt: skip
     add("--jobs", type=positive, default=1, help="jobs at once")
-    add("--job_options", nargs="+", default=[], metavar="KEY=VALUE", help="submitit's, such as timeout_min=240")
+    add("--job_options", nargs="+", default=[], metavar="KEY=VALUE", help="submitit options, such as timeout_min=240")
     options, flags = parser.parse_known_args(arguments)
     options.flags, kind = flags, TABLES[options.table]
     options.shots = options.shots or kind.shots

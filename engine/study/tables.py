@@ -128,7 +128,7 @@ class Table:
             kept = f"{self.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"
             for path in (path for suffix in texts if (path := folder / f"{self.name}{suffix}").is_file()):
                 path.rename(folder / f"{kept}{path.suffix}")
-            print(f"{page} is of other data sets, seeds or shots: renamed to {kept}.md, .csv and .tex", flush=True)
+            print(f"{page} holds other data sets, seeds or shots: renamed to {kept}.md, .csv and .tex", flush=True)
         for suffix, text in texts.items():
             with atomic_path(folder / f"{self.name}{suffix}", "--out") as path:
                 path.write_text(text, encoding="utf-8")

@@ -173,10 +173,10 @@ def _open(key: str, **options: Any) -> Any:  # noqa: ANN401 - wandb's options, a
     with blame("W&B's settings", "correct WANDB_BASE_URL, or the variable that is named", (ValueError,)):
         setup = wandb.setup(wandb.Settings(silent=True))
     mode: Any = setup.settings.mode
-    if mode == "online" and not wandb.login(verify=False, prompt=False):
-        mode = "online" if key else "offline"
-        own.api_key = key or None  # as a setting: wandb.login() would also write it to the user's netrc
     try:
+        if mode == "online" and not wandb.login(verify=False, prompt=False):
+            mode = "online" if key else "offline"
+            own.api_key = key or None  # as a setting: wandb.login() would also write it to the user's netrc
         return wandb.init(**options, mode=mode, settings=own)
     except (wandb.Error, OSError) as error:
         warn(f"W&B: the server did not take the run ({one_line(error, setup.settings.api_key or key)})")

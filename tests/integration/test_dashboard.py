@@ -92,15 +92,15 @@ def test_a_run_goes_on_under_its_id_and_no_key_or_password_is_told(command, phan
     online = {"WANDB_MODE": "online", "WANDB_BASE_URL": url, "WANDB_INIT_TIMEOUT": "2", "WANDB_API_KEY": KEY}
     first = train(command, tmp_path, *flags, **online)
     assert "valid_Ungood" not in json.dumps(records(tmp_path))
-    again = command(
-        "train.py", "--resume", tmp_path / "runs/one", "--epoch", 2, cwd=tmp_path, env={"WANDB_MODE": "offline"}
-    )
-    fine(again)
+    said = [first]
+    for epoch, env in ((2, {"WANDB_MODE": "offline"}), (3, {"WANDB_MODE": "online", "WANDB_API_KEY": "no key"})):
+        said.append(command("train.py", "--resume", tmp_path / "runs/one", "--epoch", epoch, cwd=tmp_path, env=env))
+        fine(said[-1])
     stored = json.loads((tmp_path / "runs/one/config.json").read_text())
     assert {path.name.rpartition("-")[2] for path in tmp_path.rglob("offline-run-*")} == {stored["wandb_id"]}
-    said = [done.stdout.encode() + done.stderr.encode() for done in (first, again)]
+    printed = [done.stdout.encode() + done.stderr.encode() for done in said]
     texts = [part for path in tmp_path.rglob("*") if path.is_file() for part in unpacked(path)]
-    assert not [text for text in (*said, *texts) if KEY.encode() in text or b"pass-word" in text]
+    assert not [text for text in (*printed, *texts) if KEY.encode() in text or b"pass-word" in text]
 
 
 def test_sweep():

@@ -27,7 +27,7 @@ REAL_SHOT := 16
 
 BENCHMARKS := auc train epoch startup
 
-.PHONY: demo demo-real demo-offline test bench real docs clean
+.PHONY: demo demo-real demo-offline test types other-kernels bench real docs clean
 
 $(VENV)/runtime: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -62,8 +62,13 @@ demo-offline: $(VENV)/runtime
 test: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(MAKE) --no-print-directory -j2 types other-kernels
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+types: $(VENV)/dev
+	$(BIN)/mypy
+
+other-kernels: $(VENV)/dev
 	MKL_CBWR=COMPATIBLE $(BIN)/python -m pytest -n auto --dist worksteal -m equality $$(grep -rl mark.equality --include=*.py tests)
 
 bench: $(VENV)/dev

@@ -1,7 +1,7 @@
 """Real commands, quickly: a process imports torch once and forks for each command, which then runs as `python` runs it.
 
 Exit code, stdout and stderr are those of a process of its own. What differs from a fresh start: the warm imports, and
-that matplotlib saves a blank picture, as six figures take longer than a training; with `draw=True` it draws.
+that plots are blank pictures, as six of them take longer than a training; with `draw=True` they are drawn.
 A command can be stopped at an event inside of it, so that no test depends on how long something takes:
 
     command("train.py", ..., on=(Call("engine.files.run.RunFolder.save", 3), signal.SIGKILL))     a signal to itself
@@ -15,6 +15,7 @@ import csv
 import functools
 import gc
 import importlib
+import io
 import json
 import os
 import pkgutil
@@ -28,9 +29,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
-from matplotlib.figure import Figure
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -39,8 +39,10 @@ WARM = (
     "train", "test", "predict", "reproduce", "dataset.check", "engine.checkpoint", "engine.report.page",
     "sklearn.metrics", "sklearn.linear_model", "sklearn.pipeline", "matplotlib.style",
     "matplotlib.backends.backend_agg", "contourpy", "nibabel", "pydicom.pixels",
-    "torch.utils.serialization.config",
+    "torch._dynamo", "torch.utils.serialization.config",
 )  # fmt: skip
+# What they import for one command alone.
+LATE = {"engine.export": ("onnxscript", "onnxruntime", "torch.onnx._internal.exporter._core")}
 HANG = 900  # seconds after which a command is taken for hanging: it ends, and its test fails
 
 
@@ -199,6 +201,9 @@ def _serve() -> None:
         if "wait" in request:
             print(os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1]), flush=True)
             continue
+        for module in LATE.get(request["command"][0], ()):
+            with contextlib.suppress(ImportError):  # optional packages
+                importlib.import_module(module)
         child = os.fork()
         if child == 0:
             _become(**request)
@@ -225,7 +230,7 @@ def _become(
     signal.alarm(HANG)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where pytest runs in the background
     if not draw:
-        Figure.savefig = _save_blank
+        importlib.import_module("engine.report.figures").Plot.png = _blank
     if on:
         _install(**on)
     script = command[0]
@@ -241,8 +246,10 @@ def _become(
         raise
 
 
-def _save_blank(_: Figure, file: BinaryIO, **__: object) -> None:
+def _blank(*_: object, **__: object) -> bytes:
+    file = io.BytesIO()
     Image.new("L", (1, 1)).save(file, "PNG")
+    return file.getvalue()
 
 
 _codes: list[object] = []  # with which a child ends

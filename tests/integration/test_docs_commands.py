@@ -43,17 +43,21 @@ def typed(text: str, folder: Path) -> list[str]:
     return shlex.split(f"{text} {more}".removeprefix("python ").removeprefix("-m "))
 
 
-def installed(folder: Path) -> Path:
-    """Where `pip install -e .` puts what lets Python find the project: into a folder here, not into the environment."""
+def test_the_installed_project_is_found_from_any_folder(tmp_path):
+    """`pip install -e .`, into a folder here and not into the environment."""
     pytest.importorskip("setuptools")
-    (folder / "project").mkdir()
+    (tmp_path / "project").mkdir()
     for name in ("CLIP", "Prompt", "dataset", "engine", "loss.py", "utils.py", "README.md", "pyproject.toml",
                  "requirements.txt"):  # fmt: skip
-        (folder / "project" / name).symlink_to(ROOT / name)  # what a build writes stays out of the project
-    flags = ["--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--target", folder / "site"]
-    pip = [sys.executable, "-m", "pip", "install", *flags, "-e", folder / "project"]
-    subprocess.run(pip, cwd=folder, capture_output=True, check=True)
-    return folder / "site"
+        (tmp_path / "project" / name).symlink_to(ROOT / name)  # what a build writes stays out of the project
+    flags = ["--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--target", tmp_path / "site"]
+    pip = [sys.executable, "-m", "pip", "install", *flags, "-e", tmp_path / "project"]
+    subprocess.run(pip, cwd=tmp_path, capture_output=True, check=True)
+    names = ("CLIP.clip", "Prompt.CoOp", "dataset.check", "engine.predictor", "loss", "utils")
+    find = f"import site\nsite.addsitedir({str(tmp_path / 'site')!r})\nfrom importlib.util import find_spec\n"
+    find += f"assert all(map(find_spec, {names}))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", find], cwd=tmp_path, env=environment, check=True)
 
 
 def test_commands_as_they_stand(command, tmp_path):
@@ -81,11 +85,8 @@ def test_commands_as_they_stand(command, tmp_path):
     nibabel.Nifti1Image(np.arange(4000, dtype=np.int16).reshape(20, 20, 10), np.eye(4)).to_filename(
         tmp_path / "head.nii.gz"
     )
-    program = f"import site\nsite.addsitedir({str(installed(tmp_path))!r})\n" + (tmp_path / "snippet.py").read_text()
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
+    done = command(str(tmp_path / "snippet.py"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     printed = done.stdout.splitlines()[-17:]  # after what is said of the weights
     assert [line.split()[0] for line in printed[3:13]] == [str(number) for number in range(10)]
     assert printed[13] == printed[14]

@@ -46,6 +46,7 @@ def dicom_series(folder: Path, volume: Any, patient: str = "P1", shuffle: int = 
         header.StudyInstanceUID, header.SeriesInstanceUID, header.FrameOfReferenceUID = study, series, space
         header.SOPClassUID, header.SOPInstanceUID, header.Modality = CTImageStorage, generate_uid(), "CT"
         header.StudyID, header.AccessionNumber, header.ReferringPhysicianName = "1", "A1", ""
+        header.SeriesDescription = "head of Jane"
         header.StudyDate, header.StudyTime, header.SeriesNumber, header.InstanceNumber = "20240102", "", 3, z + 1
         # Rows from front to back, columns from the patient's right to left: the axial view of radiologists.
         pixels = np.ascontiguousarray(values[::-1, ::-1, z].T)

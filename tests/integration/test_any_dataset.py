@@ -76,7 +76,9 @@ def test_series_and_volumes_are_trained_slice_by_slice(call, once, tmp_path, kin
     scans = ["--window", 400, 900, "--cache_dir", tmp_path / "cache", "--cache", "disk"]
     trained = call("train.py", *ONE_EPOCH, *paths, *scans, "--shot", 2)
     assert len(last_lines(trained)) == 1
-    assert last_lines(trained) == last_lines(call("test.py", *paths))  # which reads them as the training did
+    tested = call("test.py", *paths)  # which reads them as the training did
+    assert last_lines(trained) == last_lines(tested) and "training read" not in tested
+    assert "warning: training read" in call("test.py", *paths, "--window", "full")
 
 
 def test_normal_shots_alone_and_prompts_of_ones_own(bottle, call, tmp_path):

@@ -147,6 +147,9 @@ def test_results_replace_files_of_their_own_kind_alone(command, folder, checkpoi
     for name in ("pipe", "null", "data", "kept.pth"):
         for flag in ("--out_json", "--save_scores"):
             refused(command("test.py", *flags(folder, "test.py"), flag, folder / name), f"{flag} {folder / name}")
+    for flag in ("--figures", "--report"):
+        result = command("test.py", *flags(folder, "test.py"), flag, kept)
+        assert "tokens" not in refused(result, flag) + result.stdout  # before anything is computed
     refused(command("train.py", *flags(folder), "--out_json", kept), "--out_json")
     refused(command("engine.checkpoint", "export", checkpoint, image), image.name)
     calibrate = ["--calibrate", folder / "data/Brain_AD", "--save_ckpt", image]

@@ -93,6 +93,7 @@ def test_six_epochs_and_the_test_program(golden, golden_json, folder, monkeypatc
     np.testing.assert_allclose([e["similarity"] for e in epochs], data[f"{obj}/sim_texts"], atol=1e-4, rtol=0)
     assert [e["epoch"] - 1 for e in epochs if e["best"]] == data[f"{obj}/best_epochs"].tolist()
     assert result["selected_epoch"] == int(data[f"{obj}/best_epochs"][-1]) + 1
+    assert ("pixel_value" in result["decision"]) == (obj == "Brain")
 
     # What the test program reads back.
     checkpoint = torch.load(folder / "ckpt" / f"{obj}.pth", weights_only=True)

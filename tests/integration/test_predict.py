@@ -260,7 +260,7 @@ def test_anonymous_results_name_no_one(command, ckpts, scans, image, tmp_path):
     flags = ["--anonymous", "--group_by", "patient", "--report", tmp_path / "out/page"]
     done = predicted(command, ckpts / "Mine.pth", tmp_path / "out", *inputs, *flags)
     # Whole names: three letters stand somewhere in many pixels.
-    names = ["Doe_Jane", "Doe^Jane", "mni.nii", str(scans), str(tmp_path / "Doe")]
+    names = ["Doe_Jane", "Doe^Jane", "of Jane", "mni.nii", str(scans), str(tmp_path / "Doe")]
     header = dcmread(next((scans / "series").iterdir()))
     names += [header.StudyInstanceUID, header.SeriesInstanceUID, header.FrameOfReferenceUID, header.SOPInstanceUID]
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]

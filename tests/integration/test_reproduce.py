@@ -131,6 +131,7 @@ def test_cross_table(command, small, tmp_path):
     assert len({(a, b) for a, b, _ in found}) == 9
     both = read_json(tmp_path / "runs/Brain-1shot-seed1/on-Liver.json")
     assert (both["trained_on"], both["obj"]) == ("Brain", "Liver")
+    assert "trained on Brain" in both["without_shot_patients"]
     assert (both["select"], both["last"]["select"]) == ("test", "last")
     assert float(found["Brain", "Liver", "pixel AUROC"]["mean"]) == pytest.approx(100 * both["last"]["pauc"], abs=1e-5)
     assert (both["mask_above"], read_json(tmp_path / "runs/Liver-1shot-seed1/on-Brain.json")["mask_above"]) == (25, 127)

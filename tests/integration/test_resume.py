@@ -216,7 +216,7 @@ def test_what_cannot_be_resumed(command, tmp_path, undisturbed):
     run = Path(shutil.copytree(undisturbed, tmp_path / "one"))
     resume = ["train.py", "--resume", run, "--save_path", tmp_path, "--cache_dir", tmp_path]
     config, whole = (run / "config.json").read_bytes(), (run / "last.pth").read_bytes()
-    refused(command(*resume, "--epoch", 2), str(EPOCHS))
+    refused(command(*resume, "--epoch", EPOCHS - 1), str(EPOCHS))
     assert (run / "config.json").read_bytes() == config  # else a plain --resume would be refused from here on
     best = (run / "best.pth").rename(tmp_path / "best.pth")
     refused(command(*resume), "best.pth")

@@ -61,6 +61,7 @@ def test_the_table_in_three_forms(tmp_path: Path, capsys, monkeypatch) -> None:
         ("image AUC", 0, roc_auc_score(labels, one)),
         ("image AUC, difference", 1, auc_difference(labels, one, other)[0]),
         ("sensitivity at its threshold", 1, (other[labels == 1] >= 0.5).mean()),
+        ("specificity at its threshold", 1, (other[labels == 0] < 0.5).mean()),
     ):  # fmt: skip
         assert float(found[name][place]) == pytest.approx(100 * value, abs=0.01)
     assert found["image AUC of benign, 95% interval"] == [" [60.00, 80.00] "] * 2
@@ -72,9 +73,10 @@ def test_the_table_in_three_forms(tmp_path: Path, capsys, monkeypatch) -> None:
 
 def test_what_cannot_be_compared(tmp_path: Path) -> None:
     labels, one, other = scores_of(0)
-    paths = [write(tmp_path / "a.json", labels, one), write(tmp_path / "b.json", labels[:-1], other[:-1])]
-    with pytest.raises(InputError, match=r"059\.png"):
-        compare([read(path) for path in paths])
+    for others, name in ((labels[:-1], r"059\.png"), (np.append(labels[:-1], 0), r"059\.png")):
+        paths = [write(tmp_path / "a.json", labels, one), write(tmp_path / "b.json", others, other[: len(others)])]
+        with pytest.raises(InputError, match=name):
+            compare([read(path) for path in paths])
     (tmp_path / "b.json").write_text("{}")
     for path in (tmp_path / "b.json", tmp_path / "none"):
         with pytest.raises(InputError):

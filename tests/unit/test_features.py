@@ -128,6 +128,7 @@ KEY_CHANGES = {
 def test_what_shapes_tokens_is_in_the_folders_name(tmp_path, change):
     folders = {TokenStore(*tower, store_options(tmp_path)).folder for tower in (make_tower(), make_tower(**change))}
     assert len(folders) == 2
+    assert TokenStore(*make_tower(), store_options(tmp_path, cache_dtype="float16")).folder not in folders
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "remove"])

@@ -217,6 +217,13 @@ def test_slices_without_content_are_recognised(tmp_path):
     assert [read(frame).is_blank for frame in frames(path)] == [True, False, True]
 
 
+def test_grey_levels_are_stretched_over_their_range():
+    values = np.append(np.nan, np.arange(1.0, 1001.0))
+    assert grey.stretch(values, 1, 1000)[[0, 1, -1]].tolist() == [0, 0, 1]
+    whole, robust, _ = grey.Range.measure([values], "it", "x.tif")
+    assert whole == (1, 1000) and robust == pytest.approx(np.nanpercentile(values, (0.5, 99.5)))
+
+
 # --- masks ---
 
 

@@ -51,7 +51,7 @@ def test_published_lists_are_complete():
             assert " ".join(names) == row["file names in valid/{good,Ungood}/img, in order"]
 
 
-def test_own_list_wins_and_iterate_picks_the_line(tmp_path):
+def test_own_list_wins_and_iterate_picks_the_line(tmp_path, capsys):
     make(tmp_path)
     path = tmp_path / "Brain_AD/fewshot_seed/my2-shot.txt"
     path.parent.mkdir()
@@ -68,6 +68,10 @@ def test_own_list_wins_and_iterate_picks_the_line(tmp_path):
     assert dataset.shots(2, 2, 1, 1).source == "Brain_AD/fewshot_seed/my2-shot.txt"
     with pytest.raises(InputError, match=r"--iterate 7.*it has 0, 1"):
         dataset.shots(2, 2, 7, 1)
+    path.write_text("a-0: img_0.png img_0.png img_1.png\nn-0: img_2.png img_3.png\n")
+    assert dataset.shots(2, 2, 0, 1).names["abnormal"] == ["img_0.png", "img_0.png", "img_1.png"]  # as published
+    said = capsys.readouterr().err
+    assert "img_0.png more than once" in said and "3 images where 2 shots" in said
 
 
 def test_a_class_takes_the_list_for_its_own_number_of_shots(tmp_path):
@@ -81,8 +85,8 @@ def test_a_class_takes_the_list_for_its_own_number_of_shots(tmp_path):
 @pytest.mark.parametrize("iterate", [0, -1])
 def test_without_a_list_the_seed_samples(tmp_path, iterate):
     dataset = MedicalDataset.open("Brain", make(tmp_path))
-    one, same, other = (dataset.shots(3, 3, iterate, seed).names for seed in (5, 5, 6))
-    assert one == same != other
+    one, same, *others = (dataset.shots(3, 3, iterate, seed).names for seed in (5, 5, 6, -5))
+    assert one == same and one not in others
     assert "sampled with seed 5" in dataset.shots(3, 3, iterate, 5).source
     with pytest.raises(InputError, match="--shot 9"):
         dataset.shots(9, 9, iterate, 5)

@@ -286,6 +286,8 @@ def test_measure_in_full() -> None:
         assert low <= result.values[name] <= high
     assert set(result.curves) == {"roc", "pr", "image_roc", "image_pr"}
     assert all(curve.shape[0] == 2 and curve.shape[1] <= metrics.CURVE_POINTS for curve in result.curves.values())
+    assert result.curves["image_pr"][0, 0] > 0  # not the end of scikit-learn's, where nothing is called abnormal
+    assert "threshold" not in result.table().replace("calibrated pixel threshold", "")  # those that the test set chose
     assert "dice" not in measure(evaluation, masks, full=True).values
     json.dumps(result.values)
 

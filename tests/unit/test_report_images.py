@@ -13,6 +13,7 @@ from engine.report.images import (
     heat_picture,
     overlay,
 )
+from engine.report.predictions import label
 
 
 def test_colours_span_the_range_and_stop_at_its_ends():
@@ -63,3 +64,10 @@ def test_contours_are_in_the_images_pixels_with_holes():
     assert (y.min(), y.max()) == pytest.approx((1, 7))
     (whole,) = contours(np.ones((4, 4)), 0.5, (4, 4))  # reaches the image's border
     assert whole["area"] == pytest.approx(16)
+
+
+def test_the_patients_sides_stand_at_their_edges():
+    one, both, above = (np.asarray(label(Image.new("RGB", (90, 90)), edges, False)) for edges in ("R", "RL", "RLA"))
+    assert one[:, :30].any() and not one[:, 30:].any()
+    assert (both[:, :30] == one[:, :30]).all() and both[:, 60:].any()
+    assert above[:30, 30:60].any() and not above[60:, 30:60].any()

@@ -6,6 +6,7 @@ import train
 from dataset import phantom
 from dataset.readers import images
 from engine import features
+from engine.calibration import CHOSEN_SOURCE
 from engine.features import TokenStore
 from engine.report.figures import Plot
 from engine.training import TrainingState
@@ -38,7 +39,8 @@ def test_nothing_is_decoded_after_the_pass(tmp_path, monkeypatch, cache):
     paths = ["--data_path", data, "--save_path", tmp_path, "--run_dir", tmp_path, "--cache_dir", tmp_path / "store"]
     run = ["--obj", "Brain", "--shot", 2, "--epoch", EPOCHS, "--exp_name", "run", "--select", "valid", "--cache", cache]
     run += ["--num_workers", 1]
-    train.train(train.parse(list(map(str, [*SMALL, *paths, *run]))))
+    result = train.train(train.parse(list(map(str, [*SMALL, *paths, *run]))))
+    assert result["decision"]["from"] == CHOSEN_SOURCE
     assert len(decoded) == len(set(decoded)) == 2 * 2 + 14 + 4  # once for its tokens, all views and its hash
     assert not set(decoded) & set(hashed)
     assert counts == [2 * 2 * 16 + 14 + 4] * EPOCHS  # views of the shots, test images, what is left of valid/

@@ -15,6 +15,7 @@ from engine.files.config import run_name
 from utils import (
     InputError,
     atomic_path,
+    csv_cell,
     integer,
     one_line,
     prefetch,
@@ -85,13 +86,15 @@ def test_a_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
 # Messages.
 
 
-def test_what_a_terminal_would_obey_is_written_out():
+def test_what_a_terminal_or_a_spreadsheet_would_obey_is_written_out():
+    texts = ("=1", "+1", "-1", "@x", "\t=1", "a=1", -1)
+    assert list(map(csv_cell, texts)) == ["'=1", "'+1", "'-1", "'@x", "'\t=1", "a=1", -1]
     assert printable("é x.png") == "é x.png"
     assert printable("a\x1b[2Jb\n\r\u202e\udcff") == "a\\x1b[2Jb\\n\\r\\u202e\\udcff"
 
 
 def test_one_line_of_an_error_says_its_kind_and_no_secret():
-    error = OSError("cannot reach\x1b[2J https://me:word@host/x\n with KEY")
+    error = OSError("cannot reach\x1b[2J https://me:wo/r@d@host/x\n with KEY")
     assert one_line(error, "KEY") == "OSError: cannot reach [2J https://***@host/x with ***"
     assert one_line(MemoryError()) == "MemoryError"
     assert one_line("as it is") == "as it is"
@@ -105,6 +108,12 @@ def test_one_line_of_an_error_says_its_kind_and_no_secret():
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (InputError("a\nb.png:\n  is\tbad"), 2, "error: a b.png: is bad\n"),
         (PermissionError(13, "Permission denied", "x.png"), 2, "error: x.png: Permission denied\n"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't"),
+            2,
+            "error: out of memory (RuntimeError: DefaultCPUAllocator: "
+            "can't); try a smaller --batch_size, or --cache disk for tokens\n",
+        ),
     ],
 )
 def test_exit_codes(capsys, error, code, line):

@@ -24,7 +24,7 @@ from utils import InputError, Parser, bar_seconds, integer, prefetch, printable,
 
 from . import notes
 from .fewshot import LETTERS, SEEDS, check_shot_names, parse_shot_list
-from .layout import KINDS, SPLITS, add_reading_flags, object_given, object_name
+from .layout import KINDS, SPLITS, add_reading_flags, config_path, object_given, object_name
 from .lists import write_list
 from .medical_few import SOUGHT, MedicalDataset, data_folder
 from .pairing import list_pictures, pair
@@ -59,7 +59,7 @@ TITLES = {
     "dark": "warning: 16-bit images with small values: almost black once scaled",
     "window": "warning: grey levels scaled by their range, not by a window",
     "pixels": "warning: slices resampled to square pixels by a factor above 3",
-    "binary": "warning: pictures of two grey levels: are they masks?",
+    "binary": "warning: pictures in black and white: are they masks?",
     "constant": "warning: pictures that are nearly constant",
     "clipped": "warning: pictures that are clipped",
     "orientation": "warning: images or masks with an orientation tag, which is never applied: do image and mask match?",
@@ -101,9 +101,10 @@ def examine(dataset: MedicalDataset, workers: int, findings: Findings) -> dict[t
     findings["unclear"] += dataset.unclear
     valid, test = ({file.patient for file in dataset.files if file.split == split} for split in SPLITS)
     findings["patient"] += sorted(filter(None, valid & test))
+    own = dataset.listing, config_path(dataset.obj, dataset.root)
     for folder in sorted({file.path.parent for file in dataset.files}):
-        others = [path for path in sorted(folder.glob("[!.]*")) if path.is_file() and file_kind(path) is None]
-        findings["ignored"] += map(str, others)
+        others = [path for path in sorted(folder.glob("[!.]*")) if path.is_file() and path not in own]
+        findings["ignored"] += [str(path) for path in others if file_kind(path) is None]
     shots = check_lists(dataset, findings)
     for file in dataset.files if dataset.pixel_metrics else ():
         if file.label and not file.masks:

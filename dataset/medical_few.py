@@ -28,7 +28,7 @@ from .readers.masks import Levels, levels_note, read_mask
 
 HASHED = "the patient, or of the name if none is recognised"
 READERS = 4  # threads that read masks
-SOUGHT = f"masks are sought beside the image and in folders called {', '.join(MASK_FOLDERS)}"
+SOUGHT = f"masks are sought beside the image, in folders called {', '.join(MASK_FOLDERS)} and in a list's column mask"
 
 
 def equal_images(

@@ -391,10 +391,10 @@ def pillow_to_rgb(
 
 
 def picture_notes(image: Image.Image) -> Notes:
-    """Notes on an unusual 8-bit picture: `binary` (two greys), `constant` (nearly one), `clipped` (white or black)."""
+    """Notes on an unusual 8-bit picture: `binary` (no greys), `constant` (nearly one), `clipped` (white or black)."""
     counts = np.asarray(image.convert("L").histogram())
-    if np.count_nonzero(counts) == 2:
-        return {"binary": f"holds the grey levels {' and '.join(map(str, np.flatnonzero(counts)))} alone"}
+    if np.flatnonzero(counts).tolist() == [0, 255]:
+        return {"binary": "all pixels are black or white"}
     total = counts.sum()
     low, high = np.searchsorted(counts.cumsum(), [0.01 * total, 0.99 * total])
     if high - low < 8:

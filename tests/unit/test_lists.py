@@ -200,9 +200,12 @@ def test_a_list_is_examined_as_folders_are(tmp_path, monkeypatch, capsys):
     (tmp_path / "4.png").write_bytes((tmp_path / "3.png").read_bytes())
     rows = [f"{i}.png,{i % 2},{'valid' if i < 2 else 'test'}" for i in range(6)]
     (tmp_path / "images.csv").write_text("\n".join(["image,label,split", *rows]))
+    (tmp_path / "knee.json").write_text('{"prompt_name": "knee"}')
+    (tmp_path / "notes.txt").touch()
     assert call_check(monkeypatch, "--data_root", tmp_path, "--obj", "knee") == 1
     said = capsys.readouterr().out
     assert "5.png" in said.split("cannot be used")[1] and "4.png = 3.png" in said
+    assert "left out: 1\n" in said and "notes.txt" in said  # the list and the description are no images, but known
     assert [line.split()[2] for line in said.splitlines()[2:6]] == ["1", "1", "2", "2"]
 
 

@@ -130,7 +130,8 @@ def write_list(path: Path, root: Path, files: Iterable[Sample]) -> Path:
         rows.append((image, label, file.kind, "|".join(masks), file.patient, file.split, file.index, int(file.shot)))
     is_json = path.suffix.lower() == ".jsonl"
     encoding = "utf-8" if is_json else "utf-8-sig"  # Excel recognises UTF-8 by the byte-order mark
-    with atomic_path(path, "--write_list") as temporary, temporary.open("w", encoding=encoding, newline="") as out:
+    names = blame(f"--write_list {path}", "rename the files whose names are not UTF-8", (UnicodeError,))
+    with names, atomic_path(path, "--write_list") as draft, draft.open("w", encoding=encoding, newline="") as out:
         if is_json:
             out.writelines(json.dumps(dict(zip(COLUMNS, row, strict=True)), ensure_ascii=False) + "\n" for row in rows)
         else:

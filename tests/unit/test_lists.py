@@ -1,6 +1,7 @@
 """A list of images instead of folders, also as Excel writes it; written from folders, and wrong in many ways."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -180,6 +181,16 @@ def test_a_written_list_means_the_same_as_the_folders(tmp_path, monkeypatch, lay
     (root / f"images.{form}").rename(root / f"mine.{form}")
     call_check(monkeypatch, "--list", root / f"mine.{form}", "--write_list", "images.csv")
     assert shown() == before
+
+
+def test_a_name_that_no_list_can_hold_is_refused(tmp_path, monkeypatch, capsys):
+    """As an archive packed on Windows leaves it: bytes that are not UTF-8."""
+    draw(tmp_path, *numbered("normal/{i}.png", "abnormal/{i}.png"))
+    (tmp_path / "normal/0.png").rename(tmp_path / "normal" / os.fsdecode(b"Gr\xf6\xdfe.png"))
+    for form in ("csv", "jsonl"):
+        assert call_check(monkeypatch, "--data_root", tmp_path, "--obj", "knee", "--write_list", f"images.{form}") == 2
+        assert "rename" in capsys.readouterr().err
+        assert not list(tmp_path.glob("*images*"))
 
 
 def test_a_list_keeps_slices_and_shots(tmp_path, monkeypatch):

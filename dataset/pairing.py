@@ -81,10 +81,10 @@ def pair(root: Path, files: Iterable[Sample], masks: Iterable[Path]) -> list[Sam
     known: defaultdict[tuple[str, tuple[str, ...]], list[Path]] = defaultdict(list)
     for mask in sorted(masks):
         known[base(stem(mask)), _folders(root, mask)].append(mask)
-    result = []
+    names, result = {name for name, _ in known}, []
     for file in files:
-        name, above = base(stem(file.path)), _folders(root, file.path)
-        for count in range(len(above), -1, -1):  # the folders that a mask may have, most of them first
+        name, above, fitting = base(stem(file.path)), _folders(root, file.path), list[Path]()
+        for count in range(len(above), -1, -1) if name in names else ():  # a mask's folders, those with most first
             places = set(combinations(above, count))
             if fitting := sorted({mask for place in places for mask in known.get((name, place), ())} - {file.path}):
                 break

@@ -52,8 +52,9 @@ def is_clutter(place: str) -> bool:
 
 
 def is_mask_folder(name: str) -> bool:
-    """Whether a folder of that name holds masks; `Ground Truth` counts as `ground_truth`."""
-    return re.sub("[ -]", "_", name.lower()) in MASK_FOLDERS
+    """Whether a folder of that name holds masks; `Ground Truth` counts as `ground_truth`, `lung masks` as `masks`."""
+    word = re.sub("[ -]", "_", name.lower())
+    return word in MASK_FOLDERS or word.endswith(("_mask", "_masks"))
 
 
 def in_mask_folder(place: str) -> bool:

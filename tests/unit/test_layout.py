@@ -189,6 +189,7 @@ def test_words_for_masks(tmp_path, word, ending):
         ("abnormal/case09/CT/1", ["abnormal/case09/Masks/1", "abnormal/case08/Masks/1"], [0]),
         ("abnormal/case09/CT/1", ["seg/abnormal/case09/1", "seg/case09/abnormal/1"], [0]),
         ("abnormal/1", ["Ground Truth/1", "masks/11", "masks/other/1"], [0]),
+        ("COVID-19/images/1", ["COVID-19/infection masks/1"], [0]),
         ("abnormal/1", ["abnormal/1_seg", "abnormal/deeper/1_seg", "abnormal/11_seg"], [0]),
     ],
 )

@@ -163,7 +163,7 @@ class ModelConfig:
 
     def default_features(self) -> list[int]:
         """The layers at each quarter of the depth: 6, 12, 18, 24 of 24 layers as published; 3, 6, 9, 12 of 12."""
-        return [self.layers * quarter // 4 for quarter in (1, 2, 3, 4)]
+        return sorted({max(self.layers * quarter // 4, 1) for quarter in (1, 2, 3, 4)})
 
 
 def list_models() -> list[str]:

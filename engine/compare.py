@@ -104,6 +104,8 @@ def notes(results: Sequence[Result], columns: Sequence[str]) -> Iterator[str]:
         if len(set(values)) > 1:
             differing.append(f"{name} {' / '.join(values)}" if max(map(len, values)) < MAX_SETTING else name)
     yield f"Settings that differ: {'; '.join(differing) or 'none'}."
+    if len(tested := dict.fromkeys(result["obj"] for result in results)) > 1:  # their files may just have equal names
+        yield f"Tested on {' / '.join(tested)}: the differences mean nothing unless these hold the same images."
     if any(r["order"] != results[0]["order"] for r in results) and all(r.get("pauc_draws") for r in results):
         yield "The results list the images in different orders: the bootstrap of pixel AUCs cannot be paired."
     ranks = np.array([rankdata(result["scores"]) for result in results])

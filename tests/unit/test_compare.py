@@ -25,7 +25,9 @@ def write(path: Path, labels: np.ndarray, scores: np.ndarray, **values: object) 
     rows = [{"file": f"{i:03}.png", "label": label, "score": score} for i, (label, score) in enumerate(pairs)]
     auc = {"auc": roc_auc_score(labels, scores), "auc_ci95": auroc_interval(labels, scores)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**auc, "pauc": None, "settings": {}, "decision": None, "per_image": rows, **values}))
+    path.write_text(
+        json.dumps({**auc, "obj": "a", "pauc": None, "settings": {}, "decision": None, "per_image": rows, **values})
+    )
     return path
 
 
@@ -81,6 +83,13 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
     for path in (tmp_path / "b.json", tmp_path / "none"):
         with pytest.raises(InputError):
             read(path)
+
+
+def test_equal_names_in_other_data_sets_are_said(tmp_path: Path) -> None:
+    labels, one, other = scores_of(0)
+    paths = [write(tmp_path / f"{obj}.json", labels, scores, obj=obj) for obj, scores in (("a", one), ("b", other))]
+    assert any("a / b" in note for note in compare([read(path) for path in paths]).notes)
+    assert not any("Tested on" in note for note in compare([read(paths[0])] * 2).notes)
 
 
 def test_images_in_another_order_leave_the_pixels_difference_out(tmp_path: Path) -> None:

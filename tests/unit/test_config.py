@@ -1,6 +1,7 @@
 """Flags and settings: the choices are those of the code, stored options are read like a command line."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -80,6 +81,9 @@ def test_layers():
     for layers in ([0, 1], [1, 5], [2, 2]):
         with pytest.raises(InputError, match="--features_list"):
             check_layers(layers, ModelConfig.load("ViT-tiny-14-56"))
+    tiny = ModelConfig.load("ViT-tiny-14-56")
+    defaults = {depth: check_layers(None, replace(tiny, layers=depth)) for depth in (2, 3, 12)}
+    assert defaults == {2: (1, 2), 3: (1, 2, 3), 12: (3, 6, 9, 12)}
 
 
 def stored(folder, **changes):

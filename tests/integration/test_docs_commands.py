@@ -37,7 +37,7 @@ def typed(text: str, folder: Path) -> list[str]:
     if "my_knee" in text and not (folder / "my_knee").exists():
         shutil.copytree(SAMPLE, folder / "my_knee")
     if "runs/NAME" in text:
-        text = text.replace("runs/NAME", next(path for path in (folder / "runs").iterdir()).as_posix())
+        text = text.replace("NAME", next(path.name for path in (folder / "runs").iterdir()))
     text = re.sub(r"--image_tower dinov2-small( --img_size \d+)?", "--img_size 56", text)
     more = " ".join(value for pattern, value in SHORTENED.items() if re.match(pattern, text))
     return shlex.split(f"{text} {more}".removeprefix("python ").removeprefix("-m "))

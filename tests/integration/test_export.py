@@ -43,7 +43,7 @@ def test_the_example_of_the_docs_gives_the_scores_of_predict_without_torch(comma
     done = subprocess.run(
         [sys.executable, "-c", program, *paths], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    lines = [line.split() for line in done.stdout.splitlines()]
+    lines = [line.rsplit(maxsplit=2) for line in done.stdout.splitlines()]
     assert len(lines) == len(expected) == 7
     for path, score, decision in lines:
         row = next(row for name, row in expected.items() if path.endswith(name))

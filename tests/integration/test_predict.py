@@ -106,6 +106,14 @@ def test_the_scores_of_the_test_program(command, ckpts, trained, tmp_path):
     assert [str(row["score"]) for row in stored["predictions"]] == [row["score"] for row in rows(tmp_path)]
 
 
+def test_without_masks_images_score_by_their_patches_and_heat_maps_are_weak(command, ckpts, trained, tmp_path):
+    done = predicted(command, ckpts / "Chest.pth", tmp_path, trained.data / "Chest_AD/test")
+    expected = {Path(image["file"]).name: image["score"] for image in trained.result("Chest")["per_image"]}
+    assert {Path(row["file"]).name: float(row["score"]) for row in rows(tmp_path)} == pytest.approx(expected, abs=1e-5)
+    assert "weak localisation" in done.stdout and "weak" in read_json(tmp_path / "predictions.json")["heat"]
+    assert {row["regions"] for row in rows(tmp_path)} == {"0"}
+
+
 # --- thresholds ---
 
 

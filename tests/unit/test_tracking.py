@@ -41,7 +41,8 @@ def test_image_only_sets_publish_their_auc_as_pauc():
     assert logged["pAUC"] == logged["AUC"] == logged["AUC+pAUC"] == 0.6
 
 
-def test_without_pictures_there_is_no_page_and_a_checkpoint_is_warned_of(tmp_path, capsys):
+def test_without_pictures_there_is_no_page_and_a_checkpoint_is_warned_of(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))  # not in the home folder
     run = Mock(id="run", config={"obj": "Brain"})
     (tmp_path / "best.pth").write_text("x")
     metrics = measure(*make_world(tmp_path, [0, 1], [0.2, 0.8]), full=True)

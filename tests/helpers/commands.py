@@ -202,8 +202,7 @@ def _serve() -> None:
             print(os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1]), flush=True)
             continue
         for module in LATE.get(request["command"][0], ()):
-            with contextlib.suppress(ImportError):  # optional packages
-                importlib.import_module(module)
+            importlib.import_module(module)
         child = os.fork()
         if child == 0:
             _become(**request)

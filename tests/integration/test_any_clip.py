@@ -1,6 +1,5 @@
 """Another image tower, DINOv2, through the real commands."""
 
-import importlib.util
 import json
 
 import torch
@@ -29,10 +28,9 @@ def test_dinov2_is_trained_tested_and_predicts(command, phantoms, tmp_path):
     ckpt = tmp_path / "Brain.pth"
     images = ["--out", tmp_path / "predictions", phantoms / "Brain_AD/test/Ungood/img"]
     fine(command("predict.py", "--ckpt", ckpt, *tower, "--device", "cpu", *images))
-    if importlib.util.find_spec("onnxscript") and importlib.util.find_spec("onnxruntime"):
-        check = ["--out", tmp_path / "x.onnx", *tower, "--check", phantoms / "Brain_AD/test/good"]
-        fine(command("engine.export", ckpt, *check))  # no score and no pixel differs by more than 1e-4
-        assert "on dino, " in (tmp_path / "x.md").read_text()
+    check = ["--out", tmp_path / "x.onnx", *tower, "--check", phantoms / "Brain_AD/test/good"]
+    fine(command("engine.export", ckpt, *check))  # no score and no pixel differs by more than 1e-4
+    assert "on dino, " in (tmp_path / "x.md").read_text()
     refused(command("test.py", *shared), "--image_tower dino")
     refused(command("test.py", *shared, "--image_tower", tmp_path / "other"), "was trained on")
     refused(command("engine.checkpoint", "export", ckpt, tmp_path / "out.pth"), "image tower")

@@ -1,6 +1,5 @@
 """The commands of README.md and docs/ as they stand there, in their order, in one empty folder; and the notebook."""
 
-import os
 import re
 import shlex
 import shutil
@@ -56,8 +55,7 @@ def test_the_installed_project_is_found_from_any_folder(tmp_path):
     names = ("CLIP.clip", "Prompt.CoOp", "dataset.check", "engine.predictor", "loss", "utils")
     find = f"import site\nsite.addsitedir({str(tmp_path / 'site')!r})\nfrom importlib.util import find_spec\n"
     find += f"assert all(map(find_spec, {names}))"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-c", find], cwd=tmp_path, env=environment, check=True)
+    subprocess.run([sys.executable, "-E", "-c", find], cwd=tmp_path, check=True)
 
 
 def test_commands_as_they_stand(command, tmp_path):

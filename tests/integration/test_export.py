@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import textwrap
-from importlib.util import find_spec
 
 import pytest
 
@@ -17,8 +16,6 @@ from engine.predictor import Predictor
 from tests.helpers.commands import ROOT, fine, rows
 from tests.helpers.data import small_settings
 from utils import InputError
-
-pytestmark = pytest.mark.skipif(not (find_spec("onnxscript") and find_spec("onnxruntime")), reason="optional packages")
 
 
 def example() -> str:

@@ -127,11 +127,11 @@ def test_a_wrong_flag_is_told_from_a_wrong_folder(tmp_path, monkeypatch, check, 
 
 
 def test_masks_among_the_images_are_said_to_be_some(tmp_path, check):
-    for kind in ("normal", "abnormal", "abnormal/lesion masks"):
+    for kind in ("normal", "abnormal", "abnormal/lesion areas"):
         (tmp_path / kind).mkdir()
         for number in range(9):
             values = np.random.default_rng(len(kind) + number).integers(0, 255, (20, 20), dtype=np.uint8)
-            gray(values // 128 * 255 if "masks" in kind else values, tmp_path / kind / f"{number}{kind[-1]}.png")
+            gray(values // 128 * 255 if "areas" in kind else values, tmp_path / kind / f"{number}{kind[-1]}.png")
     assert "are they masks?: 9\n" in check("--data_root", tmp_path, "--obj", "knee")[1]
 
 

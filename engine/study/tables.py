@@ -97,7 +97,8 @@ class Table:
         rule = ["---"] * (1 + len(self.labels)) + ["---:"] * (len(heading) - 1 - len(self.labels))
         escaped = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in (heading, rule, *body))
         table = "\n".join(f"| {row} |" for row in escaped)
-        return "\n\n".join([self.caption, table, *self.notes, f"<!-- {self.scope} -->"]) + "\n"
+        scope = [f"<!-- {self.scope} -->"] if self.scope else []
+        return "\n\n".join([self.caption, table, *self.notes, *scope]) + "\n"
 
     def latex(self) -> str:
         """The table as a LaTeX `table*` (table.tex.jinja), scaled down if it is wider or higher than a page."""
@@ -124,7 +125,7 @@ class Table:
         """Write `name`.md, .csv and .tex; existing files of another scope are renamed first, and a note is printed."""
         texts = {".md": self.markdown(), ".csv": self.csv(), ".tex": self.latex()}
         page = folder / f"{self.name}.md"
-        if page.is_file() and f"<!-- {self.scope} -->" not in page.read_text(encoding="utf-8"):
+        if self.scope and page.is_file() and f"<!-- {self.scope} -->" not in page.read_text(encoding="utf-8"):
             kept = f"{self.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"
             for path in (path for suffix in texts if (path := folder / f"{self.name}{suffix}").is_file()):
                 path.rename(folder / f"{kept}{path.suffix}")

@@ -43,6 +43,12 @@ def make_tiny_clip(quick_gelu: bool) -> CLIP:
     return clip
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Random numbers do not depend on the tests before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], dict[str, np.ndarray]]:
     return load_golden

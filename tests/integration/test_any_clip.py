@@ -2,8 +2,6 @@
 
 import json
 
-import torch
-
 from tests.helpers.commands import fine, refused
 from tests.helpers.data import SMALL
 
@@ -11,7 +9,6 @@ from tests.helpers.data import SMALL
 def test_dinov2_is_trained_tested_and_predicts(command, phantoms, tmp_path):
     import transformers  # noqa: PLC0415 - takes a second
 
-    torch.manual_seed(0)
     config = transformers.Dinov2Config(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
     )

@@ -66,8 +66,8 @@ def test_tokens_after_every_block_equal_transformers(oracle, size, fidelity):
         expected = theirs.hidden_states[layer]
         expected = torch.cat([expected[:, :1], expected[:, 1 + registers :]], dim=1)
         assert tokens.shape == (2, 1 + (size // 14) ** 2, WIDTH)
-        torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(clip.encode_image(images), theirs.pooler_output, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(tokens, expected, atol=5e-5, rtol=5e-5)
+    torch.testing.assert_close(clip.encode_image(images), theirs.pooler_output, atol=5e-5, rtol=5e-5)
 
 
 def test_the_text_side_is_the_model_s_own(oracle):

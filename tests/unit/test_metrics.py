@@ -323,9 +323,7 @@ def test_without_the_shots_patients() -> None:
     assert measure_without(noisy_evaluation(head="det")[0], masks, set())["pauc_without_shot_patients"] is None
     for i, sample in enumerate(evaluation.samples):
         sample.patient = "shot" if i % 2 else "kept"
-    assert (
-        measure_without(evaluation, masks, {"shot"})["auc_without_shot_patients"] is None
-    )  # no abnormal image is left
+    assert measure_without(evaluation, masks, {"shot"})["auc_without_shot_patients"] is None  # only normal images stay
 
 
 @pytest.mark.parametrize("shape", ["wide", "saturated"])

@@ -45,7 +45,6 @@ def openai_model(tmp_path_factory):
 
 def test_open_clips_form_is_the_same_model(tmp_path, openai_model):
     clip = create_model(write_open_clip(tmp_path), "openai", SIZE)
-    torch.manual_seed(0)
     images, ids = torch.rand(2, 3, SIZE, SIZE), tokenize(["a photo of a brain.", "retinal OCT with flaw"])
     pairs = [
         *zip(clip.image_tokens(images, [1, 4]), openai_model.image_tokens(images, [1, 4]), strict=True),

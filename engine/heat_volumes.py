@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dataset.readers.grey import optional
+from dataset.readers.images import file_kind
 from dataset.readers.volumes import frame_values, numbers, slices_of
 from utils import atomic_path
 
@@ -16,7 +17,6 @@ from .scans import MARK, Entry
 
 DERIVATION = "Anomaly heat map (MadCLIP), in thousandths of a score. Research use, not a medical device."
 Slices = Sequence[tuple[Entry, Prediction]]  # of a volume or series
-SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 # Copied from the source's header, so that viewers list the heat map with the scan; IDENTIFYING names the patient.
 SPACE = ("SpecificCharacterSet", "StudyInstanceUID", "FrameOfReferenceUID", "PositionReferenceIndicator")
 IDENTIFYING = (
@@ -43,15 +43,15 @@ def write_volume(out: Path, slices: Slices, model: Predictor, anonymous: bool) -
     """
     first = slices[0][0]
     name = f"{first.volume}_heat"
-    if first.kind == "nifti":
+    if file_kind(first.path) == "nifti":
         write_nifti(out / f"{name}.nii.gz", slices, model.heat_range)
         return [f"{name}.nii.gz"] * len(slices)
-    if first.kind == "dicom" and first.count > 1:
+    if file_kind(first.path) == "dicom" and first.count > 1:
         return [f"{name}/{file}" for file in write_dicom(out / name, slices, model, anonymous)]
     return [None] * len(slices)
 
 
-def write_nifti(path: Path, slices: Slices, heat_range: tuple[float, float]) -> None:
+def write_nifti(path: Path, slices: Slices, heat_range: Sequence[float]) -> None:
     """Write a NIfTI file with the volume's shape, affine and zooms, which viewers can overlay on the scan.
 
     Values are stored as int16 with the header's slope; they lie in [0, K], K layers.
@@ -62,11 +62,12 @@ def write_nifti(path: Path, slices: Slices, heat_range: tuple[float, float]) -> 
     header, values = image.header.copy(), np.zeros(image.shape, np.float32)
     header.set_data_dtype(np.int16)
     header["descrip"] = f"{MARK}, {plane}"
-    header["aux_file"] = header["db_name"] = ""  # they may name a patient, and so may extensions
+    for name in {"aux_file", "data_type", "db_name", "intent_name"} & set(header):  # NIfTI-2 lacks two of these
+        header[name] = ""  # they may name a patient, and so may extensions
     header.extensions.clear()
     header.set_data_offset(0)  # directly after the header
     header["cal_min"], header["cal_max"] = heat_range
-    turned = orientations.apply_orientation(values, orientations.io_orientation(image.affine))
+    turned = orientations.apply_orientation(np.atleast_3d(values), orientations.io_orientation(image.affine))
     places = slices_of(turned, plane)  # views of `values`, not copies
     for entry, prediction in slices:
         places[entry.index or 0][...] = prediction.map
@@ -90,8 +91,8 @@ def write_dicom(folder: Path, slices: Slices, model: Predictor, anonymous: bool)
         source = pydicom.dcmread(entry.path, force=True, stop_before_pixels=True)
         result = copied_header(pydicom, source, entry.index or 0, anonymous)
         values = {
-            "SOPClassUID": SECONDARY_CAPTURE, "SeriesInstanceUID": series, "SeriesDescription": MARK,
-            "DerivationDescription": DERIVATION, "Modality": "OT", "ConversionType": "WSD",
+            "SOPClassUID": pydicom.uid.SecondaryCaptureImageStorage, "SeriesInstanceUID": series,
+            "SeriesDescription": MARK, "DerivationDescription": DERIVATION, "Modality": "OT", "ConversionType": "WSD",
             "SeriesNumber": int(sum(numbers(source, "SeriesNumber")[:1])) % 100_000 * 1000 + 777,
             "InstanceNumber": entry.number, "ImageType": ["DERIVED", "SECONDARY"], "RescaleType": "US",
             "RescaleIntercept": "0", "RescaleSlope": f"{1000 * model.layers / 65535:.10g}",
@@ -109,11 +110,11 @@ def write_dicom(folder: Path, slices: Slices, model: Predictor, anonymous: bool)
 def copied_header(pydicom: Any, source: Any, index: int, anonymous: bool) -> Any:  # noqa: ANN401 - pydicom's
     """A header with the patient, study and position of one frame of the source."""
     result = pydicom.Dataset()
-    for name in (*SPACE, *IDENTIFYING):
-        if name in source and not (anonymous and name in IDENTIFYING):
+    for name in IDENTIFYING:  # DICOM wants these present, even if empty
+        setattr(result, name, "")
+    for name in SPACE if anonymous else (*SPACE, *IDENTIFYING):
+        if name in source:
             result[name] = source[name]
-        elif name in IDENTIFYING:  # DICOM wants these present, even if empty
-            setattr(result, name, "")
     if anonymous:
         result.PatientIdentityRemoved = "YES"
         for name in ("StudyInstanceUID", "FrameOfReferenceUID"):

@@ -18,7 +18,7 @@ import numpy as np
 from dataset.pairing import in_mask_folder, is_clutter, named_masks
 from dataset.patients import patient
 from dataset.readers.grey import Frame, MissingPackageError, NoImageError, ReadOptions
-from dataset.readers.images import file_kind, frames, is_deep, list_files, stem
+from dataset.readers.images import frames, is_deep, list_files, stem
 from utils import InputError, printable
 
 MARK = "MadCLIP heat map, research use"  # in the header of every picture written, so that it is never an input
@@ -55,11 +55,6 @@ class Entry(Frame):
     count: int  # number of images in it
     volume: str  # base name of its heat map in the scan's own space
     groups: dict[str, str]  # the image's group for each choice of --group_by
-
-    @property
-    def kind(self) -> str:
-        """The format: `pillow`, `dicom` or `nifti`."""
-        return file_kind(self.path) or ""
 
     @cached_property
     def key(self) -> str:
@@ -161,8 +156,8 @@ def in_order(members: list[Member]) -> list[Member]:
     parallel = len({bool(n) for n in normals}) == 1 and all(np.dot(n, normals[0]) > 0.99 for n in normals if n)
 
     def place(member: Member) -> list[float]:
-        slice_ = member[0].slice
-        values = (slice_.position if parallel else 0.0, slice_.instance_number)
+        slice_, index = member[0].slice, member[0].index  # frames are in the order of their files already
+        values = (slice_.position if parallel else 0.0, slice_.instance_number if index is None else None)
         return [math.inf if value is None else value for value in values]
 
     return sorted(members, key=place)
@@ -174,7 +169,7 @@ def picture_name(frame: Frame, place: str, used: set[str]) -> tuple[str, str]:
     They are valid on every file system. `used` holds the names that are taken; the new one is added.
     """
     place = Path(place).with_name(stem(Path(place))).as_posix() if place.endswith(".gz") else place
-    clean = re.sub(r"[^\w./-]+", "_", place).replace("/", "__").strip(".")
+    clean = re.sub(r"[^\w./-]+", "_", place).replace("/", "__").strip(".-")
     clean = os.fsencode(clean)[-NAME_BYTES:].decode("utf-8", "ignore")
     index = "" if frame.index is None else f"_{frame.index:04d}"
     tried = (f"{clean}{f'-{number}' * (number > 1)}" for number in count(1))
@@ -189,7 +184,9 @@ def series_notes(members: Sequence[Entry]) -> Iterator[str]:
     if others := [member for member in members if member.slice.plane != usual or member.slice.localizer]:
         words = f"{len(others)} of {len(members)} images are localizers or cut in another direction"
         yield f"{members[0].title}: {words}, such as {others[0].file}"
-    places = [m.slice.position for m in members if m.slice.plane == usual and m.slice.position is not None]
+    stack = [member.slice for member in members if member.slice.plane == usual]
+    stack = [slice_ for slice_ in stack if not slice_.normal or np.dot(slice_.normal, stack[0].normal) > 0.99]
+    places = sorted(slice_.position for slice_ in stack if slice_.position is not None)
     steps = [after - before for before, after in pairwise(places) if after > before]
     usual_step = median_low(steps or [0.0])
     if gaps := [step for step in steps if step > GAP * usual_step]:

@@ -178,10 +178,9 @@ def apply_window(values: Array, center: float, width: float, function: str = "LI
     values = values.astype(np.float64)
     if function == "SIGMOID":
         return np.nan_to_num(1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700))))
-    if function == "LINEAR":
+    if function == "LINEAR" and width >= 1:  # narrower ones, which DICOM forbids, are meant as LINEAR_EXACT
         center, width = center - 0.5, max(width - 1, 1e-6)
-    windowed: Array = np.nan_to_num(((values - center) / width + 0.5).clip(0, 1))
-    return windowed
+    return np.nan_to_num(np.clip((values - center) / width + 0.5, 0, 1))
 
 
 def stretch(values: Array, low: float, high: float) -> Array:

@@ -29,7 +29,6 @@ ELEMENTS = ("Rows", "Columns", "BitsAllocated", "BitsStored", "PhotometricInterp
 SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio")  # each: row height, column width
 DECODERS = "other decoders: pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
 SAMPLED_FRAMES = 64  # frames of a file from which its range is measured
-OPPOSITE = dict(zip("LRPASI", "RLAPIS", strict=True))  # the patient's sides
 EDGES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}
 MAX_VOXELS = 2**31
 SAME_PLACE = 0.1  # voxels by which the corners of a mask and its volume may differ
@@ -117,23 +116,25 @@ class Nifti(Volume):
         self.path, self.plane = path, plane
         nibabel = optional("nibabel", path)
         errors = nibabel.spatialimages.HeaderDataError, nibabel.wrapstruct.WrapStructError
-        own = *errors, nibabel.orientations.OrientationError, nibabel.filebasedimages.ImageFileError
+        own = *errors, nibabel.filebasedimages.ImageFileError
         with blame(f"{path}: not readable as NIfTI, or cut short", errors=(*DAMAGE, *own)):
             stored = nibabel.load(path, mmap=False)
             if not 0 < math.prod(stored.shape) < MAX_VOXELS or stored.get_data_dtype().kind not in "iuf":
                 fault = f"shape {stored.shape} and type {stored.get_data_dtype()} are not supported"
                 raise InputError(f"{path}: {fault}")
-            image = nibabel.as_closest_canonical(nibabel.squeeze_image(stored))
+            image = nibabel.squeeze_image(stored)
+            if image.ndim == 2:
+                image = type(image)(image.get_fdata(dtype=np.float32)[..., None], image.affine, image.header)
             if image.ndim not in (3, 4):
                 raise InputError(f"{path}: {image.ndim} axes; split it into volumes of 3 or 4")
+            image = nibabel.as_closest_canonical(image)
             values = image.get_fdata(dtype=np.float32, caching="unchanged")
-        codes = int(stored.header["qform_code"]), int(stored.header["sform_code"])
-        edges = EDGES[plane] if max(codes) > 0 else ""  # else the axes' directions are unknown
+        is_known = max(stored.header[name] for name in ("qform_code", "sform_code")) > 0  # how the axes lie
         axis, center = PLANES.index(plane), np.append((np.array(values.shape[:3]) - 1) / 2, 1.0)
         center[axis] = 0
         first, step = float((image.affine @ center)[axis]), float(image.affine[axis, axis])
         places = [round(first + step * number, 3) for number in range(values.shape[axis])] * math.prod(values.shape[3:])
-        self.axes = [Slice(position=place, plane=plane, edges=edges) for place in places]
+        self.axes = [Slice(position=place, plane=plane, edges=EDGES[plane] if is_known else "") for place in places]
         across, down = (float(zoom) for i, zoom in enumerate(image.header.get_zooms()[:3]) if i != axis)
         self.spacing, self.windows = [(down, across)] * len(places), [None] * len(places)
         whole = Range.measure([values], "the volume", path)
@@ -209,7 +210,7 @@ class Dicom(Volume):
                 return values
             group = frame_values(header, index, "PixelValueTransformationSequence")
             if group.get("ModalityLUTSequence"):
-                return np.asarray(pixels.apply_modality_lut(values, group), np.float64)
+                return _table(header, group.ModalityLUTSequence[0])(values)
             slope, intercept = numbers(group, "RescaleSlope") or [1.0], numbers(group, "RescaleIntercept") or [0.0]
             return values.astype(np.float64) * slope[0] + intercept[0]
 
@@ -221,11 +222,12 @@ class Dicom(Volume):
 
     def measure(self, values: Array) -> Range:
         """The range of the file's frames or, for a single frame, of all files of its series in its folder."""
-        frames, uid = len(self.axes), self.axes[0].series_uid
+        frames, uid, folder, common = len(self.axes), self.axes[0].series_uid, self.path.parent, None
         with _lock:
-            files = [self.path] if frames > 1 or not uid else _series_in(self.path.parent).get(uid, [self.path])
-            of = f"its {frames} frames" if frames > 1 else f"its series ({len(files)} files)"
-            common = _common_range(tuple(files), of) if frames > 1 or len(files) > 1 else None
+            if frames > 1:
+                common = _common_range((self.path,), f"its {frames} frames", self.path.stat().st_mtime_ns)
+            elif uid and len(files := _series_in(folder, folder.stat().st_mtime_ns).get(uid, [])) > 1:
+                common = _common_range(tuple(files), f"its series ({len(files)} files)", uid)
         return common or Range.measure([values], "this picture", self.path)
 
 
@@ -276,14 +278,24 @@ def _window(header: Header, index: int) -> Callable[[Array], Array] | None:
         function = display.get("VOILUTFunction") or "LINEAR"
         return partial(grey.apply_window, center=center[0], width=width[0], function=function)
     if display.get("VOILUTSequence"):
-        look_up, top = optional("pydicom.pixels", "").apply_voi_lut, display.VOILUTSequence[0].LUTDescriptor[2]
-        return lambda values: (look_up(values.astype(int), display) / (2.0**top - 1)).clip(0, 1)
+        table, bits = _table(header, display.VOILUTSequence[0]), display.VOILUTSequence[0].LUTDescriptor[2]
+        return lambda values: (table(values) / (2.0**bits - 1)).clip(0, 1)
     group = frame_values(header, index, "PixelValueTransformationSequence")
     rescaled = [*numbers(group, "RescaleSlope"), *numbers(group, "RescaleIntercept")] not in ([], [1, 0])
     if bits <= 8 and not rescaled and not group.get("ModalityLUTSequence"):
         least = -(2 ** (bits - 1)) if header.get("PixelRepresentation") else 0
         return partial(grey.stretch, low=least, high=least + 2**bits - 1)
     return None
+
+
+def _table(header: Header, item: Header) -> Callable[[Array], Array]:
+    """A look-up table: values -> its entries, the first and the last one beyond its ends."""
+    (count, first, _), data = item.LUTDescriptor, item.LUTData
+    if isinstance(data, bytes):  # entries of 8 bits may be packed
+        order, count = "><"[header.original_encoding[1]], count or 2**16
+        data = np.frombuffer(data, f"{order}u{2 if len(data) >= 2 * count else 1}")[:count]
+    entries, last = np.asarray(data, np.float64), len(data) - 1
+    return lambda values: entries[(values.astype(np.int64) - first).clip(0, last)]
 
 
 def numbers(group: Header, name: str) -> list[float]:
@@ -302,19 +314,23 @@ def frame_values(header: Header, index: int, sequence: str) -> Header:
 
 
 @lru_cache(maxsize=64)
-def _series_in(folder: Path) -> dict[str, list[Path]]:
+def _series_in(folder: Path, _time: int) -> dict[str, list[Path]]:
     """The series in a folder, SeriesInstanceUID -> files; unreadable files are skipped."""
     series: dict[str, list[Path]] = {}
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         with suppress(InputError), blame(path, errors=DAMAGE):
-            read, tags = optional("pydicom.filereader", path).dcmread, ["SeriesInstanceUID"]
-            uid = str(read(path, force=True, specific_tags=tags).get("SeriesInstanceUID") or "")
-            series.setdefault(uid, []).append(path)
+            series.setdefault(_series_uid(path, path.stat().st_mtime_ns), []).append(path)
     return series
 
 
+@lru_cache(maxsize=2**16)  # a folder is listed again after each file that is written into it
+def _series_uid(path: Path, _time: int) -> str:
+    read, tags = optional("pydicom.filereader", path).dcmread, ["SeriesInstanceUID"]
+    return str(read(path, force=True, specific_tags=tags).get("SeriesInstanceUID") or "")
+
+
 @lru_cache(maxsize=256)
-def _common_range(files: tuple[Path, ...], of: str) -> Range | None:
+def _common_range(files: tuple[Path, ...], of: str, _version: int | str) -> Range | None:
     """The range of all pictures in the files; pixels of several files are subsampled, damaged files are skipped."""
     parts = []
     for path in files:
@@ -339,8 +355,7 @@ def _slice(header: Header, index: int, frames: int) -> Slice:
         across, down = directions[:3], directions[3:]
         normal = np.cross(across, down)
         plane = PLANES[int(np.abs(normal).argmax())]
-        right, bottom = _side(across), _side(down)
-        edges = OPPOSITE[right] + right + OPPOSITE[bottom] + bottom
+        edges = "".join(map(_side, (-across, across, -down, down)))
         position = round(float(np.dot(place, normal)), 3) if len(place) == 3 else None
     patient, study, series, description, kind = (
         str(header.get(name) or "")
@@ -355,5 +370,4 @@ def _slice(header: Header, index: int, frames: int) -> Slice:
 def _side(direction: Array) -> str:
     """The patient's side to which a direction mostly points."""
     axis = int(np.abs(direction).argmax())
-    side = "LPS"[axis]  # the sides towards which DICOM's coordinates increase
-    return side if direction[axis] > 0 else OPPOSITE[side]
+    return ("LPS" if direction[axis] > 0 else "RAI")[axis]  # DICOM's axes point to L, P and S

@@ -10,7 +10,7 @@ import pydicom.data
 import pytest
 from PIL import Image
 
-from dataset.readers import grey, images, masks, volumes
+from dataset.readers import grey, images, masks
 from dataset.readers.grey import Frame, NoImageError, ReadOptions
 from dataset.readers.images import Sample, file_kind, frames, is_deep, load_image, read, to_tensor
 from dataset.readers.masks import load_grey_mask, load_mask
@@ -60,7 +60,7 @@ def test_pages_are_images(tmp_path):
     assert str(found[2]).endswith("a.tif, frame 2")
 
 
-def test_dicom_window_from_the_header_or_given():
+def test_dicom_window_from_the_header_or_given(tmp_path):
     path = DICOM / "MR_small.dcm"
     stored = pydicom.dcmread(path)
     assert (stored.WindowCenter, stored.WindowWidth) == (600, 1600)
@@ -69,6 +69,8 @@ def test_dicom_window_from_the_header_or_given():
     hounsfield = pydicom.dcmread(DICOM / "CT_small.dcm").pixel_array - 1024.0  # its RescaleIntercept
     shown = pixels(DICOM / "CT_small.dcm", window=(40, 400))[..., 0]
     assert np.abs(shown - ((hounsfield - 40) / 400 + 0.5).clip(0, 1) * 255).max() <= 0.5 + 1e-6
+    narrow = dicom(tmp_path / "a.dcm", GRADIENT, RescaleSlope="0.001", WindowCenter="0.1", WindowWidth="0.2")
+    assert np.abs(pixels(narrow)[..., 0] - (GRADIENT * 0.001 / 0.2).clip(0, 1) * 255).max() <= 1
 
 
 def test_monochrome1_is_inverted(tmp_path):
@@ -79,6 +81,19 @@ def test_monochrome1_is_inverted(tmp_path):
     assert file_kind(tmp_path / "inverted") == "dicom"
     assert np.abs(pixels(tmp_path / "inverted") + plain - 255).max() <= 1
     assert pixels(DICOM / "693_J2KI.dcm")[256, 0].tolist() == [0, 0, 0]  # air, as 14-bit MONOCHROME1 stores it as white
+
+
+def test_a_table_of_the_header_shows_grey_levels(tmp_path):
+    table, values = pydicom.Dataset(), GRADIENT.astype(np.uint16) * 16
+    table.add_new("LUTDescriptor", "US", [4096, 40, 8])
+    elements = {"WindowCenter": None, "WindowWidth": None, "VOILUTSequence": [table]}
+    for kind in ("u1", "<u2"):  # entries of 8 bits may be packed
+        table.add_new("LUTData", "OW", (np.arange(4096) // 16).astype(kind).tobytes())
+        shown = pixels(dicom(tmp_path / "a.dcm", values, **elements))[..., 0]
+        assert np.array_equal(shown, (values.astype(int) - 40).clip(0) // 16)
+    table.LUTData = b""
+    with pytest.raises(InputError, match=r"a\.dcm"):
+        frames(dicom(tmp_path / "a.dcm", values, **elements))
 
 
 @pytest.fixture
@@ -318,8 +333,6 @@ def test_a_series_has_one_range(tmp_path):
     assert "the whole range of its series (4 files)" in last.notes["window"]
     assert Sample(tmp_path / "3.dcm", 0, (), "x").content_hash() == last.sha256
     # Other files have a part in this picture, so they have one in its hash.
-    volumes._common_range.cache_clear()
-    volumes._series_in.cache_clear()
     (tmp_path / "0.dcm").unlink()
     again = read(tmp_path / "3.dcm")
     assert again.sha256 != last.sha256

@@ -27,10 +27,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dataset.layout import BENCHMARKS, object_of
+from dataset.layout import BENCHMARKS
 from dataset.medical_few import MedicalDataset
 from dataset.readers.grey import Picture
-from dataset.readers.images import picture_notes
+from dataset.readers.images import file_kind, picture_notes
 from engine.calibration import describe_threshold
 from engine.files.checkpoint import read_file
 from engine.predictor import Prediction, Predictor, build, read_checkpoint
@@ -70,10 +70,7 @@ def main(options: argparse.Namespace) -> int:
 def calibrate(model: Predictor, options: argparse.Namespace) -> None:
     """Calibrate the thresholds on labelled images, print them and, with --save_ckpt, save them."""
     folder, reading = Path(options.calibrate), model.reading
-    try:
-        name = object_of(folder)
-    except InputError:  # the folder's name is not a valid data set name; any name will do here
-        name = "calibration"
+    name = folder.absolute().name.removesuffix("_AD")
     dataset = MedicalDataset.open(name, folder.parent, folder, window=reading.window, plane=reading.plane)
     model.calibrate(dataset, options.threshold_at or "f1", options.batch_size, options.num_workers)
     print(describe_threshold(model.calibration))
@@ -128,18 +125,17 @@ def predict(results: Results) -> int:
     rows = results.close()
     if options.group_by:
         print(f"groups: {options.out}/groups.csv; {GROUP_NOTE}")
-    counts = f"{len(rows)} images" if model.threshold is None else summary(rows)
+    counts = f"{len(rows)} images" if model.threshold is None else f"{', '.join(summary(rows))} abnormal"
     print(f"{counts}; {rate:.1f} images a second; {options.out}/predictions.csv and .json ({NOTE})")
     if listing.faults:
-        count = len(listing.faults)
-        say(f"{count} file{'s' * (count > 1)} could not be read, see above")
+        say(f"{len(listing.faults)} file{'s' * (len(listing.faults) > 1)} could not be read, see above")
     return 1 if listing.faults else 0
 
 
 def reading_notes(model: Predictor, entries: Sequence[Entry]) -> Iterator[str]:
     """Warnings, if these images are read differently from the training images."""
-    settings, kinds = model.settings, {entry.kind for entry in entries}
-    known = {"pillow"} if settings.obj in BENCHMARKS else set((settings.reading or {}).get("formats") or kinds)
+    settings, kinds = model.settings, {str(file_kind(entry.path)) for entry in entries}
+    known = set((settings.reading or {}).get("formats") or ({"pillow"} if settings.obj in BENCHMARKS else kinds))
     if not kinds <= known:
         before, now = (", ".join(NAMES[kind] for kind in sorted(group)) for group in (known, kinds - known))
         yield f"the checkpoint was trained on {before} files, not on {now}: scores and threshold may not hold"

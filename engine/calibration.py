@@ -83,12 +83,8 @@ def describe_threshold(threshold: dict[str, Any] | None) -> str:
             "threshold:  none, as a class that the rule needs has no image; --threshold_at fpr=0.05 needs normal "
             "images only, tpr=0.95 abnormal ones"
         )
-    figures = threshold["figures"]
-    rates = [
-        f"{words} {figures[name]:.3f}"
-        for name, words in (("tpr", "sensitivity"), ("fpr", "false positive rate"))
-        if figures[name] is not None
-    ]
+    figures, words = threshold["figures"], {"tpr": "sensitivity", "fpr": "false positive rate"}
+    rates = [f"{words[name]} {figures[name]:.3f}" for name in words if figures[name] is not None]
     return (
         f"threshold:  {threshold['value']:.4f} for {threshold['rule']} on {figures['n_normal']} normal and "
         f"{figures['n_abnormal']} abnormal {threshold['from']}; there {', '.join(rates)}"

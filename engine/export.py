@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from dataset.pairing import list_pictures
-from dataset.readers.images import to_tensor
+from dataset.readers.images import MAX_PIXELS, to_tensor
 from utils import InputError, Parser, atomic_path, blame, run_cli
 
-from .files.config import MAX_IMG_SIZE, MODEL_FLAGS, SELECTS, Settings, add_model_flags, nonempty_path
+from .files.config import MODEL_FLAGS, SELECTS, Settings, add_model_flags, nonempty_path
 from .metrics import METRICS
 from .predictor import Predictor, load
 
@@ -77,7 +77,7 @@ def check(model: Predictor, path: Path, folder: str, precision: str) -> None:
         import onnxruntime  # noqa: PLC0415 - optional
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     rows = []
-    for _, item in model.stream(list_pictures(Path(folder))[0], batch_size=1, side=MAX_IMG_SIZE):
+    for _, item in model.stream(list_pictures(Path(folder))[0], batch_size=1, side=MAX_PIXELS):
         if isinstance(item, InputError):
             print(f"skipped: {item}")
             continue

@@ -28,10 +28,10 @@ from CLIP.clip import create_model
 from CLIP.model import CLIP
 from dataset.layout import SPLITS, config_path, read_config
 from dataset.medical_few import MedicalDataset
-from dataset.readers.grey import Frame, Picture, ReadOptions, to_rgb
+from dataset.readers.grey import DAMAGE, Frame, Picture, ReadOptions, Size, to_rgb
 from dataset.readers.images import frames, load_image, pillow_to_rgb, read, to_tensor
 from loss import anomaly_map, image_score, patch_difference
-from utils import InputError, prefetch, warn
+from utils import InputError, blame, prefetch, warn
 
 from .calibration import calibrate
 from .detector import Detector
@@ -42,7 +42,6 @@ from .files.config import MODEL_FLAGS, check_against
 
 Out = TypeVar("Out")
 ImageLike = str | Path | Frame | Image.Image | np.ndarray
-Size = tuple[int, int]  # width and height of an image as stored in its file
 
 
 @dataclass(frozen=True)
@@ -127,8 +126,7 @@ class Predictor:
         self.calibration = calibration
         self.threshold: float | None = calibration.get("value")
         self.pixel_threshold: float | None = calibration.get("pixel_value")
-        low, high = calibration.get("heat_range") or (0.0, float(self.layers))
-        self.heat_range: tuple[float, float] = (low, high)
+        self.heat_range: Sequence[float] = calibration.get("heat_range") or (0.0, float(self.layers))
 
     def predict(
         self, images: ImageLike | Iterable[ImageLike], batch_size: int = 16
@@ -184,8 +182,15 @@ class Predictor:
             picture.image.thumbnail((side, side), Image.Resampling.BICUBIC)
             return place, (picture, tensor)
 
-        pictures = ((place, part) for place, image in enumerate(images) for part in parts_of(image, self.reading))
-        reader = prefetch(opened, pictures, workers, min(batch_size, 16))
+        def pictures() -> Iterator[tuple[int, ImageLike | InputError]]:
+            for place, image in enumerate(images):
+                try:
+                    parts = frames(Path(image), self.reading) if isinstance(image, str | Path) else [image]
+                    yield from ((place, part) for part in parts)
+                except InputError as error:  # noqa: PERF203 - a fault of one file
+                    yield place, error
+
+        reader = prefetch(opened, pictures(), workers, min(batch_size, 16))
         while batch := list(islice(reader, batch_size)):
             good = [item for _, item in batch if not isinstance(item, InputError)]
             if good:
@@ -256,16 +261,6 @@ def whole(parts: Iterable[tuple[Picture, Prediction] | InputError]) -> Predictio
     return replace(highest, heat=np.stack([part.heat for part in slices]), slices=tuple(slices))
 
 
-def parts_of(image: ImageLike, reading: ReadOptions) -> Sequence[ImageLike | InputError]:
-    """The pictures in a file, or the error if it cannot be opened; an image that is not a path is one picture."""
-    if not isinstance(image, str | Path):
-        return [image]
-    try:
-        return frames(Path(image), reading)
-    except InputError as error:
-        return [error]
-
-
 def open_picture(image: ImageLike | InputError, reading: ReadOptions) -> Picture:
     """A picture as 8-bit RGB with square pixels; `InputError` if it is not one."""
     if isinstance(image, Frame):
@@ -273,6 +268,8 @@ def open_picture(image: ImageLike | InputError, reading: ReadOptions) -> Picture
     if isinstance(image, np.ndarray):
         image = to_rgb(image)
     if isinstance(image, Image.Image):
+        with blame("image: damaged, or cut short", errors=DAMAGE):  # Pillow decodes what it has opened only now
+            image.load()
         rgb, notes = pillow_to_rgb(image, Frame(Path("image"), options=reading))
         return Picture(rgb.copy(), "", image.mode, image.size, notes=notes)
     raise image if isinstance(image, InputError) else InputError(f"{type(image).__name__}: no path, picture or array")
@@ -328,7 +325,6 @@ def read_checkpoint(options: argparse.Namespace) -> Checkpoint:
 def build(checkpoint: Checkpoint, options: argparse.Namespace) -> Predictor:
     """Build the predictor of a checkpoint; `options` as in `load`."""
     settings, device = checkpoint.settings, pick_device(options.device)
-    options = argparse.Namespace(**{"seed": 111, **vars(options)})
     weights = find_trained_weights(checkpoint, options)
     clip = create_model(weights, img_size=settings.img_size, fidelity=settings.fidelity, device=device)
     detector = Detector(clip, settings).to(device)

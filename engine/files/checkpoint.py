@@ -160,7 +160,7 @@ def find_trained_weights(checkpoint: Checkpoint, options: argparse.Namespace) ->
         InputError: the weights are missing, or differ from those of the training.
     """
     settings = checkpoint.settings
-    seed = checkpoint.seed if "options" in checkpoint.metadata else options.seed  # a published file holds no seed
+    seed = checkpoint.seed if "options" in checkpoint.metadata else getattr(options, "seed", 111)  # published: none
     known = ModelConfig.from_dict(settings.model_config) if settings.model_config else settings.model_name
     model = options.model_name or known  # a folder or JSON file also tells where the weights are
     tower = options.image_tower or settings.image_tower

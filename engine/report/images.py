@@ -109,16 +109,17 @@ def contours(heat: np.ndarray, level: float, size: Size) -> list[dict[str, Any]]
     """
     # Padded twice: with copies of the edge, so that regions reach the border; with low values, to close them there.
     padded = np.pad(np.pad(heat.astype(np.float64), 1, "edge"), 1, constant_values=min(float(heat.min()), level) - 1e6)
-    factors = np.divide(size, heat.shape[::-1])
+    labels, count = ndimage.label(padded >= level, np.ones((3, 3)))
+    peaks = ndimage.maximum(padded, labels, range(count + 1))
     regions = []
-    for line in contourpy.contour_generator(z=padded).lines(level):
-        inside = (np.asarray(line)[:-1] - 1.5).clip(0, heat.shape[::-1])  # -2 for padding, +0.5 from centres to corners
-        points = inside * factors
+    for line in map(np.asarray, contourpy.contour_generator(z=padded).lines(level)):
+        inside = (line[:-1] - 1.5).clip(0, heat.shape[::-1])  # -2 for padding, +0.5 from centres to corners
+        points = inside * np.divide(size, heat.shape[::-1])
         x, y = points.T
         area = float((x * np.roll(y, -1) - np.roll(x, -1) * y).sum() / 2)
         if area:
-            columns, rows = inside.min(0).astype(int), np.ceil(inside.max(0)).astype(int)
-            peak = float(heat[columns[1] : rows[1], columns[0] : rows[0]].max()) if area > 0 else None
+            columns, rows = np.stack([np.floor(line[0]), np.ceil(line[0])]).astype(int).T  # one is outside: label 0
+            peak = float(peaks[labels[rows, columns].max()]) if area > 0 else None
             regions.append({"area": round(area, 2), "peak": peak, "points": points.round(2).tolist()})
     return sorted(regions, key=lambda region: -abs(region["area"]))
 

@@ -144,6 +144,7 @@ class Results:
             "not_read": len(faults) if hidden else faults,
         }  # fmt: skip
         if rows:
+            (self.out / "groups.csv").unlink(missing_ok=True)
             if self.options.group_by:
                 groups = group_rows(result, self.options.group_by, model.threshold)
                 write_csv(self.out / "groups.csv", groups)
@@ -174,7 +175,7 @@ class Results:
             options.report, "predictions.html", [cards[key] for key in shown], scores=[scores],
             threshold=model.threshold, heat_range=model.heat_range, origin=origin, weak=model.weak,
             title="Predictions" if options.anonymous else preview([Path(name).name for name in options.images]),
-            counts=summary(rows), made=model.settings.to_dict(),
+            counts=", ".join(summary(rows)[:-1]), made=model.settings.to_dict(),
         )  # fmt: skip
 
 
@@ -186,8 +187,7 @@ def label(picture: Image.Image, edges: str, weak: bool) -> Image.Image:
     places = (((3, height / 2), "lm"), ((width - 3, height / 2), "rm"), ((width / 2, 3), "ma"),
               ((width / 2, height - 3), "md"))  # fmt: skip
     words = [(side, *place) for side, place in zip(edges, places, strict=False)]
-    if weak:
-        words.append(("weak localisation", (3, 3), "la"))
+    words += [("weak localisation", (3, 3), "la")] * weak
     for text, place, anchor in words:
         draw.text(place, text, "white", font, anchor, stroke_width=2, stroke_fill="black")
     return picture
@@ -224,7 +224,7 @@ def group_rows(rows: Iterable[tuple[Entry, Row]], by: str, threshold: float | No
     return sorted(result, key=lambda row: -row["largest"])
 
 
-def summary(rows: Sequence[tuple[Entry, Row]]) -> str:
+def summary(rows: Sequence[tuple[Entry, Row]]) -> list[str]:
     """How many of the patients, series and images are abnormal; patients and series only if there are some."""
     names = {
         "patients": [entry.slice.patient_id for entry, _ in rows],
@@ -235,4 +235,4 @@ def summary(rows: Sequence[tuple[Entry, Row]]) -> str:
     for kind, of in names.items():
         abnormal = {name for name, (_, row) in zip(of, rows, strict=True) if row["abnormal"]}
         counts += [f"{len(abnormal - {''})} of {len(set(of) - {''})} {kind}"] * any(of)
-    return f"{', '.join(counts)} abnormal"
+    return counts

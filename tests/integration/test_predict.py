@@ -6,6 +6,7 @@ import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import nibabel
@@ -195,6 +196,8 @@ def test_what_training_saw_decides(command, ckpts, image, tmp_path):
     reading = {"window": [40.0, 400.0], "plane": "coronal", "formats": ["dicom"]}
     ct = changed(ckpts / "Mine.pth", tmp_path / "ct.pth", reading=reading)
     assert "warning" not in predicted(command, ct, tmp_path / "b", scan).stderr
+    changed(ct, tmp_path / "Brain.pth", obj="Brain")  # one's own images may have the name of a benchmark
+    assert "warning" not in predicted(command, tmp_path / "Brain.pth", tmp_path / "b", scan).stderr
     predicted(command, ckpts / "Mine.pth", tmp_path / "c", scan, "--window", 40, 400)
     assert rows(tmp_path / "b")[0]["score"] == rows(tmp_path / "c")[0]["score"]
     other = predicted(command, ct, tmp_path / "d", "--window", "full", scan)  # the image follows
@@ -220,12 +223,6 @@ def test_a_volume_of_thick_slices(command, ckpts, scans, tmp_path):
     assert (points.max(axis=0) <= (wide, high)).all()  # the file's pixels, not the square ones that are shown
     picture = size(tmp_path / table[0]["overlay"])
     assert picture[1] / picture[0] == pytest.approx(4 * high / wide, rel=0.02)
-    (volume,) = {row["heat_volume"] for row in table}
-    values = nibabel.as_closest_canonical(nibabel.load(tmp_path / volume)).get_fdata()
-    for row in table:
-        slice_ = values[::-1, int(row["frame"]), ::-1].T
-        expected = Image.fromarray(raw(tmp_path, row)).resize((wide, high), Image.Resampling.BILINEAR)
-        np.testing.assert_allclose(slice_, np.asarray(expected), atol=3e-4)
 
 
 # --- results ---
@@ -292,6 +289,10 @@ def test_report_page(command, ckpts, scans, image, tmp_path):
     count = len(rows(tmp_path / "out")) - 1
     places = [page.find(f"slice {number} of {count}") for number in range(1, count + 1)]
     assert places[0] > -1 and places == sorted(places)
+    assert page.count("images abnormal") == 1
+    for group in (["--group_by", "folder"], []):
+        predicted(command, ckpts / "Mine.pth", tmp_path / "out", image, *group)
+    assert not (tmp_path / "out/groups.csv").exists()
 
 
 @pytest.mark.parametrize(
@@ -391,15 +392,15 @@ def test_its_own_pictures_are_no_input(command, ckpts, scans, image, tmp_path):
 
 
 def test_names_that_cannot_be_used_as_they_are(command, ckpts, image, tmp_path):
-    (tmp_path / "in").mkdir()
-    for name in ["病" * 83 + ".png", "\x1b[31mred.png", os.fsdecode(b"\xff.png")]:
+    (tmp_path / "in/a").mkdir(parents=True)
+    for name in ["病" * 83 + ".png", "\x1b[31mred.png", os.fsdecode(b"\xff.png"), "a/b.png", "a__b.png", "-x.png"]:
         shutil.copy(image, tmp_path / "in" / name)
     flags = ["--ckpt", ckpts / "Brain.pth", tmp_path / "in", "--out", tmp_path / "out", "--report", tmp_path / "page"]
     done = command("predict.py", *flags)
     fine(done)
     assert "\x1b[31m" not in done.stderr + (tmp_path / "out/predictions.csv").read_text()
     found = rows(tmp_path / "out")
-    assert len(found) == 3
+    assert len({row["overlay"] for row in found}) == 6
     assert all((tmp_path / "out" / row[kind]).is_file() for row in found for kind in ("overlay", "raw", "contours"))
 
 
@@ -425,7 +426,8 @@ def test_python_api(ckpts, image):
 def test_one_bad_image_does_not_lose_a_batch(ckpts, image, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n")
     model = load(ckpts / "Brain.pth", "cpu")
-    for bad in (tmp_path / "bad.png", np.full((4, 4), np.nan), np.zeros((2, 2, 5))):
+    cut = Image.open(BytesIO(image.read_bytes()[:900]))  # not decoded yet
+    for bad in (tmp_path / "bad.png", np.full((4, 4), np.nan), np.zeros((2, 2, 5)), cut):
         good, error, after = model.predict([image, bad, image])
         assert good.score == pytest.approx(after.score, abs=1e-6)
         assert isinstance(error, InputError)

@@ -62,6 +62,9 @@ def test_contours_are_in_the_images_pixels_with_holes():
     x, y = np.array(region["points"]).T
     assert (x.min(), x.max()) == pytest.approx((2, 14))
     assert (y.min(), y.max()) == pytest.approx((1, 7))
+    heat = np.pad(np.zeros((5, 5)), 2, constant_values=0.6)
+    heat[4, 4] = 0.9  # an island in the hole of a ring
+    assert [region["peak"] for region in contours(heat, 0.5, (9, 9))] == [0.6, None, 0.9]
     (whole,) = contours(np.ones((4, 4)), 0.5, (4, 4))  # reaches the image's border
     assert whole["area"] == pytest.approx(16)
 

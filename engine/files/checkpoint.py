@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 
 from CLIP.config import ModelConfig
 from CLIP.model import CLIP
@@ -137,7 +137,7 @@ def versions() -> dict[str, str]:
         "madclip": VERSION,
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # a str subclass, which weights_only=True refuses
-        "torchvision": torchvision.__version__,
+        "torchvision": version("torchvision"),  # importing it takes a second
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

@@ -15,7 +15,7 @@ from dataset.readers.images import Sample, frames, read
 from dataset.readers.masks import read_mask
 from engine.heat_volumes import write_volume
 from engine.predictor import Prediction
-from engine.scans import MARK, is_own_result, list_entries
+from engine.scans import MARK, is_own_result, list_entries, picture_name
 from tests.helpers.scans import dicom_series, save_turned
 from utils import InputError
 
@@ -160,6 +160,16 @@ def test_a_heat_series_has_new_uids_and_the_values(tmp_path):
             expected = Image.fromarray(heat).resize((source.Columns, source.Rows), Image.Resampling.BILINEAR)
             np.testing.assert_allclose(values, np.asarray(expected), atol=1e-4)
             assert (float(result.WindowCenter), float(result.WindowWidth)) == (2000.0, 2000.0)
+
+
+def test_names_that_every_file_system_takes(tmp_path):
+    Image.new("L", (4, 4)).save(tmp_path / "one.png")
+    (frame,) = frames(tmp_path / "one.png")
+    places = ("病" * 83 + ".png", "病" * 83 + ".png", "e" * 400 + "/a.png", "a/b.png", "a__b.png", "-x.png")
+    used = set[str]()
+    drawn = [picture_name(frame, place, used)[1] for place in places]
+    assert len(set(drawn)) == len(drawn)
+    assert all(len(f".{name}_contours.json.4194304.tmp".encode()) <= 255 for name in drawn)
 
 
 def test_pictures_of_prediction_are_recognised(tmp_path):

@@ -13,10 +13,10 @@ from CLIP.clip import load_state
 from CLIP.model import CLIP, ModelConfig
 
 GOLDEN = Path(__file__).parent / "golden"
-TINY_SIZE = 42  # pixels: a 3x3 grid for weights made for 56
+TINY_SIZE = 42  # pixels: a 3x3 grid of patches; the weights were made for 56 pixels (4x4)
 VARIANTS = ("gelu_nomask", "quickgelu_nomask", "gelu_causal", "quickgelu_causal")
 
-torch.set_num_threads(1)  # tests run side by side, one a core
+torch.set_num_threads(1)  # tests run in parallel, one per core
 
 
 @cache
@@ -28,7 +28,7 @@ def load_golden(name: str) -> dict[str, np.ndarray]:
 
 @cache
 def tiny_state() -> dict[str, torch.Tensor]:
-    """The tiny CLIP's state dict, with the token embedding's stored rows put back into the whole table."""
+    """State dict of the tiny CLIP; the stored rows of its token embedding are put back into the whole table."""
     state = {key: torch.from_numpy(value) for key, value in load_golden("clip_tiny_weights").items()}
     table = torch.zeros(int(state["vocab_size"]), 128)
     table[state.pop("token_embedding.row_ids")] = state.pop("token_embedding.rows")
@@ -45,7 +45,7 @@ def make_tiny_clip(quick_gelu: bool) -> CLIP:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Random numbers do not depend on the tests before."""
+    """Seed torch, so that random numbers do not depend on earlier tests."""
     torch.manual_seed(0)
 
 

@@ -1,1 +1,1 @@
-"""What tests share: real commands (commands), a trained run of each kind (trained), small models and data."""
+"""Helpers shared by tests: running commands, small models, images, scans, weight files and evaluations."""

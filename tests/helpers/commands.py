@@ -1,11 +1,11 @@
-"""Real commands, quickly: a process imports torch once and forks for each command, which then runs as `python` runs it.
+"""Run real commands quickly: a server process imports torch once and forks a child for each command.
 
-Exit code, stdout and stderr are those of a process of its own. What differs from a fresh start: the warm imports, and
-that plots are blank pictures, as six of them take longer than a training; with `draw=True` they are drawn.
-A command can be stopped at an event inside of it, so that no test depends on how long something takes:
+The child runs the command as `python` does, with an exit code, stdout and stderr of its own. Two things differ from a
+fresh start: modules are already imported, and plots are blank, as drawing six takes longer than a training (`draw=True`
+draws them). A signal can be sent to a command at an event inside it, so that no test depends on timing:
 
-    command("train.py", ..., on=(Call("engine.files.run.RunFolder.save", 3), signal.SIGKILL))     a signal to itself
-    running = command.start("train.py", ..., on=(Call("train.evaluate"), signal.SIGSTOP))         it waits for `go`
+    command("train.py", ..., on=(Call("engine.files.run.RunFolder.save", 3), signal.SIGKILL))     killed at the event
+    running = command.start("train.py", ..., on=(Call("train.evaluate"), signal.SIGSTOP))         waits for `go`
     running.stopped(); ...; running.go(); result = running.wait()
 """
 
@@ -34,21 +34,21 @@ from typing import Any, NoReturn
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-# What commands import, some of them in seconds. Not wandb: all processes forked after it share its temporary folder.
+# Modules that commands import, some slowly. Not wandb: processes forked after its import share its temporary folder.
 WARM = (
     "train", "test", "predict", "reproduce", "dataset.check", "engine.checkpoint", "engine.report.page",
     "sklearn.metrics", "sklearn.linear_model", "sklearn.pipeline", "matplotlib.style",
     "matplotlib.backends.backend_agg", "contourpy", "nibabel", "pydicom.pixels",
     "torch._dynamo", "torch.utils.serialization.config",
 )  # fmt: skip
-# What they import for one command alone.
+# Slow modules that only one command imports.
 LATE = {"engine.export": ("onnxscript", "onnxruntime", "torch.onnx._internal.exporter._core")}
-HANG = 900  # seconds after which a command is taken for hanging: it ends, and its test fails
+HANG = 900  # seconds after which a command counts as hung: it is ended, and its test fails
 
 
 @dataclass(frozen=True)
 class Call:
-    """The n-th call of a function, before it runs; its name is `module.function` or `module.Class.method`."""
+    """Event: just before the n-th call of a function, named `module.function` or `module.Class.method`."""
 
     name: str
     number: int = 1
@@ -56,7 +56,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Change:
-    """The n-th time that a file or folder below `folder` is about to be made, written, renamed or removed."""
+    """Event: just before the n-th creation, write, renaming or removal of a file or folder below `folder`."""
 
     folder: str
     number: int = 1
@@ -66,9 +66,9 @@ Event = Call | Change
 
 
 def words(script: str, *arguments: object) -> list[str]:
-    """A command's words; train.py's runs go beside --save_path, so that tests leave nothing in the project's folder.
+    """Words of a command, with two defaults for train.py.
 
-    They choose the epoch on the test set, as the published program does, unless a test says otherwise.
+    --run_dir lies beside --save_path, so that tests write nothing into the project; --select is `test`, as published.
     """
     result = [script, *map(str, arguments)]
     if script == "train.py" and "--save_path" in result and "--run_dir" not in result:
@@ -79,26 +79,26 @@ def words(script: str, *arguments: object) -> list[str]:
 
 
 class Running:
-    """A command that was started."""
+    """A started command."""
 
     def __init__(self, commands: "Commands", command: list[str], folder: tempfile.TemporaryDirectory[str]) -> None:
         self._commands, self._command, self._folder = commands, command, folder
-        self.path = Path(folder.name)  # of out and err
+        self.path = Path(folder.name)  # folder of the files `out` and `err`
         self.pid = 0
 
     def stopped(self) -> None:
-        """Return when the command has come to its event; fail where it ended before."""
+        """Wait until the command has stopped at its event; fail if it ends before."""
         while (state := Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]) != "T":
             if state == "Z":
                 raise AssertionError(f"the command ended before its event:\n{self.wait().stderr}")
             time.sleep(0.02)
 
     def go(self) -> None:
-        """Let a stopped command go on."""
+        """Continue a stopped command."""
         os.kill(self.pid, signal.SIGCONT)
 
     def wait(self) -> subprocess.CompletedProcess[str]:
-        """What the command has printed and its exit code, once it has ended."""
+        """Wait for the command to end; return its exit code and what it has printed."""
         code = int(self._commands.ask({"wait": self.pid}))
         self._commands.running.remove(self)
         out, err = ((self.path / name).read_text(errors="replace") for name in ("out", "err"))
@@ -118,7 +118,7 @@ class Commands:
         self.running: list[Running] = []
 
     def ask(self, request: Mapping[str, Any]) -> str:
-        """The server's answer, one line."""
+        """Send a request to the server; return its answer, one line."""
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
         return self.server.stdout.readline()
@@ -133,10 +133,10 @@ class Commands:
         draw: bool = False,
         on: tuple[Event, int] | None = None,
     ) -> Running:
-        """Start a command, by default from the project's folder.
+        """Start a command, by default in the project's folder.
 
-        `file_bytes` is the largest file that it may write; `draw` whether figures are drawn; `on` an event and the
-        signal that follows.
+        `file_bytes` is the size of the largest file that it may write; `draw` says whether figures are drawn; `on` is
+        an event and the signal that the command then gets.
         """
         command = words(script, *arguments)
         running = Running(self, command, tempfile.TemporaryDirectory())
@@ -147,11 +147,11 @@ class Commands:
         return running
 
     def __call__(self, script: str, *arguments: object, **how: Any) -> subprocess.CompletedProcess[str]:
-        """Run a command, see `start`, to its end."""
+        """Run a command to its end; see `start` for the arguments."""
         return self.start(script, *arguments, **how).wait()
 
     def close(self) -> None:
-        """End the process that forks, and what a failed test has left stopped."""
+        """End the server, and kill commands that a failed test has left running."""
         for running in list(self.running):
             os.kill(running.pid, signal.SIGKILL)
             running.wait()
@@ -159,7 +159,7 @@ class Commands:
 
 
 def refused(result: subprocess.CompletedProcess[str], *words: str) -> str:
-    """The one line of a refusal, which holds `words`: exit code 2, no traceback."""
+    """Assert exit code 2, no traceback and one error line that contains `words`; return this line."""
     assert result.returncode == 2, (result.returncode, result.stdout[-500:], result.stderr[-2000:])
     assert "Traceback" not in result.stderr
     lines = [line for line in result.stderr.splitlines() if "error: " in line]
@@ -170,31 +170,31 @@ def refused(result: subprocess.CompletedProcess[str], *words: str) -> str:
 
 
 def fine(result: subprocess.CompletedProcess[str]) -> str:
-    """The stdout of a command that must have succeeded."""
+    """Assert that a command has succeeded; return its stdout."""
     assert result.returncode == 0, (result.returncode, result.stderr[-3000:])
     assert "Traceback" not in result.stderr
     return result.stdout
 
 
 def rows(path: Path) -> list[dict[str, str]]:
-    """A table; of a folder, that of its predictions."""
+    """Rows of a CSV file, or of predictions.csv in a folder."""
     with (path / "predictions.csv" if path.is_dir() else path).open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file."""
+    """Content of a JSON file."""
     return json.loads(path.read_text())
 
 
 def _serve() -> None:
-    atexit.register(_end)  # before all that imports register, so that it runs after them
+    atexit.register(_end)  # registered before the handlers of the imports, so that it runs after them
     for module in WARM:
         importlib.import_module(module)
     Image.init()
     importlib.import_module("CLIP.tokenizer").Tokenizer.default()
     gc.collect()
-    gc.freeze()  # else each child goes through all of these objects, and so copies their memory
+    gc.freeze()  # else garbage collection in a child would touch, and so copy, all of these objects
 
     for line in sys.stdin:
         request = json.loads(line)
@@ -218,7 +218,7 @@ def _become(
     draw: bool,
     on: dict[str, Any] | None,
 ) -> NoReturn:
-    """Be the command, in the child; the interpreter ends as after any script, with what was registered for its end."""
+    """Run the command in the forked child; the interpreter exits as after any script, including atexit handlers."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for name, descriptor in (("out", 1), ("err", 2)):
         os.dup2(os.open(Path(folder) / name, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
@@ -227,7 +227,7 @@ def _become(
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     signal.alarm(HANG)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where pytest runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored if pytest runs in the background
     if not draw:
         importlib.import_module("engine.report.figures").Plot.png = _blank
     if on:
@@ -251,20 +251,20 @@ def _blank(*_: object, **__: object) -> bytes:
     return file.getvalue()
 
 
-_codes: list[object] = []  # with which a child ends
+_codes: list[object] = []  # the exit code of a child, once it is known
 
 
 def _end() -> None:
-    """Leave a child without taking half a second for its modules' ends, where there is nothing else left to do."""
+    """Skip the interpreter's shutdown, which takes half a second, if the exit code is an integer."""
     if _codes and isinstance(_codes[0], int):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # the interpreter says what there is to say
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # then the normal shutdown reports the error
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(_codes[0])
 
 
 def _install(event: str, action: int, number: int, name: str = "", folder: str = "") -> None:
-    """Send this process the signal `action` when the event comes for the n-th time."""
+    """Send the signal `action` to this process at the `number`-th event."""
     seen = 0
 
     def happen() -> None:
@@ -293,7 +293,7 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 def _watch(folder: str, happen: Callable[[], None], event: str, arguments: tuple[Any, ...]) -> None:
-    """Python's audit hook: tells what is about to happen to files."""
+    """Audit hook that calls `happen` before each change of a file or folder below `folder`."""
     if (event in CHANGES or (event == "open" and (arguments[2] or 0) & WRITES)) and arguments:
         path = arguments[0]
         if isinstance(path, str | bytes | os.PathLike) and os.fsdecode(path).startswith(folder):

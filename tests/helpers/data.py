@@ -13,7 +13,7 @@ from dataset.fewshot import parse_shot_list, pick_names
 from dataset.readers.images import Sample
 from engine.files.config import Settings
 
-# Flags of a small model that needs no weights: seconds on one core.
+# Flags of a small model that needs no weights and trains in seconds on one core.
 SMALL = ["--model_name", "ViT-tiny-14-56", "--pretrain", "random", "--img_size", "42", "--device", "cpu"]
 
 
@@ -29,13 +29,13 @@ def small_settings(**changes: object) -> Settings:
 
 
 def store_options(cache_dir: Path, **changes: object) -> Namespace:
-    """What a token store reads of a command line."""
+    """The command-line options that a token store reads."""
     values = {"cache": "ram", "cache_dir": str(cache_dir), "cache_dtype": "auto", "num_workers": 1}
     return Namespace(**{**values, **changes})
 
 
 def draw_samples(folder: Path, count: int = 6, size: int = 50, masks: bool = True) -> list[Sample]:
-    """PNG files of noise, every second abnormal, with a square as mask."""
+    """Write PNG files of noise; every second image is abnormal, with a rectangle as its mask."""
     rng = np.random.default_rng(0)
     samples = []
     for i in range(count):
@@ -50,7 +50,7 @@ def draw_samples(folder: Path, count: int = 6, size: int = 50, masks: bool = Tru
 
 
 def unpacked(path: Path) -> Iterator[bytes]:
-    """The bytes of a file, and of what is packed in it: for tests that search for what must not be there."""
+    """Bytes of a file and of its packed members, for tests that search them for text that must not be there."""
     content = path.read_bytes()
     yield content
     if zipfile.is_zipfile(path):
@@ -61,6 +61,6 @@ def unpacked(path: Path) -> Iterator[bytes]:
 
 
 def read_shot_list(path: Path, iterate: int) -> tuple[list[str], list[str]]:
-    """The abnormal and the normal names in the lines `a-<iterate>:` and `n-<iterate>:` of a list of shots."""
+    """The abnormal and the normal names in a list of shots: its lines `a-<iterate>:` and `n-<iterate>:`."""
     lines, warnings = parse_shot_list(path)
     return pick_names(lines, warnings, path, "a", iterate), pick_names(lines, warnings, path, "n", iterate)

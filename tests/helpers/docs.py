@@ -1,4 +1,4 @@
-"""The commands that README.md and the pages of docs/ show."""
+"""The commands shown in README.md and the pages of docs/."""
 
 import re
 from collections.abc import Iterator
@@ -7,27 +7,27 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("python", "python3", "make", "pip", "git", "torchrun", "wandb", "cp")
-# What a comment behind a command says where no test can run it as it stands.
+# Words in the comment after a command that no test can run unchanged.
 MARK = re.compile(r"\b(needs (weights|data|internet)|slow)\b")
 
 
 @dataclass(frozen=True)
 class DocCommand:
-    """A line of a code block that is typed into a shell."""
+    """A shell command in a code block."""
 
     page: str
-    text: str  # without the comment, continued lines joined
-    mark: str | None  # needs weights, needs data, needs internet, slow; None where a test must run it
+    text: str  # without its comment; continued lines are joined
+    mark: str | None  # needs weights, needs data, needs internet or slow; None if a test must run it
 
 
 def pages() -> list[Path]:
-    """README.md, the pages of docs/, and the README of each folder."""
+    """README.md, the pages of docs/, and other Markdown files with commands or links."""
     others = ("CONTRIBUTING.md", "THIRD_PARTY_NOTICES.md", "ckpt/README.md", "data/README.md", "CLIP/ckpt/README.md")
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *(ROOT / name for name in others)]
 
 
 def doc_commands() -> Iterator[DocCommand]:
-    """Every command in a code block (indented by four blanks), page by page."""
+    """Every command in a code block (indented by four spaces), page by page."""
     for path in pages():
         text = path.read_text(encoding="utf-8").replace("\\\n", " ")
         for line in text.splitlines():

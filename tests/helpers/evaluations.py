@@ -1,4 +1,4 @@
-"""Evaluations that nobody measured: small pictures on disk and patch scores that give the image scores asked for."""
+"""Synthetic evaluations: small images on disk, and patch scores computed from the wanted image scores."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +13,9 @@ from dataset.readers.images import Sample
 from engine.evaluation import Evaluation, Masks
 from tests.helpers.data import small_settings
 
-SIZE = 28  # pixels a side of the maps: 2 x 2 patches
+SIZE = 28  # side of the maps in pixels: 2 x 2 patches
 LAYERS = 2
-PICTURE = (48, 24)  # W, H of the files: not square
+PICTURE = (48, 24)  # width and height of the files: not square
 METADATA: dict[str, Any] = {
     "select": "last", "run": "a-run", "metrics": {"epoch": 3, "auc": 0.8},
     "threshold": {"value": 0.4, "pixel_value": 0.35, "heat_range": [0.25, 1.75], "rule": "the largest F1",
@@ -24,7 +24,7 @@ METADATA: dict[str, Any] = {
 
 
 def make_samples(folder: Path, labels: Sequence[int], masks: bool = True) -> list[Sample]:
-    """Pictures test/I.png, and for the abnormal ones masks of which the left half is abnormal."""
+    """Write an image for each label; the masks of abnormal images mark the left half."""
     folder.mkdir(parents=True, exist_ok=True)
     mask = np.zeros(PICTURE[::-1], np.uint8)
     mask[:, : PICTURE[0] // 2] = 255
@@ -40,7 +40,7 @@ def make_samples(folder: Path, labels: Sequence[int], masks: bool = True) -> lis
 
 
 def make_evaluation(samples: Sequence[Sample], scores: Sequence[float], head: str = "seg") -> Evaluation:
-    """An evaluation with these image scores, between 0 and LAYERS: a map is as high all over."""
+    """An evaluation with these image scores, between 0 and LAYERS; each map is constant."""
     share = torch.tensor(scores, dtype=torch.float64) / LAYERS
     patches = share.logit()[:, None, None].expand(-1, LAYERS, 4).float().contiguous()
     return Evaluation(samples, patches, head, SIZE, "mean")
@@ -49,14 +49,14 @@ def make_evaluation(samples: Sequence[Sample], scores: Sequence[float], head: st
 def make_world(
     folder: Path, labels: Sequence[int], scores: Sequence[float], masks: bool = True
 ) -> tuple[Evaluation, Masks | None]:
-    """Samples, evaluation and masks in one; without masks the scores are of the detection heads."""
+    """Write samples; return their evaluation and masks. Without masks the scores are those of the detection heads."""
     samples = make_samples(folder, labels, masks)
     evaluation = make_evaluation(samples, scores, "seg" if masks else "det")
     return evaluation, Masks.of(samples, small_settings(img_size=SIZE)) if masks else None
 
 
 def noisy_evaluation(labels: Sequence[int] = (0, 1) * 5, head: str = "seg") -> tuple[Evaluation, Masks]:
-    """Random patches; those of the lower half are higher in abnormal images, whose masks hold the lower half."""
+    """Random patch scores, raised in the lower half of abnormal images; the masks of these mark the lower half."""
     abnormal = torch.tensor(labels) == 1
     scores = torch.randn(len(labels), 3, 16, generator=torch.Generator().manual_seed(0))
     scores[abnormal, :, 8:] += 1.0

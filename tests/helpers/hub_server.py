@@ -1,4 +1,4 @@
-"""A server of files: ranges, and as much of the Hugging Face hub's protocol as huggingface_hub's downloads need."""
+"""A file server with range requests and the part of the Hugging Face hub's protocol that downloads need."""
 
 import hashlib
 import threading
@@ -11,13 +11,13 @@ COMMIT = "c0ffee" + "0" * 34
 
 
 class HubServer(ThreadingHTTPServer):
-    """Serves folders as repositories; the attributes say how badly, `log` what was asked for."""
+    """Serves folders as repositories. The attributes set how requests fail; `log` lists the requests."""
 
     daemon_threads = True
-    drops = 0  # this many file bodies stop half way
+    drops = 0  # number of file bodies that end half way
     gated: tuple[str, ...] = ()
-    statuses: tuple[int, ...] = ()  # given before the real answer
-    page = False  # answers with a log-in page
+    statuses: tuple[int, ...] = ()  # status codes sent before the real answers
+    page = False  # whether the answer is a log-in page
 
     def __init__(self, repositories: dict[str, Path]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -26,7 +26,7 @@ class HubServer(ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        """What HF_ENDPOINT is set to."""
+        """URL of the server, for HF_ENDPOINT."""
         return f"http://127.0.0.1:{self.server_port}"
 
 
@@ -89,7 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = _answer
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 @contextmanager

@@ -38,7 +38,7 @@ TRAININGS: dict[str, list[object]] = {
 
 
 def make_data(data: Path) -> None:
-    """Phantoms, the sample of BUSI, a DICOM series and NIfTI volumes, as labelled folders."""
+    """Write phantoms, the sample of BUSI, DICOM series and NIfTI volumes as labelled folders."""
     import nibabel  # noqa: PLC0415
 
     from dataset import phantom  # noqa: PLC0415
@@ -61,15 +61,15 @@ def make_data(data: Path) -> None:
 
 
 def commands(data: Path) -> Iterator[tuple[str, list[object]]]:
-    """A name and the words of every command, in order."""
+    """Name and words of every command, in order."""
     for name, flags in TRAININGS.items():
         words = [str(word).format(data=data) for word in flags]
         if "--data_root" not in words and "--select" not in words:
-            words += ["--select", "test"]  # the default for the paper's data sets alone, which the phantoms are not
+            words += ["--select", "test"]  # the default only for the paper's data sets, not for phantoms
         paths = ["--data_path", data, "--save_path", f"{name}/ckpt", "--run_dir", f"{name}/runs", "--exp_name", "run"]
         yield f"train {name}", ["train.py", *TINY, *words, *paths, "--epoch", 3, "--cache_dir", f"{name}/store"]
         ckpt = ["--ckpt", f"{name}/runs/run/best.pth", "--device", "cpu"]
-        where = words[: 4 if "--data_root" in words else 2]  # they begin with --obj
+        where = words[: 4 if "--data_root" in words else 2]  # --obj and, if it is given, --data_root
         tested = ["--out_json", f"{name}/test.json", "--save_scores", f"{name}/scores.npz"]
         yield f"test {name}", ["test.py", "--data_path", data, *where, *ckpt, *tested]
     released = "released/runs/run/best.pth"
@@ -97,7 +97,7 @@ def commands(data: Path) -> Iterator[tuple[str, list[object]]]:
 
 
 def record(folder: Path, checkout: Path) -> None:
-    """Run every command in `folder`; one that fails is reported, and the rest goes on."""
+    """Run every command in `folder`; a command that fails is reported and does not stop the others."""
     data = folder.resolve().parent / "data"
     if not data.exists():
         make_data(data)
@@ -113,7 +113,7 @@ def record(folder: Path, checkout: Path) -> None:
 
 
 def numbers(path: Path) -> dict[str, float]:
-    """Every number in a file, by where it stands."""
+    """Every number in a file, by its place in the file; only sums for volumes and scores."""
     if path.suffix == ".json":
         return dict(leaves(json.loads(path.read_text())))
     if path.suffix == ".jsonl":
@@ -131,7 +131,7 @@ def numbers(path: Path) -> dict[str, float]:
 
 
 def leaves(value: object, name: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in nested dicts and lists, by path, without times and without the intervals of the image AUC."""
+    """Numbers in nested dicts and lists, by path; times and intervals of the image AUC are skipped."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in pairs:
         yield from leaves(item, f"{name}/{key}")
@@ -140,7 +140,7 @@ def leaves(value: object, name: str = "") -> Iterator[tuple[str, float]]:
 
 
 def is_number(text: str | None) -> bool:
-    """Whether a cell is a number."""
+    """Whether the text of a cell is a number."""
     try:
         float(text or "")
     except ValueError:
@@ -149,7 +149,7 @@ def is_number(text: str | None) -> bool:
 
 
 def compare(first: Path, second: Path) -> int:
-    """Print what differs; the number of files that do."""
+    """Print the differences; return the number of files that differ."""
     patterns = ("*/test.json", "*.json", "released/kept.json", "*/runs/run/metrics.jsonl", "*/runs/run/result.json")
     patterns += ("*/scores.npz", "predicted_*/*.csv", "predicted_*/**/*.nii.gz", "results/*.csv", "results/*.json")
     files = sorted({path.relative_to(first) for pattern in patterns for path in first.glob(pattern)})
@@ -172,7 +172,7 @@ def compare(first: Path, second: Path) -> int:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(dest="action", required=True)
     recorder = actions.add_parser("record")

@@ -1,9 +1,9 @@
-"""A rehearsal of the GPU on the CPU: tensors that say they are on `cuda`, hold no values, and refuse to be mixed.
+"""A rehearsal of the GPU on the CPU, with tensors that are on `cuda` in name only and hold no values.
 
-In `Rehearsal` what the product's code puts on `cuda` is one of torch's fake tensors: shapes, types and devices are what
-CUDA would make of every operation, and operands on two devices are an error. What stays on the CPU is computed as ever.
-Every place where the host would wait for the device is counted; where it waits for values, it gets zeros; all are, and
-none is, what is asked; and where it waits for a number of elements, half of what there could be.
+Inside `Rehearsal`, tensors on `cuda` are torch's fake tensors: they have the shapes, types and devices that CUDA would
+give, and mixing devices is an error. Tensors on the CPU are computed as usual. Each operation at which the host would
+wait for the device is recorded. It returns made-up values: zeros for numbers, True for conditions (False after `any`),
+and half of the possible elements where their number depends on values.
 """
 
 import copy
@@ -25,7 +25,7 @@ VALUE, SHAPE, COPY = "a value", "a number of elements", "a copy to the host"  # 
 
 
 class Rehearsal(TorchDispatchMode):
-    """Counts in `waits` what the host waits for; `kernels` is the number of operations on the device."""
+    """Records in `waits` what the host waits for; `kernels` is the number of operations on the device."""
 
     def __init__(self, fake: FakeTensorMode) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Rehearsal(TorchDispatchMode):
         return args[0].device if name == "aten::copy_" else torch.device(target or args[0].device)
 
     def _places(self, index: Tensor | None) -> list[Tensor | None]:
-        """An index by truth as the one by places that a GPU would make of it, which it waits for."""
+        """A boolean index as index tensors, for which the host waits on a GPU; other indices unchanged."""
         if index is None or index.dtype not in (torch.bool, torch.uint8):
             return [index]
         self.waits.append(SHAPE)
@@ -81,13 +81,13 @@ class Rehearsal(TorchDispatchMode):
         return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
 
     def moved(self, things: Any) -> Any:
-        """Copies of modules, and of all that they hold, that are on the device."""
+        """Deep copies of modules whose tensors are on the device."""
         with _Move(self):
             return copy.deepcopy(things)
 
 
 class _Move(TorchFunctionMode):
-    """Makes of every tensor that is deeply copied one on the device."""
+    """Puts the copies of deeply copied tensors on the device."""
 
     def __init__(self, rehearsal: Rehearsal) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class _Move(TorchFunctionMode):
 
 @contextmanager
 def rehearsal() -> Iterator[Rehearsal]:
-    """Enter a `Rehearsal`. What a gradient is, is not asked: `backward` fills zeros in for all that can have one."""
+    """Enter a `Rehearsal`, in which `backward` sets the gradients of all parameters in the graph to zeros."""
 
     def backward(loss: Tensor, *_: Any, **__: Any) -> None:
         seen, nodes = set(), [loss.grad_fn]

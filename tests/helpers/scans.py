@@ -13,7 +13,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 
 def mni(path: Path, zooms: tuple[float, float, float] = (4.0, 4.0, 4.0), axes: str = "RAS") -> Any:
-    """Write the template resampled to these zooms, stored with these axes; the nibabel image."""
+    """Write the template with these voxel sizes (mm) and stored axes; return the nibabel image."""
     template = load_mni152_template(resolution=2)
     image = resample_img(
         template, target_affine=np.diag(zooms), interpolation="linear", force_resample=True, copy_header=True
@@ -22,7 +22,7 @@ def mni(path: Path, zooms: tuple[float, float, float] = (4.0, 4.0, 4.0), axes: s
 
 
 def save_turned(path: Path, image: Any, axes: str) -> Any:
-    """Write a nibabel image stored with these axes; the image."""
+    """Write a nibabel image with these stored axes; return the reoriented image."""
     turn = orientations.ornt_transform(
         orientations.io_orientation(image.affine), orientations.axcodes2ornt(tuple(axes))
     )
@@ -33,7 +33,7 @@ def save_turned(path: Path, image: Any, axes: str) -> Any:
 
 
 def dicom_series(folder: Path, volume: Any, patient: str = "P1", shuffle: int = 0, window: bool = False) -> list[Path]:
-    """Axial slices of a nibabel image as CT files, from foot to head; their names are in another order."""
+    """Write axial slices of a nibabel image as CT files; return the paths from foot to head, with shuffled names."""
     volume = nibabel.as_closest_canonical(volume)
     values, affine = volume.get_fdata(), volume.affine
     study, series, space = generate_uid(), generate_uid(), generate_uid()
@@ -48,7 +48,7 @@ def dicom_series(folder: Path, volume: Any, patient: str = "P1", shuffle: int = 
         header.StudyID, header.AccessionNumber, header.ReferringPhysicianName = "1", "A1", ""
         header.SeriesDescription = "head of Jane"
         header.StudyDate, header.StudyTime, header.SeriesNumber, header.InstanceNumber = "20240102", "", 3, z + 1
-        # Rows from front to back, columns from the patient's right to left: the axial view of radiologists.
+        # Rows run from front to back, columns from the patient's right to left: the radiological axial view.
         pixels = np.ascontiguousarray(values[::-1, ::-1, z].T)
         corner = affine @ [values.shape[0] - 1, values.shape[1] - 1, z, 1]
         header.ImagePositionPatient = [float(-corner[0]), float(-corner[1]), float(corner[2])]

@@ -1,4 +1,4 @@
-"""CLIP weight files for tests, in OpenAI's, open_clip's and Hugging Face's form, and the oracles' own models."""
+"""CLIP weight files for tests, in the forms of OpenAI, open_clip and Hugging Face, and reference models to compare."""
 
 import warnings
 from pathlib import Path
@@ -11,9 +11,9 @@ from CLIP.weights import HALF, NOT_WEIGHTS
 
 
 def save_torchscript(model_or_state: torch.nn.Module | dict[str, torch.Tensor], path: str | Path) -> None:
-    """Write a TorchScript archive with OpenAI's names, precisions and three integers; serves a ViT-L-14-336 too.
+    """Write a TorchScript archive with OpenAI's names, precisions and three integers; works for ViT-L-14-336 too.
 
-    Names of a model of this project lose the `text.` that OpenAI's lack.
+    The prefix `text.` of this project's names is removed; OpenAI's names do not have it.
     """
     given = model_or_state.state_dict() if isinstance(model_or_state, torch.nn.Module) else model_or_state
     state = {key.removeprefix("text."): value for key, value in given.items()}
@@ -30,13 +30,13 @@ def save_torchscript(model_or_state: torch.nn.Module | dict[str, torch.Tensor], 
     for key, number in integers.items():
         root.register_buffer(key, torch.tensor(number))
     with warnings.catch_warnings():
-        # TorchScript is deprecated, and is what OpenAI's file is; the warning's class depends on the release of torch.
+        # OpenAI's files are TorchScript, which is deprecated; the class of the warning depends on the torch release.
         warnings.filterwarnings("ignore", message=".*torch.jit.* is deprecated")
         torch.jit.save(torch.jit.script(root), str(path))
 
 
 class _Tree(torch.nn.Module):
-    """A module tree that only holds parameters."""
+    """A tree of modules that only hold parameters."""
 
     def put(self, key: str, value: torch.nn.Parameter) -> None:
         node, (*folders, name) = self, key.split(".")
@@ -51,7 +51,7 @@ class _Tree(torch.nn.Module):
 
 
 def save_hugging_face(config: ModelConfig, folder: Path) -> Any:
-    """A CLIPModel of transformers, all of whose numbers are random and exact in float16, and the folder it writes."""
+    """Save a CLIPModel of transformers to `folder` and return it; its weights are random and exact in float16."""
     import transformers  # noqa: PLC0415 - takes seconds
 
     def tower(width: int, layers: int, heads: int) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def save_hugging_face(config: ModelConfig, folder: Path) -> Any:
 
 
 def open_clip_model(config: ModelConfig, state: dict[str, torch.Tensor], size: int, quick_gelu: bool) -> Any:
-    """open_clip's model with these weights (OpenAI's names), its positional embedding resized to `size` pixels."""
+    """open_clip's model with these weights (OpenAI's names); the positional embedding is resized to `size` pixels."""
     import open_clip  # noqa: PLC0415 - takes seconds
 
     sizes = open_clip_config(config)["model_cfg"]
@@ -85,7 +85,7 @@ def open_clip_model(config: ModelConfig, state: dict[str, torch.Tensor], size: i
 
 
 def open_clip_config(config: ModelConfig) -> dict[str, Any]:
-    """The open_clip_config.json of a model of this size, as on the hub."""
+    """Content of the open_clip_config.json of a model of this size, as on the hub."""
     return {
         "model_cfg": {
             "embed_dim": config.embed_dim, "quick_gelu": config.quick_gelu,

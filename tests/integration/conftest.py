@@ -1,4 +1,4 @@
-"""Fixtures: real commands, made-up data sets, and a trained run on each of two, made once for all workers of pytest."""
+"""Fixtures: real commands, two synthetic data sets and a training on each, made once for all workers of pytest."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from dataset import phantom
 from tests.helpers.commands import Commands
 from tests.helpers.data import SMALL
 
-TEST_IMAGES = 7  # of each class
+TEST_IMAGES = 7  # per class
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def command() -> Iterator[Commands]:
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory, worker_id) -> Callable[[str, Callable[[Path], None]], Path]:
-    """`once(name, make)`: the folder that `make` fills, which the first worker to ask makes for all of them."""
+    """`once(name, make)`: the folder filled by `make`; the first worker that asks for it fills it for all."""
     base = tmp_path_factory.getbasetemp()
     root = (base if worker_id == "master" else base.parent) / "once"
     root.mkdir(exist_ok=True)
@@ -46,7 +46,7 @@ def once(tmp_path_factory, worker_id) -> Callable[[str, Callable[[Path], None]],
 
 @pytest.fixture(scope="session")
 def phantoms(once) -> Path:
-    """Brain_AD and Chest_AD: 4 + 4 images to choose shots from and 7 + 7 to test on. To be read, not written."""
+    """Brain_AD and Chest_AD, read-only: 4 + 4 images to draw shots from and 7 + 7 test images."""
 
     def draw(folder: Path) -> None:
         phantom.write(folder, ["Brain", "Chest"], valid=4, test=TEST_IMAGES, seed=0, size=64)
@@ -56,36 +56,36 @@ def phantoms(once) -> Path:
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run on each of the phantoms: 2 shots, 2 epochs. To be read, not written."""
+    """A finished run on each of the phantoms, read-only: 2 shots, 2 epochs."""
 
     data: Path
     folder: Path
 
     @property
     def ckpt(self) -> Path:
-        """The folder of Brain.pth and Chest.pth."""
+        """Folder of Brain.pth and Chest.pth."""
         return self.folder / "ckpt"
 
     def run(self, obj: str) -> Path:
-        """The run's folder."""
+        """Folder of the run."""
         return self.folder / "runs" / obj
 
     def output(self, obj: str) -> str:
-        """What train.py printed."""
+        """Output of train.py."""
         return (self.folder / f"{obj}.out").read_text()
 
     def result(self, obj: str) -> dict[str, Any]:
-        """What --out_json wrote."""
+        """Results written by --out_json."""
         return json.loads((self.folder / f"{obj}.json").read_text())
 
     def flags(self, obj: str, folder: Path) -> list[object]:
-        """The same training into another folder."""
+        """Flags of the same training into another folder."""
         paths = ["--save_path", folder / "ckpt", "--run_dir", folder / "runs", "--out_json", folder / f"{obj}.json"]
         run = ["--shot", 2, "--epoch", 2, "--select", "test", "--exp_name", obj]
         return [*SMALL, *self.test_flags(obj)[:4], *paths, *run]
 
     def test_flags(self, obj: str) -> list[object]:
-        """What test.py needs for the checkpoint."""
+        """Flags of test.py for the checkpoint."""
         return ["--obj", obj, "--data_path", self.data, "--save_path", self.ckpt, "--device", "cpu"]
 
 

@@ -1,4 +1,4 @@
-"""Another image tower, DINOv2, through the real commands."""
+"""DINOv2 as the image tower, through the real commands."""
 
 import json
 
@@ -6,7 +6,7 @@ from tests.helpers.commands import fine, refused
 from tests.helpers.data import SMALL
 
 
-def test_dinov2_is_trained_tested_and_predicts(command, phantoms, tmp_path):
+def test_dinov2_trains_tests_predicts_and_exports(command, phantoms, tmp_path):
     import transformers  # noqa: PLC0415 - takes a second
 
     config = transformers.Dinov2Config(
@@ -26,7 +26,7 @@ def test_dinov2_is_trained_tested_and_predicts(command, phantoms, tmp_path):
     images = ["--out", tmp_path / "predictions", phantoms / "Brain_AD/test/Ungood/img"]
     fine(command("predict.py", "--ckpt", ckpt, *tower, "--device", "cpu", *images))
     check = ["--out", tmp_path / "x.onnx", *tower, "--check", phantoms / "Brain_AD/test/good"]
-    fine(command("engine.export", ckpt, *check))  # no score and no pixel differs by more than 1e-4
+    fine(command("engine.export", ckpt, *check))  # fails if a score or a pixel differs by more than 1e-4
     assert "on dino, " in (tmp_path / "x.md").read_text()
     refused(command("test.py", *shared), "--image_tower dino")
     refused(command("test.py", *shared, "--image_tower", tmp_path / "other"), "was trained on")

@@ -1,4 +1,4 @@
-"""A data set of one's own through the real commands: layouts, JSON files, prompts, unequal shots."""
+"""Custom data sets through the real commands: layouts, scans, prompts, unequal numbers of shots."""
 
 import json
 import re
@@ -19,7 +19,7 @@ ONE_EPOCH = [*SMALL, "--epoch", 1]
 
 @pytest.fixture(scope="module")
 def bottle(tmp_path_factory) -> Path:
-    """MVTec's layout: train/good, test/good, test/<defect>, ground_truth/<defect>/*_mask.png."""
+    """A data set in MVTec's layout: train/good, test/good, test/<defect>, ground_truth/<defect>/*_mask.png."""
     folder = tmp_path_factory.mktemp("mvtec")
     phantom.write(folder, ["Brain"], valid=16, test=4, seed=0, size=48)
     brain, root = folder / "Brain_AD", folder / "bottle"
@@ -37,7 +37,7 @@ def bottle(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def call(command: Commands) -> Callable[..., str]:
-    """What a command prints, stdout and stderr."""
+    """Runs a command that must succeed; returns its stdout and stderr."""
 
     def start(script: str, *arguments: object) -> str:
         done = command(script, *arguments)
@@ -50,14 +50,14 @@ def last_lines(output: str) -> list[str]:
     return [line for line in output.splitlines() if re.match(r"\w+ p?AUC : ", line)]
 
 
-def test_mvtecs_layout(bottle, call, tmp_path):
+def test_mvtec_layout(bottle, call, tmp_path):
     paths = ["--obj", "bottle", "--data_root", bottle, "--save_path", tmp_path]
     trained = call("train.py", *ONE_EPOCH, *paths, "--shot", 2, "--out_json", tmp_path / "a.json")
     tested = call("test.py", *paths)
     assert last_lines(trained) == last_lines(tested)
     assert len(last_lines(trained)) == 2  # AUC and pAUC
 
-    # What serves as abnormal support is named, and never measured.
+    # Abnormal images that serve as shots are reported, and excluded from the test.
     note = next(line for line in trained.splitlines() if "both splits" in line)
     assert note in tested
     valid, test = map(int, re.search(r"(\d+) of their 16 .* in valid, for shots, and (\d+) in test", note).groups())
@@ -70,19 +70,19 @@ def test_mvtecs_layout(bottle, call, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["dicom", "nifti"])
-def test_series_and_volumes_are_trained_slice_by_slice(call, once, tmp_path, kind):
+def test_dicom_series_and_nifti_volumes_train_slice_by_slice(call, once, tmp_path, kind):
     root = once("scans", lambda folder: make_data(folder / "data")) / "data" / kind
     paths = ["--obj", "knee", "--data_root", root, "--save_path", tmp_path / "ckpt"]
     scans = ["--window", 400, 900, "--cache_dir", tmp_path / "cache", "--cache", "disk"]
     trained = call("train.py", *ONE_EPOCH, *paths, *scans, "--shot", 2)
     assert len(last_lines(trained)) == 1
-    tested = call("test.py", *paths)  # which reads them as the training did
+    tested = call("test.py", *paths)  # reads the scans as the training did
     assert last_lines(trained) == last_lines(tested) and "training read" not in tested
     assert "warning: training read" in call("test.py", *paths, "--window", "full")
 
 
-def test_normal_shots_alone_and_prompts_of_ones_own(bottle, call, tmp_path):
-    """The prompts are in the checkpoint."""
+def test_normal_shots_only_and_custom_prompts(bottle, call, tmp_path):
+    """Without abnormal shots the loss falls, and test.py takes the prompts from the checkpoint."""
     states = {"normal": ["healthy {}", "{} of a volunteer"], "abnormal": ["{} with oedema", "ill {}", "{} with drusen"]}
     (tmp_path / "prompts.json").write_text(json.dumps(states))
     paths = ["--obj", "bottle", "--data_root", bottle, "--save_path", tmp_path]

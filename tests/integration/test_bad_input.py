@@ -1,4 +1,4 @@
-"""Bad input through the real commands: exit code 2, one line that names the file or flag, nothing written is lost."""
+"""Bad input through the real commands: exit code 2, one line that names the file or flag, and no file is lost."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ def checkpoint(trained) -> Path:
 
 @pytest.fixture
 def folder(phantoms, checkpoint, tmp_path) -> Path:
-    """A copy of the data under data/ and of the checkpoint, to be spoiled."""
+    """A copy of the data (under data/) and of the checkpoint that a test may damage."""
     shutil.copytree(phantoms / "Brain_AD", tmp_path / "data" / "Brain_AD")
     (tmp_path / "ckpt").mkdir()
     shutil.copy(checkpoint, tmp_path / "ckpt" / "Brain.pth")
@@ -32,7 +32,7 @@ def folder(phantoms, checkpoint, tmp_path) -> Path:
 
 
 def flags(folder: Path, script: str = "train.py") -> list[object]:
-    """The flags that would do."""
+    """Flags of a command that would succeed."""
     shared = ["--obj", "Brain", "--data_path", folder / "data", "--save_path", folder / "ckpt", "--device", "cpu"]
     return [*shared, *SMALL, "--shot", 2, "--epoch", 2] if script == "train.py" else shared
 
@@ -50,13 +50,13 @@ def flags(folder: Path, script: str = "train.py") -> list[object]:
         (["--prompts", "/dev/zero"], ["--prompts /dev/zero"]),
     ],
 )
-def test_flags_of_training(command, folder, checkpoint, arguments, words):
+def test_bad_training_flags_are_refused(command, folder, checkpoint, arguments, words):
     refused(command("train.py", *flags(folder), *arguments), *words)
     assert (folder / "ckpt" / "Brain.pth").read_bytes() == checkpoint.read_bytes()
 
 
-def test_a_bad_flag_is_one_line(command):
-    """Without argparse's usage, which --help shows."""
+def test_unknown_flag_prints_one_line(command):
+    """An unknown flag prints one error line, without the usage of argparse."""
     scripts = ("train.py", "test.py", "predict.py", "reproduce.py", "dataset.check", "dataset.phantom", "CLIP.download")
     for script in (*scripts, "engine.checkpoint"):
         result = command(script, "--no_such_flag")
@@ -89,7 +89,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 
 
 @pytest.mark.parametrize("what", SPOILED)
-def test_data(command, folder, checkpoint, what):
+def test_bad_data_is_refused(command, folder, checkpoint, what):
     spoil, words = SPOILED[what]
     spoil(folder / "data")
     result = command("train.py", *flags(folder))
@@ -98,8 +98,8 @@ def test_data(command, folder, checkpoint, what):
     assert (folder / "ckpt" / "Brain.pth").read_bytes() == checkpoint.read_bytes()
 
 
-def test_checkpoints(command, folder, checkpoint):
-    """What is no checkpoint, damaged, of other settings or weights, or with code in it."""
+def test_bad_checkpoints_are_refused(command, folder, checkpoint):
+    """Checkpoints with contradicting settings, code, other weights or damage are refused, and so are other files."""
     path, arguments = folder / "ckpt" / "Brain.pth", flags(folder, "test.py")
     good = torch.load(checkpoint, weights_only=True)
 
@@ -121,23 +121,23 @@ def test_checkpoints(command, folder, checkpoint):
     refused(command("predict.py", "--ckpt", folder, folder, "--out", folder / "out"), str(folder))
 
 
-def test_a_loss_that_becomes_nan(command, folder, checkpoint):
-    """It stops and names epoch and step, before an image is scored; the checkpoint of the last good epoch stays."""
+def test_nan_loss_stops_the_training(command, folder, checkpoint):
+    """Training stops and names epoch, step and flag; an existing checkpoint is kept."""
     refused(command("train.py", *flags(folder), "--learning_rate", "1e38"), "epoch 1", "step 2", "--learning_rate")
     assert (folder / "ckpt" / "Brain.pth").read_bytes() == checkpoint.read_bytes()
 
 
-def test_a_disk_that_is_full_of_tokens(command, folder):
-    """The largest file is limited, which fails in the same calls."""
-    tokens = 4612  # bytes of an image's tokens of a layer and their CRC; no file before them is as large
+def test_disk_full_while_tokens_are_written(command, folder):
+    """A full disk is reported with --cache_dir; here a limit on the file size makes the same calls fail."""
+    tokens = 4612  # bytes of the tokens of one image and layer with their CRC; all files written before are smaller
     arguments = [*flags(folder), "--cache", "disk", "--cache_dir", folder / "cache"]
     refused(command("train.py", *arguments, file_bytes=tokens - 1), "--cache_dir")
     assert not list((folder / "cache").rglob("*.tokens"))
     fine(command("train.py", *arguments))
 
 
-def test_results_replace_files_of_their_own_kind_alone(command, folder, checkpoint):
-    """No folder, pipe or device; no checkpoint under --out_json or --save_scores, no picture under an export."""
+def test_results_only_replace_files_of_the_same_kind(command, folder, checkpoint):
+    """Outputs do not replace folders, pipes, devices, or files of another kind, such as checkpoints and images."""
     os.mkfifo(folder / "pipe")
     (folder / "null").symlink_to("/dev/null")
     kept = folder / "kept.pth"
@@ -149,7 +149,7 @@ def test_results_replace_files_of_their_own_kind_alone(command, folder, checkpoi
             refused(command("test.py", *flags(folder, "test.py"), flag, folder / name), f"{flag} {folder / name}")
     for flag in ("--figures", "--report"):
         result = command("test.py", *flags(folder, "test.py"), flag, kept)
-        assert "tokens" not in refused(result, flag) + result.stdout  # before anything is computed
+        assert "tokens" not in refused(result, flag) + result.stdout  # refused before anything is computed
     refused(command("train.py", *flags(folder), "--out_json", kept), "--out_json")
     refused(command("engine.checkpoint", "export", checkpoint, image), image.name)
     calibrate = ["--calibrate", folder / "data/Brain_AD", "--save_ckpt", image]
@@ -159,7 +159,7 @@ def test_results_replace_files_of_their_own_kind_alone(command, folder, checkpoi
     assert (kept.read_bytes(), image.read_bytes()) == (checkpoint.read_bytes(), before)
 
 
-def test_a_password_in_an_address_is_never_told(command, folder):
+def test_password_in_a_url_is_not_printed(command, folder):
     env = {"WANDB_BASE_URL": "http://ann:s3cr@et@127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
     done = command("train.py", *flags(folder), env={**env, "HOME": str(folder)})
     refused(done, "WANDB_BASE_URL")

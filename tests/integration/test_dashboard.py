@@ -1,4 +1,4 @@
-"""What W&B shows of a real offline run, read back by wandb's own command; and the sweep's command lines, started."""
+"""W&B records of real offline runs, read back with wandb's own command; command lines of the sweep."""
 
 import json
 import os
@@ -21,11 +21,11 @@ from tests.helpers.data import SMALL, unpacked
 PUBLISHED = {"epoch", "sim_texts", "loss", "AUC", "pAUC", "AUC+pAUC", "AUCbest", "pAUCbest", "AUC+pAUCbest"}
 EPOCHS = 5
 WANDB = Path(sys.executable).with_name("wandb")
-KEY = "0123456789abcdef" * 2 + "deadbeef"  # the shape of a key, of nobody
+KEY = "0123456789abcdef" * 2 + "deadbeef"  # has the form of an API key, but is nobody's
 
 
 def train(command: Commands, folder: Path, *flags: object, **env: str) -> subprocess.CompletedProcess[str]:
-    """Train in a folder and with a home of its own."""
+    """Train in `folder`, with a home folder inside it."""
     own = {name: "" for name in os.environ if name.startswith("WANDB")} | {"HOME": str(folder / "home")}
     done = command("train.py", *SMALL, "--shot", 1, *flags, cwd=folder, env={**own, "WANDB_MODE": "offline", **env})
     fine(done)
@@ -47,8 +47,8 @@ def of_type(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [row[kind] for row in rows if row["type"] == kind]
 
 
-def test_a_run(command, phantoms, tmp_path):
-    # The second or the fourth epoch is selected: the fifth is measured, as the last one, but never chosen.
+def test_offline_run(command, phantoms, tmp_path):
+    # The second or fourth epoch is selected; the fifth is evaluated as the last one, but cannot be selected.
     flags = ["--obj", "Brain", "--data_path", phantoms, "--epoch", EPOCHS, "--select", "valid", "--eval_every", 2]
     output = train(command, tmp_path, *flags, "--log_images_every", 2, "--log_model").stdout
     rows = records(tmp_path)
@@ -62,7 +62,7 @@ def test_a_run(command, phantoms, tmp_path):
     for i in (1, 3, 4):
         row, line = history[i], lines[i]
         assert expected <= set(row)
-        # 16 views of 1 + 1 shots, 14 test images, 6 left of valid/
+        # 16 views of 1 + 1 shots, 14 test images, the other 6 images of valid/
         assert row["time/images_per_second"] * row["time/epoch"] == pytest.approx(16 * 2 + 14 + 6)
         names = {"AUC": "auc", "pAUC": "pauc", "loss": "total", "valid/AUC": "valid_auc", "sim_texts": "similarity"}
         assert {name: row[name] for name in names} == {name: line[key] for name, key in names.items()}
@@ -83,8 +83,8 @@ def test_a_run(command, phantoms, tmp_path):
     assert [artifact["type"] for artifact in of_type(rows, "artifact")] == ["model"]
 
 
-def test_a_run_goes_on_under_its_id_and_no_key_or_password_is_told(command, phantoms, tmp_path):
-    """Offline, and where the server cannot be reached; without pictures W&B is told no name of a file."""
+def test_resumed_run_keeps_its_id_and_no_key_or_password_leaks(command, phantoms, tmp_path):
+    """Offline or with an unreachable server, runs resume; with --log_images_every 0 no file name is recorded."""
     flags = ["--obj", "Brain", "--data_path", phantoms, "--epoch", 1, "--exp_name", "one", "--log_images_every", 0]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -103,8 +103,8 @@ def test_a_run_goes_on_under_its_id_and_no_key_or_password_is_told(command, phan
     assert not [text for text in (*printed, *texts) if KEY.encode() in text or b"pass-word" in text]
 
 
-def test_sweep():
-    """Both ends of each parameter give a command line that train.py takes."""
+def test_sweep_command_lines():
+    """The first and the last value of each parameter give a command line that train.py accepts."""
     config = yaml.safe_load((ROOT / "sweep.yaml").read_text())
     start, *flags, rest = config["command"][2:]
     assert (start, rest, config["program"]) == ("${program}", "${args}", "train.py")

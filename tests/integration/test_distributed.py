@@ -1,4 +1,4 @@
-"""Two gloo processes on the CPU against one: the same numbers to every digit."""
+"""Two gloo processes on the CPU against one process: exactly the same numbers."""
 
 import json
 
@@ -10,29 +10,29 @@ from tests.helpers.data import SMALL
 
 
 def two(command: Commands, script: str, *arguments: object) -> str:
-    """What rank 0 prints of two processes, started as torchrun starts them but for its seconds of imports."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has one
+    """Run a command in two processes as torchrun does, but without its slow imports; return the stdout of rank 0."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as in torchrun's agent
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
               "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
     ranks = [command.start(script, *arguments, env={**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
     first, second = [rank.wait() for rank in ranks]
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    assert second.stdout == ""  # one process prints
+    assert second.stdout == ""  # only rank 0 prints
     return first.stdout
 
 
 CASES = {
-    # 32 views in batches of 31: a second step with a single view.
+    # 32 views in batches of 31: the second step has a single view.
     "ram": ["--obj", "Brain", "--cache", "ram", "--batch_size", 31],
     "disk": ["--obj", "Brain", "--cache", "disk", "--batch_size", 12, "--visionA", "MViTFC"],
     "corrected": ["--obj", "Brain", "--cache", "disk", "--fidelity", "corrected", "--select", "valid"],
 }
 
 
-# Not MViTFC, which scores in batches as published: with other kernels it is the slowest.
+# Other kernels skip MViTFC ("disk"): it scores in the published batches and is the slowest case there.
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.equality] * (c != "disk")) for c in CASES])
-def test_two_processes_are_one(command, phantoms, tmp_path, case):
-    """Losses, metrics, thresholds, the selected epoch and every image's score, in training and of the checkpoint."""
+def test_two_processes_equal_one(command, phantoms, tmp_path, case):
+    """Losses, metrics, thresholds, selected epoch and image scores are equal, in training and in test.py."""
     runs, tested = [], []
     for name in ("one", "two"):
         start = two if name == "two" else lambda command, *words: fine(command(*words))
@@ -42,7 +42,7 @@ def test_two_processes_are_one(command, phantoms, tmp_path, case):
         assert output.count("epoch 1/2") == 1
         result = json.loads((tmp_path / "runs" / name / "result.json").read_text())
         runs.append(((tmp_path / "runs" / name / "metrics.jsonl").read_bytes(), {**result, "seconds": 0, "run": ""}))
-        # The other one's checkpoint: a difference in training could else hide one of the pass and the scoring.
+        # Both test the same checkpoint, so that only the tokens and the scoring can differ here.
         ckpt = tmp_path / "one" / f"{result['obj']}.pth"
         other = ["--ckpt", ckpt, "--cache_dir", tmp_path / name / "store of the test", "--batch_size", 4]
         out = tmp_path / f"{name}.json"

@@ -28,7 +28,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServe
 
 @pytest.fixture
 def url(server: HubServer) -> str:
-    """Where CONTENT lies, under the sum that it should have."""
+    """URL of CONTENT, which contains its SHA-256."""
     return f"{server.address}/me/model/resolve/main/{SUM}/weights.pt"
 
 
@@ -51,24 +51,24 @@ def refused(url: str, out: Path, *words: str, kind: type[InputError] = InputErro
 
 
 def ranges(server: HubServer) -> list[str | None]:
-    """The ranges that were asked for."""
+    """The requested ranges."""
     return [wanted for method, _, wanted in server.log if method == "GET"]
 
 
-def test_fetches_then_finds_it_there(server: HubServer, url: str, out: Path) -> None:
+def test_fetches_once(server: HubServer, url: str, out: Path) -> None:
     assert download(url, out, SUM[:8])
     assert whole(out)
     assert not download(url, out, SUM)
     assert ranges(server) == [None]
 
 
-def test_goes_on_when_the_connection_drops_and_in_the_next_call(server: HubServer, url: str, out: Path) -> None:
+def test_resumes_after_dropped_connections_and_in_the_next_call(server: HubServer, url: str, out: Path) -> None:
     server.drops = 2
     assert download(url, out, SUM)
     assert whole(out)
     first, second, third = ranges(server)
     assert first is None
-    for wanted, expected in ((second, HALF), (third, HALF + HALF // 2)):  # at most two pieces are asked for again
+    for wanted, expected in ((second, HALF), (third, HALF + HALF // 2)):  # at most two chunks are requested again
         assert expected - 2 * 2**16 < int(wanted.removeprefix("bytes=").removesuffix("-")) <= expected
     out.unlink()
     server.drops = 4
@@ -81,7 +81,7 @@ def test_goes_on_when_the_connection_drops_and_in_the_next_call(server: HubServe
     assert ranges(server) == [f"bytes={len(kept)}-"]
 
 
-def test_what_is_not_right_is_removed_and_the_next_call_succeeds(url: str, out: Path) -> None:
+def test_corrupt_file_is_removed_and_the_next_call_succeeds(url: str, out: Path) -> None:
     out.parent.mkdir()
     out.with_name("weights.pt.part").write_bytes(b"not the beginning")
     refused(url, out, "SHA-256")
@@ -89,8 +89,8 @@ def test_what_is_not_right_is_removed_and_the_next_call_succeeds(url: str, out: 
     assert download(url, out, SUM)
 
 
-def test_servers_that_refuse(server: HubServer, url: str, out: Path) -> None:
-    """A log-in page never replaces what was fetched so far."""
+def test_server_errors(server: HubServer, url: str, out: Path) -> None:
+    """Log-in pages and 404 are errors that keep the partial file; 503 and 429 are retried."""
     out.parent.mkdir()
     part = out.with_name("weights.pt.part")
     part.write_bytes(CONTENT[:1000])
@@ -103,7 +103,7 @@ def test_servers_that_refuse(server: HubServer, url: str, out: Path) -> None:
     assert download(url, out, SUM)
 
 
-def test_a_password_in_an_address_is_not_told(server: HubServer, url: str, out: Path) -> None:
+def test_password_in_a_url_is_not_printed(server: HubServer, url: str, out: Path) -> None:
     server.statuses = (404,)
     secret = url.replace("http://", "http://me:secret@")
     for address in (secret, "ftp://me:secret@host/x"):
@@ -113,8 +113,8 @@ def test_a_password_in_an_address_is_not_told(server: HubServer, url: str, out: 
         assert "***@" in str(caught.value)
 
 
-def test_a_full_disk_is_one_line_and_keeps_what_fits(server: HubServer, url: str, out: Path) -> None:
-    """A limit on the size of files stands for the disk."""
+def test_full_disk_gives_one_line_and_keeps_the_partial_file(server: HubServer, url: str, out: Path) -> None:
+    """A full disk (here a limit on the file size) gives one error line; the partial file is kept."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, hard))
     try:

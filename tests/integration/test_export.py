@@ -1,4 +1,4 @@
-"""python -m engine.export: the same numbers from the ONNX file, through the command and without PyTorch."""
+"""python -m engine.export: the ONNX file gives the same numbers, through the command and without PyTorch."""
 
 import json
 import re
@@ -21,13 +21,13 @@ from utils import InputError
 
 
 def example() -> str:
-    """The program of docs/predict.md that needs no PyTorch."""
+    """The example of docs/predict.md that needs no PyTorch."""
     text = (ROOT / "docs/predict.md").read_text(encoding="utf-8")
     block = re.search(r"^    import sys\n(?:(?:    .*)?\n)+", text, re.MULTILINE)
     return textwrap.dedent(block[0])
 
 
-def test_the_example_of_the_docs_gives_the_scores_of_predict_without_torch(command, trained, tmp_path):
+def test_documented_example_gives_the_scores_of_predict_without_torch(command, trained, tmp_path):
     images, ckpt = trained.data / "Brain_AD/test/Ungood/img", trained.ckpt / "Brain.pth"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 9000), np.uint8)).save(tmp_path / "wide.png")
     said = fine(command("engine.export", ckpt, "--out", tmp_path / "brain.onnx", "--check", tmp_path))
@@ -54,19 +54,19 @@ def test_the_example_of_the_docs_gives_the_scores_of_predict_without_torch(comma
 
 @pytest.mark.parametrize("kind", ["MCNNFC", "MViTFC"])
 def test_corrected_fidelity_and_other_adapters(command, trained, tmp_path, kind):
-    """Where the command ends with code 0, no score and no pixel differs by more than 1e-4; and half precision."""
+    """--check passes: no score and no pixel differs by more than 1e-4. Half precision can be exported."""
     changes = ["--epoch", 1, "--visionA", kind, "--fidelity", "corrected", "--text_mood", "fix"]
-    fine(command("train.py", *trained.flags("Brain", tmp_path), *changes, "--features_list", 1))  # one is quick
+    fine(command("train.py", *trained.flags("Brain", tmp_path), *changes, "--features_list", 1))  # one layer is quick
     ckpt = tmp_path / "ckpt/Brain.pth"
     flags = ["--out", tmp_path / "x.onnx", "--check", trained.data / "Brain_AD/test/good"]
     assert "7 images" in fine(command("engine.export", ckpt, *flags))
     if kind == "MCNNFC":
         said = fine(command("engine.export", ckpt, "--out", tmp_path / "half.onnx", "--precision", "fp16"))
         assert "opset 18, fp16" in said
-        what_a_file_says_of_itself(tmp_path / "half.onnx")
+        check_onnx_metadata(tmp_path / "half.onnx")
 
 
-def what_a_file_says_of_itself(path):
+def check_onnx_metadata(path):
     import onnxruntime  # noqa: PLC0415 - optional
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

@@ -1,4 +1,4 @@
-"""The real train.py and test.py, with their defaults, against what the published programs gave on the same files."""
+"""train.py and test.py with their defaults against the results of the published programs on the same files."""
 
 import json
 
@@ -15,7 +15,7 @@ from tests.helpers.weights import save_torchscript
 
 @pytest.fixture
 def folder(golden, golden_json, tmp_path, monkeypatch):
-    """The stored PNG files as Brain (with masks) and as Chest (the same images without), and the tiny weights."""
+    """The stored PNG files as Brain (with masks) and Chest (the same images without masks), and the tiny weights."""
     data = golden("e2e")
     assert sorted(data["file_names"].tolist()) == sorted(key[6:] for key in data if key.startswith("files/"))
     for obj in ("Brain", "Chest"):
@@ -33,7 +33,7 @@ def folder(golden, golden_json, tmp_path, monkeypatch):
 
 
 def golden_parts() -> dict[str, dict[str, torch.Tensor]]:
-    """The adapters and contexts from which the published program started."""
+    """The initial adapters and contexts of the published program."""
     parts = {
         f"{branch}_det_adapters": {
             key.rsplit("/", 1)[1]: torch.from_numpy(value)
@@ -53,7 +53,7 @@ def golden_parts() -> dict[str, dict[str, torch.Tensor]]:
 
 @pytest.mark.equality
 @pytest.mark.parametrize("obj", ["Brain", "Chest"])
-def test_six_epochs_and_the_test_program(golden, golden_json, folder, monkeypatch, obj):
+def test_six_epochs_and_test_py_equal_the_published_programs(golden, golden_json, folder, monkeypatch, obj):
     data, published = golden("e2e"), golden_json("e2e")["options"]
     started = []
 
@@ -75,7 +75,7 @@ def test_six_epochs_and_the_test_program(golden, golden_json, folder, monkeypatc
     model = ["--model_name", "ViT-tiny-14-56", "--features_list", *published["features_list"]]
     model += flags("img_size", "text_mood", "contrast_mood", "dec_type", "loss_type", "visionA")
     run = [*flags("shot", "iterate", "epoch", "batch_size", "learning_rate"), "--run_dir", folder / "runs"]
-    run += ["--select", "test"]  # the default for the paper's own images
+    run += ["--select", "test"]  # the default for the paper's own data sets
     assert published["img_size"] == TINY_SIZE
     with monkeypatch.context() as patch:
         patch.setattr(train, "Detector", golden_start)
@@ -83,7 +83,7 @@ def test_six_epochs_and_the_test_program(golden, golden_json, folder, monkeypatc
         result = train.train(train.parse(list(map(str, [*places, *model, *run, "--exp_name", "golden"]))))
     assert len(started) == 1
 
-    # 4 soft mask values lie within rounding of the threshold: see the goldens' README.
+    # 4 soft mask values are so near the threshold that rounding decides: see the README of the goldens.
     epochs = [json.loads(line) for line in (folder / "runs/golden/metrics.jsonl").read_text().splitlines()]
     tolerance = 2e-4 if obj == "Brain" else 1e-5
     np.testing.assert_allclose([epoch["total"] for epoch in epochs], data[f"{obj}/loss"], atol=tolerance, rtol=0)
@@ -95,7 +95,7 @@ def test_six_epochs_and_the_test_program(golden, golden_json, folder, monkeypatc
     assert result["selected_epoch"] == int(data[f"{obj}/best_epochs"][-1]) + 1
     assert ("pixel_value" in result["decision"]) == (obj == "Brain")
 
-    # What the test program reads back.
+    # The checkpoint, and test.py on it.
     checkpoint = torch.load(folder / "ckpt" / f"{obj}.pth", weights_only=True)
     shapes = golden_json("e2e")["checkpoint_keys_and_shapes"]
     assert set(checkpoint) - {"format", "settings", "about"} == set(shapes)

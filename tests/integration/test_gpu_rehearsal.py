@@ -1,7 +1,7 @@
-"""What runs on a GPU, rehearsed without one: no operation mixes devices, and no step waits for the GPU.
+"""GPU code rehearsed without a GPU: no operation mixes devices, and no step waits for the GPU.
 
-What needs values is outside: the towers and prompts are made on the CPU and moved, gradients are filled in, and of the
-fits of baselines and the ends of passes the test says for what they wait.
+Operations that need real values are left out: towers and prompts are built on the CPU and moved, and gradients are
+zeros. At the end of epochs, evaluations and predictions the host has to wait; the tests assert what it waits for.
 """
 
 import json
@@ -32,14 +32,14 @@ PRECISIONS = pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["f
 
 @cache
 def built(**changes):
-    """Towers and detector on the CPU."""
+    """Towers and detector, on the CPU."""
     settings = small_settings(img_size=28, **changes)
     clip = create_model("ViT-tiny-14-56", "random", 28, fidelity=settings.fidelity, seed=1)
     return clip, Detector(clip, settings, 5)
 
 
 class World:
-    """A small run on the rehearsed GPU: samples on disk, their tokens in the store, a detector."""
+    """A small run on the rehearsed GPU: samples on disk, their tokens in a store, and a detector."""
 
     def __init__(self, folder, mode, autocast=None, **changes):
         self.settings, self.samples = small_settings(img_size=28, **changes), draw_samples(folder)
@@ -50,7 +50,7 @@ class World:
         self.clip, self.detector = mode.moved(built(**changes))
         visual = self.clip.visual
         self.store.fill(self.clip)
-        self.clip.visual = visual  # which `fill` frees
+        self.clip.visual = visual  # `fill` frees it
         self.shots, self.state = shots.to(self.store), TrainingState(self.detector, autocast, 0.001, 5)
         mode.waits.clear()
 
@@ -61,7 +61,7 @@ class World:
 
 @PRECISIONS
 @pytest.mark.parametrize("adapters", ["MFCFC", "MCNNFC", "MViTFC"])
-def test_steps_scores_maps_and_masks_mix_no_devices_and_do_not_wait(tmp_path, adapters, autocast):
+def test_steps_and_evaluations_mix_no_devices_and_do_not_wait(tmp_path, adapters, autocast):
     with rehearsal() as mode:
         world = World(tmp_path, mode, autocast, visionA=adapters)
         losses = [world.step(masks) for masks in (True, False)]
@@ -69,13 +69,13 @@ def test_steps_scores_maps_and_masks_mix_no_devices_and_do_not_wait(tmp_path, ad
         assert {p.grad.device for p in world.detector.adapters.parameters() if p.grad is not None} == {CUDA}
         assert mode.waits == []
         check_losses(torch.stack(losses), 1)
-        assert mode.waits == [COPY]  # once an epoch
+        assert mode.waits == [COPY]  # once per epoch
         mode.waits.clear()
 
         for pixels in (True, False):
             world.detector.settings = replace(world.settings, pixel_metrics=pixels)
             evaluation = evaluate(world.detector, world.store, world.samples)
-            assert mode.waits == [VALUE]  # whether all scores are finite, once an evaluation
+            assert mode.waits == [VALUE]  # whether all scores are finite: once per evaluation
             mode.waits.clear()
             assert evaluation.maps(slice(0, 4)).device == evaluation.maps([0, 2]).device == CUDA
             assert mode.waits == []
@@ -87,7 +87,7 @@ def test_steps_scores_maps_and_masks_mix_no_devices_and_do_not_wait(tmp_path, ad
         assert mode.waits == []
 
 
-def test_neither_does_what_is_corrected(tmp_path):
+def test_corrected_fidelity_does_not_wait_either(tmp_path):
     with rehearsal() as mode:
         changes = {"fidelity": "corrected", "visionA": "MViTFC", "loss_type": "softmax", "dec_type": "both"}
         world = World(tmp_path, mode, torch.bfloat16, **changes)
@@ -98,8 +98,8 @@ def test_neither_does_what_is_corrected(tmp_path):
 
 
 @pytest.mark.parametrize(("generation", "dtype"), [(7, torch.float16), (8, torch.bfloat16)])
-def test_bfloat16_where_the_gpu_computes_it(monkeypatch, generation, dtype):
-    """A T4 (7.5) takes bfloat16 tensors too, but emulates their products."""
+def test_bfloat16_only_if_the_gpu_computes_it(monkeypatch, generation, dtype):
+    """float16 is chosen on a T4 (compute capability 7.5): it accepts bfloat16, but only emulates the products."""
     properties = SimpleNamespace(major=generation)
     for name, value in (("is_available", True), ("current_device", 0), ("get_device_properties", properties),
                         ("_check_bf16_tensor_supported", True)):  # fmt: skip
@@ -108,7 +108,7 @@ def test_bfloat16_where_the_gpu_computes_it(monkeypatch, generation, dtype):
 
 
 def test_processes_exchange_tokens_in_host_memory(tmp_path, monkeypatch):
-    """A GPU tensor that another process unpickles takes room on the GPU that it came from."""
+    """Tokens are sent as CPU tensors: a GPU tensor unpickled by another process would use memory of its first GPU."""
     sent = []
     monkeypatch.setattr(distributed, "world", lambda: 2)
     monkeypatch.setattr(distributed, "from_main", lambda value: value)
@@ -119,7 +119,7 @@ def test_processes_exchange_tokens_in_host_memory(tmp_path, monkeypatch):
 
 
 @PRECISIONS
-def test_prediction_waits_for_its_results_alone(tmp_path, autocast):
+def test_prediction_waits_only_for_its_results(tmp_path, autocast):
     with rehearsal() as mode:
         world = World(tmp_path, mode, autocast)
         model = Predictor(Checkpoint(world.settings, {}, {}), world.detector, world.clip, autocast)
@@ -131,8 +131,8 @@ def test_prediction_waits_for_its_results_alone(tmp_path, autocast):
 
 
 @pytest.mark.parametrize("masks", [True, False], ids=["masks", "no masks"])
-def test_baselines_wait_while_they_are_fitted(tmp_path, masks):
-    """And scikit-learn's, which needs values that no rehearsal has, in every batch."""
+def test_baselines_wait_only_while_they_are_fitted(tmp_path, masks):
+    """Fitted baselines score without waiting; not tested for scikit-learn's, which reads values of every batch."""
     with rehearsal() as mode:
         world = World(tmp_path, mode)
         tokens = [layer.float() for layer in world.store.get(world.shots.rows)]
@@ -147,8 +147,8 @@ def test_baselines_wait_while_they_are_fitted(tmp_path, masks):
 
 
 @pytest.mark.parametrize(("device", "code", "outcome"), [("cpu", 0, "passed"), ("cuda", 1, "failed")])
-def test_the_script_of_the_first_run(command, tmp_path, device, code, outcome):
-    """benchmarks.gpu, without its slow parts; a part that fails is told with its reason and stops no other."""
+def test_gpu_benchmark_reports_each_part(command, tmp_path, device, code, outcome):
+    """benchmarks.gpu reports a failed part with its reason and still runs the other parts (slow parts: not here)."""
     flags = ["--device", device, "--small", "--parts", "fp32", "full card", "--json", tmp_path / "g.json"]
     done = command("benchmarks.gpu", *flags, env={"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == code, done.stdout[-3000:]

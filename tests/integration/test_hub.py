@@ -1,6 +1,6 @@
 """`--model_name hf-hub:owner/name` and `python -m CLIP.download` against a server that speaks the hub's protocol.
 
-huggingface_hub reads its environment when it is imported, which the process that forks for each command has not done.
+huggingface_hub reads its environment on import. The server that forks the commands does not import it for this reason.
 """
 
 import subprocess
@@ -17,7 +17,7 @@ from tests.helpers.weights import save_hugging_face
 
 TINY = ModelConfig.load("ViT-tiny-14-56")
 Run = Callable[..., subprocess.CompletedProcess[str]]
-# Prints where the config and the weights were found, then numbers of the model.
+# Prints source and hash of the weights, then numbers of the model.
 LOAD = """
 import sys
 from utils import run_cli
@@ -29,7 +29,7 @@ def main():
     print(found.source, found.sha256, float(clip.text.text_projection.double().sum()), clip.quick_gelu)
 run_cli(main)
 """
-# OpenAI's address cannot be reached; prints what a run then finds.
+# OpenAI's URL cannot be reached; prints the hash of the weights that a run then finds.
 FALL_BACK = """
 import pathlib, sys
 from CLIP import download, weights
@@ -47,7 +47,7 @@ run_cli(main)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Repositories in Hugging Face's form, one of another family."""
+    """Repositories in Hugging Face's form; one holds a model of another family."""
     folder = tmp_path_factory.mktemp("repositories")
     save_hugging_face(TINY, folder / "hf")
     (folder / "bert").mkdir()
@@ -65,7 +65,7 @@ def server(folders: dict[str, Path]) -> Iterator[HubServer]:
 
 @pytest.fixture
 def run(command: Commands, server: HubServer, tmp_path: Path) -> Run:
-    """Start a module (`CLIP.download`) or, where the first word has a line break, a program."""
+    """Runs a module (`CLIP.download`) or, if the first word contains a line break, a program."""
 
     def run(program: str, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
         if "\n" in program:
@@ -80,7 +80,7 @@ def run(command: Commands, server: HubServer, tmp_path: Path) -> Run:
     return run
 
 
-def test_a_model_of_the_hub_is_fetched_once_then_read_offline(server: HubServer, run: Run, folders) -> None:
+def test_hub_model_is_fetched_once_then_read_offline(server: HubServer, run: Run, folders) -> None:
     first = run(LOAD, "hf-hub:me/tiny")
     fine(first)
     source, sha256, number, _ = first.stdout.split()
@@ -90,10 +90,10 @@ def test_a_model_of_the_hub_is_fetched_once_then_read_offline(server: HubServer,
     server.log.clear()
     assert run(LOAD, "hf-hub:me/tiny").stdout == first.stdout
     assert run(LOAD, "hf-hub:me/tiny", HF_HUB_OFFLINE="1").stdout == first.stdout
-    assert not server.log  # nothing was asked for again
+    assert not server.log  # nothing was requested again
 
 
-def test_what_the_hub_refuses_is_refused(server: HubServer, run: Run) -> None:
+def test_hub_errors_are_reported(server: HubServer, run: Run) -> None:
     refused(run(LOAD, "hf-hub:me/none"), "hf-hub:me/none", "RepositoryNotFound")
     refused(run(LOAD, "hf-hub:me/tiny@other"), "RevisionNotFound")
     refused(run(LOAD, "hf-hub:me/bert"), "bert")
@@ -102,7 +102,7 @@ def test_what_the_hub_refuses_is_refused(server: HubServer, run: Run) -> None:
     refused(run(LOAD, "hf-hub:me/tiny"), "hf-hub:me/tiny", "GatedRepo")
 
 
-def test_the_hub_stands_in_for_an_address_that_cannot_be_reached(run: Run, folders, tmp_path: Path) -> None:
+def test_hub_is_the_fallback_for_an_unreachable_url(run: Run, folders, tmp_path: Path) -> None:
     result = run(FALL_BACK, tmp_path)
     fine(result)
     assert "from the hub instead" in result.stderr

@@ -1,4 +1,4 @@
-"""predict.py and the Python API on real files: phantom PNGs, pydicom's DICOM files, the MNI template of nilearn."""
+"""predict.py and the Python API on real files: phantom PNGs, DICOM files of pydicom, the MNI template of nilearn."""
 
 import os
 import re
@@ -44,7 +44,7 @@ def image(phantoms) -> Path:
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory) -> Path:
-    """The MNI template with 8 mm voxels, with thick slices stored the other way round, and as a DICOM series."""
+    """The MNI template with 8 mm voxels, with thick slices and reversed axes, and as a DICOM series."""
     path = tmp_path_factory.mktemp("scans")
     dicom_series(path / "series", mni(path / "mni.nii.gz", (8.0, 8.0, 8.0)), shuffle=1)
     mni(path / "thick.nii.gz", (8.0, 8.0, 32.0), "LSP")
@@ -52,7 +52,7 @@ def scans(tmp_path_factory) -> Path:
 
 
 def changed(source: Path, path: Path, metadata: dict[str, object] | None = None, **settings: object) -> Path:
-    """A checkpoint with other settings or metadata."""
+    """Write a copy of a checkpoint with other settings or metadata."""
     old = Checkpoint.load(source)
     Checkpoint(replace(old.settings, **settings), old.parts, {**old.metadata, **(metadata or {})}).save(path)
     return path
@@ -72,7 +72,7 @@ def dicom(name: str) -> str:
 
 
 def raw(out: Path, row: dict[str, str]) -> np.ndarray:
-    """The heat map of an image, (S, S) in [0, 4]: K = 4 layers."""
+    """The heat map of an image, (S, S) in [0, 4], as there are K = 4 layers."""
     with Image.open(out / row["raw"]) as image:
         return np.asarray(image).astype(np.float32) / 65535 * 4
 
@@ -83,7 +83,7 @@ def size(path: Path) -> tuple[int, int]:
 
 
 @pytest.mark.equality
-def test_the_scores_of_the_test_program(command, ckpts, trained, tmp_path):
+def test_scores_equal_those_of_test_py(command, ckpts, trained, tmp_path):
     done = predicted(command, ckpts / "Brain.pth", tmp_path, trained.data / GOOD, trained.data / UNGOOD)
     assert "not a medical device" in done.stdout
     expected = trained.result("Brain")
@@ -98,7 +98,7 @@ def test_the_scores_of_the_test_program(command, ckpts, trained, tmp_path):
         assert (float(row["threshold"]), row["abnormal"]) == (threshold, str(image["score"] >= threshold))
         heat = raw(tmp_path, row)
         assert heat.shape == (42, 42)
-        assert heat.max() == pytest.approx(float(row["score"]), abs=1e-4)  # with masks an image scores as its peak
+        assert heat.max() == pytest.approx(float(row["score"]), abs=1e-4)  # with masks the score is the maximum
         assert size(tmp_path / row["overlay"]) == (64, 64)
         outlines = read_json(tmp_path / row["contours"])
         assert outlines["pixel_threshold"] == expected["decision"]["pixel_value"]
@@ -107,7 +107,7 @@ def test_the_scores_of_the_test_program(command, ckpts, trained, tmp_path):
     assert [str(row["score"]) for row in stored["predictions"]] == [row["score"] for row in rows(tmp_path)]
 
 
-def test_without_masks_images_score_by_their_patches_and_heat_maps_are_weak(command, ckpts, trained, tmp_path):
+def test_without_masks_scores_equal_test_py_and_heat_maps_are_weak(command, ckpts, trained, tmp_path):
     done = predicted(command, ckpts / "Chest.pth", tmp_path, trained.data / "Chest_AD/test")
     expected = {Path(image["file"]).name: image["score"] for image in trained.result("Chest")["per_image"]}
     assert {Path(row["file"]).name: float(row["score"]) for row in rows(tmp_path)} == pytest.approx(expected, abs=1e-5)
@@ -118,14 +118,14 @@ def test_without_masks_images_score_by_their_patches_and_heat_maps_are_weak(comm
 # --- thresholds ---
 
 
-def test_thresholds_given_missing_and_set_again(command, ckpts, trained, image, tmp_path):
+def test_threshold_missing_given_and_calibrated(command, ckpts, trained, image, tmp_path):
     bare = changed(ckpts / "Mine.pth", tmp_path / "bare.pth", {"threshold": None})
     predicted(command, bare, tmp_path / "a", image)
     assert rows(tmp_path / "a")[0]["abnormal"] == ""
     predicted(command, bare, tmp_path / "b", image, "--threshold", 0.1)
     assert rows(tmp_path / "b")[0]["abnormal"] == "True"
 
-    # Labelled images in a layout that no JSON file describes: normal/ and abnormal/ alone, without masks.
+    # Labelled images without a JSON description and without masks: only normal/ and abnormal/.
     for kind, name in ((GOOD, "normal"), (UNGOOD, "abnormal")):
         shutil.copytree(trained.data / kind, tmp_path / "labelled" / name)
     flags = ["--ckpt", bare, "--calibrate", tmp_path / "labelled"]
@@ -140,10 +140,10 @@ def test_thresholds_given_missing_and_set_again(command, ckpts, trained, image, 
     assert float(rows(tmp_path / "c")[0]["threshold"]) == stored["value"]
 
 
-def test_the_grey_of_a_mask_belongs_to_the_data_set_that_is_calibrated_on(ckpts, trained, tmp_path):
+def test_calibration_uses_mask_above_of_its_data_set(ckpts, trained, tmp_path):
     root = Path(shutil.copytree(trained.data / "Brain_AD", tmp_path / "Brain_AD"))
     for path in root.rglob("anomaly_mask/*.png"):
-        Image.open(path).point(lambda grey: grey * 100 // 255).save(path)  # 127, the checkpoint's, marks nothing
+        Image.open(path).point(lambda grey: grey * 100 // 255).save(path)  # nothing is above 127, the checkpoint's
     dataset = MedicalDataset.open("Brain", tmp_path, root, mask_above=50)
     model = load(ckpts / "Brain.pth", "cpu")
     model.calibrate(dataset, "f1")
@@ -159,7 +159,7 @@ def test_the_grey_of_a_mask_belongs_to_the_data_set_that_is_calibrated_on(ckpts,
 # --- reading ---
 
 
-def test_dicom_files_objects_without_a_picture_and_damaged_ones(command, ckpts, tmp_path):
+def test_dicom_images_objects_without_an_image_and_damaged_files(command, ckpts, tmp_path):
     good, none = ["CT_small.dcm", "examples_palette.dcm", "SC_rgb_rle_2frame.dcm"], ["rtplan.dcm", "rtdose.dcm"]
     predicted(command, ckpts / "Mine.pth", tmp_path / "a", *map(dicom, (*good, *none)))
     assert len(read_json(tmp_path / "a/predictions.json")["no_image"]) == 2
@@ -173,7 +173,7 @@ def test_dicom_files_objects_without_a_picture_and_damaged_ones(command, ckpts, 
 
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
     header = dcmread(dicom(good[2]))
-    header.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.81"  # near-lossless JPEG-LS, which it is not
+    header.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.81"  # claims near-lossless JPEG-LS, which is wrong
     header.save_as(tmp_path / "many.dcm")
     bad = [dicom("MR_truncated.dcm"), *(tmp_path / name for name in ("broken.png", "missing.png", "many.dcm"))]
     done = predicted(command, ckpts / "Mine.pth", tmp_path / "b", dicom(good[0]), *bad, code=1)
@@ -181,7 +181,7 @@ def test_dicom_files_objects_without_a_picture_and_damaged_ones(command, ckpts, 
         assert sum(Path(path).name in line for line in done.stderr.splitlines()) == 1
     before = {path.name: path.read_bytes() for path in (tmp_path / "b").glob("predictions.*")}
     flags = ["--ckpt", ckpts / "Mine.pth", "--out", tmp_path / "b"]
-    for name in ("rtplan.dcm", "JPEGLSNearLossless_16.dcm"):  # no picture; no decoder
+    for name in ("rtplan.dcm", "JPEGLSNearLossless_16.dcm"):  # has no image; has no decoder
         refused(command("predict.py", *flags, dicom(name)), "image")
     assert before == {name: (tmp_path / "b" / name).read_bytes() for name in before}  # not replaced by an empty table
     assert not (tmp_path / "b/predictions.partial.jsonl").exists()
@@ -189,18 +189,18 @@ def test_dicom_files_objects_without_a_picture_and_damaged_ones(command, ckpts, 
     assert (done.returncode, done.stderr.count("Traceback (most recent call last)") > 0) == (1, True)
 
 
-def test_what_training_saw_decides(command, ckpts, image, tmp_path):
+def test_images_are_read_as_in_training_by_default(command, ckpts, image, tmp_path):
     scan = dicom("CT_small.dcm")
     done = predicted(command, ckpts / "Brain.pth", tmp_path / "a", scan)
     assert "trained on picture files, not on DICOM" in done.stderr
     reading = {"window": [40.0, 400.0], "plane": "coronal", "formats": ["dicom"]}
     ct = changed(ckpts / "Mine.pth", tmp_path / "ct.pth", reading=reading)
     assert "warning" not in predicted(command, ct, tmp_path / "b", scan).stderr
-    changed(ct, tmp_path / "Brain.pth", obj="Brain")  # one's own images may have the name of a benchmark
+    changed(ct, tmp_path / "Brain.pth", obj="Brain")  # custom data may have the name of a benchmark
     assert "warning" not in predicted(command, tmp_path / "Brain.pth", tmp_path / "b", scan).stderr
     predicted(command, ckpts / "Mine.pth", tmp_path / "c", scan, "--window", 40, 400)
     assert rows(tmp_path / "b")[0]["score"] == rows(tmp_path / "c")[0]["score"]
-    other = predicted(command, ct, tmp_path / "d", "--window", "full", scan)  # the image follows
+    other = predicted(command, ct, tmp_path / "d", "--window", "full", scan)  # an image may follow --window
     assert "warning: --window full, but training read images with (40.0, 400.0)" in other.stderr
     assert rows(tmp_path / "d")[0]["score"] != rows(tmp_path / "c")[0]["score"]
     assert "trained on DICOM files, not on picture" in predicted(command, ct, tmp_path / "e", image).stderr
@@ -208,7 +208,7 @@ def test_what_training_saw_decides(command, ckpts, image, tmp_path):
 
 
 def test_a_volume_of_thick_slices(command, ckpts, scans, tmp_path):
-    """Coronal, of a file with other axes; what other planes look like: tests/unit/test_scans.py."""
+    """Coronal slices of a file with other axes; other planes are tested in tests/unit/test_scans.py."""
     done = predicted(command, ckpts / "Mine.pth", tmp_path, scans / "thick.nii.gz", "--plane", "coronal")
     wide, deep, high = nibabel.as_closest_canonical(nibabel.load(scans / "thick.nii.gz")).shape
     table = rows(tmp_path)
@@ -220,7 +220,7 @@ def test_a_volume_of_thick_slices(command, ckpts, scans, tmp_path):
     assert {(outline["width"], outline["height"]) for outline in outlines} == {(wide, high)}
     points = np.array([point for outline in outlines for region in outline["regions"] for point in region["points"]])
     assert points.min() >= 0
-    assert (points.max(axis=0) <= (wide, high)).all()  # the file's pixels, not the square ones that are shown
+    assert (points.max(axis=0) <= (wide, high)).all()  # pixels of the file, not the square pixels that are shown
     picture = size(tmp_path / table[0]["overlay"])
     assert picture[1] / picture[0] == pytest.approx(4 * high / wide, rel=0.02)
 
@@ -228,7 +228,7 @@ def test_a_volume_of_thick_slices(command, ckpts, scans, tmp_path):
 # --- results ---
 
 
-def test_groups(command, ckpts, scans, trained, tmp_path):
+def test_scores_of_groups(command, ckpts, scans, trained, tmp_path):
     for place, source in enumerate(sorted((trained.data / UNGOOD).iterdir())[:6]):
         path = tmp_path / "in" / f"P{1 + place // 3}" / f"P{1 + place // 3}_slice{place % 3}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -244,7 +244,7 @@ def test_groups(command, ckpts, scans, trained, tmp_path):
     groups, found = rows(tmp_path / "groups.csv"), rows(tmp_path)
     stored = read_json(tmp_path / "predictions.json")["groups"]
     assert [group["group"] for group in stored] == [group["group"] for group in groups]
-    # PatientID of the series is P1 as well: it joins the files that name this patient.
+    # The PatientID of the series is P1, too, so it joins the files named after this patient.
     slices = sum(bool(row["SeriesInstanceUID"]) for row in found)
     (of_series,) = (group for group in groups if group["PatientID"])
     assert (of_series["PatientID"], of_series["description"]) == ("P1", "T1 axial")
@@ -259,12 +259,12 @@ def test_groups(command, ckpts, scans, trained, tmp_path):
     assert other["abnormal"] == str(max(scores) >= float(other["threshold"]))
 
 
-def test_anonymous_results_name_no_one(command, ckpts, scans, image, tmp_path):
+def test_anonymous_results_contain_no_names(command, ckpts, scans, image, tmp_path):
     shutil.copy(image, tmp_path / "Doe_Jane.png")
     inputs = [tmp_path / "Doe_Jane.png", tmp_path / "Doe_Jane.png", scans / "series", scans / "mni.nii.gz"]
     flags = ["--anonymous", "--group_by", "patient", "--report", tmp_path / "out/page"]
     done = predicted(command, ckpts / "Mine.pth", tmp_path / "out", *inputs, *flags)
-    # Whole names: three letters stand somewhere in many pixels.
+    # Only long names: three letters occur by chance in image data.
     names = ["Doe_Jane", "Doe^Jane", "of Jane", "mni.nii", str(scans), str(tmp_path / "Doe")]
     header = dcmread(next((scans / "series").iterdir()))
     names += [header.StudyInstanceUID, header.SeriesInstanceUID, header.FrameOfReferenceUID, header.SOPInstanceUID]
@@ -275,7 +275,7 @@ def test_anonymous_results_name_no_one(command, ckpts, scans, image, tmp_path):
         assert not [name for name in names if name in content], path
     assert not [name for name in names if name in done.stdout + done.stderr]
     found = rows(tmp_path / "out")
-    assert {row["PatientID"] for row in found if row["PatientID"]} == {"patient-00001"}  # no hash that can be tried
+    assert {row["PatientID"] for row in found if row["PatientID"]} == {"patient-00001"}  # a hash could be guessed
     assert len({row["overlay"] for row in found}) == len(found)
 
 
@@ -304,14 +304,14 @@ def test_report_page(command, ckpts, scans, image, tmp_path):
         (["docs/demo.jpg", "--threshold", 1, "--calibrate", "x"], ["--threshold", "--calibrate"]),
     ],
 )
-def test_refused(command, ckpts, tmp_path, arguments, words):
+def test_bad_arguments_are_refused(command, ckpts, tmp_path, arguments, words):
     refused(command("predict.py", "--ckpt", ckpts / "Brain.pth", "--out", tmp_path, *arguments), *words)
 
 
-# --- killed, beside each other, again ---
+# --- interrupted, concurrent and repeated runs ---
 
 
-def test_a_killed_batch_goes_on_where_it_stopped(command, ckpts, scans, trained, tmp_path):
+def test_killed_batch_resumes_with_the_same_results(command, ckpts, scans, trained, tmp_path):
     inputs = [trained.data / GOOD, scans / "mni.nii.gz", scans / "series", "--report", tmp_path / "page"]
     predicted(command, ckpts / "Mine.pth", tmp_path / "whole", *inputs)
     page = (tmp_path / "page/index.html").read_text()
@@ -326,7 +326,7 @@ def test_a_killed_batch_goes_on_where_it_stopped(command, ckpts, scans, trained,
         file.write('{"key": "cut sh')
     done = predicted(command, ckpts / "Mine.pth", out, *inputs)
     series = len(list((scans / "series").iterdir()))
-    assert f"{series}/{series}" in done.stderr  # the network sees what is left
+    assert f"{series}/{series}" in done.stderr  # only the remaining images are computed
     expected, found = rows(tmp_path / "whole"), rows(out)
     assert len(found) == len(expected)
     for row, other in zip(expected, found, strict=True):
@@ -339,7 +339,7 @@ def test_a_killed_batch_goes_on_where_it_stopped(command, ckpts, scans, trained,
     assert not (out / "predictions.partial.jsonl").exists()
 
 
-def test_lines_of_files_that_changed_are_dropped(command, ckpts, image, tmp_path):
+def test_partial_results_of_changed_files_are_dropped(command, ckpts, image, tmp_path):
     shutil.copy(image, tmp_path / "a.png")
     flags = ["--ckpt", ckpts / "Mine.pth", tmp_path / "a.png", "--device", "cpu", "--out", tmp_path / "out"]
     command("predict.py", *flags, on=(Call("engine.report.predictions.Results.close"), signal.SIGKILL))
@@ -349,7 +349,7 @@ def test_lines_of_files_that_changed_are_dropped(command, ckpts, image, tmp_path
     assert [row["width"] for row in rows(tmp_path / "out")] == ["30"]
 
 
-def test_two_at_a_time_do_not_write_to_one_folder(command, ckpts, image, trained, tmp_path):
+def test_second_process_in_the_same_folder_is_refused(command, ckpts, image, trained, tmp_path):
     flags = ["--ckpt", ckpts / "Brain.pth", "--device", "cpu", "--out", tmp_path]
     first = command.start("predict.py", *flags, trained.data / GOOD, on=(Call("predict.predict"), signal.SIGSTOP))
     first.stopped()
@@ -363,35 +363,35 @@ def test_two_at_a_time_do_not_write_to_one_folder(command, ckpts, image, trained
 # --- folders ---
 
 
-def test_masks_of_a_labelled_folder_are_no_input(command, ckpts, trained, tmp_path):
+def test_masks_in_folders_are_skipped(command, ckpts, trained, tmp_path):
     test = trained.data / "Brain_AD/test"
     done = predicted(command, ckpts / "Brain.pth", tmp_path / "out", test)
     assert "7 files are masks" in done.stderr
     assert len(rows(tmp_path / "out")) == len(list(test.glob("*/img/*.png")))
-    for name in ("benign (1).png", "benign (1)_mask.png", "benign (1)_mask_1.png", "alone_seg.png"):  # as BUSI has them
+    for name in ("benign (1).png", "benign (1)_mask.png", "benign (1)_mask_1.png", "alone_seg.png"):  # as in BUSI
         (tmp_path / "busi").mkdir(exist_ok=True)
         Image.new("L", (20, 20), 90).save(tmp_path / "busi" / name)
     done = predicted(command, ckpts / "Brain.pth", tmp_path / "beside", tmp_path / "busi")
     assert "2 files are masks" in done.stderr
-    assert "alone_seg.png" in done.stderr  # a mask of nothing that is here
+    assert "alone_seg.png" in done.stderr  # a mask without its image is reported
     assert {Path(row["file"]).name for row in rows(tmp_path / "beside")} == {"benign (1).png"}
-    # What is named itself is what its user wants to predict.
+    # Masks that the user names explicitly are predicted.
     named = [test / "Ungood/anomaly_mask", tmp_path / "busi/alone_seg.png"]
     predicted(command, ckpts / "Brain.pth", tmp_path / "named", *named)
     assert len(rows(tmp_path / "named")) == 8
 
 
-def test_its_own_pictures_are_no_input(command, ckpts, scans, image, tmp_path):
+def test_own_results_are_skipped(command, ckpts, scans, image, tmp_path):
     shutil.copytree(scans / "series", tmp_path / "in/series")
     shutil.copy(scans / "mni.nii.gz", tmp_path / "in")
     shutil.copy(image, tmp_path / "in")
     predicted(command, ckpts / "Mine.pth", tmp_path / "in", tmp_path / "in")
     first = sorted(row["file"] for row in rows(tmp_path / "in"))
-    predicted(command, ckpts / "Mine.pth", tmp_path / "in", *sorted((tmp_path / "in").iterdir()))  # the shell's in/*
+    predicted(command, ckpts / "Mine.pth", tmp_path / "in", *sorted((tmp_path / "in").iterdir()))  # as a shell's in/*
     assert sorted(row["file"] for row in rows(tmp_path / "in")) == first
 
 
-def test_names_that_cannot_be_used_as_they_are(command, ckpts, image, tmp_path):
+def test_unusual_file_names(command, ckpts, image, tmp_path):
     (tmp_path / "in/a").mkdir(parents=True)
     for name in ["病" * 83 + ".png", "\x1b[31mred.png", os.fsdecode(b"\xff.png"), "a/b.png", "a__b.png", "-x.png"]:
         shutil.copy(image, tmp_path / "in" / name)
@@ -435,7 +435,7 @@ def test_one_bad_image_does_not_lose_a_batch(ckpts, image, tmp_path):
         model.predict(tmp_path / "bad.png")
 
 
-def test_volumes_and_files_of_many_frames_give_all_slices(command, ckpts, scans, image, tmp_path):
+def test_volumes_and_multi_frame_files_return_all_slices(command, ckpts, scans, image, tmp_path):
     predicted(command, ckpts / "Mine.pth", tmp_path / "out", scans / "mni.nii.gz", "--no-pictures")
     found = rows(tmp_path / "out")
     model = load(ckpts / "Mine.pth", "cpu")

@@ -1,4 +1,4 @@
-"""The published checkpoint format, through the real commands: written by export, read by test.py."""
+"""The published checkpoint format through the real commands: written by export, read by test.py."""
 
 import shutil
 from pathlib import Path
@@ -16,18 +16,18 @@ MOODS = ("learnable_all", "learnable_abnormal", "fix")
 
 
 def read(phantoms: Path, ckpt: Path) -> list[object]:
-    """What test.py needs for a file in the published format, but for the layers."""
+    """Flags of test.py for a file in the published format, without --features_list."""
     paths = ["--obj", "Brain", "--data_path", phantoms, "--device", "cpu", "--ckpt", ckpt]
     return [*paths, "--pretrain", "random", "--img_size", 42]
 
 
 def printed(folder: Path) -> list[str]:
-    """The figures of the training."""
+    """The figures printed by the training."""
     return figures((folder / "out").read_text())
 
 
 def make(command, phantoms, folder: Path, *flags: object) -> None:
-    """Train, export, and keep what was printed."""
+    """Train, export, and save the output of both commands."""
     paths = ["--obj", "Brain", "--data_path", phantoms, "--save_path", folder, "--device", "cpu"]
     trained = fine(command("train.py", *SMALL, *paths, "--shot", 1, "--epoch", 1, "--batch_size", 4, *flags))
     (folder / "out").write_text(trained)
@@ -37,12 +37,12 @@ def make(command, phantoms, folder: Path, *flags: object) -> None:
 
 @pytest.fixture(params=MOODS)
 def published(request, command, once, phantoms) -> Path:
-    """The folder of a checkpoint of ours, the same in the published format beside it, and what was printed."""
+    """Folder with a checkpoint, its export to the published format, and the output of both commands."""
     flags = ["--features_list", 2, 4, "--text_mood", request.param]
     return once(f"published-{request.param}", lambda folder: make(command, phantoms, folder, *flags))
 
 
-def test_published_names_and_the_same_figures(command, phantoms, published, golden_json):
+def test_export_has_published_names_and_the_same_figures(command, phantoms, published, golden_json):
     mood = published.name.removeprefix("published-")
     stored = torch.load(published / "published.pth", weights_only=True)
     shapes = golden_json("e2e")["checkpoint_keys_and_shapes"]
@@ -57,7 +57,7 @@ def test_published_names_and_the_same_figures(command, phantoms, published, gold
         assert stored["text_features_fix"].shape == (96, 2)
 
     flags = read(phantoms, published / "published.pth")
-    # The file does not say how many shots it was trained on, so --shot is accepted; whose they are is not known.
+    # The file does not hold the number of shots, so any --shot is accepted; the patients of the shots are unknown.
     output = fine(command("test.py", *flags, "--features_list", 2, 4, "--shot", 16))
     assert f"inferred: ViT-tiny-14-56, MFCFC, 2 layers, {mood}" in output
     assert figures(output) == printed(published)
@@ -67,8 +67,8 @@ def test_published_names_and_the_same_figures(command, phantoms, published, gold
 
 
 @pytest.mark.parametrize("published", ["fix"], indirect=True)
-def test_a_tower_of_ones_own_is_named(command, phantoms, published, tmp_path):
-    """By a JSON file beside the project, whose sizes CLIP/model_configs has as well, or by a folder."""
+def test_published_checkpoint_with_a_custom_tower(command, phantoms, published, tmp_path):
+    """--model_name may be a JSON file or a folder, even if a model in CLIP/model_configs has the same sizes."""
     shutil.copy(ROOT / "CLIP/model_configs/ViT-tiny-14-56.json", tmp_path / "mine.json")
     save_hugging_face(ModelConfig.load("ViT-tiny-14-56"), tmp_path / "tower")
     flags = [*read(phantoms, published / "published.pth"), "--features_list", 2, 4]
@@ -81,7 +81,7 @@ def test_a_tower_of_ones_own_is_named(command, phantoms, published, tmp_path):
 
 
 @pytest.mark.parametrize("published", ["fix"], indirect=True)
-def test_show_and_what_export_says(command, published, tmp_path):
+def test_output_of_show_and_export(command, published, tmp_path):
     path = tmp_path / "Brain.pth"
     shutil.copy(published / "Brain.pth", path)
     output = fine(command("engine.checkpoint", "show", path))
@@ -91,7 +91,7 @@ def test_show_and_what_export_says(command, published, tmp_path):
     refused(command("engine.checkpoint", "export", path, path), "checkpoint itself")
     assert path.read_bytes() == before
     said = (published / "export").read_text()
-    assert "batch_size" not in said  # MFCFC's numbers do not depend on it
+    assert "batch_size" not in said  # the results of MFCFC do not depend on it
     for flag in ("--model_name ViT-tiny-14-56 --pretrain random --img_size 42 --features_list 2 4", "--text_mood"):
         assert flag in said
     stored = torch.load(path, weights_only=True)
@@ -100,8 +100,8 @@ def test_show_and_what_export_says(command, published, tmp_path):
     assert "--fidelity corrected" in fine(command("engine.checkpoint", "export", path, tmp_path / "out.pth"))
 
 
-def test_export_of_mvitfc_names_the_batch_size_of_its_numbers(command, phantoms, tmp_path):
-    """Attention runs across the images of a batch, and the published test program scores single batches."""
+def test_export_of_mvitfc_names_its_batch_size(command, phantoms, tmp_path):
+    """MViTFC attends across the images of a batch, so figures are only reproduced with the same batch size."""
     make(command, phantoms, tmp_path, "--visionA", "MViTFC", "--text_mood", "fix")
     assert "--batch_size 8" in (tmp_path / "export").read_text()
     flags = read(phantoms, tmp_path / "published.pth")

@@ -1,4 +1,4 @@
-"""reproduce.py and test.py on another data set, as a user starts them, on the phantom and the small model."""
+"""reproduce.py, and test.py on another data set, as a user starts them, with phantoms and the small model."""
 
 import json
 import re
@@ -17,14 +17,14 @@ from tests.helpers.data import SMALL
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> list[str]:
-    """Flags of train.py: data, a small model, few epochs."""
+    """Flags of train.py: data, the small model, few epochs."""
     folder = tmp_path_factory.mktemp("data")
     phantom.write(folder, ["Brain", "Liver", "Chest"], valid=2, test=4, seed=0, size=64)
     return [*SMALL, "--data_path", str(folder), "--cache_dir", str(folder / "cache"), "--epoch", "2"]
 
 
-def test_a_killed_ablation(command, small, tmp_path):
-    """It goes on where it was killed, and a cell is what train.py alone gives, sharing neither weights nor features."""
+def test_killed_ablation_is_resumed(command, small, tmp_path):
+    """A killed table is resumed; its cells equal runs of train.py, which share neither weights nor features."""
     shared = [*small, "--features_list", "2", "--epoch", "1", "--select", "test"]
     grid = ["--table", "ablation", "--obj", "Chest", "--seeds", "111", "--shots", "1", *shared, "--out", tmp_path]
     event = (Call("engine.files.run.RunFolder.save", 3), signal.SIGKILL)  # in the third cell
@@ -45,7 +45,7 @@ def test_a_killed_ablation(command, small, tmp_path):
 
 def test_main_table(command, small, tmp_path):
     grid = ["--table", "main", "--seeds", "1", "2", "--shots", "2", "--out", tmp_path, *small, "--select", "test"]
-    grid += ["--patient", r"_(\d+)\.png", "--clean"]  # two of four test images a class are of shot patients
+    grid += ["--patient", r"_(\d+)\.png", "--clean"]  # two of four test images per class are of patients of the shots
     both = [*grid, "--obj", "Brain", "Chest"]
     compare = tmp_path / "mine.json"
     mine = {"method": "Mine", "source": "here", "shots": 2, "auc": {"Brain": 99.5}}
@@ -58,21 +58,21 @@ def test_main_table(command, small, tmp_path):
             for rest, name in (("", key), (", without the shots' patients", f"{key}_without_shot_patients")):
                 mean = 50 * sum(value[name] for value in values)
                 assert float(found["Brain", metric, f"ours, {epoch}{rest}"]["mean"]) == pytest.approx(mean, abs=1e-5)
-    assert ("Chest", "pixel AUROC", "ours, last epoch") not in found  # it has no masks
-    assert not any("MVFA" in method for _, _, method in found)  # on record for 4 shots only
+    assert ("Chest", "pixel AUROC", "ours, last epoch") not in found  # Chest has no masks
+    assert not any("MVFA" in method for _, _, method in found)  # published for 4 shots only
     assert float(found["Brain", "image AUROC", "Mine (9)"]["mean"]) == 99.5
     text = (tmp_path / "main.md").read_text()
     assert "Made-up images (Brain, Chest)" in text
     assert "4 of 4 cells" in text
     assert text in printed
 
-    # Done is done: nothing is computed again.
+    # Finished cells are not computed again.
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*")}
     assert command("reproduce.py", *both).returncode == 0
     assert stamps == {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*")}
     assert not list(tmp_path.glob("*.before-*"))
-    # A cell that fails is named, and the others go on.
-    failing = command("reproduce.py", *both, "--shots", "3")  # valid/ has two images a class
+    # Failed cells are reported, and the others still run.
+    failing = command("reproduce.py", *both, "--shots", "3")  # valid/ has two images per class
     assert (failing.returncode, "4 of 4 cells failed" in failing.stderr) == (2, True)
     assert rows(tmp_path / "main.csv")[0]["note"] == "failed"
 
@@ -86,11 +86,11 @@ def test_leave_one_out_table(command, small, tmp_path):
     run = read_json(tmp_path / "runs/Chest-from-Brain-Liver-1shot-seed1/result.json")
     assert (run["select"], len(run["shots"]["normal"]), run["n_normal"]) == ("last", 2, 4)
     assert float(found["Chest", "image AUROC"]["mean"]) == pytest.approx(100 * run["auc"], abs=1e-5)
-    assert "equal a shot" not in (tmp_path / "logs/Brain-from-Liver-1shot-seed1.txt").read_text()  # it is held out
+    assert "equal a shot" not in (tmp_path / "logs/Brain-from-Liver-1shot-seed1.txt").read_text()  # Brain is held out
 
 
-def test_baselines_of_a_tower_of_ones_own(command, small, tmp_path):
-    """As docs/results.md has it: a tower's JSON and weights, own data, and a command for each fidelity."""
+def test_baselines_of_a_custom_tower(command, small, tmp_path):
+    """As in docs/results.md: JSON and weights of a tower, custom data, and one command for each fidelity."""
     config, weights, data = tmp_path / "tower.json", tmp_path / "tower.pt", small[small.index("--data_path") + 1]
     shutil.copyfile(ROOT / "CLIP/model_configs/ViT-tiny-14-56.json", config)
     torch.save(create_model("ViT-tiny-14-56", "random", 56).state_dict(), weights)
@@ -99,7 +99,7 @@ def test_baselines_of_a_tower_of_ones_own(command, small, tmp_path):
     grid += ["--cache_dir", tmp_path / "cache", "--select", "test", "--out", tmp_path, "--fidelity"]
     fine(command("reproduce.py", *grid, "corrected"))
     caption = (tmp_path / "baselines.md").read_text().splitlines()[0]
-    assert "tower, tower.pt, 84 px, corrected, 1 epoch, 2 shots" in caption  # and no folder of this machine
+    assert "tower, tower.pt, 84 px, corrected, 1 epoch, 2 shots" in caption  # without local paths
     released = command("reproduce.py", *grid, "released")
     assert (released.returncode, "choose another --out" in released.stderr) == (2, True)
     found = {(r["data set"], r["metric"], r["method"]): r for r in rows(tmp_path / "baselines.csv")}
@@ -111,12 +111,12 @@ def test_baselines_of_a_tower_of_ones_own(command, small, tmp_path):
         figures = read_json(tmp_path / "runs/Brain-2shot-seed1-baselines/result.json")["baselines"][name]
         assert float(found["Brain", "image AUROC", name]["mean"]) == pytest.approx(100 * figures["auc"], abs=1e-5)
     log = (tmp_path / "logs/Brain-2shot-seed1-baselines.txt").read_text()
-    # The tower saw these images for MadCLIP already.
+    # The training has already computed the tokens of these images.
     assert re.search(r"tokens: (\d+) images .*; \1 computed before", log)
 
 
 def test_cross_table(command, small, tmp_path):
-    """Brain and Liver have masks, Chest has none; the grey of a mask is each data set's own."""
+    """Pixel metrics only if both data sets have masks (Chest has none); each data set has its own mask_above."""
     data = tmp_path / "data"
     shutil.copytree(small[small.index("--data_path") + 1], data, ignore=shutil.ignore_patterns("cache"))
     (data / "Liver_AD" / "Liver.json").write_text('{"mask_above": 25}')
@@ -136,13 +136,13 @@ def test_cross_table(command, small, tmp_path):
     assert float(found["Brain", "Liver", "pixel AUROC"]["mean"]) == pytest.approx(100 * both["last"]["pauc"], abs=1e-5)
     assert (both["mask_above"], read_json(tmp_path / "runs/Liver-1shot-seed1/on-Brain.json")["mask_above"]) == (25, 127)
     assert "127 (Brain), 25 (Liver)" in (tmp_path / "cross.md").read_text()
-    # A threshold and figures belong to the epoch that they are of.
+    # The last checkpoint has a threshold and figures only if its epoch is the selected one.
     run = read_json(tmp_path / "runs/Brain-1shot-seed1/result.json")
     assert ("decision" in both["last"]) == (run["selected_epoch"] == 2)
     stored = torch.load(tmp_path / "runs/Brain-1shot-seed1/last-checkpoint.pth", weights_only=True)["about"]
     assert (stored["figures"] is None) == (run["selected_epoch"] != 2)
 
-    # test.py gives the same; the prompts keep the name unless another is given.
+    # test.py gives the same results; prompts keep the name of the trained organ unless another is given.
     out, ckpt = tmp_path / "t.json", tmp_path / "runs/Brain-1shot-seed1/last-checkpoint.pth"
     paths = [*SMALL[-2:], "--data_path", data, "--cache_dir", small[small.index("--cache_dir") + 1], "--out_json", out]
     output = command("test.py", "--obj", "Liver", *paths, "--ckpt", ckpt).stdout
@@ -153,7 +153,7 @@ def test_cross_table(command, small, tmp_path):
     assert "the prompts say 'liver'" in renamed
     assert read_json(out)["per_image"] != both["last"]["per_image"]
 
-    # Only one of the two has masks: images score as the checkpoint was trained, and nothing is said of pixels.
+    # Only the training data have masks: images are scored as in training, without pixel metrics.
     output = command("test.py", "--obj", "Chest", *paths, "--ckpt", ckpt).stdout
     assert "Chest pAUC" not in output
     assert read_json(out)["pauc"] is None

@@ -1,4 +1,4 @@
-"""Run folders: a run that is killed, stopped or out of disk goes on as if nothing had happened."""
+"""Run folders: a run that was killed or stopped is resumed with exactly the same results."""
 
 import json
 import os
@@ -18,15 +18,15 @@ from tests.helpers.commands import Call, Change, Commands, fine, refused
 from tests.helpers.data import SMALL
 
 EPOCHS = 5
-EVAL_EVERY = 2  # so of this seed the fourth epoch is the best, by far, and best.pth the only copy of it at the end
-KILLS = 3 if "MKL_CBWR" in os.environ else 8  # with other kernels everything is slow
+EVAL_EVERY = 2  # with this seed the fourth epoch is by far the best; at the end only best.pth holds it
+KILLS = 3 if "MKL_CBWR" in os.environ else 8  # `make other-kernels` is slow
 KILLS_OF_THE_PASS = KILLS // 3
-# What an epoch of this run does: 2 shots in 16 views, in batches of 16.
+# An epoch has two steps: 2 shots in 16 views, in batches of 16.
 STEP, STEPS = "engine.training.TrainingState.step", 2
 
 
 def flags(folder: Path, phantoms: Path, *more: object) -> list[object]:
-    """A run called `one`; the store on disk, so that a killed pass over the images goes on as well."""
+    """Flags of a run called `one`, with its tokens on disk, so that computing them can be resumed, too."""
     paths = ["--data_path", phantoms, "--save_path", folder / "ckpt", "--run_dir", folder / "runs"]
     store = ["--cache", "disk", "--cache_dir", folder / "store"]
     run = ["--obj", "Brain", "--shot", 1, "--epoch", EPOCHS, "--eval_every", EVAL_EVERY, "--exp_name", "one"]
@@ -36,7 +36,7 @@ def flags(folder: Path, phantoms: Path, *more: object) -> list[object]:
 
 @pytest.fixture(scope="module")
 def undisturbed(command, phantoms, once) -> Path:
-    """The folder of a run that nothing happened to."""
+    """Folder of an uninterrupted run."""
 
     def make(folder: Path) -> None:
         fine(train(command, folder, *flags(folder, phantoms)))
@@ -45,7 +45,7 @@ def undisturbed(command, phantoms, once) -> Path:
 
 
 def same(run: Path, other: Path) -> None:
-    """Bit for bit the same metrics, parameters, optimizers, random states, best epoch and result."""
+    """Assert bit for bit equal metrics, parameters, optimizers, random states, best epochs and results."""
     assert (run / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
     first, second = (torch.load(path / "last.pth", weights_only=True) for path in (run, other))
     first["state"].pop("seconds"), second["state"].pop("seconds")
@@ -60,7 +60,7 @@ def same(run: Path, other: Path) -> None:
 
 
 def flat(value: object, name: str = "") -> dict[str, torch.Tensor]:
-    """Every tensor and number in nested dicts and lists, as tensors by path."""
+    """Every tensor and number in nested dicts and lists, as tensors, by path."""
     if isinstance(value, torch.Tensor):
         return {name: value}
     if isinstance(value, dict | list | tuple):
@@ -70,26 +70,26 @@ def flat(value: object, name: str = "") -> dict[str, torch.Tensor]:
 
 
 def train(command: Commands, folder: Path, *arguments: object, **how: object) -> subprocess.CompletedProcess[str]:
-    """train.py started in `folder`: a run that is gone on with may write below it."""
+    """Run train.py in `folder`, below which a resumed run may write."""
     return command("train.py", *arguments, cwd=folder, **how)
 
 
 def go_on(command: Commands, folder: Path, phantoms: Path, **how: object) -> subprocess.CompletedProcess[str]:
-    """Resume the run `one` where there is something to resume, else start it."""
+    """Resume the run `one` if it exists, else start it."""
     run = folder / "runs" / "one"
     arguments = ["--resume", run] if (run / "config.json").is_file() else flags(folder, phantoms)
     return train(command, folder, *arguments, **how)
 
 
 def epochs(run: Path) -> int:
-    """How many epochs metrics.jsonl has."""
+    """Number of epochs in metrics.jsonl."""
     path = run / "metrics.jsonl"
     return path.read_text().count("\n") if path.is_file() else 0
 
 
 @pytest.mark.equality
-def test_kills(command, phantoms, tmp_path, undisturbed):
-    """Before a random change of the store, then before a random change of the run's files or a random step."""
+def test_resume_after_random_kills(command, phantoms, tmp_path, undisturbed):
+    """A run killed at random changes of the token store or of its own files, or at random steps, is resumed exactly."""
     run, draw = tmp_path / "runs" / "one", random.Random(5)
     kills = 0
     while kills < KILLS:
@@ -97,7 +97,7 @@ def test_kills(command, phantoms, tmp_path, undisturbed):
         files, step = Change(str(tmp_path / "runs"), draw.randint(1, 30)), Call(STEP, draw.randint(1, 5 * STEPS))
         event = store if kills < KILLS_OF_THE_PASS else draw.choice([files, step])
         result = go_on(command, tmp_path, phantoms, on=(event, signal.SIGKILL))
-        if result.returncode == 0:  # the end came before the event: once more from the start
+        if result.returncode == 0:  # the run ended before the event: start again
             same(run, undisturbed)
             shutil.rmtree(run)
             continue
@@ -119,8 +119,8 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("when", MOMENTS)
-def test_stopped_by_a_signal(command, phantoms, tmp_path, undisturbed, when):
-    """The line that says how to go on can be typed, whatever the folder is called."""
+def test_resume_after_a_signal(command, phantoms, tmp_path, undisturbed, when):
+    """The printed command resumes the run exactly, even if the folder's name has shell characters."""
     number, event, done = MOMENTS[when]
     folder = tmp_path / "my runs; echo $HOME"
     result = train(command, tmp_path, *flags(tmp_path, phantoms), "--run_dir", folder, on=(event, number))
@@ -134,7 +134,7 @@ def test_stopped_by_a_signal(command, phantoms, tmp_path, undisturbed, when):
 
 
 def test_a_run_has_one_writer(command, phantoms, tmp_path, undisturbed):
-    """While it lives, --resume is refused and changes nothing."""
+    """While a run is active, --resume is refused and changes nothing."""
     run, third_epoch = tmp_path / "runs" / "one", Call("engine.files.run.RunFolder.save", 3)
     running = command.start("train.py", *flags(tmp_path, phantoms), on=(third_epoch, signal.SIGSTOP), cwd=tmp_path)
     running.stopped()
@@ -146,8 +146,8 @@ def test_a_run_has_one_writer(command, phantoms, tmp_path, undisturbed):
     same(run, undisturbed)
 
 
-def test_killed_before_the_best_epoch_is_written(command, phantoms, tmp_path, undisturbed):
-    """last.pth says that the fourth epoch is the best, and best.pth is still of the second."""
+def test_resume_after_a_kill_before_the_best_epoch_is_written(command, phantoms, tmp_path, undisturbed):
+    """last.pth names the fourth epoch as the best one, but best.pth still holds the second: resuming is exact."""
     result = train(command, tmp_path, *flags(tmp_path, phantoms), on=(Call("train.save_best", 2), signal.SIGKILL))
     assert result.returncode == -signal.SIGKILL
     assert epochs(tmp_path / "runs" / "one") == 4
@@ -156,8 +156,8 @@ def test_killed_before_the_best_epoch_is_written(command, phantoms, tmp_path, un
     same(tmp_path / "runs" / "one", undisturbed)
 
 
-def test_a_run_that_was_killed_before_it_began_is_begun_again(command, phantoms, tmp_path):
-    """In the folder that it left, empty but for its lock; a folder that holds anything else is not touched."""
+def test_run_killed_before_it_started_is_started_again(command, phantoms, tmp_path):
+    """A folder that holds only the lock of a killed run is reused; a folder with other files is not touched."""
     start = flags(tmp_path, phantoms, "--epoch", 1)
     event = Call("engine.files.run.RunFolder.write_config"), signal.SIGKILL
     assert command("train.py", *start, on=event).returncode == -signal.SIGKILL
@@ -167,8 +167,8 @@ def test_a_run_that_was_killed_before_it_began_is_begun_again(command, phantoms,
         assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == names
 
 
-def test_changed_images_stop_a_run_that_goes_on(command, phantoms, tmp_path):
-    """An image or mask of another content or name; nothing of the run is touched, and the same files go on."""
+def test_resume_with_changed_images_is_refused(command, phantoms, tmp_path):
+    """A changed image, mask or name is refused and leaves the run as it is; with the old files it is resumed."""
     shutil.copytree(phantoms / "Brain_AD", tmp_path / "data/Brain_AD")
     fine(train(command, tmp_path, *flags(tmp_path, tmp_path / "data", "--epoch", 1)))
     run = tmp_path / "runs/one"
@@ -188,8 +188,8 @@ def test_changed_images_stop_a_run_that_goes_on(command, phantoms, tmp_path):
     fine(train(command, tmp_path, *resume))
 
 
-def test_a_damaged_state_leaves_the_finished_epochs(command, tmp_path, undisturbed):
-    """Of a last.pth that does not fit: metrics.jsonl is no line shorter after the refusal."""
+def test_damaged_state_keeps_the_finished_epochs(command, tmp_path, undisturbed):
+    """A last.pth that does not fit is refused, and metrics.jsonl keeps all its lines."""
     run = Path(shutil.copytree(undisturbed, tmp_path / "one"))
     before = (run / "metrics.jsonl").read_bytes()
     payload = torch.load(run / "last.pth", weights_only=True)
@@ -199,8 +199,8 @@ def test_a_damaged_state_leaves_the_finished_epochs(command, tmp_path, undisturb
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_another_number_of_threads_is_said(command, tmp_path, undisturbed):
-    """As threads change bits; and of a run that is finished nothing is trained again."""
+def test_resume_reports_another_number_of_threads(command, tmp_path, undisturbed):
+    """A note is printed, as the number of threads changes bits."""
     run = Path(shutil.copytree(undisturbed, tmp_path / "one"))
     places = ["--resume", run, "--save_path", tmp_path, "--cache_dir", tmp_path]
     assert "so far" not in train(command, tmp_path, *places).stdout
@@ -209,7 +209,7 @@ def test_another_number_of_threads_is_said(command, tmp_path, undisturbed):
     assert "1 threads, 3 so far" in train(command, tmp_path, *places).stdout
 
 
-def test_what_cannot_be_resumed(command, tmp_path, undisturbed):
+def test_invalid_resumes_are_refused(command, tmp_path, undisturbed):
     refused(command("train.py", "--resume", tmp_path), "config.json")
     for flag, value in (("--learning_rate", 0.5), ("--shot", 2)):
         refused(command("train.py", "--resume", undisturbed, flag, value), f"{flag} {value} contradicts")
@@ -217,7 +217,7 @@ def test_what_cannot_be_resumed(command, tmp_path, undisturbed):
     resume = ["train.py", "--resume", run, "--save_path", tmp_path, "--cache_dir", tmp_path]
     config, whole = (run / "config.json").read_bytes(), (run / "last.pth").read_bytes()
     refused(command(*resume, "--epoch", EPOCHS - 1), str(EPOCHS))
-    assert (run / "config.json").read_bytes() == config  # else a plain --resume would be refused from here on
+    assert (run / "config.json").read_bytes() == config  # else every later --resume would be refused
     best = (run / "best.pth").rename(tmp_path / "best.pth")
     refused(command(*resume), "best.pth")
     best.rename(run / "best.pth")

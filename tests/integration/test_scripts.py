@@ -1,4 +1,4 @@
-"""train.py and test.py as a user starts them, on the phantom and the small model."""
+"""train.py and test.py as a user starts them, with phantoms and the small model."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from tests.helpers.commands import Call, fine, refused
 from tests.helpers.data import SMALL, unpacked
 from tests.helpers.weights import save_hugging_face
 
-# Every choice in one of three trainings; every combination's loss: tests/unit/test_golden_losses.py.
+# Every choice is in one of three trainings; tests/unit/test_golden_losses.py tests the loss of every combination.
 CHOICES = {
     "text_mood": ["fix", "learnable_all", "learnable_abnormal"],
     "visionA": ["MFCFC", "MCNNFC", "MViTFC"],
@@ -28,7 +28,7 @@ CHOICES = {
 
 
 def figures(output: str) -> list[str]:
-    """The AUC and pAUC of six decimals on a line that begins with `selected` or with AUC."""
+    """AUC and pAUC, with six decimals, from the first line that begins with `selected` or AUC."""
     line = next(line for line in output.splitlines() if line.startswith(("selected", "AUC")))
     return re.findall(r"\d\.\d{6}", line)
 
@@ -45,7 +45,7 @@ def test_train_then_test(command, trained, tmp_path, obj):
     assert [("seg" in line, "AUC" in line) for line in epochs] == [(obj == "Brain", True)] * 2
     assert "valid_Ungood_00000.png" in one and "valid_good_00001.png" in one
 
-    # From the checkpoint the same figures.
+    # test.py gives the same figures for the checkpoint.
     paths = [*trained.test_flags(obj), "--out_json", tmp_path / "test.json", "--figures", tmp_path / "figures"]
     tested = fine(command("test.py", *paths, draw=True))
     assert figures(tested) == figures(one)
@@ -84,13 +84,13 @@ def test_cache_modes_give_the_same_numbers(command, phantoms, tmp_path):
         runs[cache] = [json.loads(line) for line in lines]
     assert not list(tmp_path.glob("ckpt/*.pth"))
     assert runs["disk"] == runs["ram"]  # bit for bit
-    for line, expected in zip(runs["off"], runs["ram"], strict=True):  # other images pass the tower together
+    for line, expected in zip(runs["off"], runs["ram"], strict=True):  # the batches of the tower differ
         for name in ("det", "seg", "total", "similarity", "pauc"):
             assert line[name] == pytest.approx(expected[name], rel=1e-5)
         assert line["auc"] == pytest.approx(expected["auc"], abs=1e-6)
 
 
-def test_a_flag_that_contradicts_the_checkpoint(command, trained):
+def test_flags_that_contradict_the_checkpoint_are_refused(command, trained):
     paths = trained.test_flags("Brain")
     fine(command("test.py", *paths, "--visionA", "MFCFC", "--features_list", 1, 2, 3, 4, "--shot", 2))
     for flag, value in (("--visionA", "MCNNFC"), ("--features_list", "1"), ("--img_size", "56"), ("--shot", 4)):
@@ -103,14 +103,14 @@ def test_a_flag_that_contradicts_the_checkpoint(command, trained):
 
 @pytest.fixture
 def project(phantoms, trained, tmp_path) -> Path:
-    """A folder with data/ and ckpt/, from which commands without paths are started."""
+    """A folder with data/ and ckpt/, in which commands run without path flags."""
     (tmp_path / "data").symlink_to(phantoms)
     shutil.copytree(trained.ckpt, tmp_path / "ckpt")
     return tmp_path
 
 
 def test_the_published_test_command(command, project, trained):
-    """`python test.py --obj $target-object --shot $few-shot-number`, and every flag of the published program."""
+    """`python test.py --obj $target-object --shot $few-shot-number` works, and so does every published flag."""
     done = command("test.py", "--obj", "Chest", "--shot", "2", cwd=project)
     assert figures(fine(done)) == figures(trained.output("Chest"))
     every = (
@@ -123,7 +123,7 @@ def test_the_published_test_command(command, project, trained):
 
 
 def test_the_published_training_command_renames_a_foreign_checkpoint(command, project):
-    """The published program's stays, under another name; the run's own, gone on with, is replaced."""
+    """A checkpoint of the published program is renamed, not lost; a resumed run replaces its own checkpoint."""
     published = project / "ckpt/Brain.pth"
     stored = torch.load(published, weights_only=True)
     torch.save({name: stored[name] for name in stored if name not in ("format", "settings", "about")}, published)
@@ -137,11 +137,11 @@ def test_the_published_training_command_renames_a_foreign_checkpoint(command, pr
     assert len(list((project / "ckpt").glob("Brain*"))) == 2
 
 
-# An evaluation that is kept.
+# Saved evaluations.
 
 
-def test_kept_scores_give_every_number_again(command, trained, tmp_path):
-    """Without weights, any network and the data set; with the data set the pictures too."""
+def test_saved_scores_reproduce_every_number(command, trained, tmp_path):
+    """Saved scores need no weights, no network and no data set; with the data set the page shows images."""
     scores, paths = tmp_path / "brain.npz", trained.test_flags("Brain")
     first = fine(command("test.py", *paths, "--save_scores", scores, "--out_json", tmp_path / "first.json"))
     assert str(trained.data).encode() not in scores.read_bytes()
@@ -159,8 +159,8 @@ def test_kept_scores_give_every_number_again(command, trained, tmp_path):
     assert len((tmp_path / "seen/index.html").read_bytes()) > len((tmp_path / "page/index.html").read_bytes())
 
 
-def test_what_is_shared_names_no_folder_and_no_host(command, phantoms, tmp_path):
-    """The checkpoint, the page, the results and the kept scores; of the run's folder config.json alone may."""
+def test_shared_files_name_no_folder_and_no_host(command, phantoms, tmp_path):
+    """Checkpoints, pages, results and saved scores hold no path; of the run only config.json and result.json do."""
     save_hugging_face(ModelConfig.load("ViT-tiny-14-56"), tmp_path / "tower")
     shared = ["--obj", "Brain", "--data_path", phantoms, "--save_path", tmp_path / "ckpt", "--device", "cpu"]
     shared += ["--model_name", tmp_path / "tower", "--cache", "disk", "--cache_dir", tmp_path / "store"]
@@ -171,14 +171,14 @@ def test_what_is_shared_names_no_folder_and_no_host(command, phantoms, tmp_path)
     written = [path for path in tmp_path.rglob("*") if path.is_file() and tmp_path / "tower" not in path.parents]
     assert {path.name for path in written} >= {"Brain.pth", "best.pth", "b.json", "index.html", "Brain.png", "s.npz"}
     secrets = [str(tmp_path).encode(), str(phantoms).encode()]
-    if len(host := socket.gethostname()) > 5:  # shorter ones are in any long file
+    if len(host := socket.gethostname()) > 5:  # shorter names occur by chance in long files
         secrets.append(host.encode())
     telling = {path.name for path in written if any(s in part for part in unpacked(path) for s in secrets)}
-    assert telling == {"config.json", "result.json"}  # result.json names the run's folder
+    assert telling == {"config.json", "result.json"}  # result.json holds the path of the run
 
 
-def test_anonymous_runs_name_no_file(command, phantoms, tmp_path):
-    """Not in the checkpoint, the results, the kept scores, the run's folder, the page or its figures."""
+def test_anonymous_runs_contain_no_file_names(command, phantoms, tmp_path):
+    """No file name is in the checkpoint, results, saved scores, run folder, page or figures, or is printed."""
     shared = ["--obj", "Brain", "--data_path", phantoms, "--save_path", tmp_path, "--anonymous", "--cache", "ram"]
     outputs = ["--report", tmp_path / "page", "--figures", tmp_path / "figures", "--save_scores", tmp_path / "s.npz"]
     said = fine(command("train.py", *SMALL, *shared, "--shot", 2, "--epoch", 1, "--out_json", tmp_path / "a.json"))
@@ -194,7 +194,7 @@ def test_anonymous_runs_name_no_file(command, phantoms, tmp_path):
     assert len(json.loads((tmp_path / "b.json").read_text())["per_image"]) == 14
 
 
-def test_where_no_epoch_is_selected_the_result_says_last(command, phantoms, tmp_path):
+def test_result_says_last_if_no_epoch_was_selected(command, phantoms, tmp_path):
     flags = ["--obj", "Brain", "--data_path", phantoms, "--save_path", tmp_path / "ckpt", "--shot", 1, "--epoch", 1]
     fine(command("train.py", *SMALL, *flags, "--eval_every", 2, "--out_json", tmp_path / "a.json"))
     result = json.loads((tmp_path / "a.json").read_text())
@@ -202,10 +202,10 @@ def test_where_no_epoch_is_selected_the_result_says_last(command, phantoms, tmp_
     assert torch.load(tmp_path / "ckpt/Brain.pth", weights_only=True)["about"]["select"] == "last"
 
 
-def test_the_shots_patients_are_left_out_or_said_to_be_unknown(command, phantoms, tmp_path):
-    """Whichever of train.py and test.py is anonymous; --patient and --mask_above of the training hold in the test."""
+def test_patients_of_shots_are_excluded_or_reported_as_unknown(command, phantoms, tmp_path):
+    """If either train.py or test.py is anonymous; --patient and --mask_above of the training also apply to the test."""
     data = Path(shutil.copytree(phantoms / "Brain_AD", tmp_path / "data/Brain_AD"))
-    for path in sorted(data.rglob("*_000*.png")):  # of a patient two in valid, and one in test
+    for path in sorted(data.rglob("*_000*.png")):  # each patient has two images in valid and one in test
         kind, number = ("a" if "Ungood" in path.name else "n"), int(path.stem[-2:])
         path.rename(path.with_name(f"{kind}{number // (2 if 'valid' in path.name else 1)}x{number}.png"))
     shutil.rmtree(data / "fewshot_seed")

@@ -140,10 +140,10 @@ def _locate(
     elif pretrained in (known := config.files()):
         path = (Path(name).parent if own else CKPT_FOLDER) / known[pretrained]
     else:
-        raise InputError(
-            f"--pretrain {pretrained}: no such weights are known for {config.name}; "
-            f"choose --pretrain {' or '.join([*known, 'random'])}, or give a file with --weights FILE"
-        )
+        # A checkpoint's model has its weights in the user's own folder.
+        others = f"choose --pretrain {' or '.join([*known, 'random'])}, or " * (not isinstance(model_name, ModelConfig))
+        fault = f"--pretrain {pretrained}: no such weights are known for {config.name}"
+        raise InputError(f"{fault}; {others}give a file or folder with --weights")
     return path, path.name
 
 

@@ -111,7 +111,8 @@ def load_layout(name: str, root: Path) -> Layout:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The validated content of a JSON file, lists as tuples; raises `InputError`, which names the file and the key."""
-    config = read_json(path)
+    if not isinstance(config := read_json(path), dict):
+        raise InputError(f"{path}: not a JSON object; see docs/data.md")
     tests: dict[str, Callable[[Any], Any]] = {
         "prompt_name": lambda value: isinstance(value, str) and value.strip() and len(value) <= 200,
         "pixel_metrics": lambda value: isinstance(value, bool),
@@ -124,7 +125,7 @@ def read_config(path: Path) -> dict[str, Any]:
         "window": lambda words: parse_window([str(word) for word in words]),
         "plane": lambda value: value in PLANES,
     }
-    if unknown := sorted(config.keys() - tests.keys()) if isinstance(config, dict) else ["not an object"]:
+    if unknown := sorted(config.keys() - tests.keys()):
         advice = "they belong in a list of images" if {*SPLITS, "masks"} & set(unknown) else "see docs/data.md"
         raise InputError(f"{path}: unknown {unknown[0]!r:.80}; it may hold {', '.join(tests)}; {advice}")
     result = {}

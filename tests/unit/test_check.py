@@ -139,7 +139,7 @@ def test_masks_among_the_images_are_said_to_be_some(tmp_path, check):
     ("text", "words"),
     [
         ("{", "JSON"),
-        ("[]", "not an object"),
+        ("[]", "not a JSON object"),
         ('{"prompt": "x"}', "unknown 'prompt'"),
         ('{"pixel_metrics": "yes"}', "pixel_metrics"),
         ('{"mask_above": 255}', "mask_above"),

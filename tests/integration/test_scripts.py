@@ -203,7 +203,7 @@ def test_result_says_last_if_no_epoch_was_selected(command, phantoms, tmp_path):
 
 
 def test_patients_of_shots_are_excluded_or_reported_as_unknown(command, phantoms, tmp_path):
-    """If either train.py or test.py is anonymous; --patient and --mask_above of the training also apply to the test."""
+    """Also if train.py or test.py is anonymous; the test uses --patient and --mask_above of the training."""
     data = Path(shutil.copytree(phantoms / "Brain_AD", tmp_path / "data/Brain_AD"))
     for path in sorted(data.rglob("*_000*.png")):  # each patient has two images in valid and one in test
         kind, number = ("a" if "Ungood" in path.name else "n"), int(path.stem[-2:])

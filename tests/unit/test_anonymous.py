@@ -1,4 +1,4 @@
-"""--anonymous: running numbers, the same for the same files, from which no name can be found."""
+"""--anonymous: names are replaced by running numbers, which are the same for the same files and reveal no name."""
 
 import itertools
 import re
@@ -13,7 +13,7 @@ from tests.helpers.data import small_settings
 
 
 def write(folder) -> MedicalDataset:
-    """Two slices of each of two patients in valid and of three in test."""
+    """A data set with two slices of each of two patients (valid) and three patients (test) of each class."""
     phantom.write(folder, ["Brain"], valid=4, test=6, seed=0, size=32)
     for path in sorted((folder / "Brain_AD").rglob("*.png")):
         split, kind, number = re.search(r"(valid|test)_(good|Ungood)_(\d+)", path.name).groups()
@@ -24,7 +24,7 @@ def write(folder) -> MedicalDataset:
     return MedicalDataset.open("Brain", folder)
 
 
-def test_numbers_tell_no_name_and_stay_the_same(tmp_path):
+def test_anonymous_names_are_stable_and_reveal_no_name(tmp_path):
     dataset = write(tmp_path)
     samples = dataset.samples("test")
     hidden = MedicalDataset.open("Brain", tmp_path, anonymous=True)
@@ -33,7 +33,7 @@ def test_numbers_tell_no_name_and_stay_the_same(tmp_path):
     assert len({sample.name for sample in shown}) == len(shown)
     assert MedicalDataset.open("Brain", tmp_path, anonymous=True).samples("test") == shown
     assert [sample.path for sample in samples] == [sample.path for sample in shown]
-    for one, other in itertools.pairwise(shown):  # equal patients stay equal
+    for one, other in itertools.pairwise(shown):  # images share a patient as before
         same = samples[shown.index(one)].patient == samples[shown.index(other)].patient
         assert (one.patient == other.patient) == same
     assert not any("patient1" in str(sample.patient).replace("patient-", "") for sample in shown)
@@ -45,21 +45,21 @@ def options_of(folder, *flags):
     return train_options(["--obj", "Brain", "--data_path", str(folder), "--shot", "2", "--iterate", "-1", *flags])
 
 
-def test_a_negative_seed_draws_other_shots(tmp_path):
+def test_negative_seed_draws_other_shots(tmp_path):
     write(tmp_path)
     drawn = [Splits.open(options_of(tmp_path, "--seed", seed)).shots.names for seed in ("5", "-5", "-5")]
     assert drawn[0] != drawn[1] == drawn[2]
 
 
 def known(metadata, obj="Brain", patient=None):
-    """`patient` is the rule of the data set: of the flag, or of its JSON description."""
+    """`shot_patients` of this metadata; `patient` is the rule of the data set, from --patient or its JSON file."""
     return shot_patients(
         small_settings(), metadata, Namespace(obj=obj, layout=Namespace(patient=patient), numbers=None)
     )
 
 
-def test_unknown_shots_are_not_nobodys():
-    """The patients are named, or the reason is."""
+def test_unknown_patients_of_shots_are_not_an_empty_set():
+    """The patients of the shots are returned, or None with the reason why they are unknown."""
     metadata = {"shot_patients": ["7"], "data": {"patient": None}}
     assert known(metadata) == ({"7"}, "")
     assert known({"shot_patients": []}) == (set(), "")

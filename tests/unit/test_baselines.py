@@ -1,4 +1,4 @@
-"""Baselines on made-up tokens, where the right answer is known."""
+"""Baselines on synthetic tokens, for which the right answer is known."""
 
 import pytest
 import torch
@@ -11,11 +11,11 @@ from engine.baselines import Training
 from engine.files.config import train_options
 from tests.helpers.data import SMALL
 
-K, N, C = 2, 9, 16  # a 3 x 3 grid
+K, N, C = 2, 9, 16  # layers, patches (3 x 3), channels
 
 
 def make(images: int, seed: int) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Tokens of images whose every other is abnormal, in its first three patches: these point another way."""
+    """Tokens of images. Every second image is abnormal: its first three patches point in another direction."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(images) % 2 == 1
     abnormal = torch.zeros(images, N)
@@ -23,7 +23,7 @@ def make(images: int, seed: int) -> tuple[list[torch.Tensor], torch.Tensor, torc
     tokens = []
     for layer in range(K):
         x = 0.3 * torch.randn(images, N, C, generator=generator)
-        x[..., layer] += 1  # what is normal differs between the layers
+        x[..., layer] += 1  # the normal direction differs between layers
         x[..., layer + 4] += 1.5 * abnormal
         tokens.append(x)
     return tokens, labels, abnormal
@@ -57,22 +57,22 @@ def auc(targets: torch.Tensor, scores: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     "method", [baselines.nearest_normal_patch, baselines.prototypes, baselines.logistic_regression]
 )
-def test_patches_are_told_apart(test_set, method, masks):
+def test_baselines_separate_abnormal_patches(test_set, method, masks):
     batches, labels, abnormal = test_set
     scores = scored(method(training(masks)), batches)
     assert scores.shape[::2] == (20, N)
     assert scores.dtype == torch.float32
-    assert auc(labels, scores.sum(dim=1).amax(dim=1)) > 0.9  # in the right order of images
+    assert auc(labels, scores.sum(dim=1).amax(dim=1)) > 0.9  # images are in the right order
     if masks or method != baselines.logistic_regression:
         assert auc(abnormal, scores.sum(dim=1)) > 0.9
-    else:  # of images
+    else:  # image labels only: all patches of an image score alike
         assert (scores == scores[..., :1]).all()
 
 
-def test_the_nearest_patch_is_exact_and_sees_no_abnormal_shot():
+def test_nearest_patch_is_exact_and_ignores_abnormal_shots():
     shots = training()
     normal = [layer[~shots.labels] for layer in shots.tokens]
-    assert baselines.nearest_normal_patch(shots)(normal).abs().max() < 1e-6  # they are in the bank
+    assert baselines.nearest_normal_patch(shots)(normal).abs().max() < 1e-6  # the bank contains these patches
     tokens, *_ = make(3, 2)
     scores = baselines.nearest_normal_patch(shots)(tokens)
     for k in range(K):
@@ -82,7 +82,7 @@ def test_the_nearest_patch_is_exact_and_sees_no_abnormal_shot():
         assert torch.allclose(scores[:, k].flatten(), expected, atol=1e-6)
 
 
-def test_zero_shot_obeys_prompts(tmp_path):
+def test_zero_shot_uses_the_given_prompts(tmp_path):
     phantom.write(tmp_path, ["Brain"], valid=2, test=3, seed=0, size=64)
     path = tmp_path / "prompts.json"
     path.write_text('{"normal": ["calm {}"], "abnormal": ["{} with a stone"]}')

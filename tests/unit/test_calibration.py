@@ -1,4 +1,4 @@
-"""engine/calibration.py: thresholds by each rule, for images and pixels, against brute force."""
+"""engine/calibration.py: image and pixel thresholds by each rule, against brute force."""
 
 from types import SimpleNamespace
 
@@ -29,7 +29,7 @@ from tests.helpers.evaluations import noisy_evaluation
     st.lists(st.tuples(st.integers(0, 6), st.integers(0, 1)), max_size=15),
     st.sampled_from(["f1", "fpr=0", "fpr=0.1", "fpr=0.5", "tpr=0", "tpr=0.3", "tpr=0.9", "tpr=1"]),
 )
-def test_rules_by_brute_force(images: list[tuple[int, int]], text: str) -> None:
+def test_threshold_rules_against_brute_force(images: list[tuple[int, int]], text: str) -> None:
     scores = np.array([score for score, _ in images] + [2.0, 3.0])
     labels = np.array([label for _, label in images] + [1, 0])
     name, _, rate = text.partition("=")
@@ -45,8 +45,8 @@ def test_rules_by_brute_force(images: list[tuple[int, int]], text: str) -> None:
         assert result["f1"] == max(row["f1"] for row in everything)
 
 
-def test_a_threshold_of_many_images() -> None:
-    scores = np.random.default_rng(0).permutation(400_000) / 400_000  # n squared would take hours
+def test_threshold_from_many_images() -> None:
+    scores = np.random.default_rng(0).permutation(400_000) / 400_000  # O(n^2) would take hours
     labels = (scores >= 0.75).astype(int)
     assert select_threshold(labels, scores, "f1") == pytest.approx(0.75, abs=2e-6)
     assert select_threshold(labels, scores, "tpr=0.5") == pytest.approx(0.875, abs=2e-6)
@@ -60,7 +60,7 @@ def sample(name: str, label: int, mask: str | None = None) -> SimpleNamespace:
     return SimpleNamespace(name=name, label=label, mask=mask, patient=None)
 
 
-def test_samples_are_spread_evenly_and_of_both_classes() -> None:
+def test_calibration_samples_are_evenly_spread_over_both_classes() -> None:
     normal = [sample(f"n{i}", 0) for i in range(1000)]
     abnormal = [sample(f"a{i}", 1) for i in range(7)]
     kept = calibration_samples([*normal, *abnormal])
@@ -102,7 +102,7 @@ def test_calibrate(text: str) -> None:
 
 def test_calibrate_without_masks() -> None:
     evaluation, masks = noisy_evaluation(head="det")
-    for given_masks in (None, masks):  # the maps of detection heads set no threshold
+    for given_masks in (None, masks):  # maps of detection heads give no pixel threshold
         result = calibrate(evaluation, given_masks, "f1", "here")
         assert set(result) == {"value", "rule", "from", "figures", "heat_range"}
     evaluation, masks = noisy_evaluation()
@@ -124,16 +124,16 @@ def test_calibrate_with_one_class() -> None:
     assert describe_threshold(None).startswith("threshold:  none, ")
 
 
-def test_the_range_of_colours_from_some_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heat_range_from_a_subset_of_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     maps = torch.from_numpy(rng.random((50, 24, 24)).astype(np.float32) ** 2)
-    maps[:, :, 5] += 3.0  # a column that a step of 24, or 12, would always or never meet
+    maps[:, :, 5] += 3.0  # a column that steps of 24 or 12 pixels would hit always or never
     fake = SimpleNamespace(img_size=24, samples=[None] * 50, maps=lambda part: maps[part])
     assert heat_range(fake) == pytest.approx(np.quantile(maps.numpy(), HEAT_QUANTILES), abs=1e-6)
     monkeypatch.setattr(calibration, "HEAT_PIXELS", 1200)
     monkeypatch.setattr(calibration, "HEAT_QUANTILES", (0.02, 0.9))
-    expected = np.quantile(maps.flatten()[::25].double().numpy(), (0.02, 0.9))  # 24 and 25 share no divisor
+    expected = np.quantile(maps.flatten()[::25].double().numpy(), (0.02, 0.9))  # 24 and 25 have no common divisor
     assert expected == pytest.approx(np.quantile(maps.numpy(), (0.02, 0.9)), abs=0.1)
-    for at_a_time in (50, 7, 1):  # batches do not matter
+    for at_a_time in (50, 7, 1):  # the batch size does not matter
         monkeypatch.setattr(calibration, "maps_at_a_time", lambda _, most=at_a_time: most)
         assert heat_range(fake) == expected.tolist()

@@ -25,13 +25,13 @@ def fine(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def brain(fine, tmp_path) -> Path:
-    """A copy to spoil: the folder Brain_AD."""
+    """A copy of the folder Brain_AD that a test may damage."""
     return shutil.copytree(fine / "Brain_AD", tmp_path / "Brain_AD")
 
 
 @pytest.fixture
 def check(monkeypatch, capsys):
-    """Runs the check; exit code and everything that was printed."""
+    """Runs the check; returns its exit code, and its stdout and stderr in one."""
 
     def run(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["check", *map(str, arguments)])
@@ -51,7 +51,7 @@ def noise(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
 
 
-def test_a_fine_data_set(fine, check):
+def test_valid_data_set(fine, check):
     code, output = check("--data_path", fine, "--obj", "Brain")
     assert code == 0, output
     assert "error" not in output
@@ -112,12 +112,12 @@ def test_one_fault(brain, check, fault, code, words):
     assert words in output
     assert ("\nerror: " in output) == bool(code)
     lines = [line for line in output.splitlines() if line.startswith(("error: ", "warning: "))]
-    assert len(lines) == (fault != "no picture") + (fault == "mask size"), output  # it is full, too
+    assert len(lines) == (fault != "no picture") + (fault == "mask size"), output  # this mask is also full
 
 
 @pytest.mark.parametrize("flag", ["--patient=(", "--window=x", "--list=no.csv"])
-def test_a_wrong_flag_is_told_from_a_wrong_folder(tmp_path, monkeypatch, check, flag):
-    """By what is wrong, not by how the message begins: a folder may be called --x."""
+def test_bad_flags_and_bad_data_have_different_exit_codes(tmp_path, monkeypatch, check, flag):
+    """Exit code 2 for a bad flag, 1 for bad data, even if the folder's name looks like a flag (--x)."""
     monkeypatch.chdir(tmp_path)
     gray(noise(9, 9), (tmp_path / "--x").mkdir() or tmp_path / "--x/a.png")
     assert check("--data_root=--x", "--obj", "x")[0] == 1
@@ -126,7 +126,7 @@ def test_a_wrong_flag_is_told_from_a_wrong_folder(tmp_path, monkeypatch, check, 
     assert output.startswith(f"error: {flag.partition('=')[0]}")
 
 
-def test_masks_among_the_images_are_said_to_be_some(tmp_path, check):
+def test_likely_masks_among_the_images_are_reported(tmp_path, check):
     for kind in ("normal", "abnormal", "abnormal/lesion areas"):
         (tmp_path / kind).mkdir()
         for number in range(9):
@@ -149,7 +149,7 @@ def test_masks_among_the_images_are_said_to_be_some(tmp_path, check):
         ('{"mask_labels": [-1]}', "mask_labels"),
     ],
 )
-def test_files_that_are_refused(fine, tmp_path, monkeypatch, text, words):
+def test_bad_json_descriptions_are_refused(fine, tmp_path, monkeypatch, text, words):
     monkeypatch.setattr("dataset.layout.FOLDER", tmp_path)
     (tmp_path / "knee.json").write_text(text)
     with pytest.raises(InputError, match=r"knee\.json") as error:
@@ -157,8 +157,8 @@ def test_files_that_are_refused(fine, tmp_path, monkeypatch, text, words):
     assert words in str(error.value)
 
 
-def test_slices_that_are_left_out_are_no_leaks(tmp_path, check):
-    """The black ends of volumes are equal in all of them."""
+def test_skipped_slices_are_not_reported_as_leaks(tmp_path, check):
+    """Blank slices, which are equal in all volumes, are left out and not reported as duplicates or leaks."""
     for kind in ("normal", "abnormal"):
         for number in range(9):
             volume(tmp_path / kind / f"sub-{number}{kind[0]}.nii.gz", empty=(0, 5))

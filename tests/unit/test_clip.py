@@ -1,4 +1,4 @@
-"""The factory: configs, weights, activations, and open_clip as a second oracle."""
+"""Model creation: configs, weights and activations, with open_clip as the reference."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ PINNED = ([-0.0204647332, -0.1173628494], [-0.0586080588, 0.0273839403])
     [("ViT-tiny-14-56", 56, False), ("ViT-tiny-14-56", 70, True), ("ViT-B-16-plus-240", 48, False)],
 )
 def test_towers_equal_open_clip(name, size, quick_gelu):
-    config = replace(ModelConfig.load(name), layers=4, text_layers=2)  # as many as the tiny one has: all are alike
+    config = replace(ModelConfig.load(name), layers=4, text_layers=2)  # few, as in the tiny model: all layers are alike
     state = dict(tiny_state()) if name == "ViT-tiny-14-56" else random_state(config, 3)
     mine = CLIP(config, size, quick_gelu)
     load_state(mine, state, "test")
@@ -67,8 +67,8 @@ def test_fidelity_rounds_and_normalises(tmp_path):
     assert fine.info.sha256 == rounded.info.sha256
 
 
-def test_random_tensors_are_drawn_one_by_one():
-    """Pinned: a change of what a seed means must also change the words that are hashed ("random 2")."""
+def test_random_tensors_are_drawn_independently():
+    """Each tensor depends on seed and name only. If the values change, so must the hashed words ("random 2")."""
     state = random_state(ModelConfig.load("ViT-tiny-14-56"), 7)
     text = random_state(ModelConfig.load("ViT-tiny-14-56"), 7, vision=False)
     assert text.keys() == {key for key in state if not key.startswith("visual.")}

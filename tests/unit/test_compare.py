@@ -1,4 +1,4 @@
-"""engine/compare.py: differences of runs on the same images against plain computation, and what cannot be compared."""
+"""engine/compare.py: differences between runs on the same images, and results that cannot be compared."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def write(path: Path, labels: np.ndarray, scores: np.ndarray, **values: object) 
     return path
 
 
-def test_the_difference_of_two_aucs_is_that_of_scikit_learn_with_an_interval_for_pairs() -> None:
+def test_auc_difference_equals_scikit_learn_with_a_paired_interval() -> None:
     labels, one, other = scores_of(0)
     difference, (low, high) = auc_difference(labels, one, other)
     assert difference == pytest.approx(roc_auc_score(labels, other) - roc_auc_score(labels, one), abs=1e-12)
@@ -40,15 +40,15 @@ def test_the_difference_of_two_aucs_is_that_of_scikit_learn_with_an_interval_for
     error = sum(part.var(ddof=1) / len(part) for part in parts) ** 0.5
     assert (low, high) == pytest.approx((difference - 1.96 * error, difference + 1.96 * error), abs=1e-5)
     assert auc_difference(labels, one, one) == (0.0, (0.0, 0.0))
-    assert auc_difference(np.array([0, 0, 1]), np.arange(3.0), np.array([0, 2, 1.0])) == (-0.5, ())  # a single image
+    assert auc_difference(np.array([0, 0, 1]), np.arange(3.0), np.array([0, 2, 1.0])) == (-0.5, ())  # 1 abnormal image
 
 
-def test_rates_have_wilsons_interval() -> None:
+def test_rates_have_wilson_intervals() -> None:
     assert rate(np.ones(10, bool)) == (1.0, pytest.approx((0.7225, 1.0), abs=1e-4))
     assert rate(np.arange(20) < 9) == (0.45, pytest.approx((0.2582, 0.6579), abs=1e-4))
 
 
-def test_the_table_in_three_forms(tmp_path: Path, capsys, monkeypatch) -> None:
+def test_comparison_table_in_three_formats(tmp_path: Path, capsys, monkeypatch) -> None:
     labels, one, other = scores_of(0)
     shared = {"decision": {"value": 0.5}, "auc_of_benign": 0.7, "auc_of_benign_ci95": [0.6, 0.8], "n_of_benign": 9}
     write(tmp_path / "a/result.json", labels, one, settings={"visionA": "MFCFC", "img_size": 240}, **shared, seed=1)
@@ -73,7 +73,7 @@ def test_the_table_in_three_forms(tmp_path: Path, capsys, monkeypatch) -> None:
     assert all((tmp_path / f"compare{suffix}").is_file() for suffix in (".md", ".csv", ".tex"))
 
 
-def test_what_cannot_be_compared(tmp_path: Path) -> None:
+def test_incomparable_results_are_refused(tmp_path: Path) -> None:
     labels, one, other = scores_of(0)
     for others, name in ((labels[:-1], r"059\.png"), (np.append(labels[:-1], 0), r"059\.png")):
         paths = [write(tmp_path / "a.json", labels, one), write(tmp_path / "b.json", others, other[: len(others)])]
@@ -85,7 +85,7 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
             read(path)
 
 
-def test_images_in_another_order_leave_the_pixels_difference_out(tmp_path: Path) -> None:
+def test_no_pixel_difference_if_the_order_of_images_differs(tmp_path: Path) -> None:
     labels, one, _ = scores_of(1)
     first = read(write(tmp_path / "a.json", labels, one, pauc=0.9, pauc_draws=[0.9, 0.8]))
     turned = json.loads((tmp_path / "a.json").read_text())
@@ -95,14 +95,14 @@ def test_images_in_another_order_leave_the_pixels_difference_out(tmp_path: Path)
     table = compare([first, read(tmp_path / "b.json")])
     assert not any(metric == "pixel AUC, difference" for metric, _, _ in table.cells)
     assert any("different orders" in note for note in table.notes)
-    assert any("a / b" in note for note in table.notes)  # the names of files may be equal by chance
+    assert any("a / b" in note for note in table.notes)  # different data sets may have equal file names
     assert not any("Tested on" in note for note in compare([first, first]).notes)
 
 
-# --- kinds of abnormal ---
+# --- kinds of abnormality ---
 
 
-def test_figures_of_each_kind_of_abnormal() -> None:
+def test_metrics_per_kind_of_abnormality() -> None:
     kinds = ["", "", "benign", "malignant", "malignant"]
     evaluation = SimpleNamespace(
         samples=[SimpleNamespace(kind=kind) for kind in kinds], labels=np.array([0, 0, 1, 1, 1]),

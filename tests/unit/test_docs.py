@@ -1,4 +1,4 @@
-"""README and docs: small, linked, in step with the code; each command is run by a test or says what it needs."""
+"""README and docs: links, flags and commands are valid; each command is run by a test or marked with its needs."""
 
 import os
 import re
@@ -14,9 +14,9 @@ from docs.generate import parser_of
 from engine.files.config import VERSION
 from tests.helpers.docs import ROOT, doc_commands, pages
 
-# Commands beside `python ...`, which test_docs_commands.py runs as they stand, in order, and `make ...`.
+# Commands other than `python ...` (run in order by test_docs_commands.py) and `make ...`.
 OTHER_COMMANDS = {"cp -r data/sample/BreastBUSI_AD my_breast"}
-# Flags of other programs, and of commands that flags.md does not hold; that these take them, another test checks.
+# Flags of other programs, and of commands that are not in flags.md (test_documented_commands_parse checks these).
 OTHER_FLAGS = {
     *("--debug", "--help", "--nproc_per_node", "--skip-worktree", "--version"),
     *("--archive", "--card", "--check", "--npz", "--size", "--write_list"),
@@ -30,18 +30,18 @@ def text_of(path: Path) -> str:
 
 
 def prose(path: Path) -> str:
-    """A page without its comments."""
+    """Text of a page without its comments."""
     return re.sub(r"<!--.*?-->", "", text_of(path), flags=re.DOTALL)
 
 
 def slug(heading: str) -> str:
-    """The anchor that a heading gets."""
+    """Anchor of a heading."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_what_a_page_names_exists(page):
-    """Links and their headings, flags, and files of code."""
+def test_links_flags_and_files_in_docs_exist(page):
+    """Linked files and headings, flags and code files that a page names exist."""
     for target in re.findall(r"(?<!!)\[[^]]+]\(([^)\s]+)\)", prose(page)):
         if "://" in target:
             continue
@@ -70,14 +70,14 @@ def test_flags_md_is_up_to_date():
     assert made == text_of(ROOT / "docs" / "flags.md"), "run `make docs`"
 
 
-def test_each_command_is_run_or_marked():
+def test_documented_commands_are_run_or_marked():
     unmarked = {shown.text for shown in doc_commands() if not shown.mark}
     assert {text for text in unmarked if not text.startswith(("python ", "make "))} == OTHER_COMMANDS
 
 
 @pytest.mark.parametrize("text", sorted({shown.text for shown in doc_commands() if PARSED.match(shown.text)}))
-def test_each_command_is_taken_by_its_parser(text: str):
-    """Also those that no test can run as they stand."""
+def test_documented_commands_parse(text: str):
+    """Every documented command has valid arguments, including those that no test can run."""
     words = shlex.split(text)[1:]
     name = words.pop(0) if words[0] != "-m" else words.pop(1)
     words = words[1:] if words[:1] == ["-m"] else words
@@ -89,7 +89,7 @@ def test_each_command_is_taken_by_its_parser(text: str):
         assert others == [], known
 
 
-def test_one_version():
+def test_version_is_the_same_everywhere():
     versions = {
         "pyproject.toml": re.search(r'^version = "([^"]+)"', text_of(ROOT / "pyproject.toml"), re.MULTILINE)[1],
         "CITATION.cff": re.search(r"^version: (\S+)", text_of(ROOT / "CITATION.cff"), re.MULTILINE)[1],

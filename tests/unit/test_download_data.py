@@ -1,4 +1,4 @@
-"""The paper's data sets from an archive: a server that breaks off, MVFA's archives, what is refused."""
+"""The paper's data sets from an archive: dropped connections, MVFA's archives, refused archives."""
 
 import hashlib
 import io
@@ -18,7 +18,7 @@ from utils import InputError
 
 
 def files(obj: str) -> dict[str, bytes]:
-    """A small data set of BMAD's form, by the paths in its archive."""
+    """Files of a small data set in BMAD's form, by their paths in the archive."""
     result, rng = {}, np.random.default_rng(len(obj))
     for split, kind, i in [(s, k, i) for s in ("train", "valid", "test") for k in ("good", "Ungood") for i in range(3)]:
         if (split, kind) != ("train", "Ungood"):
@@ -42,7 +42,7 @@ def archive(tmp_path) -> Path:
 
 @pytest.fixture
 def server(archive, monkeypatch, tmp_path) -> Iterator[HubServer]:
-    """Serves the archive, breaking off once in the middle."""
+    """Serves the archive; the first connection drops half way."""
     (tmp_path / "served").mkdir()
     content = archive.read_bytes()
     (tmp_path / "served/bmad.zip").write_bytes(content)
@@ -53,13 +53,13 @@ def server(archive, monkeypatch, tmp_path) -> Iterator[HubServer]:
         yield running
 
 
-def test_only_what_was_asked_for_is_unpacked_and_checked(server, tmp_path, monkeypatch, capsys):
+def test_only_the_requested_data_set_is_unpacked_and_checked(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(layout.PUBLISHED_COUNTS, "Brain", {"valid": ((3, 3),), "test": ((3, 3),)})
     code = download.main(["Brain", "--out", str(tmp_path / "data")])
     output = capsys.readouterr().out
     assert code == 0, output
     ranges = [wanted for method, _, wanted in server.log if method == "GET"]
-    assert [bool(part) for part in ranges] == [False, True]  # it went on from where it broke off
+    assert [bool(part) for part in ranges] == [False, True]  # the download was resumed
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["Brain_AD", "bmad.zip"]
     assert "CC BY-NC-SA 4.0" in output
     assert "counts as published: valid 3 + 3; test 3 + 3" in output
@@ -70,7 +70,7 @@ def test_only_what_was_asked_for_is_unpacked_and_checked(server, tmp_path, monke
         download.main(["Brain", "--out", str(tmp_path / "data")])
 
 
-def test_a_wrong_sum_is_refused(server, tmp_path, monkeypatch):
+def test_wrong_checksum_is_refused(server, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "SHA256", "0" * 64)
     with pytest.raises(InputError, match="SHA-256"):
         download.main(["Brain", "--out", str(tmp_path / "data")])
@@ -78,7 +78,7 @@ def test_a_wrong_sum_is_refused(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("fault", ["outside", "cut", "another data set", "no room", "bomb", "a lie"])
-def test_what_is_refused(archive, tmp_path, monkeypatch, fault):
+def test_bad_archives_are_refused(archive, tmp_path, monkeypatch, fault):
     obj = "Liver" if fault == "another data set" else "Brain"
     if fault in ("outside", "bomb", "a lie"):
         with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED) as packed:
@@ -96,7 +96,7 @@ def test_what_is_refused(archive, tmp_path, monkeypatch, fault):
     assert not list(tmp_path.rglob("x.png"))
 
 
-def test_mvfas_archive_and_links_in_it(tmp_path):
+def test_mvfa_archive_without_its_links(tmp_path):
     with tarfile.open(tmp_path / "Brain.tar.gz", "w:gz") as tar:
         for name, content in files("Brain").items():
             info = tarfile.TarInfo(name.replace("Brain/", "Brain_AD/").replace("/label/", "/anomaly_mask/"))
@@ -108,4 +108,4 @@ def test_mvfas_archive_and_links_in_it(tmp_path):
             tar.addfile(info)
     download.main(["Brain", "--archive", str(tmp_path / "Brain.tar.gz"), "--out", str(tmp_path / "data")])
     assert {path.name for path in (tmp_path / "data/Brain_AD").iterdir()} == {"train", "valid", "test"}
-    assert len(list((tmp_path / "data/Brain_AD/test/good/img").iterdir())) == 3  # links are left out
+    assert len(list((tmp_path / "data/Brain_AD/test/good/img").iterdir())) == 3  # links are skipped

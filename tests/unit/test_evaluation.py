@@ -1,4 +1,4 @@
-"""Patch scores, what follows from them, and masks as packed bits; kept scores bring labels, and refuse other flags."""
+"""Patch scores, image scores and maps, masks as packed bits, and saved scores."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ def make_evaluation(samples, head="seg", dec_type="mean"):
     return Evaluation(samples, scores, head, SIZE, dec_type)
 
 
-def test_an_images_score_is_the_highest_pixel_of_its_map(samples):
+def test_image_score_is_the_maximum_of_its_map(samples):
     evaluation = make_evaluation(samples)
     maps = evaluation.maps(slice(None))
     assert maps.shape == (6, SIZE, SIZE) and float(maps.min()) >= 0 and float(maps.max()) <= 2
@@ -40,10 +40,10 @@ def test_an_images_score_is_the_highest_pixel_of_its_map(samples):
     torch.testing.assert_close(evaluation.maps([4, 1]), maps[[4, 1]])
 
 
-def test_masks_are_those_of_the_reader(samples):
+def test_packed_masks_equal_those_of_the_reader(samples):
     masks = Masks.of(samples, small_settings())
     expected = torch.stack([load_mask(sample, SIZE) for sample in samples])
-    assert len(masks.bits) == 3  # images without a mask take no room
+    assert len(masks.bits) == 3  # images without a mask use no memory
     for part in (slice(None), slice(1, 4), [5, 0, 3]):
         torch.testing.assert_close(masks.get(part), expected[part], atol=0, rtol=0)
     torch.testing.assert_close(masks.select([3, 2]).get(slice(None)), expected[[3, 2]], atol=0, rtol=0)
@@ -52,7 +52,7 @@ def test_masks_are_those_of_the_reader(samples):
 
 @pytest.fixture
 def scored(tmp_path, monkeypatch):
-    """A store with the tokens of ten images, the sizes of the batches that are scored, and a detector of a kind."""
+    """Ten samples, a store with their tokens, a list of scored batch sizes, and a function that makes a detector."""
     samples, sizes = draw_samples(tmp_path, count=10), []
     weights = find_weights("ViT-tiny-14-56", "random", seed=1)
     clip = create_model(weights, img_size=SIZE)
@@ -65,8 +65,8 @@ def scored(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("kind", "batches"), [("MFCFC", [8, 8]), ("MViTFC", [4, 4, 2])])
-def test_images_are_scored_in_their_order_and_in_batches_of_one_size(scored, kind, batches):
-    """The last one is filled up, but where images attend to each other: the checkpoint's batches, as published."""
+def test_images_are_scored_in_order_and_in_batches_of_one_size(scored, kind, batches):
+    """The last batch is padded; MViTFC, which attends across images, uses the checkpoint's batch size, as published."""
     samples, store, sizes, make = scored
     evaluation = evaluate(make(kind), store, samples)
     assert sizes == batches
@@ -76,7 +76,7 @@ def test_images_are_scored_in_their_order_and_in_batches_of_one_size(scored, kin
     assert kind == "MViTFC" or torch.equal(turned, evaluation.patch_scores)
 
 
-def test_a_score_that_is_not_finite_names_the_image(scored, monkeypatch):
+def test_non_finite_score_is_reported_with_its_image(scored, monkeypatch):
     samples, store, _, make = scored
     tokens = store.get
 
@@ -90,7 +90,7 @@ def test_a_score_that_is_not_finite_names_the_image(scored, monkeypatch):
         evaluate(make("MFCFC"), store, samples)
 
 
-# --- kept scores ---
+# --- saved scores ---
 
 
 def make_scored(samples, masks=None, **source) -> Scored:
@@ -102,8 +102,8 @@ def make_scored(samples, masks=None, **source) -> Scored:
     return Scored(evaluation, masks, small_settings(), {"select": "last"}, {**values, **source})
 
 
-def test_labels_and_patients_are_those_of_the_file(tmp_path):
-    """Also where the data set was changed meanwhile: here its classes are swapped in the file."""
+def test_labels_and_patients_come_from_saved_scores(tmp_path):
+    """Labels and patients come from the saved file, even if the data set has changed: here the classes are swapped."""
     phantom.write(tmp_path, ["Brain"], valid=2, test=4, seed=0, size=64)
     samples = MedicalDataset.open("Brain", tmp_path).samples("test")
     swapped = [replace(sample, label=1 - sample.label, patient="7") for sample in samples]
@@ -119,7 +119,7 @@ def test_labels_and_patients_are_those_of_the_file(tmp_path):
     ["--obj", "Liver"], ["--mask_above", "0"], ["--dec_type", "max"], ["--fidelity", "corrected"], ["--ckpt", "x.pth"],
     ["--window", "auto"], ["--image_tower", "dinov2-small"],
 ])  # fmt: skip
-def test_flags_that_ask_for_another_test_are_refused(tmp_path, flags):
+def test_flags_that_contradict_saved_scores_are_refused(tmp_path, flags):
     scored = make_scored(draw_samples(tmp_path))
     with pytest.raises(InputError, match=flags[0]):
         scored.with_pictures(options_of_test(["--scores", "x.npz", *flags]))

@@ -1,4 +1,4 @@
-"""The token store: what names its files, what it notices, where it keeps tokens, and how often the tower runs."""
+"""The token store: file names, damaged files, the place of tokens, and the number of passes of the tower."""
 
 import argparse
 from dataclasses import replace
@@ -30,7 +30,7 @@ def load(tower):
 
 
 def filled(tower, items, folder, samples=(), **options):
-    """A store with tokens, and how many images passed the tower."""
+    """A filled store, and the number of images that passed the tower."""
     store = TokenStore(*tower, store_options(folder, **options))
     store.plan(items, [samples] if samples else ())
     passed = len(store.missing)
@@ -50,7 +50,7 @@ def views(samples):
 
 
 @pytest.mark.parametrize("cache", ["ram", "disk", "off"])
-def test_tokens_are_those_of_the_tower(samples, tmp_path, cache):
+def test_tokens_equal_those_of_the_tower(samples, tmp_path, cache):
     tower = make_tower()
     store, _ = filled(tower, views(samples[:2]), tmp_path / "cache", samples, cache=cache)
     clip = load(tower)
@@ -63,8 +63,8 @@ def test_tokens_are_those_of_the_tower(samples, tmp_path, cache):
 
 
 @pytest.mark.equality
-def test_tokens_do_not_depend_on_what_passes_with_them(samples, tmp_path):
-    """Whole, one image at a time, what a killed run left missing, computed on every use: the same bits."""
+def test_tokens_do_not_depend_on_the_batch(samples, tmp_path):
+    """Bitwise equal tokens from one pass, single images, a pass over missing files, and --cache off."""
     tower = make_tower()
     whole, _ = filled(tower, views(samples[:1]), tmp_path / "whole", samples, cache="disk")
     expected = whole.get(whole.rows(samples))
@@ -85,7 +85,7 @@ def test_tokens_do_not_depend_on_what_passes_with_them(samples, tmp_path):
         torch.testing.assert_close(off.get(off.rows([sample])), [x[i : i + 1] for x in expected], atol=0, rtol=0)
 
 
-def test_a_second_run_passes_nothing_and_reads_no_tower(samples, tmp_path):
+def test_second_run_computes_nothing_and_loads_no_tower(samples, tmp_path):
     tower = make_tower()
     first, passed = filled(tower, views(samples[:1]), tmp_path, samples, cache="disk")
     assert passed == VIEWS + len(samples) - 1  # the plain view of the shot is one of its 16
@@ -98,11 +98,11 @@ def test_a_second_run_passes_nothing_and_reads_no_tower(samples, tmp_path):
     path = next(first.folder.rglob("*.tokens"))
     path.unlink()
     filled(tower, [], tmp_path, samples, cache="ram")
-    assert not path.exists()  # a full disk, or a folder of others, stops no run that keeps its tokens in memory
+    assert not path.exists()  # with --cache ram nothing is written, so a full or read-only disk is no problem
 
 
-def test_what_one_process_has_not_found_is_missing_for_all(samples, tmp_path, monkeypatch):
-    """As where another run is writing: else the processes would divide other chunks among themselves."""
+def test_images_missing_in_one_process_are_missing_in_all(samples, tmp_path, monkeypatch):
+    """All processes divide the same list of missing images, even if another run writes files meanwhile."""
     filled(make_tower(), samples, tmp_path, cache="disk")
     monkeypatch.setattr("engine.distributed.all_gather", lambda value: [value, {2}])
     store = TokenStore(*make_tower(), store_options(tmp_path, cache="disk"))
@@ -120,7 +120,7 @@ KEY_CHANGES = {
 
 
 @pytest.mark.parametrize("change", KEY_CHANGES.values(), ids=KEY_CHANGES)
-def test_what_shapes_tokens_is_in_the_folders_name(tmp_path, change):
+def test_folder_name_depends_on_all_that_changes_tokens(tmp_path, change):
     folders = {TokenStore(*tower, store_options(tmp_path)).folder for tower in (make_tower(), make_tower(**change))}
     assert len(folders) == 2
     assert TokenStore(*make_tower(), store_options(tmp_path, cache_dtype="float16")).folder not in folders
@@ -142,7 +142,7 @@ def test_damaged_files_are_computed_again(samples, tmp_path, damage):
     torch.testing.assert_close(store.get(store.rows(samples)), first.get(first.rows(samples)), atol=1e-6, rtol=0)
 
 
-def test_a_reader_notices_files_that_change_meanwhile(samples, tmp_path):
+def test_files_damaged_after_the_pass_are_noticed(samples, tmp_path):
     store, _ = filled(make_tower(), views(samples[:2]), tmp_path / "cache", cache="disk")
     path = store._path(3, 4)
     content = bytearray(path.read_bytes())
@@ -154,9 +154,9 @@ def test_a_reader_notices_files_that_change_meanwhile(samples, tmp_path):
 
 
 def test_a_file_that_changes_between_hash_and_decoding_is_refused(samples, tmp_path):
-    """Its tokens would lie under another picture's name for good."""
+    """An image changed after it was hashed is refused: its tokens would be stored under the hash of another one."""
     tower = make_tower()
-    filled(tower, [], tmp_path, samples[:1], cache="disk")  # there are files, so each image is hashed to find its own
+    filled(tower, [], tmp_path, samples[:1], cache="disk")  # with files in the store, each image is hashed before
     store = TokenStore(*tower, store_options(tmp_path, cache="disk"))
     store.plan([], [samples])
     samples[2].path.write_bytes(samples[3].path.read_bytes())
@@ -164,7 +164,7 @@ def test_a_file_that_changes_between_hash_and_decoding_is_refused(samples, tmp_p
         store.fill(load(tower))
 
 
-def test_overflow_is_noticed_at_the_pass(samples, tmp_path):
+def test_overflow_is_noticed_when_tokens_are_computed(samples, tmp_path):
     tower = make_tower()
     clip = load(tower)
     clip.visual.transformer.resblocks[0].mlp.c_proj.bias.data += 1e6
@@ -178,7 +178,7 @@ def fake_root(folder, available_mb, limit_mb, used_mb):
     (folder / "proc/self").mkdir(parents=True)
     (folder / "proc/meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable:   {available_mb * 1024} kB\n")
     (folder / "proc/self/cgroup").write_text("0::/user/job/step\n")
-    group = folder / "sys/fs/cgroup/user/job"  # above the process's own group
+    group = folder / "sys/fs/cgroup/user/job"  # a parent of the process's own group
     group.mkdir(parents=True)
     for name, value in (("memory.max", limit_mb), ("memory.current", used_mb)):
         (group / name).write_text("max\n" if value is None else f"{value * 2**20}\n")

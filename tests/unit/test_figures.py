@@ -1,4 +1,4 @@
-"""Figures of an evaluation and of a run: which curves they hold, which threshold they mark, files."""
+"""Figures of an evaluation and of a run: their curves, marked threshold and files."""
 
 import json
 from pathlib import Path
@@ -21,13 +21,13 @@ HISTORY = [
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    """An evaluation with masks, and its full metrics; the working folder holds no style file."""
+    """An evaluation with masks and its full metrics; the working folder is empty, so it has no style file."""
     monkeypatch.chdir(tmp_path)
     evaluation, masks = make_world(tmp_path / "images", LABELS, SCORES)
     return evaluation, masks, measure(evaluation, masks, full=True)
 
 
-def test_the_threshold_is_the_checkpoints_where_it_has_one(world):
+def test_threshold_comes_from_the_checkpoint_if_it_has_one(world):
     evaluation, _, metrics = world
     assert threshold_of(metrics, METADATA)[0] == 0.4
     histogram = plots(evaluation, metrics, METADATA)["histogram"].figure().axes[0]
@@ -38,7 +38,7 @@ def test_the_threshold_is_the_checkpoints_where_it_has_one(world):
     assert threshold_of(metrics, {"threshold": one_class})[1].endswith("10% of the normal ones were false alarms.")
 
 
-def test_the_same_numbers_give_the_same_files(world):
+def test_figures_are_deterministic(world):
     evaluation, masks, metrics = world
     for folder in ("one", "two"):
         figures = plots(evaluation, metrics, METADATA, HISTORY)
@@ -54,11 +54,11 @@ def test_the_same_numbers_give_the_same_files(world):
         save_figures("file/folder", "Brain", sheet(evaluation, masks), {})
 
 
-def test_the_history_lies_beside_the_checkpoint(tmp_path):
+def test_history_is_read_from_the_checkpoint_folder(tmp_path):
     assert read_history(tmp_path / "best.pth") == []
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in HISTORY))
     assert read_history(tmp_path / "best.pth") == HISTORY
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"epoch": 4, "de')  # of a killed run
+        file.write('{"epoch": 4, "de')  # cut off, as by a killed run
     with pytest.raises(InputError, match=r"metrics\.jsonl"):
         read_history(tmp_path / "best.pth")

@@ -1,4 +1,4 @@
-"""Adapters and scores against figures measured on the published implementation."""
+"""Adapters and scores against values measured on the published implementation."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.unit.test_golden_backbone import close
 
 
 def golden_adapters(kind: str, features_list: list[int], contrast: bool) -> DualBranchAdapters:
-    """Adapters with the stored weights: adapter k is stored under k."""
+    """Adapters with the stored weights; index k is the same in the model and in the file."""
     model = DualBranchAdapters(kind, 128, 96, features_list, contrast)
     stored = load_golden("adapters")
     prefix = f"{kind}/"
@@ -18,7 +18,7 @@ def golden_adapters(kind: str, features_list: list[int], contrast: bool) -> Dual
         for key, value in stored.items()
         if key.startswith(prefix) and int(key.split("/")[2].split(".")[0]) < len(features_list)
     }
-    model.load_state_dict(state)  # strict: the published names, no more and no fewer
+    model.load_state_dict(state)  # strict: exactly the published names
     return model.eval()
 
 
@@ -66,8 +66,8 @@ def test_mvitfc_across_tokens_does_not_depend_on_the_batch():
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_adapters_drawn_from_a_generator_are_those_of_torch_s_layers(kind):
-    """The published draws, bit for bit, in the published order: normal adapters layer by layer, then abnormal ones."""
+def test_adapters_drawn_from_a_generator_equal_torch_layers(kind):
+    """Initial weights are bitwise as published: normal adapters first, layer by layer, then abnormal ones."""
     layers = {
         "MFCFC": lambda: [torch.nn.Linear(32, out, bias=False) for out in (32, 24, 24)],
         "MCNNFC": lambda: [torch.nn.Conv1d(32, 32, 1), *(torch.nn.Linear(32, 24, bias=False) for _ in range(2))],

@@ -1,4 +1,4 @@
-"""The 16 views and the image transforms against figures measured on the published implementation."""
+"""The 16 views and the image transforms against values measured on the published implementation."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_views(golden, call):
     assert torch.equal((augment(masks) > 0.5)[sure], (stored > 0.5)[sure])
 
 
-def test_a_view_does_not_depend_on_its_neighbours(golden):
+def test_views_do_not_depend_on_other_images_of_the_batch(golden):
     images = torch.from_numpy(golden("augment")["images"])
     for view in range(VIEWS):
         alone = augment_view(images[1:], view, (0.3, 0.7))
@@ -35,7 +35,7 @@ def test_images(golden, tmp_path, name):
     data = golden("transforms")
     path = tmp_path / f"{name}.png"
     path.write_bytes(data[f"{name}/png"].tobytes())
-    if name == "gray16":  # the published code saturates it to white; read properly it equals the 8-bit image
+    if name == "gray16":  # the published code clips it to white; here it equals the 8-bit image
         assert data["gray16/image"].mean() > data["gray/image"].mean()
         close(load_image(path, 42), data["gray/image"])
     else:

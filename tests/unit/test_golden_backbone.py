@@ -1,4 +1,4 @@
-"""The frozen towers against figures measured on the published implementation."""
+"""The frozen towers against values measured on the published implementation."""
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_no_graph_and_no_gradients(tiny_clip):
     assert not clip.image_tokens(torch.rand(1, 3, 42, 42), [1])[0].requires_grad
 
 
-def test_the_pass_stops_at_the_last_layer_asked_for(tiny_clip):
+def test_image_tower_stops_at_the_last_requested_layer(tiny_clip):
     clip, seen = tiny_clip(False), []
     hooks = [
         block.register_forward_hook(lambda *_, n=n: seen.append(n))

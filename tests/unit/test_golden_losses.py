@@ -1,4 +1,4 @@
-"""Losses, gradients and one Adam step against figures measured on the published implementation."""
+"""Losses, gradients and Adam steps against values measured on the published implementation."""
 
 import itertools
 
@@ -45,9 +45,9 @@ def test_detection_loss_and_gradient(loss_type, dec_type):
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "softmax"])
 @pytest.mark.parametrize(("dec_type", "shares"), [("max", [1.0, 0.0, 0.0]), ("both", [2 / 3, 1 / 6, 1 / 6])])
-def test_the_gradient_of_equal_largest_patches_goes_to_one(loss_type, dec_type, shares):
-    """The published decision is torch.max(x, dim=1)[0]: of two equal largest patches one has all of the gradient."""
-    scores = torch.tensor([[[0.5, -0.5], [0.5, -0.5], [-0.5, 0.5]]])  # (1, 3 patches, 2): the third is the mirror image
+def test_gradient_of_tied_largest_patches_goes_to_one(loss_type, dec_type, shares):
+    """As in the published torch.max(x, dim=1)[0], one of two tied largest patches gets the whole gradient."""
+    scores = torch.tensor([[[0.5, -0.5], [0.5, -0.5], [-0.5, 0.5]]])  # (1, 3 patches, 2); the third is mirrored
     scores = torch.cat([scores, scores]).requires_grad_()
     labels = torch.tensor([0.0, 1.0])
     loss.detection_loss(scores, labels, loss_type, dec_type).backward()
@@ -91,7 +91,7 @@ def test_segmentation_losses(name):
 
 
 class Case:
-    """One batch of three images with the stored parameters, as the published training step sees it."""
+    """A training step with the stored parameters on a batch of three images, as published."""
 
     def __init__(self, tiny_clip, kind, layers, obj, variant, contrast=True):
         data = load_golden("losses")
@@ -190,7 +190,7 @@ def test_one_adam_step(golden, tiny_clip, obj, file):
             continue
         gradient = torch.from_numpy(data[f"{tag}/grad/{name}"])
         assert float((parameter.grad - gradient).norm()) <= 1e-4 * float(gradient.norm())
-        sure = gradient.abs() > 1e-6  # elsewhere rounding decides the sign of the step
+        sure = gradient.abs() > 1e-6  # for smaller gradients rounding decides the sign of the step
         close(parameter[sure], data[f"{tag}/after_adam/{name}"][sure.numpy()])
 
 
@@ -215,4 +215,4 @@ def test_anomaly_map_is_the_published_sum(golden):
     probabilities = unit("sync_AS")
     published = 0.5 * (1 - probabilities[:, 0]) + 0.5 * probabilities[:, 1]
     close(loss.anomaly_map(loss.patch_difference(torch.stack([seg, seg])), 42), (2 * published).numpy())
-    assert str(golden("losses")["train/images_note"])  # a remark: the images are those of backbone.npz
+    assert str(golden("losses")["train/images_note"])  # a note: the images are those of backbone.npz

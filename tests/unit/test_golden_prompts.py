@@ -1,4 +1,4 @@
-"""Prompts and text features against figures measured on the published implementation."""
+"""Prompts and text features against values measured on the published implementation."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from tests.unit.test_golden_backbone import close
 
 
 def chooser_with_golden_contexts(clip, obj: str, mood: str, causal: bool) -> PromptChooser:
-    """A chooser with the stored contexts in place of drawn ones."""
+    """A chooser with the stored contexts instead of random ones."""
     chooser = PromptChooser(clip, {"Brain": "Brain", "Chest": "Chest X-ray film"}[obj], mood, causal)
     stored = load_golden("prompts")
     with torch.no_grad():
@@ -100,18 +100,18 @@ def test_context_initialisation_is_seeded_and_abnormal_first(tiny_clip):
             assert torch.equal(drawn[name], values), name
 
 
-def test_contexts_with_a_generator_leave_the_global_one_alone(tiny_clip):
+def test_own_generator_leaves_the_global_one_unchanged(tiny_clip):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     generator = torch.Generator().manual_seed(5)
     one, other = (PromptChooser(tiny_clip(False), "Brain", "learnable_all", generator=generator) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     pair = [chooser.prompt_learners["normal"].ctx["normal_end"] for chooser in (one, other)]
-    assert not torch.equal(*pair)  # the generator moves on
+    assert not torch.equal(*pair)  # the generator advances
 
 
 def every_position(text: TextTower, embeddings: torch.Tensor, eot: torch.Tensor, causal: bool) -> torch.Tensor:
-    """All positions of all prompts through all blocks, attention written out: (B, D)."""
+    """Reference: all positions of all prompts through all blocks, with explicit attention; (B, D)."""
     x = embeddings + text.positional_embedding
     mask = torch.full((77, 77), -torch.inf).triu(1) if causal else torch.zeros(77, 77)
     for block in text.transformer.resblocks:
@@ -123,8 +123,8 @@ def every_position(text: TextTower, embeddings: torch.Tensor, eot: torch.Tensor,
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_prompts_computed_in_part_equal_the_whole(causal):
-    """Also after the contexts have moved, with phrases of one to seven tokens and every layout; gradients too."""
+def test_partial_prompt_pass_equals_the_full_pass(causal):
+    """Equal features and gradients for changed contexts, phrases of one to seven tokens and all context positions."""
     config = replace(ModelConfig.load("ViT-tiny-14-56"), text_layers=4)  # more than one block before the last
     clip = CLIP(config, 56, quick_gelu=True)
     load_state(clip, random_state(config, seed=0), "random")
@@ -151,7 +151,7 @@ def test_prompts_computed_in_part_equal_the_whole(causal):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_fixed_positions_are_computed_once(tiny_clip, causal):
-    """Other embeddings at the fixed positions change nothing, at the changing ones they do."""
+    """With the causal mask, embeddings at fixed positions do not change the outputs; those of contexts always do."""
     text = tiny_clip(False).text
     chooser = PromptChooser(tiny_clip(False), "Brain", "learnable_abnormal", causal)
     learner = chooser.prompt_learners["abnormal"]
@@ -162,12 +162,12 @@ def test_fixed_positions_are_computed_once(tiny_clip, causal):
         start_moved, context_moved = embeddings.clone(), embeddings.clone()
         start_moved[:, 0] *= -5
         context_moved[torch.arange(len(eot)), learner.context_positions[:, -1]] *= -5
-        assert torch.equal(encode(start_moved), before) is causal  # without a mask its residual still counts
+        assert torch.equal(encode(start_moved), before) is causal  # without a mask its residual changes
         assert not torch.isclose(encode(context_moved), before).all(dim=-1).any()
 
 
-def test_everything_is_on_the_tower_s_device():
-    """The tower's device is known before the detector is moved there; `meta` stands for one that is not the CPU."""
+def test_all_tensors_are_on_the_device_of_the_tower():
+    """Parameters and cached tensors are created on the device of the tower; `meta` stands for a GPU."""
     with torch.device("meta"):
         clip = CLIP(ModelConfig.load("ViT-tiny-14-56"), 56, quick_gelu=False)
     chooser = PromptChooser(clip, "Brain", "learnable_all")

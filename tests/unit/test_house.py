@@ -1,4 +1,4 @@
-"""The house of the project: which folder may import which, and how long files and functions may be."""
+"""Structure of the project: which packages may import which, and how long scripts and functions may be."""
 
 import ast
 import subprocess
@@ -12,7 +12,7 @@ PRODUCT = sorted(
     path for path in ROOT.rglob("*.py")
     if not set(path.relative_to(ROOT).parts) & {"tests", "benchmarks", ".venv", "demo", "runs", "build"}
 )  # fmt: skip
-# An arrow: what a layer may import beside itself. `loss` and the packages of arithmetic know nothing of `engine`.
+# The layers that a layer may import besides itself. Of these only `engine.report` may import `engine`.
 ALLOWED = {
     "utils": set(),
     "loss": set(),
@@ -29,7 +29,7 @@ def layer(parts: tuple[str, ...]) -> str:
 
 
 def modules(path: Path) -> set[Path]:
-    """The files of this project that a file imports, anywhere in it; what a package's __init__ offers is that file."""
+    """The files of this project that a file imports, at any level; names from a package count as its __init__.py."""
     package, result = path.relative_to(ROOT).with_suffix("").parts, set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names: list[tuple[str, ...]] = []
@@ -40,7 +40,7 @@ def modules(path: Path) -> set[Path]:
             module = (*base, *node.module.split(".")) if node.module else base
             names = [(*module, alias.name) for alias in node.names]
         for name in names:
-            for end in (name, name[:-1]):  # a module, or a name in one
+            for end in (name, name[:-1]):  # a module, or a name in a module
                 places = (ROOT.joinpath(*end).with_suffix(".py"), ROOT.joinpath(*end, "__init__.py"))
                 if end and (found := next((place for place in places if place.is_file()), None)):
                     result.add(found)
@@ -49,7 +49,7 @@ def modules(path: Path) -> set[Path]:
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
-def test_arrows_point_one_way_and_no_function_is_longer_than_a_screen(path):
+def test_layers_of_imports_and_length_of_functions(path):
     own = layer(path.relative_to(ROOT).with_suffix("").parts)
     layers = {layer(other.relative_to(ROOT).with_suffix("").parts) for other in modules(path)}
     assert own not in ALLOWED or layers <= ALLOWED[own] | {own}
@@ -59,8 +59,8 @@ def test_arrows_point_one_way_and_no_function_is_longer_than_a_screen(path):
             assert length <= 60, f"{node.name}: {length} lines"
 
 
-def test_no_circle_of_files():
-    """Also not through imports inside of functions, nor through those for types alone."""
+def test_no_import_cycles():
+    """Imports inside functions and for type checking count, too."""
     graph = {path: modules(path) & set(PRODUCT) for path in PRODUCT}
     while True:
         imported_by_some = set().union(*graph.values())
@@ -80,8 +80,8 @@ def test_scripts_are_short(name, most):
 @pytest.mark.parametrize(
     "words", [["train.py"], ["test.py"], ["predict.py"], ["reproduce.py"], ["-m", "dataset.check"]]
 )
-def test_help_imports_nothing_heavy(words):
-    """What takes seconds to import is imported after the flags are read."""
+def test_help_imports_no_slow_modules(words):
+    """--help is fast: slow modules are only imported after the flags are parsed."""
     command = [sys.executable, "-X", "importtime", *words, "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}

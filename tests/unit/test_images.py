@@ -1,4 +1,4 @@
-"""The one reader of pictures: files that are written here, the real DICOM files that pydicom ships, NIfTI volumes."""
+"""The image reader: picture files, DICOM files of pydicom and NIfTI volumes; and the mask reader."""
 
 import struct
 import zlib
@@ -22,14 +22,14 @@ GRADIENT = np.linspace(0, 255, 48 * 32).reshape(32, 48).astype(np.uint8)
 
 
 def pixels(path: Path, index: int = 0, **options) -> np.ndarray:
-    """(H, W, 3) uint8."""
+    """Pixels of an image in a file, (H, W, 3) uint8."""
     image = read(frames(path, ReadOptions(**options))[index]).image
     assert image.mode == "RGB"
     return np.asarray(image)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "A.TIFF", "a.jpg", "a.webp", "A.GIF", "a.jfif", "a.jp2"])
-def test_every_format_is_what_training_reads(tmp_path, name):
+def test_every_format_is_read_as_in_training(tmp_path, name):
     kind = {"jfif": "JPEG", "jp2": "JPEG2000"}.get(name.split(".")[1].lower())
     Image.fromarray(GRADIENT).convert("RGB").save(tmp_path / name, kind, quality=95)
     (frame,) = frames(tmp_path / name)
@@ -50,7 +50,7 @@ def test_sixteen_bits_are_scaled_or_windowed(tmp_path):
     assert (to_tensor(read(frames(path)[0]).image, 28) == load_image(path, 28)).all()
 
 
-def test_pages_are_images(tmp_path):
+def test_each_page_is_an_image(tmp_path):
     pages = [Image.fromarray(GRADIENT + i) for i in range(3)]
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
     found = frames(tmp_path / "a.tif")
@@ -77,17 +77,17 @@ def test_monochrome1_is_inverted(tmp_path):
     plain = pixels(DICOM / "MR_small.dcm").astype(int)
     stored = pydicom.dcmread(DICOM / "MR_small.dcm")
     stored.PhotometricInterpretation = "MONOCHROME1"
-    stored.save_as(tmp_path / "inverted")  # no ending either, as PACS exports have it
+    stored.save_as(tmp_path / "inverted")  # without an extension, as in PACS exports
     assert file_kind(tmp_path / "inverted") == "dicom"
     assert np.abs(pixels(tmp_path / "inverted") + plain - 255).max() <= 1
-    assert pixels(DICOM / "693_J2KI.dcm")[256, 0].tolist() == [0, 0, 0]  # air, as 14-bit MONOCHROME1 stores it as white
+    assert pixels(DICOM / "693_J2KI.dcm")[256, 0].tolist() == [0, 0, 0]  # air, stored as white: 14-bit MONOCHROME1
 
 
-def test_a_table_of_the_header_shows_grey_levels(tmp_path):
+def test_voi_lut_of_the_header_is_applied(tmp_path):
     table, values = pydicom.Dataset(), GRADIENT.astype(np.uint16) * 16
     table.add_new("LUTDescriptor", "US", [4096, 40, 8])
     elements = {"WindowCenter": None, "WindowWidth": None, "VOILUTSequence": [table]}
-    for kind in ("u1", "<u2"):  # entries of 8 bits may be packed
+    for kind in ("u1", "<u2"):  # 8-bit entries may be packed
         table.add_new("LUTData", "OW", (np.arange(4096) // 16).astype(kind).tobytes())
         shown = pixels(dicom(tmp_path / "a.dcm", values, **elements))[..., 0]
         assert np.array_equal(shown, (values.astype(int) - 40).clip(0) // 16)
@@ -98,7 +98,7 @@ def test_a_table_of_the_header_shows_grey_levels(tmp_path):
 
 @pytest.fixture
 def volume(tmp_path) -> Path:
-    """Voxels (x, y, z) that are brighter to the right, to the front and to the top, in another order on disk."""
+    """A volume (x, y, z) that is brighter to the right, front and top; its axes are stored in another order."""
     x, y, z = np.indices((5, 7, 9))
     values = (x + 10 * y + 100 * z).astype(np.int16)
     stored = values[::-1].transpose(2, 0, 1)  # z, -x, y
@@ -107,7 +107,7 @@ def volume(tmp_path) -> Path:
     return tmp_path / "v.nii.gz"
 
 
-def test_nifti_slices_stand_as_radiologists_look_at_them(volume):
+def test_nifti_slices_have_radiological_orientation(volume):
     sizes = {"axial": (9, (5, 7)), "coronal": (7, (5, 9)), "sagittal": (5, (7, 9))}
     for plane, (count, size) in sizes.items():
         found = frames(volume, ReadOptions(plane=plane))
@@ -146,19 +146,19 @@ def test_orientation_is_ignored_in_every_format(tmp_path, name, orientation):
 
 
 @pytest.mark.parametrize(("kind", "bits"), [(np.uint16, 16), (np.int32, 32), (np.float32, 32)])
-def test_eight_bit_values_in_wider_files_are_read_as_the_published_program_reads_them(tmp_path, kind, bits):
+def test_eight_bit_values_in_wider_files_are_read_as_published(tmp_path, kind, bits):
     path, plain = tmp_path / "x.tif", tmp_path / "plain.png"
     Image.fromarray(GRADIENT.astype(kind)).save(path)
     Image.fromarray(GRADIENT).save(plain)
     with Image.open(path) as image:
-        assert np.array_equal(np.asarray(image.convert("L")), GRADIENT)  # which is what it does
+        assert np.array_equal(np.asarray(image.convert("L")), GRADIENT)  # the conversion of the published program
     assert load_image(path, 16).equal(load_image(plain, 16))
     assert f"8-bit values in a {bits}-bit file" in read(path).notes["wide"]
     assert load_mask(Sample(plain, 1, (path,), "x"), 16).equal(load_mask(Sample(plain, 1, (plain,), "x"), 16))
 
 
 def sixteen_bit_png(path: Path, values: np.ndarray) -> Path:
-    """(H, W, C) uint16 of grey and alpha, RGB or RGBA, which Pillow cannot write."""
+    """Write (H, W, C) uint16 values (grey and alpha, RGB or RGBA) as PNG, which Pillow cannot do."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -172,7 +172,7 @@ def sixteen_bit_png(path: Path, values: np.ndarray) -> Path:
 
 
 @pytest.mark.parametrize("channels", [2, 3, 4])
-def test_twelve_bits_of_colour_or_beside_alpha_are_neither_black_nor_deaf_to_the_window(tmp_path, channels):
+def test_twelve_bit_colours_or_alpha_follow_the_window_and_are_noted(tmp_path, channels):
     grey = GRADIENT.astype(np.uint16) * 16 + 7
     alpha = np.full_like(grey, 65535)
     path = sixteen_bit_png(
@@ -185,14 +185,14 @@ def test_twelve_bits_of_colour_or_beside_alpha_are_neither_black_nor_deaf_to_the
     assert np.abs(pixels(full)[..., 1] - grey * 16 / 257).max() <= 0.5 + 1e-6
 
 
-def test_labels_are_picked_from_the_grey_of_a_16_bit_mask_of_colours(tmp_path):
+def test_mask_labels_of_a_16_bit_rgb_mask(tmp_path):
     values = np.repeat(np.kron([[0, 514], [257 * 9, 0]], np.ones((4, 4)))[..., None], 3, axis=2).astype(np.uint16)
     path = sixteen_bit_png(tmp_path / "x.png", values)
     sample = Sample(path, 1, (path,), "x", options=ReadOptions(mask_labels=(9,)))
     assert np.argwhere(load_mask(sample, 8).numpy()).tolist() == [[y, x] for y in range(4, 8) for x in range(4)]
 
 
-def test_a_16_bit_tiff_whose_zero_is_white_is_not_inverted(tmp_path):
+def test_16_bit_tiff_with_white_is_zero(tmp_path):
     values, path = GRADIENT.astype(np.uint16) * 257, tmp_path / "x.tif"
     Image.fromarray(values).save(path, tiffinfo={PHOTOMETRIC: 1})
     assert np.array_equal(pixels(path)[..., 0], GRADIENT)
@@ -205,15 +205,15 @@ def test_a_16_bit_tiff_whose_zero_is_white_is_not_inverted(tmp_path):
 
 
 @pytest.mark.parametrize("highest", [1, 2, 255])
-def test_fractions_are_no_8_bit_values(tmp_path, highest):
+def test_fractional_values_need_a_window(tmp_path, highest):
     Image.fromarray(np.linspace(0, highest, 99, dtype=np.float32).reshape(9, 11)).save(tmp_path / "x.tif")
     with pytest.raises(InputError, match=r"x\.tif: .*--window"):
         read(tmp_path / "x.tif")
     assert pixels(tmp_path / "x.tif", window="full").max() == 255
 
 
-def test_a_dark_slice_of_a_deep_data_set_is_no_8_bit_picture(tmp_path):
-    """Decided for all pictures of a data set, and part of the picture's hash."""
+def test_dark_image_of_a_deep_data_set_is_not_read_as_8_bit(tmp_path):
+    """The bit depth is decided for all images of a data set, and is part of the hash of an image."""
     for name, factor in (("dark", 1), ("bright", 16)):
         Image.fromarray(GRADIENT.astype(np.uint16) * factor).save(tmp_path / f"{name}.png")
     dark, bright = (tmp_path / f"{name}.png" for name in ("dark", "bright"))
@@ -227,7 +227,7 @@ def test_a_dark_slice_of_a_deep_data_set_is_no_8_bit_picture(tmp_path):
 def test_slices_without_content_are_recognised(tmp_path):
     values = np.zeros((20, 20, 3), np.int16)
     values[5:9, 5:9, 1] = 900
-    values[..., 2] = np.random.default_rng(0).integers(0, 20, (20, 20))  # noise beside the range of the volume
+    values[..., 2] = np.random.default_rng(0).integers(0, 20, (20, 20))  # weak noise, relative to the volume
     path = save_nifti(tmp_path / "v.nii", values)
     assert [read(frame).is_blank for frame in frames(path)] == [True, False, True]
 
@@ -267,12 +267,12 @@ def test_masks_in_the_alpha_channel(tmp_path, colour):
     sample = Sample(tmp_path / "mask.png", 1, (tmp_path / "mask.png",), "x")
     assert np.array_equal(load_mask(sample, 20).numpy(), lesion > 0)
     assert "alpha channel" in masks.read_mask(sample).notes["alpha"]
-    # Where the colours hold the mask, transparency is dropped as ever.
+    # If the colours hold the mask, the alpha channel is ignored, as usual.
     Image.fromarray(np.dstack([*[lesion] * 3, 255 - lesion // 2])).save(tmp_path / "mask.png")
     assert np.array_equal(load_mask(sample, 20).numpy(), lesion > 0)
 
 
-def test_a_mask_of_another_size_is_resized_where_the_data_set_may_have_it(tmp_path, capsys):
+def test_masks_of_another_size_are_resized_in_published_data(tmp_path, capsys):
     Image.fromarray(GRADIENT).save(tmp_path / "x.png")
     Image.fromarray(GRADIENT).resize((20, 20)).save(tmp_path / "mask.png")
     sample = Sample(tmp_path / "x.png", 1, (tmp_path / "mask.png",), "x", published=True)
@@ -286,7 +286,7 @@ def test_a_mask_of_another_size_is_resized_where_the_data_set_may_have_it(tmp_pa
 
 
 def dicom(path: Path, values: np.ndarray, **elements: object) -> Path:
-    """A file of the CT that pydicom ships, with other pixels and elements; None removes one."""
+    """Write a CT file of pydicom with other pixels and elements; None removes an element."""
     header = pydicom.dcmread(DICOM / "CT_small.dcm")
     header.Rows, header.Columns = values.shape[-2:]
     header.BitsAllocated = header.BitsStored = values.dtype.itemsize * 8
@@ -303,7 +303,7 @@ def dicom(path: Path, values: np.ndarray, **elements: object) -> Path:
     return path
 
 
-def test_elements_that_are_there_but_empty_count_as_absent(tmp_path):
+def test_empty_dicom_elements_count_as_absent(tmp_path):
     values = GRADIENT.astype(np.uint16) * 3
     names = ("WindowCenter", "WindowWidth", "RescaleSlope", "RescaleIntercept")
     empty, absent = (
@@ -314,13 +314,13 @@ def test_elements_that_are_there_but_empty_count_as_absent(tmp_path):
 
 
 @pytest.mark.parametrize("count", [2_147_483_647, 0])
-def test_a_number_of_frames_that_the_file_cannot_hold(tmp_path, count):
+def test_impossible_number_of_frames_is_refused(tmp_path, count):
     path = dicom(tmp_path / "a.dcm", GRADIENT, NumberOfFrames=count)
     with pytest.raises(InputError, match=rf"NumberOfFrames is {count}, but the file holds at most \d+$"):
         frames(path)
 
 
-def test_a_series_has_one_range(tmp_path):
+def test_series_has_one_intensity_range(tmp_path):
     rng = np.random.default_rng(0)
     for index in range(4):
         values = rng.integers(100 * index, 100 * index + 50, (16, 16)).astype(np.uint16)
@@ -332,7 +332,7 @@ def test_a_series_has_one_range(tmp_path):
     assert np.asarray(last.image).max() == 255
     assert "the whole range of its series (4 files)" in last.notes["window"]
     assert Sample(tmp_path / "3.dcm", 0, (), "x").content_hash() == last.sha256
-    # Other files have a part in this picture, so they have one in its hash.
+    # The image depends on the other files of its series, and so does its hash.
     (tmp_path / "0.dcm").unlink()
     again = read(tmp_path / "3.dcm")
     assert again.sha256 != last.sha256
@@ -357,7 +357,7 @@ def test_dicom_slices_get_square_pixels(tmp_path, elements, size, said):
     assert ("pixels" in picture.notes) == bool(said)
     expected = Image.fromarray(GRADIENT).convert("RGB").resize(size, Image.Resampling.BICUBIC)
     assert np.array_equal(np.asarray(picture.image), np.asarray(expected))
-    for fits in {size, (48, 32)}:  # a mask drawn on either
+    for fits in {size, (48, 32)}:  # a mask may have either size
         Image.new("L", fits, 255).save(tmp_path / "mask.png")
         assert load_mask(Sample(path, 1, (tmp_path / "mask.png",), "x"), 8).all()
     Image.new("L", (9, 9), 255).save(tmp_path / "mask.png")
@@ -365,7 +365,7 @@ def test_dicom_slices_get_square_pixels(tmp_path, elements, size, said):
         load_mask(Sample(path, 1, (tmp_path / "mask.png",), "x"), 8)
 
 
-def test_a_header_that_is_cut_before_its_rows_is_damaged_not_without_a_picture(tmp_path):
+def test_dicom_file_cut_before_rows_counts_as_damaged(tmp_path):
     data = dicom(tmp_path / "a.dcm", GRADIENT).read_bytes()
     (tmp_path / "a.dcm").write_bytes(data[: data.index(struct.pack("<HH", 0x28, 0x10))])
     with pytest.raises(InputError, match=r"a\.dcm: .*no Rows") as caught:
@@ -373,7 +373,7 @@ def test_a_header_that_is_cut_before_its_rows_is_damaged_not_without_a_picture(t
     assert not isinstance(caught.value, NoImageError)
 
 
-def test_a_fault_of_the_program_keeps_its_traceback(tmp_path, monkeypatch):
+def test_bugs_keep_their_traceback(tmp_path, monkeypatch):
     Image.fromarray(GRADIENT.astype(np.uint16) * 9).save(tmp_path / "a.png")
     monkeypatch.setattr(grey, "to_rgb", lambda values: values.no_such_attribute)
     for path in (tmp_path / "a.png", dicom(tmp_path / "a.dcm", GRADIENT)):
@@ -381,15 +381,15 @@ def test_a_fault_of_the_program_keeps_its_traceback(tmp_path, monkeypatch):
             read(path)
 
 
-# --- files that are none ---
+# --- notes on masks ---
 
 
 @pytest.mark.parametrize(
     ("greys", "kind"),
     [((0,), "empty"), ((0, 1), "labels"), ((0, 127), "labels"), ((0, 128), None), ((0, 255), None), ((255,), "full")],
 )
-def test_what_is_odd_about_a_mask(tmp_path, greys, kind):
-    """Abnormal is above 127: a mask that reaches exactly that marks nothing."""
+def test_notes_on_unusual_masks(tmp_path, greys, kind):
+    """Abnormal pixels are above 127, so a mask whose maximum is 127 marks nothing and is reported."""
     values = np.full((20, 20), greys[0], np.uint8)
     values[5:9, 5:9] = greys[-1]
     Image.fromarray(values).save(tmp_path / "mask.png")

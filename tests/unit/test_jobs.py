@@ -1,4 +1,4 @@
-"""Jobs: how many at once, on which GPU, and how one that broke is told; submitit's executor is replaced by a fake."""
+"""Jobs: how many run at once, on which GPU, and how failures are reported; submitit's executor is a fake."""
 
 import sys
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from engine.study.jobs import run_jobs
 
 
 class FakePool:
-    """Submitit's executor, which keeps count; a job is done at the second look."""
+    """Fake of submitit's executor that counts running jobs; a job is done when it is polled for the second time."""
 
     def __init__(self):
         self.running, self.most, self.gpus, self.cancelled = [], 0, [], []
@@ -48,13 +48,13 @@ def no_fault(task: str) -> str | None:
     return "wrong" if task == "bad" else None
 
 
-def test_at_most_so_many_at_once(pool, monkeypatch, tmp_path):
+def test_limit_of_running_jobs_gpus_and_failures(pool, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     tasks = ["a", "bad", "c", "broken", "e"]
     found = dict(run_jobs(no_fault, tasks, "local", tmp_path, 2, ["timeout_min=30", "mem=x"]))
     assert pool.parameters == {"timeout_min": 30, "mem": "x"}
     assert pool.most == 2
-    assert pool.gpus[:2] == ["4", "6"]  # one each while two run
+    assert pool.gpus[:2] == ["4", "6"]  # one GPU for each of the two running jobs
     assert set(pool.gpus) == {"4", "6"}
     assert found == {"a": None, "bad": "wrong", "c": None, "broken": "RuntimeError: out of memory (job 7)", "e": None}
     assert pool.cancelled == []

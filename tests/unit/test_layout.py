@@ -1,4 +1,4 @@
-"""Other people's folders: which are the classes, which files are masks and whose, what is left out, what is said."""
+"""Folder layouts: splits and classes, pairing of masks, skipped files, patients, and the notes printed on them."""
 
 import json
 import unicodedata
@@ -23,7 +23,7 @@ from utils import InputError
 
 
 def draw(root: Path, *names: str, marked: bool = True) -> Path:
-    """Pictures of noise below `root`, each its own; a name that says mask (or lies in such a folder) is a square."""
+    """Write images below `root`: a rectangle if the path has a word for masks, else noise that depends on the name."""
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def draw(root: Path, *names: str, marked: bool = True) -> Path:
 
 
 def draw_classes(root: Path, form: str, splits: tuple[str, ...] = ("valid", "test"), count: int = 2) -> None:
-    """Pictures of each class and split; `form` has {split}, {kind} and {i}."""
+    """Write images of each class and split; the path `form` contains {split}, {kind} and {i}."""
     for split, kind in product(splits, ("normal", "abnormal")):
         draw(root, *(form.format(split=split, kind=kind, i=i) for i in range(count)))
 
@@ -47,7 +47,7 @@ def opened(root: Path, **given: object) -> MedicalDataset:
 
 
 def by_name(root: Path, split: str = "test") -> dict[str, tuple[int, str | None]]:
-    """Name -> label and mask's name."""
+    """Label and name of the mask of each sample, by its name."""
     samples = opened(root).samples(split)
     return {sample.name: (sample.label, sample.masks[0].name if sample.masks else None) for sample in samples}
 
@@ -71,7 +71,7 @@ CLASSES = [("good", "Ungood"), ("normal", "abnormal"), ("0", "1"), ("NORMAL", "A
 @pytest.mark.parametrize("form", ["{split}/{kind}/img/{i}", "{split}/{kind}/{i}", "deeper/{split}/{kind}/{i}"])
 @pytest.mark.parametrize("support", ["valid", "val", "train", "Valid"])
 @pytest.mark.parametrize("kinds", CLASSES)
-def test_splits_and_classes_under_their_names(tmp_path, form, support, kinds):
+def test_names_of_splits_and_classes(tmp_path, form, support, kinds):
     for split in (support, "test"):
         draw(tmp_path, *(f"{form}.png".format(split=split, kind=kind, i=i) for kind in kinds for i in range(2)))
     for split, folder in (("valid", support), ("test", "test")):
@@ -80,7 +80,7 @@ def test_splits_and_classes_under_their_names(tmp_path, form, support, kinds):
         assert all(f"{folder}/" in sample.name for sample in samples)
 
 
-# BMAD's own trees, under the paper's names: where images and masks of each split and class lie.
+# Folder trees of BMAD's archives: paths of the images and masks of each split and class.
 TREES = {
     "label": ("{split}/{kind}/img/{name}", "{split}/{kind}/label/{name}"),
     "val": ("{val}/{kind}/img/{name}", "{val}/{kind}/label/{name}"),
@@ -92,7 +92,7 @@ TREES = {
 
 
 @pytest.mark.parametrize("tree", TREES)
-def test_bmads_trees_under_the_papers_names(tmp_path, tree):
+def test_bmad_trees(tmp_path, tree):
     for split, val in (("valid", "val"), ("test", "test")):
         for kind in ("good", "Ungood"):
             for index in range(3):
@@ -110,7 +110,7 @@ def test_bmads_trees_under_the_papers_names(tmp_path, tree):
 
 
 @pytest.mark.parametrize("top", ["", "bottle/"])
-def test_mvtecs_tree_and_what_is_no_defect(tmp_path, top):
+def test_mvtec_tree_and_folders_that_are_not_defects(tmp_path, top):
     draw(tmp_path, *(f"{top}train/good/{i}.png" for i in range(4)), f"{top}test/good/0.png")
     for kind in ("crack", "hole"):
         draw(tmp_path, *(f"{top}test/{kind}/{i}.png" for i in range(9)))
@@ -125,11 +125,11 @@ def test_mvtecs_tree_and_what_is_no_defect(tmp_path, top):
     first = next(sample for sample in every_sample if sample.name == f"{top}test/crack/0.png")
     assert [path.name for path in first.masks] == ["0_mask.png", "0_mask_1.png"]
     one = replace(first, masks=first.masks[:1])
-    assert load_mask(first, 24).sum() > load_mask(one, 24).sum()  # united
+    assert load_mask(first, 24).sum() > load_mask(one, 24).sum()  # the union of both masks
     assert "2 folders are abnormal: " in said(tmp_path)
 
 
-def test_the_two_classes_beside_test_are_for_training(tmp_path):
+def test_classes_beside_test_are_the_valid_split(tmp_path):
     draw_classes(tmp_path, "{split}{kind}/{i}.png", ("", "test/"), count=5)
     assert set(by_name(tmp_path, "valid")) == {f"{kind}/{i}.png" for kind in ("normal", "abnormal") for i in range(5)}
     assert set(by_name(tmp_path)) == {f"test/{kind}/{i}.png" for kind in ("normal", "abnormal") for i in range(5)}
@@ -143,7 +143,7 @@ def test_the_two_classes_beside_test_are_for_training(tmp_path):
         ("valid/normal/x{i}.png", "valid/normal (3)"),
     ],
 )
-def test_what_is_not_used_is_named(tmp_path, stray, where):
+def test_unused_folders_are_reported(tmp_path, stray, where):
     draw_classes(tmp_path, "{split}/{kind}/img/{i}.png")
     assert "not used" not in said(tmp_path)
     draw(tmp_path, *(stray.format(i=i) for i in range(3)))
@@ -154,7 +154,7 @@ def test_what_is_not_used_is_named(tmp_path, stray, where):
 
 
 def test_busi_as_it_is_distributed(tmp_path):
-    """Images and masks beside each other, several of an image, masks of normal images, names with blanks."""
+    """Masks lie beside the images; some images have several, normal ones have empty masks, and names contain spaces."""
     for kind in ("benign", "malignant", "normal"):
         draw(tmp_path, *(f"{kind}/{kind} ({i}).png" for i in range(1, 20)))
         draw(tmp_path, *(f"{kind}/{kind} ({i})_mask.png" for i in range(1, 20)), marked=kind != "normal")
@@ -192,13 +192,13 @@ def test_words_for_masks(tmp_path, word, ending):
         ("abnormal/1", ["abnormal/1_seg", "abnormal/deeper/1_seg", "abnormal/11_seg"], [0]),
     ],
 )
-def test_one_rule_pairs_masks_with_images(tmp_path, image, masks, fitting):
+def test_pairing_of_masks_with_images(tmp_path, image, masks, fitting):
     paths = [tmp_path / f"{mask}.png" for mask in masks]
     file = Sample(tmp_path / f"{image}.dcm", 1, (), image)
     assert pair(tmp_path, [file], paths)[0].masks == tuple(paths[i] for i in fitting)
 
 
-def test_a_mask_that_fits_several_images_is_refused(tmp_path):
+def test_ambiguous_masks_are_refused(tmp_path):
     draw(tmp_path, *(f"{split}/{kind}/1.png" for split in ("valid", "test") for kind in ("good", "crack", "hole")))
     draw(tmp_path, "test/masks/1.png", "valid/masks/1.png")
     images = [f"{kind}/{i}.png" for kind in ("normal", "abnormal") for i in range(9)]
@@ -208,7 +208,7 @@ def test_a_mask_that_fits_several_images_is_refused(tmp_path):
             opened(root).samples("test")
 
 
-def test_masks_that_fit_no_image_are_named(tmp_path):
+def test_masks_that_fit_no_image_are_reported(tmp_path):
     draw_classes(tmp_path, "{split}/{kind}/{i}.png")
     draw(tmp_path, "ground_truth/other/0.png", "ground_truth/other/1.png")
     assert "warning: masks that fit no image by name and folder, in ground_truth/other (2)" in said(tmp_path)
@@ -220,7 +220,7 @@ def test_a_mask_without_its_image_is_refused(tmp_path):
         opened(tmp_path).samples("test")
 
 
-def test_masks_in_the_patients_own_folder(tmp_path):
+def test_masks_in_folders_of_patients(tmp_path):
     for kind in ("normal", "abnormal"):
         draw(tmp_path, *(f"{kind}/case{i:02d}/CT/IM1.png" for i in range(12)))
     draw(tmp_path, *(f"abnormal/case{i:02d}/anomaly_mask/IM1.png" for i in range(12)))
@@ -232,21 +232,21 @@ def test_masks_in_the_patients_own_folder(tmp_path):
     assert [file.path.parts[-3] for file in files if not file.masks] == ["case03"]
 
 
-def test_names_in_either_form_of_unicode(tmp_path):
+def test_names_in_nfc_and_nfd_match(tmp_path):
     for split in ("valid", "test"):
         draw(tmp_path, f"{split}/good/1.png", unicodedata.normalize("NFC", f"{split}/Ungood/é.png"))
         draw(tmp_path, unicodedata.normalize("NFD", f"{split}/masks/Ungood/é.png"))
     assert [mask for label, mask in by_name(tmp_path).values() if label] == [unicodedata.normalize("NFD", "é.png")]
 
 
-def test_good_with_marks_is_said(tmp_path):
+def test_normal_images_with_marks_are_reported(tmp_path):
     for folder in ("img", "masks"):
         draw_classes(tmp_path, f"{{split}}/{{kind}}/{folder}/{{i}}.png", count=1)
     assert "2 normal images have a mask that marks something" in said(tmp_path)
 
 
 def levels(root: Path, *values: int, **options: object) -> None:
-    """Valid and test sets whose masks hold a quarter of each level."""
+    """Write valid and test sets with masks of four equal stripes of these grey levels."""
     for split in ("valid", "test"):
         draw(root, f"{split}/good/img/1.png", f"{split}/Ungood/img/1.png", f"{split}/Ungood/masks/1.png")
         mask = Image.fromarray(np.repeat(np.array(values, np.uint8), 120).reshape(20, 24))
@@ -255,7 +255,7 @@ def levels(root: Path, *values: int, **options: object) -> None:
         mask.save(root / split / "Ungood/masks/1.png")
 
 
-def test_levels_of_masks_are_said_and_chosen(tmp_path):
+def test_mask_levels_are_reported_and_selectable(tmp_path):
     levels(tmp_path, 0, 0, 128, 255)
     assert "3 levels: 0 (50.00%), 128 (25.00%), 255 (25.00%); abnormal: levels above 127" in said(tmp_path)
     assert load_mask(opened(tmp_path).samples("test")[1], 24).float().mean() == pytest.approx(0.5, abs=0.03)
@@ -266,8 +266,8 @@ def test_levels_of_masks_are_said_and_chosen(tmp_path):
     assert "levels" not in said(tmp_path / "two")
 
 
-def test_palettes_count_by_index(tmp_path):
-    """Red and half red are dark by their luminance."""
+def test_palette_masks_are_read_by_index(tmp_path):
+    """Palette masks are read by index: as grey levels, red and dark red would be below the threshold."""
     levels(tmp_path, 0, 1, 2, 2, palette=bytes([0, 0, 0, 128, 0, 0, 255, 0, 0]))
     sample = opened(tmp_path).samples("test")[1]
     assert load_mask(sample, 24).float().mean() == pytest.approx(0.75, abs=0.03)
@@ -275,11 +275,11 @@ def test_palettes_count_by_index(tmp_path):
     assert load_mask(sample, 24).float().mean() == pytest.approx(0.25, abs=0.03)
 
 
-# --- what is left out ---
+# --- skipped files and slices ---
 
 
 def volume(path: Path, slices: int = 6, marks: tuple[int, ...] = (), empty: tuple[int, ...] = ()) -> None:
-    """A volume, or with `marks` the labels of one: 2 in these slices, 1 in the next."""
+    """Write a volume, or a label volume if `marks` is given: label 2 in these slices, label 1 in the next ones."""
     values = np.random.default_rng(zlib.crc32(str(path).encode())).integers(0, 99, (20, 24, slices)).astype(np.int16)
     values[..., list(empty)] = 0
     if marks:
@@ -300,7 +300,7 @@ def scans(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(("labels", "abnormal"), [(None, [2, 3]), ((2,), [2]), ((1, 2), [2, 3])])
-def test_slices_that_mark_or_show_nothing(scans, labels, abnormal):
+def test_unmarked_and_blank_slices_are_left_out(scans, labels, abnormal):
     dataset = opened(scans, mask_labels=labels)
     samples = dataset.samples("test")
     assert [(s.label, s.index) for s in samples] == [(0, i) for i in (1, 2, 3, 4)] + [(1, i) for i in abnormal]
@@ -309,7 +309,7 @@ def test_slices_that_mark_or_show_nothing(scans, labels, abnormal):
     assert f"{6 - len(abnormal)} abnormal images whose mask marks nothing: --unmarked out" in lines
 
 
-def test_a_mask_of_more_slices_is_laid_onto_its_volume(scans):
+def test_mask_with_more_slices_is_resampled_to_its_volume(scans):
     for path in scans.glob("*/*/b_seg.nii.gz"):
         values = np.zeros((20, 24, 12), np.int16)
         values[4:9, 4:9, 4:8] = 1
@@ -317,7 +317,7 @@ def test_a_mask_of_more_slices_is_laid_onto_its_volume(scans):
     assert [sample.index for sample in opened(scans).samples("test") if sample.label] == [2, 3]
 
 
-def test_unmarked_images_follow_one_rule(tmp_path, scans):
+def test_unmarked_option(tmp_path, scans):
     for split in ("valid", "test"):
         draw(tmp_path / "flat", *(f"{split}/{kind}/img/{i}.png" for kind in ("good", "Ungood") for i in "12"))
         draw(tmp_path / "flat", f"{split}/Ungood/masks/1.png")
@@ -330,14 +330,14 @@ def test_unmarked_images_follow_one_rule(tmp_path, scans):
             assert sum(not sample.label for sample in samples) == (2 if root != scans else 4) + more
 
 
-def test_without_masks_labels_are_per_slice_and_that_is_said(scans):
+def test_without_masks_slice_labels_are_reported(scans):
     for path in scans.glob("*/*/b_seg.nii.gz"):
         path.unlink()
     assert "labels are per slice" in said(scans)
 
 
 def series(root: Path, kind: str, patients: int, slices: int) -> None:
-    """A flat export: single-frame DICOM files whose names say nothing."""
+    """Write a flat export: single-frame DICOM files without patients in their names."""
     rng = np.random.default_rng(len(kind))
     (root / kind).mkdir(parents=True)
     for number in range(patients * slices):
@@ -346,7 +346,7 @@ def series(root: Path, kind: str, patients: int, slices: int) -> None:
         dicom(root / kind / f"{number:04d}.dcm", values, **names)
 
 
-def test_the_patients_of_dicom_headers_are_divided(tmp_path):
+def test_split_by_patients_of_dicom_headers(tmp_path):
     for kind in ("normal", "abnormal"):
         series(tmp_path, kind, patients=12, slices=3)
     dataset = opened(tmp_path)
@@ -387,7 +387,7 @@ def test_copies_within_a_series_count_once(tmp_path):
         )),
     ],
 )  # fmt: skip
-def test_the_patient_in_a_name(name, number):
+def test_patient_from_a_file_name(name, number):
     assert patient(name) == number
 
 
@@ -396,7 +396,7 @@ def test_the_patient_in_a_name(name, number):
     [("patient01/x.jpg", "patient01"), ("17/x.jpg", "17"), ("sub-02/anat/x.jpg", "sub-02"), ("2024-01-05/x.jpg", None),
      ("axial/00124_80.png", "00124"), ("axial/x.png", None)],
 )  # fmt: skip
-def test_the_patient_in_a_folder_below_the_class(below, number):
+def test_patient_from_a_folder_name(below, number):
     assert patient(f"normal/{below}", below=below) == number
 
 

@@ -1,4 +1,4 @@
-"""A list of images instead of folders, also as Excel writes it; written from folders, and wrong in many ways."""
+"""Lists of images instead of folders: all formats (also from Excel), lists written from folders, bad lists."""
 
 import json
 import os
@@ -42,7 +42,7 @@ scans/6.png,Ungood,masks/6.png,p6,test,0
 
 
 @pytest.mark.parametrize("form", ["csv", "excel", "tsv", "jsonl"])
-def test_all_forms_of_a_list_mean_the_same(pictures, form):
+def test_all_formats_of_a_list_are_equivalent(pictures, form):
     name, text = "images.csv", ROWS
     if form == "excel":
         text = "\ufeffsep=;\r\n" + ROWS.replace(",", ";").replace("/", "\\").replace("\n", "\r\n") + ";;;;;\r\n\r\n"
@@ -62,7 +62,7 @@ def test_all_forms_of_a_list_mean_the_same(pictures, form):
     assert dataset.shots(1, 1, 0, 0).source.endswith(name)
 
 
-def test_what_is_not_given_follows_the_rules_of_folders(tmp_path):
+def test_missing_columns_follow_the_rules_of_folders(tmp_path):
     names = [f"{kind}{i} ({j}).png" for kind in "ab" for i in range(9) for j in range(2)]
     draw(tmp_path, *names, *(f"{name[:-4]}_mask.png" for name in names if name[0] == "b"))
     rows = "".join(f"{name},{int(name[0] == 'b')},{name[:2]},{int(name.startswith('b3 (0'))}\n" for name in names)
@@ -71,18 +71,18 @@ def test_what_is_not_given_follows_the_rules_of_folders(tmp_path):
     valid, test = (set(dataset.samples(split)) for split in ("valid", "test"))
     assert len(valid | test) == 36
     assert not {s.patient for s in valid} & {s.patient for s in test}
-    assert "b3" in {s.patient for s in valid}  # a shot is in valid, and so is its patient
+    assert "b3" in {s.patient for s in valid}  # all images of a shot's patient are in valid
     assert all(s.masks[0].name == f"{s.path.stem}_mask.png" for s in valid | test if s.label)
 
 
-def test_masks_are_whose_the_list_says(pictures):
-    """Two of one image with the same name, and one of two images: folders would not be so clear."""
+def test_list_assigns_the_masks(pictures):
+    """An image may have two masks of the same name, and two images may share a mask, unlike in folders."""
     draw(pictures, "other/masks/4.png", "Doe/4_mask.png")
     rows = "scans/4.png,1,masks/4.png|other/masks/4.png,test\nscans/6.png,1,masks/4.png,test\n"
     rows += "scans/7.png,1,Doe/4_mask.png,test\n"
     dataset = listed(pictures, f"image,label,mask,split\nscans/0.png,0,,test\n{rows}")
     assert [len(sample.masks) for sample in dataset.samples("test")] == [0, 2, 1, 1]
-    assert notes.masks_note(dataset) == "masks: 2 in folders called masks, 1 in other folders"  # names no patient
+    assert notes.masks_note(dataset) == "masks: 2 in folders called masks, 1 in other folders"  # Doe is not named
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_masks_are_whose_the_list_says(pictures):
         ("scans/notes.txt,0,test", "extension"),
     ],
 )
-def test_a_wrong_line_is_named(pictures, line, words):
+def test_bad_lines_are_reported(pictures, line, words):
     text = f"image,label,split\nscans/0.png,0,valid\n\n{line}\n"
     (pictures / "scans/notes.txt").touch()
     with pytest.raises(InputError, match=r"images\.csv") as error:
@@ -107,8 +107,8 @@ def test_a_wrong_line_is_named(pictures, line, words):
     listed(pictures, text.replace(line, '"scans/a, b.png",0,test'))
 
 
-def test_every_word_beside_the_normal_ones_names_its_kind(tmp_path):
-    """Of the grades 0 to 4 of a retina 1 is one like the others."""
+def test_labels_other_than_normal_are_kinds_of_abnormality(tmp_path):
+    """With "0" as the normal label, the grades 1 to 4 are kinds of abnormality; "1" is no exception."""
     draw(tmp_path, *(f"{grade}.png" for grade in range(5)))
     (tmp_path / "knee.json").write_text('{"normal": ["0"]}')
     dataset = listed(tmp_path, "image,label,split\n" + "".join(f"{grade}.png,{grade},test\n" for grade in range(5)))
@@ -117,7 +117,7 @@ def test_every_word_beside_the_normal_ones_names_its_kind(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_page_of_a_file_is_a_slice(tmp_path):
+def test_slice_column_selects_a_page(tmp_path):
     pages = [Image.fromarray(np.full((20, 24), value, np.uint8)) for value in (10, 20, 30)]
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
     dataset = listed(tmp_path, "image,label,slice,split\na.tif,0,2,test\na.tif,1,1,test\n")
@@ -151,8 +151,8 @@ WRITTEN = [("kinds", "csv"), ("defects", "tsv"), ("the paper's", "jsonl"), ("pat
 
 
 @pytest.mark.parametrize(("layout", "form"), WRITTEN)
-def test_a_written_list_means_the_same_as_the_folders(tmp_path, monkeypatch, layout, form):
-    """Samples with their masks, patients and kinds, what was drawn as shots, and what a list of shots names."""
+def test_written_list_is_equivalent_to_the_folders(tmp_path, monkeypatch, layout, form):
+    """Samples, masks, patients, kinds and shots (drawn or listed) are the same as those of the folders."""
     root = draw(tmp_path / "knee", *FOLDERS.get(layout, ()))
     if layout == "volumes":
         for name in ("valid/normal/a", "valid/abnormal/b", "test/normal/c", "test/abnormal/d"):
@@ -166,14 +166,14 @@ def test_a_written_list_means_the_same_as_the_folders(tmp_path, monkeypatch, lay
     def shown() -> list[object]:
         dataset = opened(root)
         samples = dataset.samples("valid"), dataset.samples("test")
-        kinds = [[sample.kind for sample in part] for part in samples]  # which == does not compare
+        kinds = [[sample.kind for sample in part] for part in samples]  # == does not compare kinds
         return [samples, kinds, *(dataset.shots(n, n, 0, 0).names for n in (1, 2)), dataset.pixel_metrics]
 
     before = shown()
     assert call_check(monkeypatch, "--data_root", root, "--write_list", f"images.{form}") in (0, 1)
     assert opened(root).listing == root / f"images.{form}"
     assert shown() == before
-    assert call_check(monkeypatch, "--data_root", root, "--write_list", f"images.{form}") == 2  # never overwritten
+    assert call_check(monkeypatch, "--data_root", root, "--write_list", f"images.{form}") == 2  # not overwritten
     call_check(monkeypatch, "--data_root", root, "--write_list", tmp_path / f"above.{form}")
     above = MedicalDataset.open("knee", "", listing=tmp_path / f"above.{form}")
     paths = [sample.path for sample in above.samples("test")]
@@ -183,8 +183,8 @@ def test_a_written_list_means_the_same_as_the_folders(tmp_path, monkeypatch, lay
     assert shown() == before
 
 
-def test_a_name_that_no_list_can_hold_is_refused(tmp_path, monkeypatch, capsys):
-    """As an archive packed on Windows leaves it: bytes that are not UTF-8."""
+def test_names_that_are_not_utf8_are_refused(tmp_path, monkeypatch, capsys):
+    """A file name with bytes that are not UTF-8, as from an archive packed on Windows, is refused."""
     draw(tmp_path, *numbered("normal/{i}.png", "abnormal/{i}.png"))
     (tmp_path / "normal/0.png").rename(tmp_path / "normal" / os.fsdecode(b"Gr\xf6\xdfe.png"))
     for form in ("csv", "jsonl"):
@@ -193,7 +193,7 @@ def test_a_name_that_no_list_can_hold_is_refused(tmp_path, monkeypatch, capsys):
         assert not list(tmp_path.glob("*images*"))
 
 
-def test_a_list_keeps_slices_and_shots(tmp_path, monkeypatch):
+def test_written_list_keeps_slices_and_shots(tmp_path, monkeypatch):
     draw(tmp_path, *numbered("{i}.png"))
     volume(tmp_path / "v.nii.gz")
     rows = ["0.png,0,valid,,1", "1.png,0,test,,", "2.png,1,valid,,1", "v.nii.gz,1,test,3,", "v.nii.gz,1,test,1,"]
@@ -205,7 +205,7 @@ def test_a_list_keeps_slices_and_shots(tmp_path, monkeypatch):
     assert after.shots(1, 1, 0, 0).names == {"abnormal": ["2.png"], "normal": ["0.png"]}
 
 
-def test_a_list_is_examined_as_folders_are(tmp_path, monkeypatch, capsys):
+def test_check_examines_a_list_like_folders(tmp_path, monkeypatch, capsys):
     draw(tmp_path, *numbered("{i}.png", count=6))
     (tmp_path / "5.png").write_bytes((tmp_path / "5.png").read_bytes()[:60])
     (tmp_path / "4.png").write_bytes((tmp_path / "3.png").read_bytes())
@@ -216,12 +216,12 @@ def test_a_list_is_examined_as_folders_are(tmp_path, monkeypatch, capsys):
     assert call_check(monkeypatch, "--data_root", tmp_path, "--obj", "knee") == 1
     said = capsys.readouterr().out
     assert "5.png" in said.split("cannot be used")[1] and "4.png = 3.png" in said
-    assert "left out: 1\n" in said and "notes.txt" in said  # the list and the description are no images, but known
+    assert "left out: 1\n" in said and "notes.txt" in said  # the list and the description are not counted
     assert [line.split()[2] for line in said.splitlines()[2:6]] == ["1", "1", "2", "2"]
 
 
-@pytest.mark.filterwarnings("error")  # a file that is not closed, too
-def test_the_program_of_the_docs_makes_a_list_of_coco(tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("error")  # fails on unclosed files, too
+def test_documented_coco_conversion(tmp_path, monkeypatch):
     draw(tmp_path, "scans/a.png", "scans/b.png", "scans/c.png", "scans/d.png")
     names = [f"scans/{name}.png" for name in "abcd"]
     images = [{"id": i, "file_name": name, "width": 24, "height": 20} for i, name in enumerate(names)]

@@ -1,4 +1,4 @@
-"""The MVFA layout, few-shot lists, and images of every kind."""
+"""The MVFA layout, few-shot lists, patients and leaks."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ from utils import InputError
 
 
 def make(root: Path, obj: str = "Brain", count: int = 4) -> Path:
-    """A data set of small noise images with masks."""
+    """Write a data set of small noise images with masks."""
     for kind, i in product(("good", "Ungood"), range(count)):
         draw(root / f"{obj}_AD", *(f"{split}/{kind}/img/img_{i}.png" for split in ("valid", "test")))
         if kind == "Ungood":
@@ -29,17 +29,17 @@ def make(root: Path, obj: str = "Brain", count: int = 4) -> Path:
     return root
 
 
-def test_normal_first_sorted_with_masks(tmp_path):
+def test_samples_are_sorted_normal_first_and_have_masks(tmp_path):
     samples = MedicalDataset.open("Brain", make(tmp_path)).samples("test")
     assert [sample.label for sample in samples] == [0] * 4 + [1] * 4
     assert [sample.name for sample in samples[:2]] == ["test/good/img/img_0.png", "test/good/img/img_1.png"]
-    # The published path of a mask replaces every `img`, and would break these names.
+    # The published code replaces every `img` in a path to find its mask, which would break these names.
     assert samples[4].masks == (tmp_path / "Brain_AD/test/Ungood/anomaly_mask/img_0.png",)
     assert samples[0].masks == ()
 
 
 def test_published_lists_are_complete():
-    """Every line of the published table, where it lies beside the project (it does in development)."""
+    """The shipped lists equal the published table; skipped if the table does not lie beside the project."""
     table = FOLDER.parent.parent / "shared" / "fewshot_published.tsv"
     if not table.is_file():
         pytest.skip("the published table is not beside this checkout")
@@ -64,7 +64,7 @@ def test_own_list_wins_and_iterate_picks_the_line(tmp_path, capsys):
         "normal": ["img_2.png", "img_3.png"],
     }
     assert dataset.shots(2, 2, 1, 1).names["abnormal"] == ["img_3.png", "img_0.png"]
-    # Checkpoints keep it, so it says no more of where the data are, not even where a folder has a blank in its name.
+    # Stored in checkpoints, so it does not hold the path of the data.
     assert dataset.shots(2, 2, 1, 1).source == "Brain_AD/fewshot_seed/my2-shot.txt"
     with pytest.raises(InputError, match=r"--iterate 7.*it has 0, 1"):
         dataset.shots(2, 2, 7, 1)
@@ -83,7 +83,7 @@ def test_a_class_takes_the_list_for_its_own_number_of_shots(tmp_path):
 
 
 @pytest.mark.parametrize("iterate", [0, -1])
-def test_without_a_list_the_seed_samples(tmp_path, iterate):
+def test_without_a_list_shots_are_sampled_by_seed(tmp_path, iterate):
     dataset = MedicalDataset.open("Brain", make(tmp_path))
     one, same, *others = (dataset.shots(3, 3, iterate, seed).names for seed in (5, 5, 6, -5))
     assert one == same and one not in others
@@ -92,7 +92,7 @@ def test_without_a_list_the_seed_samples(tmp_path, iterate):
         dataset.shots(9, 9, iterate, 5)
 
 
-def test_the_projects_list_is_used_for_the_data_it_names(tmp_path):
+def test_shipped_list_is_used_for_the_data_it_names(tmp_path):
     make(tmp_path)
     names = read_shot_list(FOLDER / "fewshot_seed/Brain/my2-shot.txt", 0)
     for kind, listed in zip(("Ungood", "good"), names, strict=True):
@@ -118,7 +118,7 @@ def test_the_projects_list_is_used_for_the_data_it_names(tmp_path):
         "",
     ],
 )
-def test_lists_that_are_refused(tmp_path, text):
+def test_bad_lists_of_shots_are_refused(tmp_path, text):
     make(tmp_path)
     path = tmp_path / "Brain_AD/fewshot_seed/my2-shot.txt"
     path.parent.mkdir()
@@ -133,7 +133,7 @@ def picture(path: Path, seed: int = 0) -> Path:
     return path
 
 
-def test_a_rule_of_ones_own_finds_the_patients(tmp_path):
+def test_custom_rule_for_patients(tmp_path):
     for kind in ("normal", "abnormal"):
         for number in range(20):
             picture(tmp_path / kind / f"visit{number % 3}of{number}.png")
@@ -148,7 +148,7 @@ def test_a_rule_of_ones_own_finds_the_patients(tmp_path):
         MedicalDataset.open("knee", "data", tmp_path, patient="(")
 
 
-def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+def test_unreadable_folder_is_reported(tmp_path, monkeypatch):
     make(tmp_path)
     (tmp_path / "Brain_AD/test/good/img/p1").mkdir()
     real = os.scandir, os.listdir
@@ -164,16 +164,16 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         MedicalDataset.open("Brain", tmp_path).samples("test")
 
 
-def test_leaks_read_no_file_twice(tmp_path, monkeypatch):
+def test_leak_check_reads_no_file_twice(tmp_path, monkeypatch):
     make(tmp_path)
     dataset, asked = MedicalDataset.open("Brain", tmp_path), []
     monkeypatch.setattr(images, "sha256_file", lambda path: asked.append(path) or path.name)
     pairs = equal_images(dataset.samples("valid"), dataset.samples("test"), Sample.content_hash)
-    assert (len(pairs), len(asked)) == (8, 16)  # test images, however many images of valid they equal
+    assert (len(pairs), len(asked)) == (8, 16)  # test images, even if they equal several images of valid
 
 
-def test_names_with_blanks_stand_in_quotes_and_are_in_valid_by_being_listed(tmp_path):
-    """Whatever --shot and --iterate, so that the test set stays; and so are all images of a listed image's patient."""
+def test_listed_images_and_their_patients_are_in_valid(tmp_path):
+    """Listed images and their patients are in valid for any --shot and --iterate, so the test set stays the same."""
     for kind in ("normal", "abnormal"):
         for number in range(30):
             picture(tmp_path / kind / f"{kind} (#{number}).png", number)
@@ -195,7 +195,7 @@ def test_names_with_blanks_stand_in_quotes_and_are_in_valid_by_being_listed(tmp_
     assert {sample.name for sample in dataset.samples("test")} == before - moved
 
 
-def test_shots_are_drawn_over_patients_first(tmp_path):
+def test_shots_are_drawn_from_different_patients_first(tmp_path):
     for split in ("valid", "test"):
         for kind in ("good", "Ungood"):
             for number in range(24):
@@ -203,13 +203,13 @@ def test_shots_are_drawn_over_patients_first(tmp_path):
     dataset = MedicalDataset.open("knee", "data", tmp_path)
     for seed in range(9):
         assert len({sample.patient for sample in dataset.shots(4, 4, -1, seed).abnormal}) == 4
-        assert len(set(dataset.shots(6, 6, -1, seed).names["normal"])) == 6  # of four patients, then again
+        assert len(set(dataset.shots(6, 6, -1, seed).names["normal"])) == 6  # of 4 patients, then 2 more
     everyone = MedicalDataset.open("knee", "data", tmp_path, patient=r"_(\d+)")
     nobody = MedicalDataset.open("knee", "data", tmp_path, patient="nobody")
-    assert everyone.shots(4, 4, -1, 1).names == nobody.shots(4, 4, -1, 1).names  # as ever where none repeats
+    assert everyone.shots(4, 4, -1, 1).names == nobody.shots(4, 4, -1, 1).names  # as before if no patient repeats
 
 
-def test_the_papers_name_is_the_papers_data_by_its_counts_alone(tmp_path, monkeypatch):
+def test_benchmarks_are_recognised_by_their_image_counts(tmp_path, monkeypatch):
     make(tmp_path)
     assert not MedicalDataset.open("Brain", tmp_path).is_benchmark
     monkeypatch.setitem(layout.PUBLISHED_COUNTS, "Brain", {"valid": ((8,),), "test": ((3, 5), (4, 4))})
@@ -221,8 +221,8 @@ def test_the_papers_name_is_the_papers_data_by_its_counts_alone(tmp_path, monkey
     assert "test 5 + 4 (published: 3 + 5 or 4 + 4)" in notes.benchmark_note(dataset)
 
 
-def test_one_depth_holds_for_all_pictures_of_a_data_set(tmp_path):
-    """A dark slice of a 12-bit set is not taken for 8 bits, wherever it lies."""
+def test_bit_depth_is_decided_per_data_set(tmp_path):
+    """A dark image of a 12-bit data set is not read as 8-bit, even if the bright one is in the other split."""
     make(tmp_path)
     for number, path in enumerate(sorted((tmp_path / "Brain_AD").rglob("img/*.png"))):
         Image.fromarray(np.full((20, 20), 200 if number else 4000, np.uint16)).save(path)

@@ -1,4 +1,4 @@
-"""The MedMNIST converter, on archives of MedMNIST's form that are made here."""
+"""The MedMNIST converter on synthetic archives in MedMNIST's form."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ COUNTS = {"train": 24, "val": 8, "test": 12}
 
 
 def write_npz(path: Path) -> dict:
-    """An archive as MedMNIST's: labels go round, and an image shows its number in its first pixel."""
+    """Write an archive like MedMNIST's: labels alternate, and the first pixel of an image is its index."""
     rng, arrays = np.random.default_rng(0), {}
     for split, count in COUNTS.items():
         images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
@@ -32,7 +32,7 @@ def convert(monkeypatch, *arguments: object) -> None:
 
 
 @pytest.mark.parametrize(("name", "normal"), [("breastmnist", 1), ("pneumoniamnist", 0)])
-def test_a_binary_set(tmp_path, monkeypatch, name, normal):
+def test_binary_data_set(tmp_path, monkeypatch, name, normal):
     arrays = write_npz(tmp_path / "set.npz")
     convert(monkeypatch, name, "--npz", tmp_path / "set.npz", "--out", tmp_path / "data")
     dataset = MedicalDataset.open(name, tmp_path / "data")
@@ -50,10 +50,10 @@ def test_a_binary_set(tmp_path, monkeypatch, name, normal):
     assert "CC BY 4.0" in licence
     assert "MedMNIST v2" in licence
     assert medmnist.SOURCES[name]["citation"] in licence
-    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [f"{name}_AD"]  # nothing half-made is left
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [f"{name}_AD"]  # no temporary folder is left
 
 
-def test_what_is_refused(tmp_path, monkeypatch):
+def test_bad_archive_and_existing_folder_are_refused(tmp_path, monkeypatch):
     text = tmp_path / "text.npz"
     text.write_text("no archive")
     with pytest.raises(InputError, match=r"text\.npz"):

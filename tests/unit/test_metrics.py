@@ -1,4 +1,4 @@
-"""engine/metrics.py against scikit-learn, MVTec's AUPRO and the figures of the published evaluation."""
+"""engine/metrics.py against scikit-learn, MVTec's AUPRO and values of the published evaluation."""
 
 import json
 import tracemalloc
@@ -38,7 +38,7 @@ def sigmoid(values: np.ndarray) -> np.ndarray:
     return 0.5 + 0.5 * np.tanh(values / 2)
 
 
-# What the scores of [0, 4] may look like, from standard normal draws that are shifted for abnormal pixels.
+# Distributions of scores in [0, 4], as functions of standard normal draws that are shifted for abnormal pixels.
 SHAPES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "wide": lambda z: LAYERS * sigmoid(1.5 * z - 2),
     "saturated": lambda z: LAYERS * sigmoid(20 * z),
@@ -57,12 +57,12 @@ def draw(shape: str, pixels: int, share: float, seed: int = 0) -> tuple[np.ndarr
 
 
 def sources(maps: np.ndarray, masks: np.ndarray) -> tuple[Callable[[slice], torch.Tensor], ...]:
-    """What `count_pixels` takes, of scores and labels with one row an image."""
+    """The arguments `maps` and `masks` of `count_pixels`, from arrays with one row per image."""
     return lambda part: torch.from_numpy(maps[part]), lambda part: torch.from_numpy(masks[part])
 
 
 def count(scores: np.ndarray, labels: np.ndarray, batch: int = 3, images: int = 10, **options: object) -> PixelCounts:
-    """Count pixels (pixels,) as if they were some images'."""
+    """Count pixels (pixels,) as those of `images` images."""
     maps, masks = scores.reshape(images, -1), labels.reshape(images, -1)
     return count_pixels(*sources(maps, masks), images, batch, **options)
 
@@ -95,7 +95,7 @@ def test_pixel_metrics_are_exact(shape: str) -> None:
     assert (int(counts.normal.sum()), int(counts.abnormal.sum())) == ((~labels).sum(), labels.sum())
     f1, threshold = counts.f1_max()
     assert (counts.auroc(), counts.average_precision(), f1) == pytest.approx(exact(scores, labels), abs=1e-12)
-    called = scores >= threshold  # the threshold gives the F1 that is reported with it
+    called = scores >= threshold  # the threshold gives the reported F1
     assert f1 == pytest.approx(2 * (called & labels).sum() / (called.sum() + labels.sum()), abs=1e-12)
 
 
@@ -123,7 +123,7 @@ def test_small_sets_with_ties_are_exact(pixels: list[tuple[float, bool]], a: flo
 
 
 @pytest.mark.parametrize(("label", "missing"), [(False, "abnormal"), (True, "normal")])
-def test_a_missing_class_is_named(label: bool, missing: str) -> None:
+def test_missing_class_is_reported(label: bool, missing: str) -> None:
     masks = np.full((2, 5, 5), label)
     counts = count_pixels(*sources(np.zeros((2, 5, 5), np.float32), masks), 2, 1, regions=True)
     for call in (counts.auroc, counts.average_precision, counts.f1_max, counts.aupro, counts.roc, counts.pr):
@@ -138,7 +138,7 @@ def test_a_missing_class_is_named(label: bool, missing: str) -> None:
 
 
 def mvtec_aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float:
-    """As in MVTec's evaluation code: a change of both curves at each pixel, ties together, trapezoids up to a limit."""
+    """AUPRO as in MVTec's code: both curves change at each pixel (ties together), trapezoids up to the limit."""
     fp_changes, pro_changes, regions = np.zeros(masks.shape), np.zeros(masks.shape), 0
     fp_changes[~masks] = 1
     for k, mask in enumerate(masks):
@@ -164,7 +164,7 @@ def mvtec_aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> floa
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=40, max_size=40))
 def test_aupro_of_small_images_with_ties(pixels: list[tuple[int, bool]]) -> None:
-    """Limits that fall on a point of the curve, regions of one pixel, whole images of one class."""
+    """Equals MVTec's AUPRO, also for limits on a point of the curve, one-pixel regions and images of one class."""
     maps = np.array([score for score, _ in pixels], np.float32).reshape(2, 4, 5)
     masks = np.array([label for _, label in pixels]).reshape(2, 4, 5)
     masks[0, 0, :2] = True, False
@@ -188,16 +188,16 @@ def test_image_metrics_agree_with_sklearn() -> None:
     }
 
 
-def test_the_interval_of_the_image_auc_keeps_its_width_at_the_ends() -> None:
+def test_auc_interval_has_width_at_0_and_1() -> None:
     labels = np.arange(24) % 2
     low, high = auroc_interval(labels, labels.astype(float))
     assert 0.7 < low < 0.9
     assert high == 1.0
     assert auroc_interval(labels, 1.0 - labels) == pytest.approx([0.0, 1 - low], abs=1e-6)
-    for scores in (np.zeros(24), np.arange(24.0)):  # all equal; and the variance that DeLong's has
+    for scores in (np.zeros(24), np.arange(24.0)):  # DeLong's variance: zero, not zero
         low, high = auroc_interval(labels, scores)
         assert 0.2 < low < 0.5 < high < 0.8
-    low, high = auroc_interval(np.array([0, 0, 0, 0, 0, 0, 1]), np.array([0.0, 1, 2, 3, 4, 5, 3.5]))  # one image alone
+    low, high = auroc_interval(np.array([0, 0, 0, 0, 0, 0, 1]), np.array([0.0, 1, 2, 3, 4, 5, 3.5]))  # one abnormal
     assert 0 <= low < 0.2 < 4 / 6 < 0.9 < high <= 1
 
 
@@ -205,8 +205,8 @@ def test_the_interval_of_the_image_auc_keeps_its_width_at_the_ends() -> None:
     ("normal", "abnormal", "spread", "auc"),
     [(5, 5, 1.0, 0.9), (16, 4, 2.0, 0.7), (20, 20, 0.5, 0.99), (80, 20, 2.0, 0.9), (50, 50, 1.0, 0.99)],
 )
-def test_the_interval_of_the_image_auc_covers(normal: int, abnormal: int, spread: float, auc: float) -> None:
-    """Normal scores around 0, abnormal ones `spread` times as wide, 200 draws each: at least 92% are covered."""
+def test_auc_interval_covers_the_true_auc(normal: int, abnormal: int, spread: float, auc: float) -> None:
+    """95% intervals cover the true AUC in at least 92% of 200 draws; abnormal scores are `spread` times as wide."""
     rng = np.random.default_rng(0)
     labels = np.repeat([0, 1], [normal, abnormal])
     shift = NormalDist().inv_cdf(auc) * np.hypot(1, spread)
@@ -217,7 +217,7 @@ def test_the_interval_of_the_image_auc_covers(normal: int, abnormal: int, spread
     assert ((ends[:, 0] <= auc) & (auc <= ends[:, 1])).mean() >= 0.92
 
 
-def test_the_auc_over_patients() -> None:
+def test_auc_over_patients() -> None:
     def evaluation(patients: list[str | None], labels: list[int], scores: list[float]) -> SimpleNamespace:
         samples = [SimpleNamespace(patient=patient) for patient in patients]
         return SimpleNamespace(samples=samples, labels=np.array(labels), image_scores=np.array(scores))
@@ -230,7 +230,7 @@ def test_the_auc_over_patients() -> None:
 
 
 def image_set(shape: str, images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Maps with an offset of each image's own, so that pixels of an image are not independent."""
+    """Maps with a random offset per image, so that pixels of an image are not independent; and masks."""
     rng = np.random.default_rng(seed)
     masks = np.zeros((images, 40, 40), dtype=bool)
     masks[::2, 5:15, 5:20] = True
@@ -276,7 +276,7 @@ def test_measure() -> None:
     assert measure(evaluation, masks, full=True).values["aupro"] == pytest.approx(mvtec_aupro(maps, truth), abs=1e-9)
 
 
-def test_measure_in_full() -> None:
+def test_full_measure() -> None:
     evaluation, masks = noisy_evaluation()
     result = measure(evaluation, masks, full=True, pixel_threshold=1.5)
     assert list(result.values) == list(METRICS)
@@ -286,14 +286,14 @@ def test_measure_in_full() -> None:
         assert low <= result.values[name] <= high
     assert set(result.curves) == {"roc", "pr", "image_roc", "image_pr"}
     assert all(curve.shape[0] == 2 and curve.shape[1] <= metrics.CURVE_POINTS for curve in result.curves.values())
-    assert result.curves["image_pr"][0, 0] > 0  # not the end of scikit-learn's, where nothing is called abnormal
-    assert "threshold" not in result.table().replace("calibrated pixel threshold", "")  # those that the test set chose
+    assert result.curves["image_pr"][0, 0] > 0  # without scikit-learn's end point at recall 0
+    assert "threshold" not in result.table().replace("calibrated pixel threshold", "")  # none chosen on the test set
     assert "dice" not in measure(evaluation, masks, full=True).values
     json.dumps(result.values)
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_detection_heads_maps_are_not_measured(full: bool) -> None:
+def test_maps_of_detection_heads_are_not_measured(full: bool) -> None:
     evaluation, masks = noisy_evaluation(head="det")
     for result in (measure(evaluation, masks, full, pixel_threshold=1.0), measure(evaluation, None, full)):
         assert not {name for name in result.values if "p" in name.split("_")[0] and name not in ("ap",)}
@@ -303,10 +303,10 @@ def test_detection_heads_maps_are_not_measured(full: bool) -> None:
         assert set(result.curves) == ({"image_roc", "image_pr"} if full else set())
 
 
-def test_without_the_shots_patients() -> None:
+def test_metrics_without_the_patients_of_shots() -> None:
     evaluation, masks = noisy_evaluation()
     result = measure_without(evaluation, masks, {"p0", "p2", "p9"})
-    keep = [2, 3, 6, 7, 8, 9]  # an image without a known patient stays
+    keep = [2, 3, 6, 7, 8, 9]  # images with an unknown patient are kept
     rest = measure(evaluation.select(keep), masks.select(keep))
     assert result == {
         "auc_without_shot_patients": rest.auc,
@@ -323,11 +323,11 @@ def test_without_the_shots_patients() -> None:
     assert measure_without(noisy_evaluation(head="det")[0], masks, set())["pauc_without_shot_patients"] is None
     for i, sample in enumerate(evaluation.samples):
         sample.patient = "shot" if i % 2 else "kept"
-    assert measure_without(evaluation, masks, {"shot"})["auc_without_shot_patients"] is None  # only normal images stay
+    assert measure_without(evaluation, masks, {"shot"})["auc_without_shot_patients"] is None  # no abnormal image stays
 
 
 @pytest.mark.parametrize("shape", ["wide", "saturated"])
-def test_a_thinned_grid_is_within_1e_6(shape: str) -> None:
+def test_thinned_grid_is_exact_within_1e_6(shape: str) -> None:
     scores, labels = draw(shape, 1_800_000, 0.4)
     assert labels.sum() > 1.2 * metrics.GRID
     counts = count(scores, labels)
@@ -337,8 +337,8 @@ def test_a_thinned_grid_is_within_1e_6(shape: str) -> None:
     assert (counts.grid[0], counts.grid[-1]) == (scores[labels].min(), scores[labels].max())
 
 
-def test_other_devices_count_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs on a GPU, on the CPU."""
+def test_torch_counts_the_same_as_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The torch code for GPUs, run on the CPU, counts the same as the NumPy code."""
     maps, masks = image_set("saturated", 10, 0)
     arguments = *sources(maps, masks), 10, 3
     first = count_pixels(*arguments, regions=True)
@@ -366,11 +366,11 @@ def test_memory_does_not_grow_with_normal_pixels() -> None:
         tracemalloc.stop()
         return most
 
-    peak(2)  # what is allocated once
+    peak(2)  # one-time allocations
     assert peak(60) < 1.1 * peak(4)
 
 
-def test_the_interval_of_the_image_auc_is_delongs_where_there_are_many_images() -> None:
+def test_auc_interval_is_that_of_delong_for_many_images() -> None:
     rng = np.random.default_rng(0)
     labels = np.arange(4000) % 2
     scores = (rng.standard_normal(4000) * (1 + labels) + labels).round(1)

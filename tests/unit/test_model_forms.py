@@ -1,4 +1,4 @@
-"""Any CLIP: OpenAI's, open_clip's and Hugging Face's files are one model; other families are refused."""
+"""Forms of CLIP: files of OpenAI, open_clip and Hugging Face give the same model; other families are refused."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ SIZE = 42
 
 
 def write_open_clip(folder: Path) -> str:
-    """A training checkpoint of open_clip's, written by open_clip."""
+    """Write a training checkpoint and a config in open_clip's form."""
     model = open_clip_model(TINY, dict(tiny_state()), TINY.image_size, TINY.quick_gelu)
     named = {f"module.{key}": value for key, value in model.state_dict().items()}
     torch.save({"epoch": 3, "name": "run", "state_dict": named}, folder / "open_clip_pytorch_model.bin")
@@ -37,13 +37,13 @@ def write_hugging_face(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def openai_model(tmp_path_factory):
-    """The model from a TorchScript archive as OpenAI publishes it."""
+    """The model from a TorchScript archive in OpenAI's form."""
     path = tmp_path_factory.mktemp("openai") / "tiny.pt"
     save_torchscript(tiny_state(), path)
     return create_model("ViT-tiny-14-56", "openai", SIZE, weights=path)
 
 
-def test_open_clips_form_is_the_same_model(tmp_path, openai_model):
+def test_open_clip_files_give_the_same_model(tmp_path, openai_model):
     clip = create_model(write_open_clip(tmp_path), "openai", SIZE)
     images, ids = torch.rand(2, 3, SIZE, SIZE), tokenize(["a photo of a brain.", "retinal OCT with flaw"])
     pairs = [
@@ -62,13 +62,13 @@ def test_open_clips_form_is_the_same_model(tmp_path, openai_model):
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_hugging_faces_form_equals_transformers(tmp_path, half):
-    """Also in half precision under a prefix, as fine-tuned models are often left."""
+def test_hugging_face_files_equal_transformers(tmp_path, half):
+    """Features equal those of transformers, also for half precision and a key prefix, as in many fine-tuned models."""
     theirs = save_hugging_face(TINY, tmp_path)
     if half:
         (tmp_path / "model.safetensors").unlink()
         named = {f"model.{key}": value for key, value in theirs.half().state_dict().items()}
-        named["model.vision_model.embeddings.position_ids"] = torch.arange(17)[None]  # as older releases wrote it
+        named["model.vision_model.embeddings.position_ids"] = torch.arange(17)[None]  # as in older releases
         torch.save({"state_dict": named}, tmp_path / "pytorch_model.bin")
         theirs.float()
     clip = create_model(str(tmp_path), "openai", TINY.image_size, fidelity="corrected")
@@ -92,7 +92,7 @@ PIXELS = {"pixel_mean": (), "pixel_std": ()}
 @pytest.mark.parametrize("write", [write_open_clip, write_hugging_face])
 @pytest.mark.parametrize("nested", [False, True])
 def test_pixels_are_normalised_as_the_model_was_trained(tmp_path, write, nested):
-    """Also where CLIPProcessor of transformers 5 has written them."""
+    """Mean and std come from the model's files, including the processor_config.json of transformers 5."""
     name, pixels = write(tmp_path), {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]}
     file, values = ("processor", {"image_processor": pixels}) if nested else ("preprocessor", pixels)
     (tmp_path / f"{file}_config.json").write_text(json.dumps(values))
@@ -103,8 +103,8 @@ def test_pixels_are_normalised_as_the_model_was_trained(tmp_path, write, nested)
     torch.testing.assert_close(clip.visual.embed(images), plain.visual.embed((images - mean) / std))
 
 
-def test_a_json_file_and_weights(tmp_path, openai_model):
-    """As ../shared/real: a config beside the project, weights given by --weights or by the config, relative to it."""
+def test_custom_json_config_and_weights(tmp_path, openai_model):
+    """A config file outside the project; weights from --weights or from a path in the config, relative to it."""
     values = {key: value for key, value in TINY.to_dict().items() if key not in ("name", "hub", "urls")}
     torch.save({key: value for key, value in tiny_state().items() if key not in NOT_WEIGHTS}, tmp_path / "own.pt")
     (tmp_path / "Own.json").write_text(json.dumps({**values, "weights": {"openai": "own.pt"}}))
@@ -112,14 +112,14 @@ def test_a_json_file_and_weights(tmp_path, openai_model):
         clip = create_model(str(tmp_path / "Own.json"), "openai", SIZE, weights=weights)
         assert clip.config.name == "Own"
         assert all(torch.equal(a, b) for a, b in zip(clip.parameters(), openai_model.parameters(), strict=True))
-    kept = ModelConfig.from_dict(json.loads(json.dumps(clip.config.to_dict())))  # as a checkpoint keeps it
+    kept = ModelConfig.from_dict(json.loads(json.dumps(clip.config.to_dict())))  # as in a checkpoint
     assert kept == clip.config
     again = create_model(kept, "openai", SIZE, weights=tmp_path / "own.pt")
     assert again.info == clip.info
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_named_models_come_back_from_their_dict(name):
+def test_named_models_equal_open_clip_and_survive_serialisation(name):
     import open_clip  # noqa: PLC0415 - takes seconds
 
     config = ModelConfig.load(name)
@@ -139,7 +139,7 @@ def test_named_models_come_back_from_their_dict(name):
         assert re.search(r"/[0-9a-f]{64}/|-[0-9a-f]{8}\.pt$", url)
 
 
-# What is refused
+# Unsupported models.
 
 
 REFUSED = [
@@ -155,8 +155,8 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("values", "words"), REFUSED)
-def test_configs_that_are_refused(tmp_path, values, words):
-    """In one line that names the file; those of open_clip are whole but for the change."""
+def test_unsupported_configs_are_refused(tmp_path, values, words):
+    """The error is one line with the path; configs of open_clip are complete except for the given change."""
     name = "config.json"
     if "model_cfg" in values:
         name, whole = "open_clip_config.json", open_clip_config(TINY)
@@ -171,7 +171,7 @@ def test_configs_that_are_refused(tmp_path, values, words):
     assert "\n" not in str(caught.value)
 
 
-# Where weights are found
+# Finding weights.
 
 
 def test_find_weights_names_file_and_hash_and_reads_no_tensor(tmp_path):

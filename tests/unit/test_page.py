@@ -1,4 +1,4 @@
-"""The pages: which cards, counts and figures they hold, what is escaped. Browsers: tests/integration."""
+"""The HTML pages: cards, counts, figures and escaping. tests/integration/test_report_page.py uses a browser."""
 
 import base64
 import io
@@ -29,12 +29,12 @@ def data_of(html: str) -> dict[str, Any]:
 
 
 def names_of(html: str) -> list[str]:
-    """The cards' names, in the order of the file."""
+    """Names of the cards, in their order in the file."""
     return [unescape(name) for name in re.findall(r'<li class="card" data-name="(.*?)"', html)]
 
 
 def written(folder: Path, evaluation, masks, metadata=METADATA, metrics=None, **more: Any) -> str:
-    """The page's text."""
+    """Write a page; return its HTML."""
     settings = more.pop("settings", small_settings())
     metrics = metrics or measure(evaluation, masks, full=True)
     figures = plots(evaluation, metrics, metadata)
@@ -53,7 +53,7 @@ def test_a_card_holds_picture_heat_map_and_outline():
     size = (card["width"], card["height"])
     assert picture_of(card["picture"]).size == size == (page.SIDE, page.SIDE // 2)
     alpha = np.asarray(picture_of(card["heat"]).convert("RGBA"))[..., 3]
-    assert alpha[0, 0] == 0 < alpha[page.HEAT // 2, 0] < alpha[-1, -1] < 255  # the anatomy is seen through it
+    assert alpha[0, 0] == 0 < alpha[page.HEAT // 2, 0] < alpha[-1, -1] < 255  # the anatomy stays visible
     edge = np.asarray(picture_of(card["outline"]).convert("RGBA"))[..., 3] > 0
     assert edge.shape == size[::-1]
     assert edge[120, page.SIDE // 2 - 1] and not edge[120, 100]
@@ -73,16 +73,16 @@ def test_the_worst_errors_come_first_and_all_images_count(tmp_path, monkeypatch)
     assert counts == {"tp": "1", "fn": "2", "tn": "1", "fp": "1"}
 
 
-def test_names_from_the_data_are_text(tmp_path):
+def test_names_from_the_data_are_escaped(tmp_path):
     samples = [Sample(s.path, s.label, s.masks, f"{s.label}{EVIL}") for s in make_samples(tmp_path, [0, 1])]
-    metadata = {"select": EVIL, "shots": {"normal": [EVIL, "\udcff"]}, "run": EVIL}  # the latter is no UTF-8
+    metadata = {"select": EVIL, "shots": {"normal": [EVIL, "\udcff"]}, "run": EVIL}  # the surrogate is not valid UTF-8
     html = written(tmp_path / "page", make_evaluation(samples, [0.1, 0.9]), None, metadata)
     assert "<img src=x" not in html
     assert html.count("</script>") == 2
     assert set(names_of(html)) == {sample.name for sample in samples}
 
 
-def test_nothing_from_a_network_and_no_path_of_this_machine(tmp_path):
+def test_page_has_no_urls_and_no_local_paths(tmp_path):
     evaluation, masks = make_world(tmp_path, LABELS, SCORES)
     options = {"data_path": "/home/secret/data", "save_path": "secret/ckpt", "shot": 7}
     html = written(tmp_path / "page", evaluation, masks, {**METADATA, "options": options})
@@ -92,7 +92,7 @@ def test_nothing_from_a_network_and_no_path_of_this_machine(tmp_path):
     assert str(tmp_path) not in html
 
 
-def test_predictions_share_the_page(tmp_path):
+def test_page_of_predictions(tmp_path):
     heat = np.linspace(0, 2, SIZE * SIZE, dtype=np.float32).reshape(SIZE, SIZE)
     picture = Image.new("RGB", PICTURE, (90, 90, 90))
     of_image = {"label": None, "group": None, **layers(picture, heat, (0, 2))}

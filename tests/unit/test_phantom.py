@@ -1,4 +1,4 @@
-"""The made-up data set: its layout, its masks, that it repeats, and that it destroys nothing."""
+"""The synthetic data set: lesions lie within their masks, and existing folders are not overwritten."""
 
 from pathlib import Path
 
@@ -15,11 +15,11 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("obj", STYLES)
 @pytest.mark.parametrize("size", [32, 96])
-def test_a_lesion_changes_its_mask_and_nothing_else(obj: str, size: int, monkeypatch):
+def test_lesions_only_change_pixels_in_the_mask(obj: str, size: int, monkeypatch):
     pictures = [draw(obj, "test", "Ungood", index, 3, size) for index in range(12)]
     monkeypatch.setitem(STYLES, obj, STYLES[obj]._replace(lesions=(0, 1)))
     for index, (ill, mask) in enumerate(pictures):
-        healthy, none = draw(obj, "test", "Ungood", index, 3, size)  # its twin without lesions
+        healthy, none = draw(obj, "test", "Ungood", index, 3, size)  # the same image without lesions
         assert not none.any()
         assert (mask.dtype, mask.shape) == (bool, (size, size))
         assert 0 < mask.mean() < 0.75
@@ -28,7 +28,7 @@ def test_a_lesion_changes_its_mask_and_nothing_else(obj: str, size: int, monkeyp
         assert change[mask].mean() > 12, "of 255: the lesion is visible"
 
 
-def test_a_real_folder_is_refused_and_untouched(tmp_path: Path):
+def test_real_data_is_refused_and_not_changed(tmp_path: Path):
     real = tmp_path / "Liver_AD" / "test" / "good" / "img" / "scan.png"
     real.parent.mkdir(parents=True)
     real.write_bytes(b"a patient")

@@ -1,4 +1,4 @@
-"""Pictures: colours, overlays, outlines and contours, in the aspect of the image's file."""
+"""Report images: colours, overlays, outlines and contours, in the aspect ratio of the image file."""
 
 import numpy as np
 import pytest
@@ -16,16 +16,16 @@ from engine.report.images import (
 from engine.report.predictions import label
 
 
-def test_colours_span_the_range_and_stop_at_its_ends():
+def test_colours_are_clipped_to_the_range():
     heat = np.array([[-5.0, 1.0, 2.0, 3.0, 9.0]])
     shown = np.asarray(heat_picture(heat, (1.0, 3.0)).convert("RGBA"))[0]
     assert (shown == heat_colours()[[0, 0, 128, 255, 255]]).all()
-    heat_picture(np.ones((2, 3)), (1.0, 1.0))  # an empty range is no division by zero
+    heat_picture(np.ones((2, 3)), (1.0, 1.0))  # an empty range does not divide by zero
     lightness = heat_colours()[:, :3] @ [0.2126, 0.7152, 0.0722]
-    assert (np.diff(lightness) > -0.5).all()  # bright is abnormal, in grey too
+    assert (np.diff(lightness) > -0.5).all()  # higher scores are brighter, also in greyscale
 
 
-def test_an_outline_and_a_heat_map_lie_over_a_picture_that_is_not_square():
+def test_outline_and_heat_map_on_an_image_that_is_not_square():
     picture = Image.new("RGB", (40, 20))
     mask = np.zeros((10, 10), bool)
     mask[:, :5] = True
@@ -37,11 +37,11 @@ def test_an_outline_and_a_heat_map_lie_over_a_picture_that_is_not_square():
     heat[:, 5:] = 1.0
     blended = np.asarray(alpha_blend(Image.new("RGB", (40, 20), (90, 90, 90)), heat, (0.0, 1.0)))
     assert blended.shape == (20, 40, 3)
-    assert (blended[10, 2] == 90).all()  # low heat leaves the anatomy as it is
+    assert (blended[10, 2] == 90).all()  # low heat does not change the image
     assert np.abs(blended[10, 37] - 0.75 * heat_colours()[255, :3] - 0.25 * 90).max() < 2
 
 
-def test_an_overlay_draws_regions_that_are_in_the_files_pixels():
+def test_overlay_scales_regions_from_pixels_of_the_file():
     picture = Image.new("RGB", (1024, 512))
     region = {"points": [[200.0, 100.0], [200.0, 900.0], [1800.0, 900.0], [1800.0, 100.0]]}
     drawn = overlay(picture, np.zeros((4, 4), np.float32), (0.0, 1.0), [region], (2048, 1024))
@@ -50,7 +50,7 @@ def test_an_overlay_draws_regions_that_are_in_the_files_pixels():
     assert drawn.getpixel((500, 250)) != OUTLINE
 
 
-def test_contours_are_in_the_images_pixels_with_holes():
+def test_contours_are_in_image_pixels_and_have_holes():
     heat = np.zeros((8, 8))
     heat[1:7, 1:7] = 1.0
     heat[3:5, 3:5] = 0.0
@@ -63,13 +63,13 @@ def test_contours_are_in_the_images_pixels_with_holes():
     assert (x.min(), x.max()) == pytest.approx((2, 14))
     assert (y.min(), y.max()) == pytest.approx((1, 7))
     heat = np.pad(np.zeros((5, 5)), 2, constant_values=0.6)
-    heat[4, 4] = 0.9  # an island in the hole of a ring
+    heat[4, 4] = 0.9  # an island in the hole
     assert [region["peak"] for region in contours(heat, 0.5, (9, 9))] == [0.6, None, 0.9]
-    (whole,) = contours(np.ones((4, 4)), 0.5, (4, 4))  # reaches the image's border
+    (whole,) = contours(np.ones((4, 4)), 0.5, (4, 4))  # reaches the border of the image
     assert whole["area"] == pytest.approx(16)
 
 
-def test_the_patients_sides_stand_at_their_edges():
+def test_side_labels_are_at_their_edges():
     one, both, above = (np.asarray(label(Image.new("RGB", (90, 90)), edges, False)) for edges in ("R", "RL", "RLA"))
     assert one[:, :30].any() and not one[:, 30:].any()
     assert (both[:, :30] == one[:, :30]).all() and both[:, 60:].any()

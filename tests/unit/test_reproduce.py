@@ -1,4 +1,4 @@
-"""The grid: which cells a table has, what is refused, what it costs, and what its tables say."""
+"""The grid of reproduce.py: cells of a table, refused arguments, costs, and contents of tables."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ def plan(tmp_path, *arguments: str):
     return grid.cells, grid
 
 
-def test_main_and_shots(tmp_path):
+def test_cells_of_tables_main_and_shots(tmp_path):
     cells, _ = plan(tmp_path, "--table", "main")
     assert len(cells) == 6 * 3
     assert {cell.shot for cell in cells} == {4}
@@ -31,7 +31,7 @@ def test_main_and_shots(tmp_path):
     assert train_options(grid.arguments(cells[0])).cache == "ram"
 
 
-def test_an_ablation_changes_one_component_at_a_time(tmp_path):
+def test_ablation_changes_one_component_at_a_time(tmp_path):
     cells, grid = plan(tmp_path, "--table", "ablation", "--obj", "Brain", "--seeds", "111")
     assert len(cells) == len({cell.name for cell in cells}) == 20
     base = vars(grid.parse(cells[0]))
@@ -40,13 +40,13 @@ def test_an_ablation_changes_one_component_at_a_time(tmp_path):
         changed = {name for name, given in vars(grid.parse(cell)).items() if given != base[name]} - {"exp_name"}
         assert changed == {flag}
         assert str(base[flag]) != value
-    # Its default cell is the one of the main table.
+    # The first cell is that of the main table.
     assert cells[0].name == plan(tmp_path, "--table", "main", "--obj", "Brain")[0][0].name
     flags = ["--table", "ablation", "--obj", "Brain", "--seeds", "1", "--fidelity", "corrected"]
     changes = [cell.change for cell in plan(tmp_path, *flags, "--features_list", "6")[0]]
     assert ("fidelity", "released") in changes
     assert ("fidelity", "corrected") not in changes
-    assert not any(flag == "features_list" for flag, _ in changes[1:])  # there is no part of one layer
+    assert not any(flag == "features_list" for flag, _ in changes[1:])  # one layer has no subsets
     assert layer_choices((6, 12, 18, 24)) == [
         "6", "12", "18", "24", "6 12", "18 24", "12 18 24", "6 18 24", "6 12 24", "6 12 18"
     ]  # fmt: skip
@@ -63,7 +63,7 @@ def test_an_ablation_changes_one_component_at_a_time(tmp_path):
         (["--table", "cross", "--compare", "x.json"], "--compare"),
     ],
 )
-def test_what_is_refused(tmp_path, arguments, words):
+def test_bad_arguments_are_refused(tmp_path, arguments, words):
     with pytest.raises(InputError, match=words):
         plan(tmp_path, *arguments)
 
@@ -76,7 +76,7 @@ def test_a_folder_of_other_runs_is_refused(tmp_path):
     run.config.write_text(json.dumps({"options": stored}))
     with pytest.raises(InputError, match="--epoch 5, not 60"):
         plan(tmp_path, "--table", "main", "--obj", "Brain")
-    # Machines may differ, and the run itself has chosen its --select.
+    # The device may differ, and so may --select, which a run chooses by itself.
     plan(tmp_path, "--table", "main", "--obj", "Brain", "--epoch", "5", "--device", "cpu")
 
 
@@ -85,7 +85,7 @@ def test_cost_counts_every_image_once(tmp_path):
     cells, grid = plan(tmp_path, "--table", "shots", "--obj", "Brain", "--seeds", "1", "--shots", "2", "4", *absent)
     images = 3715 + 200 + 16 * 2 * (2 + 4)
     assert f"{images:,} " in grid.cost(cells)
-    assert "2.37 MB" in grid.cost(cells)  # 4 layers x 289 patches x 1024 numbers x 2 bytes
+    assert "2.37 MB" in grid.cost(cells)  # 4 layers x 289 patches x 1024 channels x 2 bytes
     cells, grid = plan(tmp_path, "--table", "ablation", "--obj", "Brain", "--seeds", "1", *absent)
     assert f"{2 * (3715 + 200 + 16 * 8):,} " in grid.cost(cells)  # both fidelities
     with pytest.raises(InputError, match="Mine"):
@@ -95,7 +95,7 @@ def test_cost_counts_every_image_once(tmp_path):
     assert f"{10 + 200 + 16 * 8} " in grid.cost(cells)
 
 
-# --- what a table says ---
+# --- contents of tables ---
 
 
 def result(auc: float, **more: object) -> dict[str, object]:
@@ -106,7 +106,7 @@ def result(auc: float, **more: object) -> dict[str, object]:
 
 @pytest.fixture
 def grid_with_results(tmp_path):
-    """Brain and Chest, two seeds, all but one cell done."""
+    """Makes a grid of Brain and Chest with two seeds; all cells but one are finished."""
     phantom.write(tmp_path / "data", ["Brain", "Chest"], valid=2, test=2, seed=0, size=64)
     arguments = ["--table", "main", "--obj", "Brain", "Chest", "--seeds", "1", "2"]
     arguments += ["--data_path", str(tmp_path / "data"), "--out", str(tmp_path)]
@@ -123,7 +123,7 @@ def grid_with_results(tmp_path):
     return make
 
 
-def test_figures_beside_published_ones(grid_with_results):
+def test_table_with_published_figures(grid_with_results):
     _, grid = grid_with_results()
     table = reproduce.make_table(grid, {})
     ours = table.cells["image AUROC", ("ours, selected on test",), "Brain"]
@@ -132,28 +132,28 @@ def test_figures_beside_published_ones(grid_with_results):
     assert table.cells["image AUROC", ("ours, last epoch",), "Brain"].mean == pytest.approx(83)
     assert str(table.cells["image AUROC", ("ours, selected on test",), "Chest"]) == "80.00 (1 of 2 seeds)"
     assert table.cells["image AUROC", ("MVFA (1)",), "Brain"] == Statistic(92.44)
-    assert ("pixel AUROC", ("ours, last epoch",), "Chest") not in table.cells  # it has no masks
+    assert ("pixel AUROC", ("ours, last epoch",), "Chest") not in table.cells  # Chest has no masks
     text = table.markdown()
     for words in ("3 of 4 cells", "README of MVFA, 4 shots", "Made-up images (Brain, Chest)", "127 (Brain)", "(n - 1)"):
         assert words in text
-    assert len(table.caption) < 250  # three lines of an article
+    assert len(table.caption) < 250  # about three lines in an article
 
 
-def test_the_rule_of_selection_is_the_runs_own(grid_with_results):
-    """On one's own data the epoch is chosen on valid, or not at all: no row says that it was the test set."""
+def test_table_names_the_selection_rule_of_the_runs(grid_with_results):
+    """For custom data the epoch is chosen on valid or is the last one; no row then says `selected on test`."""
     _, grid = grid_with_results(select="valid")
     text = reproduce.make_table(grid, {}).markdown()
     assert "ours, selected on valid" in text
     assert "--select valid" in text
     cells, grid = grid_with_results(select="last")
-    shutil.rmtree(grid.out / "runs" / grid.cells[2].name)  # Chest is not done at all
+    shutil.rmtree(grid.out / "runs" / grid.cells[2].name)  # no cell of Chest is finished
     table = reproduce.make_table(grid, {})
     assert ("image AUROC", ("ours, selected on test",), "Brain") not in table.cells
     assert "--select" not in grid.arguments(cells[0])
     assert list(grid.epochs(cells[2])) == ["last"]
 
 
-def test_what_the_seeds_are(grid_with_results):
+def test_notes_on_seeds(grid_with_results):
     def markdown(*more: str, **values: object) -> str:
         return reproduce.make_table(grid_with_results(*more, **values)[1], {}).markdown()
 
@@ -167,7 +167,7 @@ def test_what_the_seeds_are(grid_with_results):
     assert "other shots" in reproduce.make_table(grid, {}).markdown()
 
 
-def test_published_figures_of_another_number_of_shots_are_named(grid_with_results):
+def test_published_figures_of_another_number_of_shots_are_only_noted(grid_with_results):
     _, grid = grid_with_results("--shots", "2")
     table = reproduce.make_table(grid, {})
     assert not any("MVFA" in row[-1] for _, row, _ in table.cells)
@@ -176,7 +176,7 @@ def test_published_figures_of_another_number_of_shots_are_named(grid_with_result
     assert "another number of shots" in note
 
 
-def test_an_empty_result_is_no_finished_cell(grid_with_results):
+def test_empty_result_is_not_a_finished_cell(grid_with_results):
     cells, grid = grid_with_results()
     assert [grid.done(cell) for cell in cells] == [True, True, True, False]
     grid.run(cells[0]).result.write_text("{}")
@@ -188,8 +188,8 @@ def test_an_empty_result_is_no_finished_cell(grid_with_results):
         grid.done(cells[0])
 
 
-def test_clean_figures(grid_with_results):
-    """One without a number says why."""
+def test_figures_without_the_patients_of_shots(grid_with_results):
+    """Figures without the patients of shots; a cell without a number holds the reason."""
     _, grid = grid_with_results("--clean")
     cells, clean = reproduce.make_table(grid, {}).cells, ", without the shots' patients"
     assert cells["image AUROC", (f"ours, selected on test{clean}",), "Brain"].mean == pytest.approx(90)

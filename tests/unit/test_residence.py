@@ -1,4 +1,4 @@
-"""After the first epoch nothing is decoded: while a run trains, the data set may be gone."""
+"""Images are decoded once, before the first epoch ends; later epochs do not need the data set."""
 
 import pytest
 
@@ -16,11 +16,11 @@ EPOCHS = 3
 
 
 @pytest.mark.parametrize("cache", ["ram", "disk"])
-def test_nothing_is_decoded_after_the_pass(tmp_path, monkeypatch, cache):
+def test_images_are_decoded_only_once(tmp_path, monkeypatch, cache):
     data, counts, passes, decoded, hashed = tmp_path / "data", [], [], [], []
     phantom.write(data, ["Brain"], valid=4, test=7, seed=0, size=64)
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.setattr(Plot, "png", lambda *_, **__: b"")  # six figures take longer than the run
+    monkeypatch.setattr(Plot, "png", lambda *_, **__: b"")  # drawing six figures takes longer than the run
     load_image, sha256_file = features.load_image_with_hash, images.sha256_file
     tokens, finish = TokenStore._tokens, TrainingState.finish_epoch
 
@@ -28,7 +28,7 @@ def test_nothing_is_decoded_after_the_pass(tmp_path, monkeypatch, cache):
         counts.append(sum(passes))
         if len(counts) == 1:
             data.rename(tmp_path / "gone")
-        if len(counts) == EPOCHS:  # calibration reads the masks of valid/, and the page the pictures
+        if len(counts) == EPOCHS:  # calibration reads masks of valid/, the page images
             (tmp_path / "gone").rename(data)
         return finish(self, *arguments)
 
@@ -41,6 +41,6 @@ def test_nothing_is_decoded_after_the_pass(tmp_path, monkeypatch, cache):
     run += ["--num_workers", 1]
     result = train.train(train.parse(list(map(str, [*SMALL, *paths, *run]))))
     assert result["decision"]["from"] == CHOSEN_SOURCE
-    assert len(decoded) == len(set(decoded)) == 2 * 2 + 14 + 4  # once for its tokens, all views and its hash
+    assert len(decoded) == len(set(decoded)) == 2 * 2 + 14 + 4  # once for tokens of all views and hash
     assert not set(decoded) & set(hashed)
-    assert counts == [2 * 2 * 16 + 14 + 4] * EPOCHS  # views of the shots, test images, what is left of valid/
+    assert counts == [2 * 2 * 16 + 14 + 4] * EPOCHS  # views of the shots, test images, rest of valid/

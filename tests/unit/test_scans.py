@@ -1,4 +1,4 @@
-"""What a scan's file says of a slice, and heat maps in the scan's own space, down to the voxel."""
+"""Slices of scans and their metadata, heat volumes in the space of the scan, and masks of volumes."""
 
 import gzip
 from dataclasses import replace
@@ -20,7 +20,7 @@ from tests.helpers.scans import dicom_series, save_turned
 from utils import InputError
 
 SIDES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}
-# The corner of a slice's picture (row, column) that is dark everywhere else -> the side of the patient on each axis.
+# The sides of the patient (right, left, anterior, posterior, superior, inferior) at the top left corner of an image.
 TOP_LEFT = {"axial": "RA", "coronal": "RS", "sagittal": "AS"}
 
 
@@ -29,13 +29,13 @@ def listed(*paths, plane="axial"):
 
 
 def written(out, entries, heat, heat_range=(0.0, 4.0), anonymous=False):
-    """What `write_volume` says of these slices, whose heat maps are `heat(entry)`."""
+    """Names returned by `write_volume` for these slices, with the heat maps `heat(entry)`."""
     slices = [(e, Prediction(0.0, None, heat(e), read(e).stored)) for e in entries]
     return write_volume(out, slices, SimpleNamespace(layers=4, heat_range=heat_range), anonymous)
 
 
 def volume(path, axes="RAS", shape=(6, 8, 5), zooms=(2.0, 3.0, 4.0)):
-    """A volume whose header says how its axes lie, stored with other axes."""
+    """Write a volume with these stored axes and an affine; return it as a nibabel image."""
     affine = np.diag([*zooms, 1.0])
     affine[:3, 3] = (-5, -7, -9)
     save_turned(path, nibabel.Nifti1Image(np.arange(np.prod(shape), dtype=np.int16).reshape(shape), affine), axes)
@@ -44,7 +44,7 @@ def volume(path, axes="RAS", shape=(6, 8, 5), zooms=(2.0, 3.0, 4.0)):
 
 @pytest.mark.parametrize("axes", ["RAS", "LPS", "PIR", "SLA"])
 @pytest.mark.parametrize("plane", list(SIDES))
-def test_a_hot_corner_lies_where_the_patient_has_it(tmp_path, axes, plane):
+def test_heat_volume_has_the_orientation_of_the_scan(tmp_path, axes, plane):
     source = volume(tmp_path / "v.nii.gz", axes)
     inside = frames(tmp_path / "v.nii.gz", ReadOptions(None, plane))
     heat = np.zeros((16, 16), np.float32)
@@ -62,7 +62,7 @@ def test_a_hot_corner_lies_where_the_patient_has_it(tmp_path, axes, plane):
     for axis, side in zip("RAS", range(3), strict=True):
         if axis in TOP_LEFT[plane]:
             assert world[side] == pytest.approx(high[side])
-        else:  # the axis that is cut: the second slice
+        else:  # the slicing axis: the second slice
             assert world[side] == pytest.approx(-low[side] + (2, 3, 4)[side])
     says = [frame.slice for frame in inside]
     assert {slice_.edges for slice_ in says} == {SIDES[plane]}
@@ -72,7 +72,7 @@ def test_a_hot_corner_lies_where_the_patient_has_it(tmp_path, axes, plane):
     assert says[1].position == pytest.approx(world[axis])
 
 
-def test_slices_of_time_points_and_headers_without_orientation(tmp_path):
+def test_volumes_with_time_points_and_without_orientation(tmp_path):
     image = nibabel.Nifti1Image(np.zeros((4, 4, 3, 2), np.int16), np.eye(4))
     image.set_sform(None, 0)
     image.set_qform(None, 0)
@@ -80,7 +80,7 @@ def test_slices_of_time_points_and_headers_without_orientation(tmp_path):
     inside = frames(tmp_path / "v.nii")
     says = [frame.slice for frame in inside]
     assert len(says) == 6
-    assert {slice_.edges for slice_ in says} == {""}  # which side is which would be a guess
+    assert {slice_.edges for slice_ in says} == {""}  # the sides are unknown
     assert [slice_.position for slice_ in says[:3]] == [slice_.position for slice_ in says[3:]]
     entries = listed(tmp_path / "v.nii").entries
     (name,) = set(written(tmp_path, entries, lambda entry: np.full((3, 3), entry.index / 2, np.float32)))
@@ -88,10 +88,10 @@ def test_slices_of_time_points_and_headers_without_orientation(tmp_path):
     np.testing.assert_allclose(values[0, 0].T.ravel(), np.arange(6) / 2, atol=1e-3)
 
 
-def test_dicom_slices_follow_their_position_and_say_their_sides(tmp_path):
+def test_dicom_slices_are_sorted_by_position_and_know_their_sides(tmp_path):
     paths = dicom_series(tmp_path / "series", volume(tmp_path / "v.nii.gz"), shuffle=3)
     entries = listed(tmp_path / "series").entries
-    assert [entry.path for entry in entries] == paths  # from foot to head, not by name
+    assert [entry.path for entry in entries] == paths  # sorted from foot to head, not by name
     assert sorted(paths) != paths
     assert [entry.slice.instance_number for entry in entries] == [1, 2, 3, 4, 5]
     assert np.diff([entry.slice.position for entry in entries]).tolist() == [4.0] * 4
@@ -101,7 +101,7 @@ def test_dicom_slices_follow_their_position_and_say_their_sides(tmp_path):
     assert {(entry.number, entry.count) for entry in entries} == {(i, 5) for i in range(1, 6)}
 
 
-def test_gaps_among_three_slices_and_localizers_are_said_of_their_folder(tmp_path):
+def test_gaps_and_localizers_are_reported(tmp_path):
     paths = dicom_series(tmp_path / "series", volume(tmp_path / "v.nii.gz"))
     for kept, gaps in ((paths[:3], 0), ([*paths[:2], paths[3]], 1)):
         notes = listed(*kept).remarks
@@ -115,7 +115,7 @@ def test_gaps_among_three_slices_and_localizers_are_said_of_their_folder(tmp_pat
     assert "1 of 5 images" in note and "localizer" in note
 
 
-def test_projections_around_a_patient_have_no_gaps_and_clips_follow_each_other(tmp_path):
+def test_rotating_projections_have_no_gaps_and_clips_stay_together(tmp_path):
     paths = dicom_series(tmp_path / "series", volume(tmp_path / "v.nii.gz"))
     for number, path in enumerate(paths):
         header = dcmread(path)
@@ -129,18 +129,18 @@ def test_projections_around_a_patient_have_no_gaps_and_clips_follow_each_other(t
     assert [entry.index for entry in listed(*paths).entries] == [0, 1, 2] * 5
 
 
-def test_one_depth_holds_for_all_inputs(tmp_path):
+def test_bit_depth_is_decided_for_all_inputs(tmp_path):
     for name, high in (("dark", 200), ("bright", 4000)):
         Image.fromarray(np.full((4, 4), high, np.uint16)).save(tmp_path / f"{name}.png")
     assert {entry.options.deep for entry in listed(tmp_path).entries} == {True}
     (tmp_path / "bright.png").unlink()
     mark = PngImagePlugin.PngInfo()
-    mark.add_text("Software", MARK)  # 16 bits of an earlier run, which is no input
+    mark.add_text("Software", MARK)  # a 16-bit map of an earlier run is not an input
     Image.fromarray(np.full((4, 4), 60000, np.uint16)).save(tmp_path / "dark_raw.png", pnginfo=mark)
     assert [entry.options.deep for entry in listed(tmp_path).entries] == [False]
 
 
-def test_a_heat_series_has_new_uids_and_the_values(tmp_path):
+def test_heat_series_has_new_uids_and_the_heat_values(tmp_path):
     paths = dicom_series(tmp_path / "series", volume(tmp_path / "v.nii.gz"))
     heat = np.linspace(0, 4, 64, dtype=np.float32).reshape(8, 8)
     for hidden in (False, True):
@@ -162,7 +162,7 @@ def test_a_heat_series_has_new_uids_and_the_values(tmp_path):
             assert (float(result.WindowCenter), float(result.WindowWidth)) == (2000.0, 2000.0)
 
 
-def test_names_that_every_file_system_takes(tmp_path):
+def test_picture_names_are_unique_and_not_too_long(tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "one.png")
     (frame,) = frames(tmp_path / "one.png")
     places = ("病" * 83 + ".png", "病" * 83 + ".png", "e" * 400 + "/a.png", "a/b.png", "a__b.png", "-x.png")
@@ -172,8 +172,8 @@ def test_names_that_every_file_system_takes(tmp_path):
     assert all(len(f".{name}_contours.json.4194304.tmp".encode()) <= 255 for name in drawn)
 
 
-def test_pictures_of_prediction_are_recognised(tmp_path):
-    Image.new("L", (4, 4)).save(tmp_path / "mine_overlay.png")  # someone else's name
+def test_own_results_are_recognised(tmp_path):
+    Image.new("L", (4, 4)).save(tmp_path / "mine_overlay.png")  # not written by this project
     assert not is_own_result(tmp_path / "mine_overlay.png")
     (tmp_path / "cut_heat.nii.gz").write_bytes(gzip.compress(b"x" * 900)[:-9])
     assert not is_own_result(tmp_path / "cut_heat.nii.gz")
@@ -184,7 +184,7 @@ def test_pictures_of_prediction_are_recognised(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "shape"), [("Nifti1Image", (6, 8)), ("Nifti2Image", (6, 8, 5))])
-def test_a_heat_volume_takes_no_names_from_the_scans_header(tmp_path, kind, shape):
+def test_heat_volume_copies_no_names_from_the_header(tmp_path, kind, shape):
     source = getattr(nibabel, kind)(np.arange(np.prod(shape), dtype=np.int16).reshape(shape), np.eye(4))
     source.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"Doe^Jane" * 50))
     for name in {"aux_file", "intent_name", "db_name"} & set(source.header):
@@ -201,7 +201,7 @@ def test_a_heat_volume_takes_no_names_from_the_scans_header(tmp_path, kind, shap
 
 
 def labels_and(folder, image_affine, mask_affine, mask_shape=(6, 8, 5)):
-    """A sample of a volume (6, 8, 5), whose mask marks the voxels at the front left corner of slice 1: 1, and 2."""
+    """Samples of a volume (6, 8, 5); its mask has the labels 1 and 2 at the front left corner of slice 1."""
     nibabel.Nifti1Image(np.arange(240, dtype=np.int16).reshape(6, 8, 5), image_affine).to_filename(folder / "v.nii")
     labels = np.zeros(mask_shape, np.uint8)
     labels[0, -1, 1], labels[1, -1, 1] = 1, 2
@@ -214,14 +214,14 @@ def marked(sample, **options):
     return {(x, y) for y, x in np.argwhere(np.asarray(mask) > 0)}
 
 
-def test_labels_of_a_volume_are_chosen(tmp_path):
+def test_mask_labels_of_a_volume(tmp_path):
     samples = labels_and(tmp_path, np.eye(4), np.eye(4))
     assert [marked(sample) for sample in samples[:2]] == [set(), {(5, 0), (4, 0)}]
     assert marked(samples[1], mask_labels=(2,)) == {(4, 0)}
 
 
-def test_a_mask_with_other_axes_lies_where_the_headers_say(tmp_path, capsys):
-    """The same voxels stored from the other side; and another grid, onto which it is resampled, which is said."""
+def test_volume_masks_are_aligned_by_their_headers(tmp_path, capsys):
+    """A mask with reversed axes is turned; a mask on another grid is resampled, with a warning."""
     turned = np.diag([-1.0, -1, 1, 1])
     turned[:2, 3] = 5, 7
     samples = labels_and(tmp_path, np.eye(4), turned)
@@ -249,7 +249,7 @@ def test_masks_that_cannot_belong_to_their_image_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"m\.nii: .*headers do not say"):
         read_mask(samples[1])
     Image.new("L", (8, 6)).save(tmp_path / "single.png")
-    with pytest.raises(InputError, match=r"^[^:]*m\.nii: "):  # a volume as the mask of a single picture
+    with pytest.raises(InputError, match=r"^[^:]*m\.nii: "):  # a volume as the mask of a 2-D image
         read_mask(Sample(tmp_path / "single.png", 1, (tmp_path / "m.nii",), "x"))
     pages = [Image.new("L", (6, 8), 255)] * 3
     pages[0].save(tmp_path / "m.tif", save_all=True, append_images=pages[1:])

@@ -1,4 +1,4 @@
-"""Tables: figures over seeds, the three formats, and what is on record of others."""
+"""Tables: statistics over seeds, output formats, and published or user-supplied figures."""
 
 import csv
 import io
@@ -11,14 +11,14 @@ from engine.study.tables import Statistic, Table, read_published
 from utils import InputError
 
 
-def test_a_figure_over_seeds():
+def test_statistic_over_seeds():
     figure = Statistic.over([0.9, 0.8, 0.85], [[0.8, 1.0], [0.6, 0.9], [0.7, 0.95]], planned=3)
     assert figure.mean == pytest.approx(85)
     assert figure.std == pytest.approx(statistics.stdev([90, 80, 85]))
     assert figure.interval == pytest.approx((70, 95))
     assert str(figure) == "85.00 ± 5.00"
     assert str(Statistic.over([0.9, 0.8], [[0.8, 1.0], [0.6, 0.9]], planned=3)).endswith("(2 of 3 seeds)")
-    assert str(Statistic.over([0.9], [[0.8, 1.0]], planned=1)) == "90.00"  # one seed has no deviation
+    assert str(Statistic.over([0.9], [[0.8, 1.0]], planned=1)) == "90.00"  # one seed has no standard deviation
     assert Statistic.over([0.9, 0.8], [], planned=2).interval is None
     assert str(Statistic(92.4)) == "92.40"
 
@@ -38,7 +38,7 @@ def test_markdown(table):
     lines = table.markdown().splitlines()
     assert lines[0] == "AUC of 50% & more (--select test)."
     assert lines[2:9] == [
-        "| metric | method | Brain | Retina_RESC |",  # and no column or row without a figure
+        "| metric | method | Brain | Retina_RESC |",  # empty columns and rows are omitted
         "| --- | --- | ---: | ---: |",
         r"| image AUC | a\|b | 60.00 ± 14.14 | to do |",
         "| image AUC | theirs | 92.00 |  |",
@@ -57,7 +57,7 @@ def test_csv_has_a_line_for_each_figure(table):
         ("a|b", "Retina_RESC", "image AUC"),
         ("theirs", "Brain", "image AUC"),
         ("a|b", "Brain", "pixel AUC"),
-        ("'=HYPERLINK(1)", "Brain", "image AUC"),  # a spreadsheet would compute it
+        ("'=HYPERLINK(1)", "Brain", "image AUC"),  # else a spreadsheet would run it
     ]
     assert float(rows[0]["std"]) == pytest.approx(14.142136)
     assert (rows[0]["ci95_low"], rows[0]["ci95_high"], rows[0]["seeds"]) == ("50.000000", "70.000000", "2")
@@ -73,12 +73,12 @@ def test_files_of_another_scope_are_kept(tmp_path, capsys):
         table.write(tmp_path)
     assert "70.00" in (tmp_path / "main.md").read_text()
     (kept,) = tmp_path.glob("main.before-*.md")
-    assert "60.00" in kept.read_text()  # what is of the same scope is replaced
+    assert "60.00" in kept.read_text()  # a file of the same scope is replaced
     assert kept.stem in capsys.readouterr().out
     assert len(list(tmp_path.iterdir())) == 6
 
 
-def test_a_users_own_figures(tmp_path):
+def test_user_supplied_figures(tmp_path):
     path = tmp_path / "mine.json"
     entry = {"method": "Mine", "source": "paper", "shots": 16, "auc": {"Brain": 95.5}}
     path.write_text(json.dumps({"results": [entry]}))

@@ -1,6 +1,6 @@
-"""The byte-pair encoder against the stored ids and against open_clip's on many scripts."""
+"""The byte-pair encoder against stored ids, and against open_clip's on many scripts."""
 
-# ruff: noqa: RUF001 (look-alike characters are what is tested)
+# ruff: noqa: RUF001 (look-alike characters are tested)
 import json
 import random
 from pathlib import Path
@@ -14,7 +14,7 @@ from CLIP.tokenizer import EOT, SOT, Tokenizer, _clean, tokenize
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "tokenizer.json").read_text(encoding="utf-8"))
 TOKENIZER = Tokenizer.default()
 
-# First and last character of what the random strings are drawn from.
+# First and last character of the ranges from which random strings are drawn.
 SCRIPTS = (
     "az", "AZ", "\u00c0\u024f", "\u0370\u03ff", "\u0400\u04ff", "\u0590\u05ff", "\u0600\u06ff", "\u0900\u097f",
     "\u0e01\u0e5b", "\u3041\u30ff", "\u4e00\u9fff", "\uac00\ud7a3", "\U0001f300\U0001f64f", "09",
@@ -34,7 +34,7 @@ def padded(ids: list[int], length: int = 77) -> list[int]:
 
 
 def random_text(rng: random.Random) -> str:
-    """One to eight words, each of one script or a special piece, with or without blanks between."""
+    """One to eight words, with or without spaces between them; each is from one script or a special piece."""
     words = []
     for _ in range(rng.randint(1, 8)):
         if rng.random() < 0.3:

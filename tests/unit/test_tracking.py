@@ -1,4 +1,4 @@
-"""W&B: what is logged, what a failure does, and where a key is read. Real runs: tests/integration/test_dashboard.py."""
+"""W&B with a fake run: logged values, failures and the key file. Real runs: tests/integration/test_dashboard.py."""
 
 import json
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from engine.report.tracking import Tracker, read_key, scalars
 from tests.helpers.commands import ROOT
 from tests.helpers.evaluations import make_world
 
-KEY = "0123456789abcdef" * 2 + "deadbeef"  # the shape of a key, of nobody
+KEY = "0123456789abcdef" * 2 + "deadbeef"  # has the form of an API key, but is nobody's
 RECORDS = [
     {"epoch": 1, "det": 1.0, "seg": 2.0, "total": 3.0, "similarity": 0.5, "auc": 0.6, "pauc": 0.7, "best": True},
     {"epoch": 2, "det": 1.0, "seg": 2.0, "total": 3.0, "similarity": 0.4, "auc": None, "pauc": None, "best": False},
@@ -20,7 +20,7 @@ RECORDS = [
 ]
 
 
-def test_after_a_failure_nothing_is_tracked_and_an_interrupt_or_a_fault_passes(capsys):
+def test_failure_stops_tracking_but_interrupts_and_bugs_are_raised(capsys):
     def broken(error: BaseException) -> Any:
         return SimpleNamespace(id="run", log=Mock(side_effect=error))
 
@@ -41,7 +41,7 @@ def test_image_only_sets_publish_their_auc_as_pauc():
     assert logged["pAUC"] == logged["AUC"] == logged["AUC+pAUC"] == 0.6
 
 
-def test_without_pictures_there_is_no_page_and_a_checkpoint_is_warned_of(tmp_path, capsys, monkeypatch):
+def test_without_images_no_page_is_logged_and_log_model_warns(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))  # not in the home folder
     run = Mock(id="run", config={"obj": "Brain"})
     (tmp_path / "best.pth").write_text("x")
@@ -49,7 +49,7 @@ def test_without_pictures_there_is_no_page_and_a_checkpoint_is_warned_of(tmp_pat
     Tracker(run, 0).log_result(RECORDS[0], metrics, tmp_path / "index.html", tmp_path / "best.pth")
     (artifact,) = run.log_artifact.call_args.args
     assert (artifact.name, artifact.metadata["auc"], run.log.call_count) == ("Brain-run", 1.0, 0)
-    assert "--log_model" in capsys.readouterr().err  # it names its shots
+    assert "--log_model" in capsys.readouterr().err  # the checkpoint holds the names of its shots
 
 
 def test_key_file(tmp_path, capsys):
@@ -64,4 +64,4 @@ def test_key_file(tmp_path, capsys):
         shown = capsys.readouterr().err
         assert "key.json" in shown
         assert KEY not in shown
-    assert list(json.loads((ROOT / "key.json").read_text())) == ["api_key"]  # its value may be the user's key
+    assert list(json.loads((ROOT / "key.json").read_text())) == ["api_key"]  # the value may be the user's key

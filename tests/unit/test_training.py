@@ -1,4 +1,4 @@
-"""The training set, a step, the state that --resume puts back, and what each seed draws."""
+"""The training set, training steps and their saved state, selection of epochs, and random draws."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def start(clip, seed=5, **changes):
 
 
 class Served:
-    """A store that serves the tokens of one batch, whatever the rows; `with_room` is that of a real one."""
+    """A store that returns the same tokens for all rows; `with_room` is that of the real store."""
 
     with_room = TokenStore.with_room
 
@@ -72,11 +72,11 @@ def test_views_come_abnormal_first_and_view_by_view(shots):
     assert [item.jitter is not None for item in training.items[:32:2]] == [view == 13 for view in range(VIEWS)]
 
 
-def test_released_thresholds_after_the_views_and_corrected_before(golden, tmp_path):
-    """Grey masks as BMAD has them: the published figures, and the binary masks' own views."""
+def test_released_masks_are_binarised_after_the_views_corrected_before(golden, tmp_path):
+    """Grey masks as in BMAD: released equals the published masks, corrected the views of binary masks."""
     grey = golden("grey_masks")
     samples = []
-    for i, raw in enumerate(grey["raw"][:3]):  # the fourth is refused: labels 0 and 1
+    for i, raw in enumerate(grey["raw"][:3]):  # the fourth holds labels 0 and 1 and is refused
         Image.fromarray(raw).save(tmp_path / f"{i}.png")
         samples.append(Sample(tmp_path / f"{i}.png", 1, (tmp_path / f"{i}.png",), f"{i}.png"))
     expected = grey["train_masks"].reshape(VIEWS, 4, 48, 48)[:, :3].reshape(-1, 48, 48)
@@ -88,7 +88,7 @@ def test_released_thresholds_after_the_views_and_corrected_before(golden, tmp_pa
     assert not torch.equal(released, corrected)
 
 
-def test_a_step_trains_adapters_and_contexts_alone(clip):
+def test_step_trains_only_adapters_and_contexts(clip):
     weights = {name: value.clone() for name, value in clip.state_dict().items()}
     state = start(clip)
     before = parameters(state)
@@ -97,7 +97,7 @@ def test_a_step_trains_adapters_and_contexts_alone(clip):
     assert all(torch.equal(value, weights[name]) for name, value in clip.state_dict().items())
 
 
-def test_a_step_without_room_is_taken_again_and_is_the_same(clip, monkeypatch):
+def test_step_is_repeated_exactly_after_out_of_memory(clip, monkeypatch):
     one, other, backward = start(clip), start(clip), torch.Tensor.backward
     expected = step(one, *batch())
     store = Served(batch()[0])
@@ -114,7 +114,7 @@ def test_a_step_without_room_is_taken_again_and_is_the_same(clip, monkeypatch):
     assert all(torch.equal(value, parameters(other)[name]) for name, value in parameters(one).items())
 
 
-def test_half_precision_scales_its_gradients_and_goes_on_with_their_scale(clip):
+def test_half_precision_scales_gradients_and_restores_the_scale(clip):
     states, norms = [start(clip), start(clip), start(clip)], []
     for state, autocast in zip(states, (None, torch.float16, torch.float16), strict=True):
         state.autocast, state.scaler = autocast, autocast and torch.amp.GradScaler("cpu", init_scale=64.0)
@@ -138,8 +138,8 @@ ABLATIONS = [
 
 
 @pytest.mark.parametrize("change", ABLATIONS, ids=lambda change: next(iter(change)))
-def test_one_component_changed_draws_nothing_else_anew(clip, shots, change):
-    """Adapters, contexts, shuffling and jitter have generators of their own."""
+def test_changing_one_component_keeps_all_other_random_draws(clip, shots, change):
+    """Adapters, contexts, shuffling and jitter have separate generators."""
     one, other = start(clip), start(clip, **change)
     before, after = parameters(one), parameters(other)
     own = "adapters" if {"visionA", "features_list"} & set(change) else "prompts" if "text_mood" in change else None
@@ -152,13 +152,13 @@ def test_one_component_changed_draws_nothing_else_anew(clip, shots, change):
 
 
 def finish(state, score, due=True, seconds=1.0, det=1.0):
-    """An epoch with this AUC on a test set without masks."""
+    """Finish an epoch with this AUC on a test set without masks."""
     loss = torch.tensor([det, 0.5, det + 0.5], dtype=torch.float64)
     return state.finish_epoch(loss, 0.9, Metrics({"auc": score}), None, due, seconds)
 
 
-def test_only_epochs_that_eval_every_names_are_selected(clip):
-    """So a run that is extended selects what a direct run does."""
+def test_only_epochs_of_eval_every_are_selected(clip):
+    """An epoch evaluated only as the last one is not selected, so extended and uninterrupted runs agree."""
     state = start(clip)
     for score, due in [(0.9, False), (0.5, True), (0.9, False), (0.5, True)]:
         finish(state, score, due=due)
@@ -171,18 +171,18 @@ def test_the_best_must_be_strictly_better_and_above_0(clip):
     assert (state.best_epoch, state.best_score) == (5, 0.5)
 
 
-def test_valid_chooses_where_it_is_asked_to(clip):
+def test_select_valid_uses_the_scores_of_valid(clip):
     state = start(clip)
     state.select = "valid"
     loss = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-    scores = [(0.9, 0.3), (0.1, 0.7)]  # of test and of valid
+    scores = [(0.9, 0.3), (0.1, 0.7)]  # test and valid
     records = [state.finish_epoch(loss, 0.5, *(Metrics({"auc": auc}) for auc in pair), True, 1.0) for pair in scores]
     assert [record["best"] for record in records] == [True, True]
     assert [record["valid_auc"] for record in records] == [0.3, 0.7]
     assert state.best_score == 0.7
 
 
-def test_losses_are_averaged_and_a_bad_one_is_named():
+def test_losses_are_averaged_and_nan_is_reported():
     losses = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 5.0]])
     assert check_losses(losses, 4).tolist() == [2.0, 2.0, 4.0]
     losses[1, 2] = torch.nan
@@ -192,11 +192,11 @@ def test_losses_are_averaged_and_a_bad_one_is_named():
 
 @pytest.mark.parametrize(("det", "epochs", "changes", "warned_at"), [
     (2.77, 21, {}, [6]),  # two layers: 4 ln 2 = 2.7726; after a quarter of the epochs
-    (2.77, 8, {}, [5]),  # not before the fifth
+    (2.77, 8, {}, [5]),  # not before the fifth epoch
     (2.5, 20, {}, []),
     (2.77, 20, {"loss_type": "softmax"}, []),
 ])  # fmt: skip
-def test_a_run_that_stays_at_its_start_is_noticed(clip, capsys, det, epochs, changes, warned_at):
+def test_warning_if_the_loss_stays_at_its_initial_value(clip, capsys, det, epochs, changes, warned_at):
     state, warned = start(clip, **changes), []
     for epoch in range(1, min(epochs, 8) + 1):
         finish(state, 0.5, det=det)
@@ -205,8 +205,8 @@ def test_a_run_that_stays_at_its_start_is_noticed(clip, capsys, det, epochs, cha
     assert warned == warned_at
 
 
-def test_what_a_run_trains_on_is_said(tmp_path, capsys):
-    """An abnormal image of valid/ without a mask that is no shot is left out of the calibration, and nothing else."""
+def test_splits_are_described(tmp_path, capsys):
+    """An unused abnormal image of valid/ without a mask, and only that, is left out of the calibration and reported."""
     phantom.write(tmp_path, ["Brain"], valid=5, test=2, seed=0, size=32)
     mask = sorted((tmp_path / "Brain_AD/valid/Ungood/anomaly_mask").iterdir())[-1]
     mask.unlink()

@@ -1,4 +1,4 @@
-"""Atomic files, hashes, messages and exit codes, values of files, threads."""
+"""Atomic files, hashes, messages, exit codes, reading of files, and threads."""
 
 import argparse
 import hashlib
@@ -27,7 +27,7 @@ from utils import (
 )
 
 
-def test_a_finished_file_has_ordinary_permissions_and_leaves_nothing_beside_it(tmp_path):
+def test_atomic_file_has_default_permissions_and_leaves_no_temporary_file(tmp_path):
     previous = os.umask(0o022)
     try:
         with atomic_path(tmp_path / "deep" / "x.txt") as path:
@@ -86,14 +86,14 @@ def test_a_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
 # Messages.
 
 
-def test_what_a_terminal_or_a_spreadsheet_would_obey_is_written_out():
+def test_control_characters_and_formulas_are_escaped():
     texts = ("=1", "+1", "-1", "@x", "\t=1", "a=1", -1)
     assert list(map(csv_cell, texts)) == ["'=1", "'+1", "'-1", "'@x", "'\t=1", "a=1", -1]
     assert printable("é x.png") == "é x.png"
     assert printable("a\x1b[2Jb\n\r\u202e\udcff") == "a\\x1b[2Jb\\n\\r\\u202e\\udcff"
 
 
-def test_one_line_of_an_error_says_its_kind_and_no_secret():
+def test_one_line_names_the_error_type_and_hides_secrets():
     error = OSError("cannot reach\x1b[2J https://me:wo/r@d@host/x\n with KEY")
     assert one_line(error, "KEY") == "OSError: cannot reach [2J https://***@host/x with ***"
     assert one_line(MemoryError()) == "MemoryError"
@@ -125,10 +125,10 @@ def test_exit_codes(capsys, error, code, line):
     assert (left.value.code, capsys.readouterr().err) == (code, line)
 
 
-# Values of files.
+# Reading of files.
 
 
-def test_a_probe_leaves_what_is_there(tmp_path):
+def test_probe_writable_changes_nothing(tmp_path):
     probe_writable(None, "--out")
     probe_writable(tmp_path / "deep/x.json", "--out")
     assert list((tmp_path / "deep").iterdir()) == []
@@ -142,7 +142,7 @@ def test_a_probe_leaves_what_is_there(tmp_path):
     assert path.read_text() == "a poem"
 
 
-def test_text_is_read_without_a_mark_and_from_files_alone(tmp_path):
+def test_read_text_drops_the_bom_and_reads_only_files(tmp_path):
     (tmp_path / "x").write_bytes(b"\xef\xbb\xbfa\n")
     assert read_text(tmp_path / "x") == "a\n"
     os.mkfifo(tmp_path / "pipe")
@@ -155,7 +155,7 @@ def test_text_is_read_without_a_mark_and_from_files_alone(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_results_come_in_order_and_not_far_ahead(workers):
+def test_prefetch_keeps_the_order_and_limits_work_ahead(workers):
     asked = []
 
     def inputs():
@@ -169,7 +169,7 @@ def test_results_come_in_order_and_not_far_ahead(workers):
     assert list(results) == [number * number for number in range(1, 20)]
 
 
-def test_an_error_of_a_thread_comes_at_its_place():
+def test_prefetch_raises_an_error_in_its_place():
     def refuse(number: int) -> int:
         if number == 2:
             raise InputError("the third")
@@ -195,8 +195,8 @@ def test_debug_shows_the_traceback_of_a_refusal(capsys, monkeypatch, by):
     assert lines.startswith("Traceback") and lines.endswith("error: x\n")
 
 
-def test_debug_shows_nothing_of_a_wrong_flag(capsys, monkeypatch):
-    """No exception is behind it."""
+def test_debug_shows_no_traceback_for_a_bad_flag(capsys, monkeypatch):
+    """A bad flag prints one line even with MADCLIP_DEBUG, as there is no underlying exception."""
     monkeypatch.setenv("MADCLIP_DEBUG", "1")
     with pytest.raises(SystemExit):
         utils.Parser(prog="x").parse_args(["--nonsense"])

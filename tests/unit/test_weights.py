@@ -1,4 +1,4 @@
-"""Weight files: every format comes back as the same tensors, and everything else as one clear line."""
+"""Weight files: every format gives the same tensors, and other files an error of one line."""
 
 import os
 import pickle
@@ -23,13 +23,13 @@ State = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def state() -> State:
-    """Weights of the tiny model without the three integers; float32, exact in float16."""
+    """Weights of the tiny model without OpenAI's three integers: float32, exact in float16."""
     return {key: value for key, value in tiny_state().items() if key not in NOT_WEIGHTS}
 
 
 @pytest.fixture(scope="module")
 def small(state: State) -> State:
-    """Leave out the 25 MB token embedding, for the tests that write many files."""
+    """Weights without the 25 MB token embedding, for tests that write many files."""
     return {key: value for key, value in state.items() if key != "token_embedding.weight"}
 
 
@@ -41,7 +41,7 @@ def same(found: State, expected: State) -> None:
 
 
 def refused(path: Path, match: str = ".") -> None:
-    """Reading gives one line that names the file."""
+    """Assert that reading raises an error of one line that names the file."""
     with pytest.raises(InputError, match=match) as caught:
         read_weights(path)
     text = str(caught.value)
@@ -62,7 +62,7 @@ class Payload:
 def test_torchscript(tmp_path: Path, state: State) -> None:
     save_torchscript(tiny_state(), tmp_path / "weights.bin")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # reading says nothing of TorchScript's end
+        warnings.simplefilter("error")  # no warning that TorchScript is deprecated
         found = read_weights(tmp_path / "weights.bin")
     same(found, {key: value.half() if HALF.fullmatch(key) else value for key, value in state.items()})
 
@@ -107,7 +107,7 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, small: State, form: str) -> N
     refused(path)
     assert not marker.exists()
     pickle.loads(pickle.dumps(Payload(marker)))
-    assert marker.exists()  # the payload does run where it is let
+    assert marker.exists()  # check: pickle does run the payload
 
 
 def test_a_flipped_bit_in_a_torchscript_archive_is_noticed(tmp_path: Path, state: State) -> None:
@@ -120,7 +120,7 @@ def test_a_flipped_bit_in_a_torchscript_archive_is_noticed(tmp_path: Path, state
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_what_is_no_file_of_weights(tmp_path: Path, small: State) -> None:
+def test_files_without_weights_are_refused(tmp_path: Path, small: State) -> None:
     path, rng = tmp_path / "file", random.Random(3)
     page, deep, endless = b"<!DOCTYPE html><html>log in first</html>", b"\x80\x02" + b"(l" * 10**6 + b".", 2**60
     for content in (page, deep, struct.pack("<Q", endless) + b'{"a":1}', rng.randbytes(500)):
@@ -148,7 +148,7 @@ def test_what_is_no_file_of_weights(tmp_path: Path, small: State) -> None:
         ({"visual.positional_embedding": torch.ones(10, 128)}, "56 pixels"),
     ],
 )
-def test_weights_that_do_not_fit(tmp_path: Path, state: State, change: State, words: str) -> None:
+def test_mismatched_weights_are_refused(tmp_path: Path, state: State, change: State, words: str) -> None:
     path = tmp_path / "weights.pt"
     torch.save({key: value for key, value in (state | change).items() if value is not None}, path)
     with pytest.raises(InputError, match=words) as caught:
@@ -169,4 +169,4 @@ def test_round_to_half(state: State) -> None:
     assert kept == norms | embeddings | {"visual.class_embedding", "logit_scale"}
     for key in fine.keys() - kept:
         assert torch.equal(rounded[key], fine[key].half().float()), key
-    same(round_to_half({key: value.half() for key, value in state.items()}), state)  # exact already, as OpenAI's are
+    same(round_to_half({key: value.half() for key, value in state.items()}), state)  # already exact, as OpenAI's

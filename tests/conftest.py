@@ -1,4 +1,4 @@
-"""Fixtures: the golden arrays and the tiny model that they were measured on."""
+"""Fixtures: the golden arrays and the tiny model on which they were measured."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""`utils.download` and `python -m CLIP.download` against a server in a thread that misbehaves on request."""
+"""`utils.download` against a local server that can be told to fail."""
 
 import hashlib
 import random

@@ -98,7 +98,7 @@ def test_flags_that_contradict_the_checkpoint_are_refused(command, trained):
         assert f"{flag} {value} contradicts the checkpoint" in line
 
 
-# The published command lines, typed literally.
+# The published commands, word for word.
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""python -m dataset.check as a user starts it, on data sets with one fault each."""
+"""python -m dataset.check as a user starts it, on valid data, and on data sets with one fault each."""
 
 import shutil
 import sys

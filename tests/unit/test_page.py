@@ -62,7 +62,7 @@ def test_a_card_holds_picture_heat_map_and_outline():
 def test_the_worst_errors_come_first_and_all_images_count(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "MAX_CARDS", 3)
     evaluation, masks = make_world(tmp_path, [1, 0, 0, 1, 1], [0.9, 0.7, 0.1, 0.1, 0.3])
-    html = written(tmp_path / "page", evaluation, masks)  # the threshold is 0.4
+    html = written(tmp_path / "page", evaluation, masks)  # METADATA has the threshold 0.4
     data = data_of(html)
     assert names_of(html)[:2] in (["test/00003.png", "test/00001.png"], ["test/00001.png", "test/00003.png"])
     assert names_of(html)[2] == "test/00004.png"

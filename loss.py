@@ -34,7 +34,7 @@ def detection_loss(scores: Tensor, labels: Tensor, loss_type: str, dec_type: str
     """Image-level loss of one layer.
 
     `sigmoid` is the paper's SigLIP-style loss, -log sigmoid(z s), with z = +1 for the branch of the label and -1 for
-    the other. `softmax` is its ablation: the reduced probabilities are the logits of a binary cross entropy.
+    the other. `softmax` is its ablation: a binary cross entropy takes the reduced probabilities as its logits.
 
     Args:
         scores: (B, N, 2), [normal branch, abnormal branch].

@@ -154,11 +154,7 @@ def blame(what: object, hint: str = "", errors: tuple[type[BaseException], ...] 
 
 
 def read_json(path: str | Path, hint: str = "") -> Any:  # noqa: ANN401 - any JSON value
-    """The contents of an external JSON file.
-
-    Raises:
-        InputError: the file, which the message names, cannot be read or is not JSON.
-    """
+    """The value in an external JSON file; raises `InputError`, which names it, if it is unreadable or not JSON."""
     with blame(path, hint):
         return json.loads(read_text(path))
 
@@ -374,7 +370,7 @@ def read_text(path: str | Path) -> str:
 
 
 def prefetch(function: Callable[[In], Out], inputs: Iterable[In], workers: int = 1, ahead: int = 2) -> Iterator[Out]:
-    """Yield `function(x)` in order; threads compute a few inputs ahead, so that decoding overlaps with the network."""
+    """Yield `function(x)` in order; threads compute a few inputs ahead, so that decoding overlaps with the model."""
     with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
         waiting: deque[Future[Out]] = deque()
         for item in inputs:

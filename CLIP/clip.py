@@ -81,10 +81,10 @@ def create_model(
 ) -> CLIP:
     """Build a frozen CLIP.
 
-    `model_name`, `pretrained`, `weights` and `seed` are those of `find_weights`; its result can be `model_name` instead
-    of all four. `img_size` is in pixels a side, None for the model's own; `fidelity` is `released` or `corrected`, see
-    the table in docs/method.md; if `vision` is False, only the text tower is read and built. Raises `InputError` for an
-    unknown model, a weight file that is missing or does not fit, or images smaller than a patch.
+    `model_name`, `pretrained`, `weights` and `seed` are those of `find_weights`; its result can be passed as
+    `model_name` instead of all four. `img_size` is in pixels a side, None for the model's own; `fidelity`, `released`
+    or `corrected`, is explained in docs/method.md; if `vision` is False, only the text tower is read and built. Raises
+    `InputError` for an unknown model, a weight file that is missing or does not fit, or images smaller than a patch.
     """
     source = model_name if isinstance(model_name, Weights) else find_weights(model_name, pretrained, weights, seed)
     config, released = source.config, fidelity == "released"

@@ -151,7 +151,7 @@ class ModelConfig:
         return values if self.tower.name else {name: value for name, value in values.items() if name != "tower"}
 
     def grid(self, img_size: int) -> int:
-        """Patches per side at `img_size` pixels; a remainder smaller than a patch is dropped, as published."""
+        """Whole patches per side at `img_size` pixels, as published; raises `InputError` if not even one fits."""
         if img_size < self.patch_size:
             tower = self.tower.name or self.name
             raise InputError(f"--img_size {img_size} is smaller than a patch of {tower} ({self.patch_size} pixels)")
@@ -174,7 +174,8 @@ def list_models() -> list[str]:
 def find(name: str, files: Sequence[str], flag: str) -> tuple[Path, str] | None:
     """The path of the file that `name` means, and a name to show for it; None if nothing has that name.
 
-    `name` is a file, or a folder or `hf-hub:owner/name`, from which the first of `files` is taken.
+    `name` is a file, or a folder or `hf-hub:owner/name`, from which the first of `files` is taken. Raises `InputError`
+    if the folder or repository holds none of them.
     """
     path = Path(name)
     if name.startswith(HUB):

@@ -24,7 +24,7 @@ def load_config(model_name: str, image_tower: str | None = None) -> ModelConfig:
 
 
 def with_tower(config: ModelConfig, name: str | None) -> tuple[ModelConfig, Path | None]:
-    """The config with DINOv2 as its image tower, and DINOv2's weights; raises `InputError` for any other weights."""
+    """The config with another image tower, and its file (None: no `name`); raises `InputError` if it is not DINOv2."""
     if name is None:
         return config, None
     path, label = find_tower(name)
@@ -49,7 +49,7 @@ def with_tower(config: ModelConfig, name: str | None) -> tuple[ModelConfig, Path
 
 
 def find_tower(name: str) -> tuple[Path, str]:
-    """The file of weights for --image_tower, and the name of the tower.
+    """The file of weights for --image_tower, and the name of the tower; raises `InputError` if there is none.
 
     `name` is a tower that `python -m CLIP.download` fetched, a folder, a safetensors file or `hf-hub:owner/name`.
     """

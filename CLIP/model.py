@@ -45,7 +45,7 @@ class VisionTower(nn.Module):
         self.proj = None if tower.name else nn.Parameter(torch.empty(width, config.embed_dim))
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) in [0, 1] -> tokens before the first block (B, L, C), class token first."""
+        """Images (B, 3, S, S) in [0, 1] -> the first block's input (B, T, C): class token, any registers, patches."""
         if self.normalize_pixels:
             mean, std = (images.new_tensor(values)[:, None, None] for values in (self.pixel_mean, self.pixel_std))
             images = (images - mean) / std

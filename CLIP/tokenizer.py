@@ -30,7 +30,7 @@ WORDS = regex.compile(
 class Tokenizer:
     """Byte-pair encoder over CLIP's 49408 symbols; `Tokenizer.default()` is the shared one.
 
-    The literal texts <|startoftext|> and <|endoftext|> become the special ids, as in OpenAI's code, so one of them
+    The literal texts <|startoftext|> and <|endoftext|> become the special ids, as in OpenAI's code, so <|endoftext|>
     inside a prompt moves the position that the text tower pools (the first occurrence of the highest id).
     """
 

@@ -80,7 +80,7 @@ class Weights:
 
     pretrain: str  # openai | laion400m | laion2b | random
     source: str  # file name without its folder, `owner/name/file` from the hub, or the seed of random weights
-    sha256: str  # of the file; for random weights, of a text that describes them
+    sha256: str  # of the file, or of a text that describes random weights; with `tower`, of both hashes
     config: ModelConfig
     path: Path | None  # None: random
     seed: int
@@ -169,7 +169,7 @@ def read_weights(path: str | Path, vision: bool = True) -> dict[str, torch.Tenso
 
     The file's content, not its name, shows its form: a TorchScript archive as OpenAI publishes it, a state dict written
     by torch.save (also under 'state_dict') or safetensors. If `vision` is False, the image tower's bytes are not read
-    (except from a pickle of torch before 1.6). Raises `InputError` if the file holds no CLIP weights.
+    (except from a pickle of torch before 1.6). Raises `InputError` if the file is damaged or holds no CLIP weights.
     """
     path = Path(path)
     with blame(f"{path} is damaged or no weight file", "fetch it again", DAMAGE), ExitStack() as files:

@@ -68,10 +68,10 @@ class PromptChooser(nn.Module):
             self.encode = PromptPass(clip.text, embeddings, contexts, eot, causal)
 
     def prompt_embeddings(self) -> dict[str, Tensor]:
-        """Text embedding of each learnable prompt, kind -> (21, D), not normalised, in one pass for both kinds."""
+        """Text embeddings of the learnable prompts, kind -> (3 S, D) for S states, not normalised; one pass for all."""
         if not self.prompt_learners:
             return {}
-        parts = [learner()[0] for learner in self.prompt_learners.values()]  # (21, 77, W) per kind
+        parts = [learner()[0] for learner in self.prompt_learners.values()]  # (3 S, 77, W) per kind
         encoded = self.encode(torch.cat(parts))
         return dict(zip(self.prompt_learners, encoded.split([len(part) for part in parts]), strict=True))
 

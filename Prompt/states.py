@@ -26,7 +26,7 @@ TEMPLATES = tuple((Path(__file__).parent / "templates.txt").read_text().splitlin
 def read_prompts(path: str) -> dict[str, list[str]]:
     """State phrases from a JSON file {"normal": [...], "abnormal": [...]}, with {} for the object's name in each.
 
-    Raises `InputError` for an unreadable file, another form, or a phrase without exactly one {}.
+    Raises `InputError` for an unreadable file, another form, or a phrase that is too long or has not exactly one {}.
     """
     with blame(f"--prompts {path}", "docs/data.md shows the form", (*EXPECTED, AttributeError, TypeError)):
         states: dict[str, list[str]] = json.loads(read_text(path))

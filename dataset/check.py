@@ -32,10 +32,10 @@ from .patients import compile_rule
 from .readers.images import Sample, file_kind, parse_window, picture_notes, read
 from .readers.masks import ABNORMAL_ABOVE, mask_notes, read_mask
 
-Findings = defaultdict[str, list[str]]  # a kind of `TITLES` -> descriptions
+Findings = defaultdict[str, list[str]]  # key of `TITLES` -> descriptions
 
 SHOWN = 3  # examples of a finding
-NAMED = ("no mask", "valid mask")  # findings that are shown in full: missing files cannot be seen
+NAMED = ("no mask", "valid mask")  # shown in full: a missing mask is easily overlooked
 
 # Kind of finding -> its title, in the order of the report.
 TITLES = {
@@ -122,13 +122,13 @@ def look_into(dataset: MedicalDataset, file: Sample) -> list[Seen]:
     except InputError as error:
         return [Seen(file.name, {"unusable": str(error)})]
     for sample, one in zip(images, seen, strict=True):
-        if sample.index not in used:  # no sample, perhaps because its mask is wrong
+        if sample.index not in used:  # not used, perhaps because its mask is wrong: report that
             one.size, one.findings = None, {kind: text for kind, text in one.findings.items() if kind == "mask range"}
     return seen
 
 
 def look_at(sample: Sample, above: int, is_alone: bool) -> Seen:
-    """Decode an image and its mask; `is_alone` is False for slices, as some of them may be dark."""
+    """Decode an image and its mask; no `picture_notes` unless it `is_alone` in its file, as some slices are dark."""
     picture = read(sample)
     digest = hashlib.sha256(f"{picture.image.size}".encode() + picture.image.tobytes()).digest()
     remarks = dict(picture.notes)
@@ -173,7 +173,7 @@ def check_lists(dataset: MedicalDataset, findings: Findings) -> set[Path]:
     """Check every line of every few-shot list that a training could use; returns the paths of the listed images."""
     known: dict[str, dict[str, Sample]] = {}  # letter of `LETTERS` -> name -> image
     for label, letter in enumerate(LETTERS):
-        with suppress(InputError):  # already reported as an error
+        with suppress(InputError):  # a file that is reported already, or no abnormal images in valid, which is allowed
             known[letter] = dataset.known_shots(label)
     shots = set()
     for path in sorted(dataset.shot_lists().values()):
@@ -183,7 +183,7 @@ def check_lists(dataset: MedicalDataset, findings: Findings) -> set[Path]:
             findings["bad list"].append(str(error))
             continue
         if SEEDS in path.parents and set(chain(*known.values())).isdisjoint(chain(*lines.values())):
-            continue  # it belongs to other images of that name: shots are sampled instead
+            continue  # made for another data set of that name: shots are sampled instead
         count = int(path.name.removeprefix("my").removesuffix("-shot.txt"))
         for (letter, index), names in lines.items():
             if letter in known:
@@ -232,7 +232,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="write what was recognised as a list to correct, such as images.csv")  # fmt: skip
     parser.add_argument("--num_workers", type=integer(1, 256), default=2, help="threads that decode (default: 2)")
     options = parser.parse_args(arguments)
-    parse_window(options.window or ())  # a wrong flag is one whatever the folder holds
+    parse_window(options.window or ())  # wrong flags are reported before the folder is read
     compile_rule(options.patient or "", "--patient")
     if options.list and not Path(options.list).is_file():
         raise InputError(f"--list {options.list}: no such file")
@@ -253,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dataset = MedicalDataset.from_options(options)
     except InputError as error:
         findings["layout"].append(str(error))
-        with suppress(InputError):  # such as an image that is a pipe: already an error
+        with suppress(InputError):  # such as an unreadable folder: already an error
             images, masks = list_pictures(root)  # for --write_list, with labels to fill in
             files = pair(root, [Sample(path, -1, (), path.name) for path in images], masks)
         counts = Counter(file.path.parent.relative_to(root).as_posix() for file in files)

@@ -22,11 +22,9 @@ def list_paths(folder: Path) -> list[Path]:
 def parse_shot_list(path: Path) -> tuple[Lines, list[str]]:
     """Parse the lines `a-K: name name ...` and `n-K: name name ...` of a few-shot list like the published program.
 
-    Names that contain blanks are quoted.
-
     Returns:
-        The names of each line, and warnings. Lines of another form are skipped; if two lines have the same letter and
-        K, the first is used; a repeated name counts each time.
+        The names of each line, and warnings. Names that contain blanks are quoted in the list. Lines of another form
+        are skipped; if two lines have the same letter and K, the first is used; a repeated name counts each time.
 
     Raises:
         InputError: the file cannot be read.

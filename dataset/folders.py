@@ -59,7 +59,7 @@ def read_folders(root: Path, layout: Layout) -> list[Sample]:
 def find_places(root: Path) -> dict[Path, tuple[str, int]]:
     """The folders that hold a class's images -> split ("" if both splits share the folder) and label.
 
-    Raises `InputError` for an unknown layout. Known, in `root` or in exactly one folder below it, are
+    Raises `InputError` for an unknown layout. Known ones, of `root` itself or of exactly one folder below it:
     - <valid|val|train>/ and test/ with a folder for each class, or the two classes beside test/;
     - only normal images outside test/, as in MVTec (train/good, test/good, test/<defect>): abnormal ones are shared;
     - the two classes alone: all images are shared.
@@ -116,7 +116,7 @@ def complete(files: Iterable[Sample], root: Path, layout: Layout) -> list[Sample
 
 
 def _name_patients(files: Sequence[Sample], rule: str | None) -> list[Sample]:
-    """Find each file's patient: from the list, or else by the rule, the DICOM header or the name.
+    """Find each file's patient: from the list, else by `rule` or, if that is None, from the DICOM header or the name.
 
     Some anonymisation programs write the same PatientID into all files; then the names are used. If a patient is
     spelled in several ways, the first spelling in sorted order is used for all.
@@ -145,8 +145,8 @@ def _header(path: Path) -> Slice:
 def _divide(files: Sequence[Sample], root: Path, share: float) -> list[Sample]:
     """Assign files without a split by a hash; listed shots and all images of their patients are in valid.
 
-    All lists of the data set count, whatever --shot and --iterate, so that the test set is always the same. Lists name
-    a file by its file name, or by its path if the files of its class outside test are in several folders.
+    All lists in the data set's folder count, whatever --shot and --iterate, so that the test set is always the same.
+    Lists name a file by its file name, or by its path if its class has files in several folders outside test.
     """
     homes = [{file.path.parent for file in files if file.label == label and file.split != "test"} for label in (0, 1)]
     files = [replace(f, listed=f.path.name if len(homes[f.label]) == 1 else f.name, divided=not f.split) for f in files]

@@ -51,7 +51,7 @@ class Layout:
 
 
 def add_reading_flags(group: Any) -> None:  # noqa: ANN401 - a parser or a group, whose type is private in argparse
-    """Add the flags that override a data set's JSON file."""
+    """Add the flags for reading a data set: --list, and those that override its JSON file."""
     flag, otherwise = group.add_argument, "default: the data set's, else"
     flag("--list", metavar="FILE",
          help="images and labels in a .csv, .tsv or .jsonl (default: images.csv in the data's folder)")  # fmt: skip
@@ -110,7 +110,7 @@ def load_layout(name: str, root: Path) -> Layout:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The validated content of a JSON file, lists as tuples; raises `InputError`, which names the file and the key."""
+    """The validated content of a JSON file, with tuples for lists; raises `InputError`, which names file and key."""
     if not isinstance(config := read_json(path), dict):
         raise InputError(f"{path}: not a JSON object; see docs/data.md")
     tests: dict[str, Callable[[Any], Any]] = {

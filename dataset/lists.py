@@ -1,9 +1,10 @@
 """A list of images instead of class folders: one row per image, in images.csv, .tsv or .jsonl.
 
 The columns are image and label, and optionally kind (of abnormality, such as malignant), mask (several separated by |),
-patient, split (valid or test; train counts as valid), slice (of a volume, counted from 0) and shot (1 marks a shot).
-Paths are relative to the list. Splits and masks that are not given follow the rules for folders: splits by patient,
-masks by name. Tables as written by Excel are accepted: semicolons, byte-order mark, empty lines, backslashes in paths.
+patient, split (valid or test; train counts as valid), slice (of a volume, or page of a TIFF, counted from 0) and shot
+(1 marks a shot). Paths are relative to the list. The rules for folders apply to missing splits (by patient) and, if
+there is no column mask, to masks (by name). Tables as written by Excel are accepted: semicolons, byte-order mark,
+empty lines, backslashes in paths.
 """
 
 import csv
@@ -35,8 +36,8 @@ def read_list(path: Path, layout: Layout) -> list[Sample]:
     """The images on a list, normal ones first, otherwise in the order of the list.
 
     Raises:
-        InputError: a file does not exist, a label or split is unknown, an image is listed twice, or a path leads out
-            of the list's folder; the message names the line.
+        InputError: a column is missing, a file does not exist, a label or split is unknown, an image is listed twice,
+            or a path leads out of the list's folder; the message names the line. Also the errors of `complete`.
     """
     files: list[Sample] = []
     lines: dict[tuple[Path, int | None], int] = {}
@@ -78,7 +79,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _file(root: Path, row: Row, layout: Layout, where: str) -> Sample:
-    """The image of a row; raises `ValueError` if the slice is not a number."""
+    """The image of a row; raises `InputError`, or `ValueError` if the slice is not a number."""
     if missing := [name for name in COLUMNS[:2] if name not in row]:
         raise InputError(f"{where}: no column {missing[0]}; a list has {', '.join(COLUMNS)}")
     paths = (row["image"], *filter(None, row.get("mask", "").split("|")))
@@ -102,7 +103,7 @@ def _file(root: Path, row: Row, layout: Layout, where: str) -> Sample:
 
 
 def _locate(root: Path, text: str, where: str) -> Path:
-    """The path of the image file that a cell names."""
+    """The path of the image or mask that a cell names; raises `InputError` if there is no such file below `root`."""
     place = PurePosixPath(text.replace("\\", "/"))
     if place.is_absolute() or ".." in place.parts or re.match("[A-Za-z]:", text):
         raise InputError(f"{where}: {text} leads out of the list's folder")
@@ -116,7 +117,7 @@ def _locate(root: Path, text: str, where: str) -> Path:
 def write_list(path: Path, root: Path, files: Iterable[Sample]) -> Path:
     """Write a list of a data set's images for the user to correct, and return its path.
 
-    A name without a folder is placed in the data set's folder. Raises `InputError` if the list cannot be written.
+    A name without a folder is placed in the data set's folder. Raises `InputError` if `path` exists or is not writable.
     """
     path = root / path if path.parent == Path() else path
     if path.exists():

@@ -62,7 +62,7 @@ class MedicalDataset:
     listing: Path | None = None  # the list file, if there is one
     numbers: dict[str, str] | None = None  # patient -> number with --anonymous, which numbers the files, too
     left_out: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # reason -> names of images
-    levels: dict[str, tuple[Levels, bool]] = field(default_factory=dict)  # sample -> mask levels; are they labels
+    levels: dict[str, tuple[Levels, bool]] = field(default_factory=dict)  # sample -> (levels, by_label)
     _samples: dict[Sample, list[Sample]] = field(default_factory=dict)  # file -> result of `samples_in`
     _series: dict[Any, str] = field(default_factory=dict)  # (series, frame, hash of pixels) -> the first such sample
 
@@ -78,9 +78,9 @@ class MedicalDataset:
     ) -> MedicalDataset:
         """Open `data_root`, or <data_path>/<obj>_AD; raises `InputError` if it or a part of it is missing.
 
-        A list of the images, `listing` or images.csv in the folder, replaces the layout of folders (`dataset.lists`).
+        A list of the images, `listing` or one of `NAMES` in the folder, replaces its layout (`dataset.lists`).
         <obj>.json in the folder or in dataset/ may describe the data set. `given` holds fields of `Layout`; those that
-        are not None override that file. See docs/data.md.
+        are not None override that file. `anonymous` numbers files and patients. See docs/data.md.
         """
         root = listing.parent if listing else data_folder(obj, data_path, data_root)
         listing = listing or next((root / name for name in NAMES if (root / name).is_file()), None)
@@ -102,7 +102,7 @@ class MedicalDataset:
 
     @property
     def reading(self) -> dict[str, Any]:
-        """How pictures with more than 8 bits are read, as plain values for the checkpoint."""
+        """How files are read (window, plane, formats, depth), as plain values for the checkpoint."""
         window, formats = self.layout.window, sorted({str(file_kind(file.path)) for file in self.files})
         shown = list(window) if isinstance(window, tuple) else window
         deep = {"deep": True} if self.options.deep else {}
@@ -153,7 +153,7 @@ class MedicalDataset:
     # --- files ---
 
     def image_files(self, split: str, label: int, required: bool = True) -> list[Sample]:
-        """The image files of a class in a split, folder by folder and sorted.
+        """The image files of a class in a split, sorted by path, or in the order of the list if there is one.
 
         Raises `InputError` if there are none, unless `required` is False.
         """
@@ -171,13 +171,14 @@ class MedicalDataset:
     # --- samples ---
 
     def samples(self, split: str) -> list[Sample]:
-        """The images of `valid` or `test`, normal first, each class sorted by name; `valid` may lack abnormal ones.
+        """The images of a split, normal first, else ordered as in `image_files`; `valid` may lack abnormal ones.
 
         In `valid`, an abnormal image may lack a mask even if the data set has masks. It cannot be a shot, and is not
         used for calibration.
 
         Raises:
-            InputError: a class has no images or, with pixel metrics, an abnormal test image has no mask of its own.
+            InputError: a class has no images, a file cannot be read or, with pixel metrics, an abnormal test image has
+                no mask or any abnormal image has `unclear` masks.
         """
         if self.unclear:
             raise InputError(f"{preview(self.unclear)}: their masks match several images, or share one name; "
@@ -187,7 +188,7 @@ class MedicalDataset:
             files = self.image_files(split, label, (split, label) != ("valid", 1))
             if label and split == "test":
                 self._check_masks(files)
-            workers = 1 if any(file.slice.series_uid for file in files) else READERS  # keeps the first copy
+            workers = 1 if any(file.slice.series_uid for file in files) else READERS  # 1 keeps the first copy
             images = [sample for inside in prefetch(self.samples_in, files, workers) for sample in inside]
             if split == "test" and not images:
                 why = "; ".join(self.left_out_lines() or ["no slice"])
@@ -217,10 +218,9 @@ class MedicalDataset:
             )
 
     def images_in(self, file: Sample) -> list[Sample]:
-        """The images in a file: one, or one for each frame of a DICOM file and each slice of a NIfTI volume.
+        """The images in a file: one, every DICOM frame or NIfTI slice, or the slice or TIFF page that a list names.
 
-        DICOM objects without a picture give none. Raises `InputError` if the file cannot be read, or does not have the
-        slice that a list names.
+        DICOM objects without a picture give none. Raises `InputError` for an unreadable file or a missing slice.
         """
         masks = file.masks if file.label and self.pixel_metrics else ()
         sample = replace(file, masks=masks, index=None, options=self.options, published=self.is_benchmark)
@@ -278,7 +278,7 @@ class MedicalDataset:
     def left_out_lines(self) -> list[str]:
         """The reasons for left-out images, and mask levels other than 0 and 255, of the files read so far.
 
-        The masks of the paper's data sets are not inspected.
+        The masks of the paper's data sets are inspected only if `unmarked` is set.
         """
         left_out = sorted(self.left_out.items())
         lines = [f"{len(names)} {why}, such as {preview(sorted(names), 1)}" for why, names in left_out]
@@ -292,11 +292,11 @@ class MedicalDataset:
     def shots(self, shot_normal: int, shot_abnormal: int, iterate: int, seed: int) -> Shots:
         """The few-shot images; each class uses the list for its own number of shots.
 
-        Without a list they are drawn at random, from different patients if enough are known (not on the paper's data
-        sets). If the data set has masks, abnormal shots are drawn from the images with a mask.
+        Without a list they are drawn at random, from different patients if enough are known, except in the paper's
+        data sets. If the data set has masks, abnormal shots are drawn from the images with a mask.
 
         Raises:
-            InputError: a list names other images or too few, there are too few images, or a shot has no mask.
+            InputError: a list names other images, too few or none, there are too few images, or a shot has no mask.
         """
         draw = random.Random(seed if seed >= 0 else str(seed))  # Random(-5) equals Random(5)
         groups: list[list[Sample]] = [[], []]
@@ -318,7 +318,7 @@ class MedicalDataset:
         return Shots(groups[1], groups[0], ", ".join(dict.fromkeys(sources)))
 
     def known_shots(self, label: int) -> dict[str, Sample]:
-        """The images of a class in valid, by their names in few-shot lists."""
+        """The images of a class in valid, by their names in few-shot lists; raises `InputError` if there are none."""
         images = (image for file in self.image_files("valid", label) for image in self.images_in(file))
         return {image.listed: image for image in images}
 
@@ -342,7 +342,7 @@ class MedicalDataset:
     ) -> tuple[list[str], str] | None:
         """The names on the list for `count` shots, and the list's name; None if there is no list for these images.
 
-        Shots that the list of images marks take precedence.
+        Shots that the list of images marks take precedence. If `iterate` is negative, no list is used.
         """
         if iterate < 0:
             return None

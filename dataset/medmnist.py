@@ -44,7 +44,7 @@ one is abnormal.
 def convert(archive: Path, name: str, folder: Path, most_valid: int, seed: int) -> Writer:
     """Write images, shot lists, NAME.json and LICENSE.txt into the empty `folder`.
 
-    At most `most_valid` images per class (0: all) are drawn for valid/. Raises `InputError` for a damaged archive.
+    At most `most_valid` images per class (0: all) are drawn for valid/. A damaged or wrong archive raises `InputError`.
     """
     source, rng, writer = SOURCES[name], random.Random(seed), Writer(folder)
     with blame(f"--npz {archive}", errors=(*EXPECTED, BadZipFile)), np.load(archive) as arrays:

@@ -27,7 +27,7 @@ def describe(dataset: MedicalDataset) -> list[str]:
 
 
 def benchmark_note(dataset: MedicalDataset) -> str | None:
-    """Whether a data set with a name of the paper's six has their number of images, too; None for other names."""
+    """Whether a data set named like one of the paper's six has its number of images; None for others and phantoms."""
     if dataset.obj not in BENCHMARKS or dataset.is_made_up:
         return None
     if dataset.is_benchmark:
@@ -73,7 +73,7 @@ def _place(file: Sample) -> str:
     if home == file.path.parent:
         return "beside the images"
     named = [part for part in home.parts if is_mask_folder(part)]
-    return f"in folders called {named[-1]}" if named else "in other folders"  # a patient's name, perhaps
+    return f"in folders called {named[-1]}" if named else "in other folders"  # not named: it may be a patient's name
 
 
 def normal_note(dataset: MedicalDataset) -> str | None:

@@ -1,8 +1,8 @@
 """Which files of a folder are masks, and which mask belongs to which image.
 
-A file is a mask if it is in a folder of `MASK_FOLDERS`, or if its name ends with such a word: `X_mask.png`,
-`X-mask.png`, `X_mask_1.png`, `X_seg.nii.gz`. A mask belongs to an image if its name without such a word is the image's
-name, and if its folders, except those of `MASK_FOLDERS`, occur among the image's folders in the same order:
+A file is a mask if it is in a mask folder (of `MASK_FOLDERS`, or `lung_masks`), or if its name ends with such a word:
+`X_mask.png`, `X-mask.png`, `X_mask_1.png`, `X_seg.nii.gz`. A mask belongs to an image if its name without such a word
+is the image's name, and if its folders, except mask folders, occur among the image's folders in the same order:
 
     benign/X_mask.png                        benign/X.png
     test/Ungood/anomaly_mask/X.png           test/Ungood/img/X.png
@@ -102,6 +102,6 @@ def named_masks(paths: Sequence[Path]) -> tuple[set[Path], set[Path]]:
 
 
 def _folders(root: Path, path: Path) -> tuple[str, ...]:
-    """The folders from `root` to a file, in one form, without those of masks."""
+    """The folders from `root` to a file, lower case and NFC, without those of masks."""
     parts = PurePosixPath(one_form(path.relative_to(root).as_posix()).lower()).parts[:-1]
     return tuple(part for part in parts if not is_mask_folder(part))

@@ -55,7 +55,7 @@ class Writer:
         self.names[split, label].append(file)
 
     def write_lists(self, normal: Sequence[str], abnormal: Sequence[str]) -> None:
-        """Write a few-shot list for each number in `SHOTS` that both classes reach; each list extends the last."""
+        """Write a few-shot list for each number in `SHOTS` that both classes reach, each extending the previous one."""
         lists = self.root / "fewshot_seed"
         lists.mkdir(exist_ok=True)
         for shot in (shot for shot in SHOTS if shot <= min(len(normal), len(abnormal))):

@@ -1,1 +1,1 @@
-"""The project's documentation; `python -m docs.generate` writes the pages that follow from the code."""
+"""The project's documentation; `python -m docs.generate` writes docs/flags.md from the code."""

@@ -24,10 +24,10 @@ Ends = tuple[float, float]
 Size = tuple[int, int]  # width and height
 Notes = dict[str, str]  # kind of note -> note for the user on this picture
 Window = Ends | str | None  # see `ReadOptions`
-PLANES = ("sagittal", "coronal", "axial")  # across the axes x, y, z
+PLANES = ("sagittal", "coronal", "axial")  # perpendicular to the axes x, y, z
 ROBUST = (0.5, 99.5)  # the percentiles of `--window auto`
-SAMPLED = 2**20  # values that percentiles are taken from
-MAX_SIDE = 16_384  # pixels of a resampled slice
+SAMPLED = 2**20  # number of values from which percentiles are computed
+MAX_SIDE = 16_384  # longest side of a resampled slice, in pixels
 # What Pillow, pydicom and nibabel raise for damaged files, including what `utils.blame` expects.
 DAMAGE = (*EXPECTED, AttributeError, RuntimeError, SyntaxError, TypeError, struct.error, zlib.error)
 
@@ -102,10 +102,10 @@ class Picture:
     """An image that was read, with its metadata."""
 
     image: Image.Image  # 8-bit RGB at its own size, with square pixels
-    sha256: str  # of the decoded bytes (of scans: the pixels), with index and options if they are not the defaults
+    sha256: str  # of the file's bytes, with index and options unless these are the defaults; of scans: of `image`
     mode: str  # Pillow's, as stored: L, RGB, I;16, ...; or DICOM, NIfTI
     stored: Size  # before the pixels were made square
-    orientation: int = 1  # 1 is upright; ignored
+    orientation: int = 1  # of the tag, 1 = upright; never applied
     notes: Notes = field(default_factory=dict)  # `wide`, `dark`, `window`, `pixels`, ... -> note for the user
 
     @property
@@ -178,7 +178,7 @@ def apply_window(values: Array, center: float, width: float, function: str = "LI
     values = values.astype(np.float64)
     if function == "SIGMOID":
         return np.nan_to_num(1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700))))
-    if function == "LINEAR" and width >= 1:  # narrower ones, which DICOM forbids, are meant as LINEAR_EXACT
+    if function == "LINEAR" and width >= 1:  # DICOM forbids less: treated as LINEAR_EXACT
         center, width = center - 0.5, max(width - 1, 1e-6)
     return np.nan_to_num(np.clip((values - center) / width + 0.5, 0, 1))
 

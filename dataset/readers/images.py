@@ -84,10 +84,7 @@ class Pictures:
     """The reader of Pillow's formats; `Volume` has the same methods for scans."""
 
     def describe(self, path: Path, _plane: str) -> Sequence[Slice]:
-        """An empty `Slice` for each image in the file, as these formats have no metadata that is used.
-
-        Previews that cameras embed in a JPEG do not count.
-        """
+        """An empty `Slice` (no metadata is used) for each image in the file, except previews embedded in a JPEG."""
         count = 1
         if path.suffix.lower() not in (".jpg", ".jpeg", ".jfif", ".bmp"):
             with _opened(Frame(path)) as image:
@@ -109,7 +106,10 @@ class Pictures:
         return replace(picture, image=image, notes=notes, sha256=digest)
 
     def read_mask(self, path: Path, of: Frame, count: int) -> MaskFile:
-        """Read a mask's grey levels: the luminance of colours, or the alpha channel if only that varies."""
+        """Read a mask's grey levels: the luminance of colours, or the alpha channel if only that varies.
+
+        Raises `InputError` if the number of pictures in the mask's file is not `count`, that of its image's file.
+        """
         pages = len(self.describe(path, ""))
         if pages != count:
             raise InputError(f"{path}: {pages} pictures, but its image's file has {count}")
@@ -225,7 +225,7 @@ def reader_of(path: Path) -> Reader:
 
 
 def file_kind(path: Path) -> str | None:
-    """`pillow`, `nifti`, `dicom` or None, by the extension; if it is missing or unknown, by the first bytes."""
+    """`pillow`, `nifti`, `dicom` or None, by extension, else by the first bytes (pictures only without extension)."""
     for kind, endings in ENDINGS.items():
         if path.name.lower().endswith(endings):
             return kind
@@ -250,8 +250,8 @@ def stem(path: Path) -> str:
 def list_files(inputs: Iterable[Path]) -> Iterator[tuple[Path, str]]:
     """Yield the files to read, each with its path below the input that it came from.
 
-    Folders are walked in sorted order; hidden files and unsupported formats are skipped. Inputs that are not folders,
-    and folders that cannot be read, are passed on as they are, for `check_file` to refuse.
+    Folders are walked in sorted order; hidden files and unsupported formats are skipped. Inputs that are not folders
+    are passed on unchecked, and so are folders that cannot be read, which `check_file` refuses.
     """
     for given in inputs:
         if not given.is_dir():
@@ -355,7 +355,7 @@ def _pages(data: bytes, path: Path) -> Range:
 
 
 def _own_window(values: Array, frame: Frame) -> tuple[Callable[[Array], Array], Notes]:
-    """The default window for values wider than 8 bits, the whole range of 8 or 16 bits, with notes."""
+    """The default window for wide values, the range of 8 or 16 bits, with notes; raises `InputError` if none fits."""
     low, high = values.min(), values.max()
     is_float = values.dtype.kind == "f"  # may mean [0, 1], which the published program would read as black
     is_whole = not is_float or bool(high > 1 and (values == values.round()).all())
@@ -391,7 +391,7 @@ def pillow_to_rgb(
 
 
 def picture_notes(image: Image.Image) -> Notes:
-    """Notes on an unusual 8-bit picture: `binary` (no greys), `constant` (nearly one), `clipped` (white or black)."""
+    """A note on an unusual 8-bit picture: `binary` (only black and white), nearly `constant`, or largely `clipped`."""
     counts = np.asarray(image.convert("L").histogram())
     if np.flatnonzero(counts).tolist() == [0, 255]:
         return {"binary": "all pixels are black or white"}

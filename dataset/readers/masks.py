@@ -1,8 +1,8 @@
 """Masks: which pixels of an image are abnormal.
 
-A mask's levels are its grey levels, the indices of a colour palette, or the labels of a volume. Abnormal are grey
-levels above `mask_above` and all labels except 0, or, if set, only the levels in `ReadOptions.mask_labels`. The paper's
-own data are read as published: by luminance, and resized if the sizes differ.
+A mask's levels are its grey levels, the indices of a colour palette, or the labels of a volume. Grey levels above
+`mask_above` and all indices and labels except 0 are abnormal or, if `ReadOptions.mask_labels` is set, only the levels
+in it. The paper's own data are read as published: by luminance, and resized if the sizes differ.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ def read_mask(sample: Sample) -> Mask | None:
     """The mask of an image, None if it has none.
 
     The orientation tag is ignored, as everywhere (note `orientation`). Colours become luminance; if that is constant
-    and the alpha channel is not, the mask is the alpha channel (note `alpha`). The slice of a volume is the one with
-    the image's number. `window` applies to images only, never to masks.
+    and the alpha channel is not, the mask is the alpha channel (note `alpha`). A slice's mask is the mask file's slice
+    of the same number. `window` applies to images only, never to masks.
 
     Raises:
-        InputError: a file cannot be read, or several masks of the image differ in size.
+        InputError: a file cannot be read or does not fit the image's file, or several masks of it differ in size.
     """
     mask: Mask | None = None
     labels = sample.options.mask_labels
@@ -139,7 +139,7 @@ def check_mask(sample: Sample, above: int = ABNORMAL_ABOVE) -> list[str]:
     A test mask with labels 0 and 1 counts as empty, as published; `dataset.check` reports it.
 
     Raises:
-        InputError: the mask is not empty, but marks nothing as abnormal: it has labels 0 and 1 instead of 0 and 255.
+        InputError: the mask is not empty, but marks nothing as abnormal, such as one with 0 and 1 instead of 0 and 255.
     """
     mask = read_mask(sample)
     notes = {} if mask is None else mask_notes(mask, above)

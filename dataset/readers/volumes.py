@@ -28,7 +28,7 @@ NO_PICTURE = ("RTDOSE", "RTSTRUCT", "RTPLAN", "RTRECORD", "SEG", "SR", "PR", "KO
 ELEMENTS = ("Rows", "Columns", "BitsAllocated", "BitsStored", "PhotometricInterpretation")  # every image has these
 SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio")  # each: row height, column width
 DECODERS = "other decoders: pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
-SAMPLED_FRAMES = 64  # frames of a file from which its range is measured
+SAMPLED_FRAMES = 64  # at most, to measure the range of a file
 EDGES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}
 MAX_VOXELS = 2**31
 SAME_PLACE = 0.1  # voxels by which the corners of a mask and its volume may differ
@@ -162,7 +162,10 @@ def slices_of(values: Array, plane: str) -> list[Array]:
 
 @lru_cache(maxsize=3)
 def _resampled_onto(mask: Nifti, image: Nifti) -> Sequence[Array]:
-    """A mask's slices on its image's grid: unchanged if shape and position agree, else resampled with a warning."""
+    """A mask's slices on its image's grid: unchanged if shape and position agree, else resampled with a warning.
+
+    Raises `InputError` if the headers do not relate the two, or nothing that the mask marks is in the image.
+    """
     there, here, path = mask.grid, image.grid, mask.path
     apart = np.abs(there.affine - here.affine) @ [*there.shape[:3], 1]
     if there.shape == here.shape and apart.max() < SAME_PLACE * min(there.header.get_zooms()[:3]):
@@ -269,7 +272,7 @@ def _spacing(header: Header, index: int) -> tuple[float, float]:
 
 
 def _window(header: Header, index: int) -> Callable[[Array], Array] | None:
-    """A frame's default window: the header's first window or LUT; the whole range for colours and up to 8 bits."""
+    """A frame's window: the whole range (colours), the header's first window or LUT, the range (8 bits), or None."""
     display, bits = frame_values(header, index, "FrameVOILUTSequence"), int(header.BitsStored)
     center, width = numbers(display, "WindowCenter"), numbers(display, "WindowWidth")
     if int(header.get("SamplesPerPixel", 1)) > 1:
@@ -289,7 +292,7 @@ def _window(header: Header, index: int) -> Callable[[Array], Array] | None:
 
 
 def _table(header: Header, item: Header) -> Callable[[Array], Array]:
-    """A look-up table: values -> its entries, the first and the last one beyond its ends."""
+    """A look-up table: values -> its entries; values beyond its ends get the first or the last entry."""
     (count, first, _), data = item.LUTDescriptor, item.LUTData
     if isinstance(data, bytes):  # entries of 8 bits may be packed
         order, count = "><"[header.original_encoding[1]], count or 2**16
@@ -331,7 +334,7 @@ def _series_uid(path: Path, _time: int) -> str:
 
 @lru_cache(maxsize=256)
 def _common_range(files: tuple[Path, ...], of: str, _version: int | str) -> Range | None:
-    """The range of all pictures in the files; pixels of several files are subsampled, damaged files are skipped."""
+    """The range of the files' grey pictures, None without any; several files are subsampled, damaged ones skipped."""
     parts = []
     for path in files:
         with suppress(InputError):

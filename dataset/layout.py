@@ -40,14 +40,14 @@ class Layout:
 
     prompt_name: str
     pixel_metrics: bool | None = None  # whether masks are used; None: if there are any
-    valid_share: float = 0.3
+    valid_share: float = 0.3  # of shared folders: the share of patients (or else of images) in valid
     normal: tuple[str, ...] = ()  # labels in a list that mean normal; any other word then means abnormal
     patient: str | None = None  # a regular expression; None: the rules of dataset/patients.py
     mask_above: int = ABNORMAL_ABOVE
     mask_labels: tuple[int, ...] = ()  # abnormal levels of a mask, instead of grey levels above `mask_above`
     unmarked: str | None = None  # how abnormal images with empty masks count; None: abnormal for a benchmark, else out
-    window: tuple[float, float] | str | None = None
-    plane: str = "axial"
+    window: tuple[float, float] | str | None = None  # see `ReadOptions`
+    plane: str = "axial"  # of NIfTI volumes
 
 
 def add_reading_flags(group: Any) -> None:  # noqa: ANN401 - a parser or a group, whose type is private in argparse

@@ -32,10 +32,10 @@ class Style(NamedTuple):
     body: tuple[float, float]  # half axes of the ellipse, across and down
     grain: int  # independent values of the texture along a side
     lesions: tuple[int, int]  # number of lesions in an abnormal image: lower bound, upper bound (exclusive)
-    radius: tuple[float, float]
+    radius: tuple[float, float]  # of a lesion
     tone: int  # 1: lesions are brighter than the tissue; -1: darker
     has_masks: bool
-    colour: tuple[float, float, float] | None = None
+    colour: tuple[float, float, float] | None = None  # tint (RGB; 0.5 is neutral); None: grey
 
 
 STYLES = {

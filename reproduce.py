@@ -221,7 +221,7 @@ def our_rows(grid: Grid, cells: Sequence[Cell]) -> list[tuple[dict[str, str], st
 def mean_over_seeds(
     grid: Grid, cells: Sequence[Cell], obj: str, key: str, metric: str, failed: dict[Cell, str]
 ) -> Statistic | str | None:
-    """A metric over cells that differ only in seed, or the reason why there is none."""
+    """A metric over cells that differ only in seed, or the reason why there is none; None if the data set lacks it."""
     done = [values for cell in cells if (values := grid.figures(cell, obj, key)) is not None]
     if not done:
         return "failed" if any(cell in failed for cell in cells) else "to do"

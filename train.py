@@ -90,7 +90,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def build(options: argparse.Namespace) -> Setup:
-    """Build data, towers and detector from the flags; the image tower is loaded only if tokens are missing."""
+    """Build data, towers, detector and run folder from the flags; the image tower is loaded only if it is needed."""
     set_seed(options.seed)
     check_outputs(options)
     splits = Splits.open(options)
@@ -175,7 +175,7 @@ def finish(setup: Setup, tracker: Tracker, evaluation: Evaluation | None) -> dic
     best = measure(evaluation, masks, True, (threshold or {}).get("pixel_value"), patients)
     last = last or best
     counts = {"n_normal": int((evaluation.labels == 0).sum()), "n_abnormal": int(evaluation.labels.sum())}
-    select = options.select if state.best_epoch else "last"  # also where --eval_every names no epoch
+    select = options.select if state.best_epoch else "last"  # also if no epoch was due (--eval_every)
     setup.metadata |= {"threshold": threshold, "figures": {**best.values, **counts}, "select": select}
     save_best(setup)
     selected = f"epoch {state.selected_epoch} of {state.epoch}, {SELECTS[select]} (--select {options.select})"

@@ -204,7 +204,7 @@ def work(name: str, options: argparse.Namespace, answers: Connection) -> None:
 
 
 def attempt(name: str, options: argparse.Namespace, seconds: float | None) -> dict[str, Any]:
-    """Run a part, for at most `seconds`; returns its row of the table."""
+    """Run a part, for at most `seconds` (None: no limit); returns its row of the table."""
     start, context = time.perf_counter(), multiprocessing.get_context("fork")  # this process never uses the GPU
     answers, sender = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(name, options, sender))

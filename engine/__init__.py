@@ -1,4 +1,4 @@
-"""Code shared by the scripts; `from engine import load` opens a checkpoint for prediction (see engine.predictor)."""
+"""Code shared by the scripts. `engine.load` opens a checkpoint for prediction (see engine.predictor)."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -28,9 +28,9 @@ from .files.config import new_settings
 from .metrics import measure
 from .training import Splits, TrainingSet
 
-BATCH = 32  # test images at a time
+BATCH = 32  # images at a time
 MAX_BANK = 10_000  # patches in a memory bank; a larger bank is subsampled, as in PatchCore
-MAX_PATCHES = 20_000  # patches that the logistic regression is fitted to
+MAX_PATCHES = 20_000  # maximum number of patches that the logistic regression is fitted to
 SKETCH = 128  # width of the random projection in which the bank is subsampled, as in PatchCore
 NAMES = ("zero-shot CLIP", "nearest normal patch", "class prototypes", "logistic regression")
 Scores = Callable[[list[Tensor]], Tensor]
@@ -92,7 +92,7 @@ def neighbourhoods(tokens: Tensor) -> Tensor:
 
 
 def coreset(bank: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Indices of at most `size` rows of (P, C) that lie far apart: each is the farthest from those before it."""
+    """Indices of at most `size` rows of (P, C), far apart: a random one, then always the farthest from those chosen."""
     if len(bank) <= size:
         return torch.arange(len(bank), device=bank.device)
     projection = torch.randn(bank.shape[1], SKETCH, generator=generator) / SKETCH**0.5
@@ -124,8 +124,8 @@ def prototypes(training: Training) -> Scores:
 def logistic_regression(training: Training) -> Scores:
     """Logits of scikit-learn's logistic regression, for patches if the shots have masks, else for images (mean token).
 
-    It has the default settings but `max_iter`, and reads all layers, concatenated, each of norm 1, then standardised.
-    Patches are sampled, equally many of each class, at most MAX_PATCHES. `ValueError` if all shots are of one class.
+    Settings are the defaults, except `max_iter`. Features are the tokens of all layers, normalised, concatenated and
+    standardised. At most MAX_PATCHES are sampled, equally many per class. `ValueError` if a class is missing.
     """
 
     def features(layers: list[Tensor]) -> Tensor:
@@ -154,7 +154,7 @@ def fit(
     text_features: Tensor,
     names: Sequence[str] = NAMES,
 ) -> Iterator[tuple[str, Scores]]:
-    """Fit the baselines in `names`; yields the name of each, and the function that scores tokens.
+    """Fit the baselines in `names`; yields the name of each and its function, which scores tokens.
 
     `zero_shot` is skipped without `project`, and the logistic regression if the shots show only one class.
     """

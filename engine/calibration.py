@@ -45,8 +45,7 @@ def calibrate(evaluation: Evaluation, masks: Masks | None, rule: str, source: st
     """Choose a threshold for images and one for pixels, and the range of the colour scale.
 
     Args:
-        evaluation: scores of the selected epoch, for images of `calibration_samples` or the shots' augmented views; in
-            the latter case each shot appears as several samples.
+        evaluation: scores of labelled images, or of the shots' augmented views (several samples per shot).
         masks: of the same images or views; None on image-only data sets.
         rule: `f1`, `fpr=RATE` or `tpr=RATE`, for images and pixels alike.
         source: which images these are, in words, such as one of *_SOURCE.
@@ -92,7 +91,7 @@ def describe_threshold(threshold: dict[str, Any] | None) -> str:
 
 
 def select_threshold(labels: np.ndarray, scores: np.ndarray, rule: str) -> float:
-    """The threshold by the rule for labels, scores (M,); halfway to the next lower score, so that rounding is safe."""
+    """The threshold by the rule for labels, scores (M,), halfway to the next lower score against rounding errors."""
     values, place = np.unique(-scores, return_inverse=True)  # candidates, highest first
     true, false = (np.bincount(place[labels == label], minlength=len(values)).cumsum() for label in (1, 0))
     best = choose_threshold(true, false, false[-1], rule)

@@ -37,7 +37,7 @@ def show(path: str) -> None:
 
 
 def export_file(path: str, out: str, weights_file: str | None) -> None:
-    """Write a checkpoint of this project in the published format."""
+    """Write a checkpoint of this project in the published format, and print notes; `InputError` with a DINOv2 tower."""
     if Path(out).exists() and Path(out).samefile(path):
         raise InputError(f"{out}: is the checkpoint itself, whose settings the published format cannot hold")
     probe_writable(out, "OUT", "checkpoint", read_file)

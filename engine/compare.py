@@ -20,7 +20,7 @@ from .metrics import CONFIDENCE_LEVEL, Z_95, interval_of, placements
 from .study.tables import Statistic, Table
 
 DISAGREEMENTS = 5  # number of images to list
-MAX_SETTING = 60  # characters; if a setting's value is longer, the note only names the setting
+MAX_SETTING = 60  # characters; if a setting's value has as many or more, the note only names the setting
 RUN_SETTINGS = ("seed", "select", "shots")  # entries of a result that shaped the run, besides its settings
 Result = dict[str, Any]  # the result of a run or a test, with the entries that `read` adds
 Estimate = tuple[float, Sequence[float]]  # a value and its interval, as fractions
@@ -42,10 +42,10 @@ def read(path: Path) -> Result:
 
 
 def auc_difference(labels: np.ndarray, one: np.ndarray, other: np.ndarray) -> Estimate:
-    """AUROC of `other` minus that of `one`, scores (M,) of the same images, with DeLong's (1988) paired interval."""
+    """AUROC of `other` minus `one`, scores (M,), and DeLong's (1988) paired interval; () if a class has one image."""
     parts = [after - before for before, after in zip(placements(labels, one), placements(labels, other), strict=True)]
     difference = float(parts[0].mean())
-    if min(map(len, parts)) == 1:  # of which no variance is known
+    if min(map(len, parts)) == 1:  # the variance of one value is unknown
         return difference, ()
     error = sum(float(part.var(ddof=1)) / len(part) for part in parts) ** 0.5
     return difference, (difference - Z_95 * error, difference + Z_95 * error)
@@ -65,7 +65,7 @@ def rate(hits: np.ndarray) -> Estimate:
 
 
 def figures(first: Result, result: Result) -> Iterator[tuple[str, Estimate | None]]:
-    """The rows of the comparison for one result: names and values."""
+    """Yields the rows of the comparison for one result: name, and value or None if it was not measured."""
     kinds = [name for name in result if name.startswith("auc_of_") and not name.endswith("_ci95")]
     for name in ("auc", "pauc", *kinds):
         words = {"auc": "image AUC", "pauc": "pixel AUC"}.get(name, f"image AUC of {name[7:]}")

@@ -26,7 +26,7 @@ class Detector(nn.Module):
 
     Args:
         clip: the frozen towers; not registered, so they are neither trained nor saved.
-        settings: kinds and sizes.
+        settings: of the checkpoint.
         seed: for the initial adapters and contexts; each has its own generator, so that changing the kind of one leaves
             the other as it is.
     """

@@ -26,7 +26,7 @@ TIMEOUT = timedelta(minutes=30)  # to wait for the slowest process; one that die
 
 
 def start() -> None:
-    """Join the process group if torchrun started this process. Ranks above 0 print nothing but errors."""
+    """Join the process group if torchrun started this process. Ranks above 0 then print nothing on stdout."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         return
     if torch.cuda.is_available():
@@ -104,7 +104,7 @@ def _blame_peers() -> Iterator[None]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device named by --device; `auto` is CUDA if available. `InputError` if the device does not exist."""
+    """The device named by --device; `auto` is CUDA if available. `InputError` if it is invalid or does not exist."""
     if name == "auto":
         return torch.device("cuda", own_gpu()) if torch.cuda.is_available() else torch.device("cpu")
     if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", name, re.ASCII):

@@ -34,7 +34,7 @@ class Evaluation:
         patch_scores: (M, K, N) float32, abnormal minus normal branch, each a difference of cosines: in [-4, 4].
         head: `seg` (images are scored by the highest pixel of their map) or `det` (by their patches, see dec_type).
         img_size: S, pixels a side of the maps.
-        dec_type: how the patches of the `det` head are summarised.
+        dec_type: how the patches of the `det` head are summarised: mean, max or both.
     """
 
     samples: Sequence[Sample]
@@ -55,7 +55,7 @@ class Evaluation:
 
     @cached_property
     def image_scores(self) -> np.ndarray:
-        """(M,) float64 in [0, K], as published: the highest pixel with masks, the detection heads' patches without."""
+        """(M,) float64 in [0, K], as published: highest pixel of the map (`seg`), or summary of the patches (`det`)."""
         batches = self.patch_scores.split(MAP_BATCH)
         if self.head == "seg":
             scores = [anomaly_map(batch, self.img_size).flatten(1).amax(dim=1) for batch in batches]
@@ -153,7 +153,7 @@ def evaluate(
         text_features: (D, 2), if the caller has computed them already.
 
     Raises:
-        InputError: a score is NaN or infinite; the message names the image.
+        InputError: a score is NaN or infinite (the message names the image), or token files are gone.
     """
     settings = detector.settings
     text = detector.prompts() if text_features is None else text_features  # float32, as published

@@ -26,7 +26,7 @@ from .metrics import METRICS
 from .predictor import Predictor, load
 
 OPSET = 18
-LARGEST = 1536 * 2**20  # bytes of weights in one file; PyTorch puts more into a second file
+LARGEST = 1536 * 2**20  # maximum bytes of weights in one file; PyTorch would put more into a second file
 TOLERANCE = 1e-4  # largest accepted difference of float32 scores and maps from PyTorch's
 LICENCE = "weights: see their publishers (OpenAI's CLIP: MIT; DINOv2: Apache-2.0); training data: see its source"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -37,7 +37,7 @@ def export(model: Predictor, out: str | Path, precision: str = "fp32") -> None:
     """Write a model on the CPU as an ONNX file; the metadata are strings: numbers, and settings and origin as JSON.
 
     Raises:
-        InputError: a package is missing, MViTFC as published, the file exceeds 1.5 GiB, or it cannot be written.
+        InputError: a package is missing, adapters are MViTFC as published, the file exceeds 1.5 GiB or is not writable.
     """
     if model.network.adapters.mixes_images:
         raise InputError("MViTFC as published attends across the images of a batch, so no image has a score of its own")

@@ -1,8 +1,8 @@
 """The token store: the frozen tower processes each image once; tokens are kept on the GPU, in memory or in files.
 
-There is one file per image and layer, <cache_dir>/<what shaped them>/<layer>/<image>.tokens, with raw numbers and their
-CRC-32. Files are written atomically and named after their content, so any number of processes may read and write at
-once, also on a network file system. They are read directly into the batch and checked at every use.
+There is one file per image and layer, <cache_dir>/<settings>/<layer>/<2 digits>/<image>.tokens: raw numbers, CRC-32;
+<settings> and <image> are hashes. Files are written atomically and named after their content, so any number of
+processes may read and write at once, also on a network file system. Reads go directly into the batch and are checked.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .files.config import Settings
 
 Out = TypeVar("Out")
 GPU_SHARE = 0.6  # fraction of the GPU's free memory for tokens: training steps and evaluation need the rest
-RAM_SHARE = 0.5
+RAM_SHARE = 0.5  # fraction of the free memory for tokens
 # The number of images that pass through the tower, or are scored, together: always exactly that many (see `filled`).
 # 8 images keep a CPU busy; a GPU needs more: 64 images are 18,560 tokens for ViT-L-14 at 240 px.
 CPU_CHUNK, CUDA_CHUNK = 8, 64
@@ -60,7 +60,7 @@ def filled(x: Tensor, size: int) -> Tensor:
     """Pad a tensor (B, ...) to `size` rows by repeating its last row.
 
     The number of rows decides which matrix kernel runs, and so the last bits of its products. If every call has the
-    same shape, no result depends on what else is computed in the same call (DESIGN: rules of the arithmetic).
+    same shape, no result depends on what else is computed in the same call.
     """
     return torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])]) if len(x) < size else x
 
@@ -146,7 +146,7 @@ class TokenStore:
             own: batches of images that only this process needs: its share of the evaluations.
 
         Raises:
-            InputError: a file cannot be read, or the folder cannot be used.
+            InputError: an image cannot be read, the folder cannot be used, or `cache` is `gpu` without a GPU.
         """
         self._common = self._add(common)
         self._own = [rows for batch in own for rows in self._add(batch)]
@@ -179,7 +179,7 @@ class TokenStore:
         )
 
     def load_clip(self) -> CLIP:
-        """Load the frozen towers, after `plan`; without the image tower if no tokens are missing."""
+        """Load the frozen towers, after `plan`; the image tower only if tokens are missing, or with `off`."""
         settings, vision = self.settings, bool(self.missing) or self.cache == "off"
         return create_model(
             self.weights, img_size=settings.img_size, fidelity=settings.fidelity, device=self.device, vision=vision
@@ -222,6 +222,7 @@ class TokenStore:
         """Tokens of B items: K tensors (B, T, C) in ascending order of layer, on the tower's device.
 
         They are float32, or of the autocast type if they are kept in it: mixed precision would cast them to it anyway.
+        Raises an `InputError` if token files are gone or damaged.
         """
         if self.cache == "off":
             layers = self._tokens(self._images(rows.tolist())).unbind(1)
@@ -253,7 +254,7 @@ class TokenStore:
         return action()
 
     def leave_gpu(self) -> None:
-        """Move the tokens to memory and print a note, if they are kept on the GPU."""
+        """If the tokens are kept on the GPU, move them to memory and print a note."""
         if self.cache != "gpu" or self._resident is None:
             return
         print("tokens: moved from the GPU to memory, as it has no room for the work beside them", flush=True)
@@ -281,7 +282,7 @@ class TokenStore:
         return [rows[start : start + self.chunk] for start in range(0, len(rows), self.chunk)]
 
     def _tokens(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) on the CPU -> (B, K, T, C) on the tower's device, chunk by chunk."""
+        """Images (B, 3, S, S) on the CPU -> tokens (B, K, T, C) on the tower's device, chunk by chunk."""
         tokens = [self._chunk_tokens(filled(part, self.chunk))[: len(part)] for part in images.split(self.chunk)]
         return torch.cat(tokens)
 
@@ -363,9 +364,9 @@ class TokenStore:
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process may still use: what the machine and the control groups (version 2, as of Slurm) allow.
+    """Bytes that this process may still use, as the machine and its control groups (version 2, e.g. Slurm's) allow.
 
-    `root` is the folder of /proc and /sys, which tests replace.
+    Half of all memory if this is not Linux. `root` is the folder of /proc and /sys, which tests replace.
     """
     with contextlib.suppress(OSError):
         lines = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
@@ -381,9 +382,9 @@ def free_memory(root: Path = Path("/")) -> int:
 
 
 def choose_cache(cache: str, need: int, folder: Path, device: torch.device) -> str:
-    """Where tokens are kept: `auto` tries the GPU, memory and files, in this order. `InputError` for `gpu` without one.
+    """Where to keep `need` bytes of tokens: `auto` means the GPU, memory, files or `off`, the first that has room.
 
-    The limits are 60% of the GPU's free memory, half of the free memory, and the free disk; without room, it is `off`.
+    Limits: 60% of the GPU's free memory, half of the machine's, the free disk. `InputError` for `gpu` if none is used.
     """
     if cache == "gpu" and device.type != "cuda":
         raise InputError("--cache gpu: no CUDA device is used; choose ram, disk or auto")

@@ -54,7 +54,7 @@ def write_volume(out: Path, slices: Slices, model: Predictor, anonymous: bool) -
 def write_nifti(path: Path, slices: Slices, heat_range: Sequence[float]) -> None:
     """Write a NIfTI file with the volume's shape, affine and zooms, which viewers can overlay on the scan.
 
-    Values are stored as int16 with the header's slope; they lie in [0, K], K layers.
+    Values are stored as int16 with the header's slope; they lie in [0, K], K layers, and are 0 in unreadable slices.
     """
     source, plane = slices[0][0].path, slices[0][0].options.plane
     nibabel, orientations = optional("nibabel", source), optional("nibabel.orientations", source)
@@ -82,7 +82,7 @@ def write_nifti(path: Path, slices: Slices, heat_range: Sequence[float]) -> None
 def write_dicom(folder: Path, slices: Slices, model: Predictor, anonymous: bool) -> Iterator[str]:
     """Write secondary captures with new UIDs, in the same study and frame of reference; yields their file names.
 
-    Values are unsigned 16 bits with a rescale slope. Rescaled, they are thousandths of a score, in [0, 1000 layers],
+    Values are unsigned 16 bits with a rescale slope. Rescaled, they are thousandths of a score, in [0, 1000 K],
     because the width of a linear window in DICOM is at least 1.
     """
     pydicom = optional("pydicom", folder)
@@ -108,7 +108,7 @@ def write_dicom(folder: Path, slices: Slices, model: Predictor, anonymous: bool)
 
 
 def copied_header(pydicom: Any, source: Any, index: int, anonymous: bool) -> Any:  # noqa: ANN401 - pydicom's
-    """A header with the patient, study and position of one frame of the source."""
+    """A header with the patient, study and position of one frame of the source; `anonymous` as in `write_volume`."""
     result = pydicom.Dataset()
     for name in IDENTIFYING:  # DICOM wants these present, even if empty
         setattr(result, name, "")

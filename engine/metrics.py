@@ -71,7 +71,8 @@ class Metrics:
     """The result of `measure`.
 
     Attributes:
-        values: by the keys of METRICS, in their order; intervals are [low, high].
+        values: by the keys of METRICS, in their order, then those of `measure_without`, `patient_metrics` and
+            `kind_metrics`; intervals are [low, high].
         curves: (2, points) each: `roc` (false, true positive rate) and `pr` (recall, precision) of the pixels,
             `image_roc` and `image_pr` of the images.
         pauc_draws: the pixel AUROC in each draw of the bootstrap; for the same images and seed, all evaluations draw
@@ -142,7 +143,7 @@ def measure(
         evaluation: scores of M images.
         masks: their masks; None on image-only data sets. The maps of detection heads are never measured.
         full: also measure AUPRO, Dice, intervals over images, metrics over patients and by kind, and curves.
-        pixel_threshold: for Dice: abnormal is score >= threshold.
+        pixel_threshold: for Dice: abnormal is score >= threshold; without it, there is no Dice.
         without: patients of the shots, for the metrics without their images; None (unknown) skips these metrics.
 
     Raises:
@@ -181,7 +182,8 @@ def measure_without(evaluation: Evaluation, masks: Masks | None, patients: set[s
 
     Returns:
         `auc_without_shot_patients` and `pauc_without_shot_patients`, None if a class is empty (pAUC also without
-        masks); `n_normal_...` and `n_abnormal_...`, the images that remain. Images without a known patient remain.
+        masks); `n_normal_...` and `n_abnormal_...`, the images that remain. Images without a known patient remain, but
+        the result is empty if no patient is known.
     """
     if all(sample.patient is None for sample in evaluation.samples):
         return {}
@@ -230,7 +232,7 @@ def image_metrics(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
 
 
 def image_curves(labels: np.ndarray, scores: np.ndarray, points: int = CURVE_POINTS) -> dict[str, np.ndarray]:
-    """`image_roc` and `image_pr` for labels, scores (M,): (2, points) each, like the curves of `PixelCounts`."""
+    """`image_roc` and `image_pr` for labels, scores (M,): (2, at most `points`) each, like those of `PixelCounts`."""
     fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
     precision, recall, _ = (values[::-1] for values in precision_recall_curve(labels, scores))
     return {"image_roc": _thinned(fpr, tpr, points), "image_pr": _thinned(recall[1:], precision[1:], points)}
@@ -257,8 +259,8 @@ def placements(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.n
 def auroc_interval(labels: np.ndarray, scores: np.ndarray) -> list[float]:
     """95% interval [low, high] of the image AUROC for labels, scores (M,); at an AUROC of 0 or 1 it still has a width.
 
-    Each end is the outer one of two intervals. DeLong's (1988), on the logit scale, is undefined at 0 and 1 and too
-    short near them; Newcombe's (2006, method 5) is too short if the classes vary unequally. See docs/method.md for the
+    It covers two intervals. DeLong's (1988), on the logit scale, is undefined at 0 and 1 and too short near them;
+    Newcombe's (2006, method 5) is too short if the classes vary unequally. See docs/method.md for the
     coverage.
     """
     below, above = placements(labels, scores)
@@ -348,7 +350,7 @@ class PixelCounts:
         normal, abnormal: (2G + 1,) int64, the number of pixels below grid[0], at grid[0], between grid[0] and grid[1],
             at grid[1], and so on to those above grid[-1].
         highest: the highest score of all pixels.
-        overlap: (2G + 1,) float64, like `abnormal`, with each pixel as 1 / |its region|; None if counted without.
+        overlap: (2G + 1,) float64, like `abnormal`, but each pixel counts 1 / |its region|; None if not requested.
         regions: the number of regions.
     """
 
@@ -395,7 +397,7 @@ class PixelCounts:
         return _thinned(true / true[-1], true / (true + false), points)
 
     def aupro(self, limit: float = AUPRO_LIMIT) -> float:
-        """Area under the regions' mean overlap over the false positive rate, from 0 to `limit`, divided by `limit`.
+        """Area under the regions' mean overlap, over false positive rates from 0 to `limit`, divided by `limit`.
 
         By MVTec's definition (Bergmann et al. 2021): every score is a threshold, with trapezoids between thresholds and
         interpolation at `limit`. The mean of |region and score >= t| / |region| over R regions is a weighted count of
@@ -419,7 +421,7 @@ class PixelCounts:
         return float(self.grid[::-1][best])
 
     def coarse_grid(self, points: int = COARSE) -> np.ndarray:
-        """At most `points` points of the grid that divide both classes evenly: ascending, float32."""
+        """At most `points` points of the grid that divide both classes about evenly: ascending, float32."""
         false, true = (values[2::2] for values in self._above("pixel AUC"))
         places = _spread(false / false[-1] + true / true[-1], points)
         coarse: np.ndarray = self.grid[::-1][places][::-1].copy()
@@ -605,7 +607,7 @@ def _cells(ranks: Tensor, total: int | np.ndarray) -> np.ndarray:
 
 
 def _selected(scores: Tensor, mask: Tensor) -> Tensor:
-    """scores[mask]."""
+    """The scores inside the mask, scores[mask], on the device of the scores."""
     if _use_numpy(scores):
         return torch.from_numpy(scores.numpy()[mask.cpu().numpy()])
     return scores[mask.to(scores.device)]

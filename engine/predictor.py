@@ -216,7 +216,7 @@ class Predictor:
         Without masks, or if the checkpoint was trained without masks, the pixel threshold stays as it was.
 
         Args:
-            dataset: images of both splits are used, except abnormal ones whose mask is missing.
+            dataset: images of both splits are used; abnormal ones without a mask are left out if masks are used.
             rule: `f1`, `fpr=RATE` or `tpr=RATE`.
             batch_size: images per pass through the network.
             workers: threads that decode images.
@@ -262,7 +262,7 @@ def whole(parts: Iterable[tuple[Picture, Prediction] | InputError]) -> Predictio
 
 
 def open_picture(image: ImageLike | InputError, reading: ReadOptions) -> Picture:
-    """A picture as 8-bit RGB with square pixels; `InputError` if it is not one."""
+    """A picture as 8-bit RGB with square pixels; `InputError` if it cannot be read; a given `InputError` is raised."""
     if isinstance(image, Frame):
         return read(image)
     if isinstance(image, np.ndarray):
@@ -299,7 +299,8 @@ def load(
         assumed: for a published file, settings that its tensors do not reveal: img_size, features_list, pretrain, ...
 
     Raises:
-        InputError: a file is missing, damaged, or does not fit.
+        InputError: a file is missing, damaged, or does not fit, or a value contradicts the checkpoint.
+        TypeError: a name in `assumed` is unknown.
     """
     if unknown := sorted(assumed.keys() - MODEL_FLAGS.keys()):
         raise TypeError(f"load() got an unexpected argument {unknown[0]!r}")

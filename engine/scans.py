@@ -58,7 +58,7 @@ class Entry(Frame):
 
     @cached_property
     def key(self) -> str:
-        """Identifies the image and its content, so that a resumed run knows whether it is done."""
+        """Identifies the image and its content (size and time of the file), to tell what a resumed run has done."""
         status = self.path.stat()
         words = f"{self.name} {self} {status.st_size} {status.st_mtime_ns}"
         return hashlib.sha256(os.fsencode(words)).hexdigest()[:16]
@@ -78,9 +78,12 @@ def list_entries(inputs: Sequence[str], reading: ReadOptions, hidden: bool) -> I
     """List the images in the inputs; the slices of a series follow each other, ordered by position.
 
     Args:
-        inputs: files and folders.
+        inputs: files and folders; those that cannot be read become `faults`.
         reading: how files are read.
         hidden: results show running numbers, which reveal nothing, instead of names.
+
+    Raises:
+        MissingPackageError: DICOM without pydicom, NIfTI without nibabel.
     """
     result, series = InputList(), defaultdict[str, list[Member]](list)
     files = pick_files(inputs, result)

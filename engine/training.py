@@ -43,7 +43,7 @@ class TrainingSet:
 
     @classmethod
     def build(cls, shots: Shots, settings: Settings, seed: int) -> TrainingSet:
-        """Build the views of the shots, on the CPU.
+        """Build the views of the shots, on the CPU; `InputError` if a mask cannot be used.
 
         The published program augments a shot's grey mask and then thresholds it; `corrected` thresholds first.
 
@@ -287,7 +287,7 @@ def epoch_line(record: dict[str, Any], epochs: int, seconds: float) -> str:
 def calibrate_run(
     detector: Detector, store: TokenStore, splits: Splits, training: TrainingSet, rule: str
 ) -> dict[str, Any] | None:
-    """Calibrate the thresholds on images of valid/ that are not shots, or else on the shots' augmented views."""
+    """Calibrate on images of valid/ that are not shots, if they show both classes, or else on the shots' views."""
     settings = detector.settings
     if splits.calibration:
         evaluation = evaluate(detector, store, splits.calibration)
@@ -314,7 +314,7 @@ class Splits:
 
     @classmethod
     def open(cls, options: argparse.Namespace) -> Splits:
-        """Read the lists of images; no image is opened.
+        """List the images. Masks, scans and pictures beyond 8 bits may be read, to decide which are used and how.
 
         Raises:
             InputError: a data set or a part of it is missing, has too few images, or lacks a class for --select valid.

@@ -48,7 +48,7 @@ class Checkpoint:
     def load(
         cls, path: str | Path, options: argparse.Namespace | None = None, facts: Facts | None = None
     ) -> Checkpoint:
-        """Read a file of either format; nothing in it can run code.
+        """Read a file of either format; nothing in it can run code. Prints what was inferred for a published file.
 
         Args:
             path: the file.
@@ -115,8 +115,8 @@ def write_file(payload: Mapping[str, Any], path: str | Path) -> None:
 def copy(source: str | Path, path: Path, metadata: Mapping[str, Any]) -> None:
     """Copy a run's checkpoint to `path` atomically; `metadata` is that of the run.
 
-    A file there that another run or the published program wrote is renamed first: it may be the owner's only copy of a
-    downloaded or trained checkpoint.
+    A file there that this run did not write is renamed first: it may be the owner's only copy of a downloaded or
+    trained checkpoint.
     """
     stored: Mapping[str, Any] = {}
     with suppress(InputError):  # there is no file, or it is no checkpoint
@@ -157,10 +157,10 @@ def find_trained_weights(checkpoint: Checkpoint, options: argparse.Namespace) ->
     """Find the CLIP weights that a checkpoint was trained on, in CLIP/ckpt or at --weights; prints which they are.
 
     Raises:
-        InputError: the weights are missing, or differ from those of the training.
+        InputError: the weights are missing or, without --allow_other_weights, differ from those of the training.
     """
     settings = checkpoint.settings
-    seed = checkpoint.seed if "options" in checkpoint.metadata else getattr(options, "seed", 111)  # published: none
+    seed = checkpoint.seed if "options" in checkpoint.metadata else getattr(options, "seed", 111)  # if none is stored
     known = ModelConfig.from_dict(settings.model_config) if settings.model_config else settings.model_name
     model = options.model_name or known  # a folder or JSON file also tells where the weights are
     tower = options.image_tower or settings.image_tower

@@ -1,8 +1,7 @@
-"""All command-line flags, the settings that a checkpoint stores, and functions of both.
+"""The flags of train.py, test.py and predict.py, the settings that a checkpoint stores, and functions of both.
 
-This module does not import torch, so that `--help` is instant.
-
-`options` is a parsed command line (argparse's namespace); `Settings` is what shaped a checkpoint.
+`options` is a parsed command line (argparse's namespace); `Settings` is what shaped a checkpoint. This module does not
+import torch, so that `--help` is instant.
 """
 
 from __future__ import annotations
@@ -96,7 +95,7 @@ def flag(default: object, text: str, **options: object) -> dict[str, Any]:
 class Settings:
     """Everything that shaped a checkpoint; stored in it, and applied whenever it is used.
 
-    Fields with a `flag` are flags of train.py, and of test.py, which checks them against the checkpoint.
+    Fields with a `flag` are flags of train.py, and of test.py and predict.py, which check them against the checkpoint.
     """
 
     obj: str
@@ -130,7 +129,7 @@ class Settings:
     eval_batch: int  # images scored together; affects the scores of MViTFC in `released` fidelity
     states: dict[str, list[str]] | None = None  # state phrases from --prompts; None: the published ones
     mask_above: int = 127  # mask grey level (0 to 255) above which a pixel is abnormal, in the training data
-    reading: dict[str, Any] | None = None  # how images beyond 8 bits were read: window, plane; None: the defaults
+    reading: dict[str, Any] | None = None  # how images were read: window, plane, formats, deep; None: the defaults
     model_config: dict[str, Any] | None = None  # sizes of the model, which CLIP/model_configs may not hold
     version: str = ""  # of this project, when the checkpoint was made
     image_tower: str | None = field(default=None, metadata=flag(
@@ -139,7 +138,7 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Settings:
-        """The inverse of `to_dict`. Any version reads any: unknown entries are ignored, later fields have defaults.
+        """The inverse of `to_dict`, for files of any version: unknown entries are ignored, later fields have defaults.
 
         Raises a `KeyError` if an entry without a default is missing.
         """
@@ -172,7 +171,7 @@ PATHS = ("data_path", "data_root", "list", "weights", "save_path", "out_json", "
 
 
 def new_settings(options: argparse.Namespace, dataset: MedicalDataset, weights: Weights) -> Settings:
-    """The settings of a new checkpoint."""
+    """The settings of a new checkpoint; `InputError` if --features_list does not fit the tower."""
     config = weights.config
     names = [name for name in MODEL_FLAGS if name not in ("features_list", "model_name", "image_tower")]
     return Settings(
@@ -232,7 +231,7 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_flags(parser: argparse.ArgumentParser, from_checkpoint: bool) -> None:
-    """Add the flags that shape a checkpoint; with `from_checkpoint` they have no defaults and are only checked."""
+    """Add the flags that shape a checkpoint; with `from_checkpoint`, without defaults, as its values apply."""
     note = "as in the checkpoint; anything else is an error" if from_checkpoint else None
     group = parser.add_argument_group("model", note)
     for name, spec in MODEL_FLAGS.items():
@@ -352,7 +351,7 @@ def train_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse train.py's command line; with --resume, the stored options are the defaults, and only some may change.
 
     Raises:
-        InputError: an option contradicts the run to resume, or another option.
+        InputError: the run to resume cannot be read, an option contradicts it, or there are no normal shots.
     """
     parser = train_parser()
     options = parser.parse_args(arguments)
@@ -378,7 +377,8 @@ def test_options(
 ) -> argparse.Namespace:
     """Parse test.py's command line; prints a line on stderr that names the flags without effect.
 
-    With --scores and without --obj, `obj` is None: the file of scores names the data set.
+    `defaults` replace those of the parser. With --scores and without --obj, `obj` is None: the file of scores names the
+    data set.
     """
     parser = test_parser()
     parser.set_defaults(**(defaults or {}))
@@ -411,7 +411,7 @@ def predict_options(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def shared_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The options of train.py that a test on another data set must share, to read, compute and keep tokens alike."""
+    """The options of train.py that a test on another data set shares: reading of images, machine, token store."""
     parser = argparse.ArgumentParser()
     add_data_flags(parser)
     own = {"obj", "data_root", "save_path", "out_json"}
@@ -439,7 +439,7 @@ def check_against(settings: Settings, metadata: Mapping[str, Any], options: argp
 
 
 def contradiction(name: str, given: object, stored: object, what: str = "checkpoint, which was trained") -> InputError:
-    """The error if a flag contradicts a checkpoint, or another file as named by `what`."""
+    """The error for a flag that contradicts a checkpoint, or another source, which `what` describes."""
     given, stored = (" ".join(map(str, v)) if isinstance(v, list | tuple) else v for v in (given, stored))
     stored = "the default" if stored in (None, "") else stored
     return InputError(f"--{name} {given} contradicts the {what} with {stored}; leave it out")

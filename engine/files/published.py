@@ -1,8 +1,8 @@
 """The checkpoint format of the published code: reading it (settings are inferred), and writing it for its test program.
 
-The file is a plain dict (goldens' README, items 25 and 50) with `normal_det_adapters` and `abnormal_det_adapters`.
-Depending on the text mode, it also has `prompt_maker_normal` and `prompt_maker_abnormal`, each with the contexts and
-the whole frozen text encoder, or `text_features_fix` (D, 2). It holds no settings.
+The file is a plain dict with `normal_det_adapters` and `abnormal_det_adapters`. Depending on the text mode, it also has
+`prompt_maker_normal` and `prompt_maker_abnormal`, each with the contexts and the whole frozen text encoder, or
+`text_features_fix` (D, 2). It holds no settings.
 """
 
 import argparse
@@ -50,8 +50,8 @@ def infer_settings(
         The settings, with an empty hash of the weights, and a line that says what was inferred.
 
     Raises:
-        InputError: the tensors are of no known kind, or the model is neither configured nor named. Other errors are
-            raised if the entries are not tensors.
+        InputError: parts are missing or of no known kind, no model has their sizes, or --features_list does not fit.
+            Other errors are raised if the entries are not tensors.
     """
     adapters = parts["normal_det_adapters"]
     names = {name.split(".", 1)[1] for name in adapters}

@@ -6,6 +6,7 @@ runs/<exp_name>/
     last.pth         everything that changes during training, after the last finished epoch
     best.pth         the checkpoint of the selected epoch so far
     result.json      the numbers of the selected and of the last epoch; the run is finished if this file exists
+    index.html       the report page
     lock             held by the one process that writes
 
 last.pth is authoritative: it is written first, and what a killed process did not write after it is restored from it.
@@ -59,7 +60,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, run_dir: str | Path, name: str) -> RunFolder:
-        """Make and lock the folder `run_dir`/`name`; appends -2, -3, ... if a run of that name has left files."""
+        """Make and lock the folder `run_dir`/`name`, or `name`-2, -3, ... if it is taken; `InputError` on failure."""
         if not distributed.is_main():
             return cls(distributed.from_main(Path()))
         for number in itertools.count(1):
@@ -80,7 +81,7 @@ class RunFolder:
     def writing(self) -> Iterator[None]:
         """Hold the lock on the folder until the block ends or the process dies.
 
-        If the run is interrupted, prints the command that resumes it.
+        If the run is interrupted (Ctrl-C or SIGTERM), prints the command that resumes it.
 
         Raises:
             InputError: another process is writing here; the message names its pid and host.
@@ -132,7 +133,7 @@ class RunFolder:
         """Restore the state of an interrupted run, and rewrite metrics.jsonl to match; does nothing in a new run.
 
         Raises:
-            InputError: see `load`; or more than `epochs` epochs are finished.
+            InputError: see `load`; or the state does not fit, or more than `epochs` epochs are finished.
         """
         stored = self.load()
         if stored is None:
@@ -199,7 +200,7 @@ def open_run(
 
 
 def _continue(run: RunFolder, config: dict[str, Any]) -> None:
-    """Compare the config of a resumed run with the stored one, and copy the values that never change in a run."""
+    """Raise an `InputError` if a resumed run has other settings or shots; copy the values that never change."""
     stored = read_json(run.config)
     for name in ("settings", "shots"):
         then, now = stored[name], config[name]
@@ -298,7 +299,7 @@ def describe_test(
 
 
 def check_outputs(options: argparse.Namespace) -> None:
-    """Check that the results of train.py or test.py can be written, before hours are spent on computing them."""
+    """Raise an `InputError` if results of train.py or test.py cannot be written, before hours are spent on them."""
     probe_writable(options.out_json, "--out_json", "JSON", read_json)
     probe_writable(getattr(options, "save_scores", None), "--save_scores", "kept evaluation", Scored.load)
     files = {"save_model": ("save_path", f"{options.obj}.pth"), "figures": ("figures", f"{options.obj}.png"),
@@ -309,7 +310,7 @@ def check_outputs(options: argparse.Namespace) -> None:
 
 
 def environment_info(device: torch.device) -> dict[str, Any]:
-    """How and where a run was started: command, git commit, host, process, device. Only stored in config.json."""
+    """Command, git commit, host, process, device and threads of a run, for config.json; W&B gets only the commit."""
     describe = ["git", "-C", str(PROJECT), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     commit = ""
     with suppress(OSError):  # no git on this machine

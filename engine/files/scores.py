@@ -39,7 +39,7 @@ class Scored:
     source: dict[str, Any]
 
     def save(self, path: str | Path) -> None:
-        """Write the file for `load`, atomically."""
+        """Write the file for `load`, atomically; `InputError` if it cannot be written."""
         evaluation, masks = self.evaluation, self.masks
         description = {
             "format": FORMAT, "head": evaluation.head, "img_size": evaluation.img_size, "dec_type": evaluation.dec_type,
@@ -84,9 +84,10 @@ class Scored:
         return cls(evaluation, masks, settings, description["metadata"], source)
 
     def with_pictures(self, options: argparse.Namespace) -> Scored:
-        """A copy whose samples have their image files, found by name in the data set's test images, if these exist.
+        """A copy whose samples have their image files, found by name in the data set's test images.
 
-        Labels and patients stay as stored. Sets `options.obj` and `options.anonymous` to those of the stored test.
+        If some are missing, prints a note and returns the evaluation as it is. Labels and patients stay as stored. Sets
+        `options.obj` and `options.anonymous` to those of the stored test.
 
         Raises:
             InputError: a flag contradicts the stored test.

@@ -48,7 +48,7 @@ RUN_FIGURES = {  # title, y label, and the curves: key in the history -> name
 
 
 def read_history(ckpt_path: str | Path) -> list[dict[str, Any]]:
-    """The epochs of a run, from the metrics.jsonl in the checkpoint's folder; empty if there is no such file."""
+    """The epochs of a run, from metrics.jsonl in the checkpoint's folder; empty without it, `InputError` if damaged."""
     path = Path(ckpt_path).with_name("metrics.jsonl")
     if not path.is_file():
         return []
@@ -98,11 +98,11 @@ def plots(
     Args:
         evaluation: the scores.
         metrics: the result of `measure(..., full=True)`; its curves are drawn.
-        metadata: of the checkpoint; its threshold and epoch are marked.
+        metadata: of the checkpoint; its epoch and threshold (see `threshold_of`) are marked.
         history: the run's epochs, see `read_history`.
 
     Returns:
-        `histogram`, `roc`, `pr`, and those of RUN_FIGURES if the history has at least two epochs.
+        `histogram`, `roc`, `pr`, and those of RUN_FIGURES with a value in at least two epochs of the history.
     """
     scores, labels, (threshold, _) = evaluation.image_scores, evaluation.labels, threshold_of(metrics, metadata)
     edges = np.histogram_bin_edges(np.append(scores, threshold), BINS)
@@ -137,11 +137,7 @@ def _stairs(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 
 def save_figures(folder: str | Path, obj: str, picture: Image.Image, figures: Mapping[str, Plot]) -> None:
-    """Write the sheet of images as OBJ.png, and the figures of `plots` as OBJ-NAME.png.
-
-    Raises:
-        InputError: a file cannot be written.
-    """
+    """Write the sheet as OBJ.png, the figures of `plots` as OBJ-NAME.png; `InputError` if a file is not writable."""
     with atomic_path(Path(folder) / f"{obj}.png", "--figures") as temporary:
         picture.save(temporary, "PNG")
     for name, plot in figures.items():

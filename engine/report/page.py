@@ -77,7 +77,7 @@ def write(
     heat_range: Sequence[float],
     **values: Any,  # noqa: ANN401 - what a template shows
 ) -> Path:
-    """Write index.html.
+    """Write index.html; returns its path.
 
     Args:
         folder: created if needed.
@@ -89,9 +89,6 @@ def write(
         heat_range: range of the colour scale.
         **values: other variables of the template. base.html needs `title`, `origin` (of the threshold, in words),
             `weak` (whether maps are from detection heads), `made` (how it was made: a mapping, which may be nested).
-
-    Returns:
-        The page's path.
 
     Raises:
         InputError: the page cannot be written.
@@ -132,7 +129,7 @@ def write_page(
     obj: str | None = None,
     unknown: str = "",
 ) -> Path:
-    """Write index.html about a test set, the worst errors first.
+    """Write index.html about a test set, the worst errors first; returns its path.
 
     Args:
         folder: created if needed.
@@ -144,9 +141,6 @@ def write_page(
         figures: the result of `plots`.
         obj: the data set that was tested, if it is not the one trained on.
         unknown: why the patients of the shots are unknown; empty if they are known.
-
-    Returns:
-        The page's path.
 
     Raises:
         InputError: the page cannot be written.

@@ -35,12 +35,12 @@ class Results:
     """The files of a prediction; tables and page of an earlier run are replaced as a whole.
 
     Until all is done, each complete volume, series or single file is appended to predictions.partial.jsonl, from which
-    the same command continues if it was killed. Only one process at a time can write to a folder.
+    the same command continues if it was killed. Only one process at a time can write to a folder, else `InputError`.
 
     Args:
         options: those of predict.py.
         model: the predictor.
-        listing: the images to predict; the attribute `todo` holds those that no earlier run has done.
+        listing: the images to predict; the attribute `todo` holds those of series that no earlier run completed.
     """
 
     def __init__(self, options: argparse.Namespace, model: Predictor, listing: InputList) -> None:
@@ -163,7 +163,7 @@ class Results:
         return result
 
     def write_page(self, rows: Sequence[tuple[Entry, Row]]) -> Path:
-        """Write --report's page: the images, highest scores first, volumes as strips of their slices in order."""
+        """Write --report's page: the MAX_CARDS highest-scoring images, volumes as strips of their slices in order."""
         options, model, scores = self.options, self.model, np.array([row["score"] for _, row in rows])
         highest = sorted(np.argsort(-scores, kind="stable")[:MAX_CARDS].tolist())
         shown = dict.fromkeys(rows[i][0].key for i in highest)  # in order

@@ -214,7 +214,7 @@ def measured(split: str, metrics: Metrics) -> dict[str, Any]:
 
 
 def read_key(path: Path) -> str:
-    """The key in key.json, {"api_key": "..."}; "" if there is none. Prints a warning if git tracks the file."""
+    """The key in key.json, {"api_key": "..."}; "" if there is no valid one. Prints a warning if git tracks the file."""
     if not path.is_file():
         return ""
     try:

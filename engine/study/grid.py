@@ -51,7 +51,7 @@ class Cell:
 class Grid:
     """The cells of a table, ordered so that neighbours share the most, and the run of each.
 
-    It takes the options of `parse`, and no data. `InputError` if a flag fits no cell, or contradicts a run on disk.
+    It needs the options of `parse`, but no data. `InputError` if flags do not fit, or contradict a run on disk.
     """
 
     def __init__(self, options: Namespace) -> None:
@@ -177,7 +177,7 @@ class Grid:
         )
 
     def count_tests(self, obj: str) -> int:
-        """The number of test images of a data set; if one of the paper's is missing, the published number."""
+        """The number of test images; if the data set is missing, the published number, or else an `InputError`."""
         try:
             return len(self.dataset(obj).samples("test"))
         except InputError:

@@ -41,7 +41,7 @@ OWN_FLAGS = (
 
 
 def parse(arguments: Sequence[str] | None = None) -> Namespace:
-    """Parse reproduce.py's command line; unknown flags are those of train.py and are stored as `flags`."""
+    """Parse reproduce.py's command line; unknown flags become `flags`, for train.py. `InputError` for a wrong flag."""
     parser = Parser(
         prog="reproduce.py", description="The paper's tables: plan a grid of runs, compute the missing cells, write "
         "Markdown, CSV and LaTeX.", epilog="Every other flag goes to train.py.", formatter_class=Formatter,

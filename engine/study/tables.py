@@ -40,7 +40,7 @@ class Statistic:
 
     @classmethod
     def over(cls, values: Sequence[float], intervals: Sequence[Sequence[float]], planned: int) -> Statistic:
-        """From one value in [0, 1] and one interval per seed, or from values without intervals."""
+        """From a value and an interval per seed, as fractions, or from values without intervals."""
         low_high = [100 * mean(bound) for bound in zip(*intervals, strict=True)]
         std = 100 * stdev(values) if len(values) > 1 else None
         return cls(100 * mean(values), std, (low_high[0], low_high[1]) if low_high else None, len(values), planned)
@@ -72,7 +72,7 @@ class Table:
     cells: dict[tuple[str, tuple[str, ...], str], Statistic | str] = field(default_factory=dict)
 
     def add(self, metric: str, row: Sequence[str], column: str, value: Statistic | str | None) -> None:
-        """Append a cell; None is ignored, and a row or column without cells is not shown."""
+        """Add a cell; None is ignored, and a row or column without cells is not shown."""
         if value is not None:
             self.cells[metric, tuple(row), column] = value
 

@@ -113,7 +113,7 @@ def predict(results: Results) -> int:
                 bar.update()
                 if not isinstance(outcome, InputError):
                     notes, *made = outcome
-                    for kind in [kind for kind in notes if kind not in remarks]:  # once each; the tables have all
+                    for kind in [kind for kind in notes if kind not in remarks]:  # print each once; the tables have all
                         remarks.add(kind)
                         say(f"{entry.file}: {notes[kind]}")
                     images.append((entry, *made))

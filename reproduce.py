@@ -53,7 +53,7 @@ CLEAN_SUFFIX = "_without_shot_patients"  # suffix of keys in a result
 
 
 def main(options: Namespace) -> None:
-    """Plan the grid, compute the missing cells, and write the table after every cell."""
+    """Plan the grid, compute the missing cells, write the table after every cell; `InputError` if any cell failed."""
     read_published(options.compare)  # reports errors before hours are spent on cells
     grid = Grid(options)
     waiting = [cell for cell in grid.cells if not grid.done(cell)]

@@ -74,7 +74,7 @@ class Metrics:
         values: by the keys of METRICS, in their order, then those of `measure_without`, `patient_metrics` and
             `kind_metrics`; intervals are [low, high].
         curves: (2, points) each: `roc` (false, true positive rate) and `pr` (recall, precision) of the pixels,
-            `image_roc` and `image_pr` of the images.
+            `image_roc` and `image_pr` of the images; empty unless measured in full.
         pauc_draws: the pixel AUROC in each draw of the bootstrap; for the same images and seed, all evaluations draw
             the same images (see engine.compare).
     """

@@ -40,7 +40,7 @@ def run_jobs(
     function: Callable[[Task], str | None], tasks: Sequence[Task], executor: str, folder: Path, limit: int,
     parameters: Sequence[str] = (),
 ) -> Iterator[tuple[Task, str | None]]:  # fmt: skip
-    """Run `function` on each task, at most `limit` jobs at once; leaving the loop cancels the jobs that still run.
+    """Run `function` on each task, at most `limit` jobs at once; closing the iterator cancels those that run.
 
     If `function` is called again, it resumes from its own files; it returns None, or an error message. `executor` is
     `local` or `slurm`; its files go to `folder`, its `parameters` are KEY=VALUE. Yields each task when its job ends,

@@ -71,7 +71,10 @@ STORAGES = {
     "DoubleStorage": torch.float64, "IntStorage": torch.int32, "LongStorage": torch.int64,
 }  # fmt: skip
 # Errors that a damaged file causes in the parsers of archives, pickles and safetensors.
-DAMAGE = (*EXPECTED, RuntimeError, zipfile.BadZipFile, SafetensorError, AttributeError, TypeError)
+DAMAGE = (
+    *EXPECTED, RuntimeError, AttributeError, TypeError, StopIteration, zipfile.BadZipFile, SafetensorError,
+    pickle.UnpicklingError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Mask(NamedTuple):
 
     def marks(self, above: int) -> bool:
         """Whether any pixel is abnormal."""
-        return self.image.getextrema()[1] > (0 if self.by_label else above)  # type: ignore[operator]
+        return self.image.getextrema()[1] > above  # type: ignore[operator]
 
 
 def read_mask(sample: Sample) -> Mask | None:

@@ -83,9 +83,8 @@ def test_six_epochs_and_test_py_equal_the_published_programs(golden, golden_json
         result = train.train(train.parse(list(map(str, [*places, *model, *run, "--exp_name", "golden"]))))
     assert len(started) == 1
 
-    # 4 soft mask values are so near the threshold that rounding decides: see the README of the goldens.
     epochs = [json.loads(line) for line in (folder / "runs/golden/metrics.jsonl").read_text().splitlines()]
-    tolerance = 2e-4 if obj == "Brain" else 1e-5
+    tolerance = 2e-4 if obj == "Brain" else 1e-5  # rounding decides 4 soft mask values, so near are they to 0.5
     np.testing.assert_allclose([epoch["total"] for epoch in epochs], data[f"{obj}/loss"], atol=tolerance, rtol=0)
     assert [epoch["auc"] for epoch in epochs] == pytest.approx(data[f"{obj}/AUC"].tolist(), abs=1e-6)
     pauc = [epoch["auc"] if obj == "Chest" else epoch["pauc"] for epoch in epochs]

@@ -130,9 +130,11 @@ def test_files_without_weights_are_refused(tmp_path: Path, small: State) -> None
         save(small, path)
         path.write_bytes(path.read_bytes()[:-5000])
         refused(path)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("readme.txt", "hello")
-    refused(path)
+    for names in (["readme.txt"], ["a/code/b.py"], ["a/code/b.py", "a/data.pkl"]):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in names:
+                archive.writestr(name, b"\xff.")
+        refused(path)
     refused(tmp_path)
     for tensors in ({}, {"fc.weight": torch.ones(2)}):
         torch.save(tensors, path)

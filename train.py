@@ -172,7 +172,7 @@ def finish(setup: Setup, tracker: Tracker, evaluation: Evaluation | None) -> dic
         Checkpoint.load(run.best).restore(setup.detector, setup.clip, run.best)
         evaluation = evaluate(setup.detector, setup.store, splits.test)
     threshold = calibrate_run(setup.detector, setup.store, splits, setup.training, options.threshold_at)
-    best = measure(evaluation, masks, True, (threshold or {}).get("pixel_value"), patients)
+    best = measure(evaluation, masks, full=True, pixel_threshold=(threshold or {}).get("pixel_value"), without=patients)
     last = last or best
     counts = {"n_normal": int((evaluation.labels == 0).sum()), "n_abnormal": int(evaluation.labels.sum())}
     select = options.select if state.best_epoch else "last"  # also if no epoch was due (--eval_every)
